@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Published tables for VMMs: readers never lock, writers wait for the readers that are inside
