@@ -1,3 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Bare-metal test guests, integer-only, assembled into the test binaries
+
+/// Assembles a guest into this binary's read-only data and makes a function that gives its bytes.
+macro_rules! blob {
+    ($(#[$doc:meta])* $name:ident, $code:literal) => {
+        core::arch::global_asm!(concat!(
+            ".pushsection .rodata.guest_", stringify!($name), ", \"a\"\n",
+            "guest_", stringify!($name), "_start:\n",
+            $code,
+            "\nguest_", stringify!($name), "_end:\n",
+            ".code64\n.popsection\n",
+        ));
+
+        $(#[$doc])*
+        pub fn $name() -> &'static [u8] {
+            unsafe extern "C" {
+                #[link_name = concat!("guest_", stringify!($name), "_start")]
+                static START: u8;
+                #[link_name = concat!("guest_", stringify!($name), "_end")]
+                static END: u8;
+            }
+            // SAFETY: both labels are in one read-only section of this binary, the end after the
+            // start.
+            unsafe {
+                let start = &raw const START;
+                std::slice::from_raw_parts(start, (&raw const END).offset_from(start) as usize)
+            }
+        }
+    };
+}
+pub(crate) use blob;
+
+pub mod boot;
+pub mod image;
+mod page_writer;
+
+pub use page_writer::{PAGE_WRITER_PORT, PAGE_WRITER_STOP, page_writer};
