@@ -1,5 +1,57 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The repository's own chores.
+//! The repository's own chores, each doing all of its own set-up.
+//!
+//! `cargo xtask` without a command prints what there is. Read `lab/mod.rs` first: the emulated machine is
+//! what the other chores stand on.
 
-fn main() {}
+mod apt;
+mod assets;
+mod cpio;
+mod failure;
+mod host;
+mod kernel_image;
+mod lab;
+mod ui;
+
+use failure::{Failure, Result};
+
+const USAGE: &str = "\
+The repository's own chores.
+
+Usage: cargo xtask COMMAND [OPTIONS]
+
+Commands:
+  lab [OPTIONS] -- COMMAND…  run COMMAND as root in an emulated machine with hardware-style KVM (kvm_amd)
+
+`cargo xtask COMMAND --help` says more of one.";
+
+fn main() {
+    let mut args = std::env::args_os().skip(1);
+    let command = args.next();
+    let rest: Vec<_> = args.collect();
+    let outcome = match command.as_deref().and_then(|c| c.to_str()) {
+        Some("lab") => lab::command(rest),
+        Some(lab::AGENT_COMMAND) => lab::agent::command(),
+        None | Some("help" | "--help" | "-h") => {
+            println!("{USAGE}");
+            Ok(0)
+        }
+        Some(_) => Err(Failure::usage(format!(
+            "there is no command {}; `cargo xtask help` lists them",
+            command.unwrap_or_default().display()
+        ))),
+    };
+    std::process::exit(finish(outcome));
+}
+
+/// The process's status, after what went wrong has been said.
+fn finish(outcome: Result<i32>) -> i32 {
+    match outcome {
+        Ok(status) => status,
+        Err(failure) => {
+            eprintln!("xtask: {failure}");
+            failure.status()
+        }
+    }
+}
