@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Whether this thread is inside an access right now.
+//!
+//! A device that unregisters something from inside an access must not wait for accesses to end: its
+//! own would never. The count is the thread's and not a bus's, because waiting for *any* bus from
+//! inside an access can close a circle of two threads, each in a device of one bus and waiting for
+//! the other.
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+
+thread_local! {
+    /// How many accesses are on this thread's stack: a device may itself dispatch to another.
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Counts as one access on this thread until it is dropped, by unwinding too.
+pub(crate) struct Inside(PhantomData<*const ()>);
+
+impl Inside {
+    #[inline]
+    pub(crate) fn enter() -> Self {
+        DEPTH.set(DEPTH.get().wrapping_add(1));
+        Self(PhantomData)
+    }
+}
+
+impl Drop for Inside {
+    #[inline]
+    fn drop(&mut self) {
+        DEPTH.set(DEPTH.get().wrapping_sub(1));
+    }
+}
+
+/// Whether the calling thread is inside a device's answer to an access, on any bus.
+///
+/// Then [`Registration::unregister`](crate::Registration::unregister) and its like do not wait.
+pub fn is_inside_access() -> bool {
+    DEPTH.get() != 0
+}
