@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A host for tests: it remembers what it was asked, keeps what a VM would keep, and fails on demand.
+
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::os::fd::AsRawFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::gsi::Gsi;
+use crate::host::{AttachIrqfd, CreateIrqchip, Errno, SetGsiRouting, SetIrqLine, SignalMsi};
+use crate::irqchip::{Irqchip, IrqchipKind, Pit};
+use crate::route::Msi;
+use crate::rules::{Rules, XEN_2LEVEL_PORTS};
+use crate::table::Table;
+
+const EEXIST: i32 = 17;
+const EINVAL: i32 = 22;
+const EBUSY: i32 = 16;
+
+/// One thing that the host was asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Call {
+    /// `KVM_CREATE_IRQCHIP`.
+    CreateIrqchip,
+    /// `KVM_CREATE_PIT2`.
+    CreatePit2,
+    /// `KVM_CAP_SPLIT_IRQCHIP`.
+    CreateSplitIrqchip,
+    /// `KVM_SET_GSI_ROUTING` with this many entries.
+    SetGsiRouting(usize),
+    /// `KVM_IRQFD`.
+    AttachIrqfd(Gsi),
+    /// `KVM_IRQFD` with `KVM_IRQFD_FLAG_DEASSIGN`.
+    DetachIrqfd(Gsi),
+    /// `KVM_IRQ_LINE_STATUS`.
+    SetIrqLine(Gsi, bool),
+    /// `KVM_SIGNAL_MSI`.
+    SignalMsi(Msi),
+}
+
+/// What the VM behind a [`FakeHost`] has: to be compared before and after a call that fails.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FakeVm {
+    /// The controllers made.
+    pub irqchip: IrqchipKind,
+    /// The table.
+    pub table: Table,
+    /// The attached eventfds, by descriptor, and the GSI of each.
+    pub irqfds: BTreeMap<i32, Gsi>,
+    /// The lines that were set, and their levels.
+    pub lines: BTreeMap<Gsi, bool>,
+}
+
+/// A VM that is none. Every capability trait of [`crate::host`] is there.
+#[derive(Debug)]
+pub struct FakeHost {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    vm: FakeVm,
+    calls: Vec<Call>,
+    limit: u32,
+    status: i32,
+    fail: Option<(usize, i32)>,
+}
+
+impl Default for FakeHost {
+    fn default() -> Self {
+        let state = State {
+            vm: FakeVm::default(),
+            calls: Vec::new(),
+            limit: 4096,
+            status: 1,
+            fail: None,
+        };
+        Self {
+            state: Mutex::new(state),
+        }
+    }
+}
+
+impl FakeHost {
+    /// A fresh VM on a host that accepts 4096 routes.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A VM with these controllers, whose making is not remembered as a call.
+    pub fn with_irqchip(kind: IrqchipKind) -> (Self, Irqchip) {
+        let host = Self::new();
+        host.state().vm = FakeVm {
+            irqchip: kind,
+            table: default_table(kind),
+            ..FakeVm::default()
+        };
+        (host, Irqchip::assume(kind))
+    }
+
+    /// Lets the host accept this many routes.
+    pub fn set_limit(&self, limit: u32) {
+        self.state().limit = limit;
+    }
+
+    /// What `KVM_IRQ_LINE_STATUS` and `KVM_SIGNAL_MSI` report from now on.
+    pub fn set_status(&self, status: i32) {
+        self.state().status = status;
+    }
+
+    /// Lets one call fail with this errno and change nothing: the next one, or the one after `skip` more.
+    pub fn fail_after(&self, skip: usize, errno: i32) {
+        self.state().fail = Some((skip, errno));
+    }
+
+    /// The calls since the last time, those that failed among them.
+    pub fn take_calls(&self) -> Vec<Call> {
+        std::mem::take(&mut self.state().calls)
+    }
+
+    /// What the VM has now.
+    pub fn vm(&self) -> FakeVm {
+        self.state().vm.clone()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn call(&self, call: Call) -> Result<MutexGuard<'_, State>, Errno> {
+        let mut state = self.state();
+        state.calls.push(call);
+        match state.fail {
+            Some((0, errno)) => {
+                state.fail = None;
+                Err(Errno::new(errno))
+            }
+            Some((skip, errno)) => {
+                state.fail = Some((skip - 1, errno));
+                Ok(state)
+            }
+            None => Ok(state),
+        }
+    }
+
+    fn make(&self, call: Call, kind: IrqchipKind) -> Result<(), Errno> {
+        let mut state = self.call(call)?;
+        if state.vm.irqchip != IrqchipKind::None {
+            return Err(Errno::new(EEXIST));
+        }
+        state.vm.irqchip = kind;
+        state.vm.table = default_table(kind);
+        Ok(())
+    }
+}
+
+fn default_table(kind: IrqchipKind) -> Table {
+    match kind {
+        IrqchipKind::Kernel { .. } => Table::x86_default(),
+        _ => Table::new(),
+    }
+}
+
+impl CreateIrqchip for FakeHost {
+    fn has_pit2(&self) -> bool {
+        true
+    }
+
+    fn has_split_irqchip(&self) -> bool {
+        true
+    }
+
+    fn create_irqchip(&self) -> Result<(), Errno> {
+        let pit = Pit::Absent;
+        self.make(Call::CreateIrqchip, IrqchipKind::Kernel { pit })
+    }
+
+    fn create_pit2(&self, speaker: bool) -> Result<(), Errno> {
+        let mut state = self.call(Call::CreatePit2)?;
+        let pit = if speaker {
+            Pit::PresentWithSpeaker
+        } else {
+            Pit::Present
+        };
+        match state.vm.irqchip {
+            IrqchipKind::Kernel { pit: Pit::Absent } => {
+                state.vm.irqchip = IrqchipKind::Kernel { pit };
+                Ok(())
+            }
+            _ => Err(Errno::new(EEXIST)),
+        }
+    }
+
+    fn create_split_irqchip(&self, pins: u32) -> Result<(), Errno> {
+        self.make(Call::CreateSplitIrqchip, IrqchipKind::Split { pins })
+    }
+}
+
+impl SetGsiRouting for FakeHost {
+    fn rules(&self, irqchip: IrqchipKind) -> Rules {
+        Rules {
+            hv_sint: true,
+            xen_ports: XEN_2LEVEL_PORTS,
+            ..Rules::new(irqchip, self.state().limit)
+        }
+    }
+
+    fn set_gsi_routing(&self, table: &Table) -> Result<(), Errno> {
+        let mut state = self.call(Call::SetGsiRouting(table.len()))?;
+        if state.vm.irqchip == IrqchipKind::None {
+            return Err(Errno::new(EINVAL));
+        }
+        state.vm.table = table.clone();
+        Ok(())
+    }
+}
+
+impl AttachIrqfd for FakeHost {
+    fn attach_irqfd(
+        &self,
+        fd: &EventFd,
+        _resample: Option<&EventFd>,
+        gsi: Gsi,
+    ) -> Result<(), Errno> {
+        let mut state = self.call(Call::AttachIrqfd(gsi))?;
+        if state.vm.irqfds.contains_key(&fd.as_raw_fd()) {
+            return Err(Errno::new(EBUSY));
+        }
+        state.vm.irqfds.insert(fd.as_raw_fd(), gsi);
+        Ok(())
+    }
+
+    fn detach_irqfd(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Errno> {
+        let mut state = self.call(Call::DetachIrqfd(gsi))?;
+        state.vm.irqfds.remove(&fd.as_raw_fd());
+        Ok(())
+    }
+}
+
+impl SetIrqLine for FakeHost {
+    fn set_irq_line(&self, gsi: Gsi, level: bool) -> Result<i32, Errno> {
+        let mut state = self.call(Call::SetIrqLine(gsi, level))?;
+        state.vm.lines.insert(gsi, level);
+        Ok(state.status)
+    }
+}
+
+impl SignalMsi for FakeHost {
+    fn signal_msi(&self, msi: Msi) -> Result<i32, Errno> {
+        Ok(self.call(Call::SignalMsi(msi))?.status)
+    }
+}

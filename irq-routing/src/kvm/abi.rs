@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Entries as KVM's ABI has them, both ways: every kind that `struct kvm_irq_routing_entry` can hold.
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI,
+    KVM_IRQ_ROUTING_S390_ADAPTER, KVM_IRQ_ROUTING_XEN_EVTCHN, KVM_MSI_VALID_DEVID,
+    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1 as Payload, kvm_irq_routing_hv_sint,
+    kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1 as MsiDevice,
+    kvm_irq_routing_s390_adapter, kvm_irq_routing_xen_evtchn,
+};
+use thiserror::Error;
+
+use crate::gsi::Gsi;
+use crate::route::{Chip, ChipPin, Entry, HvSint, Msi, Route, S390Adapter, XenEvtchn};
+
+/// Why an entry of KVM's form is none of ours. KVM refuses both as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum AbiError {
+    /// The type is not one that the ABI has.
+    #[error("no routing entry has type {0}")]
+    UnknownType(u32),
+    /// A flag that entries of this type do not have.
+    #[error("a routing entry of type {kind} has no flags {flags:#x}")]
+    UnknownFlags {
+        /// `KVM_IRQ_ROUTING_*`.
+        kind: u32,
+        /// All of the entry's flags.
+        flags: u32,
+    },
+}
+
+/// An entry in KVM's form.
+pub fn to_kvm(entry: &Entry) -> kvm_irq_routing_entry {
+    let mut flags = 0;
+    // Zero throughout, so that the part of the union that a kind does not use is defined.
+    let mut u = Payload::default();
+    let type_ = match entry.route {
+        Route::Pin(ChipPin { chip, pin }) => {
+            u.irqchip = kvm_irq_routing_irqchip {
+                irqchip: chip.0,
+                pin,
+            };
+            KVM_IRQ_ROUTING_IRQCHIP
+        }
+        Route::Msi(Msi {
+            address,
+            data,
+            devid,
+        }) => {
+            if devid.is_some() {
+                flags = KVM_MSI_VALID_DEVID;
+            }
+            u.msi = kvm_irq_routing_msi {
+                address_lo: address as u32,
+                address_hi: (address >> 32) as u32,
+                data,
+                __bindgen_anon_1: MsiDevice {
+                    devid: devid.unwrap_or(0),
+                },
+            };
+            KVM_IRQ_ROUTING_MSI
+        }
+        Route::S390Adapter(adapter) => {
+            u.adapter = kvm_irq_routing_s390_adapter {
+                ind_addr: adapter.ind_addr,
+                summary_addr: adapter.summary_addr,
+                ind_offset: adapter.ind_offset,
+                summary_offset: adapter.summary_offset,
+                adapter_id: adapter.adapter_id,
+            };
+            KVM_IRQ_ROUTING_S390_ADAPTER
+        }
+        Route::HvSint(HvSint { vcpu, sint }) => {
+            u.hv_sint = kvm_irq_routing_hv_sint { vcpu, sint };
+            KVM_IRQ_ROUTING_HV_SINT
+        }
+        Route::XenEvtchn(XenEvtchn {
+            port,
+            vcpu,
+            priority,
+        }) => {
+            u.xen_evtchn = kvm_irq_routing_xen_evtchn {
+                port,
+                vcpu,
+                priority,
+            };
+            KVM_IRQ_ROUTING_XEN_EVTCHN
+        }
+    };
+    kvm_irq_routing_entry {
+        gsi: entry.gsi.0,
+        type_,
+        flags,
+        pad: 0,
+        u,
+    }
+}
+
+/// An entry from KVM's form: from another VMM's table, or a test's.
+///
+/// # Errors
+///
+/// [`AbiError`] for what the ABI does not have. Whether a VM takes the entry is [`Rules`](crate::Rules)' to say.
+pub fn from_kvm(entry: &kvm_irq_routing_entry) -> Result<Entry, AbiError> {
+    let kind = entry.type_;
+    let known_flags = match kind {
+        KVM_IRQ_ROUTING_MSI => KVM_MSI_VALID_DEVID,
+        KVM_IRQ_ROUTING_IRQCHIP
+        | KVM_IRQ_ROUTING_S390_ADAPTER
+        | KVM_IRQ_ROUTING_HV_SINT
+        | KVM_IRQ_ROUTING_XEN_EVTCHN => 0,
+        unknown => return Err(AbiError::UnknownType(unknown)),
+    };
+    if entry.flags & !known_flags != 0 {
+        let flags = entry.flags;
+        return Err(AbiError::UnknownFlags { kind, flags });
+    }
+    // SAFETY: every member of both unions is made of integers alone, for which any initialized bytes are a value,
+    // and a reference to an entry is one to initialized bytes: it was made from a whole member, or by KVM.
+    let route = unsafe {
+        match kind {
+            KVM_IRQ_ROUTING_IRQCHIP => {
+                let kvm_irq_routing_irqchip { irqchip, pin } = entry.u.irqchip;
+                let chip = Chip(irqchip);
+                Route::Pin(ChipPin { chip, pin })
+            }
+            KVM_IRQ_ROUTING_MSI => {
+                let msi = entry.u.msi;
+                let has_devid = entry.flags & KVM_MSI_VALID_DEVID != 0;
+                Route::Msi(Msi {
+                    address: u64::from(msi.address_hi) << 32 | u64::from(msi.address_lo),
+                    data: msi.data,
+                    devid: has_devid.then_some(msi.__bindgen_anon_1.devid),
+                })
+            }
+            KVM_IRQ_ROUTING_S390_ADAPTER => {
+                let adapter = entry.u.adapter;
+                Route::S390Adapter(S390Adapter {
+                    ind_addr: adapter.ind_addr,
+                    summary_addr: adapter.summary_addr,
+                    ind_offset: adapter.ind_offset,
+                    summary_offset: adapter.summary_offset,
+                    adapter_id: adapter.adapter_id,
+                })
+            }
+            KVM_IRQ_ROUTING_HV_SINT => {
+                let kvm_irq_routing_hv_sint { vcpu, sint } = entry.u.hv_sint;
+                Route::HvSint(HvSint { vcpu, sint })
+            }
+            _ => {
+                let evtchn = entry.u.xen_evtchn;
+                Route::XenEvtchn(XenEvtchn {
+                    port: evtchn.port,
+                    vcpu: evtchn.vcpu,
+                    priority: evtchn.priority,
+                })
+            }
+        }
+    };
+    Ok(Entry {
+        gsi: Gsi(entry.gsi),
+        route,
+    })
+}

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The ioctls: the capabilities of [`kvm_ioctls::VmFd`]. All of the crate's `unsafe` is here.
+
+#![allow(unsafe_code)]
+
+pub mod abi;
+
+use std::ffi::c_ulong;
+
+use kvm_bindings::{
+    KVM_CAP_HYPERV_SYNIC, KVM_CAP_IRQ_ROUTING, KVM_CAP_PIT2, KVM_CAP_SPLIT_IRQCHIP,
+    KVM_CAP_XEN_HVM, KVM_MSI_VALID_DEVID, KVM_PIT_SPEAKER_DUMMY, KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL,
+    KVMIO, KvmIrqRouting, kvm_enable_cap, kvm_irq_level, kvm_msi, kvm_pit_config,
+};
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
+
+use crate::gsi::Gsi;
+use crate::host::{AttachIrqfd, CreateIrqchip, Errno, SetGsiRouting, SetIrqLine, SignalMsi};
+use crate::irqchip::IrqchipKind;
+use crate::route::Msi;
+use crate::rules::{Rules, XEN_2LEVEL_PORTS};
+use crate::table::Table;
+
+// kvm-ioctls has KVM_IRQ_LINE, which keeps the status to itself.
+const KVM_IRQ_LINE_STATUS: c_ulong = ioctl_expr(
+    _IOC_READ | _IOC_WRITE,
+    KVMIO,
+    0x67,
+    size_of::<kvm_irq_level>() as u32,
+);
+
+const EPERM: i32 = 1;
+const ENOMEM: i32 = 12;
+
+impl CreateIrqchip for VmFd {
+    fn has_pit2(&self) -> bool {
+        self.check_extension_raw(c_ulong::from(KVM_CAP_PIT2)) > 0
+    }
+
+    fn has_split_irqchip(&self) -> bool {
+        self.check_extension_raw(c_ulong::from(KVM_CAP_SPLIT_IRQCHIP)) > 0
+    }
+
+    fn create_irqchip(&self) -> Result<(), Errno> {
+        self.create_irq_chip()
+    }
+
+    fn create_pit2(&self, speaker: bool) -> Result<(), Errno> {
+        let flags = if speaker { KVM_PIT_SPEAKER_DUMMY } else { 0 };
+        VmFd::create_pit2(
+            self,
+            kvm_pit_config {
+                flags,
+                ..Default::default()
+            },
+        )
+    }
+
+    fn create_split_irqchip(&self, pins: u32) -> Result<(), Errno> {
+        self.enable_cap(&kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            args: [u64::from(pins), 0, 0, 0],
+            ..Default::default()
+        })
+    }
+}
+
+impl SetGsiRouting for VmFd {
+    fn rules(&self, irqchip: IrqchipKind) -> Rules {
+        let ask = |cap| self.check_extension_raw(c_ulong::from(cap));
+        // A capability below 0 is an error, and then there is none.
+        let limit = u32::try_from(ask(KVM_CAP_IRQ_ROUTING)).unwrap_or(0);
+        let xen = ask(KVM_CAP_XEN_HVM);
+        let two_level = xen > 0 && xen as u32 & KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL != 0;
+        Rules {
+            hv_sint: ask(KVM_CAP_HYPERV_SYNIC) > 0,
+            xen_ports: if two_level { XEN_2LEVEL_PORTS } else { 0 },
+            ..Rules::new(irqchip, limit)
+        }
+    }
+
+    fn set_gsi_routing(&self, table: &Table) -> Result<(), Errno> {
+        // Refused above 4096 entries, which `Rules::limit` is not above on any kernel so far.
+        let mut routing = KvmIrqRouting::new(table.len()).map_err(|_| Errno::new(ENOMEM))?;
+        for (to, entry) in routing.as_mut_slice().iter_mut().zip(table.entries()) {
+            *to = abi::to_kvm(&entry);
+        }
+        VmFd::set_gsi_routing(self, &routing)
+    }
+}
+
+impl AttachIrqfd for VmFd {
+    fn attach_irqfd(
+        &self,
+        fd: &EventFd,
+        resample: Option<&EventFd>,
+        gsi: Gsi,
+    ) -> Result<(), Errno> {
+        match resample {
+            None => self.register_irqfd(fd, gsi.0),
+            Some(resample) => self.register_irqfd_with_resample(fd, resample, gsi.0),
+        }
+    }
+
+    fn detach_irqfd(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Errno> {
+        self.unregister_irqfd(fd, gsi.0)
+    }
+}
+
+impl SetIrqLine for VmFd {
+    fn set_irq_line(&self, gsi: Gsi, level: bool) -> Result<i32, Errno> {
+        let mut line = kvm_irq_level {
+            level: u32::from(level),
+            ..Default::default()
+        };
+        line.__bindgen_anon_1.irq = gsi.0;
+        // SAFETY: `self` is a VM's descriptor, and KVM reads and writes one `kvm_irq_level`, which `line` is.
+        let result = unsafe { ioctl_with_mut_ref(self, KVM_IRQ_LINE_STATUS, &mut line) };
+        if result < 0 {
+            return Err(Errno::last());
+        }
+        // SAFETY: both members of the union are 32-bit integers, and it was initialized above.
+        Ok(unsafe { line.__bindgen_anon_1.status })
+    }
+}
+
+impl SignalMsi for VmFd {
+    fn signal_msi(&self, msi: Msi) -> Result<i32, Errno> {
+        let (flags, devid) = match msi.devid {
+            Some(devid) => (KVM_MSI_VALID_DEVID, devid),
+            None => (0, 0),
+        };
+        let result = VmFd::signal_msi(
+            self,
+            kvm_msi {
+                address_lo: msi.address as u32,
+                address_hi: (msi.address >> 32) as u32,
+                data: msi.data,
+                flags,
+                devid,
+                ..Default::default()
+            },
+        );
+        match result {
+            // KVM's count for "no vCPU has that id" is -1, which leaves the system call as this errno.
+            Err(errno) if errno.errno() == EPERM => Ok(-1),
+            other => other,
+        }
+    }
+}

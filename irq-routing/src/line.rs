@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Raising an interrupt by a call instead of an eventfd: the level of a line (`KVM_IRQ_LINE_STATUS`), and a
+//! message without a route (`KVM_SIGNAL_MSI`). Both say whether anyone took it.
+
+#![forbid(unsafe_code)]
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::error::Error;
+use crate::host::{SetGsiRouting, SetIrqLine, SignalMsi};
+use crate::irqchip::IrqchipKind;
+use crate::route::Msi;
+use crate::routing::{GsiHandle, Routing};
+
+/// What became of an interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// It was delivered.
+    Delivered {
+        /// How many took it: vCPUs, or chips where a line is wired to several.
+        to: u32,
+    },
+    /// It merged with one that is still pending there.
+    Coalesced,
+    /// No one took it: masked at the pin, no route, no such vCPU, or that one's APIC is disabled.
+    Masked,
+}
+
+impl Arrival {
+    fn of_line(status: i32) -> Self {
+        match u32::try_from(status) {
+            Ok(0) => Arrival::Coalesced,
+            Ok(to) => Arrival::Delivered { to },
+            Err(_) => Arrival::Masked,
+        }
+    }
+
+    // A message is never merged in KVM's count: 0 says that the guest does not listen.
+    fn of_msi(status: i32) -> Self {
+        match u32::try_from(status) {
+            Ok(to) if to > 0 => Arrival::Delivered { to },
+            _ => Arrival::Masked,
+        }
+    }
+}
+
+impl<H: SetGsiRouting + SetIrqLine + Clone> Routing<H> {
+    /// A line to a GSI, low. Asks nothing of the kernel unless the GSI's route must first be committed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoIrqchip`]; as [`Change::commit`](crate::Change::commit) where a route was deferred.
+    pub fn line(&self, gsi: &GsiHandle) -> Result<Line<H>, Error> {
+        self.settle(gsi)?;
+        Ok(Line {
+            routing: self.clone(),
+            gsi: gsi.clone(),
+            high: Mutex::new(false),
+        })
+    }
+}
+
+impl<H: SignalMsi> Routing<H> {
+    /// Sends a message that needs no route and no GSI: one ioctl, no grace period. For what happens rarely; an
+    /// irqfd on a routed GSI is cheaper for what happens often.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoIrqchip`], [`Error::SignalMsi`].
+    pub fn signal_msi(&self, msi: Msi) -> Result<Arrival, Error> {
+        if self.irqchip() == IrqchipKind::None {
+            return Err(Error::NoIrqchip);
+        }
+        let status = self.host().signal_msi(msi);
+        let status = status.map_err(|source| Error::SignalMsi { msi, source })?;
+        Ok(Arrival::of_msi(status))
+    }
+}
+
+/// A line to a GSI, set by calls. Dropped while high, it is lowered.
+///
+/// All lines of one GSI are one input for KVM (`KVM_USERSPACE_IRQ_SOURCE_ID`): the last call decides. Sources
+/// that are ORed on one line are planned.
+#[derive(Debug)]
+pub struct Line<H: SetIrqLine> {
+    routing: Routing<H>,
+    gsi: GsiHandle,
+    // Held across the ioctl, so that what it says is what KVM was told last.
+    high: Mutex<bool>,
+}
+
+impl<H: SetIrqLine> Line<H> {
+    /// Sets the level. A high level-triggered pin interrupts again after each acknowledgement until it is low.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Line`].
+    pub fn set(&self, level: bool) -> Result<Arrival, Error> {
+        self.put(&mut self.high(), level)
+    }
+
+    /// Raises and lowers: one edge. Of an edge-triggered pin the interrupt stays; a level-triggered one may not
+    /// have seen it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Line`]; if lowering failed, the line is high.
+    pub fn pulse(&self) -> Result<Arrival, Error> {
+        let mut high = self.high();
+        let arrival = self.put(&mut high, true)?;
+        self.put(&mut high, false)?;
+        Ok(arrival)
+    }
+
+    /// The GSI.
+    pub fn gsi(&self) -> &GsiHandle {
+        &self.gsi
+    }
+
+    fn put(&self, high: &mut bool, level: bool) -> Result<Arrival, Error> {
+        let gsi = self.gsi.gsi();
+        let status = self.routing.host().set_irq_line(gsi, level);
+        let status = status.map_err(|source| Error::Line { gsi, level, source })?;
+        *high = level;
+        Ok(Arrival::of_line(status))
+    }
+
+    fn high(&self) -> MutexGuard<'_, bool> {
+        self.high.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<H: SetIrqLine> Drop for Line<H> {
+    fn drop(&mut self) {
+        let mut high = self.high();
+        if *high {
+            // KVM has no reason to refuse a level that it took before; there is no one to tell if it did.
+            let _ = self.put(&mut high, false);
+        }
+    }
+}
