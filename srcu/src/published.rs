@@ -19,7 +19,7 @@ struct Node<T> {
 /// What every reader loads, apart from what writers write often.
 #[repr(align(128))]
 struct Head<T> {
-    /// The current table; kept alive by `Shared::writer`.
+    /// The current table; kept alive by `Shared::table`.
     current: AtomicPtr<Node<T>>,
     /// The generation of the current table, for those who only want to know whether it changed.
     generation: AtomicU64,
@@ -28,9 +28,11 @@ struct Head<T> {
 struct Shared<T: Send + Sync + 'static> {
     head: Head<T>,
     domain: Arc<Domain>,
-    /// Writers are serialised by this lock, which also holds the current table's reference. Taken before the
-    /// domain's, never after it.
-    writer: Mutex<Arc<Node<T>>>,
+    /// Serialises writers; held while a caller's closure runs. Taken before the two other locks, never after them.
+    writers: Mutex<()>,
+    /// The current table's reference. Held for a clone or a replacement only, so that [`Published::load`] does not
+    /// wait for a writer that is at work.
+    table: Mutex<Arc<Node<T>>>,
 }
 
 /// A table that many threads read without locks and that is replaced as a whole: the writers' side.
@@ -79,7 +81,8 @@ impl<T: Send + Sync + 'static> Published<T> {
                     generation: AtomicU64::new(0),
                 },
                 domain: Arc::new(Domain::new()),
-                writer: Mutex::new(node),
+                writers: Mutex::new(()),
+                table: Mutex::new(node),
             }),
         }
     }
@@ -106,14 +109,15 @@ impl<T: Send + Sync + 'static> Published<T> {
     /// Replaces the table by what `f` makes of the current one, no other writer coming in between. If `f` fails (or
     /// panics), nothing has changed.
     ///
-    /// `f` runs with the writers' lock held: it may use readers, but a `publish`, `update` or `load` of the same table
-    /// in it deadlocks.
+    /// `f` runs with the writers' lock held: it may use readers and `load`, but a `publish` or `update` of the same
+    /// table in it deadlocks.
     ///
     /// # Errors
     /// What `f` returns.
     pub fn update<R, E>(&self, f: impl FnOnce(&T) -> Result<(T, R), E>) -> Result<(R, Grace), E> {
         let shared = &*self.shared;
-        let mut current = lock(&shared.writer);
+        let writing = lock(&shared.writers);
+        let current = Arc::clone(&lock(&shared.table));
         let (value, result) = f(&current.value)?;
         let generation = current.generation.wrapping_add(1);
         let next = Arc::new(Node { generation, value });
@@ -125,11 +129,12 @@ impl<T: Send + Sync + 'static> Published<T> {
         // After the pointer, with Release (pairs with the Acquire of `generation`): who reads this number and then
         // enters finds this table or a later one.
         shared.head.generation.store(generation, Ordering::Release);
-        let old = std::mem::replace(&mut *current, next);
+        let old = std::mem::replace(&mut *lock(&shared.table), next);
         // The grace period begins inside the writers' lock and after the store, so an earlier publication's is over
         // whenever a later one's is; and what is ready is run outside it.
-        let retired = shared.domain.retire(Payload::Value(old));
         drop(current);
+        let retired = shared.domain.retire(Payload::Value(old));
+        drop(writing);
         Ok((result, retired.run()))
     }
 
@@ -145,12 +150,10 @@ impl<T: Send + Sync + 'static> Published<T> {
         self.shared.head.generation()
     }
 
-    /// A counted reference to the current table. Takes the writers' lock, so it blocks while an
-    /// [`update`](Self::update) runs: for the control plane, not for every access.
+    /// A counted reference to the current table. Takes a lock that is held for the cloning of a reference only (not
+    /// while a writer is at work): for the control plane and for devices, not for every exit of a vCPU.
     pub fn load(&self) -> Snapshot<T> {
-        Snapshot {
-            node: Arc::clone(&lock(&self.shared.writer)),
-        }
+        self.shared.load()
     }
 }
 
@@ -158,6 +161,14 @@ impl<T> Head<T> {
     fn generation(&self) -> u64 {
         // Acquire: pairs with the Release of `update`.
         self.generation.load(Ordering::Acquire)
+    }
+}
+
+impl<T: Send + Sync + 'static> Shared<T> {
+    fn load(&self) -> Snapshot<T> {
+        Snapshot {
+            node: Arc::clone(&lock(&self.table)),
+        }
     }
 }
 
@@ -190,11 +201,9 @@ impl<T: Send + Sync + 'static> Reader<T> {
         self.shared.head.generation()
     }
 
-    /// A counted reference to the current table, as [`Published::load`]: may block on a writer.
+    /// A counted reference to the current table, as [`Published::load`].
     pub fn load(&self) -> Snapshot<T> {
-        Snapshot {
-            node: Arc::clone(&lock(&self.shared.writer)),
-        }
+        self.shared.load()
     }
 }
 
