@@ -1,0 +1,478 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! All vCPUs of a VM under one hand: enrol, pause, resume, stop, request.
+//!
+//! ```text
+//!            enroll            run               pause
+//!   RunVcpu ───────► enrolled ─────► active ◄─────────────► parked
+//!                                      │      resume          │
+//!                                      └────────► gone ◄──────┘
+//!                                          halt, stop, death
+//! ```
+//!
+//! A pause is a counted barrier: it asks every member to look here, and sleeps on a condition
+//! variable until no member is active. A member is active from the moment when its thread passed
+//! this lock until it parks or leaves under the same lock, so there is nothing to poll. A thread
+//! that halts, fails or unwinds leaves through [`Member`]'s destructor, and one that was never
+//! started is not active; neither can leave a pause or a stop hanging.
+//!
+//! Lock order: `members`, then `state`. vCPU threads take `state` when they start, park, acknowledge
+//! and leave, and `members` when they leave; on the way from exit to entry they take none.
+
+use std::cell::Cell;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use crate::identity::{Identity, VcpuId};
+use crate::kick::Gate;
+use crate::mode::GuestMode;
+use crate::request::{Request, Requests};
+use crate::run::{ExitHandler, Halt, RunVcpu, Runner};
+use crate::sync::{AtomicU64, Condvar, Mutex, Ordering, lock, wait};
+
+thread_local! {
+    /// The set whose vCPU this thread is running, by address.
+    static RUNNING: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Why a set's control refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ControlError {
+    /// The caller is a vCPU thread of this very set: it would wait for itself.
+    #[error("a vCPU thread cannot wait for its own VM; use the begin_… form or another thread")]
+    OnVcpuThread,
+    /// No vCPU of this number is enrolled.
+    #[error("no vCPU {0} is enrolled")]
+    NoSuchVcpu(VcpuId),
+    /// A vCPU of this number is enrolled already.
+    #[error("vCPU {0} is enrolled already")]
+    AlreadyEnrolled(VcpuId),
+}
+
+/// What a vCPU thread is to do, by the control state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Run,
+    Park,
+    Stop,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Pauses that are held. The set runs at 0.
+    pauses: usize,
+    stopping: bool,
+    /// Threads that may enter the guest.
+    active: usize,
+    /// Threads inside `Runner::run`, active or parked.
+    started: usize,
+    /// Incremented by each who waits for acknowledgements.
+    epoch: u64,
+}
+
+impl State {
+    fn verdict(&self) -> Verdict {
+        match (self.stopping, self.pauses) {
+            (true, _) => Verdict::Stop,
+            (false, 0) => Verdict::Run,
+            (false, _) => Verdict::Park,
+        }
+    }
+}
+
+/// One vCPU as the set knows it.
+struct Enrolled {
+    id: VcpuId,
+    gate: Gate,
+    /// The newest epoch acknowledged, or `u64::MAX` once the vCPU has left. Written under the state
+    /// lock, so Relaxed.
+    acknowledged: AtomicU64,
+}
+
+struct Control {
+    identity: Identity,
+    members: Mutex<Vec<Arc<Enrolled>>>,
+    state: Mutex<State>,
+    /// vCPU threads wait here for a pause to end.
+    resumed: Condvar,
+    /// The control plane waits here for vCPU threads.
+    changed: Condvar,
+}
+
+impl Control {
+    fn ask_all(&self, requests: Requests) {
+        for member in lock(&self.members).iter() {
+            member.gate.ask(requests);
+        }
+    }
+
+    fn resume(&self) {
+        let mut state = lock(&self.state);
+        state.pauses = state.pauses.saturating_sub(1);
+        if state.pauses == 0 {
+            self.resumed.notify_all();
+        }
+    }
+}
+
+/// The vCPUs of a VM: the handle that starts, pauses, resumes, stops and kicks them. Cheap to clone.
+///
+/// Every method may be called from any thread. Those that wait ([`VcpuSet::pause`],
+/// [`VcpuSet::stop`], [`VcpuSet::wait`], [`VcpuSet::request_all_and_wait`]) refuse on a vCPU thread
+/// of the same set. A wait is for handlers to return and no longer than that; it never sleeps for a
+/// time and never polls.
+#[derive(Clone)]
+pub struct VcpuSet {
+    control: Arc<Control>,
+}
+
+impl VcpuSet {
+    /// An empty set, running. `identity` is what its log lines begin with.
+    #[must_use]
+    pub fn new(identity: Identity) -> Self {
+        Self {
+            control: Arc::new(Control {
+                identity,
+                members: Mutex::new(Vec::new()),
+                state: Mutex::new(State::default()),
+                resumed: Condvar::new(),
+                changed: Condvar::new(),
+            }),
+        }
+    }
+
+    /// Takes a vCPU in. It runs once [`Runner::run`] is called on a thread of the consumer's; at any
+    /// time, before or after others run, while the set is paused (then it parks first) or stopped
+    /// (then it returns at once).
+    ///
+    /// # Errors
+    /// [`ControlError::AlreadyEnrolled`].
+    pub fn enroll<V: RunVcpu>(&self, vcpu: V) -> Result<Runner<V>, ControlError> {
+        let id = vcpu.id();
+        let mut members = lock(&self.control.members);
+        if members.iter().any(|member| member.id == id) {
+            return Err(ControlError::AlreadyEnrolled(id));
+        }
+        let enrolled = Arc::new(Enrolled {
+            id,
+            gate: Gate::new(vcpu.doorbell()),
+            acknowledged: AtomicU64::new(0),
+        });
+        members.push(enrolled.clone());
+        drop(members);
+        let identity = self.control.identity.vcpu(id);
+        let control = self.control.clone();
+        Ok(Runner::new(
+            vcpu,
+            Member {
+                control,
+                enrolled,
+                identity,
+                started: false,
+            },
+        ))
+    }
+
+    /// Enrols a vCPU and runs it on a new thread named `name`: the spawner for those who need no
+    /// other (no affinity, cgroup or seccomp of its own).
+    ///
+    /// # Errors
+    /// `AlreadyExists` as [`VcpuSet::enroll`], or what the system says about a new thread; the vCPU
+    /// has then left the set again.
+    #[allow(clippy::type_complexity)]
+    pub fn spawn<V, H>(
+        &self,
+        name: &str,
+        vcpu: V,
+        handler: H,
+    ) -> io::Result<JoinHandle<Halt<V, H, H::Stop>>>
+    where
+        V: RunVcpu + 'static,
+        H: ExitHandler<V::Fd> + Send + 'static,
+        H::Stop: Send + 'static,
+    {
+        let runner = self
+            .enroll(vcpu)
+            .map_err(|e| io::Error::new(io::ErrorKind::AlreadyExists, e))?;
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || {
+                let Err(halt) = runner.run(handler);
+                halt
+            })
+    }
+
+    /// Brings every vCPU out of the guest and keeps it out until the [`Pause`] is dropped. Returns
+    /// when no vCPU runs guest code: each has completed the access it was at and told kvm-clock
+    /// (`KVM_KVMCLOCK_CTRL`), or has left. Pauses nest: the VM runs when none is held.
+    ///
+    /// Blocks for the handlers that are at work.
+    ///
+    /// # Errors
+    /// [`ControlError::OnVcpuThread`].
+    pub fn pause(&self) -> Result<Pause, ControlError> {
+        self.not_on_vcpu_thread()?;
+        let pause = self.begin_pause();
+        let mut state = lock(&self.control.state);
+        while state.active > 0 {
+            state = wait(&self.control.changed, state);
+        }
+        drop(state);
+        Ok(pause)
+    }
+
+    /// As [`VcpuSet::pause`], but does not wait: vCPUs park as they come out. May be called by a
+    /// handler, whose own vCPU parks before it runs guest code again.
+    #[must_use = "the pause ends when it is dropped"]
+    pub fn begin_pause(&self) -> Pause {
+        lock(&self.control.state).pauses += 1;
+        let pause = Pause {
+            control: self.control.clone(),
+        };
+        self.control
+            .ask_all(Requests::default().with(Request::CONTROL));
+        pause
+    }
+
+    /// Halts every vCPU with [`HaltReason::Stopped`](crate::HaltReason::Stopped), paused ones
+    /// too, and waits until the last has left. For good: who is enrolled later halts at once.
+    ///
+    /// # Errors
+    /// [`ControlError::OnVcpuThread`].
+    pub fn stop(&self) -> Result<(), ControlError> {
+        self.not_on_vcpu_thread()?;
+        self.begin_stop();
+        self.wait()
+    }
+
+    /// As [`VcpuSet::stop`], but does not wait. May be called by a handler.
+    pub fn begin_stop(&self) {
+        let mut state = lock(&self.control.state);
+        state.stopping = true;
+        self.control.resumed.notify_all();
+        drop(state);
+        self.control
+            .ask_all(Requests::default().with(Request::CONTROL));
+    }
+
+    /// Waits until no vCPU of the set is inside [`Runner::run`], for whatever reason.
+    ///
+    /// # Errors
+    /// [`ControlError::OnVcpuThread`].
+    pub fn wait(&self) -> Result<(), ControlError> {
+        self.not_on_vcpu_thread()?;
+        let mut state = lock(&self.control.state);
+        while state.started > 0 {
+            state = wait(&self.control.changed, state);
+        }
+        Ok(())
+    }
+
+    /// `kvm_vcpu_kick`: makes a vCPU come out of the guest and go round once. Costs a signal only if
+    /// it is in the guest; a vCPU that waits for its start-up interrupt (SIPI) comes out too.
+    ///
+    /// # Errors
+    /// [`ControlError::NoSuchVcpu`].
+    pub fn kick(&self, id: VcpuId) -> Result<(), ControlError> {
+        self.ask_one(id, Request::KICK)
+    }
+
+    /// `kvm_make_request` and a kick: the vCPU's handler gets `request`
+    /// ([`ExitHandler::requests`]) before the vCPU runs guest code again. Made twice before it is
+    /// served, it is served once. What the caller wrote before is visible to the handler.
+    ///
+    /// # Errors
+    /// [`ControlError::NoSuchVcpu`].
+    pub fn request(&self, id: VcpuId, request: Request) -> Result<(), ControlError> {
+        self.ask_one(id, request)
+    }
+
+    /// [`VcpuSet::request`], of every vCPU.
+    pub fn request_all(&self, request: Request) {
+        self.control.ask_all(Requests::default().with(request));
+    }
+
+    /// `kvm_make_all_cpus_request` with `KVM_REQUEST_WAIT`: when it returns, no vCPU runs guest code
+    /// that has not served `request`. A vCPU that was in the guest has served it; one that was
+    /// outside (in a handler, parked, not started) serves it before it goes in.
+    ///
+    /// Blocks until those in the guest have come out and served it.
+    ///
+    /// # Errors
+    /// [`ControlError::OnVcpuThread`].
+    pub fn request_all_and_wait(&self, request: Request) -> Result<(), ControlError> {
+        self.not_on_vcpu_thread()?;
+        let mut state = lock(&self.control.state);
+        state.epoch += 1;
+        let epoch = state.epoch;
+        drop(state);
+        let both = Requests::default().with(request).with(Request::ACKNOWLEDGE);
+        let waited_for: Vec<_> = lock(&self.control.members)
+            .iter()
+            .filter(|member| member.gate.ask(both) != GuestMode::OutsideGuestMode)
+            .cloned()
+            .collect();
+        let mut state = lock(&self.control.state);
+        while waited_for
+            .iter()
+            .any(|m| m.acknowledged.load(Ordering::Relaxed) < epoch)
+        {
+            state = wait(&self.control.changed, state);
+        }
+        Ok(())
+    }
+
+    /// The mode of a vCPU at some moment of this call (`vcpu->mode`); a hint, as it changes.
+    ///
+    /// # Errors
+    /// [`ControlError::NoSuchVcpu`].
+    pub fn mode(&self, id: VcpuId) -> Result<GuestMode, ControlError> {
+        self.find(id).map(|member| member.gate.mode())
+    }
+
+    /// The numbers of those enrolled, in the order in which they came (`kvm_for_each_vcpu`).
+    #[must_use]
+    pub fn ids(&self) -> Vec<VcpuId> {
+        lock(&self.control.members)
+            .iter()
+            .map(|member| member.id)
+            .collect()
+    }
+
+    /// How many vCPU threads may enter the guest now; 0 while a pause holds.
+    #[must_use]
+    pub fn active(&self) -> usize {
+        lock(&self.control.state).active
+    }
+
+    fn ask_one(&self, id: VcpuId, request: Request) -> Result<(), ControlError> {
+        self.find(id)?.gate.ask(Requests::default().with(request));
+        Ok(())
+    }
+
+    fn find(&self, id: VcpuId) -> Result<Arc<Enrolled>, ControlError> {
+        let members = lock(&self.control.members);
+        let found = members.iter().find(|member| member.id == id);
+        found.cloned().ok_or(ControlError::NoSuchVcpu(id))
+    }
+
+    fn not_on_vcpu_thread(&self) -> Result<(), ControlError> {
+        if RUNNING.get() == Arc::as_ptr(&self.control).addr() {
+            return Err(ControlError::OnVcpuThread);
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for VcpuSet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let state = lock(&self.control.state);
+        f.debug_struct("VcpuSet")
+            .field("identity", &self.control.identity)
+            .field("state", &*state)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A pause that holds. Dropped, it ends, and with the last one the vCPUs run on.
+#[must_use = "the pause ends when it is dropped"]
+pub struct Pause {
+    control: Arc<Control>,
+}
+
+impl Pause {
+    /// Ends the pause: the same as dropping it, as a word. Does not wait for vCPUs to be in the guest.
+    pub fn resume(self) {}
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        self.control.resume();
+    }
+}
+
+impl std::fmt::Debug for Pause {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Pause of {}", self.control.identity)
+    }
+}
+
+/// A vCPU's place in its set; leaves it when dropped.
+pub(crate) struct Member {
+    control: Arc<Control>,
+    enrolled: Arc<Enrolled>,
+    identity: Identity,
+    /// Counted in `State::started` and `State::active`.
+    started: bool,
+}
+
+impl Member {
+    pub(crate) fn gate(&self) -> &Gate {
+        &self.enrolled.gate
+    }
+
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// The thread begins: active at once, or when the pause that holds is over.
+    pub(crate) fn start(&mut self) -> Verdict {
+        RUNNING.set(Arc::as_ptr(&self.control).addr());
+        let mut state = lock(&self.control.state);
+        state.started += 1;
+        self.started = true;
+        while state.verdict() == Verdict::Park {
+            state = wait(&self.control.resumed, state);
+        }
+        state.active += 1;
+        state.verdict()
+    }
+
+    pub(crate) fn verdict(&self) -> Verdict {
+        lock(&self.control.state).verdict()
+    }
+
+    /// Is not active until no pause holds. Never returns [`Verdict::Park`].
+    pub(crate) fn park(&self) -> Verdict {
+        let mut state = lock(&self.control.state);
+        if state.verdict() == Verdict::Park {
+            state.active -= 1;
+            if state.active == 0 {
+                self.control.changed.notify_all();
+            }
+            while state.verdict() == Verdict::Park {
+                state = wait(&self.control.resumed, state);
+            }
+            state.active += 1;
+        }
+        state.verdict()
+    }
+
+    /// Requests were served, outside the guest.
+    pub(crate) fn acknowledge(&self) {
+        let state = lock(&self.control.state);
+        self.enrolled
+            .acknowledged
+            .store(state.epoch, Ordering::Relaxed);
+        self.control.changed.notify_all();
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        lock(&self.control.members).retain(|member| !Arc::ptr_eq(member, &self.enrolled));
+        let mut state = lock(&self.control.state);
+        self.enrolled
+            .acknowledged
+            .store(u64::MAX, Ordering::Relaxed);
+        if self.started {
+            state.active -= 1;
+            state.started -= 1;
+            RUNNING.set(0);
+        }
+        // One who waits for this vCPU's acknowledgement, or for the last to leave, must look again.
+        self.control.changed.notify_all();
+    }
+}

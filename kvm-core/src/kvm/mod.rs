@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The edge to the kernel: all ioctls, and all `unsafe`, of this crate.
+
+mod mapping;
+mod signal;
+mod system;
+mod vcpu;
+mod vm;
+
+pub use signal::{KickSignal, KickSignalError};
+pub use system::{Kvm, OpenError};
+pub use vcpu::Vcpu;
+pub use vm::{Error, Vm, VmSetup};

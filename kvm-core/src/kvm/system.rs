@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `/dev/kvm`: opened, checked, and asked what the host can do.
+
+use std::ffi::CString;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+#[cfg(target_arch = "x86_64")]
+use kvm_bindings::CpuId;
+use vmm_sys_util::errno::Error as Errno;
+
+use super::vm::{Error, VmSetup};
+use crate::capability::{Capabilities, CheckExtension};
+
+/// The API version that every KVM since Linux 2.6.22 has (`KVM_GET_API_VERSION`).
+const API_VERSION: i32 = 12;
+const DEV_KVM: &str = "/dev/kvm";
+/// `KVM_CREATE_VM` fails with `EINTR` when a signal is pending; so often in a row is no accident.
+const INTERRUPTIONS: usize = 64;
+
+/// Why KVM cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The device could not be opened.
+    #[error("cannot open {}: {errno}: {}", path.display(), advice(*errno))]
+    Open {
+        /// What was opened.
+        path: PathBuf,
+        /// What the system said.
+        errno: Errno,
+    },
+    /// It opened, but is no KVM, or one of another age.
+    #[error("{} speaks KVM API version {found}, {API_VERSION} is needed: is it the KVM device?", path.display())]
+    ApiVersion {
+        /// What was opened.
+        path: PathBuf,
+        /// What it answered; negative when it is not KVM at all.
+        found: i32,
+    },
+}
+
+fn advice(errno: Errno) -> &'static str {
+    match errno.errno() {
+        libc::ENOENT => {
+            "the host offers no KVM here; load kvm_intel or kvm_amd (modprobe), switch virtualization on \
+             in the firmware or in the outer hypervisor (nested), and pass the device into a container"
+        }
+        libc::EACCES | libc::EPERM => {
+            "the device is there but not for this user; join its group (usually: sudo usermod -aG kvm $USER, \
+             then log in again)"
+        }
+        libc::ENXIO | libc::ENODEV => {
+            "the device node has no driver behind it; load kvm_intel or kvm_amd (modprobe)"
+        }
+        libc::EBUSY => "another hypervisor has the processor's virtualization in use",
+        libc::EMFILE | libc::ENFILE => "too many files are open; raise the limit (ulimit -n)",
+        _ => "see dmesg for what KVM has to say",
+    }
+}
+
+/// An open KVM device. Its ioctls may be called from any thread.
+#[derive(Debug)]
+pub struct Kvm {
+    fd: kvm_ioctls::Kvm,
+}
+
+impl Kvm {
+    /// Opens `/dev/kvm`.
+    ///
+    /// # Errors
+    /// [`OpenError`], which says what to do.
+    pub fn open() -> Result<Self, OpenError> {
+        Self::open_at(DEV_KVM)
+    }
+
+    /// Opens the KVM device at `path`.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open_at(path: impl AsRef<Path>) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        let open = |errno| OpenError::Open {
+            path: path.to_owned(),
+            errno,
+        };
+        let c_path = CString::new(path.as_os_str().as_bytes())
+            .map_err(|_| open(Errno::new(libc::EINVAL)))?;
+        let fd = kvm_ioctls::Kvm::new_with_path(&c_path).map_err(open)?;
+        Self::check(fd, path)
+    }
+
+    /// Takes a KVM device that somebody else opened (a privileged parent, for example).
+    ///
+    /// # Errors
+    /// [`OpenError::ApiVersion`] if it is none.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, OpenError> {
+        // SAFETY: an open fd that we own. If it is not KVM's, its ioctls fail; `check` asks the first.
+        let fd = unsafe { kvm_ioctls::Kvm::from_raw_fd(fd.into_raw_fd()) };
+        Self::check(fd, Path::new("the file descriptor given"))
+    }
+
+    fn check(fd: kvm_ioctls::Kvm, path: &Path) -> Result<Self, OpenError> {
+        match fd.get_api_version() {
+            API_VERSION => Ok(Self { fd }),
+            found => Err(OpenError::ApiVersion {
+                path: path.to_owned(),
+                found,
+            }),
+        }
+    }
+
+    /// The raw device, for what this crate does not wrap.
+    #[must_use]
+    pub const fn fd(&self) -> &kvm_ioctls::Kvm {
+        &self.fd
+    }
+
+    /// What the host can do; each capability is asked for once, when first wanted.
+    #[must_use]
+    pub fn capabilities(&self) -> Capabilities<&kvm_ioctls::Kvm> {
+        Capabilities::new(&self.fd)
+    }
+
+    /// `KVM_GET_SUPPORTED_CPUID`: the CPUID leaves that this host's KVM can give a guest.
+    ///
+    /// # Errors
+    /// The errno of the ioctl.
+    #[cfg(target_arch = "x86_64")]
+    pub fn supported_cpuid(&self) -> Result<CpuId, Error> {
+        self.fd
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(|errno| Error::SupportedCpuid { errno })
+    }
+
+    /// `KVM_CREATE_VM`: a VM in its set-up stage.
+    ///
+    /// # Errors
+    /// The errno of the ioctl; nothing is left behind.
+    pub fn create_vm(&self) -> Result<VmSetup, Error> {
+        for _ in 0..INTERRUPTIONS {
+            match self.fd.create_vm() {
+                Ok(fd) => return Ok(VmSetup::new(fd)),
+                Err(errno) if errno.errno() == libc::EINTR => {}
+                Err(errno) => return Err(Error::CreateVm { errno }),
+            }
+        }
+        Err(Error::CreateVm {
+            errno: Errno::new(libc::EINTR),
+        })
+    }
+}
+
+impl CheckExtension for kvm_ioctls::Kvm {
+    fn check_extension(&self, capability: u32) -> i32 {
+        self.check_extension_raw(capability.into())
+    }
+}
+
+impl CheckExtension for kvm_ioctls::VmFd {
+    fn check_extension(&self, capability: u32) -> i32 {
+        self.check_extension_raw(capability.into())
+    }
+}

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A VM: first in set-up, where other crates add what must come before the first vCPU; then whole.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, OnceLock};
+
+use kvm_ioctls::VmFd;
+use vm_memory::GuestAddress;
+use vmm_sys_util::errno::Error as Errno;
+
+use super::mapping::RunMapping;
+use super::signal::{KickSignal, KickSignalError};
+use super::vcpu::Vcpu;
+use crate::capability::Capabilities;
+use crate::identity::{Identity, VcpuId};
+
+/// Why KVM refused something about a VM. Each says which call it was, and the errno.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// `KVM_CREATE_VM`.
+    #[error("KVM creates no VM: {errno}")]
+    CreateVm {
+        /// What KVM said.
+        errno: Errno,
+    },
+    /// `KVM_GET_SUPPORTED_CPUID`.
+    #[error("KVM does not tell the CPUID that it supports: {errno}")]
+    SupportedCpuid {
+        /// What KVM said.
+        errno: Errno,
+    },
+    /// `KVM_SET_TSS_ADDR`.
+    #[error("KVM refuses {:#x} for its three TSS pages (they must lie below 4 GiB): {errno}", address.0)]
+    TssAddress {
+        /// The address asked for.
+        address: GuestAddress,
+        /// What KVM said.
+        errno: Errno,
+    },
+    /// `KVM_SET_IDENTITY_MAP_ADDR`.
+    #[error("KVM refuses {:#x} for its identity map page: {errno}", address.0)]
+    IdentityMapAddress {
+        /// The address asked for.
+        address: GuestAddress,
+        /// What KVM said.
+        errno: Errno,
+    },
+    /// `KVM_CREATE_VCPU`.
+    #[error("KVM creates no vCPU {id}: {errno}{}", match errno.errno() {
+        libc::EEXIST => " (the VM has one of this number)",
+        libc::EINVAL => " (beyond the host's highest vCPU number, or its limit of vCPUs)",
+        _ => "",
+    })]
+    CreateVcpu {
+        /// The number asked for.
+        id: VcpuId,
+        /// What KVM said.
+        errno: Errno,
+    },
+    /// `mmap` of a vCPU's `kvm_run`.
+    #[error("the kvm_run of vCPU {id} cannot be mapped: {errno}")]
+    MapRun {
+        /// The vCPU.
+        id: VcpuId,
+        /// What the system said.
+        errno: Errno,
+    },
+    /// The kick signal.
+    #[error(transparent)]
+    KickSignal(#[from] KickSignalError),
+    /// An ioctl of a vCPU that sets it up.
+    #[error("{ioctl} of vCPU {id} failed: {errno}")]
+    VcpuSetup {
+        /// The vCPU.
+        id: VcpuId,
+        /// The ioctl's name.
+        ioctl: &'static str,
+        /// What KVM said.
+        errno: Errno,
+    },
+}
+
+/// A VM before its first vCPU.
+///
+/// What cannot come later is added here, by this crate's methods or by others through
+/// [`VmSetup::fd`]: the kind of interrupt controller, the size of the dirty ring, disabled exits, the
+/// TSS pages. And what should come early for speed: memory slots before anything that registers on
+/// KVM's I/O buses (an in-kernel irqchip, ioeventfds), or creating them waits for a grace period.
+#[derive(Debug)]
+pub struct VmSetup {
+    fd: Arc<VmFd>,
+    name: Option<Arc<str>>,
+    kick_signal: Option<KickSignal>,
+}
+
+impl VmSetup {
+    pub(super) fn new(fd: VmFd) -> Self {
+        Self {
+            fd: Arc::new(fd),
+            name: None,
+            kick_signal: None,
+        }
+    }
+
+    /// The VM's file descriptor, for other crates' contributions.
+    #[must_use]
+    pub const fn fd(&self) -> &Arc<VmFd> {
+        &self.fd
+    }
+
+    /// What this VM can do, which may be less than what the host can.
+    #[must_use]
+    pub fn capabilities(&self) -> Capabilities<&VmFd> {
+        Capabilities::new(&self.fd)
+    }
+
+    /// Names the VM, for its log lines. Without it its name is that of its file descriptor.
+    #[must_use]
+    pub fn named(mut self, name: impl Into<Arc<str>>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Chooses the kick signal. Without it it is `SIGRTMIN`.
+    #[must_use]
+    pub const fn kick_signal(mut self, signal: KickSignal) -> Self {
+        self.kick_signal = Some(signal);
+        self
+    }
+
+    /// `KVM_SET_TSS_ADDR`: three pages below 4 GiB, in no memory slot and no device, that Intel hosts
+    /// need to run real mode. Others ignore it.
+    ///
+    /// # Errors
+    /// [`Error::TssAddress`].
+    #[cfg(target_arch = "x86_64")]
+    pub fn set_tss_address(&self, address: GuestAddress) -> Result<(), Error> {
+        usize::try_from(address.0)
+            .map_err(|_| Errno::new(libc::EINVAL))
+            .and_then(|offset| self.fd.set_tss_address(offset))
+            .map_err(|errno| Error::TssAddress { address, errno })
+    }
+
+    /// `KVM_SET_IDENTITY_MAP_ADDR`: one page of the same kind; 0xfffbc000 where it is not set.
+    ///
+    /// # Errors
+    /// [`Error::IdentityMapAddress`].
+    #[cfg(target_arch = "x86_64")]
+    pub fn set_identity_map_address(&self, address: GuestAddress) -> Result<(), Error> {
+        self.fd
+            .set_identity_map_address(address.0)
+            .map_err(|errno| Error::IdentityMapAddress { address, errno })
+    }
+
+    /// Ends the set-up. No system call.
+    #[must_use]
+    pub fn finish(self) -> Vm {
+        let name = self
+            .name
+            .unwrap_or_else(|| format!("fd{}", self.fd.as_raw_fd()).into());
+        let signal = OnceLock::new();
+        if let Some(chosen) = self.kick_signal {
+            // A new cell takes its first value.
+            let _ = signal.set(chosen);
+        }
+        Vm {
+            fd: self.fd,
+            identity: Identity::vm(name),
+            signal,
+        }
+    }
+}
+
+/// A VM (`struct kvm`). It lives for as long as this, its vCPUs or another holder of
+/// [`Vm::fd`] does.
+#[derive(Debug)]
+pub struct Vm {
+    fd: Arc<VmFd>,
+    identity: Identity,
+    signal: OnceLock<KickSignal>,
+}
+
+impl Vm {
+    /// The VM's file descriptor.
+    #[must_use]
+    pub const fn fd(&self) -> &Arc<VmFd> {
+        &self.fd
+    }
+
+    /// Who its log lines are about.
+    #[must_use]
+    pub const fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// `KVM_CREATE_VCPU`, and its `kvm_run` mapped. At any time, while others run too.
+    ///
+    /// # Errors
+    /// [`Error::CreateVcpu`], [`Error::MapRun`], [`Error::KickSignal`]. KVM has no call that removes a
+    /// vCPU: after a failure behind its creation the number stays taken in this VM.
+    pub fn create_vcpu(&self, id: VcpuId) -> Result<Vcpu, Error> {
+        let signal = match self.signal.get() {
+            Some(signal) => *signal,
+            None => {
+                let signal = KickSignal::first_real_time()?;
+                *self.signal.get_or_init(|| signal)
+            }
+        };
+        let fd = self
+            .fd
+            .create_vcpu(u64::from(id.0))
+            .map_err(|errno| Error::CreateVcpu { id, errno })?;
+        // SAFETY: `fd` is open for as long as this borrow, which ends in this call.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+        let run = RunMapping::new(borrowed, self.fd.run_size())
+            .map_err(|errno| Error::MapRun { id, errno })?;
+        Ok(Vcpu::new(id, fd, Arc::new(run), signal))
+    }
+}

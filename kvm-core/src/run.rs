@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The run loop: enter, come out, decode, hand on, again; it comes back only to halt.
+//!
+//! ```text
+//!        ┌──────────────────────────────────────────────────────────────┐
+//!        ▼                                                              │
+//!   requests? ──yes──► control: park or stop ─► consumer's requests ────┤
+//!        │no                                                            │
+//!        ▼                                                              │
+//!   before_entry ─► KVM_RUN ─► EINTR, EAGAIN ───────────────────────────┤
+//!                      │                                                │
+//!                      ├─► fatal exit, errno ─► Halt                    │
+//!                      └─► any other exit ─► handler.exit ─► Continue ──┘
+//!                                                 └─► Stop(value) ─► Halt
+//! ```
+//!
+//! The loop is generic over [`RunVcpu`], the four calls that it makes: a KVM vCPU is one
+//! implementation, the scripted one of `fake` (feature `test-utilities`) another.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::sync::Arc;
+
+use vmm_sys_util::errno::Error as Errno;
+
+use crate::control::{Member, Verdict};
+use crate::exit::{DecodeError, Exit, InternalError, forget};
+use crate::identity::VcpuId;
+use crate::kick::Doorbell;
+use crate::request::{Request, Requests};
+
+const EINTR: i32 = 4;
+const EAGAIN: i32 = 11;
+const EFAULT: i32 = 14;
+const EINVAL: i32 = 22;
+const EHWPOISON: i32 = 133;
+
+/// What the run loop asks of a vCPU.
+///
+/// # Contract
+/// - All calls but [`RunVcpu::doorbell`] come from one thread, the one that called [`Runner::run`].
+/// - [`RunVcpu::run`] returns `EINTR` without running guest code while the doorbell's
+///   `immediate_exit` is set (having completed a pending access), and when the doorbell rings.
+pub trait RunVcpu: Send {
+    /// What a handler may use of the vCPU besides its exit: registers and the like.
+    type Fd: ?Sized;
+
+    /// The vCPU's number in its VM.
+    fn id(&self) -> VcpuId;
+
+    /// The kicker's side. The same for the vCPU's whole life.
+    fn doorbell(&self) -> Arc<dyn Doorbell>;
+
+    /// The thread that calls this is the vCPU's from now on: the doorbell rings there.
+    ///
+    /// # Errors
+    /// The errno of what failed; the vCPU halts with [`HaltReason::StartFailed`].
+    fn attach(&mut self) -> Result<(), Errno>;
+
+    /// `KVM_RUN`. Blocks until the guest exits.
+    ///
+    /// # Errors
+    /// The errno of the ioctl.
+    fn run(&mut self) -> Result<(), Errno>;
+
+    /// The exit area of `kvm_run` (see [`Exit::decode`]), and beside it what handlers may use.
+    fn exit_area(&mut self) -> (&mut [u8], &Self::Fd);
+
+    /// `KVM_KVMCLOCK_CTRL`: the guest is being paused and must not take the gap for a hang.
+    ///
+    /// # Errors
+    /// The errno of the ioctl; `EINVAL` is that of a guest without kvm-clock.
+    fn kvmclock_ctrl(&mut self) -> Result<(), Errno>;
+}
+
+/// What a handler wants next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Flow<S> {
+    /// Run on.
+    Continue,
+    /// Halt this vCPU with a value of the consumer's.
+    Stop(S),
+}
+
+/// The vCPU as its handler sees it.
+#[derive(Debug)]
+pub struct VcpuView<'a, F: ?Sized> {
+    id: VcpuId,
+    fd: &'a F,
+}
+
+impl<'a, F: ?Sized> VcpuView<'a, F> {
+    /// The vCPU's number.
+    #[must_use]
+    pub const fn id(&self) -> VcpuId {
+        self.id
+    }
+
+    /// The vCPU itself, for its registers and the like: `kvm_ioctls::VcpuFd` with KVM. In an access
+    /// exit its registers are those before the access ([`Exit::is_access`]).
+    #[must_use]
+    pub const fn fd(&self) -> &'a F {
+        self.fd
+    }
+}
+
+/// What a consumer does with exits. On the vCPU's own thread, outside the guest.
+///
+/// A closure `FnMut(&VcpuView<F>, Exit) -> Flow<S>` is a handler.
+///
+/// # Contract
+/// A pause or stop of the VM waits for the handler to return. So a handler never waits for something
+/// that only comes once the VM is paused or stopped, and never calls the blocking calls of its own
+/// [`VcpuSet`](crate::VcpuSet) (they refuse).
+pub trait ExitHandler<F: ?Sized> {
+    /// What a vCPU may be stopped with.
+    type Stop;
+
+    /// Serves an exit. Those that end a vCPU in any case ([`Exit::Shutdown`], [`Exit::FailEntry`],
+    /// [`Exit::InternalError`], [`Exit::Unknown`]) do not come here; they are [`HaltReason`]s.
+    fn exit(&mut self, vcpu: &VcpuView<'_, F>, exit: Exit<'_>) -> Flow<Self::Stop>;
+
+    /// Serves requests of the consumer's own, before the vCPU runs guest code again.
+    fn requests(&mut self, vcpu: &VcpuView<'_, F>, requests: Requests) -> Flow<Self::Stop> {
+        let _ = (vcpu, requests);
+        Flow::Continue
+    }
+
+    /// Called before each `KVM_RUN` that runs guest code (and at times before one that a request then
+    /// prevents). A reader that caches published tables between accesses lets go of them here, since
+    /// the vCPU may now sleep for ever; with guards that live for one access only there is nothing
+    /// to do.
+    fn before_entry(&mut self, vcpu: &VcpuView<'_, F>) {
+        let _ = vcpu;
+    }
+}
+
+impl<F, S, C> ExitHandler<F> for C
+where
+    F: ?Sized,
+    C: FnMut(&VcpuView<'_, F>, Exit<'_>) -> Flow<S>,
+{
+    type Stop = S;
+
+    fn exit(&mut self, vcpu: &VcpuView<'_, F>, exit: Exit<'_>) -> Flow<S> {
+        self(vcpu, exit)
+    }
+}
+
+/// Why a vCPU halted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HaltReason<S> {
+    /// [`VcpuSet::stop`](crate::VcpuSet::stop) or `begin_stop`.
+    Stopped,
+    /// The handler's own value.
+    Handler(S),
+    /// The guest shut down: a triple fault on x86.
+    Shutdown,
+    /// KVM gave up on the guest.
+    InternalError(InternalError),
+    /// The hardware refused to run the guest's state.
+    FailEntry {
+        /// Vendor-specific.
+        reason: u64,
+        /// The physical CPU it happened on.
+        cpu: u32,
+    },
+    /// An exit that KVM itself has no name for.
+    Unknown {
+        /// The hardware's exit reason.
+        hardware_reason: u64,
+    },
+    /// `kvm_run` made no sense.
+    Undecodable(DecodeError),
+    /// `KVM_RUN` failed.
+    RunFailed(Errno),
+    /// The thread could not be made the vCPU's ([`RunVcpu::attach`]).
+    StartFailed(Errno),
+}
+
+impl<S: fmt::Debug> fmt::Display for HaltReason<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stopped => write!(f, "stopped"),
+            Self::Handler(value) => write!(f, "ended by its handler: {value:?}"),
+            Self::Shutdown => write!(f, "the guest shut down (triple fault)"),
+            Self::InternalError(error) => write!(f, "{error}"),
+            Self::FailEntry { reason, cpu } => write!(
+                f,
+                "the hardware refused to enter the guest: reason {reason:#x} on physical CPU {cpu}"
+            ),
+            Self::Unknown { hardware_reason } => {
+                write!(
+                    f,
+                    "KVM does not know the hardware's exit reason {hardware_reason:#x}"
+                )
+            }
+            Self::Undecodable(error) => write!(f, "an exit that cannot be: {error}"),
+            Self::RunFailed(errno) => write!(f, "KVM_RUN failed: {errno}"),
+            Self::StartFailed(errno) => write!(f, "the thread cannot run a vCPU: {errno}"),
+        }
+    }
+}
+
+/// A vCPU that halted: why, and its parts back, so that registers can be read, or the vCPU enrolled
+/// again. An access that its last exit asked for is not completed.
+pub struct Halt<V, H, S> {
+    /// Why.
+    pub reason: HaltReason<S>,
+    /// The vCPU.
+    pub vcpu: V,
+    /// The handler, with what it gathered.
+    pub handler: H,
+}
+
+impl<V, H, S: fmt::Debug> fmt::Debug for Halt<V, H, S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Halt")
+            .field("reason", &self.reason)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A vCPU enrolled in a [`VcpuSet`](crate::VcpuSet), ready to be run on a thread of the consumer's.
+pub struct Runner<V> {
+    vcpu: V,
+    member: Member,
+}
+
+impl<V: RunVcpu> Runner<V> {
+    pub(crate) fn new(vcpu: V, member: Member) -> Self {
+        Self { vcpu, member }
+    }
+
+    /// The vCPU's number.
+    pub fn id(&self) -> VcpuId {
+        self.vcpu.id()
+    }
+
+    /// The vCPU, for setting it up.
+    pub fn vcpu_mut(&mut self) -> &mut V {
+        &mut self.vcpu
+    }
+
+    /// Runs the vCPU on this thread until it halts. Blocks for as long.
+    ///
+    /// Whatever happens, a panic in the handler included, the vCPU leaves its set at the end, so no
+    /// pause or stop ever waits for it.
+    ///
+    /// # Errors
+    /// Always: there is no other way back. `let Err(halt) = runner.run(handler);`
+    pub fn run<H: ExitHandler<V::Fd>>(
+        mut self,
+        mut handler: H,
+    ) -> Result<Infallible, Halt<V, H, H::Stop>> {
+        let reason = match self.run_to_halt(&mut handler) {
+            Ok(never) => match never {},
+            Err(reason) => reason,
+        };
+        let Self { vcpu, member } = self;
+        log::debug!("{}: {}", member.identity(), HaltReason::describe(&reason));
+        drop(member);
+        Err(Halt {
+            reason,
+            vcpu,
+            handler,
+        })
+    }
+
+    fn run_to_halt<H: ExitHandler<V::Fd>>(
+        &mut self,
+        handler: &mut H,
+    ) -> Result<Infallible, HaltReason<H::Stop>> {
+        self.vcpu.attach().map_err(HaltReason::StartFailed)?;
+        if self.member.start() == Verdict::Stop {
+            return Err(HaltReason::Stopped);
+        }
+        let mut access_pending = false;
+        loop {
+            let requests = self.member.gate().take();
+            if !requests.is_empty() {
+                self.serve(handler, requests, &mut access_pending)?;
+                continue;
+            }
+            let id = self.vcpu.id();
+            handler.before_entry(&VcpuView {
+                id,
+                fd: self.vcpu.exit_area().1,
+            });
+            if self.member.gate().enter() {
+                self.run_once(handler, &mut access_pending)?;
+            }
+        }
+    }
+
+    /// One `KVM_RUN`, and what comes of it.
+    fn run_once<H: ExitHandler<V::Fd>>(
+        &mut self,
+        handler: &mut H,
+        access_pending: &mut bool,
+    ) -> Result<(), HaltReason<H::Stop>> {
+        let result = self.vcpu.run();
+        self.member.gate().leave();
+        *access_pending = false;
+        let id = self.vcpu.id();
+        let (area, fd) = self.vcpu.exit_area();
+        let exit = match result {
+            Ok(()) => Exit::decode(area).map_err(HaltReason::Undecodable)?,
+            Err(errno) => match errno.errno() {
+                // A kick or a signal; or an AP that was woken from its wait for SIPI.
+                EINTR | EAGAIN => return Ok(()),
+                EFAULT | EHWPOISON => match Exit::decode(area) {
+                    Ok(exit @ Exit::MemoryFault { .. }) => exit,
+                    _ => return Err(HaltReason::RunFailed(errno)),
+                },
+                _ => return Err(HaltReason::RunFailed(errno)),
+            },
+        };
+        match exit {
+            Exit::Shutdown => return Err(HaltReason::Shutdown),
+            Exit::InternalError(error) => return Err(HaltReason::InternalError(error)),
+            Exit::FailEntry { reason, cpu } => return Err(HaltReason::FailEntry { reason, cpu }),
+            Exit::Unknown { hardware_reason } => {
+                return Err(HaltReason::Unknown { hardware_reason });
+            }
+            Exit::Intr => return Ok(()),
+            exit => {
+                *access_pending = exit.is_access();
+                let memory_fault = matches!(exit, Exit::MemoryFault { .. });
+                match handler.exit(&VcpuView { id, fd }, exit) {
+                    Flow::Continue => {}
+                    Flow::Stop(value) => return Err(HaltReason::Handler(value)),
+                }
+                if memory_fault {
+                    // So that a later EFAULT of an older kernel, which leaves the reason as it was,
+                    // is not taken for this one.
+                    forget(self.vcpu.exit_area().0);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn serve<H: ExitHandler<V::Fd>>(
+        &mut self,
+        handler: &mut H,
+        requests: Requests,
+        access_pending: &mut bool,
+    ) -> Result<(), HaltReason<H::Stop>> {
+        let consumers = requests.consumers();
+        if !consumers.is_empty() {
+            let view = VcpuView {
+                id: self.vcpu.id(),
+                fd: self.vcpu.exit_area().1,
+            };
+            match handler.requests(&view, consumers) {
+                Flow::Continue => {}
+                Flow::Stop(value) => return Err(HaltReason::Handler(value)),
+            }
+        }
+        // Before parking: who waits for the acknowledgement must not wait for the end of a pause.
+        if requests.contains(Request::ACKNOWLEDGE) {
+            self.member.acknowledge();
+        }
+        if requests.contains(Request::CONTROL) {
+            match self.member.verdict() {
+                Verdict::Run => {}
+                Verdict::Stop => return Err(HaltReason::Stopped),
+                Verdict::Park => {
+                    self.complete_access(handler, access_pending)?;
+                    self.tell_the_clock();
+                    if self.member.park() == Verdict::Stop {
+                        return Err(HaltReason::Stopped);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets KVM finish the access that the last exit asked for, so that registers and memory are
+    /// those after it. Completing one may ask for the next (an MMIO access in fragments), so this
+    /// goes on until `KVM_RUN` has nothing to do and says `EINTR`; no guest code runs.
+    fn complete_access<H: ExitHandler<V::Fd>>(
+        &mut self,
+        handler: &mut H,
+        access_pending: &mut bool,
+    ) -> Result<(), HaltReason<H::Stop>> {
+        while *access_pending {
+            self.member.gate().only_complete();
+            self.run_once(handler, access_pending)?;
+        }
+        Ok(())
+    }
+
+    fn tell_the_clock(&mut self) {
+        match self.vcpu.kvmclock_ctrl() {
+            Ok(()) => {}
+            // The guest has no kvm-clock (yet).
+            Err(errno) if errno.errno() == EINVAL => {}
+            // A guest may see a soft lockup; no reason to refuse to pause.
+            Err(errno) => log::warn!(
+                "{}: KVM_KVMCLOCK_CTRL failed: {errno}",
+                self.member.identity()
+            ),
+        }
+    }
+}
+
+impl<S> HaltReason<S> {
+    /// For the log, where nothing is known of `S`.
+    fn describe(&self) -> String {
+        match self {
+            Self::Handler(_) => "ended by its handler".into(),
+            Self::Stopped => HaltReason::<()>::Stopped.to_string(),
+            Self::Shutdown => HaltReason::<()>::Shutdown.to_string(),
+            Self::InternalError(e) => HaltReason::<()>::InternalError(*e).to_string(),
+            Self::FailEntry { reason, cpu } => HaltReason::<()>::FailEntry {
+                reason: *reason,
+                cpu: *cpu,
+            }
+            .to_string(),
+            Self::Unknown { hardware_reason } => HaltReason::<()>::Unknown {
+                hardware_reason: *hardware_reason,
+            }
+            .to_string(),
+            Self::Undecodable(e) => HaltReason::<()>::Undecodable(*e).to_string(),
+            Self::RunFailed(e) => HaltReason::<()>::RunFailed(*e).to_string(),
+            Self::StartFailed(e) => HaltReason::<()>::StartFailed(*e).to_string(),
+        }
+    }
+}
