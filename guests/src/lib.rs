@@ -34,6 +34,7 @@ pub(crate) use blob;
 
 pub mod boot;
 pub mod image;
+pub mod irq;
 mod page_writer;
 
 pub use page_writer::{PAGE_WRITER_PORT, PAGE_WRITER_STOP, page_writer};

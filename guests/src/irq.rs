@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guests that wait for interrupts and say which one came.
+//!
+//! They never halt: while nothing comes they write [`IDLE`] again and again, so that a host can
+//! bound how long it waits by counting exits, without a clock.
+
+/// Where these guests are loaded and entered: their tables hold absolute addresses.
+pub const LOAD: u64 = 0x1000;
+/// Written once, when interrupts are about to be enabled.
+pub const READY: u16 = 0x80;
+/// The number of the vector that came.
+pub const VECTOR: u16 = 0x81;
+/// Written again and again while nothing comes.
+pub const IDLE: u16 = 0x82;
+
+crate::blob! {
+    /// Real mode, with both PICs in the kernel: ISA interrupt 4 is edge-triggered and comes as
+    /// vector 0x24, 5 is level-triggered and comes as 0x25. Each handler reports before it
+    /// acknowledges. Uses memory below 0x8000.
+    pic, "
+    .code16
+        cli
+        xor ax, ax
+        mov ds, ax
+        mov ss, ax
+        mov sp, 0x8000
+        mov word ptr [0x24 * 4], 0x1080
+        mov word ptr [0x24 * 4 + 2], ax
+        mov word ptr [0x25 * 4], 0x10a0
+        mov word ptr [0x25 * 4 + 2], ax
+        mov al, 0x11            // ICW1: edge, cascade, ICW4 follows
+        out 0x20, al
+        mov al, 0x20            // ICW2: vectors from 0x20
+        out 0x21, al
+        mov al, 0x04            // ICW3: the slave is on pin 2
+        out 0x21, al
+        mov al, 0x01            // ICW4: 8086 mode
+        out 0x21, al
+        mov al, 0xcf            // all masked but 4 and 5
+        out 0x21, al
+        mov al, 0x20            // ELCR: 5 is level-triggered
+        mov dx, 0x4d0
+        out dx, al
+        out 0x80, al
+        sti
+    2:  out 0x82, al
+        jmp 2b
+    .balign 128
+        mov al, 0x24
+        out 0x81, al
+        mov al, 0x20
+        out 0x20, al
+        iret
+    .balign 32
+        mov al, 0x25
+        out 0x81, al
+        mov al, 0x20
+        out 0x20, al
+        iret
+    "
+}
+
+crate::blob! {
+    /// 32-bit flat protected mode without paging: enables its local APIC and reports vectors 0x50
+    /// and 0x51. Brings its GDT (code 0x08, data 0x10). Uses memory below 0x8000. Its handlers
+    /// throw their frames away and go back to the idle loop: KVM's interpreter has no `iret` outside
+    /// real mode.
+    apic, "
+    .code32
+        mov esp, 0x8000
+        lgdt [0x1100]
+        lidt [0x1108]
+        mov dword ptr [0x2000 + 0x50 * 8], 0x00081140
+        mov dword ptr [0x2000 + 0x50 * 8 + 4], 0x8e00
+        mov dword ptr [0x2000 + 0x51 * 8], 0x00081160
+        mov dword ptr [0x2000 + 0x51 * 8 + 4], 0x8e00
+        mov dword ptr [0xfee000f0], 0x1ff   // spurious vector 0xff, APIC enabled
+        out 0x80, al
+        sti
+    2:  out 0x82, al
+        jmp 2b
+    .balign 256
+        .word 0x17              // GDTR
+        .long 0x1110
+        .word 0
+        .word 0x7ff             // IDTR
+        .long 0x2000
+        .word 0
+        .quad 0, 0x00cf9b000000ffff, 0x00cf93000000ffff
+    .balign 64
+        mov al, 0x50
+        out 0x81, al
+        mov dword ptr [0xfee000b0], 0       // EOI
+        mov esp, 0x8000
+        sti
+        jmp 2b
+    .balign 32
+        mov al, 0x51
+        out 0x81, al
+        mov dword ptr [0xfee000b0], 0
+        mov esp, 0x8000
+        sti
+        jmp 2b
+    "
+}

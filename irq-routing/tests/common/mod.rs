@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A one-vCPU VM on the real KVM, by kvm-ioctls alone.
+
+#![allow(dead_code)]
+
+use std::sync::Arc;
+
+use guests::irq::{IDLE, LOAD, READY, VECTOR};
+use irq_routing::{Irqchip, IrqchipKind, Routing};
+use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+
+/// A 64 KiB page-aligned piece of guest memory, at guest address 0.
+#[repr(align(4096))]
+struct Ram([u8; 0x10000]);
+
+pub fn kvm() -> Kvm {
+    Kvm::new().expect("/dev/kvm must be there and open: this test asks the real KVM")
+}
+
+pub struct Machine {
+    pub vm: Arc<VmFd>,
+    pub routing: Routing<Arc<VmFd>>,
+    vcpu: VcpuFd,
+    // Freed after the vCPU and, as far as this test holds it, the VM.
+    _ram: Box<Ram>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Real,
+    Protected,
+}
+
+impl Machine {
+    pub fn new(kind: IrqchipKind, mode: Mode, code: &[u8]) -> Self {
+        let vm = Arc::new(kvm().create_vm().unwrap());
+        let mut ram = Box::new(Ram([0; 0x10000]));
+        ram.0[LOAD as usize..][..code.len()].copy_from_slice(code);
+        let region = kvm_userspace_memory_region {
+            memory_size: ram.0.len() as u64,
+            userspace_addr: ram.0.as_mut_ptr() as u64,
+            ..Default::default()
+        };
+        // SAFETY: the memory lives as long as the machine, and the host does not touch it again.
+        unsafe { vm.set_user_memory_region(region) }.unwrap();
+        let irqchip = Irqchip::create(&vm, kind).unwrap();
+        let routing = Routing::new(Arc::clone(&vm), &irqchip);
+        let vcpu = vm.create_vcpu(0).unwrap();
+
+        let mut sregs = vcpu.get_sregs().unwrap();
+        match mode {
+            Mode::Real => {
+                sregs.cs.base = 0;
+                sregs.cs.selector = 0;
+            }
+            Mode::Protected => {
+                sregs.cs = flat(8, 0xb);
+                let data = flat(16, 0x3);
+                (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+                (sregs.fs, sregs.gs) = (data, data);
+                sregs.cr0 |= 1;
+            }
+        }
+        vcpu.set_sregs(&sregs).unwrap();
+        let mut regs = vcpu.get_regs().unwrap();
+        (regs.rip, regs.rflags) = (LOAD, 2);
+        vcpu.set_regs(&regs).unwrap();
+        Self {
+            vm,
+            routing,
+            vcpu,
+            _ram: ram,
+        }
+    }
+
+    /// Runs until the guest is about to enable interrupts.
+    pub fn ready(&mut self) {
+        match self.vcpu.run().unwrap() {
+            VcpuExit::IoOut(READY, _) => {}
+            other => panic!("the guest should have been ready: {other:?}"),
+        }
+    }
+
+    /// The next vector that the guest reports; None when it stayed idle for many exits.
+    pub fn next_vector(&mut self) -> Option<u8> {
+        self.idle_until(20_000)
+    }
+
+    /// That no vector comes for a while.
+    pub fn stays_idle(&mut self) -> bool {
+        self.idle_until(500).is_none()
+    }
+
+    fn idle_until(&mut self, exits: usize) -> Option<u8> {
+        for _ in 0..exits {
+            match self.vcpu.run().unwrap() {
+                VcpuExit::IoOut(IDLE, _) => {}
+                VcpuExit::IoOut(VECTOR, data) => return Some(data[0]),
+                other => panic!("an exit that this guest has not: {other:?}"),
+            }
+        }
+        None
+    }
+}
+
+fn flat(selector: u16, type_: u8) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    }
+}
