@@ -4,9 +4,10 @@
 //! cache, complete or absent: it is made under another name and renamed when it is whole.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::apt::Apt;
 use crate::failure::{Context, Failure, Result};
@@ -115,6 +116,23 @@ impl Qemu {
             .next()?
             .parse()
             .ok()
+    }
+}
+
+/// A zstd that can be run.
+pub(crate) struct Zstd {
+    program: PathBuf,
+    prefix: Option<PathBuf>,
+}
+
+impl Zstd {
+    /// What is inside a zstd, xz or gzip stream.
+    pub(crate) fn unpack(&self, packed: &[u8]) -> Result<Vec<u8>> {
+        let mut command = Command::new(&self.program);
+        if let Some(prefix) = &self.prefix {
+            command.env("LD_LIBRARY_PATH", library_path(prefix));
+        }
+        filter(command.args(["-q", "-dc"]), packed)
     }
 }
 
@@ -273,17 +291,21 @@ impl Assets {
         })
     }
 
-    /// zstd: the host's, or one unpacked into the cache.
-    fn zstd(&self) -> Result<Command> {
+    /// zstd, which unpacks xz and gzip as well: the host's, or one unpacked into the cache.
+    pub(crate) fn zstd(&self) -> Result<Zstd> {
         if let Some(program) = host::find_program("zstd") {
-            return Ok(Command::new(program));
+            return Ok(Zstd {
+                program,
+                prefix: None,
+            });
         }
         let prefix = self.part("tools/zstd", |dir| {
             self.apt()?.unpack_closure(&["zstd"], None, dir)
         })?;
-        let mut command = Command::new(prefix.join("usr/bin/zstd"));
-        command.env("LD_LIBRARY_PATH", library_path(&prefix));
-        Ok(command)
+        Ok(Zstd {
+            program: prefix.join("usr/bin/zstd"),
+            prefix: Some(prefix),
+        })
     }
 
     /// Debian's kernel of a series, whichever version the archive has today, unpacked, with its ELF file beside it.
@@ -292,8 +314,7 @@ impl Assets {
             Flavour::Cloud => ("cloud", "linux-image-cloud-amd64"),
             Flavour::Full => ("full", "linux-image-amd64"),
         };
-        // The tools first: a part is made under a lock.
-        let busybox = self.busybox()?;
+        // The tool first: a part is made under a lock.
         let zstd = self.zstd()?;
         let dir = self.part(&format!("kernels/{name}-{}", series.name()), |dir| {
             let apt = self.apt()?;
@@ -326,7 +347,7 @@ impl Assets {
                 "taking vmlinux out of {}",
                 kernel.vmlinuz().display()
             ));
-            kernel_image::extract(&kernel.vmlinuz(), &kernel.vmlinux(), &busybox, zstd)?;
+            kernel_image::extract(&kernel.vmlinuz(), &kernel.vmlinux(), &zstd)?;
             step.end();
             Ok(())
         })?;
@@ -375,4 +396,28 @@ fn newest(apt: &Apt, package: &str) -> Result<String> {
     candidate
         .map(|c| c.version)
         .ok_or_else(|| Failure::new(format!("Debian's archive has no {package} today")))
+}
+
+/// What a program makes of `input`.
+fn filter(command: &mut Command, input: &[u8]) -> Result<Vec<u8>> {
+    let name = command.get_program().display().to_string();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context(|| format!("{name} does not start"))?;
+    let mut stdin = child.stdin.take();
+    let output = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // A filter that stops reading has failed: its status says so.
+            let _ = stdin.as_mut().map(|pipe| pipe.write_all(input));
+            drop(stdin);
+        });
+        child.wait_with_output()
+    })
+    .context(|| format!("{name} cannot be waited for"))?;
+    if !output.status.success() {
+        return Err(Failure::new(format!("{name} failed ({})", output.status)));
+    }
+    Ok(output.stdout)
 }

@@ -5,22 +5,17 @@
 //!
 //! The boot protocol (Documentation/arch/x86/boot.rst) says where the payload is: `payload_offset` (0x248) and
 //! `payload_length` (0x24c), counted from the protected-mode code, which follows `setup_sects` (0x1f1) + 1 sectors.
+//! zstd unpacks xz and gzip too; busybox's xz was seen to refuse a Debian 6.1 kernel.
 //! The payload's last four bytes are its unpacked length, but for gzip, which has that within.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
+use crate::assets::Zstd;
 use crate::failure::{Context, Failure, Result};
 
 /// Writes the ELF kernel inside `bz_image` to `elf`.
-pub(crate) fn extract(
-    bz_image: &Path,
-    elf: &Path,
-    busybox: &Path,
-    mut zstd: Command,
-) -> Result<()> {
+pub(crate) fn extract(bz_image: &Path, elf: &Path, zstd: &Zstd) -> Result<()> {
     let image = fs::read(bz_image).context(|| format!("{} cannot be read", bz_image.display()))?;
     let payload = payload(&image)
         .ok_or_else(|| Failure::new(format!("{} is no bzImage", bz_image.display())))?;
@@ -28,11 +23,10 @@ pub(crate) fn extract(
         .get(..payload.len().saturating_sub(4))
         .unwrap_or_default();
     let unpacked = match payload {
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => filter(zstd.args(["-q", "-dc"]), without_length)?,
-        [0xfd, b'7', b'z', b'X', b'Z', ..] => {
-            filter(Command::new(busybox).args(["xz", "-dc"]), without_length)?
+        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0xfd, b'7', b'z', b'X', b'Z', ..] => {
+            zstd.unpack(without_length)?
         }
-        [0x1f, 0x8b, ..] => filter(Command::new(busybox).args(["gzip", "-dc"]), payload)?,
+        [0x1f, 0x8b, ..] => zstd.unpack(payload)?,
         [0x02, 0x21, 0x4c, 0x18, rest @ ..] => unpack_lz4(
             rest.get(..rest.len().saturating_sub(4)).unwrap_or_default(),
         )
@@ -123,30 +117,6 @@ fn unpack_lz4_block(block: &[u8], out: &mut Vec<u8>) -> Option<()> {
         }
     }
     Some(())
-}
-
-/// What a program makes of `input`.
-pub(crate) fn filter(command: &mut Command, input: &[u8]) -> Result<Vec<u8>> {
-    let name = command.get_program().display().to_string();
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context(|| format!("{name} does not start"))?;
-    let mut stdin = child.stdin.take();
-    let output = std::thread::scope(|scope| {
-        scope.spawn(move || {
-            // A filter that stops reading has failed: its status says so.
-            let _ = stdin.as_mut().map(|pipe| pipe.write_all(input));
-            drop(stdin);
-        });
-        child.wait_with_output()
-    })
-    .context(|| format!("{name} cannot be waited for"))?;
-    if !output.status.success() {
-        return Err(Failure::new(format!("{name} failed ({})", output.status)));
-    }
-    Ok(output.stdout)
 }
 
 #[cfg(test)]

@@ -5,13 +5,11 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use crate::assets::{Assets, Kernel};
+use crate::assets::{Assets, Kernel, Zstd};
 use crate::cpio::Archive;
 use crate::failure::{Context, Failure, Result};
 use crate::host;
-use crate::kernel_image::filter;
 use crate::ui::Step;
 
 /// What the lab needs of the kernel; each comes with what it depends on. Those that are built in are skipped.
@@ -36,6 +34,7 @@ const INIT: &str = include_str!("init.sh");
 /// The image for `kernel`, made where the cache has none.
 pub(crate) fn image(assets: &Assets, kernel: &Kernel) -> Result<PathBuf> {
     let busybox = assets.busybox()?;
+    let zstd = assets.zstd()?;
     let name = format!(
         "images/lab-{}-{FORMAT}-{:016x}",
         kernel.release,
@@ -43,7 +42,7 @@ pub(crate) fn image(assets: &Assets, kernel: &Kernel) -> Result<PathBuf> {
     );
     let dir = assets.part(&name, |dir| {
         let step = Step::begin(format!("making the lab's initramfs for {}", kernel.release));
-        fs::write(dir.join("initrd"), build(kernel, &busybox)?)
+        fs::write(dir.join("initrd"), build(kernel, &busybox, &zstd)?)
             .context(|| format!("{} cannot be written", dir.display()))?;
         step.end();
         Ok(())
@@ -51,7 +50,7 @@ pub(crate) fn image(assets: &Assets, kernel: &Kernel) -> Result<PathBuf> {
     Ok(dir.join("initrd"))
 }
 
-fn build(kernel: &Kernel, busybox: &Path) -> Result<Vec<u8>> {
+fn build(kernel: &Kernel, busybox: &Path, zstd: &Zstd) -> Result<Vec<u8>> {
     let mut archive = Archive::new();
     for dir in [
         "bin", "dev", "proc", "sys", "modules", "lower", "layer", "root",
@@ -72,7 +71,7 @@ fn build(kernel: &Kernel, busybox: &Path) -> Result<Vec<u8>> {
         archive.symlink(&format!("bin/{applet}"), "busybox");
     }
     let mut order = String::new();
-    for module in in_order(MODULES, &Modules::of(kernel, busybox)?)? {
+    for module in in_order(MODULES, &Modules::of(kernel, zstd)?)? {
         archive.file(&format!("modules/{}.ko", module.name), 0o644, &module.data);
         order += &format!("{}\n", module.name);
     }
@@ -82,10 +81,10 @@ fn build(kernel: &Kernel, busybox: &Path) -> Result<Vec<u8>> {
 }
 
 /// The module files of a kernel, by name.
-struct Modules {
+struct Modules<'a> {
     files: HashMap<String, PathBuf>,
     built_in: HashSet<String>,
-    busybox: PathBuf,
+    zstd: &'a Zstd,
 }
 
 #[derive(Clone)]
@@ -95,8 +94,8 @@ struct Module {
     depends: Vec<String>,
 }
 
-impl Modules {
-    fn of(kernel: &Kernel, busybox: &Path) -> Result<Modules> {
+impl<'a> Modules<'a> {
+    fn of(kernel: &Kernel, zstd: &'a Zstd) -> Result<Modules<'a>> {
         let root = kernel.modules();
         let mut files = HashMap::new();
         let mut pending = vec![root.join("kernel")];
@@ -128,7 +127,7 @@ impl Modules {
         Ok(Modules {
             files,
             built_in,
-            busybox: busybox.to_path_buf(),
+            zstd,
         })
     }
 
@@ -141,8 +140,7 @@ impl Modules {
         };
         let packed = fs::read(path).context(|| format!("{} cannot be read", path.display()))?;
         let data = match path.extension().and_then(|e| e.to_str()) {
-            Some("xz") => filter(Command::new(&self.busybox).args(["xz", "-dc"]), &packed)?,
-            Some("gz") => filter(Command::new(&self.busybox).args(["gzip", "-dc"]), &packed)?,
+            Some("xz" | "gz" | "zst") => self.zstd.unpack(&packed)?,
             Some("ko") => packed,
             _ => {
                 return Err(Failure::new(format!(
@@ -183,10 +181,10 @@ fn dependencies(module: &[u8]) -> Vec<String> {
 }
 
 /// The wanted modules with all that they depend on, each after what it needs.
-fn in_order(wanted: &[&str], modules: &Modules) -> Result<Vec<Module>> {
+fn in_order(wanted: &[&str], modules: &Modules<'_>) -> Result<Vec<Module>> {
     fn visit(
         name: &str,
-        modules: &Modules,
+        modules: &Modules<'_>,
         seen: &mut HashSet<String>,
         out: &mut Vec<Module>,
     ) -> Result<()> {
