@@ -54,7 +54,7 @@ pub enum IrqchipError {
     /// `KVM_CREATE_IRQCHIP` failed: EEXIST where there is one, EINVAL after the first vCPU. Nothing was changed.
     #[error("KVM_CREATE_IRQCHIP failed")]
     Kernel(#[source] Errno),
-    /// `KVM_CAP_SPLIT_IRQCHIP` failed: EEXIST where there is an irqchip, EINVAL after the first vCPU or with more
+    /// `KVM_CAP_SPLIT_IRQCHIP` failed: EEXIST where there is an irqchip or a vCPU, EINVAL with more
     /// pins than the host takes. Nothing was changed.
     #[error("KVM_CAP_SPLIT_IRQCHIP with {pins} pins failed")]
     Split {
