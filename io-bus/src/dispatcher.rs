@@ -58,8 +58,7 @@ impl Outcome {
 /// [`IoBus::dispatcher`]: crate::IoBus::dispatcher
 pub struct Dispatcher {
     reader: Reader<Tables>,
-    /// For each bus the row that answered last. A hint and no more: see `Table::by_cookie`.
-    cookies: [u32; BusKind::COUNT],
+    cookies: [Cookies; BusKind::COUNT],
     /// Keeps the buses alive, and with them the registrations' way to take devices off.
     _shared: Arc<Shared>,
 }
@@ -68,7 +67,7 @@ impl Dispatcher {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
         Self {
             reader: shared.tables.reader(),
-            cookies: [0; BusKind::COUNT],
+            cookies: BusKind::ALL.map(Cookies::new),
             _shared: shared,
         }
     }
@@ -174,7 +173,7 @@ impl Dispatcher {
         // Dropped after the guard: what the guard's leaving drops must not wait for accesses.
         let _inside = Inside::enter();
         let tables = self.reader.enter();
-        let cookie = &mut self.cookies[bus.index()];
+        let cookie = self.cookies[bus.index()].of(address);
         search(tables.bus(bus), cookie, address, len, ask)
     }
 
@@ -183,7 +182,7 @@ impl Dispatcher {
         let _inside = Inside::enter();
         let tables = self.reader.enter();
         let mut offer = |bus: BusKind| {
-            let cookie = &mut self.cookies[bus.index()];
+            let cookie = self.cookies[bus.index()].of(address);
             search(
                 tables.bus(bus),
                 cookie,
@@ -221,9 +220,42 @@ impl Dispatcher {
 
 impl fmt::Debug for Dispatcher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Dispatcher")
-            .field("cookies", &self.cookies)
-            .finish_non_exhaustive()
+        f.debug_struct("Dispatcher").finish_non_exhaustive()
+    }
+}
+
+/// For one bus, the rows that answered last, by address: a vCPU goes back and forth between a few
+/// devices, each of which keeps its own place here. A hint and no more, see `Table::by_cookie`.
+struct Cookies {
+    /// A power of two of them. Row numbers, cut to 16 bits: a hint may be wrong.
+    rows: Box<[u16]>,
+    /// Addresses that differ below this bit share a place: about the size of a small device.
+    shift: u32,
+    /// The number of places, as an exponent.
+    bits: u32,
+}
+
+impl Cookies {
+    fn new(bus: BusKind) -> Self {
+        let (shift, bits) = match bus {
+            BusKind::Mmio => (12, 10),
+            BusKind::Pio => (3, 8),
+            BusKind::CcwNotify => (0, 4),
+            BusKind::FastMmio => (2, 6),
+        };
+        Self {
+            rows: vec![0; 1 << bits].into(),
+            shift,
+            bits,
+        }
+    }
+
+    #[inline]
+    fn of(&mut self, address: u64) -> Option<&mut u16> {
+        let page = address >> self.shift;
+        let place = (page ^ (page >> self.bits)) as usize;
+        let mask = self.rows.len().wrapping_sub(1);
+        self.rows.get_mut(place & mask)
     }
 }
 
@@ -231,7 +263,7 @@ impl fmt::Debug for Dispatcher {
 #[inline]
 fn search(
     table: &Table<Arc<dyn IoDevice>>,
-    cookie: &mut u32,
+    cookie: Option<&mut u16>,
     address: u64,
     len: usize,
     mut ask: impl FnMut(&dyn IoDevice, At) -> Answer,
@@ -241,7 +273,8 @@ fn search(
         let offset = address.wrapping_sub(base);
         ask(&**row.device(), At { base, offset }) == Answer::Accepted
     };
-    if let Some(row) = table.by_cookie(*cookie, address, len) {
+    let hint = cookie.as_ref().map_or(0, |row| u32::from(**row));
+    if let Some(row) = table.by_cookie(hint, address, len) {
         // No other row holds the access, so this device's word is final.
         return match accepts(row) {
             true => Outcome::Answered,
@@ -250,7 +283,9 @@ fn search(
     }
     for (index, row) in table.candidates(address, len) {
         if accepts(row) {
-            *cookie = index;
+            if let Some(cookie) = cookie {
+                *cookie = index as u16;
+            }
             return Outcome::Answered;
         }
     }

@@ -28,6 +28,7 @@
 //! so everything before the window ended too early. Between the two, each row is checked. Where
 //! ranges do not overlap, the window is the row itself.
 
+use std::hint::select_unpredictable;
 use std::sync::Arc;
 
 use crate::range::IoRange;
@@ -120,7 +121,7 @@ impl<D> Table<D> {
         address: u64,
         len: usize,
     ) -> impl Iterator<Item = (u32, &Row<D>)> {
-        let end = self.bases.partition_point(|base| *base <= address);
+        let end = count_up_to(&self.bases, address);
         let start = match end.checked_sub(1).and_then(|last| self.rows.get(last)) {
             Some(row) => row.window as usize,
             None => end,
@@ -192,6 +193,29 @@ impl<D: Clone> Table<D> {
             bases: rows.iter().map(|row| row.range.base()).collect(),
             rows: rows.into(),
         }
+    }
+}
+
+/// How many of the sorted `bases` are at or before `address`.
+///
+/// A guest's next address can not be foretold, so the search has no branch on it: the number of
+/// steps is the table's, and each step selects.
+#[inline]
+fn count_up_to(bases: &[u64], address: u64) -> usize {
+    // The last base at or before the address, if there is one, is in `start..start + rest`.
+    let mut start = 0;
+    let mut rest = bases.len();
+    while rest > 1 {
+        let half = rest / 2;
+        let middle = start + half;
+        // Always there; a length that the compiler knew would spare the check, which costs nothing.
+        let Some(base) = bases.get(middle) else { break };
+        start = select_unpredictable(*base <= address, middle, start);
+        rest -= half;
+    }
+    match bases.get(start) {
+        Some(base) => start + usize::from(*base <= address),
+        None => 0,
     }
 }
 
