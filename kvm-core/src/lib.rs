@@ -3,6 +3,7 @@
 //! A KVM virtual machine, its vCPUs and their lifecycle: run loop, kick, pause, requests
 #![deny(unsafe_code)]
 
+pub mod arch;
 mod capability;
 mod control;
 mod exit;

@@ -6,11 +6,19 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+#[cfg(target_arch = "x86_64")]
+use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno::Error as Errno;
 
 use super::mapping::RunMapping;
 use super::signal::{KickSignal, ThreadDoorbell};
+#[cfg(target_arch = "x86_64")]
+use super::vm::Error;
+#[cfg(target_arch = "x86_64")]
+use crate::arch::x86_64::{
+    BootState, RefusedMsr, RegisterDump, SetMsrs, set_msrs, set_virtual_wire,
+};
 use crate::identity::VcpuId;
 use crate::kick::Doorbell;
 use crate::run::RunVcpu;
@@ -96,5 +104,85 @@ impl RunVcpu for Vcpu {
 
     fn kvmclock_ctrl(&mut self) -> Result<(), Errno> {
         self.fd.kvmclock_ctrl()
+    }
+}
+
+/// Setting up, with errors that say which vCPU and which ioctl.
+#[cfg(target_arch = "x86_64")]
+impl Vcpu {
+    fn failed(&self, ioctl: &'static str) -> impl FnOnce(Errno) -> Error {
+        let id = self.id;
+        move |errno| Error::VcpuSetup { id, ioctl, errno }
+    }
+
+    /// `KVM_SET_CPUID2`; see [`CpuidPlan`](crate::arch::x86_64::CpuidPlan).
+    ///
+    /// # Errors
+    /// [`Error::VcpuSetup`].
+    pub fn set_cpuid(&self, cpuid: &CpuId) -> Result<(), Error> {
+        self.fd
+            .set_cpuid2(cpuid)
+            .map_err(self.failed("KVM_SET_CPUID2"))
+    }
+
+    /// `KVM_GET_SREGS`: before the first run, the system registers of a vCPU at its reset.
+    ///
+    /// # Errors
+    /// [`Error::VcpuSetup`].
+    pub fn sregs(&self) -> Result<kvm_sregs, Error> {
+        self.fd.get_sregs().map_err(self.failed("KVM_GET_SREGS"))
+    }
+
+    /// Sets the registers to start with: `KVM_SET_SREGS`, `KVM_SET_REGS`.
+    ///
+    /// # Errors
+    /// [`Error::VcpuSetup`]; the system registers may be set by then.
+    pub fn set_boot_state(&self, state: &BootState) -> Result<(), Error> {
+        self.fd
+            .set_sregs(&state.sregs)
+            .map_err(self.failed("KVM_SET_SREGS"))?;
+        self.fd
+            .set_regs(&state.regs)
+            .map_err(self.failed("KVM_SET_REGS"))
+    }
+
+    /// `KVM_SET_MSRS`, of all that the host takes; those that it refused are returned.
+    ///
+    /// # Errors
+    /// [`Error::VcpuSetup`].
+    pub fn set_msrs(&self, msrs: &[kvm_msr_entry]) -> Result<Vec<RefusedMsr>, Error> {
+        set_msrs(&self.fd, msrs).map_err(self.failed("KVM_SET_MSRS"))
+    }
+
+    /// Wires the local APIC's pins as firmware does ([`set_virtual_wire`]): `KVM_GET_LAPIC`,
+    /// `KVM_SET_LAPIC`. Needs an interrupt controller in the kernel.
+    ///
+    /// # Errors
+    /// [`Error::VcpuSetup`].
+    pub fn wire_local_pins(&self) -> Result<(), Error> {
+        let mut lapic = self.fd.get_lapic().map_err(self.failed("KVM_GET_LAPIC"))?;
+        set_virtual_wire(&mut lapic);
+        self.fd
+            .set_lapic(&lapic)
+            .map_err(self.failed("KVM_SET_LAPIC"))
+    }
+
+    /// Its registers, to be shown.
+    ///
+    /// # Errors
+    /// [`Error::VcpuSetup`].
+    pub fn registers(&self) -> Result<RegisterDump, Error> {
+        Ok(RegisterDump {
+            regs: self.fd.get_regs().map_err(self.failed("KVM_GET_REGS"))?,
+            sregs: self.sregs()?,
+        })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl SetMsrs for VcpuFd {
+    fn set_msrs(&self, msrs: &[kvm_msr_entry]) -> Result<usize, Errno> {
+        let msrs = Msrs::from_entries(msrs).map_err(|_| Errno::new(libc::E2BIG))?;
+        VcpuFd::set_msrs(self, &msrs)
     }
 }
