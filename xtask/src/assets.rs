@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the chores need that is not in the repository: QEMU, busybox, kernels, memtest86+. Each is a folder of the
+//! What the chores need that is not in the repository: QEMU, busybox, zstd, kernels, memtest86+. Each is a folder of the
 //! cache, complete or absent: it is made under another name and renamed when it is whole.
 
 use std::fs::{self, File};
@@ -169,10 +169,6 @@ impl Assets {
             Apt::forget_lists(&assets.root.join("apt"));
         }
         Ok(assets)
-    }
-
-    pub(crate) fn root(&self) -> &Path {
-        &self.root
     }
 
     fn apt(&self) -> Result<Apt> {
@@ -420,4 +416,11 @@ fn filter(command: &mut Command, input: &[u8]) -> Result<Vec<u8>> {
         return Err(Failure::new(format!("{name} failed ({})", output.status)));
     }
     Ok(output.stdout)
+}
+
+/// FNV-1a: enough to tell one text from its next edition.
+pub(crate) fn fingerprint(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    })
 }

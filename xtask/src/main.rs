@@ -7,11 +7,15 @@
 
 mod apt;
 mod assets;
+mod boot;
+mod cargo;
 mod cpio;
 mod failure;
+mod guest_image;
 mod host;
 mod kernel_image;
 mod lab;
+mod modules;
 mod ui;
 
 use failure::{Failure, Result};
@@ -22,6 +26,7 @@ The repository's own chores.
 Usage: cargo xtask COMMAND [OPTIONS]
 
 Commands:
+  boot [OPTIONS]             boot a stock Debian kernel under reference-vmm, to a shell on this terminal
   lab [OPTIONS] -- COMMAND…  run COMMAND as root in an emulated machine with hardware-style KVM (kvm_amd)
 
 `cargo xtask COMMAND --help` says more of one.";
@@ -31,6 +36,8 @@ fn main() {
     let command = args.next();
     let rest: Vec<_> = args.collect();
     let outcome = match command.as_deref().and_then(|c| c.to_str()) {
+        Some("boot") => boot::command(rest),
+        Some(boot::WATCH_COMMAND) => boot::watch(rest),
         Some("lab") => lab::command(rest),
         Some(lab::AGENT_COMMAND) => lab::agent::command(),
         None | Some("help" | "--help" | "-h") => {

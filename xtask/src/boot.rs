@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `cargo xtask boot`: an unmodified Debian kernel under reference-vmm, to a shell on this terminal.
+
+use std::ffi::OsString;
+use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::assets::{Assets, Flavour, Series};
+use crate::cargo;
+use crate::failure::{Context, Failure, Result};
+use crate::guest_image;
+use crate::host::{self, KvmKind};
+use crate::lab;
+use crate::ui::say;
+
+/// The command line's word for the part that runs beside the VMM: not for people.
+pub(crate) const WATCH_COMMAND: &str = "boot-watch";
+
+const USAGE: &str = "\
+Boots a stock Debian kernel under reference-vmm, to a shell on this terminal (Ctrl-A x ends it at once). When stdin
+is no terminal, the guest reports what it sees and powers off. Where this host has no hardware KVM, all of it happens
+in the lab. The timeline of the boot follows on stderr.
+
+Usage: cargo xtask boot [OPTIONS]
+
+  --kernel FILE        another kernel image than Debian's
+  --initrd FILE        another initramfs than the one made here
+  --cpus N             the guest's CPUs (1)
+  --memory SIZE        its memory, such as 512M or 6G (256M)
+  --cmdline TEXT       added to the kernel's command line (ignore_loglevel shows all that it says)
+  --full               Debian's full kernel instead of the cloud one
+  --release 6.1|6.12   the kernel's series (6.1)
+  --vmm FILE           another program than the reference-vmm of this tree
+  --lab                in the lab, even where this host could do without";
+
+/// `cargo xtask boot`.
+pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
+    use lexopt::prelude::*;
+    let mut kernel = None;
+    let mut initrd = None;
+    let mut cpus = String::from("1");
+    let mut memory = String::from("256M");
+    let mut added = String::new();
+    let mut flavour = Flavour::Cloud;
+    let mut series = Series::V6_1;
+    let mut vmm = None;
+    let mut force_lab = false;
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("kernel") => kernel = Some(existing(parser.value()?)?),
+            Long("initrd") => initrd = Some(existing(parser.value()?)?),
+            Long("cpus") => cpus = parser.value()?.string()?,
+            Long("memory") => memory = parser.value()?.string()?,
+            Long("cmdline") => added = parser.value()?.string()?,
+            Long("full") => flavour = Flavour::Full,
+            Long("release") => series = Series::parse(&parser.value()?.string()?)?,
+            Long("vmm") => vmm = Some(existing(parser.value()?)?),
+            Long("lab") => force_lab = true,
+            Short('h') | Long("help") => {
+                println!("{USAGE}");
+                return Ok(0);
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    let assets = Assets::open(false)?;
+    let mut stock = Vec::new();
+    let kernel = match kernel {
+        Some(file) => file,
+        None => {
+            let kernel = assets.kernel(series, flavour)?;
+            let file = kernel.vmlinuz();
+            stock.push(kernel);
+            file
+        }
+    };
+    let initrd = match initrd {
+        Some(file) => file,
+        None => guest_image::initrd(&assets, &stock)?,
+    };
+    let vmm = match vmm {
+        Some(file) => file,
+        None => cargo::reference_vmm()?,
+    };
+    let interactive = io::stdin().is_terminal();
+    // From notices up: the kernel's first line and its last are notices or worse, and in the lab a character of the
+    // console costs about a millisecond.
+    let mut cmdline = String::from("console=ttyS0 loglevel=6");
+    if interactive {
+        cmdline.push_str(" guest.then=shell");
+    }
+    if !added.is_empty() {
+        cmdline.push(' ');
+        cmdline.push_str(&added);
+    }
+
+    let mut argv: Vec<OsString> = vec![
+        vmm.into(),
+        "run".into(),
+        "--timeline".into(),
+        "--kernel".into(),
+        kernel.into(),
+    ];
+    argv.extend([
+        "--initrd".into(),
+        initrd.into(),
+        "--cmdline".into(),
+        cmdline.into(),
+    ]);
+    argv.extend([
+        "--memory".into(),
+        memory.clone().into(),
+        "--cpus".into(),
+        cpus.into(),
+    ]);
+
+    let (kind, reason) = host::kvm();
+    if kind == KvmKind::Hardware && !force_lab {
+        return watch(argv);
+    }
+    let reason = if kind == KvmKind::Hardware {
+        "--lab was given".into()
+    } else {
+        reason
+    };
+    say(format!("booting in the lab, for {reason}"));
+    let inside: Vec<OsString> = cargo::inside_lab(WATCH_COMMAND)
+        .into_iter()
+        .chain(argv)
+        .collect();
+    let options = lab::Options {
+        stdin: true,
+        // The guest's memory, and as much again as the lab itself wants.
+        memory_mib: lab::parse_memory(&memory)
+            .unwrap_or(1024)
+            .clamp(1024, 64 << 10)
+            + 1024,
+        time_limit: if interactive {
+            Duration::from_secs(7 * 24 * 3600)
+        } else {
+            Duration::from_secs(300)
+        },
+        ..lab::Options::default()
+    };
+    lab::run(&options, &inside)
+}
+
+fn existing(file: OsString) -> Result<PathBuf> {
+    std::path::absolute(&file)
+        .ok()
+        .filter(|path| path.is_file())
+        .ok_or_else(|| Failure::usage(format!("there is no file {}", file.display())))
+}
+
+/// Runs the VMM, passes its console on, and tells the timeline at its end.
+pub(crate) fn watch(argv: Vec<OsString>) -> Result<i32> {
+    let (program, args) = argv
+        .split_first()
+        .ok_or_else(|| Failure::usage("no VMM was given"))?;
+    let begun = Instant::now();
+    let mut vmm = Command::new(program)
+        .args(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context(|| format!("{} does not start", program.display()))?;
+    let stderr = vmm.stderr.take();
+    let told = thread::spawn(move || stderr.map(told_by_vmm).unwrap_or_default());
+    let mut seen = match vmm.stdout.take() {
+        Some(stdout) => seen_on_console(stdout, begun),
+        None => Vec::new(),
+    };
+    let status = vmm
+        .wait()
+        .context(|| "the VMM cannot be waited for".into())?;
+    let ended = begun.elapsed();
+    seen.extend(told.join().unwrap_or_default());
+    seen.sort();
+    eprintln!("Boot timeline:");
+    for (at, what) in seen {
+        eprintln!("{:>10.1} ms  {what}", at.as_secs_f64() * 1e3);
+    }
+    eprintln!("{:>10.1} ms  the VMM has ended", ended.as_secs_f64() * 1e3);
+    use std::os::unix::process::ExitStatusExt;
+    Ok(status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
+}
+
+type Moment = (Duration, String);
+
+/// The VMM's own moments (`timeline: EVENT MICROSECONDS`), while the rest of its stderr is passed on.
+fn told_by_vmm(stderr: impl Read) -> Vec<Moment> {
+    let mut moments = Vec::new();
+    for line in BufReader::new(stderr)
+        .split(b'\n')
+        .map_while(io::Result::ok)
+    {
+        let line = String::from_utf8_lossy(&line).into_owned();
+        match timeline_line(&line) {
+            Some(moment) => moments.push(moment),
+            None => eprintln!("{line}"),
+        }
+    }
+    moments
+}
+
+fn timeline_line(line: &str) -> Option<Moment> {
+    let (event, micros) = line
+        .trim_end()
+        .strip_prefix("timeline: ")?
+        .rsplit_once(' ')?;
+    let at = Duration::from_micros(micros.parse().ok()?);
+    let what = match event {
+        "start" => "VMM start".into(),
+        "first-entry" => "first guest instruction".into(),
+        "first-output" => "first byte of the guest's console".into(),
+        "exit" => "the VMM ends".into(),
+        other => other.to_owned(),
+    };
+    Some((at, what))
+}
+
+/// Passes the console on as it comes, and notes when the lines of interest are there.
+fn seen_on_console(mut stdout: impl Read, begun: Instant) -> Vec<Moment> {
+    // Each is looked for once, in this order.
+    let mut wanted = [
+        (&b"Linux version"[..], "kernel's first line"),
+        (b"guest: init", "init"),
+        (b"reboot: Power down", "power-off"),
+    ]
+    .into_iter()
+    .peekable();
+    let mut moments = Vec::new();
+    let mut buffer = [0; 16 << 10];
+    let mut line = Vec::new();
+    while let Ok(n @ 1..) = stdout.read(&mut buffer) {
+        let mut out = io::stdout().lock();
+        let _ = out.write_all(&buffer[..n]).and_then(|()| out.flush()); // a closed stdout does not stop the guest
+        for byte in &buffer[..n] {
+            line.push(*byte);
+            if let Some((mark, what)) = wanted.peek()
+                && line.ends_with(mark)
+            {
+                moments.push((begun.elapsed(), (*what).to_owned()));
+                wanted.next();
+            }
+            if *byte == b'\n' {
+                line.clear();
+            }
+        }
+    }
+    moments
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_vmms_moments_are_told_from_its_messages() {
+        assert_eq!(
+            timeline_line("timeline: first-entry 1500"),
+            Some((
+                Duration::from_micros(1500),
+                "first guest instruction".into()
+            ))
+        );
+        assert_eq!(timeline_line("timeline: first-entry"), None);
+        assert_eq!(timeline_line("reference-vmm: timeline: start 1"), None);
+    }
+
+    #[test]
+    fn moments_are_found_on_the_console_in_their_order() {
+        let console = b"x\r\n[0.0] Linux version 6\r\nguest: init 1\r\nshell says guest: init\r\n[1] reboot: Power down\r\n";
+        let seen: Vec<_> = seen_on_console(&console[..], Instant::now())
+            .into_iter()
+            .map(|(_, what)| what)
+            .collect();
+        assert_eq!(seen, ["kernel's first line", "init", "power-off"]);
+    }
+}

@@ -1,0 +1,73 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# The guests' init. It reports what the guest sees, one `guest: name value` a line, and does what the kernel's
+# command line asks for then:
+#   guest.then=poweroff   (the default)     guest.then=reboot
+#   guest.then=panic      a kernel panic    guest.then=wait     until the power button, or for ever
+#   guest.then=shell      a shell on the console; its end powers off
+#   guest.then=echo       answers each line of the console with `guest: echo LINE`, until `quit`
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+read -r up _ </proc/uptime
+echo "guest: init $up"
+
+then=poweroff
+for word in $(cat /proc/cmdline); do
+    case "$word" in
+    guest.then=*) then="${word#guest.then=}" ;;
+    esac
+done
+
+release=$(uname -r)
+if [ -r "/modules/$release/order" ]; then
+    while read -r module; do
+        insmod "/modules/$release/$module.ko" || echo "guest: refused $module"
+    done <"/modules/$release/order"
+fi
+
+echo "guest: uname $(uname -a)"
+echo "guest: cpus $(grep -c ^processor /proc/cpuinfo)"
+echo "guest: online $(cat /sys/devices/system/cpu/online)"
+echo "guest: memory $(sed -n 's/^MemTotal: *//p' /proc/meminfo)"
+echo "guest: clocksource $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
+echo "guest: cmdline $(cat /proc/cmdline)"
+read -r up _ </proc/uptime
+echo "guest: uptime $up"
+
+# The power button ends the guest in every mode.
+mkdir -p /etc/acpi/PWRF
+printf '#!/bin/sh\necho "guest: button"\npoweroff -f\n' >/etc/acpi/PWRF/00000080
+chmod 755 /etc/acpi/PWRF/00000080
+if [ -e /dev/input/event0 ]; then
+    acpid -f -l /dev/null >/dev/console 2>&1 </dev/null &
+fi
+
+case "$then" in
+reboot)
+    echo "guest: reboot"
+    reboot -f
+    ;;
+panic)
+    echo "guest: panic"
+    echo c >/proc/sysrq-trigger
+    ;;
+wait)
+    echo "guest: waiting"
+    while :; do sleep 3600; done
+    ;;
+echo)
+    echo "guest: listening"
+    while read -r line; do
+        [ "$line" = quit ] && break
+        echo "guest: echo $line"
+    done
+    ;;
+shell)
+    echo "guest: a shell; its end (exit, or Ctrl-D) powers the guest off"
+    setsid cttyhack sh
+    ;;
+esac
+echo "guest: poweroff"
+poweroff -f
