@@ -7,6 +7,8 @@ pub mod arch;
 mod capability;
 mod control;
 mod exit;
+#[cfg(any(test, feature = "test-utilities"))]
+pub mod fake;
 mod identity;
 mod kick;
 #[cfg(all(feature = "kvm", not(loom)))]

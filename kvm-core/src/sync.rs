@@ -5,12 +5,16 @@
 //!
 //! `Arc` is always the standard one: no ordering in this crate leans on a reference count.
 
+#[cfg(all(not(loom), any(test, feature = "test-utilities")))]
+pub(crate) use std::sync::atomic::AtomicU8;
 #[cfg(not(loom))]
 pub(crate) use std::sync::{
     Condvar, Mutex, MutexGuard,
     atomic::{AtomicU32, AtomicU64, fence},
 };
 
+#[cfg(all(loom, any(test, feature = "test-utilities")))]
+pub(crate) use loom::sync::atomic::AtomicU8;
 #[cfg(loom)]
 pub(crate) use loom::sync::{
     Condvar, Mutex, MutexGuard,
