@@ -1,3 +1,114 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory of a KVM guest that arrives later: page-fault queues, sources and scheduling
+//! Memory of a KVM guest that arrives later: who waits for which page, what is fetched next, from
+//! where, and how the guest is told.
+//!
+//! A guest whose memory is still on a disk or on another host runs at once; each page that it
+//! touches too early is a fault that somebody serves. In the kernel that somebody is
+//! `virt/kvm/async_pf.c`; in user space it is a pager over userfaultfd. The bookkeeping is the same
+//! and is what this crate is, as plain data in and out, with no thread, lock, descriptor or
+//! `unsafe`:
+//!
+//! ```text
+//!   vCPU 0 ──fault──▶ VcpuQueue.setup ─token─┐
+//!   vCPU 1 ──fault──▶ VcpuQueue.setup ─token─┤        ┌──────── Schedule ─────────┐
+//!                                            ├──────▶ │ fault lane    ▶▶▶ │ start │──▶ worker
+//!   a guess (neighbours, a recording) ───────┴──────▶ │ prefetch lane ▶   │       │     │ fetch
+//!                                                     └──────────▲────────────────┘     ▼
+//!   vCPU ◀─check_completion─ VcpuQueue.arrived ◀─waiters─ finish ┘◀── page placed ── PageSource
+//! ```
+//!
+//! * [`VcpuQueue`] is a vCPU's queue and done lists with their bound, and the functions on them
+//!   under the kernel's names.
+//! * [`Schedule`] holds the pages of a slot: two faults on one page are one fetch, faults overtake
+//!   guesses, a guess that is touched becomes a fault.
+//! * [`PageState`] and [`RequestState`] are the two state machines, each one `const` table.
+//! * [`PageSource`] has the contents: [`FileSource`], [`ZeroSource`], or yours.
+//! * [`AsyncPfFeatures`], [`AsyncPfEnable`], [`AsyncPfVector`], [`AsyncPfMsrs`] and [`ApfData`] are
+//!   the guest's side: CPUID bits, MSRs and the shared structure, decoded and encoded.
+//!
+//! # Example
+//! A pager's round, by hand (`examples/pager.rs` has it with threads):
+//!
+//! ```
+//! use async_pf::*;
+//! use memslots::Gfn;
+//!
+//! let source = ZeroSource;
+//! let mut pages: Schedule<Token> = Schedule::new(Gfn(0), 1024, 32);
+//! let mut vcpu = VcpuQueue::new(0)?;
+//!
+//! // A vCPU touches a page that is not there.
+//! let token = vcpu.setup(Gfn(7))?;
+//! assert_eq!(pages.fault(Gfn(7), token)?, FaultAnswer::Waiting { fetch: true });
+//!
+//! // A worker serves it.
+//! let job = pages.start().unwrap();
+//! let mut buffer = [0; 4096];
+//! let outcome = match source.fetch(job.gfn, &mut buffer) {
+//!     Ok(_place_it_in_guest_memory) => Outcome::Arrived,
+//!     Err(error) if error.is_transient() && job.failures < 3 => Outcome::Retry,
+//!     Err(_) => Outcome::GaveUp,
+//! };
+//! for token in pages.finish(job.gfn, outcome)? {
+//!     if vcpu.arrived(token)? { /* kick the vCPU */ }
+//! }
+//! assert_eq!(vcpu.check_completion(), Some(Completion::Ready { token, gfn: Gfn(7) }));
+//! # Ok::<(), async_pf::Error>(())
+//! ```
+//!
+//! # Header map
+//! What became of the identifiers of Linux's `include/linux/kvm_host.h` (3.17) that this crate
+//! answers for.
+//!
+//! | kvm_host.h | here |
+//! | --- | --- |
+//! | `kvm_async_pf` | a request, named by its [`Token`], in a [`RequestState`] |
+//! | `kvm_clear_async_pf_completion_queue` | [`VcpuQueue::clear_completion`] |
+//! | `kvm_check_async_pf_completion` | [`VcpuQueue::check_completion`] |
+//! | `kvm_setup_async_pf` | [`VcpuQueue::setup`] |
+//! | `kvm_async_pf_wakeup_all` | [`VcpuQueue::wake_all`] |
+//!
+//! # Concurrency
+//! Every type but the sources is plain data with `&mut self` methods: put a [`Schedule`] behind one
+//! mutex and hold it for the call, never across a fetch. A [`VcpuQueue`] belongs to its vCPU's
+//! state; whoever finishes a page reaches it under that vCPU's lock. Sources are shared by workers
+//! and may block, so they are called from workers alone. Nothing here waits.
+//!
+//! # Threat model
+//! The guest chooses which pages fault, in which order, and how often: a vCPU holds at most its
+//! bound of requests, a page at most one place in a lane, and an address outside of the slot is an
+//! error. What a guest writes into its MSRs is decoded or refused, never trusted to be sane. A
+//! source is a file or a peer that may lie, shrink or stop: short and failed reads are typed, and
+//! say whether trying again may help; the contents of a page are the source's word.
+//!
+//! # Save and restore
+//! Requests and lanes are not saved: a restored guest faults again, and
+//! [`wake_all`](VcpuQueue::wake_all) makes it look again at what it waited for. The guest's side is:
+//! [`AsyncPfMsrs`] keeps the MSRs, in the order in which they must be written.
+//!
+//! # Known limits
+//! * No pager of its own yet: the userfaultfd layer comes with memslots' `uffd` feature, deadlines,
+//!   batching and the recording of working sets on top of it. Until then the loop in
+//!   `examples/pager.rs` is the pattern.
+//! * A schedule covers one slot, and its pages are of 4 KiB.
+//! * [`FileSource`] reads holes of a sparse file as zeros and says [`Fetched::Bytes`] to them.
+
+#![forbid(unsafe_code)]
+
+mod error;
+mod paravirt;
+mod queue;
+mod schedule;
+mod source;
+mod state;
+
+pub use error::Error;
+pub use paravirt::{
+    ApfData, AsyncPfEnable, AsyncPfFeatures, AsyncPfMsrs, AsyncPfVector, KVM_CPUID_FEATURES,
+    MSR_KVM_ASYNC_PF_ACK, MSR_KVM_ASYNC_PF_EN, MSR_KVM_ASYNC_PF_INT, MsrError,
+};
+pub use queue::{ASYNC_PF_PER_VCPU, Completion, Token, VcpuQueue, WAKE_ALL_TOKEN};
+pub use schedule::{FaultAnswer, Job, Lane, Outcome, Schedule};
+pub use source::{Fetched, FilePiece, FileSource, PageSource, SourceError, ZeroSource};
+pub use state::{PageEvent, PageState, RequestEvent, RequestState};

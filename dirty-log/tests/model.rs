@@ -56,6 +56,7 @@ fn agree(bitmap: &DirtyBitmap, model: &Model) {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn setting_walking_and_counting_agree_with_a_set((pages, runs) in sized_runs()) {
         let (bitmap, model) = build(pages, &runs);
