@@ -107,7 +107,7 @@ impl SlotExtent {
             ("guest address", start.0),
             ("host address", host.0 as u64),
         ] {
-            if value % PAGE_SIZE != 0 {
+            if !value.is_multiple_of(PAGE_SIZE) {
                 return Err(ExtentError::Unaligned { what, value });
             }
         }

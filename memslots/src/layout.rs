@@ -58,10 +58,13 @@ pub fn ram_layout(size: u64, hole: Range<u64>) -> Result<Vec<(GuestAddress, u64)
     if size == 0 {
         return Err(LayoutError::Empty);
     }
-    if size % PAGE_SIZE != 0 {
+    if !size.is_multiple_of(PAGE_SIZE) {
         return Err(LayoutError::UnalignedSize { size });
     }
-    if hole.start % PAGE_SIZE != 0 || hole.end % PAGE_SIZE != 0 || hole.end < hole.start {
+    if !hole.start.is_multiple_of(PAGE_SIZE)
+        || !hole.end.is_multiple_of(PAGE_SIZE)
+        || hole.end < hole.start
+    {
         return Err(LayoutError::BadHole { hole });
     }
     if hole.is_empty() {

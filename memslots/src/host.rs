@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The one capability that the crate needs of a host, as a trait, so that a test can be the host.
+
+use crate::MemoryRegion;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+/// An error number of the host, as in `errno.h`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Errno(pub i32);
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        io::Error::from_raw_os_error(self.0).fmt(f)
+    }
+}
+
+impl fmt::Debug for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Errno({})", self.0)
+    }
+}
+
+impl std::error::Error for Errno {}
+
+/// Who keeps the slots: a KVM VM, or a test's stand-in.
+pub trait SetMemoryRegion {
+    /// Creates, changes or deletes a slot (`KVM_SET_USER_MEMORY_REGION`). May wait, some milliseconds, for a grace
+    /// period inside KVM.
+    ///
+    /// # Errors
+    /// The host's errno; then nothing has changed.
+    ///
+    /// # Safety
+    /// Until the slot is deleted, its host range is memory that is the guest's to read and write: mapped, and never
+    /// anything that this program's own safety rests upon.
+    unsafe fn set_memory_region(&self, region: &MemoryRegion) -> Result<(), Errno>;
+
+    /// How many slots there can be (`KVM_CAP_NR_MEMSLOTS`).
+    fn max_slots(&self) -> usize;
+}
+
+macro_rules! forward {
+    ($($type:ty),*) => {$(
+        impl<T: SetMemoryRegion + ?Sized> SetMemoryRegion for $type {
+            unsafe fn set_memory_region(&self, region: &MemoryRegion) -> Result<(), Errno> {
+                // SAFETY: the caller's promise is the same.
+                unsafe { (**self).set_memory_region(region) }
+            }
+
+            fn max_slots(&self) -> usize {
+                (**self).max_slots()
+            }
+        }
+    )*};
+}
+
+forward!(&T, Arc<T>, Box<T>);

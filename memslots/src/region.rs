@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One slot's memory as vm-memory sees it.
+
+use crate::mapping::Mapping;
+use crate::{SlotExtent, SlotFlags};
+use std::fmt;
+use std::sync::Arc;
+use vm_memory::bitmap::{BS, Bitmap, NewBitmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes,
+    GuestMemoryResult, GuestUsize, MemoryRegionAddress, VolatileSlice,
+};
+
+/// What notes the writes that this process makes to a slot. `()` notes nothing and costs nothing; any
+/// [`vm_memory::bitmap::NewBitmap`] will do.
+pub trait SlotBitmap: NewBitmap + Send + Sync + 'static {}
+
+impl<B: NewBitmap + Send + Sync + 'static> SlotBitmap for B {}
+
+/// A slot's memory: its extent, its flags, its mapping, and who notes the writes. Keeps the mapping alive.
+///
+/// As a [`GuestMemoryRegion`] it knows no permissions: it is how a loader fills a read-only slot.
+pub struct Region<B = ()> {
+    extent: SlotExtent,
+    flags: SlotFlags,
+    mapping: Arc<Mapping>,
+    bitmap: Arc<B>,
+}
+
+impl<B: SlotBitmap> Region<B> {
+    /// `mapping` is as large as `extent` says and starts where it says.
+    pub(crate) fn new(extent: SlotExtent, flags: SlotFlags, mapping: Mapping) -> Self {
+        let bitmap = Arc::new(B::with_len(extent.size() as usize));
+        Self {
+            extent,
+            flags,
+            mapping: Arc::new(mapping),
+            bitmap,
+        }
+    }
+}
+
+impl<B> Region<B> {
+    /// The same memory in another place or with other flags; `extent` has this one's host range.
+    pub(crate) fn changed(&self, extent: SlotExtent, flags: SlotFlags) -> Self {
+        let (mapping, bitmap) = (Arc::clone(&self.mapping), Arc::clone(&self.bitmap));
+        Self {
+            extent,
+            flags,
+            mapping,
+            bitmap,
+        }
+    }
+
+    /// The slot's extent.
+    pub fn extent(&self) -> &SlotExtent {
+        &self.extent
+    }
+
+    /// The slot's flags.
+    pub fn flags(&self) -> SlotFlags {
+        self.flags
+    }
+
+    /// Whether the guest, and devices through [`CheckedMemory`](crate::CheckedMemory), may only read it.
+    pub fn is_read_only(&self) -> bool {
+        self.flags.contains(SlotFlags::READ_ONLY)
+    }
+}
+
+impl<B: Bitmap> GuestMemoryRegion for Region<B> {
+    type B = B;
+
+    fn len(&self) -> GuestUsize {
+        self.extent.size()
+    }
+
+    fn start_addr(&self) -> GuestAddress {
+        self.extent.start()
+    }
+
+    fn bitmap(&self) -> BS<'_, B> {
+        self.bitmap.slice_at(0)
+    }
+
+    fn get_host_address(&self, addr: MemoryRegionAddress) -> GuestMemoryResult<*mut u8> {
+        if addr.0 >= self.extent.size() {
+            return Err(GuestMemoryError::InvalidBackendAddress);
+        }
+        Ok(self.mapping.start().wrapping_add(addr.0 as usize))
+    }
+
+    fn file_offset(&self) -> Option<&FileOffset> {
+        self.mapping.file()
+    }
+
+    fn get_slice(
+        &self,
+        offset: MemoryRegionAddress,
+        count: usize,
+    ) -> GuestMemoryResult<VolatileSlice<'_, BS<'_, B>>> {
+        let end = offset.0.checked_add(count as u64);
+        if end.is_none_or(|end| end > self.extent.size()) {
+            return Err(GuestMemoryError::InvalidBackendAddress);
+        }
+        let start = self.mapping.start().wrapping_add(offset.0 as usize);
+        let bitmap = self.bitmap.slice_at(offset.0 as usize);
+        // SAFETY: `offset + count` is at most the mapping's size, and the mapping lives as long as the region that the
+        // slice borrows from. Whoever else uses this memory is the guest or another volatile slice.
+        Ok(unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) })
+    }
+}
+
+impl<B: Bitmap> GuestMemoryRegionBytes for Region<B> {}
+
+impl<B> fmt::Debug for Region<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("Region");
+        debug
+            .field("extent", &self.extent)
+            .field("flags", &self.flags)
+            .finish_non_exhaustive()
+    }
+}
