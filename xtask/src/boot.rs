@@ -172,7 +172,7 @@ pub(crate) fn watch(argv: Vec<OsString>) -> Result<i32> {
     let stderr = vmm.stderr.take();
     let told = thread::spawn(move || stderr.map(told_by_vmm).unwrap_or_default());
     let mut seen = match vmm.stdout.take() {
-        Some(stdout) => seen_on_console(stdout, begun),
+        Some(stdout) => seen_on_console(stdout, io::stdout(), begun),
         None => Vec::new(),
     };
     let status = vmm
@@ -227,7 +227,7 @@ fn timeline_line(line: &str) -> Option<Moment> {
 }
 
 /// Passes the console on as it comes, and notes when the lines of interest are there.
-fn seen_on_console(mut stdout: impl Read, begun: Instant) -> Vec<Moment> {
+fn seen_on_console(mut stdout: impl Read, mut out: impl Write, begun: Instant) -> Vec<Moment> {
     // Each is looked for once, in this order.
     let mut wanted = [
         (&b"Linux version"[..], "kernel's first line"),
@@ -240,7 +240,6 @@ fn seen_on_console(mut stdout: impl Read, begun: Instant) -> Vec<Moment> {
     let mut buffer = [0; 16 << 10];
     let mut line = Vec::new();
     while let Ok(n @ 1..) = stdout.read(&mut buffer) {
-        let mut out = io::stdout().lock();
         let _ = out.write_all(&buffer[..n]).and_then(|()| out.flush()); // a closed stdout does not stop the guest
         for byte in &buffer[..n] {
             line.push(*byte);
@@ -278,7 +277,7 @@ mod tests {
     #[test]
     fn moments_are_found_on_the_console_in_their_order() {
         let console = b"x\r\n[0.0] Linux version 6\r\nguest: init 1\r\nshell says guest: init\r\n[1] reboot: Power down\r\n";
-        let seen: Vec<_> = seen_on_console(&console[..], Instant::now())
+        let seen: Vec<_> = seen_on_console(&console[..], io::sink(), Instant::now())
             .into_iter()
             .map(|(_, what)| what)
             .collect();

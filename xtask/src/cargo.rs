@@ -61,10 +61,15 @@ pub(crate) fn build(what: &str, args: &[&str]) -> Result<Vec<Program>> {
         )));
     }
     step.end();
-    Ok(String::from_utf8_lossy(&output.stdout)
+    Ok(programs(&output.stdout))
+}
+
+/// The programs that cargo's messages name.
+pub(crate) fn programs(messages: &[u8]) -> Vec<Program> {
+    String::from_utf8_lossy(messages)
         .lines()
         .filter_map(program)
-        .collect())
+        .collect()
 }
 
 fn program(line: &str) -> Option<Program> {

@@ -16,6 +16,7 @@ mod host;
 mod kernel_image;
 mod lab;
 mod modules;
+mod tiers;
 mod ui;
 
 use failure::{Failure, Result};
@@ -28,6 +29,7 @@ Usage: cargo xtask COMMAND [OPTIONS]
 Commands:
   boot [OPTIONS]             boot a stock Debian kernel under reference-vmm, to a shell on this terminal
   lab [OPTIONS] -- COMMAND…  run COMMAND as root in an emulated machine with hardware-style KVM (kvm_amd)
+  test [OPTIONS]             build and run the tests of all tiers, and say what ran where
 
 `cargo xtask COMMAND --help` says more of one.";
 
@@ -38,6 +40,8 @@ fn main() {
     let outcome = match command.as_deref().and_then(|c| c.to_str()) {
         Some("boot") => boot::command(rest),
         Some(boot::WATCH_COMMAND) => boot::watch(rest),
+        Some("test") => tiers::command(rest),
+        Some(tiers::RUN_COMMAND) => tiers::run_command(rest),
         Some("lab") => lab::command(rest),
         Some(lab::AGENT_COMMAND) => lab::agent::command(),
         None | Some("help" | "--help" | "-h") => {

@@ -160,8 +160,33 @@ enum Event {
     Lost(io::Error),
 }
 
+/// Which of the command's outputs bytes came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stream {
+    Stdout,
+    Stderr,
+}
+
+/// Takes what the command writes, on a thread of its own.
+pub(crate) type Sink = Box<dyn FnMut(Stream, &[u8]) + Send>;
+
 /// Runs a command in a lab of its own; its exit status. Its output goes to this process's.
 pub(crate) fn run(options: &Options, argv: &[OsString]) -> Result<i32> {
+    let ours = |stream, bytes: &[u8]| {
+        // Whoever closed our output does not want the rest; the command runs on.
+        let _ = match stream {
+            Stream::Stdout => {
+                let mut out = io::stdout().lock();
+                out.write_all(bytes).and_then(|()| out.flush())
+            }
+            Stream::Stderr => io::stderr().write_all(bytes),
+        };
+    };
+    run_with(options, argv, Box::new(ours))
+}
+
+/// Runs a command in a lab of its own, with its output given to `sink`; its exit status.
+pub(crate) fn run_with(options: &Options, argv: &[OsString], mut sink: Sink) -> Result<i32> {
     let assets = Assets::open(options.refresh)?;
     let begun = Instant::now();
     let (machine, port) = Machine::start(&assets, options)?;
@@ -170,7 +195,7 @@ pub(crate) fn run(options: &Options, argv: &[OsString]) -> Result<i32> {
     let from_lab = port
         .try_clone()
         .context(|| "the port cannot be shared".into())?;
-    thread::spawn(move || listen(from_lab, &events));
+    thread::spawn(move || listen(from_lab, &mut sink, &events));
 
     let mut to_lab = port;
     let mut raw = None;
@@ -229,18 +254,16 @@ pub(crate) fn run(options: &Options, argv: &[OsString]) -> Result<i32> {
     }
 }
 
-/// Writes what the command writes, and reports the rest.
-fn listen(mut from_lab: UnixStream, events: &mpsc::Sender<Event>) {
+/// Hands on what the command writes, and reports the rest.
+fn listen(mut from_lab: UnixStream, sink: &mut Sink, events: &mpsc::Sender<Event>) {
     loop {
         let event = match Frame::receive(&mut from_lab) {
             Ok(Frame::Stdout(bytes)) => {
-                // Whoever closed our stdout does not want the rest; the command runs on.
-                let mut out = io::stdout().lock();
-                let _ = out.write_all(&bytes).and_then(|()| out.flush());
+                sink(Stream::Stdout, &bytes);
                 continue;
             }
             Ok(Frame::Stderr(bytes)) => {
-                let _ = io::stderr().write_all(&bytes);
+                sink(Stream::Stderr, &bytes);
                 continue;
             }
             Ok(Frame::Ready) => Event::Ready,

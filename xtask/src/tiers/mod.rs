@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `cargo xtask test`: the tests in tiers, by what a host must offer, and a table of what ran where.
+//!
+//! The name of a test's file is its tier: `tests/kvm_*.rs` wants a `/dev/kvm`, `tests/lab_*.rs` wants hardware-style
+//! KVM and stock kernels, `tests/loom_*.rs` is a model built apart, and the rest wants nothing of the host.
+
+mod run;
+mod table;
+
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::assets::Assets;
+use crate::cargo::{self, Program};
+use crate::failure::{Context, Failure, Result};
+use crate::guest_image;
+use crate::host::{self, KvmKind};
+use crate::lab;
+use crate::ui::{Step, say};
+use run::{Outcome, Suite};
+pub(crate) use run::{RUN_COMMAND, command as run_command};
+
+const USAGE: &str = "\
+Builds and runs the tests, and says what ran where. A tier that this host cannot run is an error, unless it is waived.
+
+Usage: cargo xtask test [OPTIONS]
+
+  --pure         the tests that need nothing of the host: unit, property, documentation, models
+  --kvm          those that need a /dev/kvm, on this host's
+  --lab          those that need hardware-style KVM, and the kvm tier once more, all in one lab machine
+                 (none of the three: all of them)
+  --waive TIER   leave a tier out and say so; may be repeated
+  -p PACKAGE     the tests of this package alone; may be repeated
+  --kernel 6.12|6.1   the lab's kernel (6.12)
+  --long         the long forms of the tests (LONG_TESTS=1)
+
+Exit status: 0 all passed, 1 a test failed or a tier cannot run here, 125 the tests could not be run.";
+
+/// What a test needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Tier {
+    Pure,
+    Kvm,
+    Lab,
+}
+
+impl Tier {
+    const ALL: [Tier; 3] = [Tier::Pure, Tier::Kvm, Tier::Lab];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Tier::Pure => "pure",
+            Tier::Kvm => "kvm",
+            Tier::Lab => "lab",
+        }
+    }
+
+    fn parse(text: &str) -> Result<Tier> {
+        let found = Tier::ALL.into_iter().find(|tier| tier.name() == text);
+        found.ok_or_else(|| Failure::usage(format!("there is no tier {text}: pure, kvm or lab")))
+    }
+
+    /// The tier of a test program; none for a model, which means something in its own build only.
+    fn of(program: &Program) -> Option<Tier> {
+        match program.kind.as_str() {
+            "test" if program.target.starts_with("loom_") => None,
+            "test" if program.target.starts_with("kvm_") => Some(Tier::Kvm),
+            "test" if program.target.starts_with("lab_") => Some(Tier::Lab),
+            _ => Some(Tier::Pure),
+        }
+    }
+}
+
+struct Wanted {
+    selected: Vec<Tier>,
+    waived: Vec<Tier>,
+    packages: Vec<String>,
+    kernel: crate::assets::Series,
+}
+
+impl Wanted {
+    fn has(&self, tier: Tier) -> bool {
+        self.selected.contains(&tier) && !self.waived.contains(&tier)
+    }
+
+    /// The packages, as cargo is told of them.
+    fn package_args(&self) -> Vec<&str> {
+        if self.packages.is_empty() {
+            return vec!["--workspace"];
+        }
+        self.packages
+            .iter()
+            .flat_map(|p| ["-p", p.as_str()])
+            .collect()
+    }
+}
+
+/// `cargo xtask test`.
+pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
+    use lexopt::prelude::*;
+    let mut wanted = Wanted {
+        selected: Vec::new(),
+        waived: Vec::new(),
+        packages: Vec::new(),
+        kernel: crate::assets::Series::V6_12,
+    };
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("pure") => wanted.selected.push(Tier::Pure),
+            Long("kvm") => wanted.selected.push(Tier::Kvm),
+            Long("lab") => wanted.selected.push(Tier::Lab),
+            Long("waive") => wanted.waived.push(Tier::parse(&parser.value()?.string()?)?),
+            Short('p') | Long("package") => wanted.packages.push(parser.value()?.string()?),
+            Long("kernel") => {
+                wanted.kernel = crate::assets::Series::parse(&parser.value()?.string()?)?
+            }
+            // SAFETY: no other thread has been started yet.
+            Long("long") => unsafe { env::set_var("LONG_TESTS", "1") },
+            Short('h') | Long("help") => {
+                println!("{USAGE}");
+                return Ok(0);
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    if wanted.selected.is_empty() {
+        wanted.selected = Tier::ALL.to_vec();
+    }
+    let begun = Instant::now();
+    let (kvm, reason) = host::kvm();
+    if wanted.has(Tier::Kvm) && kvm == KvmKind::None {
+        return Err(Failure::new(format!(
+            "the kvm tier cannot run on this host: {reason}. `--waive kvm` leaves it out (in the lab it runs anyway)"
+        ))
+        .with_status(1));
+    }
+    let outcomes = run(&wanted, kvm)?;
+    table::print(&outcomes, &wanted.waived, begun.elapsed());
+    Ok(i32::from(outcomes.iter().any(|o| !o.is_good())))
+}
+
+fn run(wanted: &Wanted, kvm: KvmKind) -> Result<Vec<Outcome>> {
+    let mut build = vec!["test", "--no-run"];
+    build.extend(wanted.package_args());
+    let programs: Vec<_> = cargo::build("building the tests", &build)?
+        .into_iter()
+        .filter(|program| program.test)
+        .collect();
+    let of_tier = |tier| {
+        programs
+            .iter()
+            .filter(move |p| Tier::of(p) == Some(tier))
+            .cloned()
+            .collect::<Vec<_>>()
+    };
+    let (lab, kvm_tests) = (of_tier(Tier::Lab), of_tier(Tier::Kvm));
+    let mut outcomes = Vec::new();
+    // The monitor is built where a test may want it.
+    let monitor =
+        if wanted.packages.is_empty() || wanted.packages.iter().any(|p| p == "reference-vmm") {
+            vec![(
+                "REFERENCE_VMM_BIN".to_owned(),
+                cargo::reference_vmm()?.into_os_string(),
+            )]
+        } else {
+            Vec::new()
+        };
+
+    if wanted.has(Tier::Pure) {
+        let suite = Suite {
+            tier: Tier::Pure,
+            place: "this host".into(),
+            args: Vec::new(),
+            env: monitor.clone(),
+        };
+        outcomes.extend(suite.run(&of_tier(Tier::Pure)));
+        outcomes.push(run::documentation(&wanted.package_args())?);
+        outcomes.extend(models(wanted)?);
+    }
+    if wanted.has(Tier::Kvm) {
+        let place = match kvm {
+            KvmKind::Hardware => "this host's hardware KVM",
+            _ => "this host's software KVM",
+        };
+        let suite = Suite {
+            tier: Tier::Kvm,
+            place: place.into(),
+            args: Vec::new(),
+            env: monitor.clone(),
+        };
+        outcomes.extend(suite.run(&kvm_tests));
+    }
+    if wanted.has(Tier::Lab) && !(lab.is_empty() && kvm_tests.is_empty()) {
+        outcomes.extend(in_lab(wanted, &kvm_tests, &lab, monitor)?);
+    }
+    Ok(outcomes)
+}
+
+/// The loom models: built with `--cfg loom` in a target folder of their own, or all else would be built again.
+fn models(wanted: &Wanted) -> Result<Vec<Outcome>> {
+    let mut args: Vec<String> = [
+        "test",
+        "--no-run",
+        "--release",
+        "--target-dir",
+        "target/loom",
+    ]
+    .map(String::from)
+    .into();
+    let mut found = 0;
+    for (package, test) in model_files(&host::workspace())? {
+        if wanted.packages.is_empty() || wanted.packages.contains(&package) {
+            args.extend(["-p".into(), package, "--test".into(), test]);
+            found += 1;
+        }
+    }
+    if found == 0 {
+        return Ok(Vec::new());
+    }
+    let step = Step::begin("building the models");
+    let flags = format!("{} --cfg loom", env::var("RUSTFLAGS").unwrap_or_default());
+    let output = cargo::command()
+        .args(&args)
+        .arg("--message-format=json-render-diagnostics")
+        .env("RUSTFLAGS", flags.trim())
+        // A shipped program's link time buys a model nothing.
+        .env("CARGO_PROFILE_RELEASE_LTO", "off")
+        .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .context(|| "cargo does not start".into())?;
+    if !output.status.success() {
+        return Err(Failure::new("the models do not build"));
+    }
+    step.end();
+    let programs: Vec<_> = cargo::programs(&output.stdout)
+        .into_iter()
+        .filter(|p| p.target.starts_with("loom_"))
+        .collect();
+    let preemptions = env::var_os("LOOM_MAX_PREEMPTIONS").unwrap_or_else(|| "3".into());
+    let suite = Suite {
+        tier: Tier::Pure,
+        place: "this host, models".into(),
+        args: Vec::new(),
+        env: vec![("LOOM_MAX_PREEMPTIONS".into(), preemptions)],
+    };
+    Ok(suite.run(&programs))
+}
+
+/// Every `tests/loom_*.rs`, with its package.
+fn model_files(workspace: &Path) -> Result<Vec<(String, String)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(workspace)
+        .context(|| format!("{} cannot be read", workspace.display()))?
+        .flatten()
+    {
+        let package = entry.file_name().to_string_lossy().into_owned();
+        for test in fs::read_dir(entry.path().join("tests"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let name = test.file_name().to_string_lossy().into_owned();
+            if let Some(name) = name
+                .strip_suffix(".rs")
+                .filter(|name| name.starts_with("loom_"))
+            {
+                found.push((package.clone(), name.to_owned()));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The kvm tier and the lab tier in one lab machine.
+fn in_lab(
+    wanted: &Wanted,
+    kvm: &[Program],
+    lab: &[Program],
+    env: Vec<(String, OsString)>,
+) -> Result<Vec<Outcome>> {
+    let assets = Assets::open(false)?;
+    let kernels = guest_image::test_kernels(&assets)?;
+    let place = format!("the lab ({} kvm_amd)", wanted.kernel.name());
+    let mut env: Vec<_> = env
+        .into_iter()
+        .chain([("LAB_KERNELS".to_owned(), kernels.into_os_string())])
+        .map(|(name, value)| {
+            let mut pair = OsString::from(name);
+            pair.push("=");
+            pair.push(value);
+            pair
+        })
+        .collect();
+    if let Some(long) = env::var_os("LONG_TESTS") {
+        let mut pair = OsString::from("LONG_TESTS=");
+        pair.push(long);
+        env.push(pair);
+    }
+    let list = run::List::of(&[(Tier::Kvm, kvm), (Tier::Lab, lab)], &place).write(&list_file()?)?;
+    let options = lab::Options {
+        kernel: wanted.kernel,
+        memory_mib: 4096,
+        time_limit: Duration::from_secs(if env::var_os("LONG_TESTS").is_some() {
+            4 * 3600
+        } else {
+            40 * 60
+        }),
+        env,
+        cwd: Some(host::workspace()),
+        ..lab::Options::default()
+    };
+    say(format!(
+        "{} test programs in {place} …",
+        kvm.len() + lab.len()
+    ));
+    let argv: Vec<OsString> = cargo::inside_lab(RUN_COMMAND)
+        .into_iter()
+        .chain([list.clone().into_os_string()])
+        .collect();
+    let (outcomes, status) = run::collect(&options, &argv);
+    // What was told before an end of the lab counts; what was not is a failure of its own.
+    let _ = fs::remove_file(&list);
+    let mut outcomes = outcomes;
+    match status {
+        Ok(_) if outcomes.len() == kvm.len() + lab.len() => {}
+        Ok(status) => outcomes.push(Outcome::broken(
+            Tier::Lab,
+            &place,
+            &format!("the lab's runner ended with {status}"),
+        )),
+        Err(failure) => outcomes.push(Outcome::broken(Tier::Lab, &place, &failure.to_string())),
+    }
+    Ok(outcomes)
+}
+
+/// Where the list of programs is put for the lab to read: a name of this process's own.
+fn list_file() -> Result<PathBuf> {
+    let dir = host::workspace().join("target/xtask");
+    fs::create_dir_all(&dir).context(|| format!("{} cannot be made", dir.display()))?;
+    Ok(dir.join(format!("lab-tests-{}.json", std::process::id())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_file_is_its_tier() {
+        let program = |kind: &str, target: &str| Program {
+            package: "p".into(),
+            package_dir: "/p".into(),
+            target: target.into(),
+            kind: kind.into(),
+            test: true,
+            file: "/f".into(),
+        };
+        assert_eq!(Tier::of(&program("test", "kvm_x")), Some(Tier::Kvm));
+        assert_eq!(Tier::of(&program("test", "lab_x")), Some(Tier::Lab));
+        assert_eq!(Tier::of(&program("test", "loom_x")), None);
+        assert_eq!(Tier::of(&program("test", "model")), Some(Tier::Pure));
+        // A crate's own unit tests, whatever its name.
+        assert_eq!(Tier::of(&program("lib", "kvm_core")), Some(Tier::Pure));
+    }
+}

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The table at the end of the tests: tier, where, counts, time; and what failed, by name.
+
+use std::time::Duration;
+
+use super::Tier;
+use super::run::Outcome;
+
+pub(crate) fn print(outcomes: &[Outcome], waived: &[Tier], total: Duration) {
+    print!("{}", text(outcomes, waived, total));
+}
+
+fn text(outcomes: &[Outcome], waived: &[Tier], total: Duration) -> String {
+    // One row for each tier and place, in the order in which they ran.
+    let mut rows: Vec<(Tier, &str, Vec<&Outcome>)> = Vec::new();
+    for outcome in outcomes {
+        match rows
+            .iter_mut()
+            .find(|(tier, place, _)| *tier == outcome.tier && *place == outcome.place)
+        {
+            Some((.., of_row)) => of_row.push(outcome),
+            None => rows.push((outcome.tier, &outcome.place, vec![outcome])),
+        }
+    }
+    let wide = rows
+        .iter()
+        .map(|(_, place, _)| place.chars().count())
+        .max()
+        .unwrap_or(0)
+        .max(5);
+    let mut text = format!(
+        "\n{:<6} {:<wide$} {:>8} {:>7} {:>7} {:>8} {:>9}\n",
+        "tier", "where", "programs", "passed", "failed", "ignored", "time"
+    );
+    for (tier, place, of_row) in &rows {
+        let sum = |field: fn(&Outcome) -> u64| of_row.iter().map(|o| field(o)).sum::<u64>();
+        let seconds: f64 = of_row.iter().map(|o| o.seconds).sum();
+        text += &format!(
+            "{:<6} {place:<wide$} {:>8} {:>7} {:>7} {:>8} {:>7.1} s\n",
+            tier.name(),
+            of_row.len(),
+            sum(|o| o.passed),
+            sum(|o| o.failed),
+            sum(|o| o.ignored),
+            seconds
+        );
+    }
+    for tier in waived {
+        text += &format!("{:<6} waived\n", tier.name());
+    }
+    let bad: Vec<_> = outcomes.iter().filter(|o| !o.is_good()).collect();
+    for outcome in &bad {
+        let why = outcome
+            .trouble
+            .clone()
+            .unwrap_or_else(|| format!("{} failed", outcome.failed));
+        text += &format!(
+            "FAILED: {} ({}, {}): {why}\n",
+            outcome.name,
+            outcome.tier.name(),
+            outcome.place
+        );
+    }
+    let verdict = if bad.is_empty() {
+        "all good"
+    } else {
+        "not good"
+    };
+    text += &format!("{verdict}, {:.0} s in all\n", total.as_secs_f64());
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_adds_up_and_names_what_failed() {
+        let mut good = Outcome::broken(Tier::Pure, "this host", "");
+        (good.trouble, good.passed, good.seconds) = (None, 3, 0.5);
+        let mut bad = Outcome::broken(Tier::Lab, "the lab", "signal 6");
+        bad.name = "reference-vmm lab_boot".into();
+        let text = text(
+            &[good.clone(), good, bad],
+            &[Tier::Kvm],
+            Duration::from_secs(9),
+        );
+        assert!(
+            text.contains("pure   this host        2       6       0        0     1.0 s"),
+            "{text}"
+        );
+        assert!(text.contains("kvm    waived"));
+        assert!(text.contains("FAILED: reference-vmm lab_boot (lab, the lab): signal 6"));
+        assert!(text.contains("not good, 9 s in all"));
+    }
+}
