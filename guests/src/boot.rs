@@ -4,9 +4,7 @@
 //! starts a kernel in, to be put into an [image](crate::image). COM1 is their voice, isa-debug-exit
 //! at 0xf4 their end (status 1 for value 0).
 
-use crate::blob;
-
-blob! {
+crate::blob! {
     /// 64-bit: says "hello" and a newline, then exits with debug-exit value 0.
     hello64, "
     .code64
@@ -25,7 +23,7 @@ blob! {
     "
 }
 
-blob! {
+crate::blob! {
     /// 64-bit: writes one byte to COM1 and resets through the keyboard controller. The shortest
     /// life of a guest with an output.
     byte_and_reset64, "
@@ -40,7 +38,7 @@ blob! {
     "
 }
 
-blob! {
+crate::blob! {
     /// 64-bit: powers off through ACPI's sleep control register at port 0x600.
     poweroff64, "
     .code64
@@ -52,7 +50,7 @@ blob! {
     "
 }
 
-blob! {
+crate::blob! {
     /// 64-bit: a triple fault, with a mark in rax and rbx to be found in the register dump.
     triple_fault64, "
     .code64
@@ -64,7 +62,7 @@ blob! {
     "
 }
 
-blob! {
+crate::blob! {
     /// 64-bit: says \"up\", then spins with interrupts off, for ever.
     spin64, "
     .code64
@@ -79,7 +77,7 @@ blob! {
     "
 }
 
-blob! {
+crate::blob! {
     /// 64-bit: writes to pvpanic's port that the kernel panicked.
     pvpanic64, "
     .code64
@@ -91,7 +89,7 @@ blob! {
     "
 }
 
-blob! {
+crate::blob! {
     /// 64-bit: echoes what comes in on COM1 (polled) until a `q`, then exits with debug-exit value
     /// 0x10 (status 0x21).
     echo64, "
@@ -112,7 +110,7 @@ blob! {
     "
 }
 
-blob! {
+crate::blob! {
     /// 64-bit Linux protocol: prints the command line that boot_params (rsi) points at, a newline,
     /// the size of the initrd in hexadecimal (8 digits), a newline, and the number of e820 entries
     /// as one digit, a newline; debug-exit value 0.
@@ -154,7 +152,7 @@ blob! {
     "
 }
 
-blob! {
+crate::blob! {
     /// 32-bit PVH: checks hvm_start_info's magic at ebx, prints `P` and the command line, or `?`
     /// if the magic is wrong; debug-exit value 0.
     pvh32, "
@@ -181,7 +179,7 @@ blob! {
     "
 }
 
-blob! {
+crate::blob! {
     /// 32-bit multiboot 1: checks the magic in eax, prints `M`, the number of modules as a digit,
     /// the command line and a newline, or `?` if the magic is wrong; debug-exit value 0.
     multiboot32, "
@@ -211,7 +209,7 @@ blob! {
     "
 }
 
-blob! {
+crate::blob! {
     /// 64-bit Linux protocol: the command line begins with the number of vCPUs. Starts all the
     /// others with INIT and SIPI through the x2APIC; each vCPU, the boot one too,
     /// writes a `.` to COM1, and the last one ends the guest with debug-exit value 0. Uses the

@@ -36,5 +36,6 @@ pub mod boot;
 pub mod image;
 pub mod irq;
 mod page_writer;
+pub mod vcpu;
 
 pub use page_writer::{PAGE_WRITER_PORT, PAGE_WRITER_STOP, page_writer};

@@ -1,5 +1,76 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A microVM monitor composed of kvm-core, memslots, io-bus, irq-routing, dirty-log and async-pf
+//! A microVM monitor: [kvm-core], [memslots], [io-bus] and [irq-routing] composed into a machine
+//! that boots unmodified Linux, and what a machine needs beside them.
+//!
+//! ```text
+//!   cli ──► config ──► vm::Machine ──► vm::Running ──► end
+//!            (plain      │   arch: boot protocols, ACPI   ▲
+//!             data)      │   devices: serial, power, RTC ─┘ guest powered off, reset, crashed…
+//!                        └── kvm-core, memslots, io-bus, irq-routing
+//!   main_loop: console input, signals, the end       console, signals, logger, timeline
+//! ```
+//!
+//! The binary `reference-vmm` is a command line around this library ([`cli`], [`run`]); a program
+//! that wants a VM of its own builds a [`config::Config`] and a [`vm::Machine`]:
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use reference_vmm::{config::Config, end::EndSignal, vm::Machine};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let end = Arc::new(EndSignal::new()?);
+//! let machine = Machine::build(&Config::new("vmlinux"), std::io::stdout(), &end)?;
+//! let running = machine.start()?;
+//! // … until `end.is_told()`; the descriptor of `end` is readable then.
+//! running.stop();
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # How to read it
+//!
+//! [`vm`] from top to bottom: it is the composition, and the order of set-up is there with its
+//! reasons. Then [`arch::boot`] (how a kernel image becomes a first instruction), [`arch::acpi`]
+//! (how a kernel learns about its machine), [`devices`], and [`main_loop`].
+//!
+//! # Threads
+//!
+//! The main thread waits for events and never for a vCPU, but to stop it. Each vCPU has a thread,
+//! `vcpu0` and so on, on which its exits are served; the devices hold a lock of their own each, and
+//! the tables that an exit goes through are read without one.
+//!
+//! # Threat model
+//!
+//! The guest is hostile: its register values, access widths and memory contents are data, never
+//! sizes or indices that are trusted. The kernel image and the initrd are too (see [`arch::boot`]).
+//! The command line, the configuration file and the terminal are the user's own. There is no sandbox
+//! around the monitor's process yet.
+//!
+//! # What is saved and restored
+//!
+//! Nothing yet.
+//!
+//! # Known limits
+//!
+//! No disks, network or other virtio devices. A reset ends the monitor instead of restarting the
+//! guest. The real-time clock raises no interrupt. vCPUs number at most 255.
+//!
+//! [kvm-core]: kvm_core
+//! [memslots]: memslots
+//! [io-bus]: io_bus
+//! [irq-routing]: irq_routing
 
 pub mod arch;
+pub mod cli;
+pub mod config;
+pub mod console;
+pub mod devices;
+pub mod doctor;
+pub mod end;
+pub mod logger;
+pub mod main_loop;
+pub mod run;
+pub mod signals;
+pub mod timeline;
+pub mod vm;

@@ -6,10 +6,10 @@
 //! ```text
 //! 0                 low RAM: interrupt vectors and BIOS data of a PC, left to the guest
 //! BOOT_DATA         what the monitor leaves for the kernel's first instructions
-//!   BOOT_INFO_ADDR    GDT, then PVH start_info or multiboot info, in one page
+//!   START_INFO_ADDR   PVH start_info or multiboot info, with what they point at
 //!   ZERO_PAGE_ADDR    Linux's boot_params
 //!   BOOT_STACK_TOP    a stack of one page, growing down from here
-//!   PAGE_TABLES_ADDR  identity map of the first GiBs
+//!   BOOT_TABLES_ADDR  GDT and page tables of the long-mode entry
 //!   CMDLINE_ADDR      the command line, up to CMDLINE_MAX bytes with its NUL
 //! 0x9fc00           EBDA (reserved, empty), then the PC's video and option ROM window
 //! ACPI_TABLES       RSDP first, then the other tables
@@ -44,15 +44,9 @@ pub const HIGH_RAM: GuestAddress = GuestAddress(0x10_0000);
 /// and stays below 0x20000, so that a real-mode trampoline of the guest finds room above it.
 pub const BOOT_DATA: Range<u64> = 0x6000..0x2_0000;
 
-/// The page with the GDT, and the PVH or multiboot structures behind it: small things share one
-/// page, because each page touched is a fault and 4 KiB resident.
-pub const BOOT_INFO_ADDR: GuestAddress = GuestAddress(0x6000);
-
-/// The GDT that a kernel finds in GDTR.
-pub const GDT_ADDR: GuestAddress = BOOT_INFO_ADDR;
-
-/// PVH's `hvm_start_info`, or the multiboot information structure, with what they point at.
-pub const START_INFO_ADDR: GuestAddress = GuestAddress(0x6100);
+/// PVH's `hvm_start_info`, or the multiboot information structure, with what they point at: one
+/// page, which ends at the zero page.
+pub const START_INFO_ADDR: GuestAddress = GuestAddress(0x6000);
 
 /// Linux's `boot_params`, "the zero page".
 pub const ZERO_PAGE_ADDR: GuestAddress = GuestAddress(0x7000);
@@ -61,11 +55,13 @@ pub const ZERO_PAGE_ADDR: GuestAddress = GuestAddress(0x7000);
 /// guest in a higher language likes it.
 pub const BOOT_STACK_TOP: GuestAddress = GuestAddress(0x9000);
 
-/// Page tables of the long-mode entry: PML4, PDPT, and one page directory for each GiB.
-pub const PAGE_TABLES_ADDR: GuestAddress = GuestAddress(0x9000);
+/// GDT and page tables of the long-mode entry, as kvm-core's `LongModeTables` has them: a page with
+/// the GDT, PML4, PDPT, and one page directory for each GiB.
+pub const BOOT_TABLES_ADDR: GuestAddress = GuestAddress(0x9000);
 
-/// Pages that the page tables may take: PML4, PDPT and four page directories reach 4 GiB.
-pub const PAGE_TABLES_MAX_PAGES: u64 = 6;
+/// The most that the page tables map, GiB: all addresses at which a kernel is placed. With four page
+/// directories the tables end at [`CMDLINE_ADDR`].
+pub const IDENTITY_MAX_GIB: u16 = 4;
 
 /// The kernel's command line.
 pub const CMDLINE_ADDR: GuestAddress = GuestAddress(0x1_0000);
@@ -152,3 +148,19 @@ pub const GED_EVENT_POWER_BUTTON: u8 = 1 << 0;
 
 /// First GSI for virtio-mmio devices: below are the PC's.
 pub const VIRTIO_MMIO_FIRST_GSI: u32 = 16;
+
+// The order above, held: nothing of the boot data overlaps the next.
+const _: () = {
+    assert!(BOOT_DATA.start == START_INFO_ADDR.0);
+    assert!(START_INFO_ADDR.0 + PAGE <= ZERO_PAGE_ADDR.0);
+    assert!(ZERO_PAGE_ADDR.0 + 2 * PAGE <= BOOT_STACK_TOP.0);
+    assert!(BOOT_STACK_TOP.0 <= BOOT_TABLES_ADDR.0);
+    assert!(BOOT_TABLES_ADDR.0 + (3 + IDENTITY_MAX_GIB as u64) * PAGE <= CMDLINE_ADDR.0);
+    assert!(CMDLINE_ADDR.0 + CMDLINE_MAX as u64 <= BOOT_DATA.end);
+    assert!(BOOT_DATA.end <= EBDA.start);
+    assert!(ISA_WINDOW.start == EBDA.end && ISA_WINDOW.end == HIGH_RAM.0);
+    assert!(ACPI_TABLES.start >= ISA_WINDOW.start && ACPI_TABLES.end <= ISA_WINDOW.end);
+    assert!(VIRTIO_MMIO.start >= MMIO_HOLE.start && VIRTIO_MMIO.end <= IOAPIC_ADDR.0);
+    assert!(KVM_PRIVATE.start == IDENTITY_MAP_ADDR.0 && IDENTITY_MAP_ADDR.0 + PAGE == TSS_ADDR.0);
+    assert!(KVM_PRIVATE.end == TSS_ADDR.0 + 3 * PAGE && KVM_PRIVATE.end <= MMIO_HOLE.end);
+};

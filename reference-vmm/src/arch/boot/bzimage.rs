@@ -15,6 +15,7 @@ use vm_memory::{ByteValued, GuestAddress};
 use super::linux::{self, Loaded};
 use super::place::Placement;
 use super::{BootError, BootPlan, CpuMode, FileCopy, Image, Machine, Source};
+use crate::arch::layout;
 
 /// Offset of the setup header in the file and in the zero page.
 const HEADER: u64 = 0x1f1;
@@ -97,13 +98,17 @@ pub(super) fn plan<F: Read + Seek>(
     // Where it is loaded, and what the kernel takes there once it runs.
     let relocatable = protocol >= version::RELOCATABLE && header.relocatable_kernel != 0;
     let has_init_size = protocol >= version::INIT_SIZE;
-    let load = match (relocatable && has_init_size, u64::from(header.code32_start)) {
-        (true, _) => header.pref_address,
-        (false, start) => start,
+    let (field, load) = if relocatable && has_init_size {
+        ("pref_address", header.pref_address)
+    } else {
+        ("code32_start", u64::from(header.code32_start))
     };
+    if load < layout::HIGH_RAM.0 {
+        return Err(kernel.bad_field(field, load, "kernels are loaded at 1 MiB or above"));
+    }
     let align = u64::from(header.kernel_alignment);
     if relocatable && has_init_size && align != 0 && !load.is_multiple_of(align) {
-        return Err(kernel.bad_field("pref_address", load, "not a multiple of kernel_alignment"));
+        return Err(kernel.bad_field(field, load, "not a multiple of kernel_alignment"));
     }
     let init_size = since(version::INIT_SIZE, header.init_size.into(), 0);
     let pref_address = header.pref_address;

@@ -78,7 +78,7 @@ pub enum Protocol {
 /// The mode in which the first vCPU starts. Segments are flat in both, interrupts off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CpuMode {
-    /// Long mode with the identity map at [`Entry::page_tables`].
+    /// Long mode with the identity map at [`Entry::tables`].
     Long64,
     /// 32-bit protected mode, paging off.
     Protected32,
@@ -102,14 +102,12 @@ pub struct Entry {
     pub rbx: u64,
     /// RSI: Linux's `boot_params`, else 0.
     pub rsi: u64,
-    /// Where a GDT belongs that has the entry's segments, for kernels that reload them.
-    pub gdt: GuestAddress,
-    /// Where page tables belong that map guest physical memory one to one, for
-    /// [`CpuMode::Long64`]; unused otherwise.
-    pub page_tables: GuestAddress,
-    /// How much the page tables map from address 0 on, in GiB (1 to 4): all that the kernel's image
-    /// and the boot data take.
-    pub identity_gib: u64,
+    /// Where a GDT and page tables belong that map guest physical memory one to one, for
+    /// [`CpuMode::Long64`]; unused otherwise. In kvm-core's terms the base of `LongModeTables`.
+    pub tables: GuestAddress,
+    /// How much the page tables map from address 0 on, in GiB (1 to
+    /// [`layout::IDENTITY_MAX_GIB`]): all that the plan places.
+    pub identity_gib: u16,
 }
 
 /// Which protocol to take where an image offers several.
@@ -312,9 +310,8 @@ impl Entry {
             rax: 0,
             rbx: 0,
             rsi: 0,
-            gdt: layout::GDT_ADDR,
-            page_tables: layout::PAGE_TABLES_ADDR,
-            identity_gib: place.top().div_ceil(1 << 30).clamp(1, 4),
+            tables: layout::BOOT_TABLES_ADDR,
+            identity_gib: (place.top().div_ceil(1 << 30) as u16).clamp(1, layout::IDENTITY_MAX_GIB),
         }
     }
 }

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guests that make a vCPU exit in every way, spin, halt, or fault. All are 16-bit real mode and
+//! position-independent but for what each says.
+
+crate::blob!(
+    /// Port, string and memory-mapped accesses of every width, in a fixed order, then a halt.
+    ///
+    /// Wants segments at 0 and memory from 0 to 64 KiB alone; 0x2000 is its buffer, and 0xd0000 is
+    /// where it does MMIO.
+    /// - OUT 0x3f8: `al` 0x41, `ax` 0x4342, `eax` 0x47464544
+    /// - IN 0x60 `al`, its value to OUT 0x80; IN 0x64 `eax`, to OUT 0x84 `eax`
+    /// - `rep insb` of 4 from 0x70 to 0x2000, `rep outsb` of the 4 to 0x90
+    /// - `rep insw` of 3 from 0x72, `rep outsw` of the 3 to 0x92
+    /// - MMIO: write 1, 2, 4 bytes to 0xd0000, 0xd0002, 0xd0004; read 4 from 0xd0008, to OUT 0xa0
+    exits,
+    "
+    .code16
+        mov dx, 0x3f8
+        mov al, 0x41
+        out dx, al
+        mov ax, 0x4342
+        out dx, ax
+        mov eax, 0x47464544
+        out dx, eax
+
+        in al, 0x60
+        out 0x80, al
+        in eax, 0x64
+        out 0x84, eax
+
+        cld
+        mov di, 0x2000
+        mov cx, 4
+        mov dx, 0x70
+        rep insb
+        mov si, 0x2000
+        mov cx, 4
+        mov dx, 0x90
+        rep outsb
+
+        mov di, 0x2000
+        mov cx, 3
+        mov dx, 0x72
+        rep insw
+        mov si, 0x2000
+        mov cx, 3
+        mov dx, 0x92
+        rep outsw
+
+        mov ax, 0xd000
+        mov ds, ax
+        mov byte ptr [0], 0x11
+        mov word ptr [2], 0x2233
+        mov dword ptr [4], 0x44556677
+        mov eax, [8]
+        out 0xa0, eax
+        hlt
+    "
+);
+
+crate::blob!(
+    /// Writes EBX to port 0x10 and halts.
+    announce,
+    "
+    .code16
+        mov eax, ebx
+        out 0x10, eax
+    1:  hlt
+        jmp 1b
+    "
+);
+
+crate::blob!(
+    /// Counts in EAX for ever.
+    spin,
+    "
+    .code16
+    1:  inc eax
+        jmp 1b
+    "
+);
+
+crate::blob!(
+    /// Halts for ever, with interrupts off.
+    halt,
+    "
+    .code16
+        cli
+    1:  hlt
+        jmp 1b
+    "
+);
+
+crate::blob!(
+    /// 32-bit protected mode, entered without an interrupt table: puts 0xc0de into EAX and divides by
+    /// zero, which nobody can be told: a triple fault.
+    triple_fault,
+    "
+    .code32
+        xor edx, edx
+        xor ecx, ecx
+        mov eax, 0xc0de
+        div ecx
+    "
+);
+
+crate::blob!(
+    /// Writes one byte to port 0x10 for ever: for counting round trips.
+    out_for_ever,
+    "
+    .code16
+    1:  out 0x10, al
+        jmp 1b
+    "
+);

@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The command line: each flag sets a field of [`Config`], so that what can be said here can be
+//! said in a file or by a program as well.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use lexopt::prelude::*;
+
+use crate::config::{Config, ConfigError, Irqchip, parse_size};
+
+/// What the user asked for.
+#[derive(Debug)]
+pub enum Command {
+    /// `run`: boot a guest.
+    Run(Run),
+    /// `doctor`: what this host's KVM can do.
+    Doctor {
+        /// One JSON document instead of lines.
+        json: bool,
+        /// The KVM device.
+        kvm: PathBuf,
+    },
+    /// `--help`, with the text.
+    Help(&'static str),
+    /// `--version`.
+    Version,
+}
+
+/// `run` and how it is watched.
+#[derive(Debug)]
+pub struct Run {
+    /// The machine.
+    pub config: Config,
+    /// Print the timeline at the end.
+    pub timeline: bool,
+    /// What the monitor logs to stderr.
+    pub log: log::LevelFilter,
+    /// How long a guest has to power off after SIGTERM pressed its power button, in seconds.
+    pub shutdown_timeout: u32,
+}
+
+/// A command line that makes no sense; the process ends with status 2.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UsageError {
+    /// An unknown flag, a missing value, a value that is not a number.
+    #[error("{0}")]
+    Args(#[from] lexopt::Error),
+    /// A value that parses and cannot be.
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+    /// No command, or not one of ours.
+    #[error("{0}")]
+    Command(String),
+}
+
+/// `reference-vmm --help`.
+pub const HELP: &str = "\
+A microVM monitor for KVM.
+
+Usage: reference-vmm run --kernel FILE [OPTIONS]
+       reference-vmm doctor [--json]
+
+Commands:
+  run      Boot a guest with its serial console on this terminal
+  doctor   Say what this host's KVM offers, and try it
+
+Options:
+  -h, --help     Show help; after a command, its own
+  -V, --version  Show the version
+
+Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor failed;
+2 the arguments or the configuration were wrong; 3 the guest crashed.
+";
+
+/// `reference-vmm run --help`.
+pub const RUN_HELP: &str = "\
+Boot a guest with its serial console on this terminal.
+
+Usage: reference-vmm run --kernel FILE [OPTIONS]
+
+Options:
+  --kernel FILE            Kernel image: bzImage, ELF (64-bit Linux or PVH) or multiboot 1
+  --initrd FILE            Initial RAM disk; again for each further multiboot module
+  --cmdline TEXT           Kernel command line [console=ttyS0]
+  --memory SIZE            Guest memory: bytes, or 512M, 2G [256M]
+  --cpus N                 Number of vCPUs, 1 to 255 [1]
+  --irqchip KIND           kernel (PIC, IOAPIC, local APICs), split (local APICs alone: no pin
+                           interrupts yet) or none [kernel]
+  --pit                    An i8254 timer, for guests that calibrate by it
+  --debug-exit[=PORT]      QEMU's isa-debug-exit [0xf4]: the guest writes V there, and the
+                           exit status is (V << 1) | 1
+  --config FILE            Read the above from a JSON file first: {\"kernel\": \"bzImage\",
+                           \"memory\": \"1G\", \"cpus\": 2}; flags then override it
+  --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
+  --kvm PATH               KVM device [/dev/kvm]
+  --timeline               Say on stderr at the end when what happened
+  --log LEVEL              off, error, warn, info, debug or trace [warn]
+  -h, --help               Show this help
+
+The guest's console is on stdin and stdout, everything else on stderr. On a terminal, Ctrl-A x
+stops the guest and Ctrl-A Ctrl-A types one Ctrl-A. SIGTERM presses the guest's power button and
+stops it after the timeout, or at once if the guest has no ACPI; a second one, SIGINT, SIGHUP and
+SIGQUIT stop it at once.
+
+Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor failed; 2 the
+arguments or the configuration were wrong; 3 the guest crashed (its registers are shown), or said
+through pvpanic that its kernel panicked.
+";
+
+/// `reference-vmm doctor --help`.
+pub const DOCTOR_HELP: &str = "\
+Say what this host's KVM offers, and try it with a guest of the monitor's own.
+
+Usage: reference-vmm doctor [--json]
+
+Options:
+  --json      One JSON document instead of lines
+  --kvm PATH  KVM device [/dev/kvm]
+  -h, --help  Show this help
+
+Exit status: 0 everything that was tried works; 1 something does not, or there is no KVM.
+";
+
+/// Reads a command line, the program's name first.
+///
+/// # Errors
+/// What is wrong, with the value. Whether files exist is found later.
+pub fn parse<I>(args: I) -> Result<Command, UsageError>
+where
+    I: IntoIterator,
+    I::Item: Into<OsString>,
+{
+    let mut parser = lexopt::Parser::from_iter(args);
+    match parser.next()? {
+        Some(Short('h') | Long("help")) => Ok(Command::Help(HELP)),
+        Some(Short('V') | Long("version")) => Ok(Command::Version),
+        Some(Value(command)) if command == "run" => run(parser),
+        Some(Value(command)) if command == "doctor" => doctor(parser),
+        Some(Value(command)) => Err(UsageError::Command(format!(
+            "{} is not a command; the commands are run and doctor",
+            command.display()
+        ))),
+        Some(other) => Err(other.unexpected().into()),
+        None => Err(UsageError::Command("no command; try --help".into())),
+    }
+}
+
+fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
+    // Flags override the file wherever it stands among them, so they are kept until it is read.
+    let mut file = None;
+    let mut changes: Vec<Box<dyn FnOnce(&mut Config)>> = Vec::new();
+    let mut kernel = None;
+    let mut initrd = Vec::new();
+    let (mut timeline, mut log, mut shutdown_timeout) = (false, log::LevelFilter::Warn, 10);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Short('h') | Long("help") => return Ok(Command::Help(RUN_HELP)),
+            Long("config") => file = Some(PathBuf::from(parser.value()?)),
+            Long("kernel") => kernel = Some(PathBuf::from(parser.value()?)),
+            Long("initrd") => initrd.push(PathBuf::from(parser.value()?)),
+            Long("cmdline") => {
+                let text = parser.value()?.string()?;
+                changes.push(Box::new(move |config| config.cmdline = text));
+            }
+            Long("memory") => {
+                let bytes = parse_size(&parser.value()?.string()?)?;
+                changes.push(Box::new(move |config| config.memory = bytes));
+            }
+            Long("cpus") => {
+                let cpus = parser.value()?.parse()?;
+                changes.push(Box::new(move |config| config.cpus = cpus));
+            }
+            Long("irqchip") => {
+                let kind = parser.value()?.parse_with(|kind| match kind {
+                    "kernel" => Ok(Irqchip::Kernel),
+                    "split" => Ok(Irqchip::Split),
+                    "none" => Ok(Irqchip::None),
+                    _ => Err("--irqchip is kernel, split or none"),
+                })?;
+                changes.push(Box::new(move |config| config.irqchip = kind));
+            }
+            Long("pit") => changes.push(Box::new(|config| config.pit = true)),
+            Long("debug-exit") => {
+                let port = match parser.optional_value() {
+                    Some(port) => port.parse_with(parse_port)?,
+                    None => 0xf4,
+                };
+                changes.push(Box::new(move |config| config.debug_exit = Some(port)));
+            }
+            Long("kvm") => {
+                let path = PathBuf::from(parser.value()?);
+                changes.push(Box::new(move |config| config.kvm = path));
+            }
+            Long("timeline") => timeline = true,
+            Long("shutdown-timeout") => shutdown_timeout = parser.value()?.parse()?,
+            Long("log") => {
+                log = parser.value()?.parse_with(|level| {
+                    level
+                        .parse()
+                        .map_err(|_| "--log is off, error, warn, info, debug or trace")
+                })?;
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    let mut config = match (file, kernel) {
+        (Some(file), kernel) => {
+            let mut config = Config::from_file(&file)?;
+            if let Some(kernel) = kernel {
+                config.kernel = kernel;
+            }
+            config
+        }
+        (None, Some(kernel)) => Config::new(kernel),
+        (None, None) => return Err(ConfigError::NoKernel.into()),
+    };
+    if !initrd.is_empty() {
+        config.initrd = initrd;
+    }
+    for change in changes {
+        change(&mut config);
+    }
+    config.validate()?;
+    Ok(Command::Run(Run {
+        config,
+        timeline,
+        log,
+        shutdown_timeout,
+    }))
+}
+
+fn doctor(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
+    let (mut json, mut kvm) = (false, PathBuf::from("/dev/kvm"));
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Short('h') | Long("help") => return Ok(Command::Help(DOCTOR_HELP)),
+            Long("json") => json = true,
+            Long("kvm") => kvm = parser.value()?.into(),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(Command::Doctor { json, kvm })
+}
+
+fn parse_port(text: &str) -> Result<u16, &'static str> {
+    let port = match text.strip_prefix("0x").or(text.strip_prefix("0X")) {
+        Some(hex) => u16::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    port.map_err(|_| "a port is a number from 0 to 0xffff")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn parsed(args: &[&str]) -> Result<Command, UsageError> {
+        parse([&["reference-vmm"], args].concat())
+    }
+
+    fn config(args: &[&str]) -> Config {
+        match parsed(&[&["run"], args].concat()).unwrap() {
+            Command::Run(run) => run.config,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn refused(args: &[&str]) -> String {
+        parsed(args).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn flags_set_the_fields_that_they_name() {
+        assert_eq!(config(&["--kernel", "k"]), Config::new("k"));
+        let flags = "--kernel=k --initrd a --initrd b --cmdline c --memory 2G --cpus 4 \
+                     --irqchip none --debug-exit --kvm /k";
+        let expected = Config {
+            initrd: vec!["a".into(), "b".into()],
+            cmdline: "c".into(),
+            memory: 2 << 30,
+            cpus: 4,
+            irqchip: Irqchip::None,
+            debug_exit: Some(0xf4),
+            kvm: "/k".into(),
+            ..Config::new("k")
+        };
+        assert_eq!(
+            config(&flags.split_whitespace().collect::<Vec<_>>()),
+            expected
+        );
+        assert_eq!(
+            config(&["--kernel", "k", "--debug-exit=0x501"]).debug_exit,
+            Some(0x501)
+        );
+    }
+
+    #[test]
+    fn flags_override_the_file_wherever_they_stand() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(br#"{"kernel": "from-file", "cpus": 2, "memory": "1G"}"#)
+            .unwrap();
+        let path = file.path().to_str().unwrap();
+        let got = config(&["--cpus", "3", "--config", path]);
+        assert_eq!(
+            got,
+            Config {
+                cpus: 3,
+                memory: 1 << 30,
+                ..Config::new("from-file")
+            }
+        );
+        assert_eq!(
+            config(&["--kernel", "k", "--config", path]).kernel,
+            PathBuf::from("k")
+        );
+    }
+
+    #[test]
+    fn wrong_words_are_refused_with_the_word() {
+        for (args, needle) in [
+            (&["run"][..], "--kernel"),
+            (&["run", "--kernel", "k", "--cpus", "0"], "0 vCPUs"),
+            (&["run", "--kernel", "k", "--cpus", "-1"], "-1"),
+            (&["run", "--kernel", "k", "--cpus", "many"], "many"),
+            (&["run", "--kernel", "k", "--memory", "0"], "0 bytes"),
+            (&["run", "--kernel", "k", "--memory", "8EB"], "8EB"),
+            (&["run", "--kernel", "k", "--irqchip", "apic"], "apic"),
+            (&["run", "--kernel", "k", "--debug-exit=0x10000"], "0x10000"),
+            (&["run", "--kernel", "k", "--frob"], "--frob"),
+            (&["run", "--kernel", "k", "extra"], "extra"),
+            (&["run", "--kernel"], "--kernel"),
+            (&["run", "--config", "/no/such/file"], "/no/such/file"),
+            (&["boot"], "boot"),
+            (&["doctor", "--xml"], "--xml"),
+            (&[], "--help"),
+        ] {
+            let message = refused(args);
+            assert!(
+                message.contains(needle),
+                "{args:?}: {message:?} has no {needle:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_flag_is_in_the_help() {
+        let source = include_str!("cli.rs");
+        for (start, _) in source.match_indices("Long(\"") {
+            let flag = source[start + 6..].split('"').next().unwrap();
+            let help = [HELP, RUN_HELP, DOCTOR_HELP].concat();
+            assert!(
+                flag.is_empty() || help.contains(&format!("--{flag}")),
+                "--{flag}"
+            );
+        }
+    }
+}

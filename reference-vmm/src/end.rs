@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How a guest comes to its end, and the signal that carries the news to the main thread.
+//!
+//! A device model or a vCPU thread learns first that the guest wants to stop; the main thread is
+//! the one that stops the vCPUs and leaves. [`EndSignal`] is what they share: the first end that is
+//! told wins, later ones are dropped, because a guest that writes to its reset register and then
+//! triple-faults has been reset.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::OnceLock;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Why the guest runs no more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GuestEnd {
+    /// The guest entered ACPI S5, or a system event said the same.
+    PoweredOff,
+    /// The guest asked for a reset: i8042, the ACPI reset register, or a system event. This monitor
+    /// ends then; whoever wants the guest again starts it again.
+    Reset,
+    /// The guest's kernel said through pvpanic that it panicked.
+    Panicked,
+    /// The guest wrote this value to the isa-debug-exit port.
+    DebugExit(u32),
+    /// Every vCPU halted, and the machine has no interrupt controller that could wake one.
+    Halted,
+    /// The vCPU cannot go on: a triple fault, or an error inside KVM. The text names the vCPU, what
+    /// happened, and its registers.
+    Crashed(String),
+    /// A signal or the console's escape stopped the guest.
+    Stopped(StopCause),
+    /// The monitor itself failed while the guest ran; the text says at what.
+    Failed(String),
+}
+
+/// Who stopped a guest that had not ended by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StopCause {
+    /// A signal, by number.
+    Signal(i32),
+    /// Ctrl-A x on the console.
+    Console,
+}
+
+impl GuestEnd {
+    /// The process's exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor
+    /// failed; 3 the guest crashed; isa-debug-exit has QEMU's rule, `(value << 1) | 1`.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            GuestEnd::PoweredOff | GuestEnd::Reset | GuestEnd::Halted | GuestEnd::Stopped(_) => 0,
+            GuestEnd::Failed(_) => 1,
+            GuestEnd::Panicked | GuestEnd::Crashed(_) => 3,
+            // What is above bit 6 is lost in an exit status, with QEMU as here.
+            GuestEnd::DebugExit(value) => (value << 1 | 1) as u8,
+        }
+    }
+}
+
+/// Told by the first who knows that the guest has ended; polled by the main thread through its
+/// eventfd.
+#[derive(Debug)]
+pub struct EndSignal {
+    end: OnceLock<GuestEnd>,
+    event: EventFd,
+}
+
+impl EndSignal {
+    /// A signal not told yet.
+    ///
+    /// # Errors
+    /// The errno of `eventfd(2)`.
+    pub fn new() -> io::Result<Self> {
+        Ok(EndSignal {
+            end: OnceLock::new(),
+            event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+        })
+    }
+
+    /// Tells that the guest has ended. Only the first call counts. Does not block.
+    pub fn tell(&self, end: GuestEnd) {
+        if self.end.set(end).is_ok() {
+            // An eventfd that was never written cannot be full, so this write cannot fail; and if
+            // it did, the vCPU threads still see `is_told` and come back.
+            if let Err(error) = self.event.write(1) {
+                log::error!("cannot wake the main thread at the guest's end: {error}");
+            }
+        }
+    }
+
+    /// Whether an end has been told. A vCPU asks after each access that it handed to a device.
+    pub fn is_told(&self) -> bool {
+        self.end.get().is_some()
+    }
+
+    /// The end, once told.
+    pub fn get(&self) -> Option<&GuestEnd> {
+        self.end.get()
+    }
+}
+
+impl AsRawFd for EndSignal {
+    fn as_raw_fd(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_end_told_wins() {
+        let signal = EndSignal::new().unwrap();
+        assert!(!signal.is_told());
+        signal.tell(GuestEnd::Reset);
+        signal.tell(GuestEnd::Crashed("later".into()));
+        assert_eq!(signal.get(), Some(&GuestEnd::Reset));
+        assert_eq!(signal.event.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn exit_statuses_are_the_documented_ones() {
+        assert_eq!(GuestEnd::PoweredOff.exit_status(), 0);
+        assert_eq!(GuestEnd::Reset.exit_status(), 0);
+        assert_eq!(GuestEnd::Stopped(StopCause::Signal(15)).exit_status(), 0);
+        assert_eq!(GuestEnd::Failed(String::new()).exit_status(), 1);
+        assert_eq!(GuestEnd::Panicked.exit_status(), 3);
+        assert_eq!(GuestEnd::Crashed(String::new()).exit_status(), 3);
+        assert_eq!(GuestEnd::DebugExit(0).exit_status(), 1);
+        assert_eq!(GuestEnd::DebugExit(0x10).exit_status(), 0x21);
+        assert_eq!(GuestEnd::DebugExit(0xff).exit_status(), 0xff);
+        assert_eq!(GuestEnd::DebugExit(u32::MAX).exit_status(), 0xff);
+    }
+}

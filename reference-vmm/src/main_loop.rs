@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the main thread does while the guest runs: wait for its end, for signals and for console
+//! input, with event-manager.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::console::{ConsoleInput, Turn};
+use crate::end::{EndSignal, GuestEnd, StopCause};
+use crate::signals::{self, StopSignals};
+
+/// The guest's side of the console and of the power button, as the main thread needs them.
+pub trait GuestSide: Send + Sync {
+    /// Hands input to the guest; how many bytes it took.
+    fn input(&self, bytes: &[u8]) -> usize;
+    /// Readable when the guest has read all of its input.
+    fn drained(&self) -> RawFd;
+    /// Makes [`drained`](Self::drained) not readable.
+    fn clear_drained(&self);
+    /// Presses the power button; false if no one in the guest will notice.
+    fn press_power_button(&self) -> bool;
+}
+
+const END: u32 = 0;
+const SIGNALS: u32 = 1;
+const STDIN: u32 = 2;
+const DRAINED: u32 = 3;
+const DEADLINE: u32 = 4;
+
+/// How stdin is waited for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Waiting {
+    /// epoll says when there is something to read.
+    Readable,
+    /// The guest's FIFO is full: its drained event says when to go on.
+    Drained,
+    /// epoll does not take regular files, which are readable always: the guest's drained event
+    /// paces them.
+    File,
+    /// No more input.
+    Ended,
+}
+
+struct Subscriber<'a> {
+    end: Arc<EndSignal>,
+    signals: &'a StopSignals,
+    guest: &'a dyn GuestSide,
+    /// A duplicate of descriptor 0 without std's buffer, which would hide from epoll what it read
+    /// ahead.
+    stdin: File,
+    input: ConsoleInput,
+    waiting: Waiting,
+    shutdown_timeout: Duration,
+    deadline: Option<TimerFd>,
+    /// The signal that began a shutdown by the power button.
+    stopping: Option<i32>,
+}
+
+/// Runs until `end` has been told. Signals: the first SIGTERM presses the power button and gives
+/// the guest `shutdown_timeout` to react; any other stop signal, or a second one, ends at once.
+///
+/// `terminal` says that stdin is a terminal, on which the console's escapes are taken out.
+///
+/// # Errors
+/// epoll cannot be set up.
+pub fn run(
+    end: &Arc<EndSignal>,
+    signals: &StopSignals,
+    guest: &dyn GuestSide,
+    terminal: bool,
+    shutdown_timeout: Duration,
+) -> io::Result<()> {
+    let failed = |error: event_manager::Error| io::Error::other(error.to_string());
+    let mut manager = EventManager::new_with_capacity(8).map_err(failed)?;
+    manager.add_subscriber(Subscriber {
+        end: end.clone(),
+        signals,
+        guest,
+        stdin: io::stdin().as_fd().try_clone_to_owned()?.into(),
+        input: ConsoleInput::new(terminal),
+        waiting: Waiting::Readable,
+        shutdown_timeout,
+        deadline: None,
+        stopping: None,
+    });
+    while !end.is_told() {
+        manager.run().map_err(failed)?;
+    }
+    Ok(())
+}
+
+impl Subscriber<'_> {
+    fn fail(&self, what: &str, error: impl std::fmt::Display) {
+        self.end.tell(GuestEnd::Failed(format!("{what}: {error}")));
+    }
+
+    /// Moves input until there is none, or the guest has no room.
+    fn pump(&mut self, ops: &mut EventOps<'_>) {
+        loop {
+            let guest = self.guest;
+            let turn = self.input.turn(&mut self.stdin, |bytes| guest.input(bytes));
+            match (turn, self.waiting) {
+                // A file has more at once; for the rest epoll says when.
+                (Turn::More, Waiting::File) => continue,
+                (Turn::More, Waiting::Readable | Waiting::Ended) => {}
+                (Turn::More, Waiting::Drained) => {
+                    self.waiting = Waiting::Readable;
+                    self.watch_stdin(ops);
+                }
+                (Turn::Full, Waiting::Readable) => {
+                    self.unwatch_stdin(ops);
+                    self.waiting = Waiting::Drained;
+                }
+                (Turn::Full, _) => {}
+                (Turn::Ended, waiting) => {
+                    if waiting == Waiting::Readable {
+                        self.unwatch_stdin(ops);
+                    }
+                    self.waiting = Waiting::Ended;
+                }
+                (Turn::Quit, _) => self.end.tell(GuestEnd::Stopped(StopCause::Console)),
+            }
+            return;
+        }
+    }
+
+    fn watch_stdin(&mut self, ops: &mut EventOps<'_>) {
+        let events = Events::with_data(&self.stdin, STDIN, EventSet::IN);
+        if ops.add(events).is_err() {
+            // EPERM: a file that epoll does not take. A closed stdin reads as ended.
+            self.waiting = Waiting::File;
+        }
+    }
+
+    fn unwatch_stdin(&self, ops: &mut EventOps<'_>) {
+        let events = Events::with_data(&self.stdin, STDIN, EventSet::IN);
+        if let Err(error) = ops.remove(events) {
+            log::debug!("stdin: {error}");
+        }
+    }
+
+    fn signal(&mut self, signal: i32, ops: &mut EventOps<'_>) {
+        let name = signals::name(signal);
+        let stop = || self.end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
+        if signal != libc::SIGTERM || self.stopping.is_some() || self.shutdown_timeout.is_zero() {
+            log::info!("{name} stops the guest");
+            return stop();
+        }
+        if !self.guest.press_power_button() {
+            log::info!("{name} stops the guest, which has no ACPI");
+            return stop();
+        }
+        log::info!(
+            "{name} pressed the power button; the guest has {} s to power off",
+            self.shutdown_timeout.as_secs()
+        );
+        self.stopping = Some(signal);
+        let deadline = TimerFd::new().and_then(|mut timer| {
+            timer.reset(self.shutdown_timeout, None)?;
+            Ok(timer)
+        });
+        match deadline {
+            Ok(timer) => {
+                if let Err(error) = ops.add(Events::with_data(&timer, DEADLINE, EventSet::IN)) {
+                    self.fail("cannot wait for the shutdown's deadline", error);
+                }
+                self.deadline = Some(timer);
+            }
+            Err(error) => self.fail("cannot set the shutdown's deadline", error),
+        }
+    }
+}
+
+impl MutEventSubscriber for Subscriber<'_> {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let drained = self.guest.drained();
+        for (fd, data) in [
+            (self.end.as_raw_fd(), END),
+            (self.signals.as_raw_fd(), SIGNALS),
+            (drained, DRAINED),
+        ] {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
+                self.fail("cannot set up the event loop", error);
+            }
+        }
+        self.watch_stdin(ops);
+        if self.waiting == Waiting::File {
+            self.pump(ops);
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        match events.data() {
+            SIGNALS => {
+                while let Some(signal) = self.signals.next() {
+                    self.signal(signal, ops);
+                }
+            }
+            STDIN => self.pump(ops),
+            DRAINED => {
+                self.guest.clear_drained();
+                if matches!(self.waiting, Waiting::Drained | Waiting::File) {
+                    self.pump(ops);
+                }
+            }
+            DEADLINE => {
+                log::warn!(
+                    "the guest did not power off in {} s: stopping it",
+                    self.shutdown_timeout.as_secs()
+                );
+                let signal = self.stopping.unwrap_or(libc::SIGTERM);
+                self.end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
+            }
+            // END is what ends the loop around this.
+            _ => {}
+        }
+    }
+}

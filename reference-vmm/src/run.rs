@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `reference-vmm run`: build the machine, let it run, say how it ended.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::cli::Run;
+use crate::console::RawTerminal;
+use crate::end::{EndSignal, GuestEnd, StopCause};
+use crate::main_loop;
+use crate::signals::{self, StopSignals};
+use crate::timeline::{Event, timeline};
+use crate::vm::{BuildError, Machine};
+
+/// Runs a guest with its console on this process's stdin and stdout, and returns the process's exit
+/// status. `say` gets what the user is to read besides the log, one line (or for a crash, one block)
+/// a call.
+///
+/// The VM is not torn down piece by piece at the end: the process that returns from here is about to
+/// exit, and the kernel frees a VM at once where deleting its slots one after the other would wait
+/// for a grace period each.
+pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
+    let end = match run_to_end(options, &say) {
+        Ok(end) => end,
+        Err(error) => {
+            say(format_args!("{}", Chain(&error)));
+            return error.exit_status();
+        }
+    };
+    match &end {
+        GuestEnd::Crashed(what) => say(format_args!("the guest crashed: {what}")),
+        GuestEnd::Failed(what) => say(format_args!("{what}")),
+        GuestEnd::Panicked => say(format_args!(
+            "the guest's kernel panicked (told by pvpanic)"
+        )),
+        GuestEnd::Stopped(StopCause::Signal(signal)) => {
+            log::info!("{} stopped the guest", signals::name(*signal));
+        }
+        other => log::info!("the guest has ended: {other:?}"),
+    }
+    if options.timeline {
+        let text = timeline().to_string();
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+    }
+    end.exit_status()
+}
+
+fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<GuestEnd, BuildError> {
+    let host = |what| move |source| BuildError::Process { what, source };
+    // Before any thread exists, so that all of them inherit the mask.
+    let stop_signals = StopSignals::take_over().map_err(host("take over the stop signals"))?;
+    let end = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
+    let machine = Machine::build(&options.config, std::io::stdout(), &end)?;
+    // Last before the guest speaks: what fails above is told on a terminal in its usual mode.
+    let terminal = RawTerminal::enter().map_err(host("put the terminal into raw mode"))?;
+    let running = machine.start()?;
+    let looped = main_loop::run(
+        &end,
+        &stop_signals,
+        &running,
+        terminal.is_some(),
+        Duration::from_secs(options.shutdown_timeout.into()),
+    );
+    if let Err(error) = looped {
+        end.tell(GuestEnd::Failed(format!(
+            "cannot wait for the guest: {error}"
+        )));
+    }
+    running.stop();
+    timeline().mark(Event::Exit);
+    drop(terminal);
+    if end.get().is_none() {
+        say(format_args!("the guest stopped without a reason"));
+    }
+    // See above: the process's end frees it all at once.
+    std::mem::forget(running);
+    Ok(end.get().cloned().unwrap_or(GuestEnd::PoweredOff))
+}
+
+/// An error with its sources, on one line.
+struct Chain<'a>(&'a dyn std::error::Error);
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(error) = source {
+            write!(f, ": {error}")?;
+            source = error.source();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,492 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Runs the `reference-vmm` binary under a watchdog and says how it ended.
+//!
+//! Nothing here sleeps: output is waited for on a condition variable that the reading threads
+//! signal, the end of the process on its pidfd. Both have the watchdog's time limit, and what is
+//! killed for being late fails its test with what it had said so far and where its threads stood.
+
+// Every test binary uses its own part of this.
+#![allow(dead_code)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+pub mod mutate;
+pub mod pty;
+pub mod tracer;
+
+use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a run may take. The software KVM interprets guests, and CI hosts are shared.
+pub const WATCHDOG: Duration = Duration::from_secs(30);
+
+/// The binary under test: `REFERENCE_VMM_BIN`, or the one that cargo built for these tests.
+pub fn binary() -> PathBuf {
+    std::env::var_os("REFERENCE_VMM_BIN")
+        .map_or_else(|| env!("CARGO_BIN_EXE_reference-vmm").into(), PathBuf::from)
+}
+
+/// Whether the long forms of the tests were asked for.
+pub fn long() -> bool {
+    std::env::var_os("LONG_TESTS").is_some_and(|value| value != "0")
+}
+
+/// Fails unless this host has a KVM: the kvm tier is never skipped in silence.
+pub fn need_kvm() {
+    if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
+        panic!("this test needs /dev/kvm, which cannot be opened: {error}");
+    }
+}
+
+/// A file with these bytes, deleted when dropped.
+pub fn file(bytes: &[u8]) -> tempfile::TempPath {
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    file.write_all(bytes).expect("the temporary file takes its bytes");
+    file.into_temp_path()
+}
+
+/// An ELF64 kernel of this code.
+pub fn elf(code: &[u8]) -> tempfile::TempPath {
+    file(&guests::image::elf64(code))
+}
+
+/// A command line of `reference-vmm`, to be run.
+#[derive(Debug)]
+pub struct Vmm {
+    args: Vec<OsString>,
+    stdin: Input,
+    stdout: Output,
+    limit: Duration,
+}
+
+#[derive(Debug)]
+enum Input {
+    Null,
+    Pipe,
+    Closed,
+    File(OwnedFd),
+}
+
+#[derive(Debug)]
+enum Output {
+    Captured,
+    File(OwnedFd),
+}
+
+impl Vmm {
+    /// `reference-vmm run --kernel KERNEL`. Stdin is /dev/null.
+    pub fn run(kernel: impl AsRef<OsStr>) -> Self {
+        Vmm::command(["run", "--kernel"]).arg(kernel)
+    }
+
+    /// `reference-vmm ARGS`.
+    pub fn command<I: IntoIterator>(args: I) -> Self
+    where
+        I::Item: AsRef<OsStr>,
+    {
+        Vmm { args: Vec::new(), stdin: Input::Null, stdout: Output::Captured, limit: WATCHDOG }
+            .args(args)
+    }
+
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.args.push(arg.as_ref().to_owned());
+        self
+    }
+
+    pub fn args<I: IntoIterator>(mut self, args: I) -> Self
+    where
+        I::Item: AsRef<OsStr>,
+    {
+        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self
+    }
+
+    /// Each word of `text` is an argument.
+    pub fn words(self, text: &str) -> Self {
+        self.args(text.split_whitespace())
+    }
+
+    /// Stdin is a pipe, open until [`Running::close_stdin`].
+    pub fn stdin_pipe(mut self) -> Self {
+        self.stdin = Input::Pipe;
+        self
+    }
+
+    /// The process has no descriptor 0.
+    pub fn stdin_closed(mut self) -> Self {
+        self.stdin = Input::Closed;
+        self
+    }
+
+    pub fn stdin_file(mut self, file: impl Into<OwnedFd>) -> Self {
+        self.stdin = Input::File(file.into());
+        self
+    }
+
+    /// Stdout goes here and is not captured.
+    pub fn stdout_file(mut self, file: impl Into<OwnedFd>) -> Self {
+        self.stdout = Output::File(file.into());
+        self
+    }
+
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// Starts it.
+    pub fn start(self) -> Running {
+        use std::os::unix::process::CommandExt;
+        let mut command = Command::new(binary());
+        command.args(&self.args).stderr(Stdio::piped());
+        match self.stdin {
+            Input::Null => command.stdin(Stdio::null()),
+            Input::Pipe => command.stdin(Stdio::piped()),
+            Input::File(file) => command.stdin(file),
+            // SAFETY: close is async-signal-safe, and descriptor 0 is not used before the exec.
+            Input::Closed => unsafe {
+                command.stdin(Stdio::null()).pre_exec(|| {
+                    libc::close(0);
+                    Ok(())
+                })
+            },
+        };
+        match self.stdout {
+            Output::Captured => command.stdout(Stdio::piped()),
+            Output::File(file) => command.stdout(file),
+        };
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("{}: {e}", binary().display()));
+        let stdout = child.stdout.take().map(Collector::start);
+        let stderr = Collector::start(child.stderr.take().expect("piped"));
+        let stdin = child.stdin.take();
+        let words: Vec<_> = self.args.iter().map(|arg| arg.to_string_lossy()).collect();
+        Running {
+            what: words.join(" "),
+            deadline: Instant::now() + self.limit,
+            child: Some(child),
+            stdin,
+            stdout,
+            stderr,
+        }
+    }
+
+    /// Runs it to its end.
+    pub fn output(self) -> Ended {
+        self.start().wait()
+    }
+}
+
+/// A run that has not ended, or whose end was not seen yet. Killed when dropped.
+#[derive(Debug)]
+pub struct Running {
+    what: String,
+    deadline: Instant,
+    child: Option<Child>,
+    stdin: Option<ChildStdin>,
+    stdout: Option<Collector>,
+    stderr: Collector,
+}
+
+impl Running {
+    pub fn pid(&self) -> libc::pid_t {
+        self.child.as_ref().expect("running").id() as libc::pid_t
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: the child has not been waited for, so the id is its own.
+        assert_eq!(unsafe { libc::kill(self.pid(), signal) }, 0, "kill");
+    }
+
+    /// Writes to stdin, which must be a pipe.
+    pub fn type_in(&mut self, bytes: &[u8]) {
+        let stdin = self.stdin.as_mut().expect("stdin is a pipe");
+        stdin.write_all(bytes).expect("stdin takes bytes");
+    }
+
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Waits until stdout holds `needle`.
+    pub fn wait_for(&mut self, needle: &str) {
+        let found = self.stdout.as_ref().expect("captured").wait_for(needle, self.deadline);
+        if !found {
+            self.fail(&format!("stdout never said {needle:?}"));
+        }
+    }
+
+    /// Waits until stderr holds `needle`.
+    pub fn wait_for_stderr(&mut self, needle: &str) {
+        if !self.stderr.wait_for(needle, self.deadline) {
+            self.fail(&format!("stderr never said {needle:?}"));
+        }
+    }
+
+    /// The names of its threads, sorted.
+    pub fn threads(&self) -> Vec<String> {
+        let mut names: Vec<_> = tasks(self.pid()).into_iter().map(|(_, name)| name).collect();
+        names.sort();
+        names
+    }
+
+    /// Peak resident memory, KiB.
+    pub fn peak_rss(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("VmHWM");
+        line.trim().trim_end_matches("kB").trim().parse().unwrap()
+    }
+
+    /// Waits for its end. The watchdog kills what is too late, and the test fails.
+    pub fn wait(mut self) -> Ended {
+        let child = self.child.as_ref().expect("running");
+        if !ends_before(child.id() as libc::pid_t, self.deadline) {
+            self.fail("did not end");
+        }
+        self.collect()
+    }
+
+    fn collect(&mut self) -> Ended {
+        self.stdin = None;
+        let mut child = self.child.take().expect("running");
+        let status = child.wait().expect("wait");
+        Ended {
+            what: self.what.clone(),
+            status,
+            stdout: self.stdout.take().map(Collector::finish).unwrap_or_default(),
+            stderr: String::from_utf8_lossy(&self.stderr.join()).into_owned(),
+        }
+    }
+
+    fn fail(&mut self, why: &str) -> ! {
+        let threads = describe_threads(self.pid());
+        let _ = self.child.as_mut().expect("running").kill();
+        let ended = self.collect();
+        panic!("{why}; its threads then:\n{threads}{ended}");
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Ended {
+    what: String,
+    pub status: ExitStatus,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+impl Ended {
+    /// What stdout got, as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// Fails unless the exit status is this one.
+    #[track_caller]
+    pub fn expect_status(&self, code: i32) -> &Self {
+        assert!(self.status.code() == Some(code), "expected status {code}\n{self}");
+        self
+    }
+
+    /// Fails unless stdout is exactly this.
+    #[track_caller]
+    pub fn expect_stdout(&self, text: &str) -> &Self {
+        assert!(self.text() == text, "expected {text:?} on stdout\n{self}");
+        self
+    }
+
+    /// Fails unless stderr is empty.
+    #[track_caller]
+    pub fn expect_silence(&self) -> &Self {
+        assert!(self.stderr.is_empty(), "expected nothing on stderr\n{self}");
+        self
+    }
+
+    /// Fails unless stderr is one line of the monitor, which it returns.
+    #[track_caller]
+    pub fn one_line(&self) -> &str {
+        let problem = not_one_line(&self.stderr);
+        assert!(problem.is_none(), "{}\n{self}", problem.unwrap_or_default());
+        self.stderr.trim_end()
+    }
+
+    /// Fails unless stderr is one line with all of these in it.
+    #[track_caller]
+    pub fn expect_line(&self, needles: &[&str]) -> &Self {
+        let line = self.one_line();
+        for needle in needles {
+            assert!(line.contains(needle), "the line has no {needle:?}\n{self}");
+        }
+        self
+    }
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(f, "reference-vmm {}", self.what)?;
+        match (self.status.code(), self.status.signal()) {
+            (Some(code), _) => writeln!(f, "ended with status {code}")?,
+            (_, Some(signal)) => writeln!(f, "was killed by signal {signal}")?,
+            _ => writeln!(f, "ended: {:?}", self.status)?,
+        }
+        writeln!(f, "--- stdout ({} bytes)\n{}", self.stdout.len(), tail(&self.text()))?;
+        writeln!(f, "--- stderr\n{}---", tail(&self.stderr))
+    }
+}
+
+/// What keeps `stderr` from being one clear line of the monitor's.
+pub fn not_one_line(stderr: &str) -> Option<&'static str> {
+    let line = stderr.strip_suffix('\n').unwrap_or(stderr);
+    if line.is_empty() {
+        Some("nothing on stderr")
+    } else if stderr.contains("panicked") || stderr.contains("RUST_BACKTRACE") {
+        Some("a panic")
+    } else if line.contains('\n') {
+        Some("more than one line on stderr")
+    } else if line.chars().any(|c| c.is_control()) {
+        Some("a control character in the message")
+    } else if !line.starts_with("reference-vmm: ") {
+        Some("a line that does not say who speaks")
+    } else if line.len() > 1000 {
+        Some("a line that no one reads to its end")
+    } else {
+        None
+    }
+}
+
+/// The end of a text: enough to see what went wrong.
+fn tail(text: &str) -> &str {
+    let mut at = text.len().saturating_sub(6000);
+    while !text.is_char_boundary(at) {
+        at += 1;
+    }
+    &text[at..]
+}
+
+/// Reads a stream to its end on a thread.
+#[derive(Debug)]
+struct Collector {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// What was read, and whether that is all.
+    read: Mutex<(Vec<u8>, bool)>,
+    more: Condvar,
+}
+
+impl Collector {
+    fn start(mut stream: impl Read + Send + 'static) -> Self {
+        let shared = Arc::new(Shared::default());
+        let reader = shared.clone();
+        let thread = std::thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            loop {
+                // A pty master reads as EIO once the last slave is closed.
+                let n = stream.read(&mut chunk).unwrap_or(0);
+                let mut read = reader.read.lock().unwrap();
+                read.0.extend_from_slice(&chunk[..n]);
+                read.1 = n == 0;
+                reader.more.notify_all();
+                if n == 0 {
+                    return;
+                }
+            }
+        });
+        Collector { shared, thread: Some(thread) }
+    }
+
+    fn wait_for(&self, needle: &str, deadline: Instant) -> bool {
+        let needle = needle.as_bytes();
+        let mut read = self.shared.read.lock().unwrap();
+        loop {
+            if read.0.windows(needle.len()).any(|window| window == needle) {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if read.1 || left.is_zero() {
+                return false;
+            }
+            read = self.shared.more.wait_timeout(read, left).unwrap().0;
+        }
+    }
+
+    fn join(&mut self) -> Vec<u8> {
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+        std::mem::take(&mut self.shared.read.lock().unwrap().0)
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.join()
+    }
+}
+
+/// A descriptor of the process, readable when it has ended.
+pub fn pidfd(pid: libc::pid_t) -> OwnedFd {
+    // SAFETY: the call takes plain numbers; its result is checked before it is owned.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0) as i32;
+        assert!(fd >= 0, "pidfd_open: {}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd)
+    }
+}
+
+fn ends_before(pid: libc::pid_t, deadline: Instant) -> bool {
+    let pidfd = pidfd(pid);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut poll = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd.
+        match unsafe { libc::poll(&mut poll, 1, left.as_millis() as i32) } {
+            0 => return false,
+            n if n > 0 => return true,
+            _ => {}
+        }
+    }
+}
+
+/// Threads of a process: id and name.
+fn tasks(pid: libc::pid_t) -> Vec<(String, String)> {
+    let Ok(dir) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    dir.filter_map(|entry| {
+        let entry = entry.ok()?;
+        let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
+        Some((entry.file_name().into_string().ok()?, name.trim_end().to_owned()))
+    })
+    .collect()
+}
+
+/// Where each thread of a process is: for the message of a run that hangs.
+pub fn describe_threads(pid: libc::pid_t) -> String {
+    let mut text = String::new();
+    for (tid, name) in tasks(pid) {
+        let of = |file| {
+            let path = Path::new("/proc").join(&tid).join(file);
+            std::fs::read_to_string(path).unwrap_or_default().trim_end().to_owned()
+        };
+        let _ = writeln!(text, "  {tid} {name}: syscall {} in {}", of("syscall"), of("wchan"));
+    }
+    text
+}
