@@ -134,11 +134,12 @@ fn a_vcpu_that_is_enrolled_but_never_run_keeps_nobody_waiting() {
     watchdog(|| {
         let set = set();
         let never_run = set.enroll(running(0)).unwrap();
-        set.spawn("vcpu", running(1), ignore).unwrap();
+        let thread = set.spawn("vcpu", running(1), ignore).unwrap();
         set.request_all_and_wait(Request::consumer(1).unwrap())
             .unwrap();
         set.pause().unwrap().resume();
         set.stop().unwrap();
+        assert_eq!(thread.join().unwrap().reason, HaltReason::Stopped);
         assert_eq!(set.ids(), [VcpuId(0)]);
         drop(never_run);
         assert!(set.ids().is_empty());
