@@ -61,7 +61,7 @@ pub const BOOT_TABLES_ADDR: GuestAddress = GuestAddress(0x9000);
 
 /// The most that the page tables map, GiB: all addresses at which a kernel is placed. With four page
 /// directories the tables end at [`CMDLINE_ADDR`].
-pub const IDENTITY_MAX_GIB: u16 = 4;
+pub const IDENTITY_MAX_GIB: u64 = 4;
 
 /// The kernel's command line.
 pub const CMDLINE_ADDR: GuestAddress = GuestAddress(0x1_0000);
@@ -155,7 +155,7 @@ const _: () = {
     assert!(START_INFO_ADDR.0 + PAGE <= ZERO_PAGE_ADDR.0);
     assert!(ZERO_PAGE_ADDR.0 + 2 * PAGE <= BOOT_STACK_TOP.0);
     assert!(BOOT_STACK_TOP.0 <= BOOT_TABLES_ADDR.0);
-    assert!(BOOT_TABLES_ADDR.0 + (3 + IDENTITY_MAX_GIB as u64) * PAGE <= CMDLINE_ADDR.0);
+    assert!(BOOT_TABLES_ADDR.0 + (3 + IDENTITY_MAX_GIB) * PAGE <= CMDLINE_ADDR.0);
     assert!(CMDLINE_ADDR.0 + CMDLINE_MAX as u64 <= BOOT_DATA.end);
     assert!(BOOT_DATA.end <= EBDA.start);
     assert!(ISA_WINDOW.start == EBDA.end && ISA_WINDOW.end == HIGH_RAM.0);

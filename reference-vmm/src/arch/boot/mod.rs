@@ -78,7 +78,7 @@ pub enum Protocol {
 /// The mode in which the first vCPU starts. Segments are flat in both, interrupts off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CpuMode {
-    /// Long mode with the identity map at [`Entry::tables`].
+    /// Long mode with the identity map at [`Entry::page_tables`].
     Long64,
     /// 32-bit protected mode, paging off.
     Protected32,
@@ -102,12 +102,14 @@ pub struct Entry {
     pub rbx: u64,
     /// RSI: Linux's `boot_params`, else 0.
     pub rsi: u64,
-    /// Where a GDT and page tables belong that map guest physical memory one to one, for
-    /// [`CpuMode::Long64`]; unused otherwise. In kvm-core's terms the base of `LongModeTables`.
-    pub tables: GuestAddress,
+    /// Where a GDT with the entry's segments belongs, for kernels that reload them.
+    pub gdt: GuestAddress,
+    /// Where kvm-core's `LongModeTables` belong for [`CpuMode::Long64`]: the same address, because
+    /// they begin with the GDT. The page tables behind it map guest physical memory one to one.
+    pub page_tables: GuestAddress,
     /// How much the page tables map from address 0 on, in GiB (1 to
     /// [`layout::IDENTITY_MAX_GIB`]): all that the plan places.
-    pub identity_gib: u16,
+    pub identity_gib: u64,
 }
 
 /// Which protocol to take where an image offers several.
@@ -310,8 +312,12 @@ impl Entry {
             rax: 0,
             rbx: 0,
             rsi: 0,
-            tables: layout::BOOT_TABLES_ADDR,
-            identity_gib: (place.top().div_ceil(1 << 30) as u16).clamp(1, layout::IDENTITY_MAX_GIB),
+            gdt: layout::BOOT_TABLES_ADDR,
+            page_tables: layout::BOOT_TABLES_ADDR,
+            identity_gib: place
+                .top()
+                .div_ceil(1 << 30)
+                .clamp(1, layout::IDENTITY_MAX_GIB),
         }
     }
 }
