@@ -34,7 +34,9 @@ pub(crate) use blob;
 
 pub mod boot;
 pub mod image;
+pub mod io;
 pub mod irq;
+pub mod monitor;
 mod page_writer;
 pub mod vcpu;
 

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! ioeventfds on the real KVM: which of a guest's writes signal, and which come to user space.
+
+#![cfg(feature = "kvm")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod vm;
+
+use io_bus::{
+    Error, IoBus, IoEvent, IoEventAddress, IoEventFd, MmioAddress, PioAddress, WriteLength,
+    WriteMatch,
+};
+use vm::Seen;
+use vmm_sys_util::eventfd::EventFd;
+
+const PORT: IoEventAddress = IoEventAddress::Pio(PioAddress(0x600));
+const MEMORY: IoEventAddress = IoEventAddress::Mmio(MmioAddress(0x8000));
+
+fn eventfd() -> EventFd {
+    EventFd::new(libc::EFD_NONBLOCK).unwrap()
+}
+
+/// Runs the doorbell guest with these ioeventfds; gives how often each was signalled, and the
+/// writes that came to user space.
+fn ring(events: &[IoEvent]) -> (Vec<u64>, Vec<Seen>) {
+    let mut machine = vm::machine(guests::io::io_doorbells());
+    let bells: Vec<_> = events
+        .iter()
+        .map(|event| IoEventFd::attach(machine.vm.clone(), *event, eventfd()).unwrap())
+        .collect();
+    let exits = machine.run(&mut IoBus::new().dispatcher());
+    let counts = bells.iter().map(|bell| bell.fd().read().unwrap_or(0));
+    (
+        counts.collect(),
+        exits.into_iter().map(|(seen, _)| seen).collect(),
+    )
+}
+
+/// The guest's eighteen writes, in order: which are to `address` and match `writes`?
+fn matching(address: IoEventAddress, writes: WriteMatch) -> (u64, Vec<Seen>) {
+    let mut count = 0;
+    let mut rest = Vec::new();
+    for to in [PORT, MEMORY] {
+        for len in [1_usize, 2, 4] {
+            for value in [1_u8, 2, 1] {
+                let length = writes.len() == 0 || writes.len() == len as u32;
+                let data = writes
+                    .datamatch()
+                    .is_none_or(|wanted| wanted == u64::from(value));
+                if to == address && length && data {
+                    count += 1;
+                    continue;
+                }
+                let mut bytes = vec![0; len];
+                bytes[0] = value;
+                rest.push(match to {
+                    IoEventAddress::Pio(port) => Seen::Out(port.0, bytes),
+                    _ => Seen::Write(to.value(), bytes),
+                });
+            }
+        }
+    }
+    (count, rest)
+}
+
+#[test]
+fn each_length_and_value_signals_for_its_writes_and_no_others() {
+    let all = [
+        WriteMatch::Any,
+        WriteMatch::Length(WriteLength::One),
+        WriteMatch::Length(WriteLength::Two),
+        WriteMatch::Length(WriteLength::Four),
+        WriteMatch::Length(WriteLength::Eight),
+        WriteMatch::U8(1),
+        WriteMatch::U16(2),
+        WriteMatch::U32(1),
+        WriteMatch::U32(3),
+        WriteMatch::U64(1),
+    ];
+    for address in [PORT, MEMORY] {
+        for writes in all {
+            let (count, rest) = matching(address, writes);
+            let got = ring(&[IoEvent { address, writes }]);
+            assert_eq!(got, (vec![count], rest), "{address} {writes:?}");
+        }
+    }
+}
+
+#[test]
+fn values_at_one_address_signal_apart() {
+    let writes = [WriteMatch::U32(1), WriteMatch::U32(2), WriteMatch::U16(1)];
+    let events = writes.map(|writes| IoEvent {
+        address: MEMORY,
+        writes,
+    });
+    let (counts, rest) = ring(&events);
+    assert_eq!(counts, [2, 1, 2]);
+    assert_eq!(rest.len(), 18 - 5);
+}
+
+#[test]
+fn what_is_detached_signals_no_more_and_what_moved_signals_there() {
+    let bus = IoBus::new();
+    let event = |address| IoEvent {
+        address,
+        writes: WriteMatch::Any,
+    };
+    let mut machine = vm::machine(guests::io::io_doorbells());
+    let mut bell = IoEventFd::attach(machine.vm.clone(), event(PORT), eventfd()).unwrap();
+    bell.detach().unwrap();
+    assert_eq!(machine.run(&mut bus.dispatcher()).len(), 18);
+    assert!(bell.fd().read().is_err());
+
+    let mut machine = vm::machine(guests::io::io_doorbells());
+    let mut bell = IoEventFd::attach(machine.vm.clone(), event(PORT), eventfd()).unwrap();
+    bell.relocate(MEMORY).unwrap();
+    let exits = machine.run(&mut bus.dispatcher());
+    assert_eq!(exits.len(), 9);
+    assert!(
+        exits
+            .iter()
+            .all(|(seen, _)| matches!(seen, Seen::Out(0x600, _)))
+    );
+    assert_eq!(bell.fd().read().unwrap(), 9);
+}
+
+#[test]
+fn kvm_names_a_collision_and_frees_the_address_with_the_handle() {
+    let machine = vm::machine(&[]);
+    let at = |writes| IoEvent {
+        address: PORT,
+        writes,
+    };
+    let one = IoEventFd::attach(&machine.vm, at(WriteMatch::U8(1)), eventfd()).unwrap();
+    let _two = IoEventFd::attach(&machine.vm, at(WriteMatch::U8(2)), eventfd()).unwrap();
+    for writes in [
+        WriteMatch::U8(1),
+        WriteMatch::Any,
+        WriteMatch::Length(WriteLength::One),
+    ] {
+        let error = IoEventFd::attach(&machine.vm, at(writes), eventfd()).unwrap_err();
+        let Error::AssignIoEventFd { event, source } = error else {
+            panic!("{error}");
+        };
+        assert_eq!((event, source.errno()), (at(writes), libc::EEXIST));
+    }
+    drop(one);
+    let _again = IoEventFd::attach(&machine.vm, at(WriteMatch::U8(1)), eventfd()).unwrap();
+}
