@@ -3,9 +3,7 @@
 //! When the first of each thing happened: what `--timeline` prints and `cargo xtask boot` shows.
 //!
 //! Times are `CLOCK_MONOTONIC`, told in microseconds since `main` began. What the kernel did before
-//! `main` (exec, mapping the binary) is not in them: a caller who wants it subtracts its own clock's
-//! reading at the spawn, which `--timeline` makes possible by printing the clock's absolute value at
-//! the start.
+//! `main` (exec, mapping the binary) is not in them.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -69,7 +67,6 @@ impl fmt::Display for Timeline {
     /// One line an event that happened: `timeline: <event> <microseconds since start>`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let start = self.first[Event::Start as usize].load(Ordering::Relaxed);
-        writeln!(f, "timeline: monotonic-start {}", start / 1000)?;
         for event in Event::ALL {
             match self.first[event as usize].load(Ordering::Relaxed) {
                 0 => {}

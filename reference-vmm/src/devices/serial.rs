@@ -185,9 +185,9 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU32, Ordering};
 
-    #[derive(Default)]
-    struct Count(AtomicU32);
-    impl Trigger for Arc<Count> {
+    #[derive(Clone, Default)]
+    struct Count(Arc<AtomicU32>);
+    impl Trigger for Count {
         type E = io::Error;
         fn trigger(&self) -> io::Result<()> {
             self.0.fetch_add(1, Ordering::Relaxed);
@@ -195,7 +195,7 @@ mod tests {
         }
     }
 
-    fn read(port: &SerialPort<Arc<Count>, Vec<u8>>, register: u16) -> u8 {
+    fn read(port: &SerialPort<Count, Vec<u8>>, register: u16) -> u8 {
         let mut data = [0];
         port.pio_read(PioAddress(0x3f8), register, &mut data);
         data[0]
@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn output_reaches_the_writer_and_input_the_guest_with_one_interrupt() {
-        let count = Arc::new(Count::default());
+        let count = Count::default();
         let port = SerialPort::new(count.clone(), Vec::new()).unwrap();
         port.pio_write(PioAddress(0x3f8), 0, b"A");
         port.pio_write(PioAddress(0x3f8), 1, &[1]); // interrupt on received data
@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn a_full_fifo_takes_nothing_and_loses_nothing() {
-        let port = SerialPort::new(Arc::new(Count::default()), Vec::new()).unwrap();
+        let port = SerialPort::new(Count::default(), Vec::new()).unwrap();
         let input: Vec<u8> = (0..100).collect();
         let taken = port.enqueue(&input);
         assert_eq!(taken, 64);
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_wide_access_meets_one_register_a_byte() {
-        let port = SerialPort::new(Arc::new(Count::default()), Vec::new()).unwrap();
+        let port = SerialPort::new(Count::default(), Vec::new()).unwrap();
         port.pio_write(PioAddress(0x3f8), 7, &[0x5a, 0x99]); // the second byte is past the UART
         let mut data = [0; 4];
         port.pio_read(PioAddress(0x3f8), 5, &mut data);

@@ -98,7 +98,8 @@ fn pvpanic(port: u16, out: &mut Vec<u8>) {
 }
 
 /// The power button, and the Generic Event Device (ACPI 6.5, 5.6.9) that tells when it was pressed:
-/// its interrupt makes the kernel call `_EVT`, which reads and so clears the event register.
+/// its interrupt makes the kernel call `_EVT`, which reads and so clears the event register. `_INI`,
+/// which the kernel calls once when it takes its devices over, writes to it.
 fn power_button((port, gsi): (u16, u32), out: &mut Vec<u8>) {
     Device::new(
         path("PWRB"),
@@ -118,6 +119,13 @@ fn power_button((port, gsi): (u16, u32), out: &mut Vec<u8>) {
                 FieldLockRule::NoLock,
                 FieldUpdateRule::WriteAsZeroes,
                 vec![FieldEntry::Named(*b"EVNT", 8)],
+            ),
+            // Any write tells the monitor that an ACPI system runs, which will hear of the button.
+            &Method::new(
+                path("_INI"),
+                0,
+                false,
+                vec![&Store::new(&path("EVNT"), &acpi_tables::aml::ONE)],
             ),
             // Serialized: two interrupts do not share one reading of the register.
             &Method::new(

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Which of the three kinds of host this is, and what its user can do about it.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kvm_core::Kvm;
+
+use super::uffd::Uffd;
+
+/// What kind of KVM a host has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The processor runs guest code itself.
+    Hardware,
+    /// KVM's whole interface, and no virtualization in the processor that it sees: guest code is
+    /// interpreted (KVM's PVM back end, some nested set-ups).
+    Software,
+    /// There is none, or it cannot be opened.
+    None,
+}
+
+impl Kind {
+    /// One word for programs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Hardware => "hardware",
+            Kind::Software => "software",
+            Kind::None => "none",
+        }
+    }
+
+    /// What that means for guests.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            Kind::Hardware => "guests run at native speed",
+            Kind::Software => {
+                "guests that are not made for it are interpreted, at about a million instructions \
+                 a second; to boot a stock Linux here: cargo xtask boot"
+            }
+            Kind::None => "guests can run in the lab only: cargo xtask boot",
+        }
+    }
+}
+
+/// What was found out about the host without running a guest.
+#[derive(Debug)]
+pub struct Host {
+    /// Where KVM was looked for.
+    pub kvm_path: PathBuf,
+    /// Which kind it is.
+    pub kind: Kind,
+    /// The virtualization that the processor shows: `vmx`, `svm`, or nothing.
+    pub cpu_flag: Option<&'static str>,
+    /// KVM's modules, as far as they can be seen (those built in may not show).
+    pub modules: Vec<String>,
+    /// The kernel's release.
+    pub kernel: String,
+    /// The features of `userfaultfd` for faults of KVM itself, or why there is none.
+    pub userfaultfd: Result<u64, String>,
+    /// Why KVM cannot be used, and what to do; empty where it can.
+    pub problem: Vec<String>,
+}
+
+/// Looks at the host, and opens its KVM if it can be opened.
+pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
+    let cpu_flag = fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| cpu_flag(&text));
+    let modules = modules();
+    let opened = Kvm::open_at(kvm_path);
+    let kind = match (&opened, cpu_flag) {
+        (Err(_), _) => Kind::None,
+        (Ok(_), Some(_)) => Kind::Hardware,
+        (Ok(_), None) => Kind::Software,
+    };
+    let problem = match &opened {
+        Ok(_) => Vec::new(),
+        Err(error) => [error.to_string()]
+            .into_iter()
+            .chain(advice(kvm_path, cpu_flag, &modules))
+            .collect(),
+    };
+    let host = Host {
+        kvm_path: kvm_path.to_owned(),
+        kind,
+        cpu_flag,
+        modules,
+        kernel: fs::read_to_string("/proc/sys/kernel/osrelease")
+            .map_or_else(|_| "unknown".into(), |release| release.trim().into()),
+        userfaultfd: Uffd::open().map(|uffd| uffd.features()).map_err(|error| error.to_string()),
+        problem,
+    };
+    (host, opened.ok())
+}
+
+/// The first of the virtualization flags in the text of `/proc/cpuinfo`.
+fn cpu_flag(cpuinfo: &str) -> Option<&'static str> {
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags"))?;
+    ["vmx", "svm"].into_iter().find(|flag| flags.split_whitespace().any(|word| word == *flag))
+}
+
+fn modules() -> Vec<String> {
+    let names = fs::read_dir("/sys/module").into_iter().flatten().flatten();
+    let mut names: Vec<String> = names
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.starts_with("kvm"))
+        .collect();
+    names.sort();
+    names
+}
+
+/// What to do where KVM cannot be opened, the likeliest first.
+fn advice(kvm_path: &Path, cpu_flag: Option<&str>, modules: &[String]) -> Vec<String> {
+    let mut advice = Vec::new();
+    let loaded = |name: &str| modules.iter().any(|module| module == name);
+    match fs::metadata(kvm_path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match cpu_flag {
+            Some("vmx") if !loaded("kvm_intel") => {
+                advice.push("the processor has VMX: sudo modprobe kvm_intel".into());
+            }
+            Some("svm") if !loaded("kvm_amd") => {
+                advice.push("the processor has SVM: sudo modprobe kvm_amd".into());
+            }
+            Some(_) => advice.push(format!(
+                "KVM's modules are loaded; in a container, pass {} in",
+                kvm_path.display()
+            )),
+            None => advice.push(
+                "the processor shows neither VMX nor SVM: switch virtualization on in the \
+                 firmware, or nested virtualization in the hypervisor that this machine runs under"
+                    .into(),
+            ),
+        },
+        Ok(_) => advice.push(format!(
+            "the device is there: if it is this user who may not open it, sudo usermod -aG kvm \
+             $USER and log in again (ls -l {} says whose it is)",
+            kvm_path.display()
+        )),
+        Err(_) => {}
+    }
+    advice.push(
+        "without KVM, everything runs in the lab, a machine that QEMU emulates: cargo xtask boot, \
+         or cargo xtask lab -- COMMAND"
+            .into(),
+    );
+    advice
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flag_is_a_word_of_the_flags_line() {
+        let with = |flags: &str| cpu_flag(&format!("processor : 0\nflags\t\t: fpu {flags} sse\n"));
+        assert_eq!(with("vmx"), Some("vmx"));
+        assert_eq!(with("svm"), Some("svm"));
+        assert_eq!(with("svm_lock avmx"), None);
+        assert_eq!(cpu_flag("vmx flags : svm\n"), None);
+        assert_eq!(cpu_flag(""), None);
+    }
+
+    #[test]
+    fn advice_fits_what_was_found_and_always_ends_with_the_lab() {
+        let missing = Path::new("/no/such/device");
+        let first = |flag, modules: &[&str]| {
+            let modules: Vec<String> = modules.iter().map(|name| (*name).to_owned()).collect();
+            let advice = advice(missing, flag, &modules);
+            assert!(advice.last().unwrap().contains("cargo xtask lab"));
+            advice[0].clone()
+        };
+        assert!(first(Some("vmx"), &["kvm"]).contains("modprobe kvm_intel"));
+        assert!(first(Some("svm"), &[]).contains("modprobe kvm_amd"));
+        assert!(first(Some("svm"), &["kvm_amd"]).contains("container"));
+        assert!(first(None, &[]).contains("firmware"));
+        let there = advice(Path::new("/dev/null"), None, &[]);
+        assert!(there[0].contains("usermod"));
+    }
+}
