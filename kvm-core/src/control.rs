@@ -29,11 +29,11 @@ use crate::kick::Gate;
 use crate::mode::GuestMode;
 use crate::request::{Request, Requests};
 use crate::run::{ExitHandler, Halt, RunVcpu, Runner};
-use crate::sync::{AtomicU64, Condvar, Mutex, Ordering, lock, wait};
+use crate::sync::{AtomicU64, Condvar, Mutex, Ordering, lock, thread_local, wait};
 
 thread_local! {
     /// The set whose vCPU this thread is running, by address.
-    static RUNNING: Cell<usize> = const { Cell::new(0) };
+    static RUNNING: Cell<usize> = Cell::new(0);
 }
 
 /// Why a set's control refused.
@@ -359,7 +359,7 @@ impl VcpuSet {
     }
 
     fn not_on_vcpu_thread(&self) -> Result<(), ControlError> {
-        if RUNNING.get() == Arc::as_ptr(&self.control).addr() {
+        if RUNNING.with(Cell::get) == Arc::as_ptr(&self.control).addr() {
             return Err(ControlError::OnVcpuThread);
         }
         Ok(())
@@ -419,7 +419,8 @@ impl Member {
 
     /// The thread begins: active at once, or when the pause that holds is over.
     pub(crate) fn start(&mut self) -> Verdict {
-        RUNNING.set(Arc::as_ptr(&self.control).addr());
+        let address = Arc::as_ptr(&self.control).addr();
+        RUNNING.with(|running| running.set(address));
         let mut state = lock(&self.control.state);
         state.started += 1;
         self.started = true;
@@ -470,7 +471,7 @@ impl Drop for Member {
         if self.started {
             state.active -= 1;
             state.started -= 1;
-            RUNNING.set(0);
+            RUNNING.with(|running| running.set(0));
         }
         // One who waits for this vCPU's acknowledgement, or for the last to leave, must look again.
         self.control.changed.notify_all();

@@ -97,11 +97,16 @@ impl ModeCell {
             .store(GuestMode::InGuestMode as u32, Ordering::Release);
     }
 
-    /// The vCPU's thread is out. Nothing is published by it: what others may conclude from "outside"
-    /// they conclude from the fences of the request protocol ([`crate::kick`]).
+    /// The vCPU's thread is out.
+    ///
+    /// A swap, so that it is behind a kick of this very entry in the order of modifications: none who
+    /// has seen a later entry can still read the `Exiting` of this one. (The language gives as much to
+    /// a plain store, since a compare-and-swap is adjacent to what it read; loom does not model that,
+    /// and a few nanoseconds beside a guest exit buy a protocol that it can prove.) Relaxed: what
+    /// others conclude from "outside" they conclude from the fences of `kick.rs`.
     pub(crate) fn leave(&self) {
         self.0
-            .store(GuestMode::OutsideGuestMode as u32, Ordering::Release);
+            .swap(GuestMode::OutsideGuestMode as u32, Ordering::Relaxed);
     }
 
     /// `kvm_vcpu_exiting_guest_mode`: true for the one kicker that moved the vCPU from in-guest to

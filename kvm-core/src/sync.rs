@@ -23,6 +23,11 @@ pub(crate) use loom::sync::{
 
 pub(crate) use std::sync::atomic::Ordering;
 
+#[cfg(loom)]
+pub(crate) use loom::thread_local;
+#[cfg(not(loom))]
+pub(crate) use std::thread_local;
+
 /// Locks. Nothing panics while one of this crate's locks is held, so a poisoned one (a consumer's
 /// panic can only unwind through a moment without locks) is as good as a clean one.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

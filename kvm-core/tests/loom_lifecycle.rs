@@ -1,0 +1,143 @@
+#![cfg(loom)]
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The lifecycle under loom: every interleaving, and every stale value that the orderings allow. A
+//! lost kick or request leaves a vCPU in the guest for ever, which loom reports as a deadlock.
+//!
+//! The vCPU is the scripted one, whose `KVM_RUN` behaves as the kernel's at its worst: a signal that
+//! arrives before it is taken in user space and gone, `immediate_exit` is a relaxed read, and then
+//! only a signal ends it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use kvm_core::fake::{FakeVcpu, Step};
+use kvm_core::{
+    Exit, ExitHandler, Flow, HaltReason, Identity, Request, Requests, Runner, VcpuId, VcpuSet,
+    VcpuView,
+};
+use loom::sync::atomic::{AtomicU32, Ordering};
+use loom::thread;
+
+fn model(preemptions: usize, test: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(preemptions);
+    builder.max_branches = 100_000;
+    builder.check(test);
+}
+
+fn carry_on(_: &VcpuView<'_, ()>, _: Exit<'_>) -> Flow<Infallible> {
+    Flow::Continue
+}
+
+fn enrolled(script: impl IntoIterator<Item = Step>) -> (VcpuSet, Runner<FakeVcpu>) {
+    let set = VcpuSet::new(Identity::vm("loom"));
+    let runner = set.enroll(FakeVcpu::new(VcpuId(0), script)).unwrap();
+    (set, runner)
+}
+
+fn run_until_stopped(runner: Runner<FakeVcpu>) -> thread::JoinHandle<()> {
+    thread::spawn(move || {
+        let Err(halt) = runner.run(carry_on);
+        assert_eq!(halt.reason, HaltReason::Stopped);
+    })
+}
+
+/// Ends when it is asked, and checks that what the asker wrote before is there.
+struct UntilAsked(Arc<AtomicU32>);
+
+impl ExitHandler<()> for UntilAsked {
+    type Stop = u32;
+
+    fn exit(&mut self, _: &VcpuView<'_, ()>, _: Exit<'_>) -> Flow<u32> {
+        Flow::Continue
+    }
+
+    fn requests(&mut self, _: &VcpuView<'_, ()>, requests: Requests) -> Flow<u32> {
+        assert!(requests.contains(Request::consumer(0).unwrap()));
+        Flow::Stop(self.0.load(Ordering::Relaxed))
+    }
+}
+
+#[test]
+fn a_request_is_served_with_what_was_written_before_it() {
+    model(4, || {
+        let (set, runner) = enrolled([]);
+        let written = Arc::new(AtomicU32::new(0));
+        let handler = UntilAsked(written.clone());
+        let vcpu = thread::spawn(move || {
+            let Err(halt) = runner.run(handler);
+            assert_eq!(halt.reason, HaltReason::Handler(7));
+        });
+        written.store(7, Ordering::Relaxed);
+        set.request_all(Request::consumer(0).unwrap());
+        vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn a_stop_reaches_a_vcpu_wherever_it_is() {
+    model(4, || {
+        let (set, runner) = enrolled([Step::hlt()]);
+        let vcpu = run_until_stopped(runner);
+        set.stop().unwrap();
+        vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn two_kickers_at_once_lose_neither_request() {
+    model(3, || {
+        let (set, runner) = enrolled([]);
+        let vcpu = run_until_stopped(runner);
+        let other = set.clone();
+        let kicker = thread::spawn(move || other.kick(VcpuId(0)).is_ok());
+        set.begin_stop();
+        kicker.join().unwrap();
+        vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn a_pause_ends_with_no_vcpu_active_and_a_resume_lets_it_go_on() {
+    model(3, || {
+        let (set, runner) = enrolled([]);
+        let vcpu = run_until_stopped(runner);
+        let pause = set.pause().unwrap();
+        assert_eq!(set.active(), 0);
+        drop(pause);
+        set.stop().unwrap();
+        vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn a_vcpu_that_dies_leaves_no_pause_waiting() {
+    model(3, || {
+        let (set, runner) = enrolled([Step::Errno(5)]);
+        let vcpu = thread::spawn(move || {
+            let Err(halt) = runner.run(carry_on);
+            assert!(matches!(
+                halt.reason,
+                HaltReason::RunFailed(_) | HaltReason::Stopped
+            ));
+        });
+        set.pause().unwrap().resume();
+        set.wait().unwrap();
+        // Whoever had not begun by then halts by itself.
+        vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn who_waits_for_a_request_finds_it_served_or_the_vcpu_outside() {
+    model(2, || {
+        let (set, runner) = enrolled([]);
+        let vcpu = run_until_stopped(runner);
+        set.request_all_and_wait(Request::consumer(0).unwrap())
+            .unwrap();
+        set.begin_stop();
+        vcpu.join().unwrap();
+    });
+}
