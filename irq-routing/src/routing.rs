@@ -98,7 +98,8 @@ impl<H: SetGsiRouting> Routing<H> {
         }
     }
 
-    /// Begins a change. Nothing happens before [`Change::commit`] or [`Change::defer`]; dropped, it never was.
+    /// Begins a change. Nothing happens before [`Change::commit`] or [`Change::defer`]; dropped, it
+    /// never was.
     pub fn change(&self) -> Change<'_, H> {
         Change {
             routing: self,
@@ -294,7 +295,7 @@ impl Drop for Lease {
 #[must_use = "nothing happens before commit or defer"]
 pub struct Change<'a, H> {
     routing: &'a Routing<H>,
-    edits: Vec<(GsiHandle, Edit)>,
+    edits: Vec<(&'a GsiHandle, Edit)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -305,29 +306,29 @@ enum Edit {
     Reset,
 }
 
-impl<H> Change<'_, H> {
+impl<'a, H> Change<'a, H> {
     /// Sends the GSI there and nowhere else.
-    pub fn route(&mut self, gsi: &GsiHandle, route: impl Into<Route>) {
+    pub fn route(&mut self, gsi: &'a GsiHandle, route: impl Into<Route>) {
         self.push(gsi, Edit::Route(route.into()));
     }
 
     /// Wires the GSI to one more pin, on a chip on which it has none.
-    pub fn add_pin(&mut self, gsi: &GsiHandle, pin: ChipPin) {
+    pub fn add_pin(&mut self, gsi: &'a GsiHandle, pin: ChipPin) {
         self.push(gsi, Edit::AddPin(pin));
     }
 
     /// Sends the GSI nowhere.
-    pub fn unroute(&mut self, gsi: &GsiHandle) {
+    pub fn unroute(&mut self, gsi: &'a GsiHandle) {
         self.push(gsi, Edit::Unroute);
     }
 
     /// Gives the GSI back the route that the irqchip's default table has for it.
-    pub fn reset(&mut self, gsi: &GsiHandle) {
+    pub fn reset(&mut self, gsi: &'a GsiHandle) {
         self.push(gsi, Edit::Reset);
     }
 
-    fn push(&mut self, gsi: &GsiHandle, edit: Edit) {
-        self.edits.push((gsi.clone(), edit));
+    fn push(&mut self, gsi: &'a GsiHandle, edit: Edit) {
+        self.edits.push((gsi, edit));
     }
 }
 
@@ -359,15 +360,14 @@ impl<H: SetGsiRouting> Change<'_, H> {
         self,
         then: impl FnOnce(&Routing<H>, &GsiPool, &Arc<Table>) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        // `self.edits` outlives the lock: to drop the last handle of a GSI takes it again.
         let Self { routing, edits } = self;
         let mut writer = routing.shared.writer();
         let mut next = Arc::clone(&writer.wanted);
         if !edits.is_empty() {
             let table = Arc::make_mut(&mut next);
-            for (handle, edit) in &edits {
+            for (handle, edit) in edits {
                 routing.own(handle)?;
-                routing.shared.edit(table, handle.gsi(), *edit)?;
+                routing.shared.edit(table, handle.gsi(), edit)?;
             }
         }
         let done = then(routing, &writer.pool, &next)?;

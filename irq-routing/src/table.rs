@@ -40,7 +40,28 @@ impl Target {
     }
 
     fn len(self) -> usize {
-        self.routes().count()
+        match self {
+            Target::Nothing => 0,
+            Target::Pins(pins) => pins.iter().flatten().count(),
+            Target::Alone(_) => 1,
+        }
+    }
+
+    /// With one route more; none when what is here excludes it.
+    fn with(self, route: Route) -> Option<Self> {
+        match (self, route) {
+            (Target::Nothing, Route::Pin(_)) => Target::Pins([None; CHIPS]).with(route),
+            (Target::Pins(mut pins), Route::Pin(new)) => {
+                let place = pins.get_mut(new.chip.0 as usize)?;
+                if place.is_some() {
+                    return None;
+                }
+                *place = Some(new.pin);
+                Some(Target::Pins(pins))
+            }
+            (Target::Nothing, alone) => Some(Target::Alone(alone)),
+            _ => None,
+        }
     }
 }
 
@@ -84,34 +105,18 @@ impl Table {
 
     /// Adds one entry (`setup_routing_entry`). An error changes nothing.
     pub fn insert(&mut self, rules: &Rules, entry: Entry) -> Result<(), RouteError> {
-        rules.check(&entry)?;
         let Entry { gsi, route } = entry;
-        if self.entries >= rules.limit as usize {
-            let limit = rules.limit;
-            return Err(RouteError::TableFull { gsi, limit });
-        }
-        let conflict = RouteError::Conflict { gsi, route };
-        let next = match (self.target(gsi), route) {
-            (Target::Nothing, Route::Pin(pin)) => with_pin([None; CHIPS], pin),
-            (Target::Pins(pins), Route::Pin(pin)) => with_pin(pins, pin),
-            (Target::Nothing, alone) => Some(Target::Alone(alone)),
-            _ => None,
-        };
-        self.put(gsi, next.ok_or(conflict)?);
-        Ok(())
+        let next = added(rules, gsi, self.target(gsi), route)?;
+        self.put_within(rules, gsi, next)
     }
 
     /// Gives a GSI these routes in place of those that it has. An error changes nothing.
     pub fn replace(&mut self, rules: &Rules, gsi: Gsi, routes: &[Route]) -> Result<(), RouteError> {
-        let old = self.target(gsi);
-        self.clear(gsi);
+        let mut next = Target::Nothing;
         for &route in routes {
-            if let Err(error) = self.insert(rules, Entry { gsi, route }) {
-                self.put(gsi, old);
-                return Err(error);
-            }
+            next = added(rules, gsi, next, route)?;
         }
-        Ok(())
+        self.put_within(rules, gsi, next)
     }
 
     /// Takes every route of a GSI away.
@@ -183,6 +188,16 @@ impl Table {
             .unwrap_or_default()
     }
 
+    /// Puts a target there, unless the table would have more entries than the host takes.
+    fn put_within(&mut self, rules: &Rules, gsi: Gsi, target: Target) -> Result<(), RouteError> {
+        let limit = rules.limit;
+        if self.entries - self.target(gsi).len() + target.len() > limit as usize {
+            return Err(RouteError::TableFull { gsi, limit });
+        }
+        self.put(gsi, target);
+        Ok(())
+    }
+
     fn put(&mut self, gsi: Gsi, target: Target) {
         let index = gsi.0 as usize;
         self.entries = self.entries - self.target(gsi).len() + target.len();
@@ -206,14 +221,8 @@ impl PartialEq for Table {
 
 impl Eq for Table {}
 
-/// The pins of a GSI and one more, unless its chip has one already or is none that a table can hold.
-fn with_pin(mut pins: [Option<u32>; CHIPS], new: ChipPin) -> Option<Target> {
-    let place = pins.get_mut(new.chip.0 as usize)?;
-    match place {
-        Some(_) => None,
-        None => {
-            *place = Some(new.pin);
-            Some(Target::Pins(pins))
-        }
-    }
+/// What a GSI's target becomes with one route more.
+fn added(rules: &Rules, gsi: Gsi, to: Target, route: Route) -> Result<Target, RouteError> {
+    rules.check(&Entry { gsi, route })?;
+    to.with(route).ok_or(RouteError::Conflict { gsi, route })
 }
