@@ -88,7 +88,7 @@ pub enum WriteMatch {
 
 impl WriteMatch {
     /// The length as KVM takes it: 0 for any.
-    pub fn len(&self) -> u32 {
+    pub fn length(&self) -> u32 {
         match self {
             WriteMatch::Any => 0,
             WriteMatch::Length(length) => *length as u32,
@@ -97,11 +97,6 @@ impl WriteMatch {
             WriteMatch::U32(_) => 4,
             WriteMatch::U64(_) => 8,
         }
-    }
-
-    /// Whether writes of every length match.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// The value that is compared, if one is.
@@ -128,7 +123,7 @@ pub struct IoEvent {
 impl fmt::Display for IoEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "an ioeventfd at {} for ", self.address)?;
-        match (self.writes.len(), self.writes.datamatch()) {
+        match (self.writes.length(), self.writes.datamatch()) {
             (0, _) => f.write_str("every write"),
             (len, None) => write!(f, "{len}-byte writes"),
             (len, Some(value)) => write!(f, "{len}-byte writes of {value:#x}"),

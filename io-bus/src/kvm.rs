@@ -36,7 +36,7 @@ fn request(event: &IoEvent, fd: RawFd, attach: bool) -> kvm_ioeventfd {
     kvm_ioeventfd {
         datamatch: event.writes.datamatch().unwrap_or(0),
         addr: event.address.value(),
-        len: event.writes.len(),
+        len: event.writes.length(),
         fd,
         flags,
         ..Default::default()

@@ -1,8 +1,173 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The I/O buses of a KVM virtual machine: lock-free MMIO and PIO dispatch, ioeventfd
+//! The I/O buses of a KVM virtual machine: who answers an access.
+//!
+//! When a guest touches an address that no memory answers, or a port, its vCPU comes out of
+//! `KVM_RUN` with an access in its hands. This crate is what happens next: four buses as KVM has
+//! them inside (MMIO, PIO, CCW-notify, fast MMIO), `vm-device` devices on them, a lookup that takes
+//! no lock, and registrations that can come, go and move while vCPUs run. And for the writes that
+//! should not leave the kernel at all: ioeventfd.
+//!
+//! ```text
+//!   control plane (any thread)                 vCPU threads
+//!
+//!   IoBus ── register ──► Registration         Dispatcher    Dispatcher    one each,
+//!     │                     │ unregister          │ cookie      │ cookie   &mut self
+//!     │                     │ relocate            │             │
+//!     ▼                     ▼                     ▼             ▼
+//!   next tables ═══ publish (srcu) ════════►  MMIO | PIO | CCW-notify | fast MMIO
+//!                     │                           sorted ranges, binary search
+//!                     └─ wait until no access          │
+//!                        that began before is left     ▼
+//!                                                 IoDevice: accepts or declines
+//!                                                 DeviceMmio, DevicePio: accept
+//! ```
+//!
+//! # Example
+//!
+//! ```
+//! use io_bus::{IoBus, MmioAddress, MmioRange, Outcome};
+//! use vm_device::DeviceMmio;
+//!
+//! /// A register that reads as its own offset.
+//! struct Ruler;
+//!
+//! impl DeviceMmio for Ruler {
+//!     fn mmio_read(&self, _base: MmioAddress, offset: u64, data: &mut [u8]) {
+//!         data.fill(offset as u8);
+//!     }
+//!     fn mmio_write(&self, _base: MmioAddress, _offset: u64, _data: &[u8]) {}
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let bus = IoBus::new();
+//! let range = MmioRange::new(MmioAddress(0xd000_0000), 0x1000)?;
+//! let mut ruler = bus.register_mmio(range, Ruler)?;
+//!
+//! // On a vCPU's thread; `address` and `data` are KVM_EXIT_MMIO's.
+//! let mut io = bus.dispatcher();
+//! let mut data = [0; 1];
+//! assert_eq!(io.mmio_read(MmioAddress(0xd000_0010), &mut data), Outcome::Answered);
+//! assert_eq!(data, [0x10]);
+//!
+//! // The guest moves the BAR. After `Done`, nobody is inside by the old address any more.
+//! assert!(ruler.relocate(0xe000_0000)?.is_done());
+//! assert_eq!(io.mmio_read(MmioAddress(0xd000_0010), &mut data), Outcome::Unclaimed);
+//! assert_eq!(data, [0xff]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! `examples/tiny_vm.rs` is a whole virtual machine of `kvm-ioctls` and this crate.
+//!
+//! # Who answers
+//!
+//! - An access belongs to the ranges that hold it **whole**. One that begins in a range and runs
+//!   past its end is nobody's, even if a neighbour would answer the rest: `kvm_io_bus_cmp` decides
+//!   it so.
+//! - Ranges may overlap. They are asked in the order of their first address, then their last, then
+//!   their age, and the first device that [accepts](Answer::Accepted) ends it. A `vm-device` device
+//!   always accepts; an [`IoDevice`] may decline. (KVM asks in this order too where ranges are
+//!   disjoint, equal or begin together. For other overlaps its order depends on history and its
+//!   search may miss a range; ours do not.)
+//! - A read that nobody answers is all ones, and [`Outcome::Unclaimed`] says so. A device that
+//!   leaves the data of a read alone gives all ones as well: what `kvm_run` held before never
+//!   reaches the guest.
+//! - An MMIO access of more than 8 bytes, or across a page's end, is cut into [`fragments`] as KVM
+//!   cuts it, each an access of its own. `rep ins` and `rep outs` are
+//!   [repeated](Dispatcher::pio_read_repeated) accesses to one port.
+//! - A write to MMIO is offered to the fast MMIO bus first: doorbells, [one
+//!   address](IoRange::exact) with any length.
+//! - A bus takes [`NR_IOBUS_DEVS`] ranges, or as many as [`IoBus::with_capacity`] says.
+//!
+//! # Concurrency contract
+//!
+//! - Each thread that dispatches owns a [`Dispatcher`]. An access takes no lock, waits for nobody
+//!   and allocates nothing; two dispatchers share no cache line that either writes. The row that
+//!   answered last for a page (for eight ports) is found again without a search, however many
+//!   devices there are.
+//! - Between accesses a dispatcher holds nothing. A vCPU that sleeps in the guest keeps no removed
+//!   device alive and holds no one up.
+//! - [`IoBus`] and [`Registration`] work from any thread while vCPUs run. `register` waits for other
+//!   writers only. [`Registration::unregister`], its drop and [`Registration::relocate`] wait until
+//!   no access that began before is left: after that no thread is inside the device by that range.
+//! - **From inside an access** (a device that removes itself, or another) those do not wait: they
+//!   answer [`Removal::Pending`], and the device goes when the access ends. So two devices that
+//!   remove each other cannot deadlock, on one bus or on two. The thread knows by itself that it is
+//!   inside ([`is_inside_access`]).
+//! - Still the caller's to get right: waiting for a removal with a lock held that the device takes
+//!   in an access, or having an access wait for a thread that waits for a removal.
+//!   [`Registration::unregister_later`] never waits.
+//! - A move is one step. An access finds the device at the old range or at the new one; there is no
+//!   moment at which it is at neither.
+//! - A device may own its registrations. It must not own the [`IoBus`] that it is on, or a
+//!   [`Dispatcher`] of it: that circle is never freed.
+//! - When a device is dropped by a removal that was pending, this happens on the thread that ends
+//!   the last access, which may be a vCPU's.
+//!
+//! The crate has no atomics and no memory ordering of its own: publication and grace periods are
+//! the `srcu` crate's, which is model-checked.
+//!
+//! # Threat model
+//!
+//! The guest is the attacker, and chooses address, length, data and moment of every access. No
+//! choice of these panics, allocates, blocks or reads memory that is not the access's; an access
+//! costs at most one call to each device whose range holds it. A guest that removes devices (PCI
+//! hot-unplug, a BAR that it moves about) makes the thread that carries this out build a table and
+//! wait for the other vCPUs' accesses, never the other way around. Devices are trusted to return;
+//! one that panics unwinds through the dispatcher, which stays usable, as does the device behind a
+//! [`Locked`]. This crate forbids `unsafe` but for one ioctl (feature `kvm`).
+//!
+//! # Save and restore
+//!
+//! There is nothing to save. Tables hold no guest-visible state beyond which device is where, and
+//! that is the devices' own (a BAR's address): restored devices register again. An ioeventfd that
+//! was signalled and not read yet is state of the eventfd: a device that is saved drains it first,
+//! or looks at its queues once after the restore.
+//!
+//! # Known limits
+//!
+//! - Overlapping ranges are searched linearly within the stretch in which they overlap.
+//! - A change copies the rows of its bus (some microseconds at 1,000 ranges).
+//! - Coalesced MMIO and PIO, counters per range, a trace hook and deferred answers are not there
+//!   yet; [`Answer`] and [`Outcome`] can grow.
+//! - An ioeventfd moves by its own [`relocate`](IoEventFd::relocate), not with its device's range.
+//!
+//! # Header map
+//!
+//! What became of `include/linux/kvm_host.h`'s identifiers (Linux 3.17).
+//!
+//! ## Buses
+//!
+//! | kvm_host.h | here |
+//! | --- | --- |
+//! | `kvm_io_device` | [`IoDevice`]; [`Mmio`] and [`Pio`] make one of a `vm-device` device |
+//! | `kvm_io_range` | [`IoRange`] |
+//! | `NR_IOBUS_DEVS` | [`NR_IOBUS_DEVS`], the default of [`IoBus::with_capacity`] |
+//! | `kvm_io_bus` | [`IoBus`], all four of them |
+//! | `kvm_bus` | [`BusKind`] |
+//! | `KVM_MMIO_BUS` | [`BusKind::Mmio`] |
+//! | `KVM_PIO_BUS` | [`BusKind::Pio`] |
+//! | `KVM_VIRTIO_CCW_NOTIFY_BUS` | [`BusKind::CcwNotify`] |
+//! | `KVM_FAST_MMIO_BUS` | [`BusKind::FastMmio`] |
+//! | `KVM_NR_BUSES` | [`BusKind::COUNT`] |
+//! | `kvm_io_bus_write` | [`Dispatcher::write`], [`Dispatcher::mmio_write`], [`Dispatcher::pio_write`] |
+//! | `kvm_io_bus_write_cookie` | the same: a [`Dispatcher`] keeps the cookies itself |
+//! | `kvm_io_bus_read` | [`Dispatcher::read`], [`Dispatcher::mmio_read`], [`Dispatcher::pio_read`] |
+//! | `kvm_io_bus_register_dev` | [`IoBus::register`], [`IoBus::register_mmio`], [`IoBus::register_pio`] |
+//! | `kvm_io_bus_unregister_dev` | [`Registration::unregister`], or dropping the [`Registration`] |
+//!
+//! ## Fragments and ioeventfd
+//!
+//! | kvm_host.h | here |
+//! | --- | --- |
+//! | `KVM_MMIO_SIZE` | [`MMIO_SIZE`] |
+//! | `KVM_MAX_MMIO_FRAGMENTS` | kernel: a bound on its array of pieces; [`fragments`] is an iterator and needs none |
+//! | `kvm_mmio_fragment` | [`Fragment`], from [`fragments`] |
+//! | `kvm_coalesced_mmio_ring` | planned: coalesced MMIO and PIO zones, with their ring drained before the exit that follows |
+//! | `kvm_ioeventfd` | [`IoEvent`] and [`IoEventFd::attach`]; the ioctl is [`SetIoEventFd`] |
+//! | `kvm_eventfd_init` | kernel: readies a VM's lists of eventfds; here [`IoEventFd`] is the list, a handle each |
 
-#![cfg_attr(not(feature = "kvm"), forbid(unsafe_code))]
 #![deny(unsafe_code)]
 
 mod bus;
@@ -13,7 +178,7 @@ mod fragment;
 mod inside;
 mod ioeventfd;
 #[cfg(feature = "kvm")]
-#[allow(unsafe_code)]
+#[allow(unsafe_code, reason = "the crate's one ioctl")]
 mod kvm;
 mod range;
 mod table;
@@ -26,4 +191,5 @@ pub use fragment::{Fragment, MMIO_SIZE, PAGE_SIZE, fragments, is_whole};
 pub use inside::is_inside_access;
 pub use ioeventfd::{IoEvent, IoEventAddress, IoEventFd, SetIoEventFd, WriteLength, WriteMatch};
 pub use range::{BusKind, IoRange};
+/// `vm-device`'s addresses and ranges, of which the methods here are made.
 pub use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};

@@ -107,9 +107,9 @@ impl<D> Table<D> {
     /// one: that the row holds the access and that no other row overlaps it is checked here and
     /// now, so a stale cookie misses, or hits rightly.
     #[inline]
-    pub(crate) fn by_cookie(&self, cookie: u32, address: u64, len: usize) -> Option<&Row<D>> {
+    pub(crate) fn by_cookie(&self, cookie: usize, address: u64, len: usize) -> Option<&Row<D>> {
         self.rows
-            .get(cookie as usize)
+            .get(cookie)
             .filter(|row| row.alone && row.range.holds(address, len))
     }
 
@@ -120,7 +120,7 @@ impl<D> Table<D> {
         &self,
         address: u64,
         len: usize,
-    ) -> impl Iterator<Item = (u32, &Row<D>)> {
+    ) -> impl Iterator<Item = (usize, &Row<D>)> {
         let end = count_up_to(&self.bases, address);
         let start = match end.checked_sub(1).and_then(|last| self.rows.get(last)) {
             Some(row) => row.window as usize,
@@ -130,7 +130,7 @@ impl<D> Table<D> {
             .get(start..end)
             .unwrap_or_default()
             .iter()
-            .zip(start as u32..)
+            .zip(start..)
             .filter(move |(row, _)| row.range.holds(address, len))
             .map(|(row, index)| (index, row))
     }
@@ -277,7 +277,7 @@ mod tests {
                 let ids: Vec<_> = found.iter().map(|(_, row)| *row.device()).collect();
                 prop_assert_eq!(&ids, &model.candidates(address, len));
                 // A cookie, right or wrong, gives the one candidate or nothing.
-                for cookie in 0..table.len() as u32 + 1 {
+                for cookie in 0..table.len() + 1 {
                     if let Some(row) = table.by_cookie(cookie, address, len) {
                         prop_assert_eq!(&ids, &vec![*row.device()]);
                     }

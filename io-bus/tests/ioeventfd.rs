@@ -4,10 +4,10 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::cell::{Cell, RefCell};
 use std::error::Error as _;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use io_bus::{
     Error, IoEvent, IoEventAddress, IoEventFd, MmioAddress, PioAddress, SetIoEventFd, WriteLength,
@@ -19,34 +19,39 @@ use vmm_sys_util::eventfd::EventFd;
 /// What is attached; and which of the coming calls are refused, with what.
 #[derive(Default)]
 struct Fake {
-    attached: RefCell<Vec<(IoEvent, RawFd)>>,
-    calls: Cell<usize>,
-    refuse: RefCell<Vec<(usize, i32)>>,
+    attached: Mutex<Vec<(IoEvent, RawFd)>>,
+    calls: AtomicUsize,
+    refuse: Vec<(usize, i32)>,
 }
 
 impl Fake {
     fn refusing(calls: &[(usize, i32)]) -> Self {
-        let fake = Self::default();
-        fake.refuse.borrow_mut().extend(calls);
-        fake
+        Self {
+            refuse: calls.to_vec(),
+            ..Self::default()
+        }
+    }
+
+    fn attached(&self) -> Vec<(IoEvent, RawFd)> {
+        self.attached.lock().unwrap().clone()
     }
 
     fn events(&self) -> Vec<IoEvent> {
-        self.attached
-            .borrow()
-            .iter()
-            .map(|(event, _)| *event)
-            .collect()
+        self.attached().iter().map(|(event, _)| *event).collect()
+    }
+
+    fn calls(&self) -> usize {
+        self.calls.load(Ordering::Relaxed)
     }
 }
 
 impl SetIoEventFd for Fake {
     fn set_ioeventfd(&self, event: &IoEvent, fd: RawFd, attach: bool) -> Result<(), errno::Error> {
-        let call = self.calls.replace(self.calls.get() + 1);
-        if let Some((_, errno)) = self.refuse.borrow().iter().find(|(n, _)| *n == call) {
+        let call = self.calls.fetch_add(1, Ordering::Relaxed);
+        if let Some((_, errno)) = self.refuse.iter().find(|(n, _)| *n == call) {
             return Err(errno::Error::new(*errno));
         }
-        let mut attached = self.attached.borrow_mut();
+        let mut attached = self.attached.lock().unwrap();
         let place = attached.iter().position(|known| *known == (*event, fd));
         match (attach, place) {
             (true, None) => attached.push((*event, fd)),
@@ -94,12 +99,12 @@ fn an_eventfd_may_be_shared_with_an_event_loop() {
     let fd = Arc::new(eventfd());
     let mut handle = IoEventFd::attach(vm.clone(), bell(0x50), fd.clone()).unwrap();
     assert_eq!(handle.fd().as_raw_fd(), fd.as_raw_fd());
-    assert_eq!(vm.attached.borrow()[0].1, fd.as_raw_fd());
+    assert_eq!(vm.attached()[0].1, fd.as_raw_fd());
     handle.detach().unwrap();
     handle.detach().unwrap();
     assert!(!handle.is_attached());
     drop(handle);
-    assert_eq!(vm.calls.get(), 2);
+    assert_eq!(vm.calls(), 2);
 }
 
 #[test]
@@ -116,7 +121,7 @@ fn a_refused_attach_leaves_nothing_and_says_what_and_why() {
                 .contains("MMIO 0x50 for 4-byte writes of 0x3")
         );
         assert_eq!(error.source().unwrap().to_string(), source.to_string());
-        assert_eq!((vm.events(), vm.calls.get()), (vec![], 1));
+        assert_eq!((vm.events(), vm.calls()), (vec![], 1));
     }
 }
 
@@ -143,11 +148,11 @@ fn a_move_attaches_before_it_detaches() {
     let vm = Fake::default();
     let mut handle = IoEventFd::attach(&vm, bell(0x50), eventfd()).unwrap();
     handle.relocate(bell(0x90).address).unwrap();
-    assert_eq!((vm.events(), vm.calls.get()), (vec![bell(0x90)], 3));
+    assert_eq!((vm.events(), vm.calls()), (vec![bell(0x90)], 3));
     assert_eq!(handle.event(), bell(0x90));
     // Where it is already, it stays, and KVM (which would say EEXIST) is not asked.
     handle.relocate(bell(0x90).address).unwrap();
-    assert_eq!(vm.calls.get(), 3);
+    assert_eq!(vm.calls(), 3);
     drop(handle);
     assert_eq!(vm.events(), []);
 }
@@ -179,7 +184,7 @@ fn a_detached_handle_moves_without_a_call() {
     let mut handle = IoEventFd::attach(&vm, bell(0x50), eventfd()).unwrap();
     handle.detach().unwrap();
     handle.relocate(bell(0x90).address).unwrap();
-    assert_eq!((handle.event(), vm.calls.get()), (bell(0x90), 2));
+    assert_eq!((handle.event(), vm.calls()), (bell(0x90), 2));
 }
 
 #[test]

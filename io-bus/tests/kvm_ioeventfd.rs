@@ -44,7 +44,7 @@ fn matching(address: IoEventAddress, writes: WriteMatch) -> (u64, Vec<Seen>) {
     for to in [PORT, MEMORY] {
         for len in [1_usize, 2, 4] {
             for value in [1_u8, 2, 1] {
-                let length = writes.len() == 0 || writes.len() == len as u32;
+                let length = writes.length() == 0 || writes.length() == len as u32;
                 let data = writes
                     .datamatch()
                     .is_none_or(|wanted| wanted == u64::from(value));

@@ -185,9 +185,9 @@ fn two_devices_that_remove_each_other_do_not_deadlock() {
                     Some(buses[me].register(BusKind::Mmio, range, device).unwrap());
             }
             thread::scope(|scope| {
-                for me in 0..2 {
-                    let mut io = buses[me].dispatcher();
-                    scope.spawn(move || assert!(write(&mut io, me as u64).is_answered()));
+                for (me, bus) in (0..).zip(&buses) {
+                    let mut io = bus.dispatcher();
+                    scope.spawn(move || assert!(write(&mut io, me).is_answered()));
                 }
             });
             for (bus, life) in buses.iter().zip(&alive) {
