@@ -9,6 +9,7 @@ mod apt;
 mod assets;
 mod boot;
 mod cargo;
+mod coverage;
 mod cpio;
 mod failure;
 mod guest_image;
@@ -30,6 +31,7 @@ Commands:
   boot [OPTIONS]             boot a stock Debian kernel under reference-vmm, to a shell on this terminal
   lab [OPTIONS] -- COMMAND…  run COMMAND as root in an emulated machine with hardware-style KVM (kvm_amd)
   test [OPTIONS]             build and run the tests of all tiers, and say what ran where
+  coverage                   measure the tests' coverage, against coverage_config.json
 
 `cargo xtask COMMAND --help` says more of one.";
 
@@ -40,6 +42,7 @@ fn main() {
     let outcome = match command.as_deref().and_then(|c| c.to_str()) {
         Some("boot") => boot::command(rest),
         Some(boot::WATCH_COMMAND) => boot::watch(rest),
+        Some("coverage") => coverage::command(rest),
         Some("test") => tiers::command(rest),
         Some(tiers::RUN_COMMAND) => tiers::run_command(rest),
         Some("lab") => lab::command(rest),

@@ -241,10 +241,10 @@ fn take_input(mut from_host: File, mut stdin: Option<File>, terminal: Option<Own
             },
             Frame::Stdin(bytes) => {
                 // A command that has closed its stdin loses nothing that it wanted.
-                if stdin
+                let refused = stdin
                     .as_mut()
-                    .is_some_and(|pipe| pipe.write_all(&bytes).is_err())
-                {
+                    .is_some_and(|pipe| pipe.write_all(&bytes).is_err());
+                if refused {
                     stdin = None;
                 }
             }

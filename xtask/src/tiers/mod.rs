@@ -254,6 +254,25 @@ fn models(wanted: &Wanted) -> Result<Vec<Outcome>> {
 
 /// Every `tests/loom_*.rs`, with its package.
 fn model_files(workspace: &Path) -> Result<Vec<(String, String)>> {
+    let mut files = all_test_files(workspace)?;
+    files.retain(|(_, test)| test.starts_with("loom_"));
+    Ok(files)
+}
+
+/// The names of all `tests/*.rs`, each once.
+pub(crate) fn test_files(workspace: &Path) -> Result<Vec<String>> {
+    let mut names: Vec<_> = all_test_files(workspace)?
+        .into_iter()
+        .filter(|(package, _)| package != "xtask")
+        .map(|(_, test)| test)
+        .collect();
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
+/// Every `tests/*.rs`, with its package.
+fn all_test_files(workspace: &Path) -> Result<Vec<(String, String)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(workspace)
         .context(|| format!("{} cannot be read", workspace.display()))?
@@ -265,11 +284,7 @@ fn model_files(workspace: &Path) -> Result<Vec<(String, String)>> {
             .flatten()
             .flatten()
         {
-            let name = test.file_name().to_string_lossy().into_owned();
-            if let Some(name) = name
-                .strip_suffix(".rs")
-                .filter(|name| name.starts_with("loom_"))
-            {
+            if let Some(name) = test.file_name().to_string_lossy().strip_suffix(".rs") {
                 found.push((package.clone(), name.to_owned()));
             }
         }
