@@ -160,7 +160,7 @@ impl<B: SlotBitmap> Memslots<B> {
     /// KVM, and for another thread's change; running vCPUs need not stop.
     ///
     /// # Errors
-    /// [`Error`]; then nothing has changed.
+    /// [`enum@Error`]; then nothing has changed.
     pub fn create(
         &self,
         start: GuestAddress,
@@ -186,7 +186,7 @@ impl<B: SlotBitmap> Memslots<B> {
     /// slot, and one publication.
     ///
     /// # Errors
-    /// [`Error`]; then nothing has changed, [`Error::Undo`] excepted.
+    /// [`enum@Error`]; then nothing has changed, [`Error::Undo`] excepted.
     pub fn create_all(&self, new: impl IntoIterator<Item = NewSlot>) -> Result<Vec<Slot>, Error> {
         let new: Vec<NewSlot> = new.into_iter().collect();
         let inner = &self.inner;

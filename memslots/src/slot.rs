@@ -70,7 +70,7 @@ impl Slot {
     /// the moment in which it is nowhere, and takes it for MMIO: stop those that use it.
     ///
     /// # Errors
-    /// [`Error`]; then nothing has changed.
+    /// [`enum@Error`]; then nothing has changed.
     pub fn relocate(&mut self, start: GuestAddress) -> Result<Grace, Error> {
         let owner = self.owner()?;
         let (extent, grace) = owner.relocate(&self.extent, start)?;
@@ -81,7 +81,7 @@ impl Slot {
     /// Sets the slot's flags; of those, only [`SlotFlags::LOG_DIRTY_PAGES`] can change.
     ///
     /// # Errors
-    /// [`Error`]; then nothing has changed.
+    /// [`enum@Error`]; then nothing has changed.
     pub fn set_flags(&mut self, flags: SlotFlags) -> Result<Grace, Error> {
         self.owner()?.set_flags(&self.extent, flags)
     }

@@ -107,9 +107,9 @@ impl Membership {
     pub(crate) fn leave(&mut self, domain: &Domain) {
         self.word &= !INSIDE;
         // Release: what was read through the guard happens before whoever sees this word (`is_over`, `begin`).
-        // Acquire: with `begin`'s setting of PENDING, so that the slow path finds what was done before it.
+        // No Acquire: whoever set PENDING did so under the lock that the slow path takes, so it comes after them.
         // A swap and not a store, because PENDING may be set in between and must not be overwritten unseen.
-        if self.slot.0.swap(self.word, Ordering::AcqRel) & PENDING != 0 {
+        if self.slot.0.swap(self.word, Ordering::Release) & PENDING != 0 {
             domain.someone_left();
         }
     }
@@ -348,5 +348,27 @@ impl fmt::Debug for Grace {
             .field("inside_at_start", &inside)
             .field("is_over", &self.is_over())
             .finish()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ticket_that_wraps_is_a_word_like_any_other() {
+        let domain = Arc::new(Domain::new());
+        let mut reader = domain.register_at(!(TICKET - 1));
+        for _ in 0..3 {
+            let before = domain.begin();
+            assert!(before.is_over());
+            reader.enter(&domain);
+            let during = domain.begin();
+            assert!(!during.is_over());
+            reader.leave(&domain);
+            assert!(during.is_over());
+        }
+        reader.unregister(&domain);
+        assert_eq!(domain.counts(), (0, 0));
     }
 }

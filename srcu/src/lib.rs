@@ -1,6 +1,83 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Published tables for VMMs: readers never lock, writers wait for the readers that are inside
+//! Published tables for VMMs: readers never lock, writers wait for the readers that are inside.
+//!
+//! What a vCPU thread looks at on every exit (memory slots, device ranges, interrupt routes) changes rarely and is read
+//! all the time, by threads that must not wait for whoever changes it. The kernel's KVM keeps such tables behind SRCU:
+//! a reader announces itself and follows a pointer; a writer builds the next table beside the old one, swaps the
+//! pointer, and waits until those who may still see the old one have left. This crate is that pattern for a VMM:
+//!
+//! ```text
+//!   vCPU thread                          writer
+//!   ───────────                          ──────
+//!   enter:  my word := inside            build the next table
+//!           fence ───────────┐           swap the pointer
+//!           load the pointer │  ┌─────── fence
+//!   …       look up          └──┼──────▶ look at each reader's word: who is inside?
+//!   leave:  my word := outside  │        Grace: over when each of those words has changed
+//!             └─ waited for? wake, and drop what has become free
+//! ```
+//!
+//! The two fences make sure that at least one side sees the other: either the reader finds the new table, or the writer
+//! finds the reader. Each reader writes a cache line of its own and no other.
+//!
+//! # Example
+//! ```
+//! use srcu::Published;
+//!
+//! let ports = Published::new(vec![0x3f8u16]);
+//!
+//! std::thread::scope(|scope| {
+//!     let mut reader = ports.reader(); // once a thread
+//!     scope.spawn(move || {
+//!         let table = reader.enter(); // at each exit; holds the table as it is now
+//!         assert!(table.contains(&0x3f8));
+//!     }); // leaving: the guard is dropped before the guest is entered again
+//!
+//!     ports.publish(vec![0x3f8, 0x2f8]).wait(); // on return nobody sees the old table
+//! });
+//! assert_eq!(ports.generation(), 1);
+//! ```
+//!
+//! # Removing from inside an access
+//! A device that unplugs itself, or another device, does so from inside a guard, where [`Grace::wait`] would wait for
+//! its own thread. There, take the token and leave: [`Grace::defer`] has a closure run (or a value dropped: move it in)
+//! when the grace period is over, at the latest as the last of the readers that were inside leaves;
+//! [`Grace::is_over`] asks. The old table itself needs neither: it is always freed by then. Two devices that remove
+//! each other at once, each inside an access, both return and both go.
+//!
+//! # Concurrency contract
+//! - [`Reader::enter`] and the drop of a [`Guard`] never wait, with one exception: a leave that a writer has asked to
+//!   be told of takes a short lock (held for list operations only), wakes, and drops what has become free, outside the
+//!   lock. It is one leave for each publication that found the reader inside.
+//! - [`Published::publish`] and [`Published::update`] exclude each other; [`Published::load`] waits for neither.
+//! - No one polls. [`Grace::wait`] sleeps until the leave that it waits for.
+//! - A guard holds back the freeing of everything that is replaced while it lives. A vCPU thread holds none across
+//!   `KVM_RUN`: a vCPU asleep in the guest keeps nothing alive.
+//! - What is dropped or run at the end of a grace period is dropped or run on whichever thread ends it, a vCPU's
+//!   perhaps. Keep destructors short, or send the work elsewhere from there.
+//! - A panic inside a guard leaves. A guard that is forgotten counts as inside until its reader enters again or goes;
+//!   a writer that waits for it waits so long, and nothing worse happens.
+//! - Numbers do not run out in practice: a reader enters 2^62 times before its word repeats, and the generation has 64
+//!   bits; both wrap without harm unless somebody slept through a whole turn.
+//!
+//! # How it is checked
+//! `tests/loom_srcu.rs` runs this very code (behind the `sync` shim) through every interleaving and permitted
+//! reordering of small scenarios under loom; each ordering in it was weakened in turn and each weakening failed a model.
+//! `tests/threads.rs` does the rest on real threads.
+//!
+//! # Threat model
+//! No guest input comes here. Memory safety rests on this crate's own code alone: no use of its safe interface, guards
+//! forgotten included, leads to a use after free.
+//!
+//! # Save and restore
+//! Nothing: a published table is its owner's state.
+//!
+//! # Known limits
+//! - A publication looks at each reader's word: its cost grows with the number of readers (64 vCPUs: 64 cache lines).
+//! - Entering costs a full fence and leaving an exchange. `membarrier(2)` could take both from the reader at the price
+//!   of an interrupt to each CPU at a publication; it would be a second kind of [`Published`], and is not there yet.
+//! - After [`Grace::wait`], the old table may be in the middle of being dropped, on the thread that left last.
 
 mod domain;
 mod published;

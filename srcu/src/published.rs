@@ -126,10 +126,10 @@ impl<T: Send + Sync + 'static> Published<T> {
             .head
             .current
             .store(Arc::as_ptr(&next).cast_mut(), Ordering::Release);
-        // After the pointer, with Release (pairs with the Acquire of `generation`): who reads this number and then
-        // enters finds this table or a later one.
-        shared.head.generation.store(generation, Ordering::Release);
         let old = std::mem::replace(&mut *lock(&shared.table), next);
+        // Last, with Release (pairs with the Acquire of `generation`): who reads this number and then enters, or
+        // loads, finds this table or a later one.
+        shared.head.generation.store(generation, Ordering::Release);
         // The grace period begins inside the writers' lock and after the store, so an earlier publication's is over
         // whenever a later one's is; and what is ready is run outside it.
         drop(current);
