@@ -13,7 +13,8 @@ use crate::host::Errno;
 use crate::route::Msi;
 use crate::rules::RouteError;
 
-/// What went wrong with the table or with something attached to it. The call that returns it changed nothing.
+/// What went wrong with the table or with something attached to it. The call that returns it
+/// changed nothing.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -46,8 +47,8 @@ pub enum Error {
         #[source]
         source: Errno,
     },
-    /// `KVM_IRQFD` failed: EBUSY when the eventfd is attached already, EINVAL for resampling without an IOAPIC in
-    /// the kernel.
+    /// `KVM_IRQFD` failed: EBUSY when the eventfd is attached already, EINVAL for resampling
+    /// without an IOAPIC in the kernel.
     #[error("KVM_IRQFD failed to attach an eventfd to {gsi}")]
     Attach {
         /// What the eventfd was to raise.

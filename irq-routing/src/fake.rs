@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A host for tests: it remembers what it was asked, keeps what a VM would keep, and fails on demand.
+//! A host for tests: it remembers what it was asked, keeps what a VM would keep, and fails on
+//! demand.
 
 #![forbid(unsafe_code)]
 
@@ -113,7 +114,8 @@ impl FakeHost {
         self.state().status = status;
     }
 
-    /// Lets one call fail with this errno and change nothing: the next one, or the one after `skip` more.
+    /// Lets one call fail with this errno and change nothing: the next one, or the one after `skip`
+    /// more.
     pub fn fail_after(&self, skip: usize, errno: i32) {
         self.state().fail = Some((skip, errno));
     }

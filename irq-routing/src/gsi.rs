@@ -2,9 +2,9 @@
 
 //! GSI numbers, and who has which.
 //!
-//! A global system interrupt is an index into KVM's routing table, nothing more: what it means is what the
-//! table says. [`GsiPool`] is the set of numbers in use; it knows neither table nor VM. The handles that give a
-//! number back when they are dropped are in [`crate::routing`].
+//! A global system interrupt is an index into KVM's routing table, nothing more: what it means is
+//! what the table says. [`GsiPool`] is the set of numbers in use; it knows neither table nor VM.
+//! The handles that give a number back when they are dropped are in [`crate::routing`].
 
 #![forbid(unsafe_code)]
 
@@ -13,8 +13,8 @@ use std::ops::Range;
 
 /// The number of a global system interrupt: an index into the VM's routing table.
 ///
-/// On x86 the numbers below 24 are the IOAPIC's pins (and those below 16 the two PICs' as well) in the default
-/// table; what lies above has no meaning until a route gives it one.
+/// On x86 the numbers below 24 are the IOAPIC's pins (and those below 16 the two PICs' as well) in
+/// the default table; what lies above has no meaning until a route gives it one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Gsi(pub u32);
 
@@ -55,7 +55,8 @@ impl GsiPool {
         self.word(gsi.0 / BITS) & (1 << (gsi.0 % BITS)) != 0
     }
 
-    /// Takes one number; false, and nothing happens, when it is taken already or not below the limit.
+    /// Takes one number; false, and nothing happens, when it is taken already or not below the
+    /// limit.
     pub fn take(&mut self, gsi: Gsi) -> bool {
         if gsi.0 >= self.limit || self.is_taken(gsi) {
             return false;
@@ -75,7 +76,8 @@ impl GsiPool {
         let end = range.end.min(self.limit);
         let mut next = range.start;
         while next < end {
-            // Bits below `next` count as taken, so the first zero is the lowest free one of this word.
+            // Bits below `next` count as taken, so the first zero is the lowest free one of this
+            // word.
             let taken = self.word(next / BITS) | ((1u64 << (next % BITS)) - 1);
             let free = next / BITS * BITS + taken.trailing_ones();
             if taken != u64::MAX {

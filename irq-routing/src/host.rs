@@ -2,13 +2,13 @@
 
 //! What the crate asks of KVM: one trait a capability, so that a test can pass a host that refuses.
 //!
-//! [`kvm_ioctls::VmFd`] has them all (feature `kvm`), and so have references and [`Arc`]s to whatever has one;
-//! [`crate::fake::FakeHost`] is the one for tests.
+//! [`kvm_ioctls::VmFd`] has them all (feature `kvm`), and so have references and [`Arc`]s to
+//! whatever has one; [`crate::fake::FakeHost`] is the one for tests.
 //!
 //! # Contract
 //!
-//! An `Err` has changed nothing in the VM. No call blocks on the guest; those that wait for a grace period of the
-//! kernel's say so.
+//! An `Err` has changed nothing in the VM. No call blocks on the guest; those that wait for a grace
+//! period of the kernel's say so.
 //!
 //! [`kvm_ioctls::VmFd`]: https://docs.rs/kvm-ioctls/latest/kvm_ioctls/struct.VmFd.html
 
@@ -41,7 +41,8 @@ pub trait CreateIrqchip {
 
 /// The VM's routing table.
 pub trait SetGsiRouting {
-    /// What the host accepts in a VM with such an irqchip: its limit (`KVM_CAP_IRQ_ROUTING`) and kinds of entry.
+    /// What the host accepts in a VM with such an irqchip: its limit (`KVM_CAP_IRQ_ROUTING`) and
+    /// kinds of entry.
     fn rules(&self, irqchip: IrqchipKind) -> Rules;
     /// `KVM_SET_GSI_ROUTING`: replaces the whole table. Waits for a grace period.
     fn set_gsi_routing(&self, table: &Table) -> Result<(), Errno>;
@@ -49,19 +50,21 @@ pub trait SetGsiRouting {
 
 /// Eventfds that raise interrupts.
 pub trait AttachIrqfd {
-    /// `KVM_IRQFD`. With a resample eventfd the line is level-triggered and the guest's acknowledgement is told
-    /// through that (`KVM_IRQFD_FLAG_RESAMPLE`). An interrupt pending in the eventfd arrives at once.
+    /// `KVM_IRQFD`. With a resample eventfd the line is level-triggered and the guest's
+    /// acknowledgement is told through that (`KVM_IRQFD_FLAG_RESAMPLE`). An interrupt pending in
+    /// the eventfd arrives at once.
     fn attach_irqfd(&self, fd: &EventFd, resample: Option<&EventFd>, gsi: Gsi)
     -> Result<(), Errno>;
-    /// `KVM_IRQFD` with `KVM_IRQFD_FLAG_DEASSIGN`: when it returns, no interrupt of this eventfd is under way.
-    /// Waits for a grace period.
+    /// `KVM_IRQFD` with `KVM_IRQFD_FLAG_DEASSIGN`: when it returns, no interrupt of this eventfd is
+    /// under way. Waits for a grace period.
     fn detach_irqfd(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Errno>;
 }
 
 /// Levels on interrupt lines.
 pub trait SetIrqLine {
-    /// `KVM_IRQ_LINE_STATUS`: sets the level and returns the status that KVM reports, the number of vCPUs that
-    /// got it, 0 when it merged with one that was pending, negative when no one takes it.
+    /// `KVM_IRQ_LINE_STATUS`: sets the level and returns the status that KVM reports, the number of
+    /// vCPUs that got it, 0 when it merged with one that was pending, negative when no one takes
+    /// it.
     fn set_irq_line(&self, gsi: Gsi, level: bool) -> Result<i32, Errno>;
 }
 

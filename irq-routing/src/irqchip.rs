@@ -23,9 +23,9 @@ pub enum Pit {
 
 /// Which interrupt controllers are in the kernel. Chosen once, before the first vCPU.
 ///
-/// Cost: making or freeing [`Kernel`](IrqchipKind::Kernel) waits for grace periods inside KVM (its devices sit
-/// on KVM's own buses; about 15 ms at the VM's end on the development hosts, and more for memory slots made
-/// after it), the other two do not.
+/// Cost: making or freeing [`Kernel`](IrqchipKind::Kernel) waits for grace periods inside KVM (its
+/// devices sit on KVM's own buses; about 15 ms at the VM's end on the development hosts, and more
+/// for memory slots made after it), the other two do not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum IrqchipKind {
     /// None, not even local APICs: no routes, no irqfds, no MSIs.
@@ -38,8 +38,9 @@ pub enum IrqchipKind {
     },
     /// Local APICs only; IOAPIC and PICs are the VMM's. Interrupts arrive as MSI routes.
     Split {
-        /// GSIs `0..pins` are the pins of the VMM's IOAPIC: KVM reports the end of a level-triggered interrupt
-        /// routed from these (`KVM_EXIT_IOAPIC_EOI`). At most the host's route limit.
+        /// GSIs `0..pins` are the pins of the VMM's IOAPIC: KVM reports the end of a
+        /// level-triggered interrupt routed from these (`KVM_EXIT_IOAPIC_EOI`). At most the host's
+        /// route limit.
         pins: u32,
     },
 }
@@ -51,7 +52,8 @@ pub enum IrqchipError {
     /// The host's KVM has no such irqchip. Nothing was changed.
     #[error("this host's KVM has no {0}")]
     Unsupported(&'static str),
-    /// `KVM_CREATE_IRQCHIP` failed: EEXIST where there is one, EINVAL after the first vCPU. Nothing was changed.
+    /// `KVM_CREATE_IRQCHIP` failed: EEXIST where there is one, EINVAL after the first vCPU. Nothing
+    /// was changed.
     #[error("KVM_CREATE_IRQCHIP failed")]
     Kernel(#[source] Errno),
     /// `KVM_CAP_SPLIT_IRQCHIP` failed: EEXIST where there is an irqchip or a vCPU, EINVAL with more
@@ -64,7 +66,8 @@ pub enum IrqchipError {
         #[source]
         source: Errno,
     },
-    /// `KVM_CREATE_PIT2` failed after the irqchip was made, which KVM cannot undo: the VM has `made`.
+    /// `KVM_CREATE_PIT2` failed after the irqchip was made, which KVM cannot undo: the VM has
+    /// `made`.
     #[error("KVM_CREATE_PIT2 failed; the VM has the irqchip without the timer")]
     Pit {
         /// What the VM has: go on without the timer, or give the VM up.
@@ -82,13 +85,13 @@ pub struct Irqchip {
 }
 
 impl Irqchip {
-    /// Makes the controllers. To be called before the VM's first vCPU; memory slots come first where they can
-    /// (a slot made after the in-kernel irqchip waits for a grace period).
+    /// Makes the controllers. To be called before the VM's first vCPU; memory slots come first
+    /// where they can (a slot made after the in-kernel irqchip waits for a grace period).
     ///
     /// # Errors
     ///
-    /// [`IrqchipError`]. All but [`IrqchipError::Pit`] have changed nothing; what can be known to fail is asked
-    /// before anything is made.
+    /// [`IrqchipError`]. All but [`IrqchipError::Pit`] have changed nothing; what can be known to
+    /// fail is asked before anything is made.
     pub fn create<H: CreateIrqchip>(host: &H, kind: IrqchipKind) -> Result<Self, IrqchipError> {
         match kind {
             IrqchipKind::None => {}
@@ -121,7 +124,8 @@ impl Irqchip {
         Ok(Self { kind })
     }
 
-    /// The controllers of a VM that someone else made so. A wrong claim costs errors from KVM, nothing worse.
+    /// The controllers of a VM that someone else made so. A wrong claim costs errors from KVM,
+    /// nothing worse.
     pub fn assume(kind: IrqchipKind) -> Self {
         Self { kind }
     }

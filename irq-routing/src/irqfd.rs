@@ -2,13 +2,13 @@
 
 //! Eventfds that raise interrupts: `KVM_IRQFD`.
 //!
-//! An irqfd follows its GSI's route, so the route can change while it is attached. To hold interrupts back (a
-//! masked vector) it is detached: what is written to the eventfd meanwhile stays in its counter, and arrives when
-//! it is attached again, because KVM looks at the counter when it attaches. The types say which of the two it is:
-//! [`Irqfd`] is attached, [`DetachedIrqfd`] is not.
+//! An irqfd follows its GSI's route, so the route can change while it is attached. To hold
+//! interrupts back (a masked vector) it is detached: what is written to the eventfd meanwhile stays
+//! in its counter, and arrives when it is attached again, because KVM looks at the counter when it
+//! attaches. The types say which of the two it is: [`Irqfd`] is attached, [`DetachedIrqfd`] is not.
 //!
-//! Costs: to attach is cheap (no grace period, unless the GSI's route must first be committed); to detach waits
-//! for a grace period, because after it nothing may arrive any more.
+//! Costs: to attach is cheap (no grace period, unless the GSI's route must first be committed); to
+//! detach waits for a grace period, because after it nothing may arrive any more.
 
 #![forbid(unsafe_code)]
 
@@ -27,14 +27,14 @@ impl<H: SetGsiRouting + AttachIrqfd + Clone> Routing<H> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoIrqchip`], [`Error::EventFd`], [`Error::Attach`]; as [`Change::commit`](crate::Change::commit)
-    /// where the GSI's route is not committed yet.
+    /// [`Error::NoIrqchip`], [`Error::EventFd`], [`Error::Attach`]; as
+    /// [`Change::commit`](crate::Change::commit) where the GSI's route is not committed yet.
     pub fn irqfd(&self, gsi: &GsiHandle) -> Result<Irqfd<H>, Error> {
         self.irqfd_with(gsi, new_eventfd(gsi.gsi())?)
     }
 
-    /// The same with an eventfd from elsewhere: a clone of one that a vhost device or another process writes.
-    /// An eventfd can be attached once.
+    /// The same with an eventfd from elsewhere: a clone of one that a vhost device or another
+    /// process writes. An eventfd can be attached once.
     ///
     /// # Errors
     ///
@@ -43,9 +43,9 @@ impl<H: SetGsiRouting + AttachIrqfd + Clone> Routing<H> {
         self.attach(gsi, fd, None)
     }
 
-    /// Attaches an eventfd to a level-triggered pin: a write raises the line, which stays up until the guest
-    /// acknowledges; then KVM lowers it and writes `resample`, and a device that still wants attention writes
-    /// `fd` again. Only for pins of the in-kernel irqchip.
+    /// Attaches an eventfd to a level-triggered pin: a write raises the line, which stays up until
+    /// the guest acknowledges; then KVM lowers it and writes `resample`, and a device that still
+    /// wants attention writes `fd` again. Only for pins of the in-kernel irqchip.
     ///
     /// # Errors
     ///
@@ -118,7 +118,8 @@ impl<H: AttachIrqfd> Irqfd<H> {
         &self.parts.gsi
     }
 
-    /// Holds interrupts back from now on: when it returns, none is under way. Waits for a grace period.
+    /// Holds interrupts back from now on: when it returns, none is under way. Waits for a grace
+    /// period.
     ///
     /// # Errors
     ///
@@ -139,16 +140,16 @@ impl<H: AttachIrqfd> Irqfd<H> {
 impl<H: AttachIrqfd> Drop for Irqfd<H> {
     fn drop(&mut self) {
         if self.attached {
-            // KVM refuses this only for what is no eventfd, which was not attached. And if it did: the eventfd
-            // is closed next, and KVM detaches one whose last descriptor is closed.
+            // KVM refuses this only for what is no eventfd, which was not attached. And if it did:
+            // the eventfd is closed next, and KVM detaches one whose last descriptor is closed.
             let _ = self.parts.detach();
         }
     }
 }
 
 impl<H: SetGsiRouting + AttachIrqfd> DetachedIrqfd<H> {
-    /// Lets interrupts through again; one that was raised meanwhile arrives now. Commits the GSI's route first
-    /// if it was deferred.
+    /// Lets interrupts through again; one that was raised meanwhile arrives now. Commits the GSI's
+    /// route first if it was deferred.
     ///
     /// # Errors
     ///

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Raising an interrupt by a call instead of an eventfd: the level of a line (`KVM_IRQ_LINE_STATUS`), and a
-//! message without a route (`KVM_SIGNAL_MSI`). Both say whether anyone took it.
+//! Raising an interrupt by a call instead of an eventfd: the level of a line
+//! (`KVM_IRQ_LINE_STATUS`), and a message without a route (`KVM_SIGNAL_MSI`). Both say whether
+//! anyone took it.
 
 #![forbid(unsafe_code)]
 
@@ -46,11 +47,13 @@ impl Arrival {
 }
 
 impl<H: SetGsiRouting + SetIrqLine + Clone> Routing<H> {
-    /// A line to a GSI, low. Asks nothing of the kernel unless the GSI's route must first be committed.
+    /// A line to a GSI, low. Asks nothing of the kernel unless the GSI's route must first be
+    /// committed.
     ///
     /// # Errors
     ///
-    /// [`Error::NoIrqchip`]; as [`Change::commit`](crate::Change::commit) where a route was deferred.
+    /// [`Error::NoIrqchip`]; as [`Change::commit`](crate::Change::commit) where a route was
+    /// deferred.
     pub fn line(&self, gsi: &GsiHandle) -> Result<Line<H>, Error> {
         self.settle(gsi)?;
         Ok(Line {
@@ -62,8 +65,8 @@ impl<H: SetGsiRouting + SetIrqLine + Clone> Routing<H> {
 }
 
 impl<H: SignalMsi> Routing<H> {
-    /// Sends a message that needs no route and no GSI: one ioctl, no grace period. For what happens rarely; an
-    /// irqfd on a routed GSI is cheaper for what happens often.
+    /// Sends a message that needs no route and no GSI: one ioctl, no grace period. For what happens
+    /// rarely; an irqfd on a routed GSI is cheaper for what happens often.
     ///
     /// # Errors
     ///
@@ -80,8 +83,8 @@ impl<H: SignalMsi> Routing<H> {
 
 /// A line to a GSI, set by calls. Dropped while high, it is lowered.
 ///
-/// All lines of one GSI are one input for KVM (`KVM_USERSPACE_IRQ_SOURCE_ID`): the last call decides. Sources
-/// that are ORed on one line are planned.
+/// All lines of one GSI are one input for KVM (`KVM_USERSPACE_IRQ_SOURCE_ID`): the last call
+/// decides. Sources that are ORed on one line are planned.
 #[derive(Debug)]
 pub struct Line<H: SetIrqLine> {
     routing: Routing<H>,
@@ -91,7 +94,8 @@ pub struct Line<H: SetIrqLine> {
 }
 
 impl<H: SetIrqLine> Line<H> {
-    /// Sets the level. A high level-triggered pin interrupts again after each acknowledgement until it is low.
+    /// Sets the level. A high level-triggered pin interrupts again after each acknowledgement until
+    /// it is low.
     ///
     /// # Errors
     ///
@@ -100,8 +104,8 @@ impl<H: SetIrqLine> Line<H> {
         self.put(&mut self.high(), level)
     }
 
-    /// Raises and lowers: one edge. Of an edge-triggered pin the interrupt stays; a level-triggered one may not
-    /// have seen it.
+    /// Raises and lowers: one edge. Of an edge-triggered pin the interrupt stays; a level-triggered
+    /// one may not have seen it.
     ///
     /// # Errors
     ///
@@ -135,7 +139,8 @@ impl<H: SetIrqLine> Drop for Line<H> {
     fn drop(&mut self) {
         let mut high = self.high();
         if *high {
-            // KVM has no reason to refuse a level that it took before; there is no one to tell if it did.
+            // KVM has no reason to refuse a level that it took before; there is no one to tell if
+            // it did.
             let _ = self.put(&mut high, false);
         }
     }

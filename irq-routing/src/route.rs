@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where an interrupt can go: every kind of entry that `struct kvm_irq_routing_entry` has, as typed data.
+//! Where an interrupt can go: every kind of entry that `struct kvm_irq_routing_entry` has, as typed
+//! data.
 
 #![forbid(unsafe_code)]
 
@@ -28,7 +29,8 @@ pub struct ChipPin {
     pub pin: u32,
 }
 
-/// A message-signalled interrupt: the write that a device would do (`KVM_IRQ_ROUTING_MSI`, `struct kvm_msi`).
+/// A message-signalled interrupt: the write that a device would do (`KVM_IRQ_ROUTING_MSI`, `struct
+/// kvm_msi`).
 ///
 /// On x86: Intel SDM vol. 3, "Message Signalled Interrupts" for the format of both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -37,11 +39,13 @@ pub struct Msi {
     pub address: u64,
     /// The word written: on x86 the vector in bits 0 to 7, the delivery mode in 8 to 10.
     pub data: u32,
-    /// Who writes, where the interrupt controller asks (an Arm ITS; x86 ignores it): sets `KVM_MSI_VALID_DEVID`.
+    /// Who writes, where the interrupt controller asks (an Arm ITS; x86 ignores it): sets
+    /// `KVM_MSI_VALID_DEVID`.
     pub devid: Option<u32>,
 }
 
-/// An s390 adapter interrupt (`KVM_IRQ_ROUTING_S390_ADAPTER`). Units and meaning: `kvm_irq_routing_s390_adapter`.
+/// An s390 adapter interrupt (`KVM_IRQ_ROUTING_S390_ADAPTER`). Units and meaning:
+/// `kvm_irq_routing_s390_adapter`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct S390Adapter {
     /// Guest address of the indicator.
@@ -109,7 +113,8 @@ impl From<Msi> for Route {
     }
 }
 
-/// One line of the routing table: a GSI and one place that it goes to (`struct kvm_irq_routing_entry`).
+/// One line of the routing table: a GSI and one place that it goes to (`struct
+/// kvm_irq_routing_entry`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Entry {
     /// The GSI.

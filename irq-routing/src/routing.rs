@@ -2,11 +2,11 @@
 
 //! The one owner of a VM's routing table.
 //!
-//! There are two tables. The *wanted* one is what the VMM said; the *committed* one is what KVM has. They come
-//! apart on purpose, because making them equal costs a grace period in the kernel: a GSI that was dropped keeps
-//! its old message in KVM (nothing can raise it any more), and a change may be deferred. They are made equal by
-//! [`Change::commit`], and by whatever attaches to a GSI on which they differ, so that nothing is ever raised
-//! along a stale route.
+//! There are two tables. The *wanted* one is what the VMM said; the *committed* one is what KVM
+//! has. They come apart on purpose, because making them equal costs a grace period in the kernel: a
+//! GSI that was dropped keeps its old message in KVM (nothing can raise it any more), and a change
+//! may be deferred. They are made equal by [`Change::commit`], and by whatever attaches to a GSI on
+//! which they differ, so that nothing is ever raised along a stale route.
 //!
 //! ```text
 //!   GsiHandle ──┐ route / unroute          commit: one KVM_SET_GSI_ROUTING,
@@ -40,12 +40,14 @@ pub struct Routing<H> {
 #[derive(Debug)]
 struct Shared {
     rules: Rules,
-    /// What KVM installed when it made the irqchip, and what a GSI goes back to when its owner drops it.
+    /// What KVM installed when it made the irqchip, and what a GSI goes back to when its owner
+    /// drops it.
     default: Table,
     /// Held across `KVM_SET_GSI_ROUTING`: commits have one order, the kernel's.
     /// Order: `writer` before `committed`.
     writer: Mutex<Writer>,
-    /// Held for the copy of a pointer alone, so that looking at the table never waits for the kernel.
+    /// Held for the copy of a pointer alone, so that looking at the table never waits for the
+    /// kernel.
     committed: Mutex<Arc<Table>>,
 }
 
@@ -57,7 +59,6 @@ struct Writer {
 
 /// Whether a commit asked anything of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use = "tells whether the kernel was asked"]
 pub enum Committed {
     /// No one could have seen a difference: no ioctl.
     Unchanged,
@@ -69,8 +70,8 @@ pub enum Committed {
 }
 
 impl<H: SetGsiRouting> Routing<H> {
-    /// Takes charge of the table of a VM whose irqchip was just made. Asks the host for its limits (three
-    /// `KVM_CHECK_EXTENSION`) and commits nothing: the table of a fresh irqchip is known.
+    /// Takes charge of the table of a VM whose irqchip was just made. Asks the host for its limits
+    /// (three `KVM_CHECK_EXTENSION`) and commits nothing: the table of a fresh irqchip is known.
     pub fn new(host: H, irqchip: &Irqchip) -> Self {
         let rules = host.rules(irqchip.kind());
         Self::with_rules(host, rules)
@@ -138,19 +139,21 @@ impl<H: SetGsiRouting> Routing<H> {
         let settled = writer.wanted.agrees_on(&self.table(), gsi.gsi());
         if !settled {
             // Deferred changes of other GSIs go with it: one grace period for all of them.
-            let _ = self.write(&writer.pool, &writer.wanted)?;
+            self.write(&writer.pool, &writer.wanted)?;
         }
         Ok(())
     }
 
-    /// Gives the kernel a table, if anyone could see that it did. Called with the writer's lock held.
+    /// Gives the kernel a table, if anyone could see that it did. Called with the writer's lock
+    /// held.
     fn write(&self, pool: &GsiPool, next: &Arc<Table>) -> Result<Committed, Error> {
         let committed = self.table();
         if Arc::ptr_eq(&committed, next) {
             return Ok(Committed::Unchanged);
         }
-        // A message of a GSI that no one has cannot be raised: not worth a grace period. A pin can (a timer in
-        // the kernel raises GSI 0 by itself), and it decides whom an acknowledgement reaches.
+        // A message of a GSI that no one has cannot be raised: not worth a grace period. A pin can
+        // (a timer in the kernel raises GSI 0 by itself), and it decides whom an acknowledgement
+        // reaches.
         let visible = |gsi| pool.is_taken(gsi) || committed.has_pins(gsi) || next.has_pins(gsi);
         if !committed.differences(next).any(visible) {
             return Ok(Committed::Unchanged);
@@ -200,8 +203,8 @@ impl<H> Routing<H> {
         Ok(self.lease(gsi))
     }
 
-    /// A GSI by its number: the pin that a PC's device has by tradition. Its route is the irqchip's default one,
-    /// in KVM already, so this asks nothing of the kernel.
+    /// A GSI by its number: the pin that a PC's device has by tradition. Its route is the irqchip's
+    /// default one, in KVM already, so this asks nothing of the kernel.
     ///
     /// # Errors
     ///
@@ -215,7 +218,8 @@ impl<H> Routing<H> {
         }
     }
 
-    /// The table that KVM has: for [`Table::map_gsi`] and [`Table::map_chip_pin`]. Never waits for a commit.
+    /// The table that KVM has: for [`Table::map_gsi`] and [`Table::map_chip_pin`]. Never waits for
+    /// a commit.
     pub fn table(&self) -> Arc<Table> {
         Arc::clone(&self.shared.committed())
     }
@@ -244,7 +248,8 @@ impl<H> Routing<H> {
 }
 
 impl Shared {
-    // Neither lock guards anything that a panic could leave half done: each change is one assignment.
+    // Neither lock guards anything that a panic could leave half done: each change is one
+    // assignment.
     fn writer(&self) -> MutexGuard<'_, Writer> {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -256,9 +261,10 @@ impl Shared {
     }
 }
 
-/// A GSI that is someone's. Clones share it (several devices on one level-triggered pin do); so do the irqfds and
-/// lines made from it. When the last is dropped the number is free again and its route the irqchip's default;
-/// that asks nothing of the kernel, but may wait for a commit that is under way.
+/// A GSI that is someone's. Clones share it (several devices on one level-triggered pin do); so do
+/// the irqfds and lines made from it. When the last is dropped the number is free again and its
+/// route the irqchip's default; that asks nothing of the kernel, but may wait for a commit that is
+/// under way.
 #[derive(Clone, Debug)]
 pub struct GsiHandle {
     lease: Arc<Lease>,
@@ -289,8 +295,9 @@ impl Drop for Lease {
 
 /// Changes to the table, gathered: all of them happen, or none.
 ///
-/// Holds no lock: other threads may commit meanwhile, and the steps apply to what the table is by then. A step
-/// touches its own GSI alone, so those of different devices do not disturb one another.
+/// Holds no lock: other threads may commit meanwhile, and the steps apply to what the table is by
+/// then. A step touches its own GSI alone, so those of different devices do not disturb one
+/// another.
 #[derive(Debug)]
 #[must_use = "nothing happens before commit or defer"]
 pub struct Change<'a, H> {
@@ -335,8 +342,9 @@ impl<'a, H> Change<'a, H> {
 impl<H: SetGsiRouting> Change<'_, H> {
     /// Makes the change: one `KVM_SET_GSI_ROUTING`, or none when no one could see a difference.
     ///
-    /// Blocks for a grace period in the kernel, and for another thread's commit. Interrupts that irqfds raise
-    /// meanwhile go along the old route or the new one. What was deferred before goes with it.
+    /// Blocks for a grace period in the kernel, and for another thread's commit. Interrupts that
+    /// irqfds raise meanwhile go along the old route or the new one. What was deferred before goes
+    /// with it.
     ///
     /// # Errors
     ///
@@ -346,8 +354,9 @@ impl<H: SetGsiRouting> Change<'_, H> {
         self.apply(|routing, pool, next| routing.write(pool, next))
     }
 
-    /// Makes the change later: with the next commit, or when something attaches to one of its GSIs. For routes
-    /// that no one can raise yet, such as those of masked MSI-X vectors: many of them then cost one ioctl.
+    /// Makes the change later: with the next commit, or when something attaches to one of its GSIs.
+    /// For routes that no one can raise yet, such as those of masked MSI-X vectors: many of them
+    /// then cost one ioctl.
     ///
     /// # Errors
     ///

@@ -2,10 +2,10 @@
 
 //! Which entries a VM's KVM takes: its verdict, known before it is asked.
 //!
-//! The rules are those of `kvm_set_irq_routing`, `setup_routing_entry` (`virt/kvm/irqchip.c`) and of x86's
-//! `kvm_set_routing_entry`. `tests/kvm_oracle.rs` asks the real KVM the same thousands of questions. A rule that
-//! depends on what the VM did meanwhile (the Xen guest's word size) is the kernel's to judge: then the commit
-//! fails with its errno and changes nothing.
+//! The rules are those of `kvm_set_irq_routing`, `setup_routing_entry` (`virt/kvm/irqchip.c`) and
+//! of x86's `kvm_set_routing_entry`. `tests/kvm_oracle.rs` asks the real KVM the same thousands of
+//! questions. A rule that depends on what the VM did meanwhile (the Xen guest's word size) is the
+//! kernel's to judge: then the commit fails with its errno and changes nothing.
 
 #![forbid(unsafe_code)]
 
@@ -40,7 +40,8 @@ pub enum RouteError {
         /// GSIs are below this.
         limit: u32,
     },
-    /// The VM's kernel has no such pin: another chip or pin number, or any pin where the irqchip is split.
+    /// The VM's kernel has no such pin: another chip or pin number, or any pin where the irqchip is
+    /// split.
     #[error("{gsi}: the kernel has no pin {} on chip {}", pin.pin, pin.chip.0)]
     NoSuchPin {
         /// The GSI of the refused entry.
@@ -56,7 +57,8 @@ pub enum RouteError {
         /// The kind, in words.
         kind: &'static str,
     },
-    /// With 32-bit APIC ids (`KVM_CAP_X2APIC_API`) the low byte of the address's upper half must be 0.
+    /// With 32-bit APIC ids (`KVM_CAP_X2APIC_API`) the low byte of the address's upper half must be
+    /// 0.
     #[error("{gsi}: MSI address {:#x} sets bits 32 to 39, reserved with 32-bit APIC ids", msi.address)]
     ReservedAddressBits {
         /// The GSI of the refused entry.
@@ -100,9 +102,11 @@ pub struct Rules {
     pub limit: u32,
     /// Hyper-V synthetic interrupts can be routed (`KVM_CAP_HYPERV_SYNIC`).
     pub hv_sint: bool,
-    /// Xen event channels below this can be routed; 0 where the host knows none (`KVM_CAP_XEN_HVM`).
+    /// Xen event channels below this can be routed; 0 where the host knows none
+    /// (`KVM_CAP_XEN_HVM`).
     pub xen_ports: u32,
-    /// The VMM enabled `KVM_CAP_X2APIC_API` with 32-bit APIC ids, which reserves address bits 32 to 39.
+    /// The VMM enabled `KVM_CAP_X2APIC_API` with 32-bit APIC ids, which reserves address bits 32 to
+    /// 39.
     pub x2apic_ids: bool,
 }
 
@@ -118,7 +122,8 @@ impl Rules {
         }
     }
 
-    /// Whether this entry alone may be in the table; [`Table::insert`](crate::Table::insert) asks about the rest.
+    /// Whether this entry alone may be in the table; [`Table::insert`](crate::Table::insert) asks
+    /// about the rest.
     pub fn check(&self, entry: &Entry) -> Result<(), RouteError> {
         let gsi = entry.gsi;
         if self.irqchip == IrqchipKind::None {
@@ -156,7 +161,8 @@ impl Rules {
         }
     }
 
-    /// Whether the VM's kernel has this pin. A split irqchip leaves the PICs and the IOAPIC to user space.
+    /// Whether the VM's kernel has this pin. A split irqchip leaves the PICs and the IOAPIC to user
+    /// space.
     fn has_pin(&self, at: ChipPin) -> bool {
         let pins = match (self.irqchip, at.chip) {
             (IrqchipKind::Kernel { .. }, Chip::PIC_MASTER | Chip::PIC_SLAVE) => PIC_PINS,

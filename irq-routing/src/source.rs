@@ -15,12 +15,13 @@ use crate::routing::{GsiHandle, Routing};
 
 /// An edge-triggered interrupt of a device: COM1's GSI 4, a virtio device's pin, an MSI-X vector.
 ///
-/// It is an irqfd, attached when the interrupt is first raised (or by [`enable`](IrqSource::enable)): a device
-/// that the guest never uses costs no call. For a pin in the irqchip's default table nothing is committed, so no
-/// grace period is waited for, ever. Later interrupts are one write to an eventfd and take no lock.
+/// It is an irqfd, attached when the interrupt is first raised (or by
+/// [`enable`](IrqSource::enable)): a device that the guest never uses costs no call. For a pin in
+/// the irqchip's default table nothing is committed, so no grace period is waited for, ever. Later
+/// interrupts are one write to an eventfd and take no lock.
 ///
-/// In a VM without an irqchip it is connected to nothing, as a pin without a wire: raising it does nothing
-/// and is no error ([`is_connected`](IrqSource::is_connected) tells).
+/// In a VM without an irqchip it is connected to nothing, as a pin without a wire: raising it does
+/// nothing and is no error ([`is_connected`](IrqSource::is_connected) tells).
 ///
 /// Clones are the same source. With the feature `vm-superio` it is a `vm_superio::Trigger`.
 pub struct IrqSource<H: AttachIrqfd> {
@@ -62,8 +63,8 @@ impl<H: SetGsiRouting + AttachIrqfd + Clone> IrqSource<H> {
         }
     }
 
-    /// Attaches now instead of at the first interrupt: for a thread whose seccomp filter has no `eventfd2` and no
-    /// `KVM_IRQFD`.
+    /// Attaches now instead of at the first interrupt: for a thread whose seccomp filter has no
+    /// `eventfd2` and no `KVM_IRQFD`.
     ///
     /// # Errors
     ///
@@ -72,7 +73,8 @@ impl<H: SetGsiRouting + AttachIrqfd + Clone> IrqSource<H> {
         self.attached().map(drop)
     }
 
-    /// The irqfd, attached now if it was not: for what writes eventfds by itself (vhost). None without an irqchip.
+    /// The irqfd, attached now if it was not: for what writes eventfds by itself (vhost). None
+    /// without an irqchip.
     ///
     /// # Errors
     ///

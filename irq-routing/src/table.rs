@@ -2,11 +2,11 @@
 
 //! The routing table as a value: what `struct kvm_irq_routing_table` is in the kernel.
 //!
-//! KVM's rule that a GSI goes to at most one pin of each chip, and that a route which is no pin stands alone, is
-//! the shape of the data here, so no table of this type breaks it. Entries have one order, by GSI and then by
-//! chip. Order matters in one place: when two GSIs share a pin, the pin belongs to the later one (its
-//! acknowledgement goes there), which is so the one with the higher number, in KVM and in
-//! [`Table::map_chip_pin`].
+//! KVM's rule that a GSI goes to at most one pin of each chip, and that a route which is no pin
+//! stands alone, is the shape of the data here, so no table of this type breaks it. Entries have
+//! one order, by GSI and then by chip. Order matters in one place: when two GSIs share a pin, the
+//! pin belongs to the later one (its acknowledgement goes there), which is so the one with the
+//! higher number, in KVM and in [`Table::map_chip_pin`].
 
 #![forbid(unsafe_code)]
 
@@ -14,7 +14,8 @@ use crate::gsi::Gsi;
 use crate::route::{Chip, ChipPin, Entry, Route};
 use crate::rules::{IOAPIC_PINS, PIC_PINS, RouteError, Rules};
 
-/// Chips that a GSI can be wired to at the same time (`KVM_NR_IRQCHIPS` of x86, the architecture with most).
+/// Chips that a GSI can be wired to at the same time (`KVM_NR_IRQCHIPS` of x86, the architecture
+/// with most).
 const CHIPS: usize = 3;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -80,7 +81,8 @@ impl Table {
     }
 
     /// The table that KVM installs when it creates the in-kernel irqchip of an x86 VM
-    /// (`kvm_setup_default_irq_routing`): GSIs 0 to 15 go to the IOAPIC and to a PIC, 16 to 23 to the IOAPIC.
+    /// (`kvm_setup_default_irq_routing`): GSIs 0 to 15 go to the IOAPIC and to a PIC, 16 to 23 to
+    /// the IOAPIC.
     pub fn x86_default() -> Self {
         let mut table = Self::new();
         for gsi in 0..IOAPIC_PINS {
@@ -129,12 +131,14 @@ impl Table {
         self.put(gsi, other.target(gsi));
     }
 
-    /// Where a GSI goes (`kvm_irq_map_gsi`): nowhere, to pins of different chips, or to one other place.
+    /// Where a GSI goes (`kvm_irq_map_gsi`): nowhere, to pins of different chips, or to one other
+    /// place.
     pub fn map_gsi(&self, gsi: Gsi) -> impl Iterator<Item = Route> {
         self.target(gsi).routes()
     }
 
-    /// Which GSI a pin belongs to (`kvm_irq_map_chip_pin`): of several, the highest. Looks at every GSI.
+    /// Which GSI a pin belongs to (`kvm_irq_map_chip_pin`): of several, the highest. Looks at every
+    /// GSI.
     pub fn map_chip_pin(&self, pin: ChipPin) -> Option<Gsi> {
         let index = self
             .targets

@@ -182,13 +182,13 @@ fn a_message_arrives_with_and_without_a_route() {
         assert_eq!(machine.next_vector(), Some(0x51));
 
         let gsi = machine.routing.allocate().unwrap();
-        let _ = machine.routing.route(&gsi, msi(0x50)).unwrap();
+        machine.routing.route(&gsi, msi(0x50)).unwrap();
         let irqfd = machine.routing.irqfd(&gsi).unwrap();
         irqfd.trigger().unwrap();
         assert_eq!(machine.next_vector(), Some(0x50));
 
         // A route changes under an attached irqfd.
-        let _ = machine.routing.route(&gsi, msi(0x51)).unwrap();
+        machine.routing.route(&gsi, msi(0x51)).unwrap();
         irqfd.trigger().unwrap();
         assert_eq!(machine.next_vector(), Some(0x51));
     }
@@ -229,7 +229,7 @@ fn a_number_taken_again_does_not_inherit_a_route() {
     let mut machine = apic_machine(SPLIT);
     let gsi = machine.routing.allocate().unwrap();
     let number = gsi.gsi();
-    let _ = machine.routing.route(&gsi, msi(0x50)).unwrap();
+    machine.routing.route(&gsi, msi(0x50)).unwrap();
     drop(gsi);
     assert_eq!(
         machine.routing.table().len(),

@@ -38,7 +38,8 @@ fn kvm_takes(vm: &VmFd, entries: &[kvm_irq_routing_entry]) -> bool {
     const WORDS: usize = size_of::<kvm_irq_routing_entry>() / size_of::<u64>();
     let mut buffer = vec![0u64; 1 + entries.len() * WORDS];
     buffer[0] = entries.len() as u64;
-    // SAFETY: the buffer has room for the entries after its first word, and they are plain integers.
+    // SAFETY: the buffer has room for the entries after its first word, and they are plain
+    // integers.
     let result = unsafe {
         let to = buffer.as_mut_ptr().add(1).cast::<kvm_irq_routing_entry>();
         std::ptr::copy_nonoverlapping(entries.as_ptr(), to, entries.len());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the owner of the table promises: numbers by handle, one ioctl a commit and none for nothing, and a call
-//! that fails has changed nothing, whichever ioctl fails.
+//! What the owner of the table promises: numbers by handle, one ioctl a commit and none for
+//! nothing, and a call that fails has changed nothing, whichever ioctl fails.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -115,14 +115,14 @@ fn a_change_can_add_remove_and_reset() {
     let mut change = routing.change();
     change.add_pin(&a, extra);
     change.unroute(&b);
-    let _ = change.commit().unwrap();
+    change.commit().unwrap();
     let table = routing.table();
     assert_eq!(table.map_gsi(Gsi(20)).count(), 2);
     assert_eq!(table.map_gsi(Gsi(21)).count(), 0);
     let mut change = routing.change();
     change.reset(&a);
     change.reset(&b);
-    let _ = change.commit().unwrap();
+    change.commit().unwrap();
     assert_eq!(*routing.table(), Table::x86_default());
 
     // Dropped without a commit, a change never was.
@@ -390,8 +390,8 @@ fn op() -> impl Strategy<Value = Op> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever is done, in whatever order, with ioctls failing at random: KVM's table is right for every number
-    /// that something could raise, and a commit is at most one ioctl.
+    /// Whatever is done, in whatever order, with ioctls failing at random: KVM's table is right for
+    /// every number that something could raise, and a commit is at most one ioctl.
     #[test]
     fn what_could_be_raised_goes_where_its_owner_said(
         ops in prop::collection::vec((op(), prop::bool::weighted(0.15)), 1..80),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Entries as KVM's ABI has them, both ways: every kind that `struct kvm_irq_routing_entry` can hold.
+//! Entries as KVM's ABI has them, both ways: every kind that `struct kvm_irq_routing_entry` can
+//! hold.
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI,
@@ -102,7 +103,8 @@ pub fn to_kvm(entry: &Entry) -> kvm_irq_routing_entry {
 ///
 /// # Errors
 ///
-/// [`AbiError`] for what the ABI does not have. Whether a VM takes the entry is [`Rules`](crate::Rules)' to say.
+/// [`AbiError`] for what the ABI does not have. Whether a VM takes the entry is
+/// [`Rules`](crate::Rules)' to say.
 pub fn from_kvm(entry: &kvm_irq_routing_entry) -> Result<Entry, AbiError> {
     let kind = entry.type_;
     let known_flags = match kind {
@@ -117,8 +119,9 @@ pub fn from_kvm(entry: &kvm_irq_routing_entry) -> Result<Entry, AbiError> {
         let flags = entry.flags;
         return Err(AbiError::UnknownFlags { kind, flags });
     }
-    // SAFETY: every member of both unions is made of integers alone, for which any initialized bytes are a value,
-    // and a reference to an entry is one to initialized bytes: it was made from a whole member, or by KVM.
+    // SAFETY: every member of both unions is made of integers alone, for which any initialized
+    // bytes are a value, and a reference to an entry is one to initialized bytes: it was made from
+    // a whole member, or by KVM.
     let route = unsafe {
         match kind {
             KVM_IRQ_ROUTING_IRQCHIP => {

@@ -117,7 +117,8 @@ impl SetIrqLine for VmFd {
             ..Default::default()
         };
         line.__bindgen_anon_1.irq = gsi.0;
-        // SAFETY: `self` is a VM's descriptor, and KVM reads and writes one `kvm_irq_level`, which `line` is.
+        // SAFETY: `self` is a VM's descriptor, and KVM reads and writes one `kvm_irq_level`, which
+        // `line` is.
         let result = unsafe { ioctl_with_mut_ref(self, KVM_IRQ_LINE_STATUS, &mut line) };
         if result < 0 {
             return Err(Errno::last());
@@ -145,7 +146,8 @@ impl SignalMsi for VmFd {
             },
         );
         match result {
-            // KVM's count for "no vCPU has that id" is -1, which leaves the system call as this errno.
+            // KVM's count for "no vCPU has that id" is -1, which leaves the system call as this
+            // errno.
             Err(errno) if errno.errno() == EPERM => Ok(-1),
             other => other,
         }

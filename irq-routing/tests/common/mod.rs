@@ -85,7 +85,7 @@ impl Machine {
 
     /// The next vector that the guest reports; None when it stayed idle for many exits.
     pub fn next_vector(&mut self) -> Option<u8> {
-        self.idle_until(20_000)
+        self.idle_until(1_000_000)
     }
 
     /// That no vector comes for a while.
