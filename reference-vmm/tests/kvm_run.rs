@@ -28,15 +28,23 @@ fn an_elf_kernel_gets_its_command_line_and_its_initrd() {
     let text = ended.text();
     let lines: Vec<_> = text.lines().collect();
     assert_eq!(lines[..2], ["quiet=1", "00001234"], "{ended}");
-    assert!(lines[2].parse::<u32>().unwrap() >= 2, "RAM on both sides of the ISA window: {ended}");
+    assert!(
+        lines[2].parse::<u32>().unwrap() >= 2,
+        "RAM on both sides of the ISA window: {ended}"
+    );
 }
 
 #[test]
 fn a_bzimage_gets_the_same_as_an_elf_kernel() {
     need_kvm();
-    let (kernel, initrd) = (file(&image::bzimage(boot::boot_params64())), file(&[7; 0x321]));
-    let ended =
-        Vmm::run(&kernel).words("--debug-exit --cmdline a=b --initrd").arg(&initrd).output();
+    let (kernel, initrd) = (
+        file(&image::bzimage(boot::boot_params64())),
+        file(&[7; 0x321]),
+    );
+    let ended = Vmm::run(&kernel)
+        .words("--debug-exit --cmdline a=b --initrd")
+        .arg(&initrd)
+        .output();
     ended.expect_status(1).expect_silence();
     assert!(ended.text().starts_with("a=b\n00000321\n"), "{ended}");
 }
@@ -45,8 +53,13 @@ fn a_bzimage_gets_the_same_as_an_elf_kernel() {
 fn a_pvh_kernel_gets_its_start_info() {
     need_kvm();
     let kernel = file(&image::elf64_pvh(boot::pvh32()));
-    let ended = Vmm::run(&kernel).words("--debug-exit --cmdline hello").output();
-    ended.expect_status(1).expect_stdout("Phello\n").expect_silence();
+    let ended = Vmm::run(&kernel)
+        .words("--debug-exit --cmdline hello")
+        .output();
+    ended
+        .expect_status(1)
+        .expect_stdout("Phello\n")
+        .expect_silence();
 }
 
 #[test]
@@ -61,37 +74,58 @@ fn a_multiboot_kernel_gets_its_modules_in_order() {
     let ended = vmm.output();
     ended.expect_status(1).expect_silence();
     let text = ended.text();
-    assert!(text.starts_with("M3") && text.ends_with(" arg\n"), "{ended}");
+    assert!(
+        text.starts_with("M3") && text.ends_with(" arg\n"),
+        "{ended}"
+    );
 }
 
 #[test]
 fn debug_exit_gives_the_process_its_status() {
     need_kvm();
     let hello = elf(boot::hello64());
-    Vmm::run(&hello).arg("--debug-exit").output().expect_status(1).expect_stdout("hello\n");
+    Vmm::run(&hello)
+        .arg("--debug-exit")
+        .output()
+        .expect_status(1)
+        .expect_stdout("hello\n");
     let echo = elf(boot::echo64());
     for port in ["--debug-exit", "--debug-exit=0xf4", "--debug-exit=244"] {
         let mut running = Vmm::run(&echo).arg(port).stdin_pipe().start();
         running.type_in(b"q");
-        running.wait().expect_status(0x21).expect_stdout("q").expect_silence();
+        running
+            .wait()
+            .expect_status(0x21)
+            .expect_stdout("q")
+            .expect_silence();
     }
 }
 
 #[test]
 fn reset_and_power_off_end_with_status_0() {
     need_kvm();
-    let ended = Vmm::run(elf(boot::byte_and_reset64())).output();
+    let ended = Vmm::boot(boot::byte_and_reset64()).output();
     ended.expect_status(0).expect_stdout("*").expect_silence();
-    Vmm::run(elf(boot::poweroff64())).output().expect_status(0).expect_silence();
+    Vmm::boot(boot::poweroff64())
+        .output()
+        .expect_status(0)
+        .expect_silence();
 }
 
 #[test]
 fn a_triple_fault_ends_with_status_3_and_the_guests_registers() {
     need_kvm();
     for irqchip in ["kernel", "split", "none"] {
-        let ended = Vmm::run(elf(boot::triple_fault64())).args(["--irqchip", irqchip]).output();
+        let ended = Vmm::boot(boot::triple_fault64())
+            .args(["--irqchip", irqchip])
+            .output();
         ended.expect_status(3);
-        for needle in ["rax", "1122334455667788", "rbx", "feedface", "rip", "triple fault"] {
+        for needle in [
+            "RAX 1122334455667788",
+            "RBX 00000000feedface",
+            "RIP",
+            "triple fault",
+        ] {
             assert!(ended.stderr.contains(needle), "no {needle}\n{ended}");
         }
         assert!(!ended.stderr.contains("panicked"), "{ended}");
@@ -101,7 +135,7 @@ fn a_triple_fault_ends_with_status_3_and_the_guests_registers() {
 #[test]
 fn a_panic_told_through_pvpanic_ends_with_status_3() {
     need_kvm();
-    let ended = Vmm::run(elf(boot::pvpanic64())).output();
+    let ended = Vmm::boot(boot::pvpanic64()).output();
     ended.expect_status(3).expect_line(&["panic"]);
 }
 
@@ -109,9 +143,13 @@ fn a_panic_told_through_pvpanic_ends_with_status_3() {
 fn a_guest_that_nothing_can_wake_does_not_hang_its_monitor() {
     need_kvm();
     // With a local APIC in the kernel the halt stays there, and a signal is what ends it.
-    let ended = Vmm::run(elf(monitor::halt64())).words("--irqchip none").output();
+    let ended = Vmm::boot(monitor::halt64())
+        .words("--irqchip none")
+        .output();
+    ended.expect_stdout("up\n");
     assert!(ended.status.code().is_some(), "{ended}");
-    let running = Vmm::run(elf(monitor::halt64())).words("--log info").start();
+    let mut running = Vmm::boot(monitor::halt64()).start();
+    running.wait_for("up\n");
     running.signal(libc::SIGTERM);
     running.wait().expect_status(0);
 }
@@ -133,16 +171,27 @@ fn every_vcpu_announces_itself_up_to_64() {
 fn every_kind_of_irqchip_runs_a_guest() {
     need_kvm();
     let kernel = elf(boot::hello64());
-    for flags in ["--irqchip none", "--irqchip split", "--irqchip kernel", "--pit"] {
+    for flags in [
+        "--irqchip none",
+        "--irqchip split",
+        "--irqchip kernel",
+        "--pit",
+    ] {
         let ended = Vmm::run(&kernel).words(flags).arg("--debug-exit").output();
-        ended.expect_status(1).expect_stdout("hello\n").expect_silence();
+        ended
+            .expect_status(1)
+            .expect_stdout("hello\n")
+            .expect_silence();
     }
 }
 
 /// More than the UART's FIFO and a pipe hold, with every byte value but `q` in it.
 fn much_input() -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..5000u32).map(|i| (i * 7 + i / 256) as u8).collect();
-    bytes.iter_mut().filter(|byte| **byte == b'q').for_each(|byte| *byte = b'Q');
+    bytes
+        .iter_mut()
+        .filter(|byte| **byte == b'q')
+        .for_each(|byte| *byte = b'Q');
     bytes.push(b'q');
     bytes
 }
@@ -152,13 +201,21 @@ fn piped_input_loses_nothing() {
     need_kvm();
     for guest in [boot::echo64(), monitor::echo_irq64()] {
         let input = much_input();
-        let mut running = Vmm::run(elf(guest)).arg("--debug-exit").stdin_pipe().start();
+        let mut running = Vmm::boot(guest).arg("--debug-exit").stdin_pipe().start();
         running.type_in(&input);
         running.close_stdin();
         let ended = running.wait();
         ended.expect_status(0x21);
-        let echoed = ended.stdout.strip_prefix(b"ready\n").unwrap_or(&ended.stdout);
-        assert!(echoed == input, "{} bytes came back of {}", echoed.len(), input.len());
+        let echoed = ended
+            .stdout
+            .strip_prefix(b"ready\n")
+            .unwrap_or(&ended.stdout);
+        assert!(
+            echoed == input,
+            "{} bytes came back of {}",
+            echoed.len(),
+            input.len()
+        );
     }
 }
 
@@ -169,35 +226,58 @@ fn a_file_as_input_loses_nothing() {
     let source = file(&input);
     for guest in [boot::echo64(), monitor::echo_irq64()] {
         let stdin = File::open(&source).unwrap();
-        let ended = Vmm::run(elf(guest)).arg("--debug-exit").stdin_file(stdin).output();
+        let ended = Vmm::boot(guest)
+            .arg("--debug-exit")
+            .stdin_file(stdin)
+            .output();
         ended.expect_status(0x21);
-        let echoed = ended.stdout.strip_prefix(b"ready\n").unwrap_or(&ended.stdout);
-        assert!(echoed == input, "{} bytes came back of {}", echoed.len(), input.len());
+        let echoed = ended
+            .stdout
+            .strip_prefix(b"ready\n")
+            .unwrap_or(&ended.stdout);
+        assert!(
+            echoed == input,
+            "{} bytes came back of {}",
+            echoed.len(),
+            input.len()
+        );
     }
 }
 
 #[test]
 fn typed_input_interrupts_a_guest_that_sleeps() {
     need_kvm();
-    let mut running =
-        Vmm::run(elf(monitor::echo_irq64())).arg("--debug-exit").stdin_pipe().start();
+    let mut running = Vmm::boot(monitor::echo_irq64())
+        .arg("--debug-exit")
+        .stdin_pipe()
+        .start();
     running.wait_for("ready\n");
     for word in ["one", "two", "three"] {
         running.type_in(word.as_bytes());
         running.wait_for(word);
     }
     running.type_in(b"q");
-    running.wait().expect_status(0x21).expect_stdout("ready\nonetwothreeq");
+    running
+        .wait()
+        .expect_status(0x21)
+        .expect_stdout("ready\nonetwothreeq");
 }
 
 #[test]
 fn input_that_ends_or_was_never_there_does_not_end_the_guest() {
     need_kvm();
     let hello = elf(boot::hello64());
-    Vmm::run(&hello).arg("--debug-exit").output().expect_status(1).expect_stdout("hello\n");
+    Vmm::run(&hello)
+        .arg("--debug-exit")
+        .output()
+        .expect_status(1)
+        .expect_stdout("hello\n");
     let closed = Vmm::run(&hello).arg("--debug-exit").stdin_closed().output();
-    closed.expect_status(1).expect_stdout("hello\n").expect_silence();
-    let mut running = Vmm::run(elf(boot::spin64())).stdin_pipe().start();
+    closed
+        .expect_status(1)
+        .expect_stdout("hello\n")
+        .expect_silence();
+    let mut running = Vmm::boot(boot::spin64()).stdin_pipe().start();
     running.wait_for("up\n");
     running.close_stdin();
     running.signal(libc::SIGTERM);
@@ -209,11 +289,15 @@ fn a_terminal_is_raw_while_the_guest_runs_and_ctrl_a_x_quits() {
     need_kvm();
     let pty = Pty::new();
     let before = pty.settings();
-    let mut running = Vmm::run(elf(boot::spin64())).stdin_file(pty.terminal()).start();
+    let mut running = Vmm::boot(boot::spin64()).stdin_file(pty.terminal()).start();
     running.wait_for("up\n");
     assert!(pty.settings().is_raw(), "{:?}", pty.settings());
     pty.type_in(b"\x01x");
-    running.wait().expect_status(0).expect_stdout("up\n").expect_silence();
+    running
+        .wait()
+        .expect_status(0)
+        .expect_stdout("up\n")
+        .expect_silence();
     assert_eq!(pty.settings(), before);
 }
 
@@ -221,14 +305,17 @@ fn a_terminal_is_raw_while_the_guest_runs_and_ctrl_a_x_quits() {
 fn keys_on_a_terminal_reach_the_guest_as_they_are() {
     need_kvm();
     let pty = Pty::new();
-    let mut running = Vmm::run(elf(monitor::echo_irq64()))
+    let mut running = Vmm::boot(monitor::echo_irq64())
         .arg("--debug-exit")
         .stdin_file(pty.terminal())
         .start();
     running.wait_for("ready\n");
     // Ctrl-C, Enter, Ctrl-D, Ctrl-A and Ctrl-Z are keys, not the terminal's commands.
     pty.type_in(b"\x03\r\x04\x01\x01\x1aq");
-    running.wait().expect_status(0x21).expect_stdout("ready\n\x03\r\x04\x01\x1aq");
+    running
+        .wait()
+        .expect_status(0x21)
+        .expect_stdout("ready\n\x03\r\x04\x01\x1aq");
 }
 
 #[test]
@@ -236,7 +323,7 @@ fn the_terminal_is_restored_whatever_the_end() {
     need_kvm();
     let pty = Pty::new();
     let before = pty.settings();
-    let run = |kernel: &[u8]| Vmm::run(elf(kernel)).stdin_file(pty.terminal());
+    let run = |kernel: &[u8]| Vmm::boot(kernel).stdin_file(pty.terminal());
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
         let mut running = run(boot::spin64()).start();
         running.wait_for("up\n");
@@ -250,7 +337,10 @@ fn the_terminal_is_restored_whatever_the_end() {
     assert_eq!(pty.settings(), before, "after a panic");
     run(boot::poweroff64()).output().expect_status(0);
     assert_eq!(pty.settings(), before, "after power-off");
-    run(boot::hello64()).words("--kvm /dev/null").output().expect_status(1);
+    run(boot::hello64())
+        .words("--kvm /dev/null")
+        .output()
+        .expect_status(1);
     assert_eq!(pty.settings(), before, "after a failure");
 }
 
@@ -259,7 +349,7 @@ fn sigterm_stops_a_guest_without_acpi_at_once() {
     need_kvm();
     for cpus in ["1", "4"] {
         // With the timeout that this guest must not be given, the watchdog would bite.
-        let mut running = Vmm::run(elf(boot::spin64()))
+        let mut running = Vmm::boot(boot::spin64())
             .args(["--shutdown-timeout", "3600", "--cpus", cpus])
             .start();
         running.wait_for("up\n");
@@ -271,11 +361,15 @@ fn sigterm_stops_a_guest_without_acpi_at_once() {
 #[test]
 fn sigterm_presses_the_power_button() {
     need_kvm();
-    let mut running =
-        Vmm::run(elf(monitor::button64())).words("--shutdown-timeout 3600").start();
+    let mut running = Vmm::boot(monitor::button64())
+        .words("--shutdown-timeout 3600")
+        .start();
     running.wait_for("up\n");
     running.signal(libc::SIGTERM);
-    running.wait().expect_status(0).expect_stdout("up\nbutton\n");
+    running
+        .wait()
+        .expect_status(0)
+        .expect_stdout("up\nbutton\n");
 }
 
 #[test]
@@ -291,8 +385,9 @@ fn a_guest_that_ignores_its_button_is_stopped() {
     assert!(ended.stderr.contains("power off"), "{ended}");
     // By a second SIGTERM, and by SIGINT.
     for second in [libc::SIGTERM, libc::SIGINT] {
-        let mut running =
-            Vmm::run(&kernel).words("--shutdown-timeout 3600 --log info").start();
+        let mut running = Vmm::run(&kernel)
+            .words("--shutdown-timeout 3600 --log info")
+            .start();
         running.wait_for("up\n");
         running.signal(libc::SIGTERM);
         running.wait_for_stderr("button");
@@ -318,32 +413,65 @@ fn small_pipe() -> (File, OwnedFd) {
 fn filled(reader: &File) -> usize {
     let mut bytes = 0;
     // SAFETY: FIONREAD writes one int.
-    assert_eq!(unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &mut bytes) }, 0);
+    assert_eq!(
+        unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &mut bytes) },
+        0
+    );
     bytes as usize
 }
 
 #[test]
 fn sigterm_ends_a_run_whose_output_nobody_reads() {
     need_kvm();
-    for flags in ["--cpus 1", "--cpus 1 --irqchip none"] {
+    for input in [&b""[..], b"typed meanwhile"] {
         let (reader, writer) = small_pipe();
-        let running =
-            Vmm::run(elf(monitor::flood64())).words(flags).stdout_file(writer).start();
+        let mut running = Vmm::boot(monitor::flood64())
+            .stdin_pipe()
+            .stdout_file(writer)
+            .start();
         let deadline = Instant::now() + WATCHDOG;
         while filled(&reader) < 4096 {
             assert!(Instant::now() < deadline, "the pipe never filled");
             std::thread::yield_now();
         }
+        running.type_in(input);
         running.signal(libc::SIGTERM);
         running.wait().expect_status(0);
     }
 }
 
 #[test]
+fn a_terminal_that_is_full_does_not_keep_a_run_from_ending() {
+    need_kvm();
+    let pty = Pty::new();
+    let mut running = Vmm::boot(monitor::flood64())
+        .stdin_pipe()
+        .stdout_file(pty.terminal())
+        .start();
+    let full = || {
+        let mut poll = libc::pollfd {
+            fd: pty.slave.as_raw_fd(),
+            events: libc::POLLOUT,
+            revents: 0,
+        };
+        // SAFETY: one valid pollfd.
+        unsafe { libc::poll(&mut poll, 1, 0) == 0 }
+    };
+    let deadline = Instant::now() + WATCHDOG;
+    while !full() {
+        assert!(Instant::now() < deadline, "the terminal never filled");
+        std::thread::yield_now();
+    }
+    running.type_in(b"typed meanwhile");
+    running.signal(libc::SIGTERM);
+    running.wait().expect_status(0);
+}
+
+#[test]
 fn a_slow_reader_gets_every_byte() {
     need_kvm();
     let (mut reader, writer) = small_pipe();
-    let running = Vmm::run(elf(monitor::flood64())).stdout_file(writer).start();
+    let running = Vmm::boot(monitor::flood64()).stdout_file(writer).start();
     let mut bytes = vec![0; 10_000];
     reader.read_exact(&mut bytes).unwrap();
     assert!(bytes.iter().all(|byte| *byte == b'x'));
@@ -355,18 +483,26 @@ fn a_slow_reader_gets_every_byte() {
 fn output_that_cannot_be_written_is_said_once_and_the_guest_goes_on() {
     need_kvm();
     let full = File::options().write(true).open("/dev/full").unwrap();
-    let ended = Vmm::run(elf(boot::hello64())).arg("--debug-exit").stdout_file(full).output();
-    ended.expect_status(1).expect_line(&["No space left on device"]);
+    let ended = Vmm::boot(boot::hello64())
+        .arg("--debug-exit")
+        .stdout_file(full)
+        .output();
+    ended
+        .expect_status(1)
+        .expect_line(&["No space left on device"]);
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let ended = Vmm::run(elf(boot::hello64())).arg("--debug-exit").stdout_file(writer).output();
+    let ended = Vmm::boot(boot::hello64())
+        .arg("--debug-exit")
+        .stdout_file(writer)
+        .output();
     ended.expect_status(1).expect_line(&["Broken pipe"]);
 }
 
 #[test]
 fn threads_have_names() {
     need_kvm();
-    let mut running = Vmm::run(elf(boot::spin64())).words("--cpus 3").start();
+    let mut running = Vmm::boot(boot::spin64()).words("--cpus 3").start();
     running.wait_for("up\n");
     let names = running.threads();
     for name in ["vcpu0", "vcpu1", "vcpu2", "reference-vmm"] {
@@ -379,13 +515,21 @@ fn threads_have_names() {
 #[test]
 fn the_timeline_tells_when_what_happened_in_order() {
     need_kvm();
-    let ended = Vmm::run(elf(boot::hello64())).words("--debug-exit --timeline").output();
+    let ended = Vmm::boot(boot::hello64())
+        .words("--debug-exit --timeline")
+        .output();
     ended.expect_status(1);
     let mut last = 0;
     for event in ["start", "first-entry", "first-output", "exit"] {
         let prefix = format!("timeline: {event} ");
-        let line = ended.stderr.lines().find_map(|line| line.strip_prefix(&prefix));
-        let at: u64 = line.unwrap_or_else(|| panic!("no {event}\n{ended}")).parse().unwrap();
+        let line = ended
+            .stderr
+            .lines()
+            .find_map(|line| line.strip_prefix(&prefix));
+        let at: u64 = line
+            .unwrap_or_else(|| panic!("no {event}\n{ended}"))
+            .parse()
+            .unwrap();
         assert!(at >= last, "{event} before its time\n{ended}");
         last = at;
     }
@@ -403,8 +547,9 @@ fn a_configuration_file_does_what_flags_do() {
     let ended = Vmm::command(["run", "--config"]).arg(&config).output();
     ended.expect_status(1).expect_silence();
     assert!(ended.text().starts_with("from-file\n00000077\n"), "{ended}");
-    let ended =
-        Vmm::command(["run", "--cmdline", "from-flag", "--config"]).arg(&config).output();
+    let ended = Vmm::command(["run", "--cmdline", "from-flag", "--config"])
+        .arg(&config)
+        .output();
     ended.expect_status(1);
     assert!(ended.text().starts_with("from-flag\n00000077\n"), "{ended}");
 }
@@ -414,7 +559,9 @@ fn memory_may_be_small_or_cross_the_hole() {
     need_kvm();
     let kernel = elf(boot::boot_params64());
     for (memory, entries) in [("2M", 2), ("128M", 2), ("6G", 3), ("64G", 3)] {
-        let ended = Vmm::run(&kernel).args(["--debug-exit", "--memory", memory]).output();
+        let ended = Vmm::run(&kernel)
+            .args(["--debug-exit", "--memory", memory])
+            .output();
         ended.expect_status(1).expect_silence();
         let text = ended.text();
         let count: u32 = text.lines().nth(2).unwrap().parse().unwrap();
@@ -435,14 +582,17 @@ fn two_runs_at_once_do_not_disturb_each_other() {
     }
     for (i, mut run) in runs.into_iter().enumerate() {
         run.type_in(b"q");
-        run.wait().expect_status(0x21).expect_stdout(&format!("{i}q")).expect_silence();
+        run.wait()
+            .expect_status(0x21)
+            .expect_stdout(&format!("{i}q"))
+            .expect_silence();
     }
 }
 
 #[test]
 fn a_small_guest_costs_at_most_3_mib() {
     need_kvm();
-    let mut running = Vmm::run(elf(boot::spin64())).start();
+    let mut running = Vmm::boot(boot::spin64()).start();
     running.wait_for("up\n");
     let peak = running.peak_rss();
     println!("peak resident memory: {peak} KiB");

@@ -3,7 +3,7 @@
 //! COM1: vm-superio's 16550A on a PIO range, with the console behind it.
 //!
 //! Output goes out byte by byte on the vCPU thread that wrote it, so the guest waits when the
-//! console does; a guest that has been told to stop waits no longer ([`ConsoleOut`]). Input comes
+//! console does; a guest whose end has been told waits no longer ([`ConsoleOut`]). Input comes
 //! from the main thread through [`SerialPort::enqueue`], which takes what the 64-byte FIFO has room
 //! for; when the guest has emptied the FIFO, [`SerialPort::drained`] becomes readable.
 
@@ -22,69 +22,124 @@ use crate::end::EndSignal;
 use crate::timeline::{Event, timeline};
 
 /// The guest's console on a file of the host, stdout as a rule.
+///
+/// A vCPU thread writes to it, and a reader that has gone to sleep must not keep the VM from ending.
+/// A kick does not reach a thread that is not in the guest, so no write may block: each waits, if it
+/// has to wait, for room or for the guest's end.
 #[derive(Debug)]
 pub struct ConsoleOut {
     out: File,
     end: Arc<EndSignal>,
+    way: Way,
     lost: bool,
+}
+
+/// How to write without blocking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// A regular file: a write does not wait for a reader.
+    Plain,
+    /// The call itself is asked not to wait (`RWF_NOWAIT`: pipes and sockets from Linux 6.5 on). The
+    /// descriptor's own flag is no way: other processes share it.
+    NoWait,
+    /// A terminal, or an older kernel: there must be room before each write.
+    AskFirst,
 }
 
 impl ConsoleOut {
     /// Writes to a duplicate of `out`; gives up waiting once `end` has been told.
     ///
     /// # Errors
-    /// The errno of `dup(2)`.
+    /// The errno of `dup(2)` or `fstat(2)`.
     pub fn new(out: impl AsFd, end: Arc<EndSignal>) -> io::Result<Self> {
+        let out = File::from(out.as_fd().try_clone_to_owned()?);
+        let way = if out.metadata()?.is_file() {
+            Way::Plain
+        } else {
+            Way::NoWait
+        };
         Ok(ConsoleOut {
-            out: out.as_fd().try_clone_to_owned()?.into(),
+            out,
             end,
+            way,
             lost: false,
         })
     }
 
-    /// Waits until a non-blocking `out` takes bytes again, or a signal comes.
-    fn wait_writable(&self) -> io::Result<()> {
-        let mut fd = libc::pollfd {
-            fd: self.out.as_raw_fd(),
-            events: libc::POLLOUT,
+    /// Waits until `out` has room, or the guest's end has been told: then false.
+    fn wait_for_room(&self) -> io::Result<bool> {
+        let fd = |fd, events| libc::pollfd {
+            fd,
+            events,
             revents: 0,
         };
-        // SAFETY: `fd` is one valid pollfd.
-        if unsafe { libc::poll(&mut fd, 1, -1) } < 0 {
+        let mut fds = [
+            fd(self.out.as_raw_fd(), libc::POLLOUT),
+            fd(self.end.as_raw_fd(), libc::POLLIN),
+        ];
+        // SAFETY: `fds` is two valid pollfds.
+        if unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(())
+        // What there is room for is written even at the end. An error of `out` counts as room: the
+        // write says which.
+        Ok(fds[0].revents != 0)
+    }
+
+    /// Writes what there is room for at once; `WouldBlock` if there is none.
+    fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.way != Way::NoWait {
+            return self.out.write(bytes);
+        }
+        let iov = libc::iovec {
+            iov_base: bytes.as_ptr() as *mut _,
+            iov_len: bytes.len(),
+        };
+        // SAFETY: one valid iovec over `bytes`, which the call only reads; offset -1 is the file's
+        // own position.
+        match unsafe { libc::pwritev2(self.out.as_raw_fd(), &iov, 1, -1, libc::RWF_NOWAIT) } {
+            -1 => Err(io::Error::last_os_error()),
+            written => Ok(written as usize),
+        }
     }
 }
 
 impl Write for ConsoleOut {
-    /// Blocks while the console is full. The signal that kicks a vCPU out of the guest ends the
-    /// wait too: what a stopped guest still had to say is dropped, or a reader that has gone to
-    /// sleep could keep the VM from ending.
+    /// Blocks while the console is full, unless the guest's end has been told: what a stopped guest
+    /// still had to say is dropped then.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         timeline().mark(Event::FirstOutput);
         loop {
-            let result = self.out.write(bytes);
-            let wait = match &result {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => true,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => false,
-                Err(e) => {
+            let result = match self.way {
+                Way::AskFirst => match self.wait_for_room() {
+                    Ok(true) => self.write_now(bytes),
+                    Ok(false) => return Ok(bytes.len()),
+                    Err(e) => Err(e),
+                },
+                _ => self.write_now(bytes),
+            };
+            let Err(error) = result else { return result };
+            match (error.kind(), error.raw_os_error()) {
+                (io::ErrorKind::Interrupted, _) => {}
+                (io::ErrorKind::WouldBlock, _) => match self.wait_for_room() {
+                    Ok(true) => {}
+                    Ok(false) => return Ok(bytes.len()),
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) => return Err(e),
+                },
+                // EINVAL: a kernel or a sandbox that does not know the flag.
+                (_, Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS))
+                    if self.way == Way::NoWait =>
+                {
+                    self.way = Way::AskFirst;
+                }
+                _ => {
                     if !self.lost {
-                        log::error!("the console takes no more output, which is lost: {e}");
+                        log::error!("the console takes no more output, which is lost: {error}");
                         self.lost = true;
                     }
-                    return result;
+                    return Err(error);
                 }
-                Ok(_) => return result,
-            };
-            if self.end.is_told() {
-                return Ok(bytes.len());
-            }
-            if wait
-                && let Err(e) = self.wait_writable()
-                && e.kind() != io::ErrorKind::Interrupted
-            {
-                return Err(e);
             }
         }
     }
@@ -109,10 +164,19 @@ impl SerialEvents for Drained {
 }
 
 /// A serial port: registers 0..=7 from its base, one byte each.
+///
+/// Two locks, `out` before `uart`: a vCPU that waits for a slow console holds `out` alone, so that
+/// input, status reads and with them the main thread never wait for the console's reader.
 pub struct SerialPort<T: Trigger, W: Write> {
-    uart: Mutex<Serial<T, Drained, W>>,
+    /// Where the bytes go that `uart` has put into its own buffer, in the order in which the guest
+    /// wrote them.
+    out: Mutex<W>,
+    uart: Mutex<Uart<T>>,
     drained: EventFd,
 }
+
+/// Its output is a buffer that [`SerialPort`] empties after each access.
+type Uart<T> = Serial<T, Drained, Vec<u8>>;
 
 impl<T: Trigger, W: Write> SerialPort<T, W> {
     /// A port that interrupts through `interrupt` and speaks to `out`.
@@ -123,14 +187,15 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
         let drained = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let events = Drained(drained.try_clone()?);
         Ok(SerialPort {
-            uart: Mutex::new(Serial::with_events(interrupt, events, out)),
+            out: Mutex::new(out),
+            uart: Mutex::new(Serial::with_events(interrupt, events, Vec::new())),
             drained,
         })
     }
 
     /// Hands input to the guest and returns how many bytes the FIFO took: 0 when it is full. While
     /// the guest has the port in loop-back mode its receiver is off the wire: bytes that come then
-    /// are lost, and count as taken. Blocks only for an access that is under way.
+    /// are lost, and count as taken. Does not wait for the console's output.
     pub fn enqueue(&self, bytes: &[u8]) -> usize {
         let mut uart = self.uart();
         if uart.fifo_capacity() == 0 {
@@ -153,7 +218,7 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
         &self.drained
     }
 
-    fn uart(&self) -> MutexGuard<'_, Serial<T, Drained, W>> {
+    fn uart(&self) -> MutexGuard<'_, Uart<T>> {
         // The registers are plain bytes: a panic elsewhere leaves them as valid as any guest could.
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -169,6 +234,8 @@ impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
     }
 
     fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
+        // A console whose write panicked takes bytes as any other.
+        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
         let mut uart = self.uart();
         for (register, byte) in (offset..).zip(data) {
             if let Ok(register) = u8::try_from(register)
@@ -177,6 +244,17 @@ impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
                 log::debug!("serial register {register}: {error:?}");
             }
         }
+        if uart.writer().is_empty() {
+            return;
+        }
+        let mut bytes = std::mem::take(uart.writer_mut());
+        drop(uart);
+        if let Err(error) = out.write_all(&bytes) {
+            log::debug!("serial output: {error}");
+        }
+        // Its allocation serves the next byte too.
+        bytes.clear();
+        *self.uart().writer_mut() = bytes;
     }
 }
 
@@ -212,7 +290,7 @@ mod tests {
         assert!(port.drained().read().is_err(), "not drained yet");
         assert_eq!((read(&port, 0), read(&port, 0)), (b'h', b'i'));
         assert_eq!(port.drained().read().unwrap(), 1);
-        assert_eq!(port.uart().writer(), b"A");
+        assert_eq!(*port.out.lock().unwrap(), b"A");
     }
 
     #[test]
@@ -250,5 +328,50 @@ mod tests {
         }
         end.tell(crate::end::GuestEnd::Reset);
         out.write_all(&chunk).unwrap();
+    }
+
+    /// A console that is full until the test says otherwise.
+    struct Stuck(std::sync::mpsc::Receiver<()>, std::sync::mpsc::Sender<()>);
+    impl Write for Stuck {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.1.send(()).unwrap();
+            self.0.recv().unwrap();
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn input_does_not_wait_for_output_that_nobody_reads() {
+        let (release, released) = std::sync::mpsc::channel();
+        let (stuck, is_stuck) = std::sync::mpsc::channel();
+        let port = SerialPort::new(Count::default(), Stuck(released, stuck)).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| port.pio_write(PioAddress(0x3f8), 0, b"x"));
+            is_stuck.recv().unwrap();
+            assert_eq!(port.enqueue(b"hi"), 2);
+            let mut data = [0];
+            port.pio_read(PioAddress(0x3f8), 0, &mut data);
+            assert_eq!(data, *b"h");
+            release.send(()).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_blocking_console_lets_go_when_the_guest_ends() {
+        let end = Arc::new(EndSignal::new().unwrap());
+        let (_reader, writer) = io::pipe().unwrap();
+        for way in [Way::NoWait, Way::AskFirst] {
+            let mut out = ConsoleOut::new(&writer, end.clone()).unwrap();
+            out.way = way;
+            let end = end.clone();
+            std::thread::scope(|scope| {
+                // Byte by byte, as the UART writes: more than a pipe holds.
+                scope.spawn(move || (0..100_000).for_each(|_| out.write_all(b"x").unwrap()));
+                end.tell(crate::end::GuestEnd::Reset);
+            });
+        }
     }
 }

@@ -50,7 +50,8 @@ pub fn need_kvm() {
 /// A file with these bytes, deleted when dropped.
 pub fn file(bytes: &[u8]) -> tempfile::TempPath {
     let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
-    file.write_all(bytes).expect("the temporary file takes its bytes");
+    file.write_all(bytes)
+        .expect("the temporary file takes its bytes");
     file.into_temp_path()
 }
 
@@ -66,6 +67,7 @@ pub struct Vmm {
     stdin: Input,
     stdout: Output,
     limit: Duration,
+    kernel: Option<tempfile::TempPath>,
 }
 
 #[derive(Debug)]
@@ -88,13 +90,29 @@ impl Vmm {
         Vmm::command(["run", "--kernel"]).arg(kernel)
     }
 
+    /// `reference-vmm run` with an ELF64 kernel of this code.
+    pub fn boot(code: &[u8]) -> Self {
+        let kernel = elf(code);
+        let vmm = Vmm::run(&kernel);
+        Vmm {
+            kernel: Some(kernel),
+            ..vmm
+        }
+    }
+
     /// `reference-vmm ARGS`.
     pub fn command<I: IntoIterator>(args: I) -> Self
     where
         I::Item: AsRef<OsStr>,
     {
-        Vmm { args: Vec::new(), stdin: Input::Null, stdout: Output::Captured, limit: WATCHDOG }
-            .args(args)
+        let vmm = Vmm {
+            args: Vec::new(),
+            stdin: Input::Null,
+            stdout: Output::Captured,
+            limit: WATCHDOG,
+            kernel: None,
+        };
+        vmm.args(args)
     }
 
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
@@ -106,7 +124,8 @@ impl Vmm {
     where
         I::Item: AsRef<OsStr>,
     {
-        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self.args
+            .extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
         self
     }
 
@@ -164,7 +183,9 @@ impl Vmm {
             Output::Captured => command.stdout(Stdio::piped()),
             Output::File(file) => command.stdout(file),
         };
-        let mut child = command.spawn().unwrap_or_else(|e| panic!("{}: {e}", binary().display()));
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|e| panic!("{}: {e}", binary().display()));
         let stdout = child.stdout.take().map(Collector::start);
         let stderr = Collector::start(child.stderr.take().expect("piped"));
         let stdin = child.stdin.take();
@@ -176,6 +197,7 @@ impl Vmm {
             stdin,
             stdout,
             stderr,
+            _kernel: self.kernel,
         }
     }
 
@@ -194,6 +216,8 @@ pub struct Running {
     stdin: Option<ChildStdin>,
     stdout: Option<Collector>,
     stderr: Collector,
+    /// The file, which is to be there as long as this.
+    _kernel: Option<tempfile::TempPath>,
 }
 
 impl Running {
@@ -219,7 +243,11 @@ impl Running {
 
     /// Waits until stdout holds `needle`.
     pub fn wait_for(&mut self, needle: &str) {
-        let found = self.stdout.as_ref().expect("captured").wait_for(needle, self.deadline);
+        let found = self
+            .stdout
+            .as_ref()
+            .expect("captured")
+            .wait_for(needle, self.deadline);
         if !found {
             self.fail(&format!("stdout never said {needle:?}"));
         }
@@ -234,7 +262,10 @@ impl Running {
 
     /// The names of its threads, sorted.
     pub fn threads(&self) -> Vec<String> {
-        let mut names: Vec<_> = tasks(self.pid()).into_iter().map(|(_, name)| name).collect();
+        let mut names: Vec<_> = tasks(self.pid())
+            .into_iter()
+            .map(|(_, name)| name)
+            .collect();
         names.sort();
         names
     }
@@ -242,7 +273,10 @@ impl Running {
     /// Peak resident memory, KiB.
     pub fn peak_rss(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("VmHWM");
+        let line = status
+            .lines()
+            .find_map(|l| l.strip_prefix("VmHWM:"))
+            .expect("VmHWM");
         line.trim().trim_end_matches("kB").trim().parse().unwrap()
     }
 
@@ -262,7 +296,11 @@ impl Running {
         Ended {
             what: self.what.clone(),
             status,
-            stdout: self.stdout.take().map(Collector::finish).unwrap_or_default(),
+            stdout: self
+                .stdout
+                .take()
+                .map(Collector::finish)
+                .unwrap_or_default(),
             stderr: String::from_utf8_lossy(&self.stderr.join()).into_owned(),
         }
     }
@@ -302,7 +340,10 @@ impl Ended {
     /// Fails unless the exit status is this one.
     #[track_caller]
     pub fn expect_status(&self, code: i32) -> &Self {
-        assert!(self.status.code() == Some(code), "expected status {code}\n{self}");
+        assert!(
+            self.status.code() == Some(code),
+            "expected status {code}\n{self}"
+        );
         self
     }
 
@@ -347,7 +388,12 @@ impl std::fmt::Display for Ended {
             (_, Some(signal)) => writeln!(f, "was killed by signal {signal}")?,
             _ => writeln!(f, "ended: {:?}", self.status)?,
         }
-        writeln!(f, "--- stdout ({} bytes)\n{}", self.stdout.len(), tail(&self.text()))?;
+        writeln!(
+            f,
+            "--- stdout ({} bytes)\n{}",
+            self.stdout.len(),
+            tail(&self.text())
+        )?;
         writeln!(f, "--- stderr\n{}---", tail(&self.stderr))
     }
 }
@@ -357,7 +403,7 @@ pub fn not_one_line(stderr: &str) -> Option<&'static str> {
     let line = stderr.strip_suffix('\n').unwrap_or(stderr);
     if line.is_empty() {
         Some("nothing on stderr")
-    } else if stderr.contains("panicked") || stderr.contains("RUST_BACKTRACE") {
+    } else if stderr.contains("panicked at") || stderr.contains("RUST_BACKTRACE") {
         Some("a panic")
     } else if line.contains('\n') {
         Some("more than one line on stderr")
@@ -365,6 +411,12 @@ pub fn not_one_line(stderr: &str) -> Option<&'static str> {
         Some("a control character in the message")
     } else if !line.starts_with("reference-vmm: ") {
         Some("a line that does not say who speaks")
+    } else if line
+        .split(": ")
+        .zip(line.split(": ").skip(1))
+        .any(|(one, next)| one == next)
+    {
+        Some("a line that says the same twice")
     } else if line.len() > 1000 {
         Some("a line that no one reads to its end")
     } else {
@@ -413,7 +465,10 @@ impl Collector {
                 }
             }
         });
-        Collector { shared, thread: Some(thread) }
+        Collector {
+            shared,
+            thread: Some(thread),
+        }
     }
 
     fn wait_for(&self, needle: &str, deadline: Instant) -> bool {
@@ -457,7 +512,11 @@ fn ends_before(pid: libc::pid_t, deadline: Instant) -> bool {
     let pidfd = pidfd(pid);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let mut poll = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut poll = libc::pollfd {
+            fd: pidfd.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
         // SAFETY: one valid pollfd.
         match unsafe { libc::poll(&mut poll, 1, left.as_millis() as i32) } {
             0 => return false,
@@ -469,11 +528,16 @@ fn ends_before(pid: libc::pid_t, deadline: Instant) -> bool {
 
 /// Threads of a process: id and name.
 fn tasks(pid: libc::pid_t) -> Vec<(String, String)> {
-    let Ok(dir) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    let Ok(dir) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Vec::new();
+    };
     dir.filter_map(|entry| {
         let entry = entry.ok()?;
         let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
-        Some((entry.file_name().into_string().ok()?, name.trim_end().to_owned()))
+        Some((
+            entry.file_name().into_string().ok()?,
+            name.trim_end().to_owned(),
+        ))
     })
     .collect()
 }
@@ -484,9 +548,17 @@ pub fn describe_threads(pid: libc::pid_t) -> String {
     for (tid, name) in tasks(pid) {
         let of = |file| {
             let path = Path::new("/proc").join(&tid).join(file);
-            std::fs::read_to_string(path).unwrap_or_default().trim_end().to_owned()
+            std::fs::read_to_string(path)
+                .unwrap_or_default()
+                .trim_end()
+                .to_owned()
         };
-        let _ = writeln!(text, "  {tid} {name}: syscall {} in {}", of("syscall"), of("wchan"));
+        let _ = writeln!(
+            text,
+            "  {tid} {name}: syscall {} in {}",
+            of("syscall"),
+            of("wchan")
+        );
     }
     text
 }

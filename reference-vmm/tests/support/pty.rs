@@ -31,7 +31,10 @@ impl Pty {
             for fd in [master, slave] {
                 libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
             }
-            Pty { master: File::from_raw_fd(master), slave: OwnedFd::from_raw_fd(slave) }
+            Pty {
+                master: File::from_raw_fd(master),
+                slave: OwnedFd::from_raw_fd(slave),
+            }
         }
     }
 
@@ -54,7 +57,12 @@ impl Pty {
             termios
         };
         Settings {
-            flags: [termios.c_iflag, termios.c_oflag, termios.c_cflag, termios.c_lflag],
+            flags: [
+                termios.c_iflag,
+                termios.c_oflag,
+                termios.c_cflag,
+                termios.c_lflag,
+            ],
             characters: termios.c_cc.to_vec(),
         }
     }

@@ -76,7 +76,11 @@ pub struct Call {
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "[{}] {}#{}", self.thread, self.kind, self.nth)?;
-        write!(f, "({:#x}, {:#x}, {:#x})", self.args[0], self.args[1], self.args[2])?;
+        write!(
+            f,
+            "({:#x}, {:#x}, {:#x})",
+            self.args[0], self.args[1], self.args[2]
+        )?;
         match self.result {
             Some(result) => write!(f, " = {result}"),
             None => write!(f, " = ?"),
@@ -116,14 +120,19 @@ pub struct Trace {
 impl Trace {
     /// The KVM ioctls, in order.
     pub fn kvm(&self) -> impl Iterator<Item = &Call> {
-        self.calls.iter().filter(|call| matches!(call.kind, Kind::Kvm(_)))
+        self.calls
+            .iter()
+            .filter(|call| matches!(call.kind, Kind::Kvm(_)))
     }
 
     /// Positions among all calls of those of this KVM ioctl.
     pub fn positions(&self, name: &str) -> Vec<usize> {
         let kind = Kind::kvm(name);
         let with_index = self.calls.iter().enumerate();
-        with_index.filter(|(_, call)| call.kind == kind).map(|(i, _)| i).collect()
+        with_index
+            .filter(|(_, call)| call.kind == kind)
+            .map(|(i, _)| i)
+            .collect()
     }
 
     /// How often each KVM ioctl was made.
@@ -145,7 +154,11 @@ impl fmt::Display for Trace {
             Some(signal) => writeln!(f, "killed by signal {signal}")?,
             None => writeln!(f, "status {:?}", self.status.code())?,
         }
-        writeln!(f, "--- stdout\n{}", super::tail(&String::from_utf8_lossy(&self.stdout)))?;
+        writeln!(
+            f,
+            "--- stdout\n{}",
+            super::tail(&String::from_utf8_lossy(&self.stdout))
+        )?;
         writeln!(f, "--- stderr\n{}---", super::tail(&self.stderr))
     }
 }
@@ -159,7 +172,10 @@ pub fn trace<A: AsRef<OsStr>>(
     limit: Duration,
 ) -> Trace {
     let mut command = Command::new(super::binary());
-    command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     command.stdin(stdin.map_or_else(Stdio::null, Stdio::from));
     // SAFETY: ptrace(TRACEME) is a bare system call.
     unsafe {
@@ -173,7 +189,11 @@ pub fn trace<A: AsRef<OsStr>>(
     let stdout = super::Collector::start(child.stdout.take().expect("piped"));
     let stderr = super::Collector::start(child.stderr.take().expect("piped"));
     let watchdog = Watchdog::start(pid, limit);
-    let mut tracer = Tracer { pid, inject, ..Tracer::default() };
+    let mut tracer = Tracer {
+        pid,
+        inject,
+        ..Tracer::default()
+    };
     let status = tracer.run();
     let hung = watchdog.stop();
     Trace {
@@ -295,11 +315,20 @@ impl Tracer<'_> {
         self.inside.insert(tid, (self.calls.len(), errno));
         let thread = std::fs::read_to_string(format!("/proc/{tid}/comm")).unwrap_or_default();
         let thread = thread.trim_end().to_owned();
-        self.calls.push(Call { kind, nth, tid, thread, args, result: None });
+        self.calls.push(Call {
+            kind,
+            nth,
+            tid,
+            thread,
+            args,
+            result: None,
+        });
     }
 
     fn leave(&mut self, tid: pid_t, result: i64) {
-        let Some((index, errno)) = self.inside.remove(&tid) else { return };
+        let Some((index, errno)) = self.inside.remove(&tid) else {
+            return;
+        };
         let result = errno.map_or(result, |errno| -i64::from(errno));
         if errno.is_some() {
             with_registers(tid, |regs| regs.rax = result as u64);
@@ -333,11 +362,19 @@ fn read_string(tid: pid_t, mut address: u64) -> String {
         // To the end of the page: the next one may not be mapped.
         let mut chunk = [0u8; 256];
         let len = (4096 - (address % 4096) as usize).min(chunk.len());
-        let local = libc::iovec { iov_base: chunk.as_mut_ptr().cast(), iov_len: len };
-        let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: len };
+        let local = libc::iovec {
+            iov_base: chunk.as_mut_ptr().cast(),
+            iov_len: len,
+        };
+        let remote = libc::iovec {
+            iov_base: address as *mut libc::c_void,
+            iov_len: len,
+        };
         // SAFETY: the local buffer has the length given; the remote one is the kernel's to check.
         let read = unsafe { libc::process_vm_readv(tid, &local, 1, &remote, 1, 0) };
-        let Ok(read) = usize::try_from(read) else { break };
+        let Ok(read) = usize::try_from(read) else {
+            break;
+        };
         match chunk[..read].iter().position(|byte| *byte == 0) {
             Some(end) => {
                 bytes.extend_from_slice(&chunk[..end]);
@@ -513,5 +550,4 @@ const KVM_IOCTLS: &[(u32, &str)] = &[
     (0xaece, "KVM_GET_STATS_FD"),
     (0x9000aecf, "KVM_GET_XSAVE2"),
     (0x40a0ae49, "KVM_SET_USER_MEMORY_REGION2"),
-];
 ];

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! 64-bit guests that try the monitor's own manners: its console under load, the serial port's
+//! interrupt, the power button.
+
+crate::blob! {
+    /// Writes `x` to COM1 for ever.
+    flood64, "
+    .code64
+        mov edx, 0x3f8
+        mov al, 0x78
+    7:  out dx, al
+        jmp 7b
+    "
+}
+
+crate::blob! {
+    /// Says \"ready\" and a newline, and echoes what comes in on COM1 when the port's interrupt
+    /// says so: IRQ 4 through the PIC, vector 0x24, asleep in HLT meanwhile. A `q` ends it with
+    /// debug-exit value 0x10 (status 0x21). The IDT is at 0x30000, the stack below 0x40000.
+    echo_irq64, "
+    .code64
+        mov esp, 0x40000
+        lea rax, [rip + 5f]
+        mov edi, 0x30240
+        mov [rdi], ax
+        mov cx, cs
+        mov [rdi + 2], cx
+        mov word ptr [rdi + 4], 0x8e00
+        shr rax, 16
+        mov [rdi + 6], ax
+        shr rax, 16
+        mov [rdi + 8], eax
+        mov dword ptr [rdi + 12], 0
+        lidt [rip + 6f]
+        mov al, 0x11
+        out 0x20, al
+        mov al, 0x20
+        out 0x21, al
+        mov al, 4
+        out 0x21, al
+        mov al, 1
+        out 0x21, al
+        mov al, 0xef
+        out 0x21, al
+        mov edx, 0x3fc
+        mov al, 0x0b
+        out dx, al
+        mov edx, 0x3f9
+        mov al, 1
+        out dx, al
+        lea rsi, [rip + 8f]
+        mov ecx, 6
+        mov edx, 0x3f8
+        cld
+    2:  lodsb
+        out dx, al
+        loop 2b
+    7:  sti
+        hlt
+        jmp 7b
+    5:  mov edx, 0x3fd
+        in al, dx
+        test al, 1
+        jz 4f
+        mov edx, 0x3f8
+        in al, dx
+        out dx, al
+        cmp al, 0x71
+        jne 5b
+        mov al, 0x10
+        out 0xf4, al
+    4:  mov al, 0x20
+        out 0x20, al
+        iretq
+    6:  .word 0x24f
+        .quad 0x30000
+    8:  .ascii \"ready\\n\"
+    "
+}
+
+crate::blob! {
+    /// Tells the ACPI event device that it listens, says \"up\" and a newline, polls the device
+    /// until the power button is pressed, says \"button\" and a newline, and powers off.
+    button64, "
+    .code64
+        mov edx, 0x602
+        mov al, 1
+        out dx, al
+        mov edx, 0x3f8
+        mov al, 0x75
+        out dx, al
+        mov al, 0x70
+        out dx, al
+        mov al, 0x0a
+        out dx, al
+        mov edx, 0x602
+    7:  in al, dx
+        test al, 1
+        jz 7b
+        lea rsi, [rip + 8f]
+        mov ecx, 7
+        mov edx, 0x3f8
+        cld
+    2:  lodsb
+        out dx, al
+        loop 2b
+        mov edx, 0x600
+        mov al, 0x34
+        out dx, al
+    4:  hlt
+        jmp 4b
+    8:  .ascii \"button\\n\"
+    "
+}
+
+crate::blob! {
+    /// The same, but it does not care about the button: spins for ever.
+    deaf64, "
+    .code64
+        mov edx, 0x602
+        mov al, 1
+        out dx, al
+        mov edx, 0x3f8
+        mov al, 0x75
+        out dx, al
+        mov al, 0x70
+        out dx, al
+        mov al, 0x0a
+        out dx, al
+    7:  jmp 7b
+    "
+}
+
+crate::blob! {
+    /// Says \"up\" and a newline and halts with interrupts off: nothing can wake it.
+    halt64, "
+    .code64
+        cli
+        mov edx, 0x3f8
+        mov al, 0x75
+        out dx, al
+        mov al, 0x70
+        out dx, al
+        mov al, 0x0a
+        out dx, al
+    7:  hlt
+        jmp 7b
+    "
+}

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The order of set-up (`vm.rs` has it with its reasons) in the ioctls of a real run: what costs a
+//! grace period inside KVM is not asked for, or asked for where it costs none, and nothing is asked
+//! twice.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use guests::{boot, monitor};
+use support::tracer::{Kind, Trace, trace};
+use support::{WATCHDOG, elf, need_kvm};
+
+/// What registers on KVM's I/O buses or replaces its routing table. A slot made after one of these
+/// waits for a grace period.
+const BUS_USERS: [&str; 6] = [
+    "KVM_CREATE_IRQCHIP",
+    "KVM_CREATE_PIT2",
+    "KVM_IOEVENTFD",
+    "KVM_IRQFD",
+    "KVM_SET_GSI_ROUTING",
+    "KVM_ENABLE_CAP",
+];
+
+fn run(words: &str) -> Trace {
+    need_kvm();
+    let kernel = elf(boot::hello64());
+    let mut args = vec!["run", "--debug-exit", "--kernel", kernel.to_str().unwrap()];
+    args.extend(words.split_whitespace());
+    let trace = trace(&args, None, &[], WATCHDOG);
+    assert_eq!(trace.status.code(), Some(1), "{words}: {trace}");
+    assert_eq!(trace.stdout, b"hello\n", "{words}: {trace}");
+    trace
+}
+
+fn listing(trace: &Trace) -> String {
+    trace.kvm().map(|call| format!("{call}\n")).collect()
+}
+
+/// Asserts that no `late` call comes before the last `early` one.
+fn all_before(trace: &Trace, early: &str, late: &str) {
+    let last = trace.positions(early).pop();
+    let first = trace.positions(late).first().copied();
+    if let (Some(last), Some(first)) = (last, first) {
+        assert!(last < first, "{early} after {late}:\n{}", listing(trace));
+    }
+}
+
+const IRQCHIPS: [&str; 4] = [
+    "--irqchip none",
+    "--irqchip split",
+    "--irqchip kernel",
+    "--irqchip kernel --pit",
+];
+
+#[test]
+fn memory_slots_come_before_whatever_uses_kvms_buses() {
+    for words in IRQCHIPS {
+        // 6 GiB has two slots: both come first.
+        for memory in [" --memory 128M", " --memory 6G"] {
+            let trace = run(&format!("{words}{memory}"));
+            let slots = trace.positions("KVM_SET_USER_MEMORY_REGION").len()
+                + trace.positions("KVM_SET_USER_MEMORY_REGION2").len();
+            assert_eq!(
+                slots,
+                if memory.ends_with("6G") { 2 } else { 1 },
+                "{}",
+                listing(&trace)
+            );
+            for late in BUS_USERS {
+                all_before(&trace, "KVM_SET_USER_MEMORY_REGION", late);
+                all_before(&trace, "KVM_SET_USER_MEMORY_REGION2", late);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_irqchip_comes_before_the_first_vcpu() {
+    for words in IRQCHIPS {
+        let trace = run(&format!("{words} --cpus 2"));
+        for early in ["KVM_CREATE_IRQCHIP", "KVM_CREATE_PIT2", "KVM_SET_TSS_ADDR"] {
+            all_before(&trace, early, "KVM_CREATE_VCPU");
+        }
+        let created = trace.positions("KVM_CREATE_IRQCHIP").len();
+        assert_eq!(
+            created,
+            usize::from(words.contains("kernel")),
+            "{}",
+            listing(&trace)
+        );
+        assert_eq!(
+            trace.positions("KVM_CREATE_VCPU").len(),
+            2,
+            "{}",
+            listing(&trace)
+        );
+    }
+}
+
+#[test]
+fn a_guest_that_needs_no_interrupt_costs_no_routing_no_irqfd_and_no_ioeventfd() {
+    for words in IRQCHIPS {
+        let trace = run(words);
+        for avoidable in ["KVM_SET_GSI_ROUTING", "KVM_IOEVENTFD", "KVM_IRQFD"] {
+            let made = trace.positions(avoidable);
+            assert!(made.is_empty(), "{words}: {avoidable}\n{}", listing(&trace));
+        }
+    }
+}
+
+#[test]
+fn an_irqfd_is_attached_at_the_first_interrupt_and_no_routes_are_set() {
+    need_kvm();
+    let kernel = elf(monitor::echo_irq64());
+    let args = ["run", "--debug-exit", "--kernel", kernel.to_str().unwrap()];
+    let (reader, writer) = std::io::pipe().unwrap();
+    std::io::Write::write_all(&mut { writer }, b"hello q").unwrap();
+    let trace = trace(&args, Some(reader.into()), &[], WATCHDOG);
+    assert_eq!(trace.status.code(), Some(0x21), "{trace}");
+    assert!(
+        trace.positions("KVM_SET_GSI_ROUTING").is_empty(),
+        "{}",
+        listing(&trace)
+    );
+    assert!(
+        trace.positions("KVM_IOEVENTFD").is_empty(),
+        "{}",
+        listing(&trace)
+    );
+    assert!(
+        trace.positions("KVM_IRQFD").len() <= 1,
+        "{}",
+        listing(&trace)
+    );
+}
+
+#[test]
+fn no_slot_is_deleted_one_by_one_at_the_end() {
+    // Deleting a slot waits for a grace period; the process's end frees a VM at once.
+    for words in ["--memory 128M", "--memory 6G --cpus 2"] {
+        let trace = run(words);
+        all_before(&trace, "KVM_SET_USER_MEMORY_REGION", "KVM_RUN");
+    }
+}
+
+#[test]
+fn what_need_not_be_repeated_is_done_once() {
+    for words in IRQCHIPS {
+        let trace = run(words);
+        for (name, count) in trace.kvm_counts() {
+            let repeats = match &*name {
+                // Each asks something else, or runs again after an exit.
+                "KVM_CHECK_EXTENSION" | "KVM_RUN" => usize::MAX,
+                // Each enables something else.
+                "KVM_ENABLE_CAP" => 4,
+                // How long the list is, then the list.
+                "KVM_GET_MSR_INDEX_LIST" | "KVM_GET_SUPPORTED_CPUID" => 2,
+                _ => 1,
+            };
+            assert!(
+                count <= repeats,
+                "{words}: {name} {count} times\n{}",
+                listing(&trace)
+            );
+        }
+        let mut asked: Vec<_> = trace
+            .kvm()
+            .filter(|call| call.kind == Kind::kvm("KVM_CHECK_EXTENSION"))
+            .map(|call| (call.args[0], call.args[2]))
+            .collect();
+        asked.sort_unstable();
+        let all = asked.len();
+        asked.dedup();
+        assert_eq!(
+            asked.len(),
+            all,
+            "{words}: a capability asked twice\n{}",
+            listing(&trace)
+        );
+    }
+}
+
+#[test]
+fn a_vcpu_more_costs_its_own_calls_alone() {
+    let (one, three) = (run("--cpus 1"), run("--cpus 3"));
+    let (one, three) = (one.kvm_counts(), three.kvm_counts());
+    for (name, count) in &three {
+        if !PER_VCPU.contains(&&**name) {
+            assert_eq!(Some(count), one.get(name), "{name}");
+        }
+    }
+}
+
+/// Made on each vCPU.
+const PER_VCPU: &[&str] = &[
+    "KVM_CREATE_VCPU",
+    "KVM_SET_CPUID2",
+    "KVM_SET_MSRS",
+    "KVM_GET_LAPIC",
+    "KVM_SET_LAPIC",
+    "KVM_GET_SREGS",
+    "KVM_SET_SREGS",
+    "KVM_SET_REGS",
+    "KVM_SET_FPU",
+    "KVM_SET_MP_STATE",
+    "KVM_RUN",
+];
