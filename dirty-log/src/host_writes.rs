@@ -129,7 +129,7 @@ impl Bitmap for HostWrites {
 
     fn slice_at(&self, offset: usize) -> HostWritesSlice<'_> {
         HostWritesSlice {
-            log: &self.0,
+            log: self,
             base: offset,
         }
     }
@@ -160,8 +160,16 @@ impl fmt::Debug for HostWrites {
 /// so that taking one costs no atomic.
 #[derive(Clone, Copy)]
 pub struct HostWritesSlice<'a> {
-    log: &'a Inner,
+    log: &'a HostWrites,
     base: usize,
+}
+
+impl HostWritesSlice<'_> {
+    /// The log that this is a slice of: how the owner of a log finds it in a region that made its
+    /// own (`region.bitmap().log()`, for instance of memslots).
+    pub fn log(&self) -> HostWrites {
+        self.log.clone()
+    }
 }
 
 impl WithBitmapSlice<'_> for HostWritesSlice<'_> {
@@ -172,11 +180,11 @@ impl BitmapSlice for HostWritesSlice<'_> {}
 
 impl Bitmap for HostWritesSlice<'_> {
     fn mark_dirty(&self, offset: usize, len: usize) {
-        self.log.mark(self.base.saturating_add(offset), len);
+        self.log.0.mark(self.base.saturating_add(offset), len);
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
-        self.log.is_marked(self.base.saturating_add(offset))
+        self.log.0.is_marked(self.base.saturating_add(offset))
     }
 
     fn slice_at(&self, offset: usize) -> Self {

@@ -11,9 +11,11 @@ use dirty_log::{DirtyLog, DirtySource, Error, HostWrites, KvmBitmap, PAGE_SIZE};
 use guests::{PAGE_WRITER_PORT, PAGE_WRITER_STOP, page_writer};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use memslots::{Hva, SlotExtent, SlotId};
+use memslots::{Backing, Hva, Memslots, PrivateRanges, SlotExtent, SlotFlags, SlotId};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 const CODE: u64 = 0x1000;
 
@@ -250,4 +252,23 @@ fn a_slot_that_does_not_log_or_does_not_exist_is_an_error_with_its_number() {
         "{error}"
     );
     assert!(log.pending().is_clean());
+}
+
+#[test]
+fn a_slot_of_memslots_brings_its_own_log_of_the_vmms_writes() {
+    let kvm = Kvm::new().expect("these tests need /dev/kvm, readable and writable");
+    let vm = Arc::new(kvm.create_vm().unwrap());
+    let slots = Memslots::<HostWrites>::with_policy(vm.clone(), PrivateRanges::x86());
+    let backing = Backing::anonymous(300 * PAGE_SIZE);
+    let slot = slots
+        .create(GuestAddress(0x10_0000), backing, SlotFlags::LOG_DIRTY_PAGES)
+        .unwrap();
+    let memory = slots.snapshot();
+    let writes = memory.by_id(slot.extent().id()).unwrap().bitmap().log();
+    let kvm = KvmBitmap::new(vm, slot.extent().clone()).unwrap();
+    let mut log = DirtyLog::new(slot.extent().clone(), (kvm, writes)).unwrap();
+    memory
+        .write_slice(&[1; 0x1001], GuestAddress(0x11_0000))
+        .unwrap();
+    assert_eq!(harvested(&mut log), BTreeSet::from([0x110, 0x111]));
 }

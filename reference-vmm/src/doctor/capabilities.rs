@@ -162,6 +162,6 @@ mod tests {
         let names: std::collections::BTreeSet<_> = TABLE.iter().map(|row| row.1).collect();
         assert_eq!(names.len(), TABLE.len());
         assert!(names.contains("IMMEDIATE_EXIT"));
-        assert!(names.iter().all(|name| !name.starts_with("KVM")));
+        assert!(names.iter().all(|name| !name.starts_with("KVM_")));
     }
 }

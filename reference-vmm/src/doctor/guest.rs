@@ -6,27 +6,27 @@
 //! it out and reports, all through ports:
 //!
 //! ```text
-//!   in 0xd0 ×3: what, address, count        out 0xd1: the result, or the vector that came
+//!   in 0xd0 ×3: what, address, count        out 0xd4: the result, or the vector that came
 //! ```
 //!
-//! The ports belong to a device on io-bus like any other, [`Mailbox`], so that the monitor's side of
-//! a check is `guest.ask(order)` and a limit.
+//! so that the monitor's side of a check is `guest.ask(order)`, with a limit.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use io_bus::{Dispatcher, IoBus, Registration};
+use dirty_log::HostWrites;
+use io_bus::{Dispatcher, IoBus};
 use irq_routing::{Irqchip, IrqchipKind, Pit, Routing};
 use kvm_core::arch::x86_64::{BootState, gdt};
-use kvm_core::{CheckExtension, Exit, ExitHandler, Flow, Kvm, VcpuId, VcpuSet, VcpuView, Vm};
+use kvm_core::{
+    CheckExtension, Exit, ExitHandler, Flow, GuestMode, Kvm, VcpuId, VcpuSet, VcpuView, Vm,
+};
 use kvm_ioctls::{VcpuFd, VmFd};
-use dirty_log::HostWrites;
 use memslots::{Backing, Memslots, PrivateRanges, Slot, SlotFlags};
-use vm_device::DevicePio;
-use vm_device::bus::{MmioAddress, PioAddress, PioAddressOffset, PioRange};
+use vm_device::bus::{MmioAddress, PioAddress};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::checks::Trouble;
@@ -41,8 +41,10 @@ pub const READY: u32 = 0x5eed_0001;
 const CODE: u64 = 0x1000;
 const IDT: u64 = 0x2000;
 const GDT: u64 = 0x3000;
-/// The mailbox: orders are read from its first port, reports written to its second.
+/// The mailbox: orders are read from here…
 const MAILBOX: u16 = 0xd0;
+/// … and reports are written here.
+const REPORTS: u16 = 0xd4;
 /// Longer than any answer takes that comes at all.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
@@ -97,16 +99,16 @@ std::arch::global_asm!(
     "jnz 34b",
     "jmp 29f",
     "25: mov eax, 0x5eed0001", // waits for an interrupt
-    "out 0xd1, eax",
+    "out 0xd4, eax",
     "sti",
     "35: jmp 35b",
-    "29: out 0xd1, eax",
+    "29: out 0xd4, eax",
     "jmp 20b",
-    ".balign 256, 0x90", // HANDLER
+    ".balign 256, 0x90",             // HANDLER
     "mov dword ptr [0xfee000b0], 0", // end of interrupt
     "mov esp, 0x8000",
     "mov eax, 0x50",
-    "out 0xd1, eax",
+    "out 0xd4, eax",
     "jmp 20b",
     ".code64",
     "doctor_guest_end:",
@@ -161,39 +163,29 @@ enum Said {
     Halted(String),
 }
 
-/// The device that hands out orders and takes reports.
-struct Mailbox {
-    orders: Mutex<Receiver<[u32; 3]>>,
-    /// Words of an order that the guest has not read yet, in reverse.
-    unread: Mutex<Vec<u32>>,
-    said: Mutex<Sender<Said>>,
-}
-
-impl DevicePio for Mailbox {
-    /// Blocks until there is an order, or there will be none.
-    fn pio_read(&self, _: PioAddress, _: PioAddressOffset, data: &mut [u8]) {
-        let mut unread = self.unread.lock().unwrap_or_else(PoisonError::into_inner);
-        if unread.is_empty() {
-            let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
-            *unread = orders.recv().unwrap_or([0; 3]).into_iter().rev().collect();
-        }
-        let word = unread.pop().unwrap_or(0).to_le_bytes();
-        for (byte, value) in data.iter_mut().zip(word) {
-            *byte = value;
-        }
-    }
-
-    fn pio_write(&self, _: PioAddress, _: PioAddressOffset, data: &[u8]) {
-        if let Ok(word) = data.try_into() {
-            let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-            // Nobody listens any more: the check is over.
-            let _ = said.send(Said::Word(u32::from_le_bytes(word)));
-        }
-    }
-}
-
+/// Hands out orders and takes reports at the mailbox's ports, and passes everything else on to the
+/// buses.
+///
+/// The mailbox is no device of the bus, because it waits: whoever takes a device off the bus waits
+/// for all accesses that are under way, this one among them.
 struct Handler {
     bus: Dispatcher,
+    orders: Receiver<[u32; 3]>,
+    /// Words of an order that the guest has not read yet, in reverse.
+    unread: Vec<u32>,
+    said: Sender<Said>,
+}
+
+impl Handler {
+    /// The next word for the guest. Blocks until there is an order; zeros say that there will be
+    /// none.
+    fn word(&mut self) -> u32 {
+        if self.unread.is_empty() {
+            self.unread
+                .extend(self.orders.recv().unwrap_or([0; 3]).into_iter().rev());
+        }
+        self.unread.pop().unwrap_or(0)
+    }
 }
 
 impl ExitHandler<VcpuFd> for Handler {
@@ -202,11 +194,34 @@ impl ExitHandler<VcpuFd> for Handler {
     fn exit(&mut self, _: &VcpuView<'_, VcpuFd>, exit: Exit<'_>) -> Flow<String> {
         // An access that nobody claims reads as all ones, which is what the checks look at.
         let _ = match exit {
+            Exit::PioIn {
+                port: MAILBOX,
+                data,
+                ..
+            } => {
+                let word = self.word().to_le_bytes();
+                data.iter_mut()
+                    .zip(word)
+                    .for_each(|(byte, value)| *byte = value);
+                return Flow::Continue;
+            }
+            Exit::PioOut {
+                port: REPORTS,
+                data,
+                ..
+            } => {
+                let word = data.try_into().map_or(0, u32::from_le_bytes);
+                // Nobody listens any more where the check is over.
+                let _ = self.said.send(Said::Word(word));
+                return Flow::Continue;
+            }
             Exit::PioIn { port, size, data } => {
-                self.bus.pio_read_repeated(PioAddress(port), size.into(), data)
+                self.bus
+                    .pio_read_repeated(PioAddress(port), size.into(), data)
             }
             Exit::PioOut { port, size, data } => {
-                self.bus.pio_write_repeated(PioAddress(port), size.into(), data)
+                self.bus
+                    .pio_write_repeated(PioAddress(port), size.into(), data)
             }
             Exit::MmioRead { addr, data } => self.bus.mmio_read(MmioAddress(addr.0), data),
             Exit::MmioWrite { addr, data } => self.bus.mmio_write(MmioAddress(addr.0), data),
@@ -229,7 +244,6 @@ pub struct Guest {
 /// What must not go while the vCPU runs. Dropped in this order.
 struct Parts {
     thread: JoinHandle<()>,
-    _mailbox: Registration,
     bus: IoBus,
     routing: Routing<Arc<VmFd>>,
     _low: Slot,
@@ -243,18 +257,22 @@ impl Guest {
         let kvm = Kvm::open_at(kvm_path)?;
         let setup = kvm.create_vm()?;
         let slots = Memslots::with_policy(setup.fd().clone(), PrivateRanges::x86());
-        let low =
-            slots.create(GuestAddress(0), Backing::anonymous(LOW_MEMORY), SlotFlags::NONE)?;
+        let low = slots.create(
+            GuestAddress(0),
+            Backing::anonymous(LOW_MEMORY),
+            SlotFlags::NONE,
+        )?;
         let memory = slots.snapshot();
         memory.write_slice(code(), GuestAddress(CODE))?;
-        memory.write_slice(&gate(CODE + HANDLER), GuestAddress(IDT + u64::from(VECTOR) * 8))?;
         let gdt = gdt(false);
         memory.write_slice(&gdt, GuestAddress(GDT))?;
-        drop(memory);
 
         setup.set_tss_address(crate::arch::layout::TSS_ADDR)?;
         // Local APICs in the kernel are all that the guest needs.
-        let kind = if setup.capabilities().has(kvm_bindings::KVM_CAP_SPLIT_IRQCHIP) {
+        let kind = if setup
+            .capabilities()
+            .has(kvm_bindings::KVM_CAP_SPLIT_IRQCHIP)
+        {
             IrqchipKind::Split { pins: 0 }
         } else {
             IrqchipKind::Kernel { pit: Pit::Absent }
@@ -268,28 +286,42 @@ impl Guest {
         let mut state = BootState::protected_mode(&vcpu.sregs()?, GuestAddress(CODE), 0, 0);
         (state.sregs.gdt.base, state.sregs.gdt.limit) = (GDT, gdt.len() as u16 - 1);
         (state.sregs.idt.base, state.sregs.idt.limit) = (IDT, 0x7ff);
+        let gate = gate(CODE + HANDLER, state.sregs.cs.selector);
+        memory.write_slice(&gate, GuestAddress(IDT + u64::from(VECTOR) * 8))?;
+        drop(memory);
         vcpu.set_boot_state(&state)?;
 
         let (orders, ordered) = mpsc::channel();
         let (say, said) = mpsc::channel();
         let bus = IoBus::new();
-        let mailbox = Mailbox {
-            orders: Mutex::new(ordered),
-            unread: Mutex::default(),
-            said: Mutex::new(say.clone()),
-        };
-        let range = PioRange::new(PioAddress(MAILBOX), 2)?;
-        let mailbox = bus.register_pio(range, Arc::new(mailbox))?;
-
         let set = VcpuSet::new(vm.identity().clone());
         let runner = set.enroll(vcpu)?;
-        let handler = Handler { bus: bus.dispatcher() };
-        let thread = std::thread::Builder::new().name("doctor-vcpu".into()).spawn(move || {
-            let Err(halt) = runner.run(handler);
-            let _ = say.send(Said::Halted(halt.reason.to_string()));
-        })?;
-        let parts = Parts { thread, _mailbox: mailbox, bus, routing, _low: low, slots, vm };
-        Ok(Self { orders: Some(orders), said, set, parts: Some(parts) })
+        let handler = Handler {
+            bus: bus.dispatcher(),
+            orders: ordered,
+            unread: Vec::with_capacity(3),
+            said: say.clone(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("doctor-vcpu".into())
+            .spawn(move || {
+                let Err(halt) = runner.run(handler);
+                let _ = say.send(Said::Halted(halt.reason.to_string()));
+            })?;
+        let parts = Parts {
+            thread,
+            bus,
+            routing,
+            _low: low,
+            slots,
+            vm,
+        };
+        Ok(Self {
+            orders: Some(orders),
+            said,
+            set,
+            parts: Some(parts),
+        })
     }
 
     /// Has the guest do something and waits for what it says.
@@ -300,8 +332,15 @@ impl Guest {
 
     /// Has the guest do something.
     pub fn order(&self, order: Order) -> Result<(), Trouble> {
-        let sent = self.orders.as_ref().is_some_and(|orders| orders.send(order.words()).is_ok());
-        if sent { Ok(()) } else { Err(Trouble::Failed("the guest takes no orders".into())) }
+        let sent = self
+            .orders
+            .as_ref()
+            .is_some_and(|orders| orders.send(order.words()).is_ok());
+        if sent {
+            Ok(())
+        } else {
+            Err(Trouble::Failed("the guest takes no orders".into()))
+        }
     }
 
     /// The next word that the guest says.
@@ -309,13 +348,25 @@ impl Guest {
         match self.said.recv_timeout(ANSWER_LIMIT) {
             Ok(Said::Word(word)) => Ok(word),
             Ok(Said::Halted(why)) => Err(Trouble::Failed(format!("the guest stopped: {why}"))),
-            Err(RecvTimeoutError::Timeout) => {
-                Err(Trouble::Failed(format!("no answer from the guest in {ANSWER_LIMIT:?}")))
-            }
+            Err(RecvTimeoutError::Timeout) => Err(Trouble::Failed(format!(
+                "no answer from the guest in {ANSWER_LIMIT:?}"
+            ))),
             Err(RecvTimeoutError::Disconnected) => {
                 Err(Trouble::Failed("the guest's thread is gone".into()))
             }
         }
+    }
+
+    /// Waits until its vCPU is in the guest.
+    pub fn is_running(&self) -> Result<(), Trouble> {
+        let start = Instant::now();
+        while self.set.mode(VcpuId(0))? != GuestMode::InGuestMode {
+            if start.elapsed() > ANSWER_LIMIT {
+                return Err(Trouble::Failed("the vCPU does not enter the guest".into()));
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     /// Its vCPU, under control.
@@ -348,12 +399,16 @@ impl Guest {
         if CheckExtension::check_extension(&**self.fd()?, capability) > 0 {
             Ok(())
         } else {
-            Err(Trouble::Unavailable(format!("this KVM has no KVM_CAP_{name}")))
+            Err(Trouble::Unavailable(format!(
+                "this KVM has no KVM_CAP_{name}"
+            )))
         }
     }
 
     fn parts(&self) -> Result<&Parts, Trouble> {
-        self.parts.as_ref().ok_or_else(|| Trouble::Failed("the guest is gone".into()))
+        self.parts
+            .as_ref()
+            .ok_or_else(|| Trouble::Failed("the guest is gone".into()))
     }
 }
 
@@ -362,7 +417,9 @@ impl Drop for Guest {
         // The guest reads "no more orders" and halts; if it does not, the stop brings it out.
         self.orders = None;
         self.set.begin_stop();
-        let Some(parts) = self.parts.take() else { return };
+        let Some(parts) = self.parts.take() else {
+            return;
+        };
         let mut said = self.said.recv_timeout(ANSWER_LIMIT);
         while let Ok(Said::Word(_)) = said {
             said = self.said.recv_timeout(ANSWER_LIMIT);
@@ -383,10 +440,11 @@ impl Drop for Guest {
     }
 }
 
-/// A 32-bit interrupt gate: present, ring 0, code selector 8.
-fn gate(handler: u64) -> [u8; 8] {
+/// A 32-bit interrupt gate: present, ring 0.
+fn gate(handler: u64, code_selector: u16) -> [u8; 8] {
     let [a, b, c, d, ..] = handler.to_le_bytes();
-    [a, b, 8, 0, 0, 0x8e, c, d]
+    let [low, high] = code_selector.to_le_bytes();
+    [a, b, low, high, 0, 0x8e, c, d]
 }
 
 #[cfg(test)]
@@ -396,8 +454,14 @@ mod tests {
     #[test]
     fn the_handler_is_where_the_gate_says_and_all_of_it_fits() {
         // mov dword ptr [0xfee000b0], 0
-        assert_eq!(code()[HANDLER as usize..][..6], [0xc7, 0x05, 0xb0, 0x00, 0xe0, 0xfe]);
+        assert_eq!(
+            code()[HANDLER as usize..][..6],
+            [0xc7, 0x05, 0xb0, 0x00, 0xe0, 0xfe]
+        );
         assert!(code().len() as u64 + CODE <= IDT);
-        assert_eq!(gate(0x1234_5678), [0x78, 0x56, 8, 0, 0, 0x8e, 0x34, 0x12]);
+        assert_eq!(
+            gate(0x1234_5678, 0x10),
+            [0x78, 0x56, 0x10, 0, 0, 0x8e, 0x34, 0x12]
+        );
     }
 }

@@ -66,7 +66,9 @@ pub struct Host {
 
 /// Looks at the host, and opens its KVM if it can be opened.
 pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
-    let cpu_flag = fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| cpu_flag(&text));
+    let cpu_flag = fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|text| cpu_flag(&text));
     let modules = modules();
     let opened = Kvm::open_at(kvm_path);
     let kind = match (&opened, cpu_flag) {
@@ -88,7 +90,9 @@ pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
         modules,
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease")
             .map_or_else(|_| "unknown".into(), |release| release.trim().into()),
-        userfaultfd: Uffd::open().map(|uffd| uffd.features()).map_err(|error| error.to_string()),
+        userfaultfd: Uffd::open()
+            .map(|uffd| uffd.features())
+            .map_err(|error| error.to_string()),
         problem,
     };
     (host, opened.ok())
@@ -97,7 +101,9 @@ pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
 /// The first of the virtualization flags in the text of `/proc/cpuinfo`.
 fn cpu_flag(cpuinfo: &str) -> Option<&'static str> {
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags"))?;
-    ["vmx", "svm"].into_iter().find(|flag| flags.split_whitespace().any(|word| word == *flag))
+    ["vmx", "svm"]
+        .into_iter()
+        .find(|flag| flags.split_whitespace().any(|word| word == *flag))
 }
 
 fn modules() -> Vec<String> {

@@ -36,11 +36,19 @@ const SOMETHING_IS_WRONG: u8 = 1;
 pub fn examine(kvm_path: &Path) -> Report {
     let (host, kvm) = host::examine(kvm_path);
     let Some(kvm) = kvm else {
-        return Report { host, capabilities: Vec::new(), checks: Vec::new() };
+        return Report {
+            host,
+            capabilities: Vec::new(),
+            checks: Vec::new(),
+        };
     };
     let capabilities = capabilities::ask(&kvm);
     drop(kvm);
-    Report { host, capabilities, checks: checks::run_all(kvm_path) }
+    Report {
+        host,
+        capabilities,
+        checks: checks::run_all(kvm_path),
+    }
 }
 
 /// Says what this host's KVM offers and tries it, and returns the process's exit status: 0 where
@@ -50,10 +58,18 @@ pub fn examine(kvm_path: &Path) -> Report {
 /// `out` takes no more. A reader that has seen enough (`| head`) is no error.
 pub fn run(json: bool, kvm_path: &Path, out: &mut dyn io::Write) -> io::Result<u8> {
     let report = examine(kvm_path);
-    let text = if json { report.to_json() } else { report.to_string() };
+    let text = if json {
+        report.to_json()
+    } else {
+        report.to_string()
+    };
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(error),
         _ => {}
     }
-    Ok(if report.is_well() { 0 } else { SOMETHING_IS_WRONG })
+    Ok(if report.is_well() {
+        0
+    } else {
+        SOMETHING_IS_WRONG
+    })
 }

@@ -48,7 +48,10 @@ impl Uffd {
         };
         // SAFETY: just made, and owned by nobody else.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let mut uffd = Self { fd: File::from(fd), features: 0 };
+        let mut uffd = Self {
+            fd: File::from(fd),
+            features: 0,
+        };
         let mut api = [UFFD_API, 0, 0];
         uffd.ioctl(UFFDIO_API, &mut api)?;
         uffd.features = api[1];
@@ -70,7 +73,11 @@ impl Uffd {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
         // SAFETY: this ioctl takes flags as its argument and makes a descriptor.
         let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) };
-        if fd < 0 { Err(told(&io::Error::last_os_error())) } else { Ok(fd) }
+        if fd < 0 {
+            Err(told(&io::Error::last_os_error()))
+        } else {
+            Ok(fd)
+        }
     }
 
     /// `UFFD_FEATURE_…` of this kernel.
@@ -95,7 +102,11 @@ impl Uffd {
     /// # Errors
     /// What reading the descriptor said.
     pub fn wait(&self, limit: Duration) -> io::Result<Option<usize>> {
-        let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut poll = libc::pollfd {
+            fd: self.fd.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
         let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
         // SAFETY: one pollfd, for the length of the call.
         match unsafe { libc::poll(&raw mut poll, 1, limit) } {
@@ -122,9 +133,10 @@ impl Uffd {
     pub fn place(&self, at: usize, page: Option<&[u8; 4096]>) -> io::Result<()> {
         let at = at as u64;
         match page {
-            Some(page) => {
-                self.ioctl(UFFDIO_COPY, &mut [at, page.as_ptr() as u64, page.len() as u64, 0, 0])
-            }
+            Some(page) => self.ioctl(
+                UFFDIO_COPY,
+                &mut [at, page.as_ptr() as u64, page.len() as u64, 0, 0],
+            ),
             None => self.ioctl(UFFDIO_ZEROPAGE, &mut [at, 4096, 0, 0]),
         }
     }

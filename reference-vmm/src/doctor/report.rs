@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What was found, as text for a reader and as JSON for a program.
+
+use std::fmt;
+
+use serde_json::{Value, json};
+
+use super::capabilities::{Capability, Need};
+use super::checks::{Check, Verdict};
+use super::host::{Host, Kind};
+
+/// All that the doctor found out.
+#[derive(Debug)]
+pub struct Report {
+    /// The host.
+    pub host: Host,
+    /// What its KVM says that it can do; empty without KVM.
+    pub capabilities: Vec<Capability>,
+    /// What it does; empty without KVM.
+    pub checks: Vec<Check>,
+}
+
+impl Report {
+    /// Whether there is a KVM, it has what is required, and no check failed. One that could not be
+    /// made is no failure.
+    pub fn is_well(&self) -> bool {
+        let lacks = |cap: &Capability| cap.need == Need::Required && !cap.is_there();
+        self.host.kind != Kind::None
+            && !self.capabilities.iter().any(lacks)
+            && !self
+                .checks
+                .iter()
+                .any(|check| matches!(check.verdict, Verdict::Failed(_)))
+    }
+
+    /// One JSON document, with a newline at its end. Fields may be added; `"version"` changes when
+    /// one changes its meaning.
+    pub fn to_json(&self) -> String {
+        let host = &self.host;
+        let (userfaultfd, features) = match &host.userfaultfd {
+            Ok(features) => (Value::Null, json!(features)),
+            Err(reason) => (json!(reason), Value::Null),
+        };
+        let document = json!({
+            "version": 1,
+            "well": self.is_well(),
+            "host": {
+                "kind": host.kind.name(),
+                "kvm": host.kvm_path.to_string_lossy(),
+                "cpu_flag": host.cpu_flag,
+                "modules": host.modules,
+                "kernel": host.kernel,
+                "userfaultfd_features": features,
+                "userfaultfd_problem": userfaultfd,
+                "problem": host.problem,
+            },
+            "capabilities": self.capabilities.iter().map(|cap| json!({
+                "crate": cap.wanted_by,
+                "name": cap.name,
+                "present": cap.is_there(),
+                "value": cap.value,
+                "need": cap.need.name(),
+                "purpose": cap.purpose,
+            })).collect::<Vec<_>>(),
+            "checks": self.checks.iter().map(|check| {
+                let (micros, text) = match &check.verdict {
+                    Verdict::Ok { micros, .. } => (json!(micros), Value::Null),
+                    Verdict::Failed(why) | Verdict::Unavailable(why) => (Value::Null, json!(why)),
+                };
+                json!({
+                    "crate": check.tries,
+                    "name": check.name,
+                    "status": check.verdict.name(),
+                    "micros": micros,
+                    "measured": check.measured,
+                    "reason": text,
+                })
+            }).collect::<Vec<_>>(),
+        });
+        format!("{document:#}\n")
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.show_host(f)?;
+        if self.host.kind == Kind::None {
+            return Ok(());
+        }
+        self.show_capabilities(f)?;
+        self.show_checks(f)?;
+        let verdict = if self.is_well() {
+            "this host is well"
+        } else {
+            "something is wrong"
+        };
+        writeln!(f, "\n{verdict}")
+    }
+}
+
+impl Report {
+    fn show_host(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let host = &self.host;
+        writeln!(f, "Host")?;
+        let seen = match host.cpu_flag {
+            Some(flag) => format!("{flag} in /proc/cpuinfo"),
+            None => "neither vmx nor svm in /proc/cpuinfo".into(),
+        };
+        writeln!(
+            f,
+            "  KVM          {} ({seen}): {}",
+            host.kind.name(),
+            host.kind.meaning()
+        )?;
+        let modules = match host.modules.is_empty() {
+            true => "no module to be seen".into(),
+            false => host.modules.join(", "),
+        };
+        writeln!(f, "  kernel       {}; {modules}", host.kernel)?;
+        match &host.userfaultfd {
+            Ok(features) => writeln!(f, "  userfaultfd  yes, features {features:#x}")?,
+            Err(why) => writeln!(f, "  userfaultfd  no: {why}")?,
+        }
+        for (index, line) in host.problem.iter().enumerate() {
+            writeln!(
+                f,
+                "{}{line}",
+                if index == 0 { "\nNo KVM: " } else { "  - " }
+            )?;
+        }
+        Ok(())
+    }
+
+    fn show_capabilities(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\nCapabilities (* without it guests do not run)")?;
+        let mut last = "";
+        for cap in &self.capabilities {
+            if cap.wanted_by != last {
+                writeln!(f, "  {}", cap.wanted_by)?;
+                last = cap.wanted_by;
+            }
+            let mark = if cap.need == Need::Required { '*' } else { ' ' };
+            let value = match cap.value {
+                0 => "no".into(),
+                1 => "yes".into(),
+                more => more.to_string(),
+            };
+            writeln!(f, "  {mark} {:<28} {value:>8}  {}", cap.name, cap.purpose)?;
+        }
+        Ok(())
+    }
+
+    fn show_checks(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\nChecks (a guest of our own, on this KVM)")?;
+        for check in &self.checks {
+            let name = check.verdict.name();
+            write!(f, "  {name:<12} {:<12}", check.name)?;
+            match &check.verdict {
+                Verdict::Ok { micros } => {
+                    writeln!(f, "{micros:>9.1} µs  {} ({})", check.measured, check.tries)?;
+                }
+                Verdict::Failed(why) | Verdict::Unavailable(why) => {
+                    writeln!(f, "{:>9}     {} ({})", "-", why, check.tries)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(verdict: Verdict) -> Report {
+        Report {
+            host: Host {
+                kvm_path: "/dev/\"kvm\"\n".into(),
+                kind: Kind::Software,
+                cpu_flag: None,
+                modules: vec!["kvm".into()],
+                kernel: "6.1".into(),
+                userfaultfd: Err("not\tallowed".into()),
+                problem: Vec::new(),
+            },
+            capabilities: vec![Capability {
+                wanted_by: "memslots",
+                name: "USER_MEMORY",
+                need: Need::Required,
+                purpose: "guest memory",
+                value: 1,
+            }],
+            checks: vec![Check {
+                tries: "io-bus",
+                name: "pio",
+                measured: "an access",
+                verdict,
+            }],
+        }
+    }
+
+    #[test]
+    fn both_forms_say_the_same() {
+        let report = report(Verdict::Ok { micros: 9.25 });
+        assert!(report.is_well());
+        let json: Value = serde_json::from_str(&report.to_json()).unwrap();
+        assert_eq!(json["host"]["kvm"], "/dev/\"kvm\"\n");
+        assert_eq!(json["host"]["userfaultfd_problem"], "not\tallowed");
+        assert_eq!(json["checks"][0]["micros"], 9.25);
+        assert_eq!(json["capabilities"][0]["present"], true);
+        let text = report.to_string();
+        assert!(
+            text.contains("  ok           pio               9.2 µs  an access (io-bus)"),
+            "{text}"
+        );
+        assert!(text.ends_with("this host is well\n"));
+    }
+
+    #[test]
+    fn a_failure_or_a_missing_requirement_is_not_well_and_an_absence_is() {
+        assert!(report(Verdict::Unavailable("no such thing".into())).is_well());
+        let mut failed = report(Verdict::Failed("EIO".into()));
+        assert!(!failed.is_well());
+        assert!(failed.to_string().contains("EIO") && failed.to_json().contains("EIO"));
+        failed.checks.clear();
+        assert!(failed.is_well());
+        failed.capabilities[0].value = 0;
+        assert!(!failed.is_well());
+    }
+}
