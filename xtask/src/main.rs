@@ -7,6 +7,7 @@
 
 mod apt;
 mod assets;
+mod bench;
 mod boot;
 mod cargo;
 mod coverage;
@@ -32,6 +33,7 @@ Commands:
   lab [OPTIONS] -- COMMAND…  run COMMAND as root in an emulated machine with hardware-style KVM (kvm_amd)
   test [OPTIONS]             build and run the tests of all tiers, and say what ran where
   coverage                   measure the tests' coverage, against coverage_config.json
+  bench startup|boot         measure what a start costs, against its floor or another monitor
 
 `cargo xtask COMMAND --help` says more of one.";
 
@@ -40,6 +42,8 @@ fn main() {
     let command = args.next();
     let rest: Vec<_> = args.collect();
     let outcome = match command.as_deref().and_then(|c| c.to_str()) {
+        Some("bench") => bench::command(rest),
+        Some(bench::RUN_COMMAND) => bench::run_command(rest),
         Some("boot") => boot::command(rest),
         Some(boot::WATCH_COMMAND) => boot::watch(rest),
         Some("coverage") => coverage::command(rest),

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A Linux guest's boot, monitors compared: in the lab with a clock that counts instructions, so that the figures
+//! are the same in every run. Guest time at init is the guest's own uptime; start to end is the lab's clock.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::assets::{Assets, Flavour, Series};
+use crate::cargo;
+use crate::failure::{Context, Failure, Result};
+use crate::guest_image;
+use crate::lab;
+use crate::ui::{Step, say};
+
+/// The command line's word for the part inside the lab: not for people.
+pub(crate) const RUN_COMMAND: &str = "bench-boot-run";
+
+const RESULT_MARK: &str = "xtask-boot: ";
+
+const CMDLINE: &str = "console=ttyS0 quiet";
+
+/// One boot: milliseconds of guest time at init, and of the lab's time from start to end.
+type Figures = (f64, f64);
+
+pub(super) fn run(rounds: usize) -> Result<i32> {
+    let assets = Assets::open(false)?;
+    let kernel = assets.kernel(Series::V6_1, Flavour::Cloud)?;
+    let vmlinux = kernel.vmlinux();
+    let initrd = guest_image::initrd(&assets, &[kernel])?;
+    let vmm = cargo::reference_vmm()?;
+    let qemu = assets.qemu()?.command();
+
+    let ours: Vec<OsString> = [
+        vmm.as_os_str(),
+        "run".as_ref(),
+        "--kernel".as_ref(),
+        vmlinux.as_os_str(),
+        "--initrd".as_ref(),
+        initrd.as_os_str(),
+        "--cmdline".as_ref(),
+        CMDLINE.as_ref(),
+        "--memory".as_ref(),
+        "256M".as_ref(),
+    ]
+    .map(OsString::from)
+    .into();
+    let contenders = [
+        ("reference-vmm", ours),
+        ("QEMU microvm", microvm(&qemu, &vmlinux, &initrd)),
+    ];
+
+    // One lab for all: contenders take turns in it.
+    let mut argv = cargo::inside_lab(RUN_COMMAND);
+    argv.push(rounds.to_string().into());
+    for (_, words) in &contenders {
+        argv.push(words.len().to_string().into());
+        argv.extend(words.iter().cloned());
+    }
+    let options = lab::Options {
+        icount: true,
+        time_limit: Duration::from_secs(1800),
+        memory_mib: 2048,
+        ..lab::Options::default()
+    };
+    let results = Arc::new(Mutex::new(vec![Vec::<Figures>::new(); contenders.len()]));
+    let noted = Arc::clone(&results);
+    let mut partial = String::new();
+    let sink = move |stream: lab::Stream, bytes: &[u8]| {
+        if stream == lab::Stream::Stderr {
+            let _ = io::stderr().write_all(bytes); // a closed stderr has no reader to miss it
+            return;
+        }
+        partial.push_str(&String::from_utf8_lossy(bytes));
+        while let Some((line, rest)) = partial.split_once('\n') {
+            if let Some((index, figures)) = parse_result(line)
+                && let Some(of) = noted
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .get_mut(index)
+            {
+                of.push(figures);
+            }
+            partial = rest.to_owned();
+        }
+    };
+    let step = Step::begin(format!(
+        "{rounds} boots of each in the lab, counting instructions"
+    ));
+    let status = lab::run_with(&options, &argv, Box::new(sink))?;
+    step.end();
+    if status != 0 {
+        return Err(Failure::new(format!(
+            "the boots in the lab ended with status {status}"
+        )));
+    }
+    let results = results.lock().unwrap_or_else(PoisonError::into_inner);
+    println!("\nmilliseconds, median of {rounds} (spread from least to most)\n");
+    println!(
+        "{:<16} {:>24} {:>24}",
+        "", "guest time at init", "start to end"
+    );
+    let mut middles = Vec::new();
+    for ((name, _), figures) in contenders.iter().zip(results.iter()) {
+        let init = summary(figures.iter().map(|f| f.0));
+        let whole = summary(figures.iter().map(|f| f.1));
+        println!("{name:<16} {:>24} {:>24}", init.1, whole.1);
+        middles.push((init.0, whole.0));
+    }
+    if let [ours, theirs] = middles[..] {
+        println!(
+            "\nreference-vmm takes {:.3}× to init and {:.3}× in all",
+            ours.0 / theirs.0,
+            ours.1 / theirs.1
+        );
+    }
+    Ok(0)
+}
+
+fn summary(values: impl Iterator<Item = f64>) -> (f64, String) {
+    let mut values: Vec<f64> = values.collect();
+    let (_, middle, _) = super::ranks(&mut values);
+    let spread = values
+        .last()
+        .zip(values.first())
+        .map_or(f64::NAN, |(most, least)| most - least);
+    (
+        middle,
+        format!(
+            "{middle:.0} ({spread:.0}, {:.2} %)",
+            spread / middle * 100.0
+        ),
+    )
+}
+
+/// QEMU's own microVM, as its documentation sets it up for speed: no PIT, PIC or RTC, the serial port alone.
+fn microvm(qemu: &Command, vmlinux: &Path, initrd: &Path) -> Vec<OsString> {
+    // Its libraries, and only then the program: the lab's command has no environment of ours.
+    let mut argv: Vec<OsString> = vec!["/usr/bin/env".into()];
+    for (name, value) in qemu.get_envs() {
+        let mut pair = name.to_owned();
+        pair.push("=");
+        pair.push(value.unwrap_or_default());
+        argv.push(pair);
+    }
+    argv.push(qemu.get_program().to_owned());
+    argv.extend(qemu.get_args().map(OsString::from));
+    for word in [
+        "-M",
+        "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on,acpi=on",
+        "-nodefaults",
+        "-no-user-config",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-smp",
+        "1",
+        "-m",
+        "256M",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-monitor",
+        "none",
+        "-serial",
+        "stdio",
+        "-append",
+        CMDLINE,
+        "-kernel",
+    ] {
+        argv.push(word.into());
+    }
+    argv.push(vmlinux.into());
+    argv.push("-initrd".into());
+    argv.push(initrd.into());
+    argv
+}
+
+/// Inside the lab: ROUNDS, then for each contender the count of its words and the words.
+pub(crate) fn run_command(args: Vec<OsString>) -> Result<i32> {
+    let number = |word: Option<OsString>| word.and_then(|w| w.to_str()?.parse::<usize>().ok());
+    let mut args = args.into_iter();
+    let rounds = number(args.next()).ok_or_else(|| Failure::usage("ROUNDS is wanted"))?;
+    let mut contenders = Vec::new();
+    while let Some(count) = number(args.next()) {
+        contenders.push(args.by_ref().take(count).collect::<Vec<_>>());
+    }
+    // Once each unmeasured: the files come over 9p the first time.
+    for contender in &contenders {
+        boot(contender)?;
+    }
+    for round in 1..=rounds {
+        for (index, contender) in contenders.iter().enumerate() {
+            let (init, whole) = boot(contender)?;
+            say(format!(
+                "round {round}, contender {}: init at {init:.0} ms, end at {whole:.1} ms",
+                index + 1
+            ));
+            println!("{RESULT_MARK}{index} {init} {whole}");
+        }
+    }
+    Ok(0)
+}
+
+fn boot(argv: &[OsString]) -> Result<Figures> {
+    let (program, args) = argv
+        .split_first()
+        .ok_or_else(|| Failure::usage("a contender has no words"))?;
+    let begun = Instant::now();
+    let output = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .context(|| format!("{} does not start", program.display()))?;
+    let whole = begun.elapsed().as_secs_f64() * 1e3;
+    let console = String::from_utf8_lossy(&output.stdout);
+    let init = console.lines().find_map(|line| {
+        line.split_once("guest: init ")?
+            .1
+            .trim()
+            .parse::<f64>()
+            .ok()
+    });
+    match init {
+        Some(seconds) if output.status.success() => Ok((seconds * 1e3, whole)),
+        _ => Err(Failure::new(format!(
+            "{} did not boot ({}):\n{console}\n{}",
+            program.display(),
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        ))),
+    }
+}
+
+fn parse_result(line: &str) -> Option<(usize, Figures)> {
+    let mut words = line.strip_prefix(RESULT_MARK)?.split(' ');
+    Some((
+        words.next()?.parse().ok()?,
+        (words.next()?.parse().ok()?, words.next()?.parse().ok()?),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_is_read_back() {
+        assert_eq!(
+            parse_result("xtask-boot: 1 1350 1770.25"),
+            Some((1, (1350.0, 1770.25)))
+        );
+        assert_eq!(parse_result("xtask-boot: 1"), None);
+        assert_eq!(parse_result("other"), None);
+    }
+}

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `cargo xtask bench`: what a start costs, against what it must cost or what another monitor takes, in one run.
+
+mod boot;
+mod startup;
+
+use std::ffi::OsString;
+
+use crate::failure::{Failure, Result};
+pub(crate) use boot::{RUN_COMMAND, run_command};
+
+const USAGE: &str = "\
+Measures, and compares in the same run.
+
+Usage: cargo xtask bench startup [--runs N]
+       cargo xtask bench boot [--rounds N]
+
+  startup   a tiny guest on this host's KVM: from exec to its first byte and to the end, against a program that makes
+            the unavoidable system calls alone; peak memory; the size of the program
+  boot      Debian's uncompressed cloud kernel in the lab, counting instructions: the guest's time at init, and from
+            the VMM's start to its end, against Debian's QEMU microvm";
+
+/// `cargo xtask bench`.
+pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
+    use lexopt::prelude::*;
+    let mut what = None;
+    let mut count = None;
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Value(word) if what.is_none() => what = Some(word.string()?),
+            Long("runs" | "rounds") => count = Some(parser.value()?.parse::<usize>()?.max(1)),
+            Short('h') | Long("help") => {
+                println!("{USAGE}");
+                return Ok(0);
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    match what.as_deref() {
+        Some("startup") => startup::run(count.unwrap_or(60)),
+        Some("boot") => boot::run(count.unwrap_or(3)),
+        _ => Err(Failure::usage(
+            "cargo xtask bench startup, or cargo xtask bench boot",
+        )),
+    }
+}
+
+/// The middle of some measurements, and the ranks around it that nine tenths and one tenth lie under.
+fn ranks(values: &mut [f64]) -> (f64, f64, f64) {
+    values.sort_by(f64::total_cmp);
+    let at = |share: usize| {
+        values
+            .get(values.len() * share / 100)
+            .copied()
+            .unwrap_or(f64::NAN)
+    };
+    (at(10), at(50), at(90))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_middle_is_the_middle() {
+        let mut values: Vec<f64> = (0..100_u32).rev().map(f64::from).collect();
+        assert_eq!(ranks(&mut values), (10.0, 50.0, 90.0));
+        assert_eq!(ranks(&mut [3.0]), (3.0, 3.0, 3.0));
+        assert!(ranks(&mut []).1.is_nan());
+    }
+}
