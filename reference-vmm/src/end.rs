@@ -109,6 +109,28 @@ impl AsRawFd for EndSignal {
     }
 }
 
+/// An error with its sources on one line. A source whose words the message has already at its end
+/// is not said again: crates differ in whether they put it there.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain<'a>(pub &'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut said = self.0.to_string();
+        f.write_str(&said)?;
+        let mut source = self.0.source();
+        while let Some(error) = source {
+            let next = error.to_string();
+            if !said.ends_with(&next) {
+                write!(f, ": {next}")?;
+            }
+            said = next;
+            source = error.source();
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,6 +143,21 @@ mod tests {
         signal.tell(GuestEnd::Crashed("later".into()));
         assert_eq!(signal.get(), Some(&GuestEnd::Reset));
         assert_eq!(signal.event.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn an_error_and_its_sources_are_said_once_each() {
+        #[derive(Debug, thiserror::Error)]
+        enum Outer {
+            #[error("outer: {0}")]
+            Repeats(#[source] io::Error),
+            #[error("outer")]
+            Leaves(#[source] io::Error),
+        }
+        let errno = || io::Error::from_raw_os_error(libc::EPERM);
+        let expected = "outer: Operation not permitted (os error 1)";
+        assert_eq!(Chain(&Outer::Repeats(errno())).to_string(), expected);
+        assert_eq!(Chain(&Outer::Leaves(errno())).to_string(), expected);
     }
 
     #[test]

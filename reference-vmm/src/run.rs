@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::cli::Run;
 use crate::console::RawTerminal;
-use crate::end::{EndSignal, GuestEnd, StopCause};
+use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::main_loop;
 use crate::signals::{self, StopSignals};
 use crate::timeline::{Event, timeline};
@@ -77,19 +77,4 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<GuestE
     // See above: the process's end frees it all at once.
     std::mem::forget(running);
     Ok(end.get().cloned().unwrap_or(GuestEnd::PoweredOff))
-}
-
-/// An error with its sources, on one line.
-struct Chain<'a>(&'a dyn std::error::Error);
-
-impl fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = self.0.source();
-        while let Some(error) = source {
-            write!(f, ": {error}")?;
-            source = error.source();
-        }
-        Ok(())
-    }
 }

@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A host that refuses any one call: the monitor ends by itself with one line that says what was
+//! refused and why, or it does without the call. It does not hang, panic, or leave the terminal as
+//! it should not be.
+//!
+//! Each test lists the calls of a run that goes well, and then runs again for each call and errno
+//! with that call refused. `LONG_TESTS=1` takes every pair; the short form takes every call, with
+//! the errnos in turn.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use guests::{boot, monitor};
+use support::pty::Pty;
+use support::tracer::{Call, Inject, Kind, Trace, trace};
+use support::{WATCHDOG, elf, long, need_kvm, not_one_line};
+
+/// What KVM and the kernel say when they refuse.
+const ERRNOS: [i32; 6] = [
+    libc::EINVAL,
+    libc::ENOMEM,
+    libc::EPERM,
+    libc::EIO,
+    libc::EBUSY,
+    libc::ENOSPC,
+];
+
+/// A run whose calls are refused one at a time.
+struct Scenario {
+    args: Vec<String>,
+    typed: &'static [u8],
+    good: Trace,
+}
+
+impl Scenario {
+    fn new(kernel: &std::path::Path, words: &str, typed: &'static [u8]) -> Self {
+        need_kvm();
+        let mut args = vec![
+            "run".to_owned(),
+            "--kernel".to_owned(),
+            kernel.display().to_string(),
+        ];
+        args.extend(words.split_whitespace().map(str::to_owned));
+        let good = Self::run_with(&args, typed, &[]).0;
+        assert_eq!(good.hung, None, "{good}");
+        assert!(good.stderr.is_empty(), "{good}");
+        Scenario { args, typed, good }
+    }
+
+    /// A run on a terminal of its own, and whether it left the terminal as it was.
+    fn run_with(args: &[String], typed: &[u8], inject: &[Inject]) -> (Trace, bool) {
+        let pty = Pty::new();
+        let before = pty.settings();
+        if !typed.is_empty() {
+            pty.type_in(typed);
+        }
+        let stdin: OwnedFd = pty.terminal();
+        let trace = trace(args, Some(stdin), inject, WATCHDOG);
+        (trace, pty.settings() == before)
+    }
+
+    /// The calls of the monitor itself, each kind's in order: what its start-up code and the dynamic
+    /// linker do before `main` is not its own to handle.
+    fn calls(&self) -> impl Iterator<Item = &Call> {
+        let main = |call: &Call| call.kind == Kind::Syscall(libc::SYS_signalfd4);
+        self.good.calls.iter().skip_while(move |call| !main(call))
+    }
+
+    /// Refuses each of `calls` with the errnos, and checks each end. Returns each kind's messages
+    /// without their errno.
+    fn refuse<'a>(
+        &'a self,
+        calls: impl Iterator<Item = &'a Call>,
+        errnos: &[i32],
+        allowed: impl Fn(&Call, i32) -> Allowed,
+    ) -> BTreeMap<Kind, String> {
+        let mut messages = BTreeMap::new();
+        let mut pairs = 0;
+        for (i, call) in calls.enumerate() {
+            let errnos = match long() {
+                true => errnos,
+                false => &errnos[i % errnos.len()..][..1],
+            };
+            for &errno in errnos {
+                let inject = Inject {
+                    kind: call.kind.clone(),
+                    nth: call.nth,
+                    errno,
+                };
+                let ran = Self::run_with(&self.args, self.typed, std::slice::from_ref(&inject));
+                let problem = self.problem(&ran.0, ran.1, allowed(call, errno), errno);
+                if let Some(problem) = problem {
+                    let args = self.args.join(" ");
+                    panic!(
+                        "{problem}: {inject}\nin: {args}\nthe call: {call}\n{}",
+                        ran.0
+                    );
+                }
+                if ran.0.status.code() != self.good.status.code() || !ran.0.stderr.is_empty() {
+                    let line = ran.0.stderr.trim_end();
+                    let said = io::Error::from_raw_os_error(errno).to_string();
+                    println!("{inject}\n    {line}");
+                    messages.insert(call.kind.clone(), line.replace(&said, "…"));
+                } else {
+                    println!("{inject}\n    (goes without)");
+                }
+                pairs += 1;
+            }
+        }
+        assert!(pairs > 0, "there was nothing to refuse");
+        messages
+    }
+
+    /// What is wrong with how a run ended whose call was refused.
+    fn problem(
+        &self,
+        trace: &Trace,
+        terminal: bool,
+        allowed: Allowed,
+        errno: i32,
+    ) -> Option<String> {
+        let fails = |why: &str| Some(why.to_owned());
+        if trace.hung.is_some() {
+            return fails("it hangs");
+        }
+        if !trace.injected {
+            return fails("the call was not made this time");
+        }
+        if !terminal {
+            return fails("the terminal is not as it was");
+        }
+        let went_on =
+            trace.status.code() == self.good.status.code() && trace.stdout == self.good.stdout;
+        if went_on && allowed != Allowed::End(1) && allowed != Allowed::End(2) {
+            return match trace.stderr.lines().count() {
+                0 | 1 => None,
+                _ => fails("it went on, with more than one line"),
+            };
+        }
+        if let Some(problem) = not_one_line(&trace.stderr) {
+            return fails(problem);
+        }
+        let status = match allowed {
+            Allowed::End(status) => status,
+            Allowed::EndOrGoOn => 1,
+            Allowed::GoOn => return fails("it did not go on"),
+        };
+        if trace.status.code() != Some(status) {
+            return Some(format!("the status is not {status}"));
+        }
+        let said = io::Error::from_raw_os_error(errno).to_string();
+        if !trace.stderr.contains(&said) && allowed != Allowed::EndOrGoOn {
+            return Some(format!("the line has no {said:?}"));
+        }
+        None
+    }
+}
+
+/// How a run may end whose call was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Allowed {
+    /// With this status and one line with the errno.
+    End(i32),
+    /// With status 1 and one line, or as if nothing had been.
+    EndOrGoOn,
+    /// As if nothing had been.
+    GoOn,
+}
+
+/// Each message names the call that was refused: no two calls have the same.
+fn all_different(messages: &BTreeMap<Kind, String>) {
+    let mut seen = BTreeMap::new();
+    for (kind, message) in messages {
+        if let Some(other) = seen.insert(message, kind) {
+            panic!("{kind} and {other} are refused with the same words: {message}");
+        }
+    }
+}
+
+fn is_kvm(call: &&Call) -> bool {
+    // The first run of each vCPU, and one later one.
+    matches!(call.kind, Kind::Kvm(_)) && (call.kind != Kind::kvm("KVM_RUN") || call.nth < 3)
+}
+
+fn kvm_rule(call: &Call, errno: i32) -> Allowed {
+    let optional = call.kind == Kind::kvm("KVM_CHECK_EXTENSION");
+    let again = matches!(errno, libc::EINTR | libc::EAGAIN);
+    match () {
+        // A capability that cannot be asked for is one that is not there.
+        () if optional => Allowed::EndOrGoOn,
+        () if again && call.kind == Kind::kvm("KVM_RUN") => Allowed::GoOn,
+        () => Allowed::End(1),
+    }
+}
+
+#[test]
+fn each_ioctl_of_a_start_may_be_refused() {
+    let kernel = elf(boot::hello64());
+    let words = "--debug-exit --cpus 2 --pit --memory 6G";
+    let scenario = Scenario::new(&kernel, words, b"");
+    assert_eq!(scenario.good.stdout, b"hello\n");
+    let messages = scenario.refuse(scenario.calls().filter(is_kvm), &ERRNOS, kvm_rule);
+    all_different(&messages);
+}
+
+#[test]
+fn each_ioctl_of_a_start_with_the_other_irqchips_may_be_refused() {
+    let kernel = elf(boot::hello64());
+    for irqchip in ["split", "none"] {
+        let words = format!("--debug-exit --irqchip {irqchip}");
+        let scenario = Scenario::new(&kernel, &words, b"");
+        let messages = scenario.refuse(scenario.calls().filter(is_kvm), &ERRNOS, kvm_rule);
+        all_different(&messages);
+    }
+}
+
+#[test]
+fn a_kvm_run_that_was_interrupted_goes_on() {
+    let kernel = elf(boot::hello64());
+    let scenario = Scenario::new(&kernel, "--debug-exit", b"");
+    let errnos = [libc::EINTR, libc::EAGAIN];
+    for errno in errnos {
+        let runs = scenario
+            .calls()
+            .filter(|call| call.kind == Kind::kvm("KVM_RUN"));
+        scenario.refuse(runs, &[errno], kvm_rule);
+    }
+}
+
+#[test]
+fn an_interrupt_that_cannot_be_sent_does_not_leave_the_guest_waiting() {
+    let kernel = elf(monitor::echo_irq64());
+    let scenario = Scenario::new(&kernel, "--debug-exit", b"hello q");
+    assert_eq!(scenario.good.stdout, b"ready\nhello q");
+    let how = |call: &&Call| {
+        ["KVM_IRQFD", "KVM_IRQ_LINE", "KVM_IRQ_LINE_STATUS"]
+            .map(Kind::kvm)
+            .contains(&call.kind)
+    };
+    scenario.refuse(scenario.calls().filter(how), &ERRNOS, kvm_rule);
+}
+
+#[test]
+fn files_that_cannot_be_opened_or_read_are_named() {
+    let kernel = elf(boot::hello64());
+    let scenario = Scenario::new(&kernel, "--debug-exit", b"");
+    let errnos = [libc::EACCES, libc::EMFILE, libc::EIO, libc::ENOMEM];
+    let path = kernel.display().to_string();
+    let of_kernel = |call: &&Call| call.kind == Kind::Open(path.clone());
+    let messages = scenario.refuse(scenario.calls().filter(of_kernel), &errnos, |_, _| {
+        Allowed::End(2)
+    });
+    assert!(
+        messages.values().all(|line| line.contains(&path)),
+        "{messages:?}"
+    );
+
+    let of_kvm = |call: &&Call| call.kind == Kind::Open("/dev/kvm".into());
+    let messages = scenario.refuse(scenario.calls().filter(of_kvm), &errnos, |_, _| {
+        Allowed::End(1)
+    });
+    assert!(
+        messages.values().all(|line| line.contains("/dev/kvm")),
+        "{messages:?}"
+    );
+
+    // Reads before /dev/kvm is opened are the kernel's header, one behind it its contents.
+    let reads = scenario
+        .calls()
+        .filter(|call| call.kind == Kind::Syscall(libc::SYS_read) && call.args[2] != 8)
+        .filter(|call| call.thread == "reference-vmm" && call.result != Some(0));
+    let reads: Vec<_> = reads.take_while(|call| call.args[0] > 2).collect();
+    let messages = scenario.refuse(reads.into_iter(), &[libc::EIO], |_, _| Allowed::End(2));
+    assert!(
+        messages.values().all(|line| line.contains(&path)),
+        "{messages:?}"
+    );
+}
+
+#[test]
+fn memory_descriptors_and_threads_may_be_refused() {
+    let kernel = elf(boot::hello64());
+    let scenario = Scenario::new(&kernel, "--debug-exit --cpus 2 --memory 6G", b"");
+    let ours = |call: &&Call| match &call.kind {
+        Kind::Syscall(nr) => match *nr {
+            // Guest memory (not reserved) and what a vCPU shares with KVM. The allocator's and the
+            // standard library's own are theirs: Rust aborts where the heap ends.
+            libc::SYS_mmap => {
+                let (prot, flags, fd) = (call.args[2] as i32, call.args[3] as i32, call.args[4]);
+                fd as i32 >= 0 || prot != libc::PROT_NONE && flags & libc::MAP_NORESERVE != 0
+            }
+            libc::SYS_eventfd2 | libc::SYS_signalfd4 | libc::SYS_epoll_create1 => true,
+            libc::SYS_clone3 | libc::SYS_clone => true,
+            _ => false,
+        },
+        _ => false,
+    };
+    let calls: Vec<_> = scenario.calls().filter(ours).collect();
+    for wanted in [
+        libc::SYS_mmap,
+        libc::SYS_eventfd2,
+        libc::SYS_signalfd4,
+        libc::SYS_clone3,
+    ] {
+        let made = calls.iter().any(|call| call.kind == Kind::Syscall(wanted));
+        assert!(made, "the good run makes no {}", Kind::Syscall(wanted));
+    }
+    let errnos = [libc::ENOMEM, libc::EAGAIN, libc::EPERM, libc::EMFILE];
+    scenario.refuse(calls.into_iter(), &errnos, |_, _| Allowed::End(1));
+}
+
+#[test]
+fn the_other_calls_of_a_run_may_be_refused_too() {
+    let kernel = elf(boot::hello64());
+    let scenario = Scenario::new(&kernel, "--debug-exit", b"");
+    let nice_to_have = |call: &&Call| match &call.kind {
+        Kind::Syscall(nr) => matches!(
+            *nr,
+            libc::SYS_epoll_ctl
+                | libc::SYS_fcntl
+                | libc::SYS_ioctl
+                | libc::SYS_madvise
+                | libc::SYS_prctl
+                | libc::SYS_rt_sigaction
+                | libc::SYS_rt_sigprocmask
+                | libc::SYS_timerfd_create
+        ),
+        _ => false,
+    };
+    let errnos = [libc::EINVAL, libc::ENOMEM, libc::EPERM];
+    scenario.refuse(scenario.calls().filter(nice_to_have), &errnos, |_, _| {
+        Allowed::EndOrGoOn
+    });
+}
