@@ -235,7 +235,7 @@ pub fn classify(
     // user space is the host's (47 or 56 bits); mmap gives nothing beyond it.
     if (host.0 as u64)
         .checked_add(size)
-        .is_none_or(|end| end > 1 << 63)
+        .is_none_or(|end| end >= 1 << 63)
     {
         return Err(Refusal::HostRange { id, host, size });
     }

@@ -5,6 +5,7 @@
 mod access;
 mod classify;
 mod extent;
+pub mod fake;
 mod flags;
 mod frames;
 mod host;
