@@ -62,6 +62,15 @@ impl IoDevice for Gate {
     }
 }
 
+/// Ends the readers' loops at the end of a test, a failed one too.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_removal_is_not_over_while_an_access_is_inside_and_is_when_it_has_left() {
     let bus = IoBus::new();
@@ -81,15 +90,29 @@ fn a_removal_is_not_over_while_an_access_is_inside_and_is_when_it_has_left() {
     assert_eq!(write(&mut bus.dispatcher(), 1), Outcome::Unclaimed);
     assert!(!pending.is_over());
 
-    let told = Arc::new(AtomicBool::new(false));
-    let tell = told.clone();
+    // Someone waits for it, and sleeps: the kernel says so.
+    let (tell, thread_id) = channel();
     let waiter = thread::spawn(move || {
-        let done = pending.wait().is_done();
-        (done, tell.load(Ordering::SeqCst))
+        // SAFETY: takes nothing, gives the caller's thread id.
+        tell.send(unsafe { libc::gettid() }).unwrap();
+        pending.wait().is_done()
     });
-    told.store(true, Ordering::SeqCst);
+    let status = format!("/proc/self/task/{}/stat", thread_id.recv().unwrap());
+    loop {
+        assert!(!waiter.is_finished(), "it did not wait");
+        let stat = std::fs::read_to_string(&status).unwrap_or_default();
+        if stat
+            .rsplit(')')
+            .next()
+            .is_some_and(|rest| rest.trim_start().starts_with('S'))
+        {
+            break;
+        }
+        thread::yield_now();
+    }
     let_go.send(()).unwrap();
-    assert_eq!(waiter.join().unwrap(), (true, true));
+    assert!(waiter.join().unwrap());
+    // The second access never came to the gate.
     let (inside, after, io) = vcpu.join().unwrap();
     assert_eq!((inside, after), (Outcome::Answered, Outcome::Unclaimed));
     // The dispatcher lives, idle, as a vCPU's does that sleeps in the guest. It holds nothing.
@@ -206,6 +229,7 @@ fn nobody_is_inside_a_device_that_is_unregistered() {
     let stop = AtomicBool::new(false);
     let started = Barrier::new(3);
     thread::scope(|scope| {
+        let _stop = StopOnDrop(&stop);
         for _ in 0..2 {
             let mut io = bus.dispatcher();
             let (stop, started) = (&stop, &started);
@@ -222,14 +246,14 @@ fn nobody_is_inside_a_device_that_is_unregistered() {
             let count = inside.clone();
             let device = Hook(move || {
                 count.fetch_add(1, Ordering::Relaxed);
-                std::hint::spin_loop();
+                // Whoever did not wait would find us here.
+                thread::yield_now();
                 count.fetch_sub(1, Ordering::Relaxed);
             });
             let registration = bus.register(BusKind::Mmio, page(1), device).unwrap();
             assert!(registration.unregister().is_done());
             assert_eq!(inside.load(Ordering::Relaxed), 0);
         }
-        stop.store(true, Ordering::Relaxed);
     });
 }
 
@@ -244,6 +268,7 @@ fn a_move_leaves_no_moment_without_the_device() {
     let stop = AtomicBool::new(false);
     let started = Barrier::new(3);
     thread::scope(|scope| {
+        let _stop = StopOnDrop(&stop);
         for _ in 0..2 {
             let mut io = bus.dispatcher();
             let (stop, started) = (&stop, &started);
@@ -259,7 +284,6 @@ fn a_move_leaves_no_moment_without_the_device() {
             let base = if round % 2 == 0 { 0x1000 } else { 0 };
             assert!(registration.relocate(base).unwrap().is_done());
         }
-        stop.store(true, Ordering::Relaxed);
     });
 }
 
