@@ -334,3 +334,34 @@ fn random_bytes_behind_each_magic_are_refused_or_planned() {
         })
         .unwrap();
 }
+
+/// Program headers that name the same large part of the file again and again, as notes.
+#[test]
+fn notes_without_end_cost_little() {
+    let mut one = note("GNU", 1, &[0; 100]).repeat(4096);
+    one.truncate(400 << 10);
+    let count = 100;
+    let mut image = elf(
+        true,
+        MIB,
+        &vec![segment(MIB, vec![0; 16], 16); count],
+        &one,
+        &[],
+    );
+    // All but the first become copies of the last one, the notes.
+    let header = |index: usize| 64 + 56 * index..64 + 56 * (index + 1);
+    let notes = image[header(count)].to_vec();
+    for index in 1..count {
+        image[header(index)].copy_from_slice(&notes);
+    }
+    let file = Counted {
+        file: Cursor::new(image),
+        reads: 0,
+        bytes: 0,
+    };
+    let mut kernel = Image::new(ImageKind::Kernel, "k", file).unwrap();
+    LARGEST.set(0);
+    let plan = plan(&mut kernel, &[], &config("x")).unwrap();
+    assert!(LARGEST.get() <= LARGEST_ALLOCATION);
+    assert_eq!(plan.entry.rip, MIB);
+}

@@ -86,6 +86,8 @@ fn linux_finds_its_header_map_command_line_and_rsdp_in_the_zero_page() {
     assert_eq!(number(page, hdr::VERSION, 2), 0x020f);
     assert_eq!(page[hdr::TYPE_OF_LOADER], 0xff);
     assert_eq!(number(page, hdr::CMD_LINE_PTR, 4), layout::CMDLINE_ADDR.0);
+    // What the kernel says stays as it said it: memtest86+ reads cmdline_size bytes.
+    assert_eq!(number(page, hdr::CMDLINE_SIZE, 4), 2047);
     assert_eq!(number(page, hdr::INIT_SIZE, 4), 8 * MIB);
     assert_eq!(number(page, 0x70, 8), RSDP);
     assert_eq!(e820(page), MAP_OF_64_MIB);
@@ -233,6 +235,10 @@ fn an_elf_file_that_is_not_linux_starts_in_long_mode_with_boot_params() {
     );
     let page = write_at(&plan, layout::ZERO_PAGE_ADDR);
     assert_eq!(number(page, 0x1fe, 2), 0xaa55);
+    assert_eq!(
+        number(page, hdr::CMDLINE_SIZE, 4),
+        layout::CMDLINE_MAX as u64 - 1
+    );
     assert_eq!(e820(page), MAP_OF_64_MIB);
 }
 

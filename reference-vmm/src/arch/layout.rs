@@ -136,7 +136,7 @@ pub const SLEEP_TYPE_S5: u8 = 5;
 pub const SLEEP_CONTROL_S5: u8 = SLEEP_TYPE_S5 << 2 | 1 << 5;
 
 /// Event register of the Generic Event Device, one byte: reads give the pending events
-/// (`GED_EVENT_…`) and clear them.
+/// (`GED_EVENT_…`) and clear them; a write says that an ACPI system has taken the machine over.
 pub const GED_PORT: u16 = 0x602;
 
 /// Interrupt of the Generic Event Device, edge-triggered. 9 is the PC's number for ACPI's own

@@ -49,17 +49,20 @@ pub(super) fn plan_elf<F: Read + Seek>(
     machine: &Machine<'_>,
 ) -> Result<BootPlan, BootError> {
     let copies = elf.claim(kernel, place)?;
+    let cmdline_limit = if elf.is_linux {
+        cmdline::LINUX_LIMIT
+    } else {
+        layout::CMDLINE_MAX as u64 - 1
+    };
     let header = setup_header {
         boot_flag: BOOT_FLAG,
         header: HEADER_MAGIC,
         version: VERSION,
         loadflags: LOADED_HIGH,
+        // The kernel's to say, where it has a header: the room for a command line, not its length.
+        // (memtest86+ reads so many bytes.)
+        cmdline_size: cmdline_limit as u32,
         ..Default::default()
-    };
-    let cmdline_limit = if elf.is_linux {
-        cmdline::LINUX_LIMIT
-    } else {
-        layout::CMDLINE_MAX as u64 - 1
     };
     let loaded = Loaded {
         header,
@@ -92,7 +95,6 @@ pub(super) fn finish(
     header.type_of_loader = LOADER_UNDEFINED;
     // These fit: everything is placed below the MMIO hole.
     header.cmd_line_ptr = layout::CMDLINE_ADDR.0 as u32;
-    header.cmdline_size = machine.config.cmdline.len() as u32;
     if let Some(Initrd { start, len }) = initrd {
         header.ramdisk_image = start as u32;
         header.ramdisk_size = len as u32;
