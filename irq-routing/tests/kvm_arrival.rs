@@ -7,7 +7,7 @@
 mod common;
 
 use common::{Machine, Mode};
-use irq_routing::{Arrival, Error, Gsi, IrqchipKind, Msi, Pit};
+use irq_routing::{Arrival, Error, Gsi, Irqchip, IrqchipKind, Msi, Pit, Routing};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const KERNEL: IrqchipKind = IrqchipKind::Kernel { pit: Pit::Absent };
@@ -70,8 +70,8 @@ fn a_source_attaches_itself_at_its_first_interrupt() {
 #[test]
 fn a_source_without_an_irqchip_is_connected_to_nothing() {
     let vm = common::kvm().create_vm().unwrap();
-    let irqchip = irq_routing::Irqchip::create(&vm, IrqchipKind::None).unwrap();
-    let routing = irq_routing::Routing::new(&vm, &irqchip);
+    let irqchip = Irqchip::create(&vm, IrqchipKind::None).unwrap();
+    let routing = Routing::new(&vm, &irqchip);
     let gsi = routing.reserve(Gsi(4)).unwrap();
     let source = routing.source(&gsi);
     source.trigger().unwrap();
@@ -202,6 +202,12 @@ fn a_message_that_no_one_takes_says_so() {
         machine.routing.signal_msi(msi(0x50)).unwrap(),
         Arrival::Masked
     );
+    // A VM without a vCPU: KVM has an errno for that.
+    let vm = common::kvm().create_vm().unwrap();
+    let irqchip = Irqchip::create(&vm, SPLIT).unwrap();
+    let empty = Routing::new(&vm, &irqchip);
+    assert_eq!(empty.signal_msi(msi(0x50)).unwrap(), Arrival::Masked);
+
     let machine = apic_machine(SPLIT);
     let nobody = Msi {
         address: 0xfee0_0000 | 5 << 12,
@@ -242,4 +248,18 @@ fn a_number_taken_again_does_not_inherit_a_route() {
     let irqfd = machine.routing.irqfd(&gsi).unwrap();
     irqfd.trigger().unwrap();
     assert!(machine.stays_idle());
+}
+
+#[test]
+fn the_speakers_port_is_the_kernels_only_when_it_was_asked_for() {
+    // in al, 0x61; out 0x80, al
+    let code = [0xe4, 0x61, 0xe6, 0x80];
+    for (pit, port) in [
+        (Pit::Absent, 0x61),
+        (Pit::Present, 0x61),
+        (Pit::PresentWithSpeaker, 0x80),
+    ] {
+        let mut machine = Machine::new(IrqchipKind::Kernel { pit }, Mode::Real, &code);
+        assert_eq!(machine.next_port(), port, "{pit:?}");
+    }
 }

@@ -7,6 +7,8 @@
 
 use std::collections::BTreeMap;
 use std::error::Error as _;
+use std::sync::Barrier;
+use std::thread;
 
 use irq_routing::fake::{Call, FakeHost, FakeVm};
 use irq_routing::{
@@ -170,6 +172,46 @@ fn a_handle_of_another_table_is_refused() {
     assert!(matches!(ours.irqfd(&gsi), Err(Error::ForeignGsi(_))));
     assert!(matches!(ours.line(&gsi), Err(Error::ForeignGsi(_))));
     assert_eq!(host.take_calls(), []);
+}
+
+#[test]
+fn an_irqfd_that_could_not_be_detached_is_still_attached() {
+    let (host, irqchip) = FakeHost::with_irqchip(KERNEL);
+    let routing = Routing::new(&host, &irqchip);
+    let gsi = routing.reserve(Gsi(4)).unwrap();
+    let irqfd = routing.irqfd(&gsi).unwrap();
+    host.fail_after(0, libc::ENOMEM);
+    let (irqfd, error) = irqfd.detach().unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "KVM_IRQFD failed to detach an eventfd from GSI 4"
+    );
+    assert_eq!(host.vm().irqfds.len(), 1);
+    drop(irqfd);
+    assert!(host.vm().irqfds.is_empty());
+}
+
+#[test]
+fn of_threads_that_raise_it_first_one_attaches() {
+    for _ in 0..200 {
+        let (host, irqchip) = FakeHost::with_irqchip(KERNEL);
+        let routing = Routing::new(&host, &irqchip);
+        let source = routing.source(&routing.reserve(Gsi(4)).unwrap());
+        let start = Barrier::new(4);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    start.wait();
+                    source.trigger().unwrap();
+                });
+            }
+        });
+        assert_eq!(host.take_calls(), [Call::AttachIrqfd(Gsi(4))]);
+        assert_eq!(
+            source.irqfd().unwrap().unwrap().eventfd().read().unwrap(),
+            4
+        );
+    }
 }
 
 #[test]

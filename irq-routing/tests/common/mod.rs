@@ -83,6 +83,14 @@ impl Machine {
         }
     }
 
+    /// The port of the next exit.
+    pub fn next_port(&mut self) -> u16 {
+        match self.vcpu.run().unwrap() {
+            VcpuExit::IoOut(port, _) | VcpuExit::IoIn(port, _) => port,
+            other => panic!("a port was to be accessed: {other:?}"),
+        }
+    }
+
     /// The next vector that the guest reports; None when it stayed idle for many exits.
     pub fn next_vector(&mut self) -> Option<u8> {
         self.idle_until(1_000_000)
