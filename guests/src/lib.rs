@@ -7,6 +7,9 @@ macro_rules! blob {
     ($(#[$doc:meta])* $name:ident, $code:literal) => {
         core::arch::global_asm!(concat!(
             ".pushsection .rodata.guest_", stringify!($name), ", \"a\"\n",
+            // Global, since an optimised build uses them from other units and crates.
+            ".globl guest_", stringify!($name), "_start, guest_", stringify!($name), "_end\n",
+            ".hidden guest_", stringify!($name), "_start, guest_", stringify!($name), "_end\n",
             "guest_", stringify!($name), "_start:\n",
             $code,
             "\nguest_", stringify!($name), "_end:\n",

@@ -114,3 +114,33 @@ crate::blob!(
         jmp 1b
     "
 );
+
+crate::blob!(
+    /// 64-bit, entered with tables that map what it touches: writes ESI to port 0x10, CS to 0x12, the
+    /// upper half of a 64-bit sum to 0x14, and halts.
+    long_mode,
+    "
+    .code64
+        mov eax, esi
+        out 0x10, eax
+        mov eax, cs
+        out 0x12, eax
+        mov rax, 0x1122334400000000
+        add rax, rsi
+        shr rax, 32
+        out 0x14, eax
+        hlt
+    "
+);
+
+crate::blob!(
+    /// 32-bit, flat: writes EAX to port 0x10, EBX to 0x12, and halts.
+    protected_mode,
+    "
+    .code32
+        out 0x10, eax
+        mov eax, ebx
+        out 0x12, eax
+        hlt
+    "
+);

@@ -5,10 +5,10 @@
 //! ```text
 //!        ┌──────────────────────────────────────────────────────────────┐
 //!        ▼                                                              │
-//!   requests? ──yes──► control: park or stop ─► consumer's requests ────┤
-//!        │no                                                            │
-//!        ▼                                                              │
-//!   before_entry ─► KVM_RUN ─► EINTR, EAGAIN ───────────────────────────┤
+//!   before_entry ─► requests? ──yes─► the consumer's, then park or stop ┤
+//!                      │no                                              │
+//!                      ▼                                                │
+//!                   KVM_RUN ─► EINTR, EAGAIN ───────────────────────────┤
 //!                      │                                                │
 //!                      ├─► fatal exit, errno ─► Halt                    │
 //!                      └─► any other exit ─► handler.exit ─► Continue ──┘
@@ -280,11 +280,6 @@ impl<V: RunVcpu> Runner<V> {
         }
         let mut access_pending = false;
         loop {
-            let requests = self.member.gate().take();
-            if !requests.is_empty() {
-                self.serve(handler, requests, &mut access_pending)?;
-                continue;
-            }
             let id = self.vcpu.id();
             handler.before_entry(&VcpuView {
                 id,
@@ -292,6 +287,9 @@ impl<V: RunVcpu> Runner<V> {
             });
             if self.member.gate().enter() {
                 self.run_once(handler, &mut access_pending)?;
+            } else {
+                let requests = self.member.gate().take();
+                self.serve(handler, requests, &mut access_pending)?;
             }
         }
     }

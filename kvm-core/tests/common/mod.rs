@@ -47,6 +47,19 @@ impl Memory {
     }
 }
 
+impl Memory {
+    /// Writes guest memory, before a guest runs.
+    pub fn write(&mut self, address: u64, bytes: &[u8]) {
+        let address = usize::try_from(address).unwrap();
+        assert!(address + bytes.len() <= LEN);
+        // SAFETY: inside the mapping (asserted above); no vCPU runs yet.
+        unsafe {
+            let at = self.0.as_ptr().add(address);
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len());
+        }
+    }
+}
+
 impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: our own mapping; the VM that used it is dropped before (field order in `Machine`).
