@@ -203,6 +203,8 @@ fn told_by_vmm(stderr: impl Read) -> Vec<Moment> {
     {
         let line = String::from_utf8_lossy(&line).into_owned();
         match timeline_line(&line) {
+            // Its end is seen from here too, on the clock of what the console said last.
+            Some((_, event)) if event == "exit" => {}
             Some(moment) => moments.push(moment),
             None => eprintln!("{line}"),
         }
@@ -220,7 +222,6 @@ fn timeline_line(line: &str) -> Option<Moment> {
         "start" => "VMM start".into(),
         "first-entry" => "first guest instruction".into(),
         "first-output" => "first byte of the guest's console".into(),
-        "exit" => "the VMM ends".into(),
         other => other.to_owned(),
     };
     Some((at, what))
