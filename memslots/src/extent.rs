@@ -311,7 +311,7 @@ mod tests {
                 value: 0x1008
             })
         );
-        let top = u64::MAX & !0xfff;
+        let top = !0xfffu64;
         assert_eq!(
             extent(top, 0x1000, 0x1000),
             Err(ExtentError::Wraps {

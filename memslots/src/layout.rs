@@ -124,7 +124,7 @@ mod tests {
             ram_layout(4097, HOLE),
             Err(LayoutError::UnalignedSize { size: 4097 })
         );
-        let size = u64::MAX & !0xfff;
+        let size = !0xfffu64;
         assert_eq!(
             ram_layout(size, HOLE),
             Err(LayoutError::TooLarge { size, hole: HOLE })

@@ -1,6 +1,198 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guest physical memory of a KVM virtual machine: memory slots, layout, translation, access
+//! Guest physical memory of a KVM virtual machine: memory slots, layout, translation, access.
+//!
+//! A slot tells KVM "these guest addresses are that memory of this process". KVM keeps the slots and gives no way to
+//! read them back, so a VMM keeps them too: to make legal requests, to find its own way to the guest's memory, and to
+//! unmap memory neither too early (the guest, or a thread of ours, would use someone else's) nor never. This crate is
+//! that second book, kept in step with KVM's:
+//!
+//! ```text
+//!              create, remove, relocate, set_flags
+//!                             │
+//!                     ┌───────▼────────┐   checked by   ┌───────────────────────────┐
+//!                     │    Memslots    ├───────────────▶│ SlotMap (KVM's rules) and │
+//!                     │  (one lock)    │                │ PrivateRanges (a policy)  │
+//!                     └─┬────────────┬─┘                └───────────────────────────┘
+//!       SetMemoryRegion │            │ publishes, through srcu
+//!                     ┌─▼──┐   ┌─────▼─────┐  enter    vCPU threads: Reader, no lock
+//!                     │KVM │   │ SlotTable ├──────────▶
+//!                     └────┘   │ immutable │  load     loaders: a Snapshot, no permissions
+//!                              └───────────┘  memory   devices: GuestRam, CheckedMemory
+//! ```
+//!
+//! # Example
+//! With KVM, the host is an `Arc<kvm_ioctls::VmFd>` (`examples/own_vm.rs` is a whole VM in thirty lines); here, a fake.
+//! ```
+//! use memslots::fake::FakeHost;
+//! use memslots::{Backing, Gfn, Memslots, NewSlot, SlotFlags, ram_layout};
+//! use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+//!
+//! let memslots = Memslots::new(FakeHost::new(32_764));
+//!
+//! // 6 GiB around the hole below 4 GiB: two slots, no page of them touched yet.
+//! let ranges = ram_layout(6 << 30, 3 << 30..4 << 30)?;
+//! let slots = memslots.create_all(ranges.into_iter().map(|(start, size)| NewSlot {
+//!     start,
+//!     backing: Backing::anonymous(size),
+//!     flags: SlotFlags::NONE,
+//! }))?;
+//!
+//! let ram = memslots.ram(); // a clone for each device
+//! ram.memory().write_obj(0x1234u32, GuestAddress(4 << 30))?;
+//!
+//! let mut reader = memslots.reader(); // one for each vCPU thread
+//! let table = reader.enter(); // at an exit
+//! let found = table.translate(GuestAddress((4 << 30) + 8)).expect("there is memory");
+//! assert_eq!((found.slot, found.writable), (slots[1].extent().id(), true));
+//! assert!(!table.is_visible(Gfn::containing(GuestAddress(3 << 30))));
+//! drop(table); // before KVM_RUN
+//!
+//! drop(slots); // a dropped slot is deleted; its memory goes when the last reader has left
+//! assert_eq!(memslots.snapshot().regions().len(), 0);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Header map
+//! Where `include/linux/kvm_host.h` (Linux 3.17) went.
+//!
+//! ## Error frames and error addresses
+//! | kvm_host.h | here |
+//! | --- | --- |
+//! | `KVM_PFN_ERR_MASK` | [`PFN_ERR_MASK`] |
+//! | `KVM_PFN_ERR_NOSLOT_MASK` | [`PFN_ERR_NOSLOT_MASK`] |
+//! | `KVM_PFN_NOSLOT` | [`PfnError::NoSlot`] |
+//! | `KVM_PFN_ERR_FAULT` | [`PfnError::Fault`] |
+//! | `KVM_PFN_ERR_HWPOISON` | [`PfnError::HwPoison`] |
+//! | `KVM_PFN_ERR_RO_FAULT` | [`PfnError::ReadOnlyFault`] |
+//! | `is_error_pfn` | [`PfnError::is_error`] |
+//! | `is_error_noslot_pfn` | [`PfnError::is_error_or_no_slot`] |
+//! | `is_noslot_pfn` | [`PfnError::from_raw`] gives [`PfnError::NoSlot`] |
+//! | `KVM_HVA_ERR_BAD` | [`HvaError::Bad`] |
+//! | `KVM_HVA_ERR_RO_BAD` | [`HvaError::ReadOnly`] |
+//! | `kvm_is_error_hva` | [`HvaError::is_error`] for a raw address; here a translation is a `Result` |
+//! | `KVM_ERR_PTR_BAD_PAGE` | kernel: `struct page` pointers; user space has addresses, and [`HvaError`] |
+//! | `is_error_page` | kernel: as `KVM_ERR_PTR_BAD_PAGE` |
+//! | `kvm_is_error_gpa` | kernel: a guest-virtual address without translation; user space asks `KVM_TRANSLATE`, whose answer has a `valid` field |
+//! | `kvm_is_mmio_pfn` | kernel: whether a host frame is RAM; user space knows what it mapped ([`Backing`]) |
+//!
+//! ## Slots
+//! | kvm_host.h | here |
+//! | --- | --- |
+//! | `KVM_MEMSLOT_INVALID` | kernel: marks a slot for the moment of its deletion or move; here readers see the table before or after, never between |
+//! | `KVM_MEM_MAX_NR_PAGES` | [`MAX_PAGES`] |
+//! | `KVM_USER_MEM_SLOTS` | [`SetMemoryRegion::max_slots`], [`Limits::slots`] |
+//! | `KVM_PRIVATE_MEM_SLOTS` | kernel: its own slots have ids beyond the user's; their addresses are [`PrivateRanges`] |
+//! | `KVM_MEM_SLOTS_NUM` | kernel: the sum of the two before; user space can name only [`Limits::slots`] |
+//! | `kvm_memory_slot` | [`Region`], its shape alone [`SlotShape`], its extent [`SlotExtent`] |
+//! | `kvm_memslots` | [`SlotTable`] |
+//! | `kvm_for_each_memslot` | [`SlotTable::regions`] |
+//! | `id_to_memslot` | [`SlotTable::by_id`] |
+//! | `search_memslots` | [`SlotTable::find`] |
+//! | `__gfn_to_memslot` | [`SlotTable::find`] |
+//! | `gfn_to_memslot` | [`Memslots::reader`], then [`SlotTable::find`] |
+//! | `memslot_id` | [`Translation::slot`] |
+//! | `kvm_is_visible_gfn` | [`SlotTable::is_visible`] |
+//!
+//! ## Changing the slots
+//! | kvm_host.h | here |
+//! | --- | --- |
+//! | `kvm_mr_change` | [`Change`] |
+//! | `KVM_MR_CREATE` | [`Change::Create`] |
+//! | `KVM_MR_DELETE` | [`Change::Delete`] |
+//! | `KVM_MR_MOVE` | [`Change::Move`] |
+//! | `KVM_MR_FLAGS_ONLY` | [`Change::FlagsOnly`] |
+//! | `kvm_set_memory_region` | [`Memslots::create`], [`Slot::remove`], [`Slot::relocate`], [`Slot::set_flags`] |
+//! | `__kvm_set_memory_region` | [`classify`](classify()) and [`SlotMap::check`], its rules as a pure function; [`SetMemoryRegion`], the call |
+//! | `kvm_arch_free_memslot` | kernel: reverse maps of a slot; user space drops the [`Region`] |
+//! | `kvm_arch_create_memslot` | kernel: reverse maps of a slot; user space maps the [`Backing`] |
+//! | `kvm_arch_memslots_updated` | kernel: stale MMIO translations by generation; user space has [`Memslots::generation`] |
+//! | `kvm_arch_prepare_memory_region` | kernel: its architecture's veto; planned: a change listener that can refuse |
+//! | `kvm_arch_commit_memory_region` | kernel: its architecture's follow-up; planned: a change listener |
+//! | `kvm_largepages_enabled` | kernel: a module's switch; user space chooses by mapping with [`HugePages`] |
+//! | `kvm_disable_largepages` | kernel: as `kvm_largepages_enabled` |
+//! | `kvm_arch_flush_shadow_all` | kernel: its page tables at a VM's end; user space deletes its slots when [`Memslots`] drops |
+//! | `kvm_arch_flush_shadow_memslot` | kernel: its page tables at a slot's end, done when [`Slot::remove`] returns |
+//!
+//! ## Translation
+//! | kvm_host.h | here |
+//! | --- | --- |
+//! | `gfn_to_hva` | [`SlotTable::gfn_to_hva`] |
+//! | `gfn_to_hva_prot` | [`SlotTable::gfn_to_hva_prot`] |
+//! | `gfn_to_hva_memslot` | [`SlotExtent::hva`] |
+//! | `__gfn_to_hva_memslot` | [`SlotExtent::hva`] |
+//! | `hva_to_gfn_memslot` | [`SlotExtent::guest_address`], over all slots [`SlotTable::hva_to_gfn`] |
+//! | `gfn_to_gpa` | [`Gfn::address`] |
+//! | `gpa_to_gfn` | [`Gfn::containing`] |
+//! | `pfn_to_hpa` | kernel: user space sees no host frames |
+//! | `kvm_host_page_size` | [`PAGE_SIZE`]: every backing here is of base pages; planned: hugetlb |
+//! | `gfn_to_page` | kernel: pins a host page; user space has an address, [`SlotTable::gfn_to_hva`], which the mapping keeps good |
+//! | `gfn_to_page_many_atomic` | kernel: as `gfn_to_page`; [`Translation::contiguous`] says how far one translation reaches |
+//! | `gfn_to_pfn` | kernel: as `gfn_to_page`; its errors are [`PfnError`] |
+//! | `gfn_to_pfn_atomic` | kernel: as `gfn_to_pfn`, without sleeping |
+//! | `gfn_to_pfn_async` | kernel: as `gfn_to_pfn`, faulting apart; user space serves such faults by userfaultfd (async-pf) |
+//! | `gfn_to_pfn_prot` | kernel: as `gfn_to_pfn`; user space has [`SlotTable::gfn_to_hva_prot`] |
+//! | `gfn_to_pfn_memslot` | kernel: as `gfn_to_pfn`; user space has [`SlotExtent::hva`] |
+//! | `gfn_to_pfn_memslot_atomic` | kernel: as `gfn_to_pfn_memslot` |
+//! | `kvm_release_page_clean` | kernel: unpins a host page; user space pins none |
+//! | `kvm_release_page_dirty` | kernel: as `kvm_release_page_clean`; written pages are told to a [`SlotBitmap`] |
+//! | `kvm_set_page_accessed` | kernel: its page aging |
+//! | `kvm_release_pfn_clean` | kernel: as `kvm_release_page_clean` |
+//! | `kvm_set_pfn_dirty` | kernel: the host's dirty bit, set for user space by its own writes |
+//! | `kvm_set_pfn_accessed` | kernel: its page aging |
+//! | `kvm_get_pfn` | kernel: pins a host page; user space keeps the mapping by a [`Snapshot`] |
+//! | `mmu_notifier_retry` | planned: an invalidation sequence for translations held across a hole punch; today [`Memslots::generation`] tells of slot changes |
+//!
+//! ## Guest access
+//! vm-memory's `Bytes` on [`CheckedMemory`] (permissions checked) or on [`SlotTable`] (not).
+//!
+//! | kvm_host.h | here |
+//! | --- | --- |
+//! | `kvm_read_guest` | [`Bytes::read_slice`](vm_memory::Bytes::read_slice) on [`CheckedMemory`] |
+//! | `kvm_read_guest_page` | as `kvm_read_guest`: [`CheckedMemory`] crosses pages and slots by itself |
+//! | `kvm_read_guest_atomic` | kernel: without sleeping; user space may always fault. [`Bytes::load`](vm_memory::Bytes::load) is the access in one piece |
+//! | `kvm_read_guest_cached` | planned: a cached translation; today a [`Translation`] and the [`Guard`] that it came from |
+//! | `kvm_write_guest` | [`Bytes::write_slice`](vm_memory::Bytes::write_slice) on [`CheckedMemory`] |
+//! | `kvm_write_guest_page` | as `kvm_write_guest`: [`CheckedMemory`] crosses pages and slots by itself |
+//! | `kvm_write_guest_cached` | planned: as `kvm_read_guest_cached` |
+//! | `gfn_to_hva_cache` | planned: as `kvm_read_guest_cached` |
+//! | `kvm_gfn_to_hva_cache_init` | planned: as `kvm_read_guest_cached` |
+//! | `kvm_clear_guest` | [`ClearGuest::clear`] |
+//! | `kvm_clear_guest_page` | [`ClearGuest::clear`] |
+//!
+//! # Concurrency contract
+//! - Changes to one [`Memslots`] exclude each other; each may wait some milliseconds for KVM (a grace period there).
+//! - Readers wait for none of them. [`Memslots::reader`] is the vCPU threads' way and takes no lock;
+//!   [`GuestRam::memory`](vm_memory::GuestAddressSpace::memory) and [`Memslots::snapshot`] take one for the cloning of
+//!   a reference.
+//! - A slot is made in KVM before readers see it, and deleted from KVM before they stop seeing it. So a reader may see
+//!   a slot that the guest sees no more, for as long as it stays inside, and its memory is still there. Several slots
+//!   made by one call appear to readers at once, to the guest one after the other.
+//! - Memory is unmapped when the slot is gone from KVM, no reader that could see it is inside, and no [`Snapshot`] of
+//!   it is left, on whichever thread lets go last.
+//! - A [`SlotExtent`] keeps the slot's id from being reused, not the slot.
+//! - KVM refuses all but the flags and the guest address of an existing slot to change; of these, a move has a moment
+//!   in which the guest sees nothing there.
+//!
+//! # Threat model
+//! The guest is hostile: its addresses come here through devices. Every access is checked against the table, in
+//! arithmetic that cannot wrap, and ends in an error, never a panic; guest memory is read and written through volatile
+//! or atomic accesses only, and may change at any time. A guest can make a VMM clone, look up and copy, and no more:
+//! what allocates is under the control plane's hands. The safety of the crate's callers rests on KVM and the mapping
+//! alone; a host trait that lies costs correctness, not memory safety of this process.
+//!
+//! # Save and restore
+//! The layout is the caller's ([`NewSlot`]s, or what [`SlotTable::regions`] shows: start, size, flags), the contents
+//! are read through a [`Snapshot`]. Ids are not part of it: they are given anew.
+//!
+//! # Known limits
+//! - Backings are anonymous memory and memfds. Planned: files, hugetlb, guest_memfd
+//!   (`KVM_SET_USER_MEMORY_REGION2`), prefault, NUMA, the userfaultfd layer, a declarative layout with a plan.
+//! - A publication copies 40 bytes a slot, and touches each slot's reference count: fine for hundreds of slots made one
+//!   by one, or for tens of thousands made by one [`Memslots::create_all`].
+//! - Lookup by host address or by id looks at each slot.
+//! - [`PAGE_SIZE`] is 4096: x86-64, and arm64 hosts with 4 KiB pages.
+//! - Address space 1 (SMM) is known to the classifier, not to [`Memslots`].
 
 mod access;
 mod classify;

@@ -116,9 +116,7 @@ impl Random {
             1 => request.start = GuestAddress(request.start.0 | bit),
             2 => request.size |= bit,
             3 => request.host = Hva(request.host.0 | bit as usize),
-            4 => {
-                request.host = Hva(self.of(&[1 << 63, 0xffff_8880_0000_0000, usize::MAX & !0xfff]))
-            }
+            4 => request.host = Hva(self.of(&[1 << 63, 0xffff_8880_0000_0000, !0xfffusize])),
             5 => {
                 request.id = SlotId(self.of(&[
                     limits.slots - 1,
@@ -129,7 +127,7 @@ impl Random {
                     u32::MAX,
                 ]))
             }
-            6 => request.start = GuestAddress(u64::MAX & !0xfff & !(self.below(4) << 12)),
+            6 => request.start = GuestAddress(!0xfff & !(self.below(4) << 12)),
             7 => request.start = GuestAddress((limits.last_gfn.0 - self.below(8)) << PAGE_SHIFT),
             _ => request.size = self.of(&[MAX_PAGES + 1, 1 << 40, u64::MAX >> 12]) << PAGE_SHIFT,
         }

@@ -186,7 +186,7 @@ fn what_kvm_would_refuse_is_refused_before_the_first_call() {
             "unaligned",
             vec![anonymous(1 << 20, 1), anonymous((2 << 20) + 8, 1)],
         ),
-        ("wraps", vec![anonymous(u64::MAX & !0xfff, 1)]),
+        ("wraps", vec![anonymous(!0xfffu64, 1)]),
         (
             "overlaps RAM",
             vec![anonymous(1 << 20, 1), anonymous(PAGE_SIZE, 1)],
