@@ -28,7 +28,8 @@ impl<H: SetGsiRouting + AttachIrqfd + Clone> Routing<H> {
     /// # Errors
     ///
     /// [`Error::NoIrqchip`], [`Error::EventFd`], [`Error::Attach`]; as
-    /// [`Change::commit`](crate::Change::commit) where the GSI's route is not committed yet.
+    /// [`Change::commit`](crate::Change::commit) where the GSI's route is not committed yet. When
+    /// only the attaching failed, what was deferred before is committed.
     pub fn irqfd(&self, gsi: &GsiHandle) -> Result<Irqfd<H>, Error> {
         self.irqfd_with(gsi, new_eventfd(gsi.gsi())?)
     }
