@@ -134,9 +134,14 @@ impl Subscriber<'_> {
 
     fn watch_stdin(&mut self, ops: &mut EventOps<'_>) {
         let events = Events::with_data(&self.stdin, STDIN, EventSet::IN);
-        if ops.add(events).is_err() {
-            // EPERM: a file that epoll does not take. A closed stdin reads as ended.
-            self.waiting = Waiting::File;
+        match ops.add(events) {
+            Ok(()) => {}
+            // A file that epoll does not take, because it can be read always.
+            Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EPERM => {
+                self.waiting = Waiting::File;
+            }
+            // Anything else: a read could block this thread, and with it the end.
+            Err(error) => self.fail("cannot wait for console input", error),
         }
     }
 

@@ -29,8 +29,12 @@ pub enum Kind {
     Kvm(u32),
     /// `open` or `openat`, by path.
     Open(String),
-    /// Any other, by system call number.
+    /// `mmap`, by length and flags: threads map at the same time, each its own things.
+    Map(u64, i32),
+    /// Any other of the first thread, by system call number.
     Syscall(i64),
+    /// Any other of any other thread.
+    Elsewhere(i64),
 }
 
 impl Kind {
@@ -51,7 +55,9 @@ impl fmt::Display for Kind {
                 None => write!(f, "KVM ioctl {request:#x}"),
             },
             Kind::Open(path) => write!(f, "open {path}"),
-            Kind::Syscall(nr) => match SYSCALLS.iter().find(|(n, _)| n == nr) {
+            Kind::Map(len, flags) => write!(f, "mmap of {len:#x} bytes with flags {flags:#x}"),
+            Kind::Syscall(nr) | Kind::Elsewhere(nr) => match SYSCALLS.iter().find(|(n, _)| n == nr)
+            {
                 Some((_, name)) => f.write_str(name),
                 None => write!(f, "system call {nr}"),
             },
@@ -302,7 +308,9 @@ impl Tracer<'_> {
             libc::SYS_ioctl if args[1] >> 8 & 0xff == 0xae => Kind::Kvm(args[1] as u32),
             libc::SYS_openat => Kind::Open(read_string(tid, args[1])),
             libc::SYS_open => Kind::Open(read_string(tid, args[0])),
-            _ => Kind::Syscall(nr),
+            libc::SYS_mmap => Kind::Map(args[1], args[3] as i32),
+            _ if tid == self.pid => Kind::Syscall(nr),
+            _ => Kind::Elsewhere(nr),
         };
         let count = self.counts.entry(kind.clone()).or_default();
         let nth = *count;
