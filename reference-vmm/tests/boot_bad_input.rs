@@ -280,6 +280,32 @@ fn images_without_a_way_to_start() {
 }
 
 #[test]
+fn a_multiboot_header_that_is_cut_off_is_none() {
+    let mut image = multiboot_raw();
+    image.truncate(64 + 31);
+    assert!(message(image).starts_with("the kernel image k is not a kernel: it begins with cc cc"));
+}
+
+#[test]
+fn more_modules_than_the_information_can_name() {
+    let with = |count: usize, name: &str| {
+        let initrds: Vec<_> = (0..count).map(|_| initrd(name, vec![1])).collect();
+        plan(&mut kernel(multiboot_elf()), &initrds, &config("")).map_err(|e| e.to_string())
+    };
+    let too_many = |count: usize| {
+        Err(format!(
+            "{count} modules are too many: at most 244 fit into the multiboot information"
+        ))
+    };
+    assert!(with(244, "m").is_ok());
+    assert_eq!(with(245, "m"), too_many(245));
+    // Their names share the command line's room.
+    let names =
+        "the command line and the names of the modules take 80036 bytes; 65536 is the limit";
+    assert_eq!(with(20, &"n".repeat(4000)), Err(names.to_owned()));
+}
+
+#[test]
 fn initrds_and_command_lines_that_are_too_long() {
     let huge = [initrd("i", vec![0; 64 * MIB as usize])];
     let error = plan(&mut kernel(bzimage()), &huge, &config(""))

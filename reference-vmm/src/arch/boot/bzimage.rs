@@ -21,8 +21,8 @@ use crate::arch::layout;
 const HEADER: u64 = 0x1f1;
 /// Offset of "HdrS".
 const MAGIC: usize = 0x202;
-/// End of "HdrS": what must be read to know a bzImage.
-pub(super) const MAGIC_END: usize = MAGIC + 4;
+/// End of "HdrS".
+const MAGIC_END: usize = MAGIC + 4;
 /// The 64-bit entry point, from the start of the protected-mode part.
 const ENTRY_64: u64 = 0x200;
 /// `setup_sects` that 0 stands for.
@@ -184,12 +184,7 @@ pub(super) fn plan<F: Read + Seek>(
 /// must have it.
 fn read_header<F: Read + Seek>(kernel: &mut Image<F>) -> Result<setup_header, BootError> {
     // The second byte of the jump instruction at 0x200 is the distance from the magic to the end.
-    let jump: u64 = kernel
-        .head::<MAGIC_END>()?
-        .get(MAGIC - 1)
-        .copied()
-        .unwrap_or(0)
-        .into();
+    let jump = kernel.head().get(MAGIC - 1).copied().map_or(0, u64::from);
     let mut header = setup_header::default();
     let bytes = header.as_mut_slice();
     let end = (MAGIC as u64 + jump).min(HEADER + bytes.len() as u64);

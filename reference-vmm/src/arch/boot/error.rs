@@ -164,6 +164,14 @@ pub enum BootError {
         /// Modules that fit.
         max: usize,
     },
+    /// The modules' names do not fit behind the command line.
+    #[error("the command line and the names of the modules take {len} bytes; {max} is the limit")]
+    ModuleNames {
+        /// Bytes that they take.
+        len: usize,
+        /// Bytes that there are.
+        max: usize,
+    },
     /// The command line is longer than the kernel reads.
     #[error("the command line of {len} bytes exceeds the kernel's limit of {limit}")]
     CmdlineTooLong {

@@ -36,9 +36,13 @@ pub struct Image<F> {
     name: String,
     file: F,
     len: u64,
-    /// The first bytes, read once: formats are told apart by them.
-    head: [u8; 0x206],
+    /// A kernel's first bytes, read once: they have the headers of every format, and each call of
+    /// `read` that is not made is start-up time.
+    head: Vec<u8>,
 }
+
+/// How much of a kernel is read at once: where a multiboot header must be.
+pub(super) const HEAD: usize = 8192;
 
 impl Image<File> {
     /// Opens the file at `path`, which must be a regular one.
@@ -101,7 +105,7 @@ impl<F: Read + Seek> Image<F> {
             name: name.into(),
             file,
             len: 0,
-            head: [0; 0x206],
+            head: Vec::new(),
         };
         image.len = image
             .file
@@ -113,22 +117,16 @@ impl<F: Read + Seek> Image<F> {
             });
         }
         if kind == ImageKind::Kernel {
-            let mut head = image.head;
-            let known = head
-                .len()
-                .min(usize::try_from(image.len).unwrap_or(usize::MAX));
-            image.read_at("first bytes", 0, &mut head[..known])?;
+            let mut head = vec![0; usize::try_from(image.len).map_or(HEAD, |len| len.min(HEAD))];
+            image.read_at("first bytes", 0, &mut head)?;
             image.head = head;
         }
         Ok(image)
     }
 
-    /// The first bytes of a kernel, fewer than `N` only where the file has no more.
-    pub(super) fn head<const N: usize>(&self) -> Result<&[u8], BootError> {
-        let known = N
-            .min(self.head.len())
-            .min(usize::try_from(self.len).unwrap_or(usize::MAX));
-        Ok(&self.head[..known])
+    /// The first [`HEAD`] bytes of a kernel, fewer only where the file has no more.
+    pub(super) fn head(&self) -> &[u8] {
+        &self.head
     }
 
     /// Fills `buffer` with the bytes from `offset` on; `what` is what they are, for the error.
@@ -139,6 +137,13 @@ impl<F: Read + Seek> Image<F> {
         buffer: &mut [u8],
     ) -> Result<(), BootError> {
         self.check_range(what, offset, buffer.len() as u64)?;
+        let known = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| self.head.get(offset..));
+        if let Some(bytes) = known.and_then(|known| known.get(..buffer.len())) {
+            buffer.copy_from_slice(bytes);
+            return Ok(());
+        }
         self.file
             .seek(SeekFrom::Start(offset))
             .and_then(|_| self.file.read_exact(buffer))

@@ -194,10 +194,9 @@ pub fn plan<F: Read + Seek>(
         initrds: &sizes(initrds),
     };
 
-    let head = kernel.head::<{ bzimage::MAGIC_END }>()?;
-    if head.starts_with(elf::MAGIC) {
+    if kernel.head().starts_with(elf::MAGIC) {
         let elf = elf::ElfFile::parse(kernel)?;
-        let multiboot = multiboot::find_header(kernel)?;
+        let multiboot = multiboot::find_header(kernel.head());
         return match (elf.is_linux && elf.is_64, elf.pvh_entry, multiboot) {
             (linux, Some(entry), _) if !linux || config.preference == Preference::Pvh => {
                 pvh::plan(kernel, &elf, entry, &mut place, &machine)
@@ -211,14 +210,13 @@ pub fn plan<F: Read + Seek>(
             }),
         };
     }
-    if bzimage::is_bzimage(head) {
+    if bzimage::is_bzimage(kernel.head()) {
         return bzimage::plan(kernel, &mut place, &machine);
     }
-    let head = head.to_vec();
-    if let Some(header) = multiboot::find_header(kernel)? {
+    if let Some(header) = multiboot::find_header(kernel.head()) {
         return multiboot::plan(kernel, None, &header, &mut place, &machine);
     }
-    Err(error::not_a_kernel(kernel.describe(), &head))
+    Err(error::not_a_kernel(kernel.describe(), kernel.head()))
 }
 
 impl BootPlan {

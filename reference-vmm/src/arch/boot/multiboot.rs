@@ -13,13 +13,14 @@ use vm_memory::GuestAddress;
 
 use super::cmdline;
 use super::elf::ElfFile;
+use super::image;
 use super::memory_map::{MemoryRange, memory_map};
 use super::place::{Initrd, Placement};
 use super::{BootError, BootPlan, CpuMode, Entry, FileCopy, Image, Machine, Protocol, Source};
 use crate::arch::layout;
 
 /// The header stands on a 4-byte boundary within these first bytes of the file.
-const SEARCHED: usize = 8192;
+const SEARCHED: usize = image::HEAD;
 const HEADER_MAGIC: u32 = 0x1bad_b002;
 /// EAX at entry.
 const LOADER_MAGIC: u64 = 0x2bad_b002;
@@ -58,15 +59,10 @@ pub(super) struct Header {
     entry_addr: u32,
 }
 
-/// The multiboot header of an image, if it has one.
-pub(super) fn find_header<F: Read + Seek>(
-    kernel: &mut Image<F>,
-) -> Result<Option<Header>, BootError> {
-    let len = usize::try_from(kernel.len())
-        .unwrap_or(SEARCHED)
-        .min(SEARCHED);
-    let mut bytes = vec![0; len];
-    kernel.read_at("first 8 KiB", 0, &mut bytes)?;
+/// The multiboot header in an image's first bytes, if it has one.
+pub(super) fn find_header(bytes: &[u8]) -> Option<Header> {
+    let bytes = &bytes[..bytes.len().min(SEARCHED)];
+    let len = bytes.len();
     let word = |at: usize| -> u32 {
         bytes
             .get(at..)
@@ -82,7 +78,7 @@ pub(super) fn find_header<F: Read + Seek>(
             // The addresses are not there: no header after all.
             continue;
         }
-        return Ok(Some(Header {
+        return Some(Header {
             offset: at as u64,
             flags,
             header_addr: word(at + 12),
@@ -90,9 +86,9 @@ pub(super) fn find_header<F: Read + Seek>(
             load_end_addr: word(at + 20),
             bss_end_addr: word(at + 24),
             entry_addr: word(at + 28),
-        }));
+        });
     }
-    Ok(None)
+    None
 }
 
 /// Plans an image with this header, which is an ELF file or not.
@@ -205,12 +201,9 @@ fn information<F>(
     let map_addr = info + INFO_LEN;
     let modules_addr = map_addr + map_len;
     let room = layout::ZERO_PAGE_ADDR.0.saturating_sub(modules_addr) / MODULE_LEN;
-    let too_many = BootError::TooManyModules {
-        count: modules.len(),
-        max: room as usize,
-    };
     if modules.len() as u64 > room {
-        return Err(too_many);
+        let (count, max) = (modules.len(), room as usize);
+        return Err(BootError::TooManyModules { count, max });
     }
 
     // Everything is below the MMIO hole, so addresses fit into 32 bits.
@@ -247,8 +240,9 @@ fn information<F>(
             bytes.extend_from_slice(&(word as u32).to_le_bytes());
         }
     }
-    if strings.bytes.len() > layout::CMDLINE_MAX {
-        return Err(too_many);
+    let (len, max) = (strings.bytes.len(), layout::CMDLINE_MAX);
+    if len > max {
+        return Err(BootError::ModuleNames { len, max });
     }
     Ok(vec![
         (layout::START_INFO_ADDR, bytes),
