@@ -194,23 +194,33 @@
 //! - [`PAGE_SIZE`] is 4096: x86-64, and arm64 hosts with 4 KiB pages.
 //! - Address space 1 (SMM) is known to the classifier, not to [`Memslots`].
 
+#[forbid(unsafe_code)]
 mod access;
+#[forbid(unsafe_code)]
 mod classify;
 mod extent;
 pub mod fake;
+#[forbid(unsafe_code)]
 mod flags;
+#[forbid(unsafe_code)]
 mod frames;
 mod host;
+#[forbid(unsafe_code)]
 mod ids;
 #[cfg(feature = "kvm")]
 mod kvm;
+#[forbid(unsafe_code)]
 mod layout;
 mod mapping;
 mod memslots;
+#[forbid(unsafe_code)]
 mod private;
 mod region;
+#[forbid(unsafe_code)]
 mod slot;
+#[forbid(unsafe_code)]
 mod table;
+#[forbid(unsafe_code)]
 mod units;
 
 pub use access::{CheckedMemory, ClearGuest, GuestRam, LoadedMemory};

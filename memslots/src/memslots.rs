@@ -101,8 +101,9 @@ pub struct NewSlot {
 /// Cheap to clone (all clones are one); `Send + Sync`. `B` notes the writes that this process makes.
 ///
 /// One `Memslots` for a VM: it takes every slot id for its own. When it, its clones and all its [`Slot`]s are gone, the
-/// slots that were [kept](Slot::keep) are deleted from KVM, which takes KVM's time for each: a VMM that ends with its
-/// process does not let it come to that.
+/// slots that were [kept](Slot::keep) are deleted from KVM, which takes KVM's time for each (milliseconds, once KVM has
+/// buses to wait for). A VMM whose VM ends with the process spares itself that: `keep` all slots, and let the process
+/// end, or [`std::mem::forget`] the `Memslots`; memory stays mapped to the end then.
 pub struct Memslots<B: SlotBitmap = ()> {
     inner: Arc<Inner<B>>,
 }
