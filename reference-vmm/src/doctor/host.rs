@@ -6,9 +6,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use kvm_core::Kvm;
+use kvm_core::{Kvm, OpenError};
 
 use super::uffd::Uffd;
+
+/// Where KVM's device is, unless a path is given.
+const USUAL_PATH: &str = "/dev/kvm";
 
 /// What kind of KVM a host has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,8 +40,8 @@ impl Kind {
         match self {
             Kind::Hardware => "guests run at native speed",
             Kind::Software => {
-                "guests that are not made for it are interpreted, at about a million instructions \
-                 a second; to boot a stock Linux here: cargo xtask boot"
+                "guests are interpreted, about a million instructions a second; for a stock Linux: \
+                 cargo xtask boot"
             }
             Kind::None => "guests can run in the lab only: cargo xtask boot",
         }
@@ -78,10 +81,11 @@ pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
     };
     let problem = match &opened {
         Ok(_) => Vec::new(),
-        Err(error) => [error.to_string()]
-            .into_iter()
-            .chain(advice(kvm_path, cpu_flag, &modules))
-            .collect(),
+        Err(error) => {
+            let mut problem = vec![reason(error)];
+            problem.extend(advice(kvm_path, Path::new(USUAL_PATH), cpu_flag, &modules));
+            problem
+        }
     };
     let host = Host {
         kvm_path: kvm_path.to_owned(),
@@ -116,34 +120,50 @@ fn modules() -> Vec<String> {
     names
 }
 
+/// Why KVM cannot be opened. The error's own advice is left out where [`advice`] knows more.
+fn reason(error: &OpenError) -> String {
+    match error {
+        OpenError::Open { path, errno }
+            if matches!(errno.errno(), libc::ENOENT | libc::EACCES | libc::EPERM) =>
+        {
+            format!("cannot open {}: {errno}", path.display())
+        }
+        other => other.to_string(),
+    }
+}
+
 /// What to do where KVM cannot be opened, the likeliest first.
-fn advice(kvm_path: &Path, cpu_flag: Option<&str>, modules: &[String]) -> Vec<String> {
+fn advice(
+    kvm_path: &Path,
+    usual: &Path,
+    cpu_flag: Option<&str>,
+    modules: &[String],
+) -> Vec<String> {
     let mut advice = Vec::new();
-    let loaded = |name: &str| modules.iter().any(|module| module == name);
+    let back_end = modules.iter().find(|module| module.starts_with("kvm_"));
     match fs::metadata(kvm_path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => match cpu_flag {
-            Some("vmx") if !loaded("kvm_intel") => {
-                advice.push("the processor has VMX: sudo modprobe kvm_intel".into());
-            }
-            Some("svm") if !loaded("kvm_amd") => {
-                advice.push("the processor has SVM: sudo modprobe kvm_amd".into());
-            }
-            Some(_) => advice.push(format!(
-                "KVM's modules are loaded; in a container, pass {} in",
-                kvm_path.display()
-            )),
-            None => advice.push(
-                "the processor shows neither VMX nor SVM: switch virtualization on in the \
-                 firmware, or nested virtualization in the hypervisor that this machine runs under"
-                    .into(),
-            ),
-        },
         Ok(_) => advice.push(format!(
-            "the device is there: if it is this user who may not open it, sudo usermod -aG kvm \
-             $USER and log in again (ls -l {} says whose it is)",
+            "if it is this user who may not open it: sudo usermod -aG kvm $USER, and log in again \
+             (ls -l {} says whose it is)",
             kvm_path.display()
         )),
-        Err(_) => {}
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {}
+        Err(_) if kvm_path != usual && usual.exists() => {
+            advice.push(format!("there is a {}: use that", usual.display()));
+        }
+        Err(_) => advice.push(match (back_end, cpu_flag) {
+            (Some(module), _) => format!(
+                "{module} is loaded: in a container, pass {} in; else sudo modprobe -r {module} \
+                 and load it again, and see dmesg",
+                kvm_path.display()
+            ),
+            (None, Some("vmx")) => "the processor has VMX: sudo modprobe kvm_intel".into(),
+            (None, Some(_)) => "the processor has SVM: sudo modprobe kvm_amd".into(),
+            (None, None) => "the processor shows neither VMX nor SVM: switch virtualization on in \
+                             the firmware, or nested virtualization in the hypervisor that this \
+                             machine runs under"
+                .into(),
+        }),
     }
     advice.push(
         "without KVM, everything runs in the lab, a machine that QEMU emulates: cargo xtask boot, \
@@ -172,15 +192,17 @@ mod tests {
         let missing = Path::new("/no/such/device");
         let first = |flag, modules: &[&str]| {
             let modules: Vec<String> = modules.iter().map(|name| (*name).to_owned()).collect();
-            let advice = advice(missing, flag, &modules);
+            let advice = advice(missing, missing, flag, &modules);
             assert!(advice.last().unwrap().contains("cargo xtask lab"));
             advice[0].clone()
         };
         assert!(first(Some("vmx"), &["kvm"]).contains("modprobe kvm_intel"));
         assert!(first(Some("svm"), &[]).contains("modprobe kvm_amd"));
-        assert!(first(Some("svm"), &["kvm_amd"]).contains("container"));
+        assert!(first(Some("svm"), &["kvm", "kvm_amd"]).contains("container"));
         assert!(first(None, &[]).contains("firmware"));
-        let there = advice(Path::new("/dev/null"), None, &[]);
+        let elsewhere = advice(missing, Path::new("/dev/null"), None, &[]);
+        assert_eq!(elsewhere[0], "there is a /dev/null: use that");
+        let there = advice(Path::new("/dev/null"), missing, None, &[]);
         assert!(there[0].contains("usermod"));
     }
 }

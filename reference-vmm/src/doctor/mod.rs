@@ -5,8 +5,8 @@
 //! ```text
 //!   host          which kind of host this is, and what to do where it has no KVM
 //!   capabilities  what KVM says it can do, and which crate wants it
-//!   checks        what it does: each check is a VM of its own with the guest of `guest`, driven
-//!                 through the crates that a monitor is made of
+//!   checks        what it does: each of `trials` builds a VM of its own with the guest of `guest`,
+//!                 and drives it through the crates that a monitor is made of
 //!   report        all of it as data, as text and as JSON
 //! ```
 //!
@@ -18,6 +18,7 @@ mod checks;
 mod guest;
 mod host;
 mod report;
+mod trials;
 mod uffd;
 
 use std::io;
@@ -31,8 +32,8 @@ pub use report::Report;
 /// Exit status where something that was tried does not work, or nothing could be tried.
 const SOMETHING_IS_WRONG: u8 = 1;
 
-/// Examines the host whose KVM device is at `kvm_path`. Blocks for a fraction of a second, and for
-/// half a minute at most where a check hangs.
+/// Examines the host whose KVM device is at `kvm_path`. Blocks for a fraction of a second; where
+/// checks fail because the guest does not answer, for some seconds each.
 pub fn examine(kvm_path: &Path) -> Report {
     let (host, kvm) = host::examine(kvm_path);
     let Some(kvm) = kvm else {

@@ -107,12 +107,8 @@ impl Report {
             Some(flag) => format!("{flag} in /proc/cpuinfo"),
             None => "neither vmx nor svm in /proc/cpuinfo".into(),
         };
-        writeln!(
-            f,
-            "  KVM          {} ({seen}): {}",
-            host.kind.name(),
-            host.kind.meaning()
-        )?;
+        writeln!(f, "  KVM          {} ({seen})", host.kind.name())?;
+        writeln!(f, "               {}", host.kind.meaning())?;
         let modules = match host.modules.is_empty() {
             true => "no module to be seen".into(),
             false => host.modules.join(", "),
