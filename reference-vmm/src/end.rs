@@ -7,6 +7,7 @@
 //! told wins, later ones are dropped, because a guest that writes to its reset register and then
 //! triple-faults has been reset.
 
+use std::fmt::{self, Write};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::OnceLock;
@@ -110,22 +111,29 @@ impl AsRawFd for EndSignal {
 }
 
 /// An error with its sources on one line. A source whose words the message has already at its end
-/// is not said again: crates differ in whether they put it there.
+/// is not said again: crates differ in whether they put it there. Control characters, which a path
+/// may have, are escaped: a terminal obeys them.
 #[derive(Clone, Copy, Debug)]
 pub struct Chain<'a>(pub &'a dyn std::error::Error);
 
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut said = self.0.to_string();
-        f.write_str(&said)?;
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut line = self.0.to_string();
         let mut source = self.0.source();
         while let Some(error) = source {
             let next = error.to_string();
-            if !said.ends_with(&next) {
-                write!(f, ": {next}")?;
+            if !line.ends_with(&next) {
+                line.push_str(": ");
+                line.push_str(&next);
             }
-            said = next;
             source = error.source();
+        }
+        for c in line.chars() {
+            if c.is_control() {
+                write!(f, "{}", c.escape_default())?;
+            } else {
+                f.write_char(c)?;
+            }
         }
         Ok(())
     }
@@ -158,6 +166,12 @@ mod tests {
         let expected = "outer: Operation not permitted (os error 1)";
         assert_eq!(Chain(&Outer::Repeats(errno())).to_string(), expected);
         assert_eq!(Chain(&Outer::Leaves(errno())).to_string(), expected);
+    }
+
+    #[test]
+    fn control_characters_do_not_reach_the_terminal() {
+        let error = io::Error::other("no \x1b[31m\n\u{9b}1m here");
+        assert_eq!(Chain(&error).to_string(), "no \\u{1b}[31m\\n\\u{9b}1m here");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use reference_vmm::cli::{self, Command};
+use reference_vmm::end::Chain;
 use reference_vmm::timeline::{Event, timeline};
 use reference_vmm::{doctor, logger, run};
 
@@ -17,7 +18,7 @@ fn main() -> ExitCode {
     let command = match cli::parse(std::env::args_os()) {
         Ok(command) => command,
         Err(error) => {
-            say(format_args!("{error}"));
+            say(format_args!("{}", Chain(&error)));
             return USAGE.into();
         }
     };

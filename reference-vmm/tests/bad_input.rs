@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What is wrong with the command line, the configuration or the files ends with status 2 and one
+//! line that has the wrong value in it, before anything is created: these tests name a KVM device
+//! that does not exist, and hear of it (status 1) only where everything else is right.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::io::Write;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use guests::{boot, image};
+use support::mutate::{Random, mutate};
+use support::{Vmm, elf, file, long};
+
+const NO_KVM: &str = "/no/such/kvm";
+
+/// `run --kernel KERNEL` where there is no KVM.
+fn run(kernel: impl AsRef<std::ffi::OsStr>) -> Vmm {
+    Vmm::run(kernel).args(["--kvm", NO_KVM])
+}
+
+/// What follows `run` on the command line is refused, in a line with all of `needles`.
+#[track_caller]
+fn refused(words: &str, needles: &[&str]) {
+    let kernel = elf(boot::hello64());
+    run(&kernel)
+        .words(words)
+        .output()
+        .expect_status(2)
+        .expect_stdout("")
+        .expect_line(needles);
+}
+
+#[track_caller]
+fn image_refused(bytes: &[u8], needles: &[&str]) {
+    let kernel = file(bytes);
+    let path = kernel.display().to_string();
+    let ended = run(&kernel).output();
+    ended
+        .expect_status(2)
+        .expect_stdout("")
+        .expect_line(&[&path])
+        .expect_line(needles);
+}
+
+#[test]
+fn what_is_right_gets_as_far_as_kvm() {
+    for kernel in [
+        image::elf64(boot::hello64()),
+        image::elf64_pvh(boot::pvh32()),
+        image::multiboot(boot::multiboot32()),
+        image::bzimage(boot::hello64()),
+    ] {
+        run(file(&kernel)).output();
+        let kernel = file(&kernel);
+        run(&kernel)
+            .output()
+            .expect_status(1)
+            .expect_line(&[NO_KVM, "No such file"]);
+    }
+}
+
+#[test]
+fn no_access_to_kvm_says_so_with_the_path() {
+    let kernel = elf(boot::hello64());
+    for (path, needle) in [("/no/such/kvm", "os error 2"), ("/dev/null", ""), ("/", "")] {
+        let ended = Vmm::run(&kernel).args(["--kvm", path]).output();
+        ended.expect_status(1).expect_line(&[path, needle]);
+    }
+}
+
+#[test]
+fn commands_and_flags_that_do_not_exist_are_named() {
+    for (args, needle) in [
+        (&["boot"][..], "boot"),
+        (&[], "--help"),
+        (&["run"], "--kernel"),
+        (&["run", "--kernel"], "--kernel"),
+        (&["run", "--kernel="], "--kernel"),
+        (&["run", "--frob"], "--frob"),
+        (&["run", "-x"], "-x"),
+        (&["run", "--kernel", "k", "extra"], "extra"),
+        (&["run", "--kernel", "k", "--irqchip", "apic"], "apic"),
+        (&["run", "--kernel", "k", "--log", "loud"], "loud"),
+        (
+            &["run", "--kernel", "k", "--shutdown-timeout", "soon"],
+            "soon",
+        ),
+        (&["run", "--kernel", "k", "--debug-exit=0x10000"], "0x10000"),
+        (&["doctor", "--xml"], "--xml"),
+    ] {
+        let ended = Vmm::command(args).output();
+        ended
+            .expect_status(2)
+            .expect_stdout("")
+            .expect_line(&[needle]);
+    }
+}
+
+#[test]
+fn bytes_that_are_no_text_do_not_confuse_the_command_line() {
+    use std::os::unix::ffi::OsStrExt;
+    let odd = std::ffi::OsStr::from_bytes(b"/no/such/\xff\x1b[31m\n");
+    Vmm::run(odd).output().expect_status(2).one_line();
+    let kernel = elf(boot::hello64());
+    for flag in ["--cmdline", "--memory", "--cpus", "--irqchip"] {
+        run(&kernel)
+            .arg(flag)
+            .arg(odd)
+            .output()
+            .expect_status(2)
+            .one_line();
+    }
+    for flag in ["--initrd", "--config"] {
+        run(&kernel)
+            .arg(flag)
+            .arg(odd)
+            .output()
+            .expect_status(2)
+            .one_line();
+    }
+    Vmm::run(&kernel)
+        .arg("--kvm")
+        .arg(odd)
+        .output()
+        .expect_status(1)
+        .one_line();
+    Vmm::command([odd]).output().expect_status(2).one_line();
+}
+
+#[test]
+fn impossible_numbers_of_vcpus_are_refused_with_the_number() {
+    for cpus in ["0", "256", "100000", "4294967296", "-1", "two", "1.5", ""] {
+        let kernel = elf(boot::hello64());
+        run(&kernel)
+            .args(["--cpus", cpus])
+            .output()
+            .expect_status(2)
+            .expect_line(&[cpus]);
+    }
+}
+
+#[test]
+fn impossible_memory_is_refused_with_the_size() {
+    for (memory, needle) in [
+        ("0", "0 bytes"),
+        ("1", "1 bytes"),
+        ("1M", "1048576"),
+        ("268435457", "268435457"),
+        ("4096T", "4503599627370496"),
+        ("18446744073709551615", "18446744073709551615"),
+        ("18446744073709547520", "18446744073709547520"),
+        ("99999999999999999999", "99999999999999999999"),
+        ("17179869184G", "17179869184G"),
+        ("8EB", "8EB"),
+        ("lots", "lots"),
+        ("-1", "-1"),
+        ("1.5G", "1.5G"),
+    ] {
+        refused(&format!("--memory {memory}"), &[needle]);
+    }
+}
+
+#[test]
+fn debug_exit_and_pit_that_cannot_be_are_refused() {
+    refused("--debug-exit=0xffff", &["0xffff"]);
+    refused("--debug-exit=0x3f8", &["0x3f8"]);
+    refused("--debug-exit=0x3f6", &["0x3f6"]);
+    refused("--debug-exit=port", &["port"]);
+    refused("--pit --irqchip split", &["PIT"]);
+    refused("--pit --irqchip none", &["PIT"]);
+}
+
+#[test]
+fn an_over_long_command_line_is_refused_with_both_lengths() {
+    let kernels = [
+        (image::elf64(boot::hello64()), 65535),
+        (image::bzimage(boot::hello64()), 2047),
+        (image::elf64_pvh(boot::pvh32()), 65535),
+    ];
+    for (kernel, limit) in kernels {
+        let kernel = file(&kernel);
+        let fits = "x".repeat(limit);
+        run(&kernel)
+            .args(["--cmdline", &fits])
+            .output()
+            .expect_status(1)
+            .expect_line(&[NO_KVM]);
+        let too_long = "x".repeat(limit + 1);
+        let ended = run(&kernel).args(["--cmdline", &too_long]).output();
+        let (limit, len) = (limit.to_string(), (limit + 1).to_string());
+        ended
+            .expect_status(2)
+            .expect_line(&["command line", &limit, &len]);
+    }
+}
+
+#[test]
+fn a_kernel_that_is_no_file_is_refused_with_its_path() {
+    run("/no/such/kernel")
+        .output()
+        .expect_status(2)
+        .expect_line(&["/no/such/kernel"]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().display().to_string();
+    run(dir.path())
+        .output()
+        .expect_status(2)
+        .expect_line(&[&path, "directory"]);
+    run("/dev/zero")
+        .output()
+        .expect_status(2)
+        .expect_line(&["/dev/zero"]);
+    run("/dev/null")
+        .output()
+        .expect_status(2)
+        .expect_line(&["/dev/null"]);
+    // A FIFO that nobody writes to must not be waited for.
+    let fifo = dir.path().join("fifo");
+    let name = std::ffi::CString::new(fifo.as_os_str().as_encoded_bytes()).unwrap();
+    // SAFETY: a valid path.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    run(&fifo).output().expect_status(2).expect_line(&["fifo"]);
+    let link = dir.path().join("loop");
+    std::os::unix::fs::symlink(&link, &link).unwrap();
+    run(&link).output().expect_status(2).expect_line(&["loop"]);
+    // Procfs files claim to be empty regular files.
+    run("/proc/self/maps")
+        .output()
+        .expect_status(2)
+        .expect_line(&["/proc/self/maps"]);
+}
+
+#[test]
+fn a_kernel_that_may_not_be_read_is_refused() {
+    // Root may read every file: for root, a file that cannot be read is one that fails to.
+    // SAFETY: plain call.
+    if unsafe { libc::geteuid() } == 0 {
+        let ended = run("/proc/self/mem").output();
+        ended.expect_status(2).expect_line(&["/proc/self/mem"]);
+    } else {
+        let kernel = elf(boot::hello64());
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0);
+        std::fs::set_permissions(&kernel, mode).unwrap();
+        run(&kernel)
+            .output()
+            .expect_status(2)
+            .expect_line(&["Permission denied"]);
+    }
+}
+
+#[test]
+fn what_is_no_kernel_is_refused_with_a_guess() {
+    image_refused(b"", &["empty"]);
+    image_refused(b"x", &[]);
+    image_refused(b"\x7fELF", &[]);
+    image_refused(&[0; 4096], &["not a kernel"]);
+    image_refused(&[0xff; 100_000], &["not a kernel"]);
+    image_refused(b"#!/bin/sh\nexit 0\n", &["script"]);
+    image_refused(b"\x1f\x8b\x08\0\0\0\0\0\0\0\0\0", &["gzip"]);
+    image_refused(b"070701000000000000000000", &["cpio"]);
+}
+
+#[test]
+fn a_program_of_this_host_is_refused() {
+    // An ELF64 executable, yet position-independent and dynamic.
+    let ended = run(support::binary()).output();
+    assert!(matches!(ended.status.code(), Some(1 | 2)), "{ended}");
+    ended.one_line();
+}
+
+#[test]
+fn a_truncated_kernel_is_refused_at_every_length() {
+    for image in [
+        image::elf64(boot::hello64()),
+        image::elf64_pvh(boot::pvh32()),
+        image::multiboot(boot::multiboot32()),
+        image::bzimage(boot::hello64()),
+    ] {
+        let step = if long() { 1 } else { 97 };
+        let lengths = (0..image.len()).step_by(step).chain([image.len() - 1]);
+        for len in lengths {
+            let kernel = file(&image[..len]);
+            let ended = run(&kernel).output();
+            // bzImage is padded to 16 bytes: its last ones are not missed.
+            let code = ended.status.code();
+            assert!(
+                code == Some(2) || code == Some(1) && len + 16 > image.len(),
+                "{len}: {ended}"
+            );
+            ended.one_line();
+        }
+    }
+}
+
+#[test]
+fn an_initrd_that_does_not_fit_is_refused_with_its_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let initrd = dir.path().join("initrd");
+    for (len, memory) in [(300 << 20, "256M"), (1 << 40, "1G"), (3 << 20, "2M")] {
+        std::fs::File::create(&initrd)
+            .unwrap()
+            .set_len(len)
+            .unwrap();
+        for kernel in [
+            image::elf64(boot::hello64()),
+            image::elf64_pvh(boot::pvh32()),
+            image::multiboot(boot::multiboot32()),
+            image::bzimage(boot::hello64()),
+        ] {
+            let kernel = file(&kernel);
+            let ended = run(&kernel)
+                .args(["--memory", memory])
+                .arg("--initrd")
+                .arg(&initrd)
+                .output();
+            ended
+                .expect_status(2)
+                .expect_line(&["initrd", &len.to_string()]);
+        }
+    }
+    let kernel = elf(boot::hello64());
+    let ended = run(&kernel).args(["--initrd", "/no/such/initrd"]).output();
+    ended.expect_status(2).expect_line(&["/no/such/initrd"]);
+    let ended = run(&kernel).arg("--initrd").arg(dir.path()).output();
+    ended.expect_status(2).expect_line(&["directory"]);
+}
+
+#[test]
+fn a_bad_configuration_file_is_refused_with_its_path() {
+    let refused = |text: &[u8], needle: &str| {
+        let config = file(text);
+        let path = config.display().to_string();
+        let ended = Vmm::command(["run", "--config", &path])
+            .args(["--kvm", NO_KVM])
+            .output();
+        ended.expect_status(2).expect_line(&[&path, needle]);
+    };
+    refused(b"", "");
+    refused(b"{", "");
+    refused(b"[]", "");
+    refused(b"{}", "kernel");
+    refused(b"\xff\xfe", "");
+    refused(br#"{"kernel": 1}"#, "");
+    refused(br#"{"kernel": "k", "cpu": 2}"#, "`cpu`");
+    refused(br#"{"kernel": "k", "memory": "lots"}"#, "lots");
+    refused(br#"{"kernel": "k", "memory": -1}"#, "");
+    refused(br#"{"kernel": "k", "cpus": 4294967296}"#, "4294967296");
+    refused(br#"{"kernel": "k", "kernel": "k"}"#, "kernel");
+    refused("[".repeat(100_000).as_bytes(), "");
+    refused(&vec![b' '; (1 << 20) + 1], "1048577");
+    for path in ["/no/such/config", "/"] {
+        let ended = Vmm::command(["run", "--config", path]).output();
+        ended.expect_status(2).expect_line(&[path]);
+    }
+    // What is valid JSON and cannot be is refused as on the command line.
+    for (text, needle) in [
+        (r#"{"kernel": "k", "cpus": 0}"#, "0 vCPUs"),
+        (r#"{"kernel": "k", "memory": 0}"#, "0 bytes"),
+        (r#"{"kernel": "", "cpus": 1}"#, "--kernel"),
+        (r#"{"kernel": "k", "cmdline": "a\u0000b"}"#, "NUL"),
+    ] {
+        let config = file(text.as_bytes());
+        let ended = Vmm::command(["run", "--config"]).arg(&config).output();
+        ended.expect_status(2).expect_line(&[needle]);
+    }
+}
+
+#[test]
+fn a_message_that_cannot_be_written_changes_no_status() {
+    // stderr is a pipe whose reader has gone.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = std::process::Command::new(support::binary());
+    let status = command.arg("frob").stderr(writer).status().unwrap();
+    assert_eq!(status.code(), Some(2));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = std::process::Command::new(support::binary());
+    assert!(
+        command
+            .args(["run", "--help"])
+            .stdout(writer)
+            .status()
+            .unwrap()
+            .success()
+    );
+    std::io::stdout().flush().unwrap();
+}
+
+/// Mutated images through the whole binary: whatever the bytes say, there is one line and status 2,
+/// or everything is right and KVM is the only thing missing.
+fn hostile(name: &str, image: &[u8], headers: usize) {
+    let runs = if long() { 2000 } else { 60 };
+    let (next, bootable) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= runs {
+                        return;
+                    }
+                    let bytes = mutate(image, headers, &mut Random::new(seed as u64));
+                    let kernel = file(&bytes);
+                    let ended = run(&kernel).args(["--memory", "64M"]).output();
+                    let code = ended.status.code();
+                    assert!(matches!(code, Some(1 | 2)), "{name}, seed {seed}: {ended}");
+                    let line = ended.one_line();
+                    if code == Some(1) {
+                        assert!(line.contains(NO_KVM), "{name}, seed {seed}: {ended}");
+                        bootable.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    println!(
+        "{name}: {} of {runs} mutants could start",
+        bootable.into_inner()
+    );
+}
+
+#[test]
+fn hostile_elf_files_are_refused_or_planned() {
+    hostile("elf64", &image::elf64(boot::hello64()), 64 + 56);
+    hostile(
+        "elf64 with a PVH note",
+        &image::elf64_pvh(boot::pvh32()),
+        64 + 2 * 56 + 20,
+    );
+}
+
+#[test]
+fn hostile_multiboot_images_are_refused_or_planned() {
+    let image = image::multiboot(boot::multiboot32());
+    hostile("multiboot", &image, 52 + 32);
+    // The header is on the second page: rotate it into what is mutated.
+    let header = image[4096..].to_vec();
+    hostile(
+        "multiboot's header",
+        &[&header[..], &image[..]].concat(),
+        48,
+    );
+}
+
+#[test]
+fn hostile_bzimages_are_refused_or_planned() {
+    let image = image::bzimage(boot::hello64());
+    hostile("bzImage", &image, 0x268);
+    // The setup header alone.
+    let mut random = Random::new(1);
+    for _ in 0..if long() { 2000 } else { 60 } {
+        let mut image = image.clone();
+        let header = mutate(&image[0x1f1..0x268], 0x77, &mut random);
+        image[0x1f1..0x1f1 + header.len()].copy_from_slice(&header);
+        let kernel = file(&image);
+        let ended = run(&kernel).args(["--memory", "64M"]).output();
+        assert!(matches!(ended.status.code(), Some(1 | 2)), "{ended}");
+        ended.one_line();
+    }
+}
