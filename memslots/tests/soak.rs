@@ -22,7 +22,8 @@ fn readers_are_always_right_while_slots_come_go_and_move() {
     // Each slot's first bytes say where it is; a moved one is rewritten after the move, so it may say the old place.
     let write = |at: GuestAddress| memslots.snapshot().write_obj(at.0, at).unwrap();
     let place = |index: u64| GuestAddress(index * 16 * PAGE_SIZE);
-    thread_scope(|scope| {
+    std::thread::scope(|scope| {
+        let readers = StopReaders(&stop);
         let vcpu = || {
             let mut reader = memslots.reader();
             while !stop.load(Ordering::Relaxed) {
@@ -79,15 +80,16 @@ fn readers_are_always_right_while_slots_come_go_and_move() {
                 Some(slot) => drop(slot),
             }
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(readers);
     });
     assert_eq!(memslots.available(), 64);
 }
 
-/// A scope whose threads' panics end the test, with the writer not left alone.
-fn thread_scope<'env, F>(body: F)
-where
-    F: for<'scope> FnOnce(&'scope std::thread::Scope<'scope, 'env>),
-{
-    std::thread::scope(body);
+/// Stops the readers however the writer ends: a panic of the writer fails the test, and does not hang it.
+struct StopReaders<'a>(&'a AtomicBool);
+
+impl Drop for StopReaders<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

@@ -35,6 +35,15 @@ impl Drop for Counted {
     }
 }
 
+/// Stops the readers however the writers end: a panic fails the test, and does not hang it.
+struct StopReaders<'a>(&'a AtomicBool);
+
+impl Drop for StopReaders<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn readers_and_writers_in_a_crowd_see_whole_tables_and_each_is_dropped_once() {
     let rounds = if std::env::var_os("LONG_TESTS").is_some() {
@@ -47,6 +56,7 @@ fn readers_and_writers_in_a_crowd_see_whole_tables_and_each_is_dropped_once() {
     let published = Published::new(Counted::new(0, &drops));
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
+        let readers = StopReaders(&stop);
         for _ in 0..2 {
             scope.spawn(|| {
                 let mut reader = published.reader();
@@ -80,7 +90,7 @@ fn readers_and_writers_in_a_crowd_see_whole_tables_and_each_is_dropped_once() {
             }
         }
         other_writer.join().unwrap();
-        stop.store(true, Ordering::Relaxed);
+        drop(readers);
     });
     published.grace().wait();
     assert_eq!(published.generation(), 2 * rounds as u64);
