@@ -33,6 +33,8 @@ use crate::sync::{AtomicU64, Condvar, Mutex, Ordering, lock, thread_local, wait}
 
 thread_local! {
     /// The set whose vCPU this thread is running, by address.
+    // Loom's twin of the macro knows no `const` blocks.
+    #[allow(clippy::missing_const_for_thread_local)]
     static RUNNING: Cell<usize> = Cell::new(0);
 }
 
@@ -457,6 +459,8 @@ impl Member {
         self.enrolled
             .acknowledged
             .store(state.epoch, Ordering::Relaxed);
+        // Unlocked first, or who is woken would have to wait for the lock.
+        drop(state);
         self.control.changed.notify_all();
     }
 }

@@ -160,7 +160,7 @@ pub enum HaltReason<S> {
     /// The guest shut down: a triple fault on x86.
     Shutdown,
     /// KVM gave up on the guest.
-    InternalError(InternalError),
+    InternalError(Box<InternalError>),
     /// The hardware refused to run the guest's state.
     FailEntry {
         /// Vendor-specific.
@@ -319,7 +319,7 @@ impl<V: RunVcpu> Runner<V> {
         };
         match exit {
             Exit::Shutdown => return Err(HaltReason::Shutdown),
-            Exit::InternalError(error) => return Err(HaltReason::InternalError(error)),
+            Exit::InternalError(error) => return Err(HaltReason::InternalError(Box::new(error))),
             Exit::FailEntry { reason, cpu } => return Err(HaltReason::FailEntry { reason, cpu }),
             Exit::Unknown { hardware_reason } => {
                 return Err(HaltReason::Unknown { hardware_reason });
@@ -415,7 +415,7 @@ impl<S> HaltReason<S> {
             Self::Handler(_) => "ended by its handler".into(),
             Self::Stopped => HaltReason::<()>::Stopped.to_string(),
             Self::Shutdown => HaltReason::<()>::Shutdown.to_string(),
-            Self::InternalError(e) => HaltReason::<()>::InternalError(*e).to_string(),
+            Self::InternalError(e) => HaltReason::<()>::InternalError(e.clone()).to_string(),
             Self::FailEntry { reason, cpu } => HaltReason::<()>::FailEntry {
                 reason: *reason,
                 cpu: *cpu,

@@ -113,6 +113,22 @@ fn pauses_nest_and_the_last_one_lets_go() {
 }
 
 #[test]
+fn a_stop_ends_vcpus_that_a_pause_holds() {
+    watchdog(|| {
+        let set = set();
+        let threads: Vec<_> = (0..3)
+            .map(|id| set.spawn("vcpu", running(id), ignore).unwrap())
+            .collect();
+        let pause = set.pause().unwrap();
+        set.stop().unwrap();
+        for thread in threads {
+            assert_eq!(thread.join().unwrap().reason, HaltReason::Stopped);
+        }
+        drop(pause);
+    });
+}
+
+#[test]
 fn vcpus_enrolled_in_a_paused_set_park_first() {
     watchdog(|| {
         let set = set();

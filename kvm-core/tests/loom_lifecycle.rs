@@ -1,4 +1,3 @@
-#![cfg(loom)]
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The lifecycle under loom: every interleaving, and every stale value that the orderings allow. A
@@ -7,6 +6,7 @@
 //! The vCPU is the scripted one, whose `KVM_RUN` behaves as the kernel's at its worst: a signal that
 //! arrives before it is taken in user space and gone, `immediate_exit` is a relaxed read, and then
 //! only a signal ends it.
+#![cfg(loom)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::convert::Infallible;
@@ -139,5 +139,17 @@ fn who_waits_for_a_request_finds_it_served_or_the_vcpu_outside() {
             .unwrap();
         set.begin_stop();
         vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn a_stop_reaches_a_vcpu_that_is_parked() {
+    model(3, || {
+        let (set, runner) = enrolled([]);
+        let vcpu = run_until_stopped(runner);
+        let pause = set.begin_pause();
+        set.stop().unwrap();
+        vcpu.join().unwrap();
+        drop(pause);
     });
 }

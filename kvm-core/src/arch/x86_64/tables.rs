@@ -66,7 +66,7 @@ impl LongModeTables {
     /// # Errors
     /// [`TablesError`].
     pub fn new(base: GuestAddress, gib: u16) -> Result<Self, TablesError> {
-        if base.0 % PAGE != 0 {
+        if !base.0.is_multiple_of(PAGE) {
             return Err(TablesError::Unaligned(base));
         }
         if !(1..=512).contains(&gib) {
