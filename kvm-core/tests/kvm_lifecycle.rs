@@ -10,8 +10,8 @@ use std::convert::Infallible;
 
 use common::{Machine, long_tests, watchdog};
 use kvm_core::{
-    Exit, ExitHandler, Flow, Halt, HaltReason, KickSignal, Request, Requests, Vcpu, VcpuId,
-    VcpuSet, VcpuView,
+    Exit, ExitHandler, Flow, GuestMode, Halt, HaltReason, KickSignal, Request, Requests, Vcpu,
+    VcpuId, VcpuSet, VcpuView,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -41,10 +41,21 @@ where
     (set, threads)
 }
 
+/// Cycles of pause and resume. Of three, the first pauses vCPUs that are inside the guest, the second
+/// those on their way there, the third those that have hardly been resumed.
 fn pause_resume_stop(machine: Machine, vcpus: u32, cycles: usize) {
     watchdog(move || {
         let (set, threads) = start(&machine, vcpus, || carry_on);
-        for _ in 0..cycles {
+        let all_in_guest =
+            |set: &VcpuSet| (0..vcpus).all(|id| set.mode(VcpuId(id)) == Ok(GuestMode::InGuestMode));
+        for cycle in 0..cycles {
+            while match cycle % 3 {
+                0 => !all_in_guest(&set),
+                1 => set.active() < vcpus as usize,
+                _ => false,
+            } {
+                std::thread::yield_now();
+            }
             let pause = set.pause().unwrap();
             assert_eq!(set.active(), 0);
             pause.resume();
@@ -64,12 +75,12 @@ fn halted_vcpus_pause_resume_and_stop_with_no_kick_lost() {
 
 #[test]
 fn spinning_vcpus_pause_resume_and_stop_with_no_kick_lost() {
-    pause_resume_stop(Machine::new(guests::vcpu::spin()), 2, cycles(300));
+    pause_resume_stop(Machine::new(guests::vcpu::spin()), 2, cycles(200));
 }
 
 #[test]
 fn vcpus_that_exit_all_the_time_pause_resume_and_stop_with_no_kick_lost() {
-    pause_resume_stop(Machine::new(guests::vcpu::out_for_ever()), 2, cycles(300));
+    pause_resume_stop(Machine::new(guests::vcpu::out_for_ever()), 2, cycles(200));
 }
 
 #[test]

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use kvm_core::fake::{FakeVcpu, Step};
 use kvm_core::{
-    ControlError, Errno, Exit, ExitHandler, Flow, HaltReason, Identity, Request, Requests, VcpuId,
-    VcpuSet, VcpuView,
+    ControlError, Errno, Exit, ExitHandler, Flow, GuestMode, HaltReason, Identity, Request,
+    Requests, VcpuId, VcpuSet, VcpuView,
 };
 
 /// Fails a test that hangs, instead of hanging with it.
@@ -53,7 +53,12 @@ fn thousands_of_pauses_find_no_vcpu_active_and_stop_ends_them_all() {
         let threads: Vec<_> = (0..8)
             .map(|id| set.spawn("vcpu", running(id), ignore).unwrap())
             .collect();
-        for _ in 0..CYCLES {
+        for cycle in 0..CYCLES {
+            // Some pauses meet vCPUs in the guest, others meet them on their way.
+            let in_guest = |id| set.mode(VcpuId(id)) == Ok(GuestMode::InGuestMode);
+            while cycle % 2 == 0 && !(0..8).all(in_guest) {
+                thread::yield_now();
+            }
             let pause = set.pause().unwrap();
             assert_eq!(set.active(), 0);
             pause.resume();
