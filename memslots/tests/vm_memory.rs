@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryError,
-    GuestMemoryRegion, Permissions,
+    GuestMemoryRegion, MemoryRegionAddress, Permissions,
 };
 
 fn slot(page: u64, pages: u64, flags: SlotFlags) -> NewSlot {
@@ -243,6 +243,34 @@ fn a_vcpu_threads_reader_sees_the_slots_without_a_lock() {
     );
     drop(guard);
     assert_eq!(reader.enter().num_regions(), 0);
+}
+
+#[test]
+fn a_region_gives_no_slice_beyond_its_end() {
+    let (memslots, _slots) = machine();
+    let snapshot = memslots.snapshot();
+    let region = snapshot.find(ROM).unwrap();
+    let size = 2 * PAGE_SIZE;
+    let slice =
+        |offset: u64, count: u64| region.get_slice(MemoryRegionAddress(offset), count as usize);
+    assert_eq!(slice(0, size).unwrap().len() as u64, size);
+    assert_eq!(slice(size, 0).unwrap().len(), 0);
+    for (offset, count) in [
+        (0, size + 1),
+        (1, size),
+        (size, 1),
+        (size + 1, 0),
+        (u64::MAX, 2),
+        (1, u64::MAX),
+    ] {
+        assert!(slice(offset, count).is_err(), "{offset:#x}, {count:#x}");
+    }
+    assert!(
+        region
+            .get_host_address(MemoryRegionAddress(size - 1))
+            .is_ok()
+    );
+    assert!(region.get_host_address(MemoryRegionAddress(size)).is_err());
 }
 
 #[test]

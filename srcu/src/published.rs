@@ -127,8 +127,7 @@ impl<T: Send + Sync + 'static> Published<T> {
             .current
             .store(Arc::as_ptr(&next).cast_mut(), Ordering::Release);
         let old = std::mem::replace(&mut *lock(&shared.table), next);
-        // Last, with Release (pairs with the Acquire of `generation`): who reads this number and then enters, or
-        // loads, finds this table or a later one.
+        // Last, with Release (pairs with the Acquire of `generation`): who reads this number sees what we did before.
         shared.head.generation.store(generation, Ordering::Release);
         // The grace period begins inside the writers' lock and after the store, so an earlier publication's is over
         // whenever a later one's is; and what is ready is run outside it.
@@ -145,7 +144,8 @@ impl<T: Send + Sync + 'static> Published<T> {
 
     /// The number of the current table: 0 at first, one more at each publication (it wraps after 2^64).
     ///
-    /// Something that was derived from generation `g` is still right if this is `g`. Never blocks.
+    /// Something that was derived from generation `g` is still right if this is `g`. Who sees a number also sees what its
+    /// writer had done before it published, and finds that table or a later one. Never blocks.
     pub fn generation(&self) -> u64 {
         self.shared.head.generation()
     }

@@ -207,3 +207,20 @@ fn a_generation_leads_to_its_table_or_a_later_one() {
         thread.join().unwrap();
     });
 }
+
+#[test]
+fn who_sees_a_generation_sees_what_its_writer_had_done() {
+    model(|| {
+        let published = Arc::new(Published::new(()));
+        let resource = Arc::new(Tracked::new(0));
+        let (other, done) = (Arc::clone(&published), Arc::clone(&resource));
+        let thread = thread::spawn(move || {
+            done.write(7);
+            drop(other.publish(()));
+        });
+        if published.generation() == 1 {
+            assert_eq!(resource.read(), 7);
+        }
+        thread.join().unwrap();
+    });
+}
