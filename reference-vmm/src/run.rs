@@ -18,9 +18,8 @@ use crate::vm::{BuildError, Machine};
 /// status. `say` gets what the user is to read besides the log, one line (or for a crash, one block)
 /// a call.
 ///
-/// The VM is not torn down piece by piece at the end: the process that returns from here is about to
-/// exit, and the kernel frees a VM at once where deleting its slots one after the other would wait
-/// for a grace period each.
+/// The process is expected to exit next: the VM is closed, and what else it had is left to that
+/// ([`Running::leave_to_exit`](crate::vm::Running::leave_to_exit) has the reason).
 pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
     let end = match run_to_end(options, &say) {
         Ok(end) => end,
@@ -74,7 +73,6 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<GuestE
     if end.get().is_none() {
         say(format_args!("the guest stopped without a reason"));
     }
-    // See above: the process's end frees it all at once.
-    std::mem::forget(running);
+    running.leave_to_exit();
     Ok(end.get().cloned().unwrap_or(GuestEnd::PoweredOff))
 }

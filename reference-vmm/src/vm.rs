@@ -345,16 +345,38 @@ impl Running {
             log::error!("cannot stop the vCPUs: {error}");
         }
     }
-}
 
-impl Drop for Running {
-    fn drop(&mut self) {
+    /// Stops the vCPUs and closes the VM, for a process that exits next: the rest is left to the
+    /// process's end.
+    ///
+    /// Neither way there by itself is fast. Dropping a `Running` deletes the slots one by one, and
+    /// KVM waits for a grace period with each. Leaving the open VM to the process's exit makes two
+    /// kernel threads wait for the same grace period at once (the one frees the VM, the other the
+    /// address space), and the second of them waits for the slow kind: 13 ms in half of the runs of a
+    /// guest that lives for one.
+    pub fn leave_to_exit(mut self) {
         self.stop();
+        self.join();
+        let vm = self.parts.vm.fd().as_raw_fd();
+        std::mem::forget(self);
+        // SAFETY: what owns the descriptor has been forgotten, and the threads that shared it have
+        // ended: nobody uses or closes it any more. Guest memory stays mapped.
+        unsafe { libc::close(vm) };
+    }
+
+    fn join(&mut self) {
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("a vCPU's thread panicked");
             }
         }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop();
+        self.join();
     }
 }
 

@@ -29,6 +29,7 @@ The repository's own chores.
 Usage: cargo xtask COMMAND [OPTIONS]
 
 Commands:
+  build                      the release binary, linked statically, as target/reference-vmm
   boot [OPTIONS]             boot a stock Debian kernel under reference-vmm, to a shell on this terminal
   lab [OPTIONS] -- COMMAND…  run COMMAND as root in an emulated machine with hardware-style KVM (kvm_amd)
   test [OPTIONS]             build and run the tests of all tiers, and say what ran where
@@ -44,6 +45,7 @@ fn main() {
     let outcome = match command.as_deref().and_then(|c| c.to_str()) {
         Some("bench") => bench::command(rest),
         Some(bench::RUN_COMMAND) => bench::run_command(rest),
+        Some("build") => cargo::build_command(&rest),
         Some("boot") => boot::command(rest),
         Some(boot::WATCH_COMMAND) => boot::watch(rest),
         Some("coverage") => coverage::command(rest),
