@@ -97,15 +97,14 @@ pub(crate) fn test_kernels(assets: &Assets) -> Result<PathBuf> {
     let memtest = assets.memtest()?;
     let initrd = initrd(assets, &kernels)?;
     let mut files = vec![
-        ("memtest86+x64.bin", memtest),
-        ("initrd-scripted.cpio.gz", initrd.clone()),
+        ("memtest86+x64.bin".to_owned(), memtest),
+        ("initrd-scripted.cpio.gz".to_owned(), initrd.clone()),
     ];
-    files.extend(
-        TEST_KERNELS
-            .iter()
-            .zip(&kernels)
-            .map(|((name, ..), kernel)| (*name, kernel.vmlinuz())),
-    );
+    for ((name, ..), kernel) in TEST_KERNELS.iter().zip(&kernels) {
+        files.push(((*name).to_owned(), kernel.vmlinuz()));
+        // The ELF file within, for the other boot protocols.
+        files.push((name.replace("vmlinuz", "vmlinux"), kernel.vmlinux()));
+    }
     let stamp = initrd
         .parent()
         .and_then(Path::file_name)
@@ -113,7 +112,7 @@ pub(crate) fn test_kernels(assets: &Assets) -> Result<PathBuf> {
         .unwrap_or_default();
     assets.part(
         &format!(
-            "images/tests-{:016x}",
+            "images/tests-2-{:016x}",
             assets::fingerprint(stamp.as_bytes())
         ),
         |dir| {

@@ -7,6 +7,8 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::failure::{Context, Failure, Result};
 
@@ -51,6 +53,30 @@ fn cpu_flag<'a>(cpuinfo: &str, wanted: &[&'a str]) -> Option<&'a str> {
         .iter()
         .copied()
         .find(|w| flags.split_ascii_whitespace().any(|flag| flag == *w))
+}
+
+/// The frequency of this host's time-stamp counter.
+pub(crate) fn tsc_khz() -> u64 {
+    // A reading is the counter between two looks at the clock; the tightest of a few is taken, for we may be put
+    // aside in the middle of one.
+    fn reading() -> (u64, Instant) {
+        (0..16)
+            .map(|_| {
+                let before = Instant::now();
+                // SAFETY: every x86-64 CPU has the instruction.
+                let ticks = unsafe { std::arch::x86_64::_rdtsc() };
+                (before.elapsed(), ticks, before)
+            })
+            .min_by_key(|(width, ..)| *width)
+            .map_or((0, Instant::now()), |(_, ticks, at)| (ticks, at))
+    }
+    let (from, begun) = reading();
+    thread::sleep(Duration::from_millis(20));
+    let (to, ended) = reading();
+    let nanos = u64::try_from((ended - begun).as_nanos())
+        .unwrap_or(u64::MAX)
+        .max(1);
+    to.wrapping_sub(from).saturating_mul(1_000_000) / nanos
 }
 
 /// The folder that everything downloaded goes to: the user's cache, so that a fresh clone finds it again.
@@ -136,6 +162,12 @@ pub(crate) fn output_of<S: AsRef<OsStr>>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_counters_frequency_is_that_of_a_cpu() {
+        let khz = tsc_khz();
+        assert!((500_000..10_000_000).contains(&khz), "{khz} kHz");
+    }
 
     #[test]
     fn a_flag_is_found_as_a_whole_word_only() {

@@ -17,6 +17,7 @@ use super::wire::PORT;
 use super::{Options, image};
 use crate::assets::{Assets, Flavour};
 use crate::failure::{Context, Result};
+use crate::host;
 
 /// What the machine's console and QEMU itself have said, of which the end is kept for a failure's message.
 const LOG_KEPT: usize = 16 << 10;
@@ -156,6 +157,14 @@ fn command_line(options: &Options) -> String {
         "console=ttyS0 panic=-1 loglevel=4 mitigations=off nokaslr audit=0 nowatchdog no_timer_check tsc=reliable \
          random.trust_cpu=on 8250.nr_uarts=1 rcupdate.rcu_expedited=1 cryptomgr.notests=1",
     );
+    // The emulated counter runs with the host's, or counts instructions as nanoseconds. On a busy host the kernel's
+    // own calibration was seen to be off by a factor of seven, and the lab's clock with it.
+    let tsc_khz = if options.icount {
+        1_000_000
+    } else {
+        host::tsc_khz()
+    };
+    line.push_str(&format!(" tsc_early_khz={tsc_khz}"));
     if options.console {
         line.push_str(" ignore_loglevel");
     }
