@@ -148,10 +148,13 @@ where
     }
 }
 
+/// What a flag does to the configuration.
+type Edit = Box<dyn FnOnce(&mut Config)>;
+
 fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     // Flags override the file wherever it stands among them, so they are kept until it is read.
     let mut file = None;
-    let mut changes: Vec<Box<dyn FnOnce(&mut Config)>> = Vec::new();
+    let mut changes: Vec<Edit> = Vec::new();
     let mut kernel = None;
     let mut initrd = Vec::new();
     let (mut timeline, mut log, mut shutdown_timeout) = (false, log::LevelFilter::Warn, 10);

@@ -353,7 +353,7 @@ mod tests {
         refused(|c| c.memory = 0, "0 bytes of memory");
         refused(|c| c.memory = (256 << 20) + 1, "268435457");
         refused(|c| c.memory = 1 << 52, "4503599627370496");
-        refused(|c| c.memory = u64::MAX & !4095, "18446744073709547520");
+        refused(|c| c.memory = !4095, "18446744073709547520");
         refused(|c| c.cmdline = "a\0b".into(), "offset 1");
         refused(|c| c.debug_exit = Some(0xffff), "0xffff");
         refused(|c| c.debug_exit = Some(0x3f6), "serial port is at 0x3f8");

@@ -70,6 +70,7 @@ pub mod doctor;
 pub mod end;
 pub mod logger;
 pub mod main_loop;
+pub mod process;
 pub mod run;
 pub mod signals;
 pub mod timeline;

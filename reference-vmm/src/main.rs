@@ -2,40 +2,54 @@
 
 //! The `reference-vmm` binary: the command line around the library.
 
+#![cfg_attr(not(test), no_main)]
+
+use std::ffi::{OsString, c_char, c_int};
 use std::io::Write;
-use std::process::ExitCode;
 
 use reference_vmm::cli::{self, Command};
 use reference_vmm::end::Chain;
 use reference_vmm::timeline::{Event, timeline};
-use reference_vmm::{doctor, logger, run};
+use reference_vmm::{doctor, logger, process, run};
 
 /// Exit status of a command line or configuration that cannot be.
 const USAGE: u8 = 2;
 
-fn main() -> ExitCode {
+/// C's `main`; [`process`] has the reason.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
     timeline().mark(Event::Start);
-    let command = match cli::parse(std::env::args_os()) {
+    if let Err(error) = process::prepare() {
+        say(format_args!(
+            "cannot open /dev/null for a closed stdin, stdout or stderr: {error}"
+        ));
+        return 1;
+    }
+    // SAFETY: the C library calls this with the process's arguments.
+    let args = unsafe { process::args(argc, argv) };
+    c_int::from(command(args))
+}
+
+/// Does what the command line says; the exit status.
+fn command(args: Vec<OsString>) -> u8 {
+    let command = match cli::parse(args) {
         Ok(command) => command,
         Err(error) => {
             say(format_args!("{}", Chain(&error)));
-            return USAGE.into();
+            return USAGE;
         }
     };
     match command {
         Command::Run(options) => {
             logger::start(options.log);
-            run::run(&options, |message| say(message)).into()
+            run::run(&options, say)
         }
         Command::Doctor { json, kvm } => {
             logger::start(log::LevelFilter::Error);
-            match doctor::run(json, &kvm, &mut std::io::stdout().lock()) {
-                Ok(status) => status.into(),
-                Err(error) => {
-                    say(format_args!("cannot write the report: {error}"));
-                    1.into()
-                }
-            }
+            doctor::run(json, &kvm, &mut std::io::stdout().lock()).unwrap_or_else(|error| {
+                say(format_args!("cannot write the report: {error}"));
+                1
+            })
         }
         Command::Help(text) => print(text),
         Command::Version => print(concat!("reference-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
@@ -48,7 +62,8 @@ fn say(message: std::fmt::Arguments<'_>) {
 }
 
 /// Text on stdout. A reader that has seen enough of it (`| head`) is no failure.
-fn print(text: &str) -> ExitCode {
-    let _ = std::io::stdout().write_all(text.as_bytes());
-    ExitCode::SUCCESS
+fn print(text: &str) -> u8 {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    0
 }

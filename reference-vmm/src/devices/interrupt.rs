@@ -21,7 +21,11 @@ pub struct Interrupt<T> {
 impl<T> Interrupt<T> {
     /// The interrupt `source` of `device`, with its failure told to `end`.
     pub fn new(device: &'static str, source: T, end: Arc<EndSignal>) -> Self {
-        Interrupt { device, source, end }
+        Interrupt {
+            device,
+            source,
+            end,
+        }
     }
 }
 
@@ -60,8 +64,17 @@ mod tests {
     #[test]
     fn a_refused_interrupt_ends_the_guest_and_names_the_device() {
         let end = Arc::new(EndSignal::new().unwrap());
-        assert!(Interrupt::new("COM1", Refused, end.clone()).trigger().is_err());
-        let Some(GuestEnd::Failed(what)) = end.get() else { panic!("{:?}", end.get()) };
-        assert!(what.contains("COM1") && what.contains("os error 12"), "{what}");
+        assert!(
+            Interrupt::new("COM1", Refused, end.clone())
+                .trigger()
+                .is_err()
+        );
+        let Some(GuestEnd::Failed(what)) = end.get() else {
+            panic!("{:?}", end.get())
+        };
+        assert!(
+            what.contains("COM1") && what.contains("os error 12"),
+            "{what}"
+        );
     }
 }

@@ -184,7 +184,7 @@ fn encode(value: u8, register_b: u8) -> u8 {
     if register_b & REG_B_BINARY != 0 {
         value
     } else {
-        (value / 10) << 4 | value % 10
+        ((value / 10) << 4) | (value % 10)
     }
 }
 
