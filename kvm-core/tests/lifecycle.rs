@@ -303,22 +303,24 @@ fn fatal_exits_halt_with_their_reason_and_the_handler_never_sees_them() {
 
 #[test]
 fn a_memory_fault_reaches_the_handler_and_other_efaults_do_not() {
-    for errno in [14, 133] {
-        let script = [
-            Step::memory_fault(0x5000, 0x1000, errno),
-            Step::Errno(errno),
-        ];
-        let runner = set().enroll(FakeVcpu::new(VcpuId(0), script)).unwrap();
-        let mut faults = Vec::new();
-        let Err(halt) = runner.run(|_: &VcpuView<'_, ()>, exit: Exit<'_>| -> Flow<()> {
-            if let Exit::MemoryFault { addr, size, .. } = exit {
-                faults.push((addr.0, size));
-            }
-            Flow::Continue
-        });
-        assert_eq!(halt.reason, HaltReason::RunFailed(Errno::new(errno)));
-        assert_eq!(faults, [(0x5000, 0x1000)]);
-    }
+    watchdog(|| {
+        for errno in [14, 133] {
+            let script = [
+                Step::memory_fault(0x5000, 0x1000, errno),
+                Step::Errno(errno),
+            ];
+            let runner = set().enroll(FakeVcpu::new(VcpuId(0), script)).unwrap();
+            let mut faults = Vec::new();
+            let Err(halt) = runner.run(|_: &VcpuView<'_, ()>, exit: Exit<'_>| -> Flow<()> {
+                if let Exit::MemoryFault { addr, size, .. } = exit {
+                    faults.push((addr.0, size));
+                }
+                Flow::Continue
+            });
+            assert_eq!(halt.reason, HaltReason::RunFailed(Errno::new(errno)));
+            assert_eq!(faults, [(0x5000, 0x1000)]);
+        }
+    });
 }
 
 #[test]
