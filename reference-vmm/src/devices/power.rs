@@ -2,21 +2,32 @@
 
 //! Devices through which the guest ends itself: each is a port or two and tells the [`EndSignal`].
 
-use std::sync::Arc;
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
+use vm_superio::{I8042Device, Trigger};
 
 use crate::end::{EndSignal, GuestEnd};
 
-/// The i8042 keyboard controller, of which this machine has the reset line alone: command 0xfe at
-/// port 0x64 (the data port 0x60 reads 0, so that no driver finds a keyboard).
+/// The line that resets the machine.
 #[derive(Debug)]
-pub struct I8042(Arc<EndSignal>);
+struct ResetLine(Arc<EndSignal>);
 
-/// Pulse output line 0, which is wired to the CPU's reset (IBM PC AT technical reference, 8042
-/// command 0xfe).
-const CMD_RESET_CPU: u8 = 0xfe;
+impl Trigger for ResetLine {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.tell(GuestEnd::Reset);
+        Ok(())
+    }
+}
+
+/// The i8042 keyboard controller, of which this machine has the reset line alone: vm-superio's model,
+/// on the two ports of a PC.
+#[derive(Debug)]
+pub struct I8042(Mutex<I8042Device<ResetLine>>);
 
 impl I8042 {
     /// Data port.
@@ -26,19 +37,28 @@ impl I8042 {
 
     /// A controller that tells `end`.
     pub fn new(end: Arc<EndSignal>) -> Self {
-        I8042(end)
+        I8042(Mutex::new(I8042Device::new(ResetLine(end))))
+    }
+
+    /// The model's register for an access: its offset from the data port.
+    fn register(base: PioAddress, offset: PioAddressOffset) -> u8 {
+        u8::try_from((base + offset).0.wrapping_sub(Self::DATA)).unwrap_or(u8::MAX)
+    }
+
+    fn model(&self) -> MutexGuard<'_, I8042Device<ResetLine>> {
+        // The model has no state that a panic elsewhere could leave half changed.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl DevicePio for I8042 {
-    fn pio_read(&self, _base: PioAddress, _offset: PioAddressOffset, data: &mut [u8]) {
-        // Status 0: nothing to read, ready for a command.
-        data.fill(0);
+    fn pio_read(&self, base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
+        data.fill(self.model().read(Self::register(base, offset)));
     }
 
     fn pio_write(&self, base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
-        if base.0 + offset == Self::COMMAND && data.first() == Some(&CMD_RESET_CPU) {
-            self.0.tell(GuestEnd::Reset);
+        if let Some(value) = data.first() {
+            let Ok(()) = self.model().write(Self::register(base, offset), *value);
         }
     }
 }
