@@ -36,7 +36,7 @@ use std::thread::JoinHandle;
 use io_bus::{Dispatcher, IoBus, Registration};
 use irq_routing::{Gsi, IrqSource, Irqchip, IrqchipKind, Pit, Routing};
 use kvm_core::arch::x86_64::{
-    BootState, CpuidError, CpuidPlan, LongModeTables, TablesError, boot_msrs, gdt,
+    BootState, CpuidError, CpuidPlan, LongModeTables, RegisterDump, TablesError, boot_msrs, gdt,
 };
 use kvm_core::{
     Exit, ExitHandler, Flow, Halt, HaltReason, Kvm, Runner, Vcpu, VcpuId, VcpuSet, VcpuView, Vm,
@@ -47,7 +47,7 @@ use vm_device::bus::{MmioAddress, PioAddress, PioRange};
 use vm_memory::GuestAddress;
 
 use crate::arch::boot::{self, BootConfig, BootError, Image, ImageKind};
-use crate::arch::{acpi, layout};
+use crate::arch::{acpi, layout, reset_vector};
 use crate::config::{self, Config};
 use crate::devices::FIXED_PORTS;
 use crate::devices::acpi_power::AcpiPower;
@@ -222,6 +222,7 @@ impl Machine {
         plan.load(&*memory, &mut kernel, &mut initrds)?;
         if let Some(acpi) = &acpi {
             boot::write_all(&*memory, &acpi.writes)?;
+            boot::write_all(&*memory, &[reset_vector::block()])?;
         }
         let start = StartState::of(&plan.entry)?;
         boot::write_all(&*memory, &[start.tables()])?;
@@ -701,6 +702,11 @@ fn run_vcpu(runner: Runner<Vcpu>, handler: Handler, end: &EndSignal, running: &A
     let Err(Halt { reason, vcpu, .. }) = runner.run(handler);
     let crash = |what: &dyn std::fmt::Display| {
         let registers = match vcpu.registers() {
+            // After a triple fault kvm_amd resets the vCPU, for what AMD's processors leave of its
+            // state is undefined.
+            Ok(registers) if is_reset(&registers) => {
+                format!("its registers are lost: this host's KVM reset it at once\n{registers}")
+            }
             Ok(registers) => registers.to_string(),
             Err(error) => format!("its registers cannot be read: {error}"),
         };
@@ -719,6 +725,13 @@ fn run_vcpu(runner: Runner<Vcpu>, handler: Handler, end: &EndSignal, running: &A
         HaltReason::FailEntry { .. } | HaltReason::Unknown { .. } => crash(&Describe(&reason)),
         other => end.tell(GuestEnd::Failed(format!("vCPU {id}: {}", Describe(&other)))),
     }
+}
+
+/// Whether these are the registers of a vCPU at its reset vector.
+fn is_reset(registers: &RegisterDump) -> bool {
+    const PROTECTED_MODE: u64 = 1;
+    let RegisterDump { regs, sregs, .. } = registers;
+    regs.rip == 0xfff0 && sregs.cs.base == 0xffff_0000 && sregs.cr0 & PROTECTED_MODE == 0
 }
 
 /// [`HaltReason`]'s own words.

@@ -242,7 +242,7 @@ fn more_than_can_be_told_is_refused() {
     assert_eq!(with(256), Ok(()));
     assert!(matches!(
         with(4096),
-        Err(AcpiError::TooLarge { room: 0x2_0000, .. })
+        Err(AcpiError::TooLarge { room: 0x1_f000, .. })
     ));
     assert_eq!(with(4097), Err(AcpiError::VirtioMmio(4097)));
 }

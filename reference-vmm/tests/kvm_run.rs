@@ -120,15 +120,16 @@ fn a_triple_fault_ends_with_status_3_and_the_guests_registers() {
             .args(["--irqchip", irqchip])
             .output();
         ended.expect_status(3);
-        for needle in [
-            "RAX 1122334455667788",
-            "RBX 00000000feedface",
-            "RIP",
-            "triple fault",
-        ] {
+        for needle in ["vCPU 0: triple fault", "RIP ", "RAX ", "CR3 "] {
             assert!(ended.stderr.contains(needle), "no {needle}\n{ended}");
         }
-        assert!(!ended.stderr.contains("panicked"), "{ended}");
+        // kvm_amd resets a vCPU that has shut down, and says nothing of what it was.
+        let lost = ended.stderr.contains("its registers are lost");
+        let shown = ["RAX 1122334455667788", "RBX 00000000feedface"]
+            .iter()
+            .all(|register| ended.stderr.contains(register));
+        assert!(shown != lost, "{ended}");
+        assert!(!ended.stderr.contains("panicked at"), "{ended}");
     }
 }
 

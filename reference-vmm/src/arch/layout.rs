@@ -13,6 +13,7 @@
 //!   CMDLINE_ADDR      the command line, up to CMDLINE_MAX bytes with its NUL
 //! 0x9fc00           EBDA (reserved, empty), then the PC's video and option ROM window
 //! ACPI_TABLES       RSDP first, then the other tables
+//! RESET_VECTOR      code that resets the machine
 //! 1 MiB             RAM for the kernel and its initrd
 //! MMIO_HOLE         3 GiB to 4 GiB: no RAM
 //!   VIRTIO_MMIO         virtio-mmio devices, a page each
@@ -72,7 +73,13 @@ pub const CMDLINE_MAX: usize = 0x1_0000;
 /// The ACPI tables. The RSDP is at the start: ACPI 6.5, 5.2.5.1 has firmware put it on a 16-byte
 /// boundary between 0xe0000 and 0xfffff, where kernels that no one tells the address (multiboot,
 /// boot protocols before 2.14) search for it.
-pub const ACPI_TABLES: Range<u64> = 0xe_0000..0x10_0000;
+pub const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_f000;
+
+/// What a PC's BIOS takes, the tables and the reset vector here: reserved in every memory map.
+pub const FIRMWARE: Range<u64> = 0xe_0000..0x10_0000;
+
+/// Where a PC's BIOS begins to run, f000:fff0: [`reset_vector`](super::reset_vector) is there.
+pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 
 /// Guest physical addresses below 4 GiB without RAM. 1 GiB is what devices will need at most, and
 /// aligned to 1 GiB so that host and guest can map all RAM with the largest pages.

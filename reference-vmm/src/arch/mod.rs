@@ -10,3 +10,4 @@
 pub mod acpi;
 pub mod boot;
 pub mod layout;
+pub mod reset_vector;

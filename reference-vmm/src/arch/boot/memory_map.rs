@@ -58,7 +58,7 @@ pub fn memory_map(ram: &[(GuestAddress, u64)]) -> Vec<MemoryRange> {
         }
     }
     map.push(MemoryRange::new(layout::EBDA, Reserved));
-    map.push(MemoryRange::new(layout::ACPI_TABLES, Reserved));
+    map.push(MemoryRange::new(layout::FIRMWARE, Reserved));
     map.push(MemoryRange::new(layout::KVM_PRIVATE, Reserved));
     map.sort_by_key(|range| range.start);
     map
