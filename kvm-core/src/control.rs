@@ -70,7 +70,7 @@ struct State {
     active: usize,
     /// Threads inside `Runner::run`, active or parked.
     started: usize,
-    /// Incremented by each who waits for acknowledgements.
+    /// Incremented by each who waits for acknowledgements, under the lock under which it then asks.
     epoch: u64,
 }
 
@@ -306,17 +306,20 @@ impl VcpuSet {
     /// [`ControlError::OnVcpuThread`].
     pub fn request_all_and_wait(&self, request: Request) -> Result<(), ControlError> {
         self.not_on_vcpu_thread()?;
+        let both = Requests::default().with(request).with(Request::ACKNOWLEDGE);
+        let members = lock(&self.control.members);
+        // The state lock is held from the new epoch until all are asked: a vCPU that serves an
+        // earlier waiter's request between the two would acknowledge this epoch without having been
+        // asked for it, and could be back in the guest by the time that it is.
         let mut state = lock(&self.control.state);
         state.epoch += 1;
         let epoch = state.epoch;
-        drop(state);
-        let both = Requests::default().with(request).with(Request::ACKNOWLEDGE);
-        let waited_for: Vec<_> = lock(&self.control.members)
+        let waited_for: Vec<_> = members
             .iter()
             .filter(|member| member.gate.ask(both) != GuestMode::OutsideGuestMode)
             .cloned()
             .collect();
-        let mut state = lock(&self.control.state);
+        drop(members);
         while waited_for
             .iter()
             .any(|m| m.acknowledged.load(Ordering::Relaxed) < epoch)

@@ -14,9 +14,10 @@ use std::sync::Arc;
 
 use kvm_core::fake::{FakeVcpu, Step};
 use kvm_core::{
-    Exit, ExitHandler, Flow, HaltReason, Identity, Request, Requests, Runner, VcpuId, VcpuSet,
-    VcpuView,
+    Doorbell, Exit, ExitHandler, Flow, HaltReason, Identity, Request, Requests, RunVcpu, Runner,
+    VcpuId, VcpuSet, VcpuView,
 };
+use loom::sync::Mutex;
 use loom::sync::atomic::{AtomicU32, Ordering};
 use loom::thread;
 
@@ -151,5 +152,92 @@ fn a_stop_reaches_a_vcpu_that_is_parked() {
         set.stop().unwrap();
         vcpu.join().unwrap();
         drop(pause);
+    });
+}
+
+/// What a test may see of a vCPU: whether it is in `KVM_RUN`, and the requests that it has served.
+#[derive(Default)]
+struct Seen {
+    running: bool,
+    served: Requests,
+}
+
+/// The scripted vCPU, with a look at whether it is in `KVM_RUN`.
+struct Watched(FakeVcpu, Arc<Mutex<Seen>>);
+
+impl RunVcpu for Watched {
+    type Fd = ();
+
+    fn id(&self) -> VcpuId {
+        self.0.id()
+    }
+
+    fn doorbell(&self) -> Arc<dyn Doorbell> {
+        self.0.doorbell()
+    }
+
+    fn attach(&mut self) -> Result<(), vmm_sys_util::errno::Error> {
+        self.0.attach()
+    }
+
+    fn run(&mut self) -> Result<(), vmm_sys_util::errno::Error> {
+        self.1.lock().unwrap().running = true;
+        let result = self.0.run();
+        self.1.lock().unwrap().running = false;
+        result
+    }
+
+    fn exit_area(&mut self) -> (&mut [u8], &()) {
+        self.0.exit_area()
+    }
+
+    fn kvmclock_ctrl(&mut self) -> Result<(), vmm_sys_util::errno::Error> {
+        self.0.kvmclock_ctrl()
+    }
+}
+
+/// Notes what it served.
+struct Notes(Arc<Mutex<Seen>>);
+
+impl ExitHandler<()> for Notes {
+    type Stop = Infallible;
+
+    fn exit(&mut self, _: &VcpuView<'_, ()>, _: Exit<'_>) -> Flow<Infallible> {
+        Flow::Continue
+    }
+
+    fn requests(&mut self, _: &VcpuView<'_, ()>, requests: Requests) -> Flow<Infallible> {
+        let mut seen = self.0.lock().unwrap();
+        seen.served = requests.iter().fold(seen.served, Requests::with);
+        Flow::Continue
+    }
+}
+
+#[test]
+fn one_waiter_does_not_take_the_acknowledgement_of_another_for_its_own() {
+    model(2, || {
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        let set = VcpuSet::new(Identity::vm("loom"));
+        let vcpu = Watched(FakeVcpu::new(VcpuId(0), []), seen.clone());
+        let runner = set.enroll(vcpu).unwrap();
+        let handler = Notes(seen.clone());
+        let vcpu = thread::spawn(move || {
+            let Err(halt) = runner.run(handler);
+            assert_eq!(halt.reason, HaltReason::Stopped);
+        });
+        let other = set.clone();
+        let waiter = thread::spawn(move || {
+            let request = Request::consumer(1).unwrap();
+            other.request_all_and_wait(request).unwrap();
+        });
+        let request = Request::consumer(0).unwrap();
+        set.request_all_and_wait(request).unwrap();
+        {
+            let seen = seen.lock().unwrap();
+            assert!(!seen.running || seen.served.contains(request));
+        }
+        waiter.join().unwrap();
+        set.begin_stop();
+        vcpu.join().unwrap();
     });
 }

@@ -14,8 +14,8 @@
 //!        │ window        │ AtomicU8       │         │                                               │
 //! ```
 //!
-//! The third page that x86 offers, the coalesced MMIO ring, is one for the whole VM and written while
-//! other vCPUs run; it is not mapped here (io-bus maps its own).
+//! The last page that KVM offers (x86's third), the coalesced MMIO ring, is one for the whole VM and
+//! written while other vCPUs run; it is not mapped here (io-bus maps its own).
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -28,8 +28,9 @@ use crate::exit::{EXIT_AREA_MIN, EXIT_AREA_START};
 
 const REQUEST_INTERRUPT_WINDOW: usize = 0;
 const IMMEDIATE_EXIT: usize = 1;
-/// `kvm_run` and, on x86, the page of port I/O data (`KVM_PIO_PAGE_OFFSET` is 1).
-const PAGES: usize = 2;
+/// `kvm_run` and, on x86, the page of port I/O data (`KVM_PIO_PAGE_OFFSET` is 1). Elsewhere there is
+/// none, and the second page, where there is one (arm64), is the coalesced MMIO ring already.
+const PAGES: usize = if cfg!(target_arch = "x86_64") { 2 } else { 1 };
 const PAGE: usize = 4096;
 
 /// This crate's own mapping of one vCPU's `kvm_run`. Unmapped when the last `Arc` of it goes: the
@@ -49,7 +50,6 @@ unsafe impl Sync for RunMapping {}
 impl RunMapping {
     /// Maps the `kvm_run` of a vCPU. `size` is `KVM_GET_VCPU_MMAP_SIZE`'s answer.
     pub(crate) fn new(vcpu: BorrowedFd<'_>, size: usize) -> Result<Self, Errno> {
-        // Arm and the like have no second page.
         let len = size.min(PAGES * PAGE);
         if len < EXIT_AREA_START + EXIT_AREA_MIN {
             return Err(Errno::new(libc::EINVAL));

@@ -37,8 +37,8 @@ pub enum KickSignalError {
 /// The signal that brings a vCPU's thread out of `KVM_RUN`, with a handler in place.
 ///
 /// The handler does nothing: a signal that has one interrupts `KVM_RUN`, and that is all there is to
-/// do. It is set without `SA_RESTART`. A handler that the consumer set before is left alone (it must
-/// not be `SIG_IGN`, which never interrupts). A kick signals only a thread in the guest, so a
+/// do. It is set without `SA_RESTART`, where the signal had its default action or was ignored
+/// (`SIG_IGN` never interrupts). A handler that the consumer set before is left alone. A kick signals only a thread in the guest, so a
 /// consumer's handler code is not interrupted by it, but for the rare late one: system calls there
 /// treat `EINTR` as usual.
 ///
@@ -162,8 +162,9 @@ impl Doorbell for ThreadDoorbell {
             return;
         }
         loop {
-            // SAFETY: sends a signal that has a handler; tgkill names a thread of one process, so a
-            // thread that has ended gets ESRCH and not a stranger's signal.
+            // SAFETY: sends a signal that has a handler. tgkill names a thread of one process: if it has
+            // ended, that is ESRCH, or (its number taken again meanwhile) a signal to another thread
+            // of this process, whose handler does nothing.
             let sent =
                 unsafe { libc::syscall(libc::SYS_tgkill, process, thread, self.signal.number()) };
             // EAGAIN: the queue of real-time signals is full (see `KickSignal`). Anything else but

@@ -85,10 +85,11 @@ impl RunVcpu for Vcpu {
     }
 
     fn run(&mut self) -> Result<(), Errno> {
+        // The argument must be 0 in its whole width (KVM says EINVAL otherwise), so its type is given.
         // SAFETY: the fd is a vCPU's and `&mut self` is the only way to its KVM_RUN, so no slice of
         // the exit area is alive: each borrows `self`. What the guest may write is the memory that
         // the consumer gave to the VM.
-        let ret = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN as _, 0) };
+        let ret = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN as _, 0 as libc::c_ulong) };
         if ret < 0 {
             Err(Errno::from(io::Error::last_os_error()))
         } else {
