@@ -88,7 +88,7 @@ Options:
   --memory SIZE            Guest memory: bytes, or 512M, 2G [256M]
   --cpus N                 Number of vCPUs, 1 to 255 [1]
   --irqchip KIND           kernel (PIC, IOAPIC, local APICs), split (local APICs alone: no pin
-                           interrupts yet) or none [kernel]
+                           interrupts yet) or none (one vCPU) [kernel]
   --pit                    An i8254 timer, for guests that calibrate by it
   --debug-exit[=PORT]      QEMU's isa-debug-exit [0xf4]: the guest writes V there, and the
                            exit status is (V << 1) | 1
@@ -280,13 +280,13 @@ mod tests {
     fn flags_set_the_fields_that_they_name() {
         assert_eq!(config(&["--kernel", "k"]), Config::new("k"));
         let flags = "--kernel=k --initrd a --initrd b --cmdline c --memory 2G --cpus 4 \
-                     --irqchip none --debug-exit --kvm /k";
+                     --irqchip split --debug-exit --kvm /k";
         let expected = Config {
             initrd: vec!["a".into(), "b".into()],
             cmdline: "c".into(),
             memory: 2 << 30,
             cpus: 4,
-            irqchip: Irqchip::None,
+            irqchip: Irqchip::Split,
             debug_exit: Some(0xf4),
             kvm: "/k".into(),
             ..Config::new("k")

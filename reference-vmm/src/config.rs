@@ -126,6 +126,11 @@ pub enum ConfigError {
     /// Too few or too many vCPUs.
     #[error("{0} vCPUs: a VM has 1 to {MAX_CPUS}")]
     Cpus(u32),
+    /// Several vCPUs and nothing with which one could start another.
+    #[error(
+        "{0} vCPUs need --irqchip kernel or split: without local APICs the first one cannot start the others"
+    )]
+    CpusWithoutApics(u32),
     /// Memory is too small, too large, or not whole pages.
     #[error("{given} bytes of memory: {why}")]
     Memory {
@@ -201,6 +206,9 @@ impl Config {
         }
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(ConfigError::Cpus(self.cpus));
+        }
+        if self.cpus > 1 && self.irqchip == Irqchip::None {
+            return Err(ConfigError::CpusWithoutApics(self.cpus));
         }
         let memory = |why: String| {
             Err(ConfigError::Memory {
@@ -350,6 +358,10 @@ mod tests {
         refused(|c| c.kernel = "".into(), "--kernel");
         refused(|c| c.cpus = 0, "0 vCPUs");
         refused(|c| c.cpus = 256, "256 vCPUs");
+        refused(
+            |c| (c.cpus, c.irqchip) = (2, Irqchip::None),
+            "2 vCPUs need --irqchip",
+        );
         refused(|c| c.memory = 0, "0 bytes of memory");
         refused(|c| c.memory = (256 << 20) + 1, "268435457");
         refused(|c| c.memory = 1 << 52, "4503599627370496");
