@@ -38,10 +38,12 @@ echo "guest: uptime $up"
 
 # The power button ends the guest in every mode.
 mkdir -p /etc/acpi/PWRF
-printf '#!/bin/sh\necho "guest: button"\npoweroff -f\n' >/etc/acpi/PWRF/00000080
+printf '#!/bin/sh\necho "guest: button" >/dev/console\npoweroff -f\n' >/etc/acpi/PWRF/00000080
 chmod 755 /etc/acpi/PWRF/00000080
 if [ -e /dev/input/event0 ]; then
     acpid -f -l /dev/null >/dev/console 2>&1 </dev/null &
+    # A press before it listens is lost.
+    until ls -l /proc/$!/fd | grep -q event0; do :; done 2>/dev/null
 fi
 
 case "$then" in

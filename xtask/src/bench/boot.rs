@@ -4,10 +4,11 @@
 //! are the same in every run. Guest time at init is the guest's own uptime; start to end is the lab's clock.
 
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::assets::{Assets, Flavour, Series};
@@ -63,7 +64,7 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
     }
     let options = lab::Options {
         icount: true,
-        time_limit: Duration::from_secs(1800),
+        time_limit: Duration::from_secs(600),
         memory_mib: 2048,
         ..lab::Options::default()
     };
@@ -137,7 +138,8 @@ fn summary(values: impl Iterator<Item = f64>) -> (f64, String) {
     )
 }
 
-/// QEMU's own microVM, as its documentation sets it up for speed: no PIT, PIC or RTC, the serial port alone.
+/// QEMU's own microVM without what the guest does not miss (PIT, PIC). Its RTC stays: without one Debian's kernel
+/// waits 1.2 s for it.
 fn microvm(qemu: &Command, vmlinux: &Path, initrd: &Path) -> Vec<OsString> {
     // Its libraries, and only then the program: the lab's command has no environment of ours.
     let mut argv: Vec<OsString> = vec!["/usr/bin/env".into()];
@@ -151,7 +153,7 @@ fn microvm(qemu: &Command, vmlinux: &Path, initrd: &Path) -> Vec<OsString> {
     argv.extend(qemu.get_args().map(OsString::from));
     for word in [
         "-M",
-        "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on,acpi=on",
+        "microvm,acpi=on,rtc=on,pit=off,pic=off,isa-serial=on",
         "-nodefaults",
         "-no-user-config",
         "-accel",
@@ -207,18 +209,55 @@ pub(crate) fn run_command(args: Vec<OsString>) -> Result<i32> {
     Ok(0)
 }
 
+/// A boot that takes longer, on the lab's clock, hangs: under a clock that counts instructions an emulated machine in
+/// the machine was seen to, once in a while.
+const BOOT_LIMIT: Duration = Duration::from_secs(20);
+const ATTEMPTS: usize = 3;
+
 fn boot(argv: &[OsString]) -> Result<Figures> {
+    for attempt in 1..=ATTEMPTS {
+        if let Some(figures) = boot_once(argv)? {
+            return Ok(figures);
+        }
+        say(format!(
+            "attempt {attempt} hung for {} s and was ended",
+            BOOT_LIMIT.as_secs()
+        ));
+    }
+    Err(Failure::new(format!("{argv:?} hung {ATTEMPTS} times")))
+}
+
+/// The figures of one boot; none if it hangs.
+fn boot_once(argv: &[OsString]) -> Result<Option<Figures>> {
     let (program, args) = argv
         .split_first()
         .ok_or_else(|| Failure::usage("a contender has no words"))?;
     let begun = Instant::now();
-    let output = Command::new(program)
+    let mut child = Command::new(program)
         .args(args)
         .stdin(Stdio::null())
-        .output()
+        .stdout(Stdio::piped())
+        .spawn()
         .context(|| format!("{} does not start", program.display()))?;
+    let stdout = child.stdout.take();
+    let (told, console) = mpsc::channel();
+    thread::spawn(move || {
+        let mut text = Vec::new();
+        // What came before an error is judged like any other output.
+        let _ = stdout.map(|mut pipe| pipe.read_to_end(&mut text));
+        let _ = told.send(text); // whoever gave up on it does not listen
+    });
+    let Ok(console) = console.recv_timeout(BOOT_LIMIT) else {
+        // It may have ended by itself just now.
+        let _ = child.kill();
+        let _ = child.wait();
+        return Ok(None);
+    };
+    let status = child
+        .wait()
+        .context(|| format!("{} cannot be waited for", program.display()))?;
     let whole = begun.elapsed().as_secs_f64() * 1e3;
-    let console = String::from_utf8_lossy(&output.stdout);
+    let console = String::from_utf8_lossy(&console);
     let init = console.lines().find_map(|line| {
         line.split_once("guest: init ")?
             .1
@@ -227,12 +266,10 @@ fn boot(argv: &[OsString]) -> Result<Figures> {
             .ok()
     });
     match init {
-        Some(seconds) if output.status.success() => Ok((seconds * 1e3, whole)),
+        Some(seconds) if status.success() => Ok(Some((seconds * 1e3, whole))),
         _ => Err(Failure::new(format!(
-            "{} did not boot ({}):\n{console}\n{}",
-            program.display(),
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
+            "{} did not boot ({status}):\n{console}",
+            program.display()
         ))),
     }
 }
