@@ -26,6 +26,11 @@ impl fmt::Debug for Errno {
 impl std::error::Error for Errno {}
 
 /// Who keeps the slots: a KVM VM, or a test's stand-in.
+///
+/// # Contract
+/// The answer is the truth: after `Ok` of a deletion no guest reaches the memory, which is unmapped then; after an error
+/// nothing has changed. An implementation that hands its requests on to a real VM answers for this with the `unsafe`
+/// block that it needs there.
 pub trait SetMemoryRegion {
     /// Creates, changes or deletes a slot (`KVM_SET_USER_MEMORY_REGION`). May wait, some milliseconds, for a grace
     /// period inside KVM.

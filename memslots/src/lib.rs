@@ -170,6 +170,8 @@
 //!   made by one call appear to readers at once, to the guest one after the other.
 //! - Memory is unmapped when the slot is gone from KVM, no reader that could see it is inside, and no [`Snapshot`] of
 //!   it is left, on whichever thread lets go last.
+//! - What that thread lets go of, and what was [deferred](Grace::defer), it lets go of with no lock of this crate held:
+//!   a deferred closure may change slots in its turn.
 //! - A [`SlotExtent`] keeps the slot's id from being reused, not the slot.
 //! - KVM refuses all but the flags and the guest address of an existing slot to change; of these, a move has a moment
 //!   in which the guest sees nothing there.
@@ -179,7 +181,8 @@
 //! arithmetic that cannot wrap, and ends in an error, never a panic; guest memory is read and written through volatile
 //! or atomic accesses only, and may change at any time. A guest can make a VMM clone, look up and copy, and no more:
 //! what allocates is under the control plane's hands. The safety of the crate's callers rests on KVM and the mapping
-//! alone; a host trait that lies costs correctness, not memory safety of this process.
+//! alone, and so on a [`SetMemoryRegion`] that does what it says: one that reports a slot deleted which KVM still has
+//! leaves the guest with memory that is unmapped, and then someone else's.
 //!
 //! # Save and restore
 //! The layout is the caller's ([`NewSlot`]s, or what [`SlotTable::regions`] shows: start, size, flags), the contents

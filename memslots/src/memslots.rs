@@ -29,6 +29,12 @@ pub enum Error {
     /// KVM would refuse it; it was not asked.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// A slot without memory: in KVM's call a size of 0 deletes.
+    #[error("a slot of 0 bytes at guest address {:#x}", start.0)]
+    Empty {
+        /// The first guest address asked for.
+        start: GuestAddress,
+    },
     /// KVM keeps some of these guest addresses for itself.
     #[error(
         "{size:#x} bytes from guest address {:#x} overlap {} ({:#x}..{:#x})",
@@ -100,7 +106,8 @@ pub struct NewSlot {
 ///
 /// Cheap to clone (all clones are one); `Send + Sync`. `B` notes the writes that this process makes.
 ///
-/// One `Memslots` for a VM: it takes every slot id for its own. When it, its clones and all its [`Slot`]s are gone, the
+/// One `Memslots` for a VM: it takes every slot id for its own (of two, each would take the other's ids for free, and KVM
+/// refuse; and a [`SlotExtent`] could outlive its id's meaning). When it, its clones and all its [`Slot`]s are gone, the
 /// slots that were [kept](Slot::keep) are deleted from KVM, which takes KVM's time for each (milliseconds, once KVM has
 /// buses to wait for). A VMM whose VM ends with the process spares itself that: `keep` all slots, and let the process
 /// end, or [`std::mem::forget`] the `Memslots`; memory stays mapped to the end then.
@@ -112,9 +119,9 @@ pub(crate) struct Inner<B: SlotBitmap> {
     host: Box<dyn SetMemoryRegion + Send + Sync>,
     ids: Arc<Ids>,
     private: PrivateRanges,
-    /// Held throughout a change.
+    /// Held throughout a change, and not while what has become free is dropped ([`Inner::change`]).
     state: Mutex<State<B>>,
-    /// Written under `state`'s lock.
+    /// Written by [`Inner::change`], which keeps it in step with `state`.
     table: Arc<Published<SlotTable<B>>>,
 }
 
@@ -191,21 +198,23 @@ impl<B: SlotBitmap> Memslots<B> {
     pub fn create_all(&self, new: impl IntoIterator<Item = NewSlot>) -> Result<Vec<Slot>, Error> {
         let new: Vec<NewSlot> = new.into_iter().collect();
         let inner = &self.inner;
-        let mut state = inner.lock();
-        let planned = inner.plan(&state.slots, &new)?;
-        let regions = planned.into_iter().map(Arc::new).collect::<Vec<_>>();
-        for (done, region) in regions.iter().enumerate() {
-            if let Err(error) = inner.install(&mut state, region) {
-                return Err(inner.undo(&mut state, regions.get(..done).unwrap_or_default(), error));
+        let (slots, grace) = inner.change(|state, table| {
+            let planned = inner.plan(&state.slots, &new)?;
+            let regions = planned.into_iter().map(Arc::new).collect::<Vec<_>>();
+            for (done, region) in regions.iter().enumerate() {
+                if let Err(error) = inner.install(state, region) {
+                    return Err(inner.undo(state, regions.get(..done).unwrap_or_default(), error));
+                }
             }
-        }
-        let owner: Arc<dyn Owner> = Arc::clone(inner) as _;
-        let slots = regions
-            .iter()
-            .map(|region| Slot::new(region, &owner))
-            .collect();
+            let owner: Arc<dyn Owner> = Arc::clone(inner) as _;
+            let slots = regions
+                .iter()
+                .map(|region| Slot::new(region, &owner))
+                .collect();
+            Ok((table.edited(&[], regions), slots))
+        })?;
         // Nobody needs to wait: what was published before is still right about every slot that it shows.
-        drop(inner.table.publish(inner.table.load().edited(&[], regions)));
+        drop(grace);
         Ok(slots)
     }
 
@@ -247,6 +256,19 @@ impl<B: SlotBitmap> Inner<B> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// One change, no other coming in between: `f` asks KVM, and makes the next table of the current one. If it fails,
+    /// nothing is published.
+    ///
+    /// The publication may end grace periods, and so unmap memory and run what callers have [deferred](Grace::defer).
+    /// That comes after `f`, with no lock held: it may change slots in its turn.
+    fn change<R, E>(
+        &self,
+        f: impl FnOnce(&mut State<B>, &SlotTable<B>) -> Result<(SlotTable<B>, R), E>,
+    ) -> Result<(R, Grace), E> {
+        // The writers' lock of `table` first, then `state`'s: the only order there is.
+        self.table.update(|table| f(&mut self.lock(), table))
+    }
+
     fn check_private(&self, start: GuestAddress, size: u64) -> Result<(), Error> {
         match self.private.overlap(start, size) {
             Some(private) => Err(Error::Private {
@@ -275,6 +297,9 @@ impl<B: SlotBitmap> Inner<B> {
         for slot in new {
             let claim = self.ids.claim().ok_or_else(no_id)?;
             let (size, host) = (slot.backing.size(), Hva(0));
+            if size == 0 {
+                return Err(Error::Empty { start: slot.start });
+            }
             let region = MemoryRegion {
                 id: claim.id(),
                 flags: slot.flags,
@@ -349,19 +374,35 @@ impl<B: SlotBitmap> Inner<B> {
         old: &SlotExtent,
         change: impl FnOnce(&Region<B>) -> Result<(SlotExtent, SlotFlags), Error>,
     ) -> Result<(SlotExtent, Grace), Error> {
-        let mut state = self.lock();
-        let table = self.table.load();
         let id = old.id();
-        let region = table.by_id(id).ok_or(Refusal::NoSuchSlot { id })?;
-        let (extent, flags) = change(region)?;
-        let grace = match self.set(&mut state, &request(&extent, flags))? {
-            Change::Nothing => self.table.grace(),
-            _ => {
-                let region = Arc::new(region.changed(extent.clone(), flags));
-                self.table.publish(table.edited(&[id], vec![region]))
+        let changed = self.change(|state, table| {
+            let region = table.by_id(id).ok_or(Refusal::NoSuchSlot { id })?;
+            let (extent, flags) = change(region)?;
+            if self.set(state, &request(&extent, flags))? == Change::Nothing {
+                return Err(Stop::Unchanged(extent));
             }
-        };
-        Ok((extent, grace))
+            let region = Arc::new(region.changed(extent.clone(), flags));
+            Ok((table.edited(&[id], vec![region]), extent))
+        });
+        match changed {
+            Ok(changed) => Ok(changed),
+            Err(Stop::Unchanged(extent)) => Ok((extent, self.table.grace())),
+            Err(Stop::Failed(error)) => Err(error),
+        }
+    }
+}
+
+/// Why a change of a slot publishes nothing.
+enum Stop {
+    /// The slot is so already.
+    Unchanged(SlotExtent),
+    /// It is not to be.
+    Failed(Error),
+}
+
+impl<E: Into<Error>> From<E> for Stop {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
     }
 }
 
@@ -379,11 +420,11 @@ pub(crate) trait Owner: Send + Sync {
 
 impl<B: SlotBitmap> Owner for Inner<B> {
     fn delete(&self, extent: &SlotExtent) -> Result<Grace, Error> {
-        let mut state = self.lock();
-        self.set(&mut state, &deletion(extent))?;
-        Ok(self
-            .table
-            .publish(self.table.load().edited(&[extent.id()], Vec::new())))
+        let ((), grace) = self.change(|state, table| {
+            self.set(state, &deletion(extent))?;
+            Ok::<_, Error>((table.edited(&[extent.id()], Vec::new()), ()))
+        })?;
+        Ok(grace)
     }
 
     fn relocate(

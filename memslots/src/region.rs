@@ -13,7 +13,8 @@ use vm_memory::{
 };
 
 /// What notes the writes that this process makes to a slot. `()` notes nothing and costs nothing; any
-/// [`vm_memory::bitmap::NewBitmap`] will do.
+/// [`vm_memory::bitmap::NewBitmap`] will do. One is made while the lock of its [`Memslots`](crate::Memslots) is held: its
+/// `with_len` changes no slots.
 pub trait SlotBitmap: NewBitmap + Send + Sync + 'static {}
 
 impl<B: NewBitmap + Send + Sync + 'static> SlotBitmap for B {}

@@ -12,7 +12,8 @@ use vm_memory::GuestAddress;
 
 /// A slot of the VM, owned: dropping it deletes the slot. Its memory is unmapped when nobody reads it any more.
 ///
-/// It keeps the host side of its [`Memslots`](crate::Memslots) alive (and with it the VM's descriptor).
+/// The drop waits as [`remove`](Self::remove) does: for KVM, and for a change that another thread is making. It keeps the
+/// host side of its [`Memslots`](crate::Memslots) alive (and with it the VM's descriptor).
 #[must_use = "dropping a slot deletes it; `keep` it if nobody is to own it"]
 pub struct Slot {
     extent: SlotExtent,
@@ -44,7 +45,7 @@ impl Slot {
         &self.extent
     }
 
-    /// The slot's flags.
+    /// The slot's flags. Waits for a change that another thread is making.
     pub fn flags(&self) -> SlotFlags {
         self.owner
             .as_ref()

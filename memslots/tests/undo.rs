@@ -211,6 +211,11 @@ fn what_kvm_would_refuse_is_refused_before_the_first_call() {
     }
     let mut world = World::new();
     let before = world.everything();
+    let empty = world.memslots.create_all([anonymous(1 << 20, 0)]);
+    assert_eq!(
+        empty.unwrap_err().to_string(),
+        "a slot of 0 bytes at guest address 0x100000"
+    );
     assert!(matches!(
         world.slots[1].relocate(GuestAddress(PAGE_SIZE)),
         Err(Error::Refused(Refusal::Overlap { .. }))
