@@ -78,8 +78,9 @@
 //!   [`ExitHandler::before_entry`].
 //! - A kick costs a signal only if the vCPU is in the guest, and the signal then interrupts `KVM_RUN`
 //!   and not a handler's system call, but for a late one now and then: treat `EINTR` as usual.
-//! - Memory orderings are argued in `kick.rs`, `mode.rs` and `request.rs`, and every interleaving of
-//!   run loop, kick, request, pause and stop is explored by loom (`tests/loom_lifecycle.rs`).
+//! - Memory orderings are argued in `kick.rs`, `mode.rs` and `request.rs`, and loom explores run loop,
+//!   kick, request, pause and stop with every stale value that they allow and every interleaving of
+//!   at most two to four preemptions (`tests/loom_lifecycle.rs`).
 //!
 //! `kvm_run` is mapped by this crate itself, and no reference to the whole of it ever exists: the
 //! kicker has `immediate_exit` as an atomic byte, the vCPU's thread the rest. The mapping lives for as

@@ -76,6 +76,7 @@ fn no_vcpu_handles_an_exit_while_a_pause_holds() {
     watchdog(|| {
         let set = set();
         let paused = Arc::new(AtomicBool::new(false));
+        let mut threads = Vec::new();
         for id in 0..4 {
             let paused = paused.clone();
             let script = vec![Step::pio_out(1, 1, &[0]); 20_000];
@@ -83,8 +84,8 @@ fn no_vcpu_handles_an_exit_while_a_pause_holds() {
                 assert!(!paused.load(Ordering::SeqCst));
                 Flow::Continue
             };
-            set.spawn("vcpu", FakeVcpu::new(VcpuId(id), script), handler)
-                .unwrap();
+            let vcpu = FakeVcpu::new(VcpuId(id), script);
+            threads.push(set.spawn("vcpu", vcpu, handler).unwrap());
         }
         for _ in 0..200 {
             let pause = set.pause().unwrap();
@@ -94,6 +95,10 @@ fn no_vcpu_handles_an_exit_while_a_pause_holds() {
             drop(pause);
         }
         set.stop().unwrap();
+        // A handler's assertion fails on its own thread.
+        for thread in threads {
+            assert_eq!(thread.join().unwrap().reason, HaltReason::Stopped);
+        }
     });
 }
 

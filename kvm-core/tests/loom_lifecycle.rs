@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The lifecycle under loom: every interleaving, and every stale value that the orderings allow. A
-//! lost kick or request leaves a vCPU in the guest for ever, which loom reports as a deadlock.
+//! The lifecycle under loom: every interleaving of a few preemptions (the first argument of `model`),
+//! and every stale value that the orderings allow. A lost kick or request leaves a vCPU in the guest for ever, which loom reports as a deadlock.
 //!
 //! The vCPU is the scripted one, whose `KVM_RUN` behaves as the kernel's at its worst: a signal that
 //! arrives before it is taken in user space and gone, `immediate_exit` is a relaxed read, and then
