@@ -6,7 +6,7 @@
 use std::io::{self, IsTerminal, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Mutex;
+use std::sync::{Mutex, Once};
 
 /// Ctrl-A begins an escape.
 const ESCAPE: u8 = 0x01;
@@ -48,11 +48,14 @@ impl RawTerminal {
         if let Ok(mut slot) = SAVED.lock() {
             *slot = Some((fd, saved));
         }
-        let hook = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            restore();
-            hook(info);
-        }));
+        static HOOK: Once = Once::new();
+        HOOK.call_once(|| {
+            let hook = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |info| {
+                restore();
+                hook(info);
+            }));
+        });
         // SAFETY: `raw` is a valid termios.
         if unsafe { libc::tcsetattr(fd, libc::TCSANOW, &raw) } != 0 {
             return Err(io::Error::last_os_error());
@@ -106,7 +109,8 @@ impl Escape {
 pub enum Turn {
     /// More can be read.
     More,
-    /// The guest's FIFO is full: go on when it has drained.
+    /// Nothing is to be read before the guest's FIFO has drained and [`ConsoleInput::hand_over`]
+    /// says [`Turn::More`].
     Full,
     /// The input has ended; the guest runs on without.
     Ended,
@@ -114,8 +118,9 @@ pub enum Turn {
     Quit,
 }
 
-/// Carries stdin to the guest. Nothing is read that the guest has no room for, so a file piped in
-/// is lost nowhere.
+/// Carries stdin to the guest and loses nothing: of a file or a pipe nothing more is read while the
+/// guest has no room. A terminal is read on for [`TYPE_AHEAD`] bytes, or a guest that reads nothing
+/// could not be quit by the escape.
 #[derive(Debug)]
 pub struct ConsoleInput {
     escape: Option<Escape>,
@@ -124,6 +129,9 @@ pub struct ConsoleInput {
 
 /// Bytes read at a time: the UART's FIFO has room for as many.
 const CHUNK: usize = 64;
+
+/// How many bytes typed on a terminal are kept for a guest that does not read them.
+pub const TYPE_AHEAD: usize = 64 << 10;
 
 impl ConsoleInput {
     /// Input with escapes when it comes from a terminal, without when it is a file or a pipe, whose
@@ -135,10 +143,10 @@ impl ConsoleInput {
         }
     }
 
-    /// Reads once from `input` and hands it to `guest`, which returns how many bytes it took. Call
-    /// it when `input` is readable or the guest's FIFO has drained.
+    /// Reads once from `input`, if that may be read on, and hands what there is to `guest`, which
+    /// returns how many bytes it took. Call it when `input` is readable: it may block otherwise.
     pub fn turn(&mut self, input: &mut impl Read, guest: impl Fn(&[u8]) -> usize) -> Turn {
-        if self.pending.is_empty() {
+        if self.may_read() {
             let mut chunk = [0; CHUNK];
             let read = match input.read(&mut chunk) {
                 Ok(0) => return Turn::Ended,
@@ -165,15 +173,25 @@ impl ConsoleInput {
                 None => self.pending.extend_from_slice(read),
             }
         }
+        self.hand_over(guest)
+    }
+
+    /// Hands what was read and not taken yet to `guest`, and reads nothing. Call it when the guest's
+    /// FIFO has drained. Does not block.
+    pub fn hand_over(&mut self, guest: impl Fn(&[u8]) -> usize) -> Turn {
         if !self.pending.is_empty() {
             let taken = guest(&self.pending).min(self.pending.len());
             self.pending.drain(..taken);
         }
-        if self.pending.is_empty() {
+        if self.may_read() {
             Turn::More
         } else {
             Turn::Full
         }
+    }
+
+    fn may_read(&self) -> bool {
+        self.pending.is_empty() || self.escape.is_some() && self.pending.len() < TYPE_AHEAD
     }
 }
 
@@ -209,6 +227,40 @@ mod tests {
         assert_eq!(input.turn(&mut source, guest), Turn::More);
         assert_eq!(input.turn(&mut source, guest), Turn::Ended);
         assert_eq!(*got.borrow(), b"\x01x");
+    }
+
+    #[test]
+    fn a_guest_that_reads_nothing_can_be_quit() {
+        let mut input = ConsoleInput::new(true);
+        let typed = [b'a'; 1000];
+        let mut source = &typed[..];
+        while !source.is_empty() {
+            assert_eq!(input.turn(&mut source, |_| 0), Turn::More);
+        }
+        assert_eq!(input.turn(&mut &b"\x01x"[..], |_| 0), Turn::Quit);
+    }
+
+    #[test]
+    fn what_is_typed_ahead_is_kept_in_order_and_has_an_end() {
+        let mut input = ConsoleInput::new(true);
+        let typed: Vec<u8> = (0..2 * TYPE_AHEAD).map(|n| (n % 251) as u8 | 2).collect();
+        let mut source = &typed[..];
+        while input.turn(&mut source, |_| 0) == Turn::More {}
+        let read = typed.len() - source.len();
+        assert!((TYPE_AHEAD..TYPE_AHEAD + CHUNK).contains(&read));
+        assert_eq!(input.turn(&mut source, |_| 0), Turn::Full);
+        assert_eq!(typed.len() - source.len(), read, "nothing more was read");
+
+        let got = RefCell::new(Vec::new());
+        let take = |bytes: &[u8]| {
+            let taken = bytes.len().min(CHUNK);
+            got.borrow_mut().extend_from_slice(&bytes[..taken]);
+            taken
+        };
+        while got.borrow().len() < read {
+            assert_eq!(input.hand_over(take), Turn::More);
+        }
+        assert_eq!(*got.borrow(), typed[..read]);
     }
 
     proptest! {

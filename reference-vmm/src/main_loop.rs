@@ -21,7 +21,7 @@ use crate::signals::{self, StopSignals};
 pub trait GuestSide: Send + Sync {
     /// Hands input to the guest; how many bytes it took.
     fn input(&self, bytes: &[u8]) -> usize;
-    /// Readable when the guest has read all of its input.
+    /// Readable when the guest has read all of its input, or takes input again.
     fn drained(&self) -> RawFd;
     /// Makes [`drained`](Self::drained) not readable.
     fn clear_drained(&self);
@@ -102,7 +102,7 @@ impl Subscriber<'_> {
         self.end.tell(GuestEnd::Failed(format!("{what}: {error}")));
     }
 
-    /// Moves input until there is none, or the guest has no room.
+    /// Stdin is readable: moves input until there is none, or the guest has no room.
     fn pump(&mut self, ops: &mut EventOps<'_>) {
         loop {
             let guest = self.guest;
@@ -110,11 +110,7 @@ impl Subscriber<'_> {
             match (turn, self.waiting) {
                 // A file has more at once; for the rest epoll says when.
                 (Turn::More, Waiting::File) => continue,
-                (Turn::More, Waiting::Readable | Waiting::Ended) => {}
-                (Turn::More, Waiting::Drained) => {
-                    self.waiting = Waiting::Readable;
-                    self.watch_stdin(ops);
-                }
+                (Turn::More, _) => {}
                 (Turn::Full, Waiting::Readable) => {
                     self.unwatch_stdin(ops);
                     self.waiting = Waiting::Drained;
@@ -129,6 +125,19 @@ impl Subscriber<'_> {
                 (Turn::Quit, _) => self.end.tell(GuestEnd::Stopped(StopCause::Console)),
             }
             return;
+        }
+    }
+
+    /// The guest has room again. Stdin is not read here, unless it is a file: it could block.
+    fn drained(&mut self, ops: &mut EventOps<'_>) {
+        if self.waiting == Waiting::File {
+            return self.pump(ops);
+        }
+        let guest = self.guest;
+        let turn = self.input.hand_over(|bytes| guest.input(bytes));
+        if turn == Turn::More && self.waiting == Waiting::Drained {
+            self.waiting = Waiting::Readable;
+            self.watch_stdin(ops);
         }
     }
 
@@ -212,9 +221,7 @@ impl MutEventSubscriber for Subscriber<'_> {
             STDIN => self.pump(ops),
             DRAINED => {
                 self.guest.clear_drained();
-                if matches!(self.waiting, Waiting::Drained | Waiting::File) {
-                    self.pump(ops);
-                }
+                self.drained(ops);
             }
             DEADLINE => {
                 log::warn!(

@@ -696,9 +696,26 @@ impl Handler {
     }
 }
 
+/// Tells the end of a guest whose vCPU's thread unwinds: without it nobody would know that one of
+/// its processors has stopped. (The binary aborts at a panic; a program with the library may not.)
+struct TellPanic<'a> {
+    id: VcpuId,
+    end: &'a EndSignal,
+}
+
+impl Drop for TellPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let what = format!("vCPU {}: its thread panicked", self.id);
+            self.end.tell(GuestEnd::Failed(what));
+        }
+    }
+}
+
 /// A vCPU thread: runs until the vCPU halts, and tells the end that it came to.
 fn run_vcpu(runner: Runner<Vcpu>, handler: Handler, end: &EndSignal, running: &AtomicUsize) {
     let id = runner.id();
+    let _tell_panic = TellPanic { id, end };
     let Err(Halt { reason, vcpu, .. }) = runner.run(handler);
     let crash = |what: &dyn std::fmt::Display| {
         let registers = match vcpu.registers() {
@@ -740,5 +757,27 @@ struct Describe<'a>(&'a HaltReason<Stop>);
 impl std::fmt::Display for Describe<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vcpu_thread_that_panics_ends_the_guest() {
+        let end = EndSignal::new().unwrap();
+        std::thread::scope(|scope| {
+            let vcpu = scope.spawn(|| {
+                let _tell_panic = TellPanic {
+                    id: VcpuId(3),
+                    end: &end,
+                };
+                panic!("on purpose");
+            });
+            assert!(vcpu.join().is_err());
+        });
+        let told = Some(GuestEnd::Failed("vCPU 3: its thread panicked".into()));
+        assert_eq!(end.get().cloned(), told);
     }
 }

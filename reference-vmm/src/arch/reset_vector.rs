@@ -17,8 +17,8 @@ pub fn block() -> (GuestAddress, Vec<u8>) {
         RESET_VALUE, // mov al, RESET_VALUE
         0xe6,
         RESET_PORT as u8, // out RESET_PORT, al
-        0xfa, // cli
-        0xf4, // hlt
+        0xfa,             // cli
+        0xf4,             // hlt
         0xeb,
         0xfd, // jmp to the hlt
     ];

@@ -7,8 +7,8 @@
 //! the pending events and clears them, as the DSDT's `_EVT` method does on the device's interrupt.
 //! The DSDT's `_INI` writes to the event port: an ACPI system is running and will see the button.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Once};
 
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
@@ -32,6 +32,8 @@ pub struct AcpiPower<T> {
     interrupt: T,
     pending: AtomicU8,
     listening: AtomicBool,
+    /// A guest may ask for other sleep states as often as it likes; the log gets one line.
+    said: Once,
 }
 
 impl<T: Trigger> AcpiPower<T> {
@@ -42,6 +44,7 @@ impl<T: Trigger> AcpiPower<T> {
             interrupt,
             pending: AtomicU8::new(0),
             listening: AtomicBool::new(false),
+            said: Once::new(),
         }
     }
 
@@ -77,9 +80,9 @@ impl<T: Trigger + Send + Sync> DevicePio for AcpiPower<T> {
     fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
         match (offset, data.first()) {
             (0, Some(&SLEEP_CONTROL_S5)) => self.end.tell(GuestEnd::PoweredOff),
-            (0, Some(value)) => {
-                log::warn!("the guest asks for sleep state {value:#x}; S5 is all there is")
-            }
+            (0, Some(value)) => self.said.call_once(|| {
+                log::warn!("the guest asks for sleep state {value:#x}; S5 is all there is");
+            }),
             (EVENTS, Some(_)) => self.listening.store(true, Ordering::Relaxed),
             _ => {}
         }

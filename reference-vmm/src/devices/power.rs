@@ -3,7 +3,7 @@
 //! Devices through which the guest ends itself: each is a port or two and tells the [`EndSignal`].
 
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
@@ -95,7 +95,11 @@ impl DevicePio for DebugExit {
 /// pvpanic's port (QEMU's docs/specs/pvpanic): a read says which events are understood, a write
 /// says which one happened.
 #[derive(Debug)]
-pub struct Pvpanic(Arc<EndSignal>);
+pub struct Pvpanic {
+    end: Arc<EndSignal>,
+    /// A guest may write as often as it likes; the log gets one line.
+    said: Once,
+}
 
 /// Bit 0: the guest's kernel panicked.
 const PVPANIC_PANICKED: u8 = 1 << 0;
@@ -105,7 +109,8 @@ const PVPANIC_CRASH_LOADED: u8 = 1 << 1;
 impl Pvpanic {
     /// A device that tells `end`.
     pub fn new(end: Arc<EndSignal>) -> Self {
-        Pvpanic(end)
+        let said = Once::new();
+        Pvpanic { end, said }
     }
 }
 
@@ -119,9 +124,11 @@ impl DevicePio for Pvpanic {
 
     fn pio_write(&self, _base: PioAddress, _offset: PioAddressOffset, data: &[u8]) {
         match data.first() {
-            Some(event) if event & PVPANIC_PANICKED != 0 => self.0.tell(GuestEnd::Panicked),
+            Some(event) if event & PVPANIC_PANICKED != 0 => self.end.tell(GuestEnd::Panicked),
             Some(event) if event & PVPANIC_CRASH_LOADED != 0 => {
-                log::warn!("the guest's kernel panicked and goes on into its crash kernel");
+                self.said.call_once(|| {
+                    log::warn!("the guest's kernel panicked and goes on into its crash kernel");
+                });
             }
             _ => {}
         }

@@ -42,7 +42,8 @@ enum Way {
     /// The call itself is asked not to wait (`RWF_NOWAIT`: pipes and sockets from Linux 6.5 on). The
     /// descriptor's own flag is no way: other processes share it.
     NoWait,
-    /// A terminal, or an older kernel: there must be room before each write.
+    /// A terminal, or an older kernel: there must be room before each write, of one byte, for how
+    /// much room there is nobody tells.
     AskFirst,
 }
 
@@ -88,8 +89,10 @@ impl ConsoleOut {
 
     /// Writes what there is room for at once; `WouldBlock` if there is none.
     fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.way != Way::NoWait {
-            return self.out.write(bytes);
+        match self.way {
+            Way::Plain => return self.out.write(bytes),
+            Way::AskFirst => return self.out.write(bytes.get(..1).unwrap_or(bytes)),
+            Way::NoWait => {}
         }
         let iov = libc::iovec {
             iov_base: bytes.as_ptr() as *mut _,
@@ -149,6 +152,10 @@ impl Write for ConsoleOut {
     }
 }
 
+/// The modem control register, and its bit for loop-back mode.
+const MODEM_CONTROL: u8 = 4;
+const LOOP_BACK: u8 = 1 << 4;
+
 /// Tells the main thread that the guest has read all of its input.
 #[derive(Debug)]
 struct Drained(EventFd);
@@ -193,9 +200,10 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
         })
     }
 
-    /// Hands input to the guest and returns how many bytes the FIFO took: 0 when it is full. While
-    /// the guest has the port in loop-back mode its receiver is off the wire: bytes that come then
-    /// are lost, and count as taken. Does not wait for the console's output.
+    /// Hands input to the guest and returns how many bytes the FIFO took: 0 when it is full, and
+    /// while the guest has the port in loop-back mode, in which the receiver is off the wire (Linux
+    /// tries it when it looks for its ports). [`SerialPort::drained`] says when to come again. Does
+    /// not wait for the console's output.
     pub fn enqueue(&self, bytes: &[u8]) -> usize {
         let mut uart = self.uart();
         if uart.fifo_capacity() == 0 {
@@ -204,7 +212,6 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
         // The only errors left are the trigger's, after the bytes are in: they count as taken.
         let room = uart.fifo_capacity().min(bytes.len());
         match uart.enqueue_raw_bytes(bytes) {
-            Ok(0) => bytes.len(),
             Ok(taken) => taken,
             Err(error) => {
                 log::error!("cannot interrupt the guest for console input: {error:?}");
@@ -213,7 +220,8 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
         }
     }
 
-    /// Readable when the guest has read the last byte of its input.
+    /// Readable when the guest has read the last byte of its input, and when it has left loop-back
+    /// mode.
     pub fn drained(&self) -> &EventFd {
         &self.drained
     }
@@ -238,10 +246,18 @@ impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
         let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
         let mut uart = self.uart();
         for (register, byte) in (offset..).zip(data) {
-            if let Ok(register) = u8::try_from(register)
-                && let Err(error) = uart.write(register, *byte)
-            {
+            let Ok(register) = u8::try_from(register) else {
+                continue;
+            };
+            let leaves_loop_back = register == MODEM_CONTROL
+                && uart.read(MODEM_CONTROL) & LOOP_BACK != 0
+                && byte & LOOP_BACK == 0;
+            if let Err(error) = uart.write(register, *byte) {
                 log::debug!("serial register {register}: {error:?}");
+            }
+            if leaves_loop_back {
+                // EAGAIN: the counter is at its top, so the eventfd is readable already.
+                let _ = self.drained.write(1);
             }
         }
         if uart.writer().is_empty() {
@@ -303,6 +319,19 @@ mod tests {
         let got: Vec<u8> = (0..64).map(|_| read(&port, 0)).collect();
         assert_eq!(got, input[..64]);
         assert_eq!(port.enqueue(&input[64..]), 36);
+    }
+
+    #[test]
+    fn input_waits_for_the_end_of_loop_back_mode() {
+        let port = SerialPort::new(Count::default(), Vec::new()).unwrap();
+        port.pio_write(PioAddress(0x3f8), 4, &[0x10]);
+        assert_eq!(port.enqueue(b"hi"), 0);
+        port.pio_write(PioAddress(0x3f8), 4, &[0x1b]);
+        assert!(port.drained().read().is_err(), "still in loop-back mode");
+        port.pio_write(PioAddress(0x3f8), 4, &[0x08]);
+        assert_eq!(port.drained().read().unwrap(), 1);
+        assert_eq!(port.enqueue(b"hi"), 2);
+        assert_eq!((read(&port, 0), read(&port, 0)), (b'h', b'i'));
     }
 
     #[test]
@@ -370,6 +399,21 @@ mod tests {
             std::thread::scope(|scope| {
                 // Byte by byte, as the UART writes: more than a pipe holds.
                 scope.spawn(move || (0..100_000).for_each(|_| out.write_all(b"x").unwrap()));
+                end.tell(crate::end::GuestEnd::Reset);
+            });
+        }
+    }
+
+    #[test]
+    fn a_string_instruction_does_not_block_on_a_console_with_too_little_room() {
+        for way in [Way::NoWait, Way::AskFirst] {
+            let end = Arc::new(EndSignal::new().unwrap());
+            // Empty, and smaller than what is written.
+            let (_reader, writer) = io::pipe().unwrap();
+            let mut out = ConsoleOut::new(&writer, end.clone()).unwrap();
+            out.way = way;
+            std::thread::scope(|scope| {
+                scope.spawn(move || out.write_all(&[b'x'; 100_000]).unwrap());
                 end.tell(crate::end::GuestEnd::Reset);
             });
         }
