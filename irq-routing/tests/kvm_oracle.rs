@@ -55,7 +55,9 @@ fn kvm_takes(vm: &VmFd, entries: &[kvm_irq_routing_entry]) -> bool {
 
 /// This crate's verdict.
 fn we_take(rules: &Rules, entries: &[kvm_irq_routing_entry]) -> bool {
-    let typed: Result<Vec<_>, _> = entries.iter().map(abi::from_kvm).collect();
+    // SAFETY: `entry` sets members of a zeroed payload.
+    let typed = |entry| unsafe { abi::from_kvm(entry) };
+    let typed: Result<Vec<_>, _> = entries.iter().map(typed).collect();
     // Without an irqchip not even the empty table can be set.
     rules.irqchip != IrqchipKind::None
         && typed.is_ok_and(|typed| Table::from_entries(rules, typed).is_ok())

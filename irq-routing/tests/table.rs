@@ -181,7 +181,14 @@ proptest! {
 #[cfg(feature = "kvm")]
 mod abi {
     use super::*;
-    use irq_routing::kvm::abi::{AbiError, from_kvm, to_kvm};
+    use irq_routing::kvm::abi::{AbiError, to_kvm};
+    use kvm_bindings::kvm_irq_routing_entry;
+
+    /// Entries of [`to_kvm`], changed in nothing but type and flags.
+    fn from_kvm(raw: &kvm_irq_routing_entry) -> Result<Entry, AbiError> {
+        // SAFETY: the payload is `to_kvm`'s.
+        unsafe { irq_routing::kvm::abi::from_kvm(raw) }
+    }
 
     fn any_route() -> impl Strategy<Value = Route> {
         let any_pin = any::<(u32, u32)>().prop_map(|(chip, pin)| {

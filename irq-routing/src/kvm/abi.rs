@@ -105,7 +105,13 @@ pub fn to_kvm(entry: &Entry) -> kvm_irq_routing_entry {
 ///
 /// [`AbiError`] for what the ABI does not have. Whether a VM takes the entry is
 /// [`Rules`](crate::Rules)' to say.
-pub fn from_kvm(entry: &kvm_irq_routing_entry) -> Result<Entry, AbiError> {
+///
+/// # Safety
+///
+/// Every byte of `entry.u` is initialized: it came from KVM, from [`to_kvm`], or was zeroed
+/// (`Default`) before a member was set. One made from a single small member (`Payload { hv_sint }`)
+/// is not, and its type may say to read a larger one.
+pub unsafe fn from_kvm(entry: &kvm_irq_routing_entry) -> Result<Entry, AbiError> {
     let kind = entry.type_;
     let known_flags = match kind {
         KVM_IRQ_ROUTING_MSI => KVM_MSI_VALID_DEVID,
@@ -120,8 +126,7 @@ pub fn from_kvm(entry: &kvm_irq_routing_entry) -> Result<Entry, AbiError> {
         return Err(AbiError::UnknownFlags { kind, flags });
     }
     // SAFETY: every member of both unions is made of integers alone, for which any initialized
-    // bytes are a value, and a reference to an entry is one to initialized bytes: it was made from
-    // a whole member, or by KVM.
+    // bytes are a value, and the caller vouches that they are initialized.
     let route = unsafe {
         match kind {
             KVM_IRQ_ROUTING_IRQCHIP => {
