@@ -112,3 +112,8 @@ pub use queue::{ASYNC_PF_PER_VCPU, Completion, Token, VcpuQueue, WAKE_ALL_TOKEN}
 pub use schedule::{FaultAnswer, Job, Lane, Outcome, Schedule};
 pub use source::{Fetched, FilePiece, FileSource, PageSource, SourceError, ZeroSource};
 pub use state::{PageEvent, PageState, RequestEvent, RequestState};
+
+/// The README's example, so that it compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

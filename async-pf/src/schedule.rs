@@ -106,11 +106,12 @@ pub struct Schedule<W> {
 
 impl<W> Schedule<W> {
     /// A schedule for `pages` pages from `first`, all absent, with at most `backlog` guesses in
-    /// line.
+    /// line. Allocates two bits a page; pages beyond the last frame number are cut off.
     pub fn new(first: Gfn, pages: u64, backlog: usize) -> Self {
+        let pages = pages.min(u64::MAX - first.0);
         Self {
             first: first.0,
-            pages: pages.min(u64::MAX - first.0),
+            pages,
             active: HashMap::new(),
             present: Bits::new(pages),
             poisoned: Bits::new(pages),

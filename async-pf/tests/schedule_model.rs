@@ -212,3 +212,16 @@ fn guesses_that_were_overtaken_do_not_pile_up() {
     let kept = guesses.split(']').next().unwrap().matches('(').count();
     assert!(kept <= 2 * 8 + 1, "{kept} kept");
 }
+
+#[test]
+fn pages_beyond_the_last_frame_number_are_cut_off_and_cost_nothing() {
+    let mut pages: Schedule<()> = Schedule::new(Gfn(u64::MAX - 3), u64::MAX, 1);
+    assert!(pages.fault(Gfn(u64::MAX), ()).is_err());
+    for gfn in u64::MAX - 3..u64::MAX {
+        assert!(!pages.is_complete());
+        assert!(pages.fault(Gfn(gfn), ()).is_ok());
+        let job = pages.start().unwrap();
+        assert_eq!(pages.finish(job.gfn, Outcome::Arrived), Ok(vec![()]));
+    }
+    assert!(pages.is_complete());
+}

@@ -7,10 +7,8 @@
 
 use crate::PageRun;
 
-/// Bytes of guest memory that one bit stands for.
-///
-/// KVM counts in pages of the *host*; on x86-64 these have 4 KiB.
-pub const PAGE_SIZE: u64 = 4096;
+// Bytes of guest memory that one bit stands for: KVM counts in pages of the host, as it does for slots.
+pub use memslots::PAGE_SIZE;
 
 pub(crate) const WORD_BITS: u64 = u64::BITS as u64;
 

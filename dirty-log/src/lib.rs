@@ -116,3 +116,8 @@ pub use host_writes::{HostWrites, HostWritesSlice};
 pub use kvm::{GetDirtyLog, KvmBitmap, LogBuffer};
 pub use layout::{PAGE_SIZE, dirty_bitmap_bytes};
 pub use runs::{PageRun, Runs};
+
+/// The README's example, so that it compiles.
+#[cfg(all(doctest, feature = "kvm"))]
+#[doc = include_str!("../README.md")]
+mod readme {}

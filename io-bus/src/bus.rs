@@ -128,7 +128,8 @@ impl IoBus {
     /// (`kvm_io_bus_register_dev`).
     ///
     /// Accesses that begin after this returns see the device. Blocks only for other writers, and
-    /// may be called from inside an access.
+    /// may be called from inside an access. (A device that was removed earlier may be dropped here;
+    /// if it owns registrations, their drop waits as always.)
     ///
     /// # Errors
     ///
@@ -225,7 +226,8 @@ impl Registration {
         self.unregister_later().wait()
     }
 
-    /// As [`unregister`](Self::unregister), but never blocks for an access.
+    /// As [`unregister`](Self::unregister), but never blocks for an access to this device. (One that
+    /// is dropped here and owns registrations of its own waits in their drop.)
     pub fn unregister_later(mut self) -> Pending {
         self.take_off()
     }

@@ -193,3 +193,8 @@ pub use ioeventfd::{IoEvent, IoEventAddress, IoEventFd, SetIoEventFd, WriteLengt
 pub use range::{BusKind, IoRange};
 /// `vm-device`'s addresses and ranges, of which the methods here are made.
 pub use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
+
+/// The README's example, so that it compiles.
+#[cfg(all(doctest, feature = "kvm"))]
+#[doc = include_str!("../README.md")]
+mod readme {}

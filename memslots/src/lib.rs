@@ -243,3 +243,8 @@ pub use slot::{RemoveError, Slot};
 pub use srcu::{Grace, Guard, Reader, Snapshot};
 pub use table::{SlotTable, Translation};
 pub use units::{Gfn, Hva, PAGE_SHIFT, PAGE_SIZE, SlotId};
+
+/// The README's example, so that it compiles.
+#[cfg(all(doctest, feature = "kvm"))]
+#[doc = include_str!("../README.md")]
+mod readme {}

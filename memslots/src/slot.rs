@@ -40,7 +40,8 @@ impl Slot {
         }
     }
 
-    /// Which slot, which guest pages, which host pages: for dirty logs and pagers.
+    /// Which slot, which guest pages, which host pages: for dirty logs and pagers. A clone that was taken before a
+    /// [`relocate`](Self::relocate) says the old place.
     pub fn extent(&self) -> &SlotExtent {
         &self.extent
     }

@@ -85,3 +85,8 @@ mod sync;
 
 pub use domain::Grace;
 pub use published::{Guard, Published, Reader, Snapshot};
+
+/// The README's example, so that it compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

@@ -20,14 +20,13 @@
 use std::io;
 use std::ptr::{self, NonNull};
 
+use memslots::MAX_PAGES;
+
 use crate::Error;
 use crate::layout::{PAGE_SIZE, dirty_bitmap_bytes, words_for};
 
-/// `KVM_MEM_MAX_NR_PAGES`: the most pages that one slot can have.
-const MAX_SLOT_PAGES: u64 = (1 << 31) - 1;
-
 /// Length of the guard, a multiple of the page size.
-const GUARD: u64 = dirty_bitmap_bytes(MAX_SLOT_PAGES).next_multiple_of(PAGE_SIZE);
+const GUARD: u64 = dirty_bitmap_bytes(MAX_PAGES).next_multiple_of(PAGE_SIZE);
 
 /// A buffer for the dirty bits of one slot that the kernel cannot overrun.
 ///
@@ -55,7 +54,7 @@ impl LogBuffer {
     pub fn new(pages: u64) -> Result<Self, Error> {
         let bytes = dirty_bitmap_bytes(pages);
         let failed = |source| Error::Buffer { bytes, source };
-        if pages > MAX_SLOT_PAGES {
+        if pages > MAX_PAGES {
             return Err(failed(io::Error::from_raw_os_error(libc::EINVAL)));
         }
         let data = bytes.next_multiple_of(PAGE_SIZE);
@@ -157,9 +156,9 @@ mod tests {
 
     #[test]
     fn no_slot_has_more_pages_than_kvm_allows() {
-        assert!(LogBuffer::new(MAX_SLOT_PAGES).is_ok());
+        assert!(LogBuffer::new(MAX_PAGES).is_ok());
         assert!(matches!(
-            LogBuffer::new(MAX_SLOT_PAGES + 1),
+            LogBuffer::new(MAX_PAGES + 1),
             Err(Error::Buffer { .. })
         ));
         assert!(LogBuffer::new(u64::MAX).is_err());
