@@ -15,7 +15,7 @@ use crate::gsi::Gsi;
 use crate::host::{AttachIrqfd, CreateIrqchip, Errno, SetGsiRouting, SetIrqLine, SignalMsi};
 use crate::irqchip::{Irqchip, IrqchipKind, Pit};
 use crate::route::Msi;
-use crate::rules::{Rules, XEN_2LEVEL_PORTS};
+use crate::rules::Rules;
 use crate::table::Table;
 
 const EEXIST: i32 = 17;
@@ -207,7 +207,7 @@ impl SetGsiRouting for FakeHost {
     fn rules(&self, irqchip: IrqchipKind) -> Rules {
         Rules {
             hv_sint: true,
-            xen_ports: XEN_2LEVEL_PORTS,
+            xen_evtchn: true,
             ..Rules::new(irqchip, self.state().limit)
         }
     }

@@ -142,8 +142,6 @@
 //! - The split irqchip has its routes and no IOAPIC yet: devices on it use messages.
 //! - The failure of a timer after its irqchip cannot be undone, and is told as what it is
 //!   ([`IrqchipError::Pit`]).
-//! - Whether a Xen event channel above 1023 is accepted depends on the guest's word size, which KVM
-//!   alone knows; here it is refused unless [`Rules::xen_ports`] is raised.
 
 #![deny(unsafe_code)]
 #![warn(missing_debug_implementations)]
@@ -171,6 +169,6 @@ pub use irqfd::{DetachedIrqfd, Irqfd};
 pub use line::{Arrival, Line};
 pub use route::{Chip, ChipPin, Entry, HvSint, Msi, Route, S390Adapter, XenEvtchn};
 pub use routing::{Change, Committed, GsiHandle, Routing};
-pub use rules::{IOAPIC_PINS, PIC_PINS, RouteError, Rules, XEN_2LEVEL_PORTS};
+pub use rules::{IOAPIC_PINS, PIC_PINS, RouteError, Rules};
 pub use source::IrqSource;
 pub use table::Table;

@@ -4,8 +4,8 @@
 //!
 //! The rules are those of `kvm_set_irq_routing`, `setup_routing_entry` (`virt/kvm/irqchip.c`) and
 //! of x86's `kvm_set_routing_entry`. `tests/kvm_oracle.rs` asks the real KVM the same thousands of
-//! questions. A rule that depends on what the VM did meanwhile (the Xen guest's word size) is the
-//! kernel's to judge: then the commit fails with its errno and changes nothing.
+//! questions. What KVM finds out later than the rules do is its to judge: then the commit fails with
+//! its errno and changes nothing.
 
 #![forbid(unsafe_code)]
 
@@ -19,8 +19,6 @@ use crate::route::{Chip, ChipPin, Entry, Msi, Route, XenEvtchn};
 pub const PIC_PINS: u32 = 8;
 /// Pins of KVM's IOAPIC (`KVM_IOAPIC_NUM_PINS`).
 pub const IOAPIC_PINS: u32 = 24;
-/// Event channels of a 32-bit Xen guest with the two-level layout; a 64-bit one has 4096.
-pub const XEN_2LEVEL_PORTS: u32 = 1024;
 
 /// Why an entry cannot be in this VM's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -66,7 +64,7 @@ pub enum RouteError {
         /// The message.
         msi: Msi,
     },
-    /// The event channel's port or priority is not one that KVM delivers.
+    /// The event channel's priority is not one that KVM delivers.
     #[error("{gsi}: KVM delivers no Xen event channel {} with priority {:#x}", evtchn.port, evtchn.priority)]
     EventChannel {
         /// The GSI of the refused entry.
@@ -102,9 +100,9 @@ pub struct Rules {
     pub limit: u32,
     /// Hyper-V synthetic interrupts can be routed (`KVM_CAP_HYPERV_SYNIC`).
     pub hv_sint: bool,
-    /// Xen event channels below this can be routed; 0 where the host knows none
-    /// (`KVM_CAP_XEN_HVM`).
-    pub xen_ports: u32,
+    /// Xen event channels can be routed (`KVM_CAP_XEN_HVM` with its two-level bit). KVM looks at the
+    /// delivery alone: a port that the guest does not have is found out when it is raised.
+    pub xen_evtchn: bool,
     /// The VMM enabled `KVM_CAP_X2APIC_API` with 32-bit APIC ids, which reserves address bits 32 to
     /// 39.
     pub x2apic_ids: bool,
@@ -117,7 +115,7 @@ impl Rules {
             irqchip,
             limit,
             hv_sint: false,
-            xen_ports: 0,
+            xen_evtchn: false,
             x2apic_ids: false,
         }
     }
@@ -138,12 +136,10 @@ impl Rules {
             Route::Pin(_) | Route::Msi(_) => Ok(()),
             Route::HvSint(_) if self.hv_sint => Ok(()),
             Route::HvSint(_) => Err(unsupported(gsi, "Hyper-V SINT")),
-            Route::XenEvtchn(_) if self.xen_ports == 0 => {
+            Route::XenEvtchn(_) if !self.xen_evtchn => {
                 Err(unsupported(gsi, "Xen event channel"))
             }
-            Route::XenEvtchn(evtchn)
-                if evtchn.port >= self.xen_ports || evtchn.priority != XenEvtchn::PRIO_2LEVEL =>
-            {
+            Route::XenEvtchn(evtchn) if evtchn.priority != XenEvtchn::PRIO_2LEVEL => {
                 Err(RouteError::EventChannel { gsi, evtchn })
             }
             Route::XenEvtchn(_) => Ok(()),

@@ -21,7 +21,7 @@ use crate::gsi::Gsi;
 use crate::host::{AttachIrqfd, CreateIrqchip, Errno, SetGsiRouting, SetIrqLine, SignalMsi};
 use crate::irqchip::IrqchipKind;
 use crate::route::Msi;
-use crate::rules::{Rules, XEN_2LEVEL_PORTS};
+use crate::rules::Rules;
 use crate::table::Table;
 
 // kvm-ioctls has KVM_IRQ_LINE, which keeps the status to itself.
@@ -77,7 +77,7 @@ impl SetGsiRouting for VmFd {
         let two_level = xen > 0 && xen as u32 & KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL != 0;
         Rules {
             hv_sint: ask(KVM_CAP_HYPERV_SYNIC) > 0,
-            xen_ports: if two_level { XEN_2LEVEL_PORTS } else { 0 },
+            xen_evtchn: two_level,
             ..Rules::new(irqchip, limit)
         }
     }
