@@ -34,6 +34,10 @@ const REG_A_RESET: u8 = 0x26;
 const REG_B_SET: u8 = 1 << 7;
 const REG_B_BINARY: u8 = 1 << 2;
 const REG_B_24H: u8 = 1 << 1;
+/// How far a guest can set the clock away from the host's, seconds: more than the 10,000 years that
+/// its registers can tell. A guest whose days and years have any byte in them, written again and
+/// again, would count beyond any number otherwise.
+const MAX_OFFSET: i64 = 400_000_000_000;
 /// Register D: the battery is good.
 const REG_D_VALID: u8 = 1 << 7;
 
@@ -45,6 +49,13 @@ struct State {
     offset: i64,
     /// The time registers as the guest left them while it set the clock.
     setting: Option<Civil>,
+}
+
+impl State {
+    /// The guest's time is `time` when the host's is `now`.
+    fn set_time(&mut self, time: Civil, now: i64) {
+        self.offset = (time.to_unix() - now).clamp(-MAX_OFFSET, MAX_OFFSET);
+    }
 }
 
 /// The clock.
@@ -134,7 +145,7 @@ impl Rtc {
                 if value & REG_B_SET != 0 {
                     state.setting.get_or_insert(time);
                 } else if let Some(set) = state.setting.take() {
-                    state.offset = set.to_unix() - now;
+                    state.set_time(set, now);
                 }
                 return;
             }
@@ -147,7 +158,7 @@ impl Rtc {
         if state.setting.is_some() {
             state.setting = Some(time);
         } else {
-            state.offset = time.to_unix() - now;
+            state.set_time(time, now);
         }
     }
 }
@@ -332,6 +343,17 @@ mod tests {
             [YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS].map(|index| get(&rtc, index)),
             [0x99, 0x12, 0x31, 0x23, 0x59, 0x00]
         );
+    }
+
+    #[test]
+    fn a_guest_cannot_count_the_years_beyond_all_bounds() {
+        let rtc = Rtc::with_clock(|| SOME_TIME);
+        set(&rtc, REG_B, REG_B_BINARY | REG_B_24H);
+        for _ in 0..1000 {
+            set(&rtc, YEAR, 0xff);
+        }
+        let offset = rtc.state.lock().unwrap().offset;
+        assert_eq!(offset, MAX_OFFSET);
     }
 
     #[test]
