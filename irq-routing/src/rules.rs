@@ -136,9 +136,7 @@ impl Rules {
             Route::Pin(_) | Route::Msi(_) => Ok(()),
             Route::HvSint(_) if self.hv_sint => Ok(()),
             Route::HvSint(_) => Err(unsupported(gsi, "Hyper-V SINT")),
-            Route::XenEvtchn(_) if !self.xen_evtchn => {
-                Err(unsupported(gsi, "Xen event channel"))
-            }
+            Route::XenEvtchn(_) if !self.xen_evtchn => Err(unsupported(gsi, "Xen event channel")),
             Route::XenEvtchn(evtchn) if evtchn.priority != XenEvtchn::PRIO_2LEVEL => {
                 Err(RouteError::EventChannel { gsi, evtchn })
             }

@@ -38,7 +38,9 @@
 //!
 //! The main thread waits for events and never for a vCPU, but to stop it. Each vCPU has a thread,
 //! `vcpu0` and so on, on which its exits are served; the devices hold a lock of their own each, and
-//! the tables that an exit goes through are read without one.
+//! the tables that an exit goes through are read without one. While a machine is built, a thread
+//! named `cpuid` waits for KVM's slowest answer; where the build fails before it is needed, that
+//! thread outlives the call by as long as the answer takes.
 //!
 //! # Threat model
 //!
