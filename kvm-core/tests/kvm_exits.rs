@@ -112,17 +112,12 @@ fn a_triple_fault_halts_with_the_registers_of_the_fault() {
             .run(|_: &VcpuView<'_, _>, exit: Exit<'_>| -> Flow<()> { panic!("{exit:?}") });
         assert_eq!(halt.reason, HaltReason::Shutdown);
         let dump = halt.vcpu.registers().unwrap();
-        // kvm_amd resets the vCPU at once, for AMD's processors leave its state undefined; what is
-        // read then is the reset state, whole.
-        if dump.sregs == reset {
-            assert_eq!(
-                (dump.regs.rip, dump.mode()),
-                (0xfff0, "real mode"),
-                "{dump}"
-            );
+        // kvm_amd resets the vCPU at once, for AMD's processors leave its state undefined.
+        if dump.regs.rip == 0xfff0 {
+            assert_eq!(dump.mode(), "real mode", "{dump}");
             return;
         }
-        assert_eq!(dump.regs.rax, 0xc0de);
+        assert_eq!(dump.regs.rax, 0xc0de, "{dump}");
         let end = u64::from(LOAD) + guests::vcpu::triple_fault().len() as u64;
         assert!((u64::from(LOAD)..end).contains(&dump.regs.rip), "{dump}");
         assert_eq!(dump.mode(), "32-bit protected mode");
