@@ -119,7 +119,7 @@ fn tables() -> impl Strategy<Value = Vec<kvm_irq_routing_entry>> {
 fn cases() -> u32 {
     match std::env::var_os("LONG_TESTS") {
         Some(_) => 50_000,
-        None => 3_000,
+        None => 1_000,
     }
 }
 

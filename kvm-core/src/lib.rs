@@ -112,6 +112,8 @@
 //! - While a pause holds, a vCPU's registers are its thread's: read them before parking by a
 //!   [`Request`], until the planned access from the control plane is there.
 //! - A real-time kick signal needs room in `RLIMIT_SIGPENDING` ([`KickSignal`]).
+//! - `Vcpu::fd` gives a `kvm_ioctls::VcpuFd`, whose `sync_regs` makes a reference to the whole of its
+//!   own mapping of `kvm_run` (rust-vmm/kvm 357, 373): do not call it while the vCPU can be kicked.
 //!
 #![doc = include_str!("header_map.md")]
 #![deny(unsafe_code)]
