@@ -190,6 +190,8 @@ pub fn trace<A: AsRef<OsStr>>(
             _ => Ok(()),
         });
     }
+    // The tracer waits for it, as for all of its threads.
+    #[allow(clippy::zombie_processes)]
     let mut child = command.spawn().expect("the traced process starts");
     let pid = child.id() as pid_t;
     let stdout = super::Collector::start(child.stdout.take().expect("piped"));
