@@ -151,6 +151,8 @@ impl Registry {
             // A PENDING that is set already will do: its owner's slow path needs the registry's lock, that we hold, and
             // will find what we list here; or it has had it before us, and then the load above saw the leave.
             // A failed exchange: the reader has left since. If it is inside again, it entered after our fence.
+            // One that succeeds needs no ordering: it reads the very store that the load above has acquired from, and
+            // keeps up that store's release sequence; AcqRel is for whoever reads this without the proof.
             if word == pending
                 || slot
                     .0

@@ -63,7 +63,8 @@
 //!
 //! # How it is checked
 //! `tests/loom_srcu.rs` runs this very code (behind the `sync` shim) through every interleaving and permitted
-//! reordering of small scenarios under loom; each ordering in it was weakened in turn and each weakening failed a model.
+//! reordering of small scenarios under loom; each ordering in it was weakened in turn and each weakening failed a model, but for one: the
+//! exchange that sets a reader's pending bit is stronger, where it succeeds, than it would have to be.
 //! `tests/threads.rs` does the rest on real threads.
 //!
 //! # Threat model
