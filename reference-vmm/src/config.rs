@@ -3,7 +3,8 @@
 //! What a VM is to be: plain data, from the command line or a JSON file, checked as a whole before
 //! anything is created.
 
-use std::fs;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -102,11 +103,11 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The configuration file is too large to be one.
-    #[error("the configuration {path} has {len} bytes; at most {MAX_CONFIG_FILE} are read")]
+    #[error("the configuration {path} has {len} bytes or more; at most {MAX_CONFIG_FILE} are read")]
     TooLarge {
         /// The file.
         path: PathBuf,
-        /// Its length in bytes.
+        /// Its length in bytes, as far as it was asked.
         len: u64,
     },
     /// The configuration file is not the JSON that it should be.
@@ -182,14 +183,22 @@ impl Config {
             path: path.to_owned(),
             source,
         };
-        let len = fs::metadata(path).map_err(read)?.len();
+        let file = File::open(path).map_err(read)?;
+        let mut len = file.metadata().map_err(read)?.len();
+        let mut text = Vec::new();
+        if len <= MAX_CONFIG_FILE {
+            // A pipe or a device has no length beforehand, and /dev/zero no end.
+            file.take(MAX_CONFIG_FILE + 1)
+                .read_to_end(&mut text)
+                .map_err(read)?;
+            len = text.len() as u64;
+        }
         if len > MAX_CONFIG_FILE {
             return Err(ConfigError::TooLarge {
                 path: path.to_owned(),
                 len,
             });
         }
-        let text = fs::read(path).map_err(read)?;
         serde_json::from_slice(&text).map_err(|source| ConfigError::Json {
             path: path.to_owned(),
             source,
@@ -284,7 +293,10 @@ pub fn parse_size(text: &str) -> Result<u64, ConfigError> {
 
 fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     #[derive(Deserialize)]
-    #[serde(untagged)]
+    #[serde(
+        untagged,
+        expecting = "a size is a number of bytes, or text such as \"512M\""
+    )]
     enum Size {
         Bytes(u64),
         Text(String),
@@ -299,7 +311,7 @@ fn one_or_many<'de, D: serde::Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Vec<PathBuf>, D::Error> {
     #[derive(Deserialize)]
-    #[serde(untagged)]
+    #[serde(untagged, expecting = "initrd is a path or a list of paths")]
     enum Paths {
         One(PathBuf),
         Many(Vec<PathBuf>),

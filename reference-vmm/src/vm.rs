@@ -39,7 +39,8 @@ use kvm_core::arch::x86_64::{
     BootState, CpuidError, CpuidPlan, LongModeTables, RegisterDump, TablesError, boot_msrs, gdt,
 };
 use kvm_core::{
-    Exit, ExitHandler, Flow, Halt, HaltReason, Kvm, Runner, Vcpu, VcpuId, VcpuSet, VcpuView, Vm,
+    Exit, ExitHandler, Flow, Halt, HaltReason, KickSignal, Kvm, Runner, Vcpu, VcpuId, VcpuSet,
+    VcpuView, Vm,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use memslots::{Backing, Gfn, Memslots, NewSlot, PAGE_SHIFT, Slot, SlotFlags, SlotTable};
@@ -241,7 +242,10 @@ impl Machine {
         let routing = Routing::new(setup.fd().clone(), &irqchip);
 
         // 5. vCPUs.
-        let vm = setup.finish();
+        // Below SIGRTMIN: a kick arrives also where the user's pending signals have reached their
+        // limit. SIGURG of these: one that comes from elsewhere does no harm and never did.
+        let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
+        let vm = setup.kick_signal(kick).finish();
         let cpuid = cpuid.answer()?;
         cpuid.check_memory(&ram)?;
         let vcpus = (0..config.cpus)

@@ -243,7 +243,7 @@ fn a_kernel_that_may_not_be_read_is_refused() {
         ended.expect_status(2).expect_line(&["/proc/self/mem"]);
     } else {
         let kernel = elf(boot::hello64());
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0);
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o000);
         std::fs::set_permissions(&kernel, mode).unwrap();
         run(&kernel)
             .output()
@@ -347,7 +347,8 @@ fn a_bad_configuration_file_is_refused_with_its_path() {
     refused(br#"{"kernel": 1}"#, "");
     refused(br#"{"kernel": "k", "cpu": 2}"#, "`cpu`");
     refused(br#"{"kernel": "k", "memory": "lots"}"#, "lots");
-    refused(br#"{"kernel": "k", "memory": -1}"#, "");
+    refused(br#"{"kernel": "k", "memory": -1}"#, "a size is");
+    refused(br#"{"kernel": "k", "initrd": 5}"#, "initrd is");
     refused(br#"{"kernel": "k", "cpus": 4294967296}"#, "4294967296");
     refused(br#"{"kernel": "k", "kernel": "k"}"#, "kernel");
     refused("[".repeat(100_000).as_bytes(), "");
@@ -356,6 +357,11 @@ fn a_bad_configuration_file_is_refused_with_its_path() {
         let ended = Vmm::command(["run", "--config", path]).output();
         ended.expect_status(2).expect_line(&[path]);
     }
+    // It has no end.
+    let ended = Vmm::command(["run", "--config", "/dev/zero"]).output();
+    ended
+        .expect_status(2)
+        .expect_line(&["/dev/zero", "1048577"]);
     // What is valid JSON and cannot be is refused as on the command line.
     for (text, needle) in [
         (r#"{"kernel": "k", "cpus": 0}"#, "0 vCPUs"),

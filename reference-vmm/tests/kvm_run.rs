@@ -360,6 +360,29 @@ fn sigterm_stops_a_guest_without_acpi_at_once() {
 }
 
 #[test]
+fn a_user_without_room_for_pending_signals_can_stop_a_guest() {
+    need_kvm();
+    let mut running = Vmm::boot(boot::spin64()).words("--cpus 2").start();
+    running.wait_for("up\n");
+    let none = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: reads one rlimit.
+    let limited = unsafe {
+        libc::prlimit(
+            running.pid(),
+            libc::RLIMIT_SIGPENDING,
+            &none,
+            std::ptr::null_mut(),
+        )
+    };
+    assert_eq!(limited, 0);
+    running.signal(libc::SIGTERM);
+    running.wait().expect_status(0);
+}
+
+#[test]
 fn sigterm_presses_the_power_button() {
     need_kvm();
     let mut running = Vmm::boot(monitor::button64())
@@ -414,10 +437,8 @@ fn small_pipe() -> (File, OwnedFd) {
 fn filled(reader: &File) -> usize {
     let mut bytes = 0;
     // SAFETY: FIONREAD writes one int.
-    assert_eq!(
-        unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &mut bytes) },
-        0
-    );
+    let done = unsafe { libc::ioctl(reader.as_raw_fd(), libc::FIONREAD, &mut bytes) };
+    assert_eq!(done, 0);
     bytes as usize
 }
 
@@ -505,9 +526,17 @@ fn threads_have_names() {
     need_kvm();
     let mut running = Vmm::boot(boot::spin64()).words("--cpus 3").start();
     running.wait_for("up\n");
-    let names = running.threads();
+    // A thread names itself, and the first guest speaks while the others' threads begin.
+    let deadline = Instant::now() + WATCHDOG;
     for name in ["vcpu0", "vcpu1", "vcpu2", "reference-vmm"] {
-        assert!(names.iter().any(|n| n == name), "{names:?} has no {name}");
+        loop {
+            let names = running.threads();
+            if names.iter().any(|n| n == name) {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{names:?} has no {name}");
+            std::thread::yield_now();
+        }
     }
     running.signal(libc::SIGTERM);
     running.wait().expect_status(0);
