@@ -74,10 +74,19 @@ impl Drop for RawTerminal {
 fn restore() {
     if let Ok(mut slot) = SAVED.try_lock()
         && let Some((fd, saved)) = slot.take()
+        && !in_background(fd)
     {
         // SAFETY: `saved` is what tcgetattr gave for this descriptor.
         unsafe { libc::tcsetattr(fd, libc::TCSANOW, &saved) };
     }
+}
+
+/// Whether the terminal is another job's by now. Its shell has settings of its own, and who changes
+/// them from the background is stopped by SIGTTOU.
+fn in_background(fd: RawFd) -> bool {
+    // SAFETY: both calls only ask. A terminal that does not control this process (-1) has no jobs.
+    let (foreground, own) = unsafe { (libc::tcgetpgrp(fd), libc::getpgrp()) };
+    foreground > 0 && foreground != own
 }
 
 /// Takes the console's escapes out of what is typed: Ctrl-A x quits, Ctrl-A Ctrl-A types one
