@@ -75,7 +75,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     let report = measure(&workspace, &config)?;
 
     let mut crates: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
-    for (path, covered, coverable) in &report {
+    for (path, covered, coverable) in report.iter().filter(|(_, _, coverable)| *coverable > 0) {
         let sums = crates
             .entry(path.split('/').next().unwrap_or_default())
             .or_default();
