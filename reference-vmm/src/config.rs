@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::devices::FIXED_PORTS;
 use crate::devices::power::DebugExit;
+use crate::devices::{FIXED_PORTS, KERNEL_PORTS};
 
 /// A vCPU's local APIC id is its index, and the 8-bit ids of xAPIC end at 254 (255 is broadcast).
 pub const MAX_CPUS: u32 = 255;
@@ -241,7 +241,7 @@ impl Config {
             return Err(ConfigError::CmdlineNul(at));
         }
         if let Some(port) = self.debug_exit {
-            check_debug_exit(port)?;
+            check_debug_exit(port, self.irqchip)?;
         }
         if self.pit && self.irqchip != Irqchip::Kernel {
             return Err(ConfigError::Pit);
@@ -251,13 +251,19 @@ impl Config {
 }
 
 /// Refuses ports that other devices answer at.
-fn check_debug_exit(port: u16) -> Result<(), ConfigError> {
+fn check_debug_exit(port: u16, irqchip: Irqchip) -> Result<(), ConfigError> {
     let refused = |why: String| Err(ConfigError::DebugExit { port, why });
     let Some(last) = port.checked_add(DebugExit::LEN - 1) else {
         return refused(format!("its {} ports go past 0xffff", DebugExit::LEN));
     };
+    let in_kernel = if irqchip == Irqchip::Kernel {
+        &KERNEL_PORTS[..]
+    } else {
+        &[]
+    };
     match FIXED_PORTS
         .iter()
+        .chain(in_kernel)
         .find(|(_, first, len)| port < first + len && *first <= last)
     {
         Some((device, first, _)) => refused(format!("{device} is at {first:#x}")),

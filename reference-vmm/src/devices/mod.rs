@@ -28,3 +28,16 @@ pub const FIXED_PORTS: [(&str, u16, u16); 6] = [
     ),
     ("pvpanic", layout::PVPANIC_PORT, 1),
 ];
+
+/// Ports that KVM's in-kernel irqchip answers before the monitor sees the access: both PICs, their
+/// edge/level registers, and the timer that may go with them.
+pub const KERNEL_PORTS: [(&str, u16, u16); 4] = [
+    ("the interrupt controller", 0x20, 2),
+    ("the second interrupt controller", 0xa0, 2),
+    (
+        "the interrupt controllers' edge and level register",
+        0x4d0,
+        2,
+    ),
+    ("the timer", 0x40, 4),
+];
