@@ -96,7 +96,7 @@ Options:
                            \"memory\": \"1G\", \"cpus\": 2}; flags then override it
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --kvm PATH               KVM device [/dev/kvm]
-  --timeline               Say on stderr at the end when what happened
+  --timeline               Say on stderr at the end what happened when, in microseconds
   --log LEVEL              off, error, warn, info, debug or trace [warn]
   -h, --help               Show this help
 

@@ -13,8 +13,8 @@ pub(crate) use boot::{RUN_COMMAND, run_command};
 const USAGE: &str = "\
 Measures, and compares in the same run.
 
-Usage: cargo xtask bench startup [--runs N]
-       cargo xtask bench boot [--rounds N]
+Usage: cargo xtask bench startup [--runs N]   (60)
+       cargo xtask bench boot [--rounds N]    (3)
 
   startup   a tiny guest on this host's KVM: from exec to its first byte and to the end, against a program that makes
             the unavoidable system calls alone; peak memory; the size of the program

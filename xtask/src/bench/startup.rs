@@ -217,7 +217,7 @@ fn report(contenders: &mut [Contender], vmm: &Path, kvm: &str) -> Result<i32> {
         (middle, format!("{middle:>7.2} ({low:.2}–{high:.2})"))
     };
     println!("{kvm}");
-    println!("milliseconds from exec: median (10th–90th of 100)\n");
+    println!("milliseconds from exec: median (10th–90th percentile)\n");
     println!(
         "{:<32} {:>22} {:>22} {:>10}",
         "", "first byte", "end", "peak KiB"
