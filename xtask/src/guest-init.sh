@@ -68,7 +68,9 @@ echo)
     ;;
 shell)
     echo "guest: a shell; its end (exit, or Ctrl-D) powers the guest off"
-    setsid cttyhack sh
+    # busybox's poweroff and its like only signal init, which is this script: -f makes the call.
+    printf 'alias %s="%s -f"\n' poweroff poweroff reboot reboot halt halt >/etc/shrc
+    ENV=/etc/shrc setsid cttyhack sh
     ;;
 esac
 echo "guest: poweroff"

@@ -167,6 +167,17 @@ impl Vmm {
         use std::os::unix::process::CommandExt;
         let mut command = Command::new(binary());
         command.args(&self.args).stderr(Stdio::piped());
+        // A job that a shell started in the background ignores SIGINT and SIGQUIT, and so would the
+        // VMM that inherits it (as it should: `nohup` works so). These tests send them.
+        // SAFETY: signal is async-signal-safe.
+        unsafe {
+            command.pre_exec(|| {
+                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
+                Ok(())
+            });
+        }
         match self.stdin {
             Input::Null => command.stdin(Stdio::null()),
             Input::Pipe => command.stdin(Stdio::piped()),
