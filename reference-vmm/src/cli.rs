@@ -48,6 +48,14 @@ pub enum UsageError {
     /// An unknown flag, a missing value, a value that is not a number.
     #[error("{0}")]
     Args(#[from] lexopt::Error),
+    /// A value that is no number where one is wanted.
+    #[error("{flag} {}: a whole number from 0 to {} is wanted", value.display(), u32::MAX)]
+    Number {
+        /// The flag.
+        flag: &'static str,
+        /// What it was given.
+        value: OsString,
+    },
     /// A value that parses and cannot be.
     #[error("{0}")]
     Config(#[from] ConfigError),
@@ -173,7 +181,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.memory = bytes));
             }
             Long("cpus") => {
-                let cpus = parser.value()?.parse()?;
+                let cpus = number("--cpus", parser.value()?)?;
                 changes.push(Box::new(move |config| config.cpus = cpus));
             }
             Long("irqchip") => {
@@ -198,7 +206,9 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.kvm = path));
             }
             Long("timeline") => timeline = true,
-            Long("shutdown-timeout") => shutdown_timeout = parser.value()?.parse()?,
+            Long("shutdown-timeout") => {
+                shutdown_timeout = number("--shutdown-timeout", parser.value()?)?;
+            }
             Long("log") => {
                 log = parser.value()?.parse_with(|level| {
                     level
@@ -246,6 +256,11 @@ fn doctor(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         }
     }
     Ok(Command::Doctor { json, kvm })
+}
+
+fn number(flag: &'static str, value: OsString) -> Result<u32, UsageError> {
+    let number = value.to_str().and_then(|text| text.parse().ok());
+    number.ok_or(UsageError::Number { flag, value })
 }
 
 fn parse_port(text: &str) -> Result<u16, &'static str> {
@@ -328,7 +343,7 @@ mod tests {
             (&["run"][..], "--kernel"),
             (&["run", "--kernel", "k", "--cpus", "0"], "0 vCPUs"),
             (&["run", "--kernel", "k", "--cpus", "-1"], "-1"),
-            (&["run", "--kernel", "k", "--cpus", "many"], "many"),
+            (&["run", "--kernel", "k", "--cpus", "many"], "--cpus many"),
             (&["run", "--kernel", "k", "--memory", "0"], "0 bytes"),
             (&["run", "--kernel", "k", "--memory", "8EB"], "8EB"),
             (&["run", "--kernel", "k", "--irqchip", "apic"], "apic"),

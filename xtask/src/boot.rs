@@ -128,7 +128,9 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     } else {
         reason
     };
-    say(format!("booting in the lab, for {reason}"));
+    say(format!(
+        "booting in the lab (its own start takes some 10 s), because {reason}"
+    ));
     let inside: Vec<OsString> = cargo::inside_lab(WATCH_COMMAND)
         .into_iter()
         .chain(argv)
@@ -181,7 +183,8 @@ pub(crate) fn watch(argv: Vec<OsString>) -> Result<i32> {
     let ended = begun.elapsed();
     seen.extend(told.join().unwrap_or_default());
     seen.sort();
-    eprintln!("Boot timeline:");
+    // The guest may have left its last line open.
+    eprintln!("\nBoot timeline:");
     for (at, what) in seen {
         eprintln!("{:>10.1} ms  {what}", at.as_secs_f64() * 1e3);
     }
