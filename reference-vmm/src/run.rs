@@ -21,7 +21,7 @@ use crate::vm::{BuildError, Machine};
 /// The process is expected to exit next: the VM is closed, and what else it had is left to that
 /// ([`Running::leave_to_exit`](crate::vm::Running::leave_to_exit) has the reason).
 pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
-    let end = match run_to_end(options, &say) {
+    let end = match run_to_end(options) {
         Ok(end) => end,
         Err(error) => {
             say(format_args!("{}", Chain(&error)));
@@ -46,7 +46,7 @@ pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
     end.exit_status()
 }
 
-fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<GuestEnd, BuildError> {
+fn run_to_end(options: &Run) -> Result<GuestEnd, BuildError> {
     let host = |what| move |source| BuildError::Process { what, source };
     // Before any thread exists, so that all of them inherit the mask.
     let stop_signals = StopSignals::take_over().map_err(host("take over the stop signals"))?;
@@ -70,9 +70,8 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<GuestE
     running.stop();
     timeline().mark(Event::Exit);
     drop(terminal);
-    if end.get().is_none() {
-        say(format_args!("the guest stopped without a reason"));
-    }
     running.leave_to_exit();
-    Ok(end.get().cloned().unwrap_or(GuestEnd::PoweredOff))
+    // The loop above comes back only when an end has been told, or has failed and is told just there.
+    let untold = || GuestEnd::Failed("the guest stopped without a reason".into());
+    Ok(end.get().cloned().unwrap_or_else(untold))
 }
