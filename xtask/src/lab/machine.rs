@@ -3,6 +3,7 @@
 //! The lab's machine: a QEMU process that emulates an AMD host with SVM and nested paging, so that its kernel's
 //! `kvm_amd` is real. It ends when this value goes, and when this process ends in whatever way.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -64,9 +65,17 @@ impl Machine {
             "-no-reboot",
             "-display",
             "none",
-            "-monitor",
-            "none",
         ]);
+        match &options.monitor {
+            None => command.args(["-monitor", "none"]),
+            Some(path) => {
+                let mut socket = OsString::from("unix:");
+                // A comma begins the next option; doubled, it is one.
+                socket.push(path.replace(',', ",,"));
+                socket.push(",server=on,wait=off");
+                command.arg("-monitor").arg(socket)
+            }
+        };
         command.args(["-serial", "stdio"]);
         command.arg("-kernel").arg(kernel.vmlinux());
         command

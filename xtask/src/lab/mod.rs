@@ -54,6 +54,7 @@ Usage: cargo xtask lab [OPTIONS] -- COMMAND…
   --timeout SECONDS   the time limit, the machine's start included (600)
   --env NAME=VALUE    set for COMMAND; may be repeated. PATH, HOME, CARGO*, RUST* and the like are passed on anyway
   --console           the machine's console on stderr, with everything that its kernel says
+  --monitor SOCKET    QEMU's monitor on a unix socket: `info registers -a` tells where a guest hangs
   --refresh           download everything again, as the archive has it today
 
 Exit status: COMMAND's; 124 the time limit has passed; 125 the lab itself failed; 126 or 127 COMMAND does not start.";
@@ -68,6 +69,8 @@ pub(crate) struct Options {
     pub(crate) time_limit: Duration,
     pub(crate) env: Vec<OsString>,
     pub(crate) console: bool,
+    /// Where QEMU's monitor listens.
+    pub(crate) monitor: Option<String>,
     pub(crate) refresh: bool,
     /// Whether the command is to read this process's stdin.
     pub(crate) stdin: bool,
@@ -84,6 +87,7 @@ impl Default for Options {
             time_limit: Duration::from_secs(600),
             env: Vec::new(),
             console: false,
+            monitor: None,
             refresh: false,
             stdin: false,
             cwd: None,
@@ -109,6 +113,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             Long("timeout") => options.time_limit = Duration::from_secs(parser.value()?.parse()?),
             Long("env") => options.env.push(parser.value()?),
             Long("console") => options.console = true,
+            Long("monitor") => options.monitor = Some(parser.value()?.string()?),
             Long("refresh") => options.refresh = true,
             Short('h') | Long("help") => {
                 println!("{USAGE}");
