@@ -15,7 +15,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::console::{ConsoleInput, Turn};
 use crate::end::{EndSignal, GuestEnd, StopCause};
-use crate::signals::{self, StopSignals};
+use crate::signals::{self, Signals};
 
 /// The guest's side of the console and of the power button, as the main thread needs them.
 pub trait GuestSide: Send + Sync {
@@ -27,6 +27,8 @@ pub trait GuestSide: Send + Sync {
     fn clear_drained(&self);
     /// Presses the power button; false if no one in the guest will notice.
     fn press_power_button(&self) -> bool;
+    /// Has each vCPU's registers shown on stderr, soon. Does not wait for it.
+    fn show_registers(&self);
 }
 
 const END: u32 = 0;
@@ -51,7 +53,7 @@ enum Waiting {
 
 struct Subscriber<'a> {
     end: Arc<EndSignal>,
-    signals: &'a StopSignals,
+    signals: &'a Signals,
     guest: &'a dyn GuestSide,
     /// A duplicate of descriptor 0 without std's buffer, which would hide from epoll what it read
     /// ahead.
@@ -64,7 +66,7 @@ struct Subscriber<'a> {
     stopping: Option<i32>,
 }
 
-/// Runs until `end` has been told. Signals: the first SIGTERM presses the power button and gives
+/// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers; the first SIGTERM presses the power button and gives
 /// the guest `shutdown_timeout` to react; any other stop signal, or a second one, ends at once.
 ///
 /// `terminal` says that stdin is a terminal, on which the console's escapes are taken out.
@@ -73,7 +75,7 @@ struct Subscriber<'a> {
 /// epoll cannot be set up.
 pub fn run(
     end: &Arc<EndSignal>,
-    signals: &StopSignals,
+    signals: &Signals,
     guest: &dyn GuestSide,
     terminal: bool,
     shutdown_timeout: Duration,
@@ -162,6 +164,9 @@ impl Subscriber<'_> {
     }
 
     fn signal(&mut self, signal: i32, ops: &mut EventOps<'_>) {
+        if signal == signals::SHOW_REGISTERS {
+            return self.guest.show_registers();
+        }
         let name = signals::name(signal);
         let stop = || self.end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
         if signal != libc::SIGTERM || self.stopping.is_some() || self.shutdown_timeout.is_zero() {

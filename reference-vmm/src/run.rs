@@ -10,7 +10,7 @@ use crate::cli::Run;
 use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::main_loop;
-use crate::signals::{self, StopSignals};
+use crate::signals::{self, Signals};
 use crate::timeline::{Event, timeline};
 use crate::vm::{BuildError, Machine};
 
@@ -49,7 +49,7 @@ pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
 fn run_to_end(options: &Run) -> Result<GuestEnd, BuildError> {
     let host = |what| move |source| BuildError::Process { what, source };
     // Before any thread exists, so that all of them inherit the mask.
-    let stop_signals = StopSignals::take_over().map_err(host("take over the stop signals"))?;
+    let stop_signals = Signals::take_over().map_err(host("take over the stop signals"))?;
     let end = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
     let machine = Machine::build(&options.config, std::io::stdout(), &end)?;
     // Last before the guest speaks: what fails above is told on a terminal in its usual mode.

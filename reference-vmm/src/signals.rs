@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The signals that ask the monitor to stop, as a file descriptor for the event loop.
+//! The signals that ask the monitor to stop, or what the guest is doing, as a file descriptor for the
+//! event loop.
 //!
 //! They are blocked in the main thread before any other thread exists, so that every thread
 //! inherits the mask and the signals reach the event loop alone.
@@ -9,14 +10,23 @@ use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
+/// Shows the vCPUs' registers; all others stop the guest.
+pub const SHOW_REGISTERS: i32 = libc::SIGUSR1;
+
 /// Signals taken over.
-const STOP_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+const SIGNALS: [i32; 5] = [
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    SHOW_REGISTERS,
+];
 
-/// A signalfd for SIGTERM, SIGINT, SIGHUP and SIGQUIT.
+/// A signalfd for SIGTERM, SIGINT, SIGHUP, SIGQUIT and SIGUSR1.
 #[derive(Debug)]
-pub struct StopSignals(OwnedFd);
+pub struct Signals(OwnedFd);
 
-impl StopSignals {
+impl Signals {
     /// Blocks the signals in this thread and those that it starts from now on, and takes them over.
     /// A signal that was ignored when the process began (`nohup` ignores SIGHUP) stays ignored.
     ///
@@ -29,7 +39,7 @@ impl StopSignals {
         // gets that set, and its result is checked before it is owned.
         unsafe {
             libc::sigemptyset(set.as_mut_ptr());
-            for signal in STOP_SIGNALS {
+            for signal in SIGNALS {
                 if !is_ignored(signal) {
                     libc::sigaddset(set.as_mut_ptr(), signal);
                 }
@@ -43,7 +53,7 @@ impl StopSignals {
             if fd < 0 {
                 return Err(io::Error::last_os_error());
             }
-            Ok(StopSignals(OwnedFd::from_raw_fd(fd)))
+            Ok(Signals(OwnedFd::from_raw_fd(fd)))
         }
     }
 
@@ -64,7 +74,7 @@ impl StopSignals {
     }
 }
 
-impl AsRawFd for StopSignals {
+impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
@@ -80,13 +90,14 @@ fn is_ignored(signal: i32) -> bool {
     }
 }
 
-/// The name of a signal that [`StopSignals`] takes over.
+/// The name of a signal that [`Signals`] takes over.
 pub fn name(signal: i32) -> &'static str {
     match signal {
         libc::SIGTERM => "SIGTERM",
         libc::SIGINT => "SIGINT",
         libc::SIGHUP => "SIGHUP",
         libc::SIGQUIT => "SIGQUIT",
+        libc::SIGUSR1 => "SIGUSR1",
         _ => "a signal",
     }
 }

@@ -27,7 +27,7 @@
 //!
 //! `tests/kvm_ioctl_order.rs` holds it against the ioctls of a real run.
 
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -39,8 +39,8 @@ use kvm_core::arch::x86_64::{
     BootState, CpuidError, CpuidPlan, LongModeTables, RegisterDump, TablesError, boot_msrs, gdt,
 };
 use kvm_core::{
-    Exit, ExitHandler, Flow, Halt, HaltReason, KickSignal, Kvm, Runner, Vcpu, VcpuId, VcpuSet,
-    VcpuView, Vm,
+    Exit, ExitHandler, Flow, Halt, HaltReason, KickSignal, Kvm, Request, Requests, Runner, Vcpu,
+    VcpuId, VcpuSet, VcpuView, Vm,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use memslots::{Backing, Gfn, Memslots, NewSlot, PAGE_SHIFT, Slot, SlotFlags, SlotTable};
@@ -405,7 +405,16 @@ impl GuestSide for Running {
             false
         })
     }
+
+    fn show_registers(&self) {
+        if let Some(request) = SHOW_REGISTERS {
+            self.set.request_all(request);
+        }
+    }
 }
+
+/// The request of a vCPU to show its registers.
+const SHOW_REGISTERS: Option<Request> = Request::consumer(0);
 
 /// What this host's processors can be for a guest.
 struct CpuidBase {
@@ -670,6 +679,23 @@ impl ExitHandler<VcpuFd> for Handler {
         } else {
             Flow::Continue
         }
+    }
+
+    /// The only request there is: [`SHOW_REGISTERS`].
+    fn requests(&mut self, vcpu: &VcpuView<'_, VcpuFd>, _: Requests) -> Flow<Stop> {
+        let (id, fd) = (vcpu.id(), vcpu.fd());
+        let registers = fd
+            .get_regs()
+            .and_then(|regs| fd.get_sregs().map(|sregs| RegisterDump { regs, sregs }));
+        // One write each, so that several vCPUs' do not mix. Stderr closed or full stops no guest.
+        let text = match registers {
+            Ok(registers) => format!("reference-vmm: vCPU {id}:\n{registers}\n"),
+            Err(errno) => {
+                format!("reference-vmm: vCPU {id}: its registers cannot be read: {errno}\n")
+            }
+        };
+        let _ = io::stderr().lock().write_all(text.as_bytes());
+        Flow::Continue
     }
 
     fn before_entry(&mut self, _vcpu: &VcpuView<'_, VcpuFd>) {

@@ -265,6 +265,25 @@ fn typed_input_interrupts_a_guest_that_sleeps() {
 }
 
 #[test]
+fn sigusr1_shows_where_each_vcpu_is_and_the_guest_goes_on() {
+    need_kvm();
+    let mut running = Vmm::boot(monitor::echo_irq64())
+        .args(["--debug-exit", "--cpus", "2"])
+        .stdin_pipe()
+        .start();
+    running.wait_for("ready\n");
+    running.signal(libc::SIGUSR1);
+    for vcpu in ["vCPU 0:\nRIP ", "vCPU 1:\nRIP "] {
+        running.wait_for_stderr(vcpu);
+    }
+    running.type_in(b"still here, q");
+    let ended = running.wait();
+    ended
+        .expect_status(0x21)
+        .expect_stdout("ready\nstill here, q");
+}
+
+#[test]
 fn input_that_ends_or_was_never_there_does_not_end_the_guest() {
     need_kvm();
     let hello = elf(boot::hello64());

@@ -19,7 +19,7 @@ use support::{Ended, Running, Vmm, need_kvm};
 
 /// An emulated machine inside an emulated machine takes its time, and a broken one must not take
 /// all of it.
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(180);
 
 fn lab_file(name: &str) -> PathBuf {
     let folder = std::env::var_os("LAB_KERNELS").expect("LAB_KERNELS is not set: cargo xtask test");
@@ -81,9 +81,18 @@ fn no_complaints(ended: &Ended) {
 /// Boots to the power-off, and checks what the guest says of its machine.
 fn boots(kernel: &str, cpus: u32, memory: &str, mib: u64) {
     let begun = Instant::now();
-    let ended = linux(kernel, "")
-        .args(["--cpus", &cpus.to_string(), "--memory", memory])
-        .output();
+    let boot = || {
+        linux(kernel, "")
+            .args(["--cpus", &cpus.to_string(), "--memory", memory])
+            .start()
+            .wait_or_hang()
+    };
+    // About one boot of several vCPUs in a hundred stands still in this emulated host, a vCPU of it running and the
+    // others halted. Whether that is QEMU's doing is not known, so it is told, and it must not happen twice.
+    let ended = boot().unwrap_or_else(|hang| {
+        println!("{kernel}, {cpus} vCPUs, {memory}: HUNG, and is tried once more. {hang}");
+        boot().unwrap_or_else(|hang| panic!("the second boot hung too: {hang}"))
+    });
     ended.expect_status(0).expect_silence();
     println!(
         "{kernel}, {cpus} vCPUs, {memory}: {:.1} s",

@@ -13,6 +13,7 @@ mod cargo;
 mod coverage;
 mod cpio;
 mod failure;
+mod fuzz;
 mod guest_image;
 mod host;
 mod kernel_image;
@@ -34,6 +35,7 @@ Commands:
   lab [OPTIONS] -- COMMAND…  run COMMAND as root in an emulated machine with hardware-style KVM (kvm_amd)
   test [OPTIONS]             build and run the tests of all tiers, and say what ran where
   coverage                   measure the tests' coverage, against coverage_config.json
+  fuzz [TARGET…]             run the crates' fuzz targets with libFuzzer
   bench startup|boot         measure what a start costs, against its floor or another monitor
 
 `cargo xtask COMMAND --help` says more of one.";
@@ -49,6 +51,7 @@ fn main() {
         Some("boot") => boot::command(rest),
         Some(boot::WATCH_COMMAND) => boot::watch(rest),
         Some("coverage") => coverage::command(rest),
+        Some("fuzz") => fuzz::command(rest),
         Some("test") => tiers::command(rest),
         Some(tiers::RUN_COMMAND) => tiers::run_command(rest),
         Some("lab") => lab::command(rest),

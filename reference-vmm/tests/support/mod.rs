@@ -292,12 +292,18 @@ impl Running {
     }
 
     /// Waits for its end. The watchdog kills what is too late, and the test fails.
-    pub fn wait(mut self) -> Ended {
+    pub fn wait(self) -> Ended {
+        self.wait_or_hang().unwrap_or_else(|hang| panic!("{hang}"))
+    }
+
+    /// Waits for its end; where it does not come in time, kills it and tells where it was.
+    pub fn wait_or_hang(mut self) -> Result<Ended, String> {
         let child = self.child.as_ref().expect("running");
-        if !ends_before(child.id() as libc::pid_t, self.deadline) {
-            self.fail("did not end");
+        if ends_before(child.id() as libc::pid_t, self.deadline) {
+            Ok(self.collect())
+        } else {
+            Err(self.give_up("did not end"))
         }
-        self.collect()
     }
 
     fn collect(&mut self) -> Ended {
@@ -317,10 +323,22 @@ impl Running {
     }
 
     fn fail(&mut self, why: &str) -> ! {
+        panic!("{}", self.give_up(why));
+    }
+
+    /// Kills it; what it had said, where its threads were, and its vCPUs' registers.
+    fn give_up(&mut self, why: &str) -> String {
         let threads = describe_threads(self.pid());
+        // Twice: a loop shows itself by staying where it is. A process that has ended answers neither.
+        for _ in 0..2 {
+            let answers = self.stderr.count("RIP ");
+            self.signal(libc::SIGUSR1);
+            let soon = Instant::now() + Duration::from_secs(3);
+            self.stderr.wait_for_more("RIP ", answers, soon);
+        }
         let _ = self.child.as_mut().expect("running").kill();
         let ended = self.collect();
-        panic!("{why}; its threads then:\n{threads}{ended}");
+        format!("{why}; its threads then:\n{threads}{ended}")
     }
 }
 
@@ -483,10 +501,19 @@ impl Collector {
     }
 
     fn wait_for(&self, needle: &str, deadline: Instant) -> bool {
-        let needle = needle.as_bytes();
+        self.wait_for_more(needle, 0, deadline)
+    }
+
+    /// How often `needle` has come.
+    fn count(&self, needle: &str) -> usize {
+        count(&self.shared.read.lock().unwrap().0, needle.as_bytes())
+    }
+
+    /// Waits until `needle` has come more than `times`.
+    fn wait_for_more(&self, needle: &str, times: usize, deadline: Instant) -> bool {
         let mut read = self.shared.read.lock().unwrap();
         loop {
-            if read.0.windows(needle.len()).any(|window| window == needle) {
+            if count(&read.0, needle.as_bytes()) > times {
                 return true;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -507,6 +534,12 @@ impl Collector {
     fn finish(mut self) -> Vec<u8> {
         self.join()
     }
+}
+
+fn count(text: &[u8], needle: &[u8]) -> usize {
+    text.windows(needle.len())
+        .filter(|window| *window == needle)
+        .count()
 }
 
 /// A descriptor of the process, readable when it has ended.
