@@ -38,6 +38,7 @@ fn probe(vm: &VmFd, gfn: Gfn) -> Result<(), i32> {
         start,
         size: PAGE_SIZE,
         host: Hva(HOST),
+        guest_memfd: None,
     };
     ask(vm, &request)?;
     ask(vm, &MemoryRegion { size: 0, ..request })
@@ -89,6 +90,7 @@ impl Random {
             start: GuestAddress(self.below(64) * PAGE_SIZE),
             size: self.of(&[0, 1, 1, 2, 3, 4, 8]) * PAGE_SIZE,
             host: Hva(HOST + self.below(3) as usize * 0x10_0000),
+            guest_memfd: None,
         };
         // Often a change of what is there, or moves and flag changes would be rare.
         if let Some(old) = slots.get(id)
@@ -210,6 +212,7 @@ fn kvm_gives_the_verdicts_that_the_classifier_gives() {
             start: GuestAddress(0),
             size: 0,
             host: Hva(0),
+            guest_memfd: None,
         };
         assert_eq!(ask(&vm, &deletion), expected, "{id}");
     }
