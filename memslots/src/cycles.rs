@@ -108,6 +108,7 @@ fn tangles(edges: &[Vec<usize>]) -> Vec<Vec<usize>> {
         let mut tangle = Vec::new();
         walk(&reversed, &mut seen, node, |node| tangle.push(node));
         if tangle.len() > 1 {
+            tangle.sort_unstable();
             tangles.push(tangle);
         }
     }
@@ -156,7 +157,7 @@ impl<F: Fn(usize) -> bool> Search<'_, F> {
         if more == 0 || self.looked_at > BUDGET {
             return false;
         }
-        circle.sort_by_key(|node| !(self.rather)(*node));
+        circle.sort_by_key(|node| (!(self.rather)(*node), *node));
         for node in circle {
             self.mark(node, false);
             taken.push(node);

@@ -107,9 +107,8 @@ impl fmt::Display for Step {
             Some(from) => write!(f, " from {:#x} to {start:#x}..{end:#x}", from.0)?,
             None => write!(f, " at {start:#x}..{end:#x}")?,
         }
-        match self.change {
-            Change::Delete => {}
-            _ => write!(f, ", {:?}", self.flags)?,
+        if self.change != Change::Delete && self.flags != SlotFlags::NONE {
+            write!(f, ", {:?}", self.flags)?;
         }
         match &self.gap {
             Some(gap) => write!(f, "; vCPUs may miss {:#x}..{:#x}", gap.start, gap.end),
