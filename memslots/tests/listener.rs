@@ -151,6 +151,14 @@ impl World {
     fn in_step(&self) {
         assert_eq!(self.first.maps(), shown(&self.memslots));
         assert_eq!(self.second.maps(), shown(&self.memslots));
+        // And what readers see, KVM has.
+        let kvm = self.host.slots();
+        for (start, (size, host)) in shown(&self.memslots) {
+            let same = |shape: &memslots::SlotShape| {
+                (shape.start.0, shape.size, shape.host.0) == (start, size, host)
+            };
+            assert!(kvm.iter().any(|(_, shape)| same(shape)));
+        }
     }
 }
 

@@ -272,7 +272,7 @@ proptest! {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: if std::env::var_os("LONG_TESTS").is_some() { 400 } else { 60 },
+        cases: if std::env::var_os("LONG_TESTS").is_some() { 400 } else { 40 },
         failure_persistence: None,
         ..ProptestConfig::default()
     })]
