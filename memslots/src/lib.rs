@@ -200,13 +200,22 @@
 #[forbid(unsafe_code)]
 mod access;
 #[forbid(unsafe_code)]
+mod book;
+mod change;
+#[forbid(unsafe_code)]
 mod classify;
+#[forbid(unsafe_code)]
+mod cycles;
+#[forbid(unsafe_code)]
+mod error;
 mod extent;
 pub mod fake;
 #[forbid(unsafe_code)]
 mod flags;
 #[forbid(unsafe_code)]
 mod frames;
+#[forbid(unsafe_code)]
+mod guest_memfd;
 mod host;
 #[forbid(unsafe_code)]
 mod ids;
@@ -214,13 +223,20 @@ mod ids;
 mod kvm;
 #[forbid(unsafe_code)]
 mod layout;
+#[forbid(unsafe_code)]
+mod listener;
 mod mapping;
+#[forbid(unsafe_code)]
 mod memslots;
+#[forbid(unsafe_code)]
+mod plan;
 #[forbid(unsafe_code)]
 mod private;
 mod region;
 #[forbid(unsafe_code)]
 mod slot;
+#[forbid(unsafe_code)]
+mod slot_map;
 #[forbid(unsafe_code)]
 mod table;
 #[forbid(unsafe_code)]
@@ -228,18 +244,23 @@ mod units;
 
 pub use access::{CheckedMemory, ClearGuest, GuestRam, LoadedMemory};
 pub use classify::{
-    Change, Limits, MAX_PAGES, MemoryRegion, Refusal, SlotMap, SlotShape, classify,
+    Change, GuestMemfdRange, Limits, MAX_PAGES, MemoryRegion, Refusal, SlotShape, classify,
 };
+pub use error::{Error, Left, Unrestored};
 pub use extent::{ExtentError, SlotExtent};
 pub use flags::SlotFlags;
 pub use frames::{HVA_ERR_BASE, HvaError, PFN_ERR_MASK, PFN_ERR_NOSLOT_MASK, PfnError};
+pub use guest_memfd::GuestMemfd;
 pub use host::{Errno, SetMemoryRegion};
-pub use layout::{LayoutError, ram_layout};
+pub use layout::{Layout, LayoutError, LayoutSlot, NewSlot, ram_layout};
+pub use listener::{ChangeListener, LayoutChange, Listening, SlotChange, Veto};
 pub use mapping::{Backing, HugePages};
-pub use memslots::{Error, Memslots, NewSlot};
+pub use memslots::{Applied, Memslots};
+pub use plan::{Plan, Step};
 pub use private::{PrivateRange, PrivateRanges};
 pub use region::{Region, SlotBitmap};
 pub use slot::{RemoveError, Slot};
+pub use slot_map::SlotMap;
 pub use srcu::{Grace, Guard, Reader, Snapshot};
 pub use table::{SlotTable, Translation};
 pub use units::{Gfn, Hva, PAGE_SHIFT, PAGE_SIZE, SlotId};
