@@ -215,6 +215,8 @@ mod kvm;
 #[forbid(unsafe_code)]
 mod layout;
 mod mapping;
+#[forbid(unsafe_code)]
+mod matrix;
 mod memslots;
 #[forbid(unsafe_code)]
 mod private;
@@ -235,7 +237,8 @@ pub use flags::SlotFlags;
 pub use frames::{HVA_ERR_BASE, HvaError, PFN_ERR_MASK, PFN_ERR_NOSLOT_MASK, PfnError};
 pub use host::{Errno, SetMemoryRegion};
 pub use layout::{LayoutError, ram_layout};
-pub use mapping::{Backing, HugePages};
+pub use mapping::{Backing, HugePageSize, HugePages, HugePool, MapError, Mapping, NumaPolicy};
+pub use matrix::{Mechanism, MemoryKind, Support, Unsupported};
 pub use memslots::{Error, Memslots, NewSlot};
 pub use private::{PrivateRange, PrivateRanges};
 pub use region::{Region, SlotBitmap};

@@ -11,13 +11,12 @@
 use crate::ids::{IdClaim, Ids};
 use crate::mapping::Mapping;
 use crate::{
-    Backing, Change, Errno, GuestRam, Hva, Limits, MemoryRegion, PrivateRange, PrivateRanges,
-    Refusal, Region, SetMemoryRegion, Slot, SlotBitmap, SlotExtent, SlotFlags, SlotId, SlotMap,
-    SlotTable,
+    Backing, Change, Errno, GuestRam, Hva, Limits, MapError, MemoryRegion, PrivateRange,
+    PrivateRanges, Refusal, Region, SetMemoryRegion, Slot, SlotBitmap, SlotExtent, SlotFlags,
+    SlotId, SlotMap, SlotTable,
 };
 use srcu::{Grace, Published, Reader, Snapshot};
 use std::fmt;
-use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 use vm_memory::GuestAddress;
@@ -66,7 +65,7 @@ pub enum Error {
         /// The size in bytes.
         size: u64,
         /// The reason.
-        source: io::Error,
+        source: MapError,
     },
     /// KVM refused.
     #[error("KVM did not {change} {}, {:#x} bytes at guest address {:#x}", region.id, region.size, region.start.0)]
