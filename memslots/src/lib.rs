@@ -225,6 +225,8 @@ mod region;
 mod slot;
 #[forbid(unsafe_code)]
 mod table;
+#[cfg(feature = "uffd")]
+pub mod uffd;
 #[forbid(unsafe_code)]
 mod units;
 
