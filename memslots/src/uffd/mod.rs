@@ -84,10 +84,17 @@
 //! | it is poisoned | wakes with a memory error |
 //! | a role is dropped | `FillRole`: sleeps on. `ProtectRole`: wakes, all protection is gone |
 //! | the registration, or the descriptor, goes | wakes; **a missing page reads as zeros**, a protected one is written |
-//! | a signal comes for it (a kick of a vCPU) | wakes, `KVM_RUN` returns `EINTR`, and the fault is told again at the next entry |
+//! | a signal comes for it (a kick of a vCPU) | see below |
 //! | the process ends | ends |
 //!
-//! A message that was read is not told again while its thread sleeps: what takes messages must answer all of them.
+//! A message that was read is not told again while its thread sleeps: what takes messages must answer all of them. And
+//! since a page may be told of again after it was placed (two threads, a kick), [`Cause::AlreadyThere`] is an everyday
+//! answer: whoever has it wakes the page.
+//!
+//! A signal ends the sleep where KVM's fault can be interrupted (hardware KVM, Linux 6.2): `KVM_RUN` returns `EINTR`, and
+//! the fault is told again at the next entry. Elsewhere it does not: on the software KVM, whose guest's access is a
+//! kernel's copy, the vCPU tells its fault again and again at full speed until the page is there, and only then takes
+//! the signal. So who pauses a guest keeps its pager at work until the last vCPU has come out.
 //!
 //! # Costs
 //! A registration costs one ioctl of a microsecond or two, splits the mapping's VMA if it is a part of it, and keeps
