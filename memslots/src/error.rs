@@ -2,9 +2,8 @@
 
 //! [`enum@Error`]: why the slots are not as they were asked to be.
 
-use crate::{Change, Errno, MemoryRegion, PrivateRange, Refusal, SlotId, Veto};
+use crate::{Change, Errno, MapError, MemoryRegion, PrivateRange, Refusal, SlotId, Veto};
 use std::fmt;
-use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use thiserror::Error;
@@ -72,7 +71,7 @@ pub enum Error {
         /// The size in bytes.
         size: u64,
         /// The reason.
-        source: io::Error,
+        source: MapError,
     },
     /// This VM can have no guest_memfd, and so no slot with private memory.
     #[error(

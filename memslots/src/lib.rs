@@ -227,6 +227,8 @@ mod layout;
 mod listener;
 mod mapping;
 #[forbid(unsafe_code)]
+mod matrix;
+#[forbid(unsafe_code)]
 mod memslots;
 #[forbid(unsafe_code)]
 mod plan;
@@ -239,6 +241,8 @@ mod slot;
 mod slot_map;
 #[forbid(unsafe_code)]
 mod table;
+#[cfg(feature = "uffd")]
+pub mod uffd;
 #[forbid(unsafe_code)]
 mod units;
 
@@ -254,7 +258,8 @@ pub use guest_memfd::GuestMemfd;
 pub use host::{Errno, SetMemoryRegion};
 pub use layout::{Layout, LayoutError, LayoutSlot, NewSlot, ram_layout};
 pub use listener::{ChangeListener, LayoutChange, Listening, SlotChange, Veto};
-pub use mapping::{Backing, HugePages};
+pub use mapping::{Backing, HugePageSize, HugePages, HugePool, MapError, Mapping, NumaPolicy};
+pub use matrix::{Mechanism, MemoryKind, Support, Unsupported};
 pub use memslots::{Applied, Memslots};
 pub use plan::{Plan, Step};
 pub use private::{PrivateRange, PrivateRanges};
