@@ -53,6 +53,10 @@ pub(crate) struct Membership {
     barrier: Barrier,
 }
 
+/// The word of an enter.
+#[derive(Clone, Copy)]
+pub(crate) struct Entered(u64);
+
 /// What happens when a grace period is over.
 pub(crate) enum Payload {
     /// A table that no reader sees any more.
@@ -97,44 +101,54 @@ pub(crate) struct Domain {
 
 impl Membership {
     /// Makes this reader count as inside. On return, whatever was published before the last grace period that does not
-    /// wait for this reader is visible to it.
+    /// wait for this reader is visible to it. The answer is for [`leave`](Self::leave): its caller has it in a register,
+    /// where a load from here would wait for the store below.
     #[inline]
-    pub(crate) fn enter(&mut self, domain: &Domain) {
+    pub(crate) fn enter(&mut self, domain: &Domain) -> Entered {
         if self.word & INSIDE != 0 {
-            // The previous guard was forgotten (`mem::forget`): its borrow is over, so it has left.
-            self.leave(domain);
+            self.leave_forgotten(domain);
         }
-        self.word = self.word.wrapping_add(TICKET) | INSIDE;
+        // INSIDE is clear: one addition sets it and takes the next ticket.
+        let word = self.word.wrapping_add(TICKET + INSIDE);
+        self.word = word;
         // Release: pairs with the Acquire of `is_over`. Whoever sees this word knows that the previous guard is left,
         // and what was read through it must have happened before what is done about it. (A later plain store does not
-        // carry on the release sequence of the leave.)
-        self.slot.word.store(self.word, Ordering::Release);
+        // carry on the release sequence of the leave, and its light barrier orders nothing on weaker processors.)
+        self.slot.word.store(word, Ordering::Release);
         // Pairs with the first heavy barrier of `inside`: of the store above and the caller's load of the table's
         // pointer on this side, and the store of that pointer and the load of this word on the other, at least one load
         // sees the other side's store. So either the writer waits for us or we see the new table.
         self.barrier.light();
+        Entered(word)
     }
 
-    /// Makes this reader count as outside, and if that was waited for, reclaims and wakes.
+    /// Makes this reader, which has `entered` last, count as outside, and if that was waited for, reclaims and wakes.
     #[inline]
-    pub(crate) fn leave(&mut self, domain: &Domain) {
-        self.word &= !INSIDE;
+    pub(crate) fn leave(&mut self, entered: Entered, domain: &Domain) {
+        let (slot, word) = (&*self.slot, entered.0 & !INSIDE);
+        self.word = word;
         // Release: what was read through the guard happens before whoever sees this word (`is_over`, `inside`).
-        self.slot.word.store(self.word, Ordering::Release);
+        slot.word.store(word, Ordering::Release);
         // Pairs with the second heavy barrier of `inside`: of the store above and the load below on this side, and the
         // store of PENDING and the load of this word (`is_over`) on the other, at least one load sees the other side's
         // store. So either we see that we are waited for, or the writer sees that it need not wait.
         self.barrier.light();
         // Relaxed: what was written before PENDING was raised is seen by way of the lock that the slow path takes.
-        if self.slot.pending.load(Ordering::Relaxed) {
-            domain.someone_left(&self.slot);
+        if slot.pending.load(Ordering::Relaxed) {
+            domain.someone_left(slot);
         }
+    }
+
+    /// The previous guard was forgotten (`mem::forget`): its borrow is over, so it has left.
+    #[cold]
+    fn leave_forgotten(&mut self, domain: &Domain) {
+        self.leave(Entered(self.word), domain);
     }
 
     /// As `leave`, if a forgotten guard left it undone; then takes the reader out of the list.
     pub(crate) fn unregister(&mut self, domain: &Domain) {
         if self.word & INSIDE != 0 {
-            self.leave(domain);
+            self.leave_forgotten(domain);
         }
         lock(&domain.registry)
             .slots
@@ -389,10 +403,10 @@ mod tests {
         for _ in 0..3 {
             let before = domain.begin();
             assert!(before.is_over());
-            reader.enter(&domain);
+            let entered = reader.enter(&domain);
             let during = domain.begin();
             assert!(!during.is_over());
-            reader.leave(&domain);
+            reader.leave(entered, &domain);
             assert!(during.is_over());
         }
         reader.unregister(&domain);

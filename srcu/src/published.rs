@@ -3,7 +3,7 @@
 //! The published table itself: the pointer that readers load, and the writers' side around it.
 
 use crate::barrier::Barrier;
-use crate::domain::{Domain, Grace, Membership, Payload};
+use crate::domain::{Domain, Entered, Grace, Membership, Payload};
 use crate::sync::{AtomicPtr, AtomicU64, Mutex, Ordering, lock};
 use std::convert::Infallible;
 use std::fmt;
@@ -60,6 +60,7 @@ pub struct Guard<'a, T: Send + Sync + 'static> {
     reader: &'a mut Reader<T>,
     // Not a reference: the table may be freed the moment that we have left, while this struct still exists.
     node: NonNull<Node<T>>,
+    entered: Entered,
 }
 
 /// A counted reference to one published table, for the control plane: may be held for as long as you like, and keeps
@@ -201,13 +202,17 @@ impl<T: Send + Sync + 'static> Reader<T> {
     /// `&mut self`: one guard at a time, so a reader cannot be inside twice.
     #[inline]
     pub fn enter(&mut self) -> Guard<'_, T> {
-        self.membership.enter(&self.shared.domain);
+        let entered = self.membership.enter(&self.shared.domain);
         // Acquire: pairs with the Release store of `update`. After the barrier in `Membership::enter`, for the reason
         // given there.
         let current = self.shared.head.current.load(Ordering::Acquire);
         // SAFETY: `current` is only ever set from an `Arc`'s pointer, which is not null.
         let node = unsafe { NonNull::new_unchecked(current) };
-        Guard { reader: self, node }
+        Guard {
+            reader: self,
+            node,
+            entered,
+        }
     }
 
     /// As [`Published::generation`], outside a guard: whether a cached answer is worth keeping. Never blocks.
@@ -257,7 +262,9 @@ impl<T: Send + Sync + 'static> Deref for Guard<'_, T> {
 impl<T: Send + Sync + 'static> Drop for Guard<'_, T> {
     #[inline]
     fn drop(&mut self) {
-        self.reader.membership.leave(&self.reader.shared.domain);
+        self.reader
+            .membership
+            .leave(self.entered, &self.reader.shared.domain);
     }
 }
 
