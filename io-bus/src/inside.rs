@@ -10,9 +10,25 @@
 use std::cell::Cell;
 use std::marker::PhantomData;
 
+#[cfg(not(loom))]
 thread_local! {
     /// How many accesses are on this thread's stack: a device may itself dispatch to another.
     static DEPTH: Cell<u32> = const { Cell::new(0) };
+}
+
+#[cfg(loom)]
+loom::thread_local! {
+    static DEPTH: Cell<u32> = Cell::new(0);
+}
+
+#[inline]
+fn depth() -> u32 {
+    DEPTH.with(Cell::get)
+}
+
+#[inline]
+fn set_depth(depth: u32) {
+    DEPTH.with(|cell| cell.set(depth));
 }
 
 /// Counts as one access on this thread until it is dropped, by unwinding too.
@@ -21,7 +37,7 @@ pub(crate) struct Inside(PhantomData<*const ()>);
 impl Inside {
     #[inline]
     pub(crate) fn enter() -> Self {
-        DEPTH.set(DEPTH.get().wrapping_add(1));
+        set_depth(depth().wrapping_add(1));
         Self(PhantomData)
     }
 }
@@ -29,7 +45,7 @@ impl Inside {
 impl Drop for Inside {
     #[inline]
     fn drop(&mut self) {
-        DEPTH.set(DEPTH.get().wrapping_sub(1));
+        set_depth(depth().wrapping_sub(1));
     }
 }
 
@@ -37,5 +53,5 @@ impl Drop for Inside {
 ///
 /// Then [`Registration::unregister`](crate::Registration::unregister) and its like do not wait.
 pub fn is_inside_access() -> bool {
-    DEPTH.get() != 0
+    depth() != 0
 }

@@ -169,6 +169,18 @@ impl<D: Clone> Table<D> {
         Some(Self::build(rows))
     }
 
+    /// The same rows with other contents.
+    pub(crate) fn map(&self, mut content: impl FnMut(&D) -> D) -> Self {
+        let rows = self.rows.iter().map(|row| Row {
+            device: content(&row.device),
+            ..row.clone()
+        });
+        Self {
+            bases: Arc::clone(&self.bases),
+            rows: rows.collect(),
+        }
+    }
+
     fn build(mut rows: Vec<Row<D>>) -> Self {
         rows.sort_by_key(|row| (row.range.base(), row.range.last(), row.id));
 
