@@ -6,10 +6,14 @@
 //! console does; a guest whose end has been told waits no longer ([`ConsoleOut`]). Input comes
 //! from the main thread through [`SerialPort::enqueue`], which takes what the 64-byte FIFO has room
 //! for; when the guest has emptied the FIFO, [`SerialPort::drained`] becomes readable.
+//!
+//! A guest that polls the port and writes much has its output coalesced: [`coalesce`](super::coalesce)
+//! says when, and why the port's registers do not show it.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_device::DevicePio;
@@ -18,6 +22,7 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::coalesce::PolledOutput;
 use crate::end::EndSignal;
 use crate::timeline::{Event, timeline};
 
@@ -152,6 +157,14 @@ impl Write for ConsoleOut {
     }
 }
 
+/// The interrupt enable register, and its bit for the transmitter's (THRI).
+const INTERRUPT_ENABLE: u8 = 1;
+const TRANSMITTER_EMPTY: u8 = 1 << 1;
+
+/// The line control register, and its bit that puts the divisor latch over registers 0 and 1 (DLAB).
+const LINE_CONTROL: u8 = 3;
+const DIVISOR_LATCH: u8 = 1 << 7;
+
 /// The modem control register, and its bit for loop-back mode.
 const MODEM_CONTROL: u8 = 4;
 const LOOP_BACK: u8 = 1 << 4;
@@ -180,6 +193,8 @@ pub struct SerialPort<T: Trigger, W: Write> {
     out: Mutex<W>,
     uart: Mutex<Uart<T>>,
     drained: EventFd,
+    /// Written by who holds `uart`.
+    polled: AtomicU32,
 }
 
 /// Its output is a buffer that [`SerialPort`] empties after each access.
@@ -197,6 +212,7 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
             out: Mutex::new(out),
             uart: Mutex::new(Serial::with_events(interrupt, events, Vec::new())),
             drained,
+            polled: AtomicU32::new(0),
         })
     }
 
@@ -234,6 +250,32 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
     }
 }
 
+impl<T, W> PolledOutput for SerialPort<T, W>
+where
+    T: Trigger + Send,
+    W: Write + Send,
+{
+    fn polled_bytes(&self) -> u32 {
+        // Relaxed: a number that decides about speed alone.
+        self.polled.load(Ordering::Relaxed)
+    }
+
+    fn restart(&self) {
+        let _uart = self.uart();
+        self.polled.store(0, Ordering::Relaxed);
+    }
+
+    fn is_interrupt_driven(&self) -> bool {
+        transmits_by_interrupt(&mut self.uart())
+    }
+}
+
+/// Whether the guest has THRI set. Reading these registers changes nothing.
+fn transmits_by_interrupt<T: Trigger>(uart: &mut Uart<T>) -> bool {
+    uart.read(LINE_CONTROL) & DIVISOR_LATCH == 0
+        && uart.read(INTERRUPT_ENABLE) & TRANSMITTER_EMPTY != 0
+}
+
 impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
     fn pio_read(&self, _base: PioAddress, offset: PioAddressOffset, data: &mut [u8]) {
         // The UART has byte registers: a wider access meets one register a byte, as on ISA.
@@ -264,6 +306,11 @@ impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
         }
         if uart.writer().is_empty() {
             return;
+        }
+        if !transmits_by_interrupt(&mut uart) {
+            let sent = u32::try_from(uart.writer().len()).unwrap_or(u32::MAX);
+            let polled = self.polled.load(Ordering::Relaxed).saturating_add(sent);
+            self.polled.store(polled, Ordering::Relaxed);
         }
         let mut bytes = std::mem::take(uart.writer_mut());
         drop(uart);
@@ -334,6 +381,38 @@ mod tests {
         assert_eq!(port.drained().read().unwrap(), 1);
         assert_eq!(port.enqueue(b"hi"), 2);
         assert_eq!((read(&port, 0), read(&port, 0)), (b'h', b'i'));
+    }
+
+    #[test]
+    fn only_bytes_on_the_wire_that_nobody_waits_for_count_as_polled() {
+        let port = SerialPort::new(Count::default(), Vec::new()).unwrap();
+        let write = |register, byte| port.pio_write(PioAddress(0x3f8), register, &[byte]);
+        write(0, b'a');
+        write(0, b'b');
+        assert_eq!(port.polled_bytes(), 2);
+        // The divisor: to the same addresses, and 2 in its high byte is no THRI.
+        write(3, 0x80);
+        write(0, 1);
+        write(1, 2);
+        assert_eq!(port.polled_bytes(), 2);
+        assert!(!port.is_interrupt_driven());
+        write(3, 0x03);
+        // Loop-back mode.
+        write(4, 0x10);
+        write(0, b'x');
+        write(4, 0);
+        assert_eq!(port.polled_bytes(), 2);
+        write(1, 2);
+        assert!(port.is_interrupt_driven());
+        write(0, b'c');
+        assert_eq!(port.polled_bytes(), 2);
+        write(1, 1);
+        assert!(!port.is_interrupt_driven());
+        write(0, b'd');
+        assert_eq!(port.polled_bytes(), 3);
+        port.restart();
+        assert_eq!(port.polled_bytes(), 0);
+        assert_eq!(*port.out.lock().unwrap(), b"abcd");
     }
 
     #[test]
