@@ -447,7 +447,7 @@ impl<B: SlotBitmap> Inner<B> {
             };
             transaction.calls.push((step.change, call));
         }
-        for &id in plan.gone() {
+        for &id in &plan.gone {
             transaction.edits.push(Edit::Gone(id));
         }
         let extents = regions.iter().map(|region| region.extent().clone());

@@ -60,6 +60,8 @@ pub struct Plan {
     pub(crate) present: Vec<SlotId>,
     /// For each slot of the layout, the slot whose memory it has.
     pub(crate) same: Vec<Option<SlotId>>,
+    /// The slots whose memory the layout does not have.
+    pub(crate) gone: Vec<SlotId>,
     /// When, and for whom, it was made.
     pub(crate) epoch: u64,
     pub(crate) vm: Arc<Ids>,
@@ -79,12 +81,6 @@ impl Plan {
     /// Whether a running vCPU could miss memory in one of the steps ([`Step::gap`]).
     pub fn has_gap(&self) -> bool {
         self.steps.iter().any(|step| step.gap.is_some())
-    }
-
-    /// The slots whose memory the layout does not have.
-    pub(crate) fn gone(&self) -> impl Iterator<Item = &SlotId> {
-        let wanted: std::collections::HashSet<_> = self.same.iter().flatten().collect();
-        self.present.iter().filter(move |id| !wanted.contains(id))
     }
 
     /// The layout that it makes.

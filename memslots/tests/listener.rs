@@ -25,6 +25,8 @@ fn slot(page: u64, pages: u64) -> NewSlot {
     }
 }
 
+type Hook = Box<dyn Fn(&str) + Send + Sync>;
+
 /// An IOMMU: guest address to (size, host address). Refuses what it is told to refuse.
 #[derive(Default)]
 struct Mirror {
@@ -34,7 +36,7 @@ struct Mirror {
     /// What was called, in the order of the calls; shared between mirrors.
     log: Arc<Mutex<Vec<String>>>,
     /// Called in each of the calls.
-    hook: Mutex<Option<Box<dyn Fn(&str) + Send + Sync>>>,
+    hook: Mutex<Option<Hook>>,
 }
 
 impl Mirror {
