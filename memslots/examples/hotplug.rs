@@ -4,7 +4,9 @@
 //! /dev/kvm.
 
 use kvm_ioctls::Kvm;
-use memslots::{Backing, ChangeListener, Layout, LayoutChange, Memslots, NewSlot, SlotFlags, Veto};
+use memslots::{
+    Backing, ChangeListener, Layout, LayoutChange, Memslots, NewSlot, Region, SlotFlags, Veto,
+};
 use std::error::Error;
 use std::sync::Arc;
 use vm_memory::GuestAddress;
