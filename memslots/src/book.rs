@@ -277,8 +277,8 @@ impl<B> Book<B> {
             gone: Vec::new(),
             added: Vec::new(),
         };
+        self.epoch += 1;
         for edit in edits {
-            self.epoch += 1;
             match edit {
                 Edit::New(entry) => {
                     shown.added.push(Arc::clone(&entry.region));
@@ -321,8 +321,8 @@ impl<B> Book<B> {
             gone: Vec::new(),
             added: Vec::new(),
         };
+        self.epoch += 1;
         for edit in edits {
-            self.epoch += 1;
             let id = match &edit {
                 Edit::New(entry) => entry.region.extent().id(),
                 Edit::Now(region, _) => region.extent().id(),

@@ -30,7 +30,7 @@ pub enum SlotChange<B = ()> {
         /// As it will be.
         to: Arc<Region<B>>,
     },
-    /// The same memory in the same place, with other flags.
+    /// The same memory in the same place, with other flags: of a dirty log, or, through a plan, read-only or not.
     Flags {
         /// As it was.
         from: Arc<Region<B>>,
@@ -139,7 +139,8 @@ pub trait ChangeListener<B = ()>: Send + Sync {
 /// A registration. Dropped, the listener hears no more: when the drop returns, no call of it is running or will be
 /// (dropped within a call of any listener: no further one will be). It is told nothing at that; it knows what it has.
 ///
-/// Keeps its [`Memslots`](crate::Memslots) alive, so that no memory is unmapped which the listener has mirrored.
+/// Keeps its [`Memslots`](crate::Memslots) alive, so that no memory is unmapped which the listener has mirrored. (A
+/// listener that owns its own registration, or a clone of the `Memslots`, so keeps itself.)
 #[must_use = "dropping a registration ends it"]
 pub struct Listening {
     owner: Arc<dyn Owner>,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! [`Plan`]: how to get from the slots that there are to those of a [`Layout`](crate::Layout), in the fewest calls of
+//! [`Plan`]: how to get from the slots that there are to those of a [`Layout`], in the fewest calls of
 //! KVM and in an order in which each of them is legal. Planning is arithmetic on the two; carrying a plan out is
 //! [`Memslots::apply`](crate::Memslots::apply)'s.
 //!
