@@ -14,7 +14,7 @@
 )]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VmFd};
 use memslots::fake::FakeHost;
@@ -137,29 +137,6 @@ fn ratio(_: &mut Criterion) {
 fn layouts(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("a layout of 1,000 slots, KVM");
     let layout: Layout = (0..SLOTS).map(slot).collect();
-    group.bench_function("set_layout", |bench| {
-        bench.iter_batched(
-            || Memslots::new(vm()),
-            |memslots| {
-                memslots.set_layout(&layout).unwrap();
-                memslots
-            },
-            BatchSize::PerIteration,
-        );
-    });
-    group.bench_function("the same mmaps and ioctls bare", |bench| {
-        bench.iter_custom(|rounds| {
-            let mut time = Duration::ZERO;
-            for _ in 0..rounds {
-                let (vm, mut regions) = (vm(), Vec::with_capacity(SLOTS as usize));
-                let start = Instant::now();
-                bare(&vm, &mut regions);
-                time += start.elapsed();
-                undo(&vm, regions);
-            }
-            time
-        });
-    });
     group.bench_function("planned again, nothing to do", |bench| {
         let memslots = Memslots::new(vm());
         memslots.set_layout(&layout).unwrap();
