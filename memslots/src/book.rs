@@ -143,7 +143,7 @@ impl<B> Book<B> {
         let ours = self.entries.iter().filter(|(_, entry)| !entry.owned);
         let present_entries: Vec<(SlotId, &Entry<B>)> =
             ours.map(|(id, entry)| (*id, entry)).collect();
-        let same = recognise(&present_entries, layout.slots());
+        let (same, taken) = recognise(&present_entries, layout.slots());
         let present: Vec<Present> = present_entries
             .iter()
             .map(|(id, entry)| Present {
@@ -235,11 +235,17 @@ impl<B> Book<B> {
             ops.push(op);
         }
         let same_ids = same.iter().map(|same| same.and_then(present_id)).collect();
+        let gone = present_entries.iter().zip(&taken);
+        let gone = gone
+            .filter(|(_, taken)| !**taken)
+            .map(|((id, _), _)| *id)
+            .collect();
         let plan = Plan {
             steps,
             ops,
             present: present_entries.iter().map(|(id, _)| *id).collect(),
             same: same_ids,
+            gone,
             layout: layout.clone(),
             epoch: self.epoch,
             vm: Arc::clone(ids),
@@ -271,8 +277,8 @@ impl<B> Book<B> {
             gone: Vec::new(),
             added: Vec::new(),
         };
+        self.epoch += 1;
         for edit in edits {
-            self.epoch += 1;
             match edit {
                 Edit::New(entry) => {
                     shown.added.push(Arc::clone(&entry.region));
@@ -305,12 +311,8 @@ impl<B> Book<B> {
     }
 
     /// After a change that failed and could not be taken back whole: makes the book say what KVM has. `edits` is what
-    /// the change was to be. Returns which slots are not as before, what listeners are told, and what readers are shown.
-    #[allow(clippy::type_complexity, reason = "named where it is used")]
-    pub(crate) fn reconcile(
-        &mut self,
-        edits: Vec<Edit<B>>,
-    ) -> (Vec<(SlotId, Left)>, Vec<SlotChange<B>>, Shown<B>)
+    /// the change was to be.
+    pub(crate) fn reconcile(&mut self, edits: Vec<Edit<B>>) -> Reconciled<B>
     where
         B: crate::SlotBitmap,
     {
@@ -319,8 +321,8 @@ impl<B> Book<B> {
             gone: Vec::new(),
             added: Vec::new(),
         };
+        self.epoch += 1;
         for edit in edits {
-            self.epoch += 1;
             let id = match &edit {
                 Edit::New(entry) => entry.region.extent().id(),
                 Edit::Now(region, _) => region.extent().id(),
@@ -373,8 +375,21 @@ impl<B> Book<B> {
                 }
             }
         }
-        (left, changes, shown)
+        Reconciled {
+            left,
+            changes,
+            shown,
+        }
     }
+}
+
+/// What a change has left that failed and could not be taken back.
+pub(crate) struct Reconciled<B> {
+    /// The slots that are not as before.
+    pub(crate) left: Vec<(SlotId, Left)>,
+    /// What listeners are told of it.
+    pub(crate) changes: Vec<SlotChange<B>>,
+    pub(crate) shown: Shown<B>,
 }
 
 /// What readers see differently: the ids that go, and the regions that come. A slot that changes does both.
@@ -399,19 +414,38 @@ fn difference<B>(from: Option<Arc<Region<B>>>, to: Arc<Region<B>>) -> SlotChange
     }
 }
 
-/// For each wanted slot, which of the present has its memory: by name first, then by place.
-fn recognise<B>(present: &[(SlotId, &Entry<B>)], wanted: &[LayoutSlot]) -> Vec<Option<usize>> {
+/// For each wanted slot, which of the present has its memory: by name first, then by place. And which of the present
+/// are wanted so.
+fn recognise<B>(
+    present: &[(SlotId, &Entry<B>)],
+    wanted: &[LayoutSlot],
+) -> (Vec<Option<usize>>, Vec<bool>) {
     let is_memory = |entry: &Entry<B>| entry.place != Place::KvmOnly;
+    let memory = present
+        .iter()
+        .enumerate()
+        .filter(|(_, (_, entry))| is_memory(entry));
+    let mut by_start: Vec<(u64, bool, usize)> = memory
+        .map(|(index, (_, entry))| {
+            let start = entry.region.extent().start().0;
+            // What KVM has comes before what was lost at the same place.
+            (start, entry.place != Place::Both, index)
+        })
+        .collect();
+    by_start.sort_unstable();
+    let at = |start: u64| {
+        let first = by_start.partition_point(|(other, ..)| *other < start);
+        let (found, _, index) = *by_start.get(first)?;
+        (found == start).then_some(index)
+    };
     let mut by_name = HashMap::new();
-    let mut by_start = HashMap::new();
-    for in_kvm in [false, true] {
-        // What KVM has comes second, and so first.
-        for (index, (_, entry)) in present.iter().enumerate() {
-            if is_memory(entry) && (entry.place == Place::Both) == in_kvm {
-                by_start.insert(entry.region.extent().start().0, index);
-                if let Some(name) = &entry.name {
-                    by_name.insert(&**name, index);
-                }
+    if wanted.iter().any(|slot| slot.name.is_some()) {
+        for &(_, _, index) in &by_start {
+            let name = present
+                .get(index)
+                .and_then(|(_, entry)| entry.name.as_deref());
+            if let Some(name) = name {
+                by_name.insert(name, index);
             }
         }
     }
@@ -434,7 +468,7 @@ fn recognise<B>(present: &[(SlotId, &Entry<B>)], wanted: &[LayoutSlot]) -> Vec<O
         .collect();
     for (slot, same) in wanted.iter().zip(&mut same) {
         if same.is_none()
-            && let Some(&index) = by_start.get(&slot.slot.start.0)
+            && let Some(index) = at(slot.slot.start.0)
             && let Some((_, entry)) = present.get(index)
             && (entry.name.is_none() || slot.name.is_none())
             && same_memory(index, slot)
@@ -443,7 +477,7 @@ fn recognise<B>(present: &[(SlotId, &Entry<B>)], wanted: &[LayoutSlot]) -> Vec<O
             *same = Some(index);
         }
     }
-    same
+    (same, taken)
 }
 
 /// The slot as `region` and its entry have it.

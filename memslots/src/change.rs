@@ -8,7 +8,7 @@
 //! - deleted: gone from KVM, then from listeners, then from what is published, and unmapped when the last reader and
 //!   the last snapshot have let go. What KVM refuses to delete stays in the book, and mapped.
 
-use crate::book::{Book, Shown, Transaction};
+use crate::book::{Book, Reconciled, Shown, Transaction};
 use crate::listener::{Prepared, Registered, commit};
 use crate::memslots::Inner;
 use crate::{
@@ -112,7 +112,11 @@ impl<B: SlotBitmap> Inner<B> {
                 Err(Quiet::Failed(error))
             }
             Err(Failure { error, unrestored }) => {
-                let (left, changes, shown) = book.reconcile(edits);
+                let Reconciled {
+                    left,
+                    changes,
+                    shown,
+                } = book.reconcile(edits);
                 drop(book);
                 drop(prepared);
                 let left = left

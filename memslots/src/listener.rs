@@ -30,7 +30,7 @@ pub enum SlotChange<B = ()> {
         /// As it will be.
         to: Arc<Region<B>>,
     },
-    /// The same memory in the same place, with other flags.
+    /// The same memory in the same place, with other flags: of a dirty log, or, through a plan, read-only or not.
     Flags {
         /// As it was.
         from: Arc<Region<B>>,
@@ -71,6 +71,17 @@ impl<'a, B> LayoutChange<'a, B> {
         })
     }
 
+    /// Whether `region`, which is [added](Self::added), takes guest addresses that the same change takes from other
+    /// memory, or from the same memory that moves: a mirror that has one thing at an address must wait for the commit,
+    /// and let go of what is [removed](Self::removed) first. Looks at each slot of the change.
+    pub fn displaces(&self, region: &Region<B>) -> bool {
+        let new = region.extent().guest_range();
+        self.removed().any(|old| {
+            let old = old.extent().guest_range();
+            old.start < new.end && new.start < old.end
+        })
+    }
+
     /// Guest addresses that have this memory now: of what is added, and the new place of what moves.
     pub fn added(&self) -> impl Iterator<Item = &'a Arc<Region<B>>> {
         self.slots.iter().filter_map(|slot| match slot {
@@ -97,8 +108,9 @@ impl<'a, B> LayoutChange<'a, B> {
 ///    whatever comes there next.
 /// 5. Readers see the new layout, and memory without users goes.
 ///
-/// Where added memory takes the place of removed memory (the same IOVA, say), a listener can only replace the one by
-/// the other at commit, when it cannot refuse any more. Who needs a refusal there makes two changes of it.
+/// Where added memory [displaces](LayoutChange::displaces) removed memory (at the same IOVA, say), a listener can only
+/// replace the one by the other at commit, when it cannot refuse any more. Who needs a refusal there makes two changes
+/// of it.
 ///
 /// If KVM refuses in step 3 and then refuses to take a step back as well ([`Error::Undo`](crate::Error::Undo)), abort
 /// comes as ever, and then one commit *without a prepare*, which says how what readers see differs from before: slots
@@ -127,7 +139,8 @@ pub trait ChangeListener<B = ()>: Send + Sync {
 /// A registration. Dropped, the listener hears no more: when the drop returns, no call of it is running or will be
 /// (dropped within a call of any listener: no further one will be). It is told nothing at that; it knows what it has.
 ///
-/// Keeps its [`Memslots`](crate::Memslots) alive, so that no memory is unmapped which the listener has mirrored.
+/// Keeps its [`Memslots`](crate::Memslots) alive, so that no memory is unmapped which the listener has mirrored. (A
+/// listener that owns its own registration, or a clone of the `Memslots`, so keeps itself.)
 #[must_use = "dropping a registration ends it"]
 pub struct Listening {
     owner: Arc<dyn Owner>,

@@ -117,8 +117,8 @@ impl<B: SlotBitmap> Memslots<B> {
 
     /// Makes several slots, or none: readers see all of them at once. The slots are in the order of the requests.
     /// Everything that can be known before is checked before the first call; then there is one `mmap` and one ioctl a
-    /// slot, and one publication. A [`NewSlot`](crate::NewSlot) can have a [name](crate::NewSlot::named) and
-    /// [private memory](crate::NewSlot::with_guest_memfd).
+    /// slot, and one publication. A [`NewSlot`] can have a [name](NewSlot::named) and [private
+    /// memory](NewSlot::with_guest_memfd).
     ///
     /// # Errors
     /// [`enum@Error`]; then nothing has changed, [`Error::Undo`] excepted.
@@ -447,7 +447,7 @@ impl<B: SlotBitmap> Inner<B> {
             };
             transaction.calls.push((step.change, call));
         }
-        for &id in plan.gone() {
+        for &id in &plan.gone {
             transaction.edits.push(Edit::Gone(id));
         }
         let extents = regions.iter().map(|region| region.extent().clone());

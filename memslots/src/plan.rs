@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! [`Plan`]: how to get from the slots that there are to those of a [`Layout`](crate::Layout), in the fewest calls of
+//! [`Plan`]: how to get from the slots that there are to those of a [`Layout`], in the fewest calls of
 //! KVM and in an order in which each of them is legal. Planning is arithmetic on the two; carrying a plan out is
 //! [`Memslots::apply`](crate::Memslots::apply)'s.
 //!
@@ -60,6 +60,8 @@ pub struct Plan {
     pub(crate) present: Vec<SlotId>,
     /// For each slot of the layout, the slot whose memory it has.
     pub(crate) same: Vec<Option<SlotId>>,
+    /// The slots whose memory the layout does not have.
+    pub(crate) gone: Vec<SlotId>,
     /// When, and for whom, it was made.
     pub(crate) epoch: u64,
     pub(crate) vm: Arc<Ids>,
@@ -79,12 +81,6 @@ impl Plan {
     /// Whether a running vCPU could miss memory in one of the steps ([`Step::gap`]).
     pub fn has_gap(&self) -> bool {
         self.steps.iter().any(|step| step.gap.is_some())
-    }
-
-    /// The slots whose memory the layout does not have.
-    pub(crate) fn gone(&self) -> impl Iterator<Item = &SlotId> {
-        let wanted: std::collections::HashSet<_> = self.same.iter().flatten().collect();
-        self.present.iter().filter(move |id| !wanted.contains(id))
     }
 
     /// The layout that it makes.

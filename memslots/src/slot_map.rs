@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! [`SlotMap`]: the slots that KVM has, as plain data that accepts and refuses requests as KVM does. The rules about one
-//! slot are [`classify`]'s; those about several are here.
+//! slot are [`classify`](classify())'s; those about several are here.
 
 use crate::{
     Change, Gfn, GuestMemfdRange, Limits, MemoryRegion, Refusal, SlotFlags, SlotId, SlotShape,

@@ -25,6 +25,8 @@ fn slot(page: u64, pages: u64) -> NewSlot {
     }
 }
 
+type Hook = Box<dyn Fn(&str) + Send + Sync>;
+
 /// An IOMMU: guest address to (size, host address). Refuses what it is told to refuse.
 #[derive(Default)]
 struct Mirror {
@@ -34,7 +36,7 @@ struct Mirror {
     /// What was called, in the order of the calls; shared between mirrors.
     log: Arc<Mutex<Vec<String>>>,
     /// Called in each of the calls.
-    hook: Mutex<Option<Box<dyn Fn(&str) + Send + Sync>>>,
+    hook: Mutex<Option<Hook>>,
 }
 
 impl Mirror {
@@ -62,36 +64,58 @@ impl Mirror {
     }
 }
 
-impl ChangeListener for Mirror {
-    fn prepare(&self, _: &LayoutChange<'_>) -> Result<(), Veto> {
-        self.called("prepare");
-        match self.refuses.load(Ordering::Relaxed) {
-            true => Err("no more pinned pages".into()),
-            false => Ok(()),
+impl Mirror {
+    /// As an IOMMU does it: what is mapped already cannot be mapped over.
+    fn map(&self, region: &memslots::Region) {
+        let extent = region.extent();
+        let range = extent.guest_range();
+        let mut maps = self.maps.lock().unwrap();
+        for (start, (size, _)) in &*maps {
+            assert!(start + size <= range.start || range.end <= *start);
         }
+        maps.insert(range.start, (extent.size(), extent.host_start().0));
+    }
+
+    fn unmap(&self, region: &memslots::Region) {
+        let extent = region.extent();
+        let known = self.maps.lock().unwrap().remove(&extent.start().0);
+        assert_eq!(known, Some((extent.size(), extent.host_start().0)));
+        // Still mapped in this process: memory goes after the last listener's call, not before.
+        let byte = extent.host_start().0 as *const u8;
+        // SAFETY: the slot's first byte, which is what this test is about.
+        unsafe { byte.read_volatile() };
+    }
+
+    fn has(&self, region: &memslots::Region) -> bool {
+        let extent = region.extent();
+        let there = self.maps.lock().unwrap().get(&extent.start().0).copied();
+        there == Some((extent.size(), extent.host_start().0))
+    }
+}
+
+impl ChangeListener for Mirror {
+    fn prepare(&self, change: &LayoutChange<'_>) -> Result<(), Veto> {
+        self.called("prepare");
+        if self.refuses.load(Ordering::Relaxed) {
+            return Err("no more pinned pages".into());
+        }
+        let free = change.added().filter(|region| !change.displaces(region));
+        free.for_each(|region| self.map(region));
+        Ok(())
     }
 
     fn commit(&self, change: &LayoutChange<'_>) {
         self.called("commit");
-        let mut maps = self.maps.lock().unwrap();
-        for region in change.removed() {
-            let extent = region.extent();
-            let known = maps.remove(&extent.start().0);
-            assert_eq!(known, Some((extent.size(), extent.host_start().0)));
-            // Still mapped: the memory goes after this.
-            let byte = extent.host_start().0 as *const u8;
-            // SAFETY: the slot's first byte, and the slot's memory is not to go before this call has returned.
-            unsafe { byte.read_volatile() };
-        }
-        for region in change.added() {
-            let extent = region.extent();
-            let before = maps.insert(extent.start().0, (extent.size(), extent.host_start().0));
-            assert_eq!(before, None);
-        }
+        change.removed().for_each(|region| self.unmap(region));
+        // What displaced something; or, after a failure that could not be taken back, all of it.
+        let left = change.added().filter(|region| !self.has(region));
+        left.for_each(|region| self.map(region));
     }
 
-    fn abort(&self, _: &LayoutChange<'_>) {
+    fn abort(&self, change: &LayoutChange<'_>) {
         self.called("abort");
+        let free = change.added().filter(|region| !change.displaces(region));
+        free.for_each(|region| self.unmap(region));
     }
 }
 

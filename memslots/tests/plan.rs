@@ -10,6 +10,8 @@ use memslots::{
     Applied, Backing, Change, Errno, Error, Layout, LayoutSlot, Left, Memslots, NewSlot, PAGE_SIZE,
     PrivateRanges, Refusal, SlotFlags, SlotId, Unrestored,
 };
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use vm_memory::{Bytes, GuestAddress};
 
 fn slot(page: u64, pages: u64) -> NewSlot {
@@ -562,4 +564,64 @@ fn a_step_that_fails_is_named_and_what_cannot_be_taken_back_is_told_and_put_righ
     let host = world.host.clone();
     drop(world);
     assert!(host.slots().is_empty());
+}
+
+/// Two readers and a writer: whatever a reader sees is one of the two layouts, whole, and its memory is there.
+#[test]
+fn readers_see_one_layout_or_the_other() {
+    let rounds = match std::env::var_os("LONG_TESTS") {
+        Some(_) => 100_000,
+        None => 2_000,
+    };
+    let one = Layout::new()
+        .with(named("a", 0, 1))
+        .with(named("b", 8, 1))
+        .with(named("c", 16, 2));
+    // Two change places, one goes, one comes.
+    let other = Layout::new()
+        .with(named("b", 0, 1))
+        .with(named("a", 8, 1))
+        .with(named("d", 32, 3));
+    let memslots = Memslots::new(FakeHost::new(16));
+    memslots.set_layout(&one).unwrap();
+    let stop = AtomicBool::new(false);
+    let shape = |layout: &Layout| {
+        let ranges = layout.slots().iter().map(LayoutSlot::guest_range);
+        ranges.collect::<Vec<_>>()
+    };
+    let shapes = [shape(&one), shape(&other)];
+    let reader = || {
+        let mut reader = memslots.reader();
+        while !stop.load(Ordering::Relaxed) {
+            let table = reader.enter();
+            let seen = table.regions().map(|region| region.extent().guest_range());
+            let seen: Vec<_> = seen.collect();
+            assert!(shapes.contains(&seen), "{seen:x?}");
+            for region in table.regions() {
+                let at = region.extent().start();
+                assert_eq!(table.read_obj::<u64>(at).unwrap(), 0);
+            }
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(reader);
+        scope.spawn(reader);
+        let stopping = Stop(&stop);
+        for _ in 0..rounds {
+            memslots.set_layout(&other).unwrap();
+            memslots.set_layout(&one).unwrap().grace.wait();
+        }
+        drop(stopping);
+    });
+    // No id is lost on the way, once the last of what was deleted has gone.
+    assert_eq!(memslots.available(), 13);
+}
+
+/// Stops the readers however the writer ends.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
