@@ -126,11 +126,15 @@ impl<D> Table<D> {
     #[inline]
     pub(crate) fn at_cookie(&self, cookie: usize, address: u64, len: usize) -> Option<&Row<D>> {
         let row = self.rows.get(cookie)?;
-        // As `IoRange::holds`, in two comparisons: a length of 0 wraps, and is more than any size.
+        // As `IoRange::holds`, in one subtraction and two comparisons: a length of 0 wraps, and is
+        // more than any size.
         let offset = address.wrapping_sub(row.base);
         let last = (len as u64).wrapping_sub(1);
-        let holds = offset < row.alone && last < row.alone - offset;
-        (holds || (row.exact && row.alone != 0 && offset == 0 && len != 0)).then_some(row)
+        match row.alone.checked_sub(offset) {
+            Some(rest) if rest > last => Some(row),
+            _ if row.exact && row.alone != 0 && offset == 0 && len != 0 => Some(row),
+            _ => None,
+        }
     }
 
     /// The rows that hold the access whole, in the order in which they are asked, each with its
