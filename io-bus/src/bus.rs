@@ -152,7 +152,7 @@ impl IoBus {
     pub fn ranges(&self, bus: BusKind) -> Vec<IoRange> {
         let tables = self.shared.tables.load();
         let rows = tables.bus(bus).rows();
-        rows.iter().map(|row| *row.range()).collect()
+        rows.iter().map(|row| row.range()).collect()
     }
 
     /// Gives the buses KVM's ring of coalesced writes: a [`MappedRing`](crate::MappedRing), or a
@@ -229,7 +229,7 @@ impl IoBus {
         for bus in BusKind::ALL {
             for row in tables.bus(bus).rows() {
                 if let Some(counters) = &row.device().counters {
-                    ranges.push(counters.stats(bus, *row.range()));
+                    ranges.push(counters.stats(bus, row.range()));
                 }
             }
         }

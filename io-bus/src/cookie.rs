@@ -3,7 +3,7 @@
 //! The rows that answered last, by address: a vCPU goes back and forth between a few devices, each
 //! of which keeps its own place here.
 //!
-//! A hint and no more, see `Table::by_cookie`; so row numbers are cut to 16 bits, and places are
+//! A hint and no more, see `Table::at_cookie`; so row numbers are cut to 16 bits, and places are
 //! shared.
 
 use crate::range::BusKind;

@@ -177,13 +177,13 @@ impl Dispatcher {
     #[inline]
     pub fn read(&mut self, bus: BusKind, address: u64, data: &mut [u8]) -> Outcome {
         fill_with_ones(data);
-        self.access(bus, address, Bytes::Read(data))
+        self.access(bus, address, data)
     }
 
     /// One write on any bus, not cut into pieces (`kvm_io_bus_write`, `kvm_io_bus_write_cookie`).
     #[inline]
     pub fn write(&mut self, bus: BusKind, address: u64, data: &[u8]) -> Outcome {
-        self.access(bus, address, Bytes::Write(data))
+        self.access(bus, address, data)
     }
 
     /// To be called after each return of `KVM_RUN`, before its exit is dispatched: carries out the
@@ -231,7 +231,8 @@ impl Dispatcher {
 
     /// Offers one access to the devices of one bus.
     #[inline]
-    pub(crate) fn access(&mut self, bus: BusKind, address: u64, mut bytes: Bytes<'_>) -> Outcome {
+    fn access<'d>(&mut self, bus: BusKind, address: u64, data: impl Data<'d>) -> Outcome {
+        let (direction, len) = (data.direction(), data.len());
         let found = {
             // Dropped after the guard: what the guard's leaving drops must not wait for accesses.
             let _inside = Inside::enter();
@@ -239,27 +240,21 @@ impl Dispatcher {
             match tables.observers() {
                 None => {
                     let cookie = self.cookies.of(bus, address);
-                    search(
-                        tables.bus(bus),
-                        cookie,
-                        address,
-                        bytes.len(),
-                        |entry, at| bytes.ask(entry, at),
-                    )
+                    search(tables.bus(bus), cookie, address, data)
                 }
                 Some(observers) => {
                     let cookies = &mut self.cookies;
-                    observe::search(&tables, observers, cookies, &[bus], address, &mut bytes)
+                    let bytes = data.bytes();
+                    observe::search(&tables, observers, cookies, &[bus], address, bytes)
                 }
             }
         };
-        self.outcome(found, bus, address, &bytes)
+        self.outcome(found, bus, address, direction, len)
     }
 
     /// A write to MMIO, which the fast bus is offered first.
     #[inline]
     fn mmio_write_piece(&mut self, address: u64, data: &[u8]) -> Outcome {
-        let mut bytes = Bytes::Write(data);
         let found = {
             let _inside = Inside::enter();
             let tables = self.reader.enter();
@@ -267,13 +262,7 @@ impl Dispatcher {
                 None => {
                     let mut offer = |bus: BusKind| {
                         let cookie = self.cookies.of(bus, address);
-                        search(
-                            tables.bus(bus),
-                            cookie,
-                            address,
-                            bytes.len(),
-                            |entry, at| bytes.ask(entry, at),
-                        )
+                        search(tables.bus(bus), cookie, address, data)
                     };
                     let fast = match tables.bus(BusKind::FastMmio).is_empty() {
                         true => Found::Unclaimed,
@@ -287,11 +276,12 @@ impl Dispatcher {
                 Some(observers) => {
                     let buses = [BusKind::FastMmio, BusKind::Mmio];
                     let cookies = &mut self.cookies;
-                    observe::search(&tables, observers, cookies, &buses, address, &mut bytes)
+                    let bytes = Bytes::Write(data);
+                    observe::search(&tables, observers, cookies, &buses, address, bytes)
                 }
             }
         };
-        self.outcome(found, BusKind::Mmio, address, &bytes)
+        self.outcome(found, BusKind::Mmio, address, Direction::Write, data.len())
     }
 
     /// One piece of a larger access, as it would be alone.
@@ -299,26 +289,39 @@ impl Dispatcher {
         match (bus, bytes) {
             (BusKind::Mmio, Bytes::Write(data)) => self.mmio_write_piece(address, data),
             (_, Bytes::Read(data)) => self.read(bus, address, data),
-            (_, bytes) => self.access(bus, address, bytes),
+            (_, Bytes::Write(data)) => self.write(bus, address, data),
         }
     }
 
     #[inline]
-    fn outcome(&mut self, found: Found, bus: BusKind, address: u64, bytes: &Bytes<'_>) -> Outcome {
+    fn outcome(
+        &mut self,
+        found: Found,
+        bus: BusKind,
+        address: u64,
+        direction: Direction,
+        len: usize,
+    ) -> Outcome {
         match found {
             Found::Answered => Outcome::Answered,
             Found::Unclaimed => Outcome::Unclaimed,
             Found::Deferred(deferral) => {
+                let shape = Shape::One;
                 let whole = Whole {
                     bus,
                     address,
-                    direction: bytes.direction(),
-                    shape: Shape::One,
+                    direction,
+                    shape,
                 };
-                self.unfinished = Some(Unfinished::new(deferral, whole, bytes.len()));
-                Outcome::Deferred
+                self.defer(Unfinished::new(deferral, whole, len))
             }
         }
+    }
+
+    #[cold]
+    fn defer(&mut self, unfinished: Unfinished) -> Outcome {
+        self.unfinished = Some(unfinished);
+        Outcome::Deferred
     }
 
     /// Tells those who look on how a deferred piece ended.
@@ -339,19 +342,73 @@ impl fmt::Debug for Dispatcher {
     }
 }
 
-/// An access's data, and with it which way it goes.
+/// The data of one access to one device, of either direction; a type each, so that neither's path
+/// carries the other.
+trait Data<'d> {
+    fn len(&self) -> usize;
+    fn direction(&self) -> Direction;
+    fn bytes(self) -> Bytes<'d>;
+    /// Asks a device. What one that does not accept leaves in a read's data is wiped out.
+    fn ask(&mut self, entry: &Entry, at: At) -> Answer;
+}
+
+impl<'d> Data<'d> for &'d mut [u8] {
+    #[inline]
+    fn len(&self) -> usize {
+        <[u8]>::len(self)
+    }
+
+    #[inline]
+    fn direction(&self) -> Direction {
+        Direction::Read
+    }
+
+    fn bytes(self) -> Bytes<'d> {
+        Bytes::Read(self)
+    }
+
+    #[inline]
+    fn ask(&mut self, entry: &Entry, at: At) -> Answer {
+        let answer = entry.device.read(at, self);
+        if !matches!(answer, Answer::Accepted) {
+            self.fill(0xff);
+        }
+        answer
+    }
+}
+
+impl<'d> Data<'d> for &'d [u8] {
+    #[inline]
+    fn len(&self) -> usize {
+        <[u8]>::len(self)
+    }
+
+    #[inline]
+    fn direction(&self) -> Direction {
+        Direction::Write
+    }
+
+    fn bytes(self) -> Bytes<'d> {
+        Bytes::Write(self)
+    }
+
+    #[inline]
+    fn ask(&mut self, entry: &Entry, at: At) -> Answer {
+        entry.device.write(at, self)
+    }
+}
+
+/// An access's data where both directions go the same way.
 pub(crate) enum Bytes<'a> {
     Read(&'a mut [u8]),
     Write(&'a [u8]),
 }
 
 impl Bytes<'_> {
-    #[inline]
     pub(crate) fn len(&self) -> usize {
         self.data().len()
     }
 
-    #[inline]
     pub(crate) fn data(&self) -> &[u8] {
         match self {
             Bytes::Read(data) => data,
@@ -374,18 +431,10 @@ impl Bytes<'_> {
         })
     }
 
-    /// Asks a device. What one that does not accept leaves in a read's data is wiped out.
-    #[inline]
     pub(crate) fn ask(&mut self, entry: &Entry, at: At) -> Answer {
         match self {
-            Bytes::Read(data) => {
-                let answer = entry.device.read(at, data);
-                if !matches!(answer, Answer::Accepted) {
-                    data.fill(0xff);
-                }
-                answer
-            }
-            Bytes::Write(data) => entry.device.write(at, data),
+            Bytes::Read(data) => data.ask(entry, at),
+            Bytes::Write(data) => data.ask(entry, at),
         }
     }
 }
@@ -399,28 +448,46 @@ pub(crate) enum Found {
 
 /// Asks the devices that hold the access, in order, until one takes it.
 #[inline]
-pub(crate) fn search(
+fn search<'d>(
+    table: &Table<Entry>,
+    cookie: &mut u16,
+    address: u64,
+    mut data: impl Data<'d>,
+) -> Found {
+    match table.at_cookie(usize::from(*cookie), address, data.len()) {
+        // No other row holds the access, so this device's word is final.
+        Some(row) => match offer(row, address, |entry, at| data.ask(entry, at)) {
+            Answer::Accepted => Found::Answered,
+            Answer::Declined => Found::Unclaimed,
+            Answer::Deferred(deferral) => Found::Deferred(deferral),
+        },
+        None => search_on(table, cookie, address, data),
+    }
+}
+
+/// The search proper. Out of line, so that a repeat carries nothing of it.
+#[inline(never)]
+fn search_on<'d>(
+    table: &Table<Entry>,
+    cookie: &mut u16,
+    address: u64,
+    mut data: impl Data<'d>,
+) -> Found {
+    let len = data.len();
+    search_with(table, cookie, address, len, |entry, at| data.ask(entry, at))
+}
+
+/// The search without the cookie, which is set to who was found; `ask` asks a device.
+#[inline]
+pub(crate) fn search_with(
     table: &Table<Entry>,
     cookie: &mut u16,
     address: u64,
     len: usize,
     mut ask: impl FnMut(&Entry, At) -> Answer,
 ) -> Found {
-    let mut offer = |row: &Row<Entry>| {
-        let base = row.range().base();
-        let offset = address.wrapping_sub(base);
-        ask(row.device(), At { base, offset })
-    };
-    if let Some(row) = table.by_cookie(usize::from(*cookie), address, len) {
-        // No other row holds the access, so this device's word is final.
-        return match offer(row) {
-            Answer::Accepted => Found::Answered,
-            Answer::Declined => Found::Unclaimed,
-            Answer::Deferred(deferral) => Found::Deferred(deferral),
-        };
-    }
     for (index, row) in table.candidates(address, len) {
-        let found = match offer(row) {
+        let found = match offer(row, address, &mut ask) {
             Answer::Accepted => Found::Answered,
             Answer::Declined => continue,
             Answer::Deferred(deferral) => Found::Deferred(deferral),
@@ -429,6 +496,13 @@ pub(crate) fn search(
         return found;
     }
     Found::Unclaimed
+}
+
+#[inline]
+fn offer(row: &Row<Entry>, address: u64, ask: impl FnOnce(&Entry, At) -> Answer) -> Answer {
+    let base = row.range().base();
+    let offset = address.wrapping_sub(base);
+    ask(row.device(), At { base, offset })
 }
 
 /// All ones, without a call to `memset` for the lengths that guests use.

@@ -32,20 +32,30 @@ fn set_depth(depth: u32) {
 }
 
 /// Counts as one access on this thread until it is dropped, by unwinding too.
-pub(crate) struct Inside(PhantomData<*const ()>);
+pub(crate) struct Inside {
+    /// The depth before. Kept, so that leaving stores without loading what entering has just stored:
+    /// two loads that wait for a store are a third of an access.
+    before: u32,
+    _thread: PhantomData<*const ()>,
+}
 
 impl Inside {
     #[inline]
     pub(crate) fn enter() -> Self {
-        set_depth(depth().wrapping_add(1));
-        Self(PhantomData)
+        let before = depth();
+        set_depth(before.wrapping_add(1));
+        Self {
+            before,
+            _thread: PhantomData,
+        }
     }
 }
 
 impl Drop for Inside {
     #[inline]
     fn drop(&mut self) {
-        set_depth(depth().wrapping_sub(1));
+        // Accesses end in the reverse of the order in which they began.
+        set_depth(self.before);
     }
 }
 

@@ -2,7 +2,8 @@
 
 //! An access that someone looks on at: counted, and told to the trace hook.
 //!
-//! The same search as everyone's, out of line, so that the usual path carries nothing of it.
+//! The same search as everyone's but for the cookie's short cut, and out of line, so that the usual
+//! path carries nothing of it.
 
 use std::time::Instant;
 
@@ -20,7 +21,7 @@ pub(crate) fn search(
     cookies: &mut Cookies,
     buses: &[BusKind],
     address: u64,
-    bytes: &mut Bytes<'_>,
+    mut bytes: Bytes<'_>,
 ) -> Found {
     let hook = observers.hook.as_deref();
     let begun = hook
@@ -33,7 +34,7 @@ pub(crate) fn search(
     for bus in buses {
         asked = Some(*bus);
         let cookie = cookies.of(*bus, address);
-        found = dispatcher::search(tables.bus(*bus), cookie, address, len, |entry, at| {
+        found = dispatcher::search_with(tables.bus(*bus), cookie, address, len, |entry, at| {
             let answer = bytes.ask(entry, at);
             if let Some(counters) = &entry.counters {
                 counters.count(direction, len, &answer);
