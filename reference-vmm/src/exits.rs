@@ -188,7 +188,7 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
 
     fn exit(&mut self, vcpu: &VcpuView<'_, VcpuFd>, exit: Exit<'_>) -> Flow<Stop> {
         self.counters.count(kind(&exit));
-        self.io.before_exit();
+        self.shared.console.before_exit(&mut self.io);
         if let Some(stop) = self.access(vcpu, exit) {
             return Flow::Stop(stop);
         }

@@ -36,15 +36,18 @@
 //!
 //! # What it costs
 //!
-//! A console that takes no more output holds up who drains, and so, at its next exit, every vCPU: in
-//! order is in order. Without a zone it is the vCPU that writes, alone.
+//! A drain is one write to the console, however many bytes it brings, and that write is made when the
+//! ring is free again: a console that takes no more holds up the vCPU that has drained, and not those
+//! that find the ring empty. (Which of the vCPUs had written nobody knows.)
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use io_bus::{BusKind, CoalescedZone, Error, IoBus, IoRange, RingMemory, SetCoalescedZone};
+use io_bus::{
+    BusKind, CoalescedZone, Dispatcher, Error, IoBus, IoRange, RingMemory, SetCoalescedZone,
+};
 
 use crate::end::Chain;
 
@@ -67,6 +70,11 @@ pub trait PolledOutput: Send + Sync {
     fn restart(&self);
     /// Whether the guest waits for the transmitter's interrupt.
     fn is_interrupt_driven(&self) -> bool;
+    /// What the guest sends from now on may wait for [`release`](Self::release): many bytes, one
+    /// write to the console.
+    fn hold(&self);
+    /// What was sent goes out, unless another holds it too. Blocks while the console is full.
+    fn release(&self);
 }
 
 const WATCHING: u8 = 0;
@@ -128,6 +136,30 @@ where
         }
     }
 
+    /// To be called after each return of `KVM_RUN`, before its exit is dispatched: carries out what
+    /// KVM has kept, as [`Dispatcher::before_exit`] does, and has the console get it in one piece.
+    #[inline]
+    pub fn before_exit(&self, io: &mut Dispatcher) {
+        // Acquire: pairs with the Release of the thread that has ended the zone and drained the ring.
+        // Whoever sees that it is ended sees what was in it carried out.
+        if self.state.load(Ordering::Acquire) == ON {
+            self.drain(io);
+        }
+    }
+
+    fn drain(&self, io: &mut Dispatcher) {
+        /// Also when a device panics.
+        struct Held<'a, P: PolledOutput>(&'a P);
+        impl<P: PolledOutput> Drop for Held<'_, P> {
+            fn drop(&mut self) {
+                self.0.release();
+            }
+        }
+        self.port.hold();
+        let _held = Held(&*self.port);
+        io.before_exit();
+    }
+
     #[cold]
     fn begin<R: RingMemory + 'static>(
         self: &Arc<Self>,
@@ -185,7 +217,7 @@ where
                 return self.leave(shared, zone);
             }
             drop(shared);
-            io.before_exit();
+            self.drain(&mut io);
             let now = bus.coalesced_writes();
             idle = if now == seen { idle + 1 } else { 0 };
             seen = now;
@@ -204,7 +236,8 @@ where
         }
         log::debug!("serial output is coalesced no more");
         self.port.restart();
-        self.state.store(next, Ordering::Relaxed);
+        // Release: pairs with the Acquire of `before_exit`.
+        self.state.store(next, Ordering::Release);
     }
 
     /// KVM does not let go of the zone.
@@ -213,7 +246,7 @@ where
         let mut shared = self.shared();
         while !shared.stopped {
             drop(shared);
-            io.before_exit();
+            self.drain(&mut io);
             shared = self.shared();
             shared = match self.changed.wait_timeout(shared, TICK) {
                 Ok((shared, _)) => shared,
@@ -243,7 +276,7 @@ where
             log::error!("the thread that drains serial output panicked");
         }
         if self.has_ring.load(Ordering::Relaxed) {
-            bus.dispatcher().before_exit();
+            self.drain(&mut bus.dispatcher());
         }
     }
 
@@ -291,6 +324,8 @@ mod tests {
         fn is_interrupt_driven(&self) -> bool {
             self.interrupts.load(Ordering::Relaxed)
         }
+        fn hold(&self) {}
+        fn release(&self) {}
     }
 
     /// KVM's side, with the events in order.

@@ -13,7 +13,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_device::DevicePio;
@@ -195,6 +195,10 @@ pub struct SerialPort<T: Trigger, W: Write> {
     drained: EventFd,
     /// Written by who holds `uart`.
     polled: AtomicU32,
+    /// There may be bytes in the buffer that nobody has taken yet.
+    pending: AtomicBool,
+    /// Who has said [`hold`](PolledOutput::hold) and will take them.
+    held: AtomicU32,
 }
 
 /// Its output is a buffer that [`SerialPort`] empties after each access.
@@ -213,6 +217,8 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
             uart: Mutex::new(Serial::with_events(interrupt, events, Vec::new())),
             drained,
             polled: AtomicU32::new(0),
+            pending: AtomicBool::new(false),
+            held: AtomicU32::new(0),
         })
     }
 
@@ -244,6 +250,27 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
         &self.drained
     }
 
+    /// Takes what is in the buffer to the console. Blocks while that is full.
+    fn flush(&self) {
+        // A console whose write panicked takes bytes as any other.
+        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before the bytes are taken: who adds to them later says so again.
+        self.pending.store(false, Ordering::SeqCst);
+        let mut bytes = std::mem::take(self.uart().writer_mut());
+        if bytes.is_empty() {
+            return;
+        }
+        if let Err(error) = out.write_all(&bytes) {
+            log::debug!("serial output: {error}");
+        }
+        // Its allocation serves the next byte too, unless that is there already.
+        bytes.clear();
+        let mut uart = self.uart();
+        if uart.writer().is_empty() {
+            *uart.writer_mut() = bytes;
+        }
+    }
+
     fn uart(&self) -> MutexGuard<'_, Uart<T>> {
         // The registers are plain bytes: a panic elsewhere leaves them as valid as any guest could.
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
@@ -268,6 +295,18 @@ where
     fn is_interrupt_driven(&self) -> bool {
         transmits_by_interrupt(&mut self.uart())
     }
+
+    fn hold(&self) {
+        self.held.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn release(&self) {
+        // SeqCst, as the store of `pending` and the load of `held` in `pio_write`: of a writer and the
+        // last who releases at the same time, one sees the other, and takes the bytes.
+        if self.held.fetch_sub(1, Ordering::SeqCst) == 1 && self.pending.load(Ordering::SeqCst) {
+            self.flush();
+        }
+    }
 }
 
 /// Whether the guest has THRI set. Reading these registers changes nothing.
@@ -286,9 +325,8 @@ impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
     }
 
     fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
-        // A console whose write panicked takes bytes as any other.
-        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
         let mut uart = self.uart();
+        let before = uart.writer().len();
         for (register, byte) in (offset..).zip(data) {
             let Ok(register) = u8::try_from(register) else {
                 continue;
@@ -304,22 +342,20 @@ impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
                 let _ = self.drained.write(1);
             }
         }
-        if uart.writer().is_empty() {
+        let sent = uart.writer().len().saturating_sub(before);
+        if sent == 0 {
             return;
         }
         if !transmits_by_interrupt(&mut uart) {
-            let sent = u32::try_from(uart.writer().len()).unwrap_or(u32::MAX);
+            let sent = u32::try_from(sent).unwrap_or(u32::MAX);
             let polled = self.polled.load(Ordering::Relaxed).saturating_add(sent);
             self.polled.store(polled, Ordering::Relaxed);
         }
-        let mut bytes = std::mem::take(uart.writer_mut());
         drop(uart);
-        if let Err(error) = out.write_all(&bytes) {
-            log::debug!("serial output: {error}");
+        self.pending.store(true, Ordering::SeqCst);
+        if self.held.load(Ordering::SeqCst) == 0 {
+            self.flush();
         }
-        // Its allocation serves the next byte too.
-        bytes.clear();
-        *self.uart().writer_mut() = bytes;
     }
 }
 
@@ -413,6 +449,58 @@ mod tests {
         port.restart();
         assert_eq!(port.polled_bytes(), 0);
         assert_eq!(*port.out.lock().unwrap(), b"abcd");
+    }
+
+    #[test]
+    fn what_is_held_goes_out_in_one_piece_when_the_last_lets_go() {
+        /// Each write's bytes by themselves.
+        #[derive(Default)]
+        struct Pieces(Vec<Vec<u8>>);
+        impl Write for Pieces {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.push(bytes.to_vec());
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let port = SerialPort::new(Count::default(), Pieces::default()).unwrap();
+        let write = |byte| port.pio_write(PioAddress(0x3f8), 0, &[byte]);
+        write(b'a');
+        port.hold();
+        port.hold();
+        write(b'b');
+        write(b'c');
+        port.release();
+        assert_eq!(port.out.lock().unwrap().0, [b"a"]);
+        port.release();
+        port.hold();
+        port.release();
+        write(b'd');
+        let pieces = &port.out.lock().unwrap().0;
+        assert_eq!(*pieces, [&b"a"[..], b"bc", b"d"]);
+    }
+
+    #[test]
+    fn nothing_is_lost_between_those_who_write_and_those_who_hold() {
+        let port = SerialPort::new(Count::default(), Vec::new()).unwrap();
+        std::thread::scope(|scope| {
+            for byte in [b'a', b'b'] {
+                let port = &port;
+                scope.spawn(move || {
+                    for _ in 0..5000 {
+                        port.hold();
+                        port.pio_write(PioAddress(0x3f8), 0, &[byte]);
+                        port.release();
+                        port.pio_write(PioAddress(0x3f8), 0, &[byte]);
+                    }
+                });
+            }
+        });
+        let out = port.out.lock().unwrap();
+        let count = |byte| out.iter().filter(|&&got| got == byte).count();
+        assert_eq!((count(b'a'), count(b'b')), (10_000, 10_000));
     }
 
     #[test]
