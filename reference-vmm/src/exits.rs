@@ -71,60 +71,42 @@ impl<P: PolledOutput + 'static> Handler<P> {
         self.io.interrupter()
     }
 
-    fn is_stopping(&self) -> bool {
-        // Relaxed: the interrupter's lock, taken after the store, has made it visible.
-        self.shared.stopping.load(Ordering::Relaxed)
-    }
-
-    /// Waits for the answer to a deferred read. A machine that stops does not enter the guest again,
-    /// so the guest never sees what is missing then.
-    fn read_answer(&mut self, mut outcome: Outcome, data: &mut [u8]) -> Outcome {
-        while outcome == Outcome::Deferred {
-            if self.is_stopping() {
-                self.io.abandon();
-                break;
-            }
-            outcome = self.io.wait_read(data);
-        }
-        outcome
-    }
-
-    /// As [`read_answer`](Self::read_answer).
-    fn write_answer(&mut self, mut outcome: Outcome, data: &[u8]) -> Outcome {
-        while outcome == Outcome::Deferred {
-            if self.is_stopping() {
-                self.io.abandon();
-                break;
-            }
-            outcome = self.io.wait_write(data);
-        }
-        outcome
-    }
-
     fn access(&mut self, vcpu: &VcpuView<'_, VcpuFd>, exit: Exit<'_>) -> Option<Stop> {
         match exit {
             Exit::PioIn { port, size, data } => {
                 let outcome = self
                     .io
                     .pio_read_repeated(PioAddress(port), size.into(), data);
-                let _ = self.read_answer(outcome, data);
+                let _ = answer(
+                    &mut self.io,
+                    &self.shared.stopping,
+                    outcome,
+                    Wait::Read(data),
+                );
             }
             Exit::PioOut { port, size, data } => {
                 let outcome = self
                     .io
                     .pio_write_repeated(PioAddress(port), size.into(), data);
-                let _ = self.write_answer(outcome, data);
+                let _ = answer(
+                    &mut self.io,
+                    &self.shared.stopping,
+                    outcome,
+                    Wait::Write(data),
+                );
                 let ring = |vm: &Arc<VmFd>| MappedRing::new(vm, vcpu.fd());
                 self.shared.console.after_write(&self.shared.bus, ring);
             }
             Exit::MmioRead { addr, data } => {
                 let outcome = self.io.mmio_read(MmioAddress(addr.0), data);
-                let outcome = self.read_answer(outcome, data);
+                let wait = Wait::Read(data);
+                let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
                 self.check_memory(vcpu, addr, outcome, false);
             }
             Exit::MmioWrite { addr, data } => {
                 let outcome = self.io.mmio_write(MmioAddress(addr.0), data);
-                let outcome = self.write_answer(outcome, data);
+                let wait = Wait::Write(data);
+                let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
                 self.check_memory(vcpu, addr, outcome, true);
             }
             Exit::Hlt => return Some(Stop::Halted),
@@ -205,6 +187,35 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
             timeline().mark(Event::FirstEntry);
         }
     }
+}
+
+/// The data of an access that may have to be waited for.
+enum Wait<'a> {
+    Read(&'a mut [u8]),
+    Write(&'a [u8]),
+}
+
+/// What became of an access in the end: the answer to a deferred one is waited for, until the machine
+/// stops. It does not enter the guest again then, so the guest never sees what is missing.
+#[inline]
+fn answer(
+    io: &mut Dispatcher,
+    stopping: &AtomicBool,
+    mut outcome: Outcome,
+    mut wait: Wait<'_>,
+) -> Outcome {
+    while outcome == Outcome::Deferred {
+        // Relaxed: who stops sets it before it interrupts, and the interrupter's lock makes it visible.
+        if stopping.load(Ordering::Relaxed) {
+            io.abandon();
+            break;
+        }
+        outcome = match &mut wait {
+            Wait::Read(data) => io.wait_read(data),
+            Wait::Write(data) => io.wait_write(data),
+        };
+    }
+    outcome
 }
 
 fn kind(exit: &Exit<'_>) -> ExitKind {
@@ -290,6 +301,73 @@ impl std::fmt::Display for Describe<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use io_bus::{Answer, At, BusKind, Completion, IoDevice, IoRange, defer};
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    /// Hands every access on to the test.
+    struct Remote(Sender<Completion>);
+
+    impl IoDevice for Remote {
+        fn read(&self, _: At, _: &mut [u8]) -> Answer {
+            let (completion, deferral) = defer();
+            self.0.send(completion).unwrap();
+            Answer::Deferred(deferral)
+        }
+        fn write(&self, at: At, _: &[u8]) -> Answer {
+            self.read(at, &mut [])
+        }
+    }
+
+    fn remote() -> (IoBus, io_bus::Registration, Receiver<Completion>) {
+        let (requests, inbox) = channel();
+        let bus = IoBus::new();
+        let range = IoRange::new(0x70, 1).unwrap();
+        let remote = bus.register(BusKind::Pio, range, Remote(requests)).unwrap();
+        (bus, remote, inbox)
+    }
+
+    #[test]
+    fn a_deferred_access_is_waited_for() {
+        let (bus, _remote, inbox) = remote();
+        let stopping = AtomicBool::new(false);
+        let mut io = bus.dispatcher();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                inbox.recv().unwrap().complete(&[0x2a]);
+                inbox.recv().unwrap().complete(&[]);
+            });
+            let mut data = [0];
+            let outcome = io.pio_read(PioAddress(0x70), &mut data);
+            let outcome = answer(&mut io, &stopping, outcome, Wait::Read(&mut data));
+            assert_eq!((outcome, data), (Outcome::Answered, [0x2a]));
+            let outcome = io.pio_write(PioAddress(0x70), &data);
+            let outcome = answer(&mut io, &stopping, outcome, Wait::Write(&data));
+            assert_eq!(outcome, Outcome::Answered);
+        });
+    }
+
+    #[test]
+    fn a_machine_that_stops_waits_for_no_answer() {
+        let (bus, _remote, inbox) = remote();
+        let stopping = AtomicBool::new(false);
+        let mut io = bus.dispatcher();
+        let interrupter = io.interrupter();
+        std::thread::scope(|scope| {
+            let vcpu = scope.spawn(|| {
+                let mut data = [0];
+                let outcome = io.pio_read(PioAddress(0x70), &mut data);
+                answer(&mut io, &stopping, outcome, Wait::Read(&mut data))
+            });
+            let completion = inbox.recv().unwrap();
+            // Without a stop it comes back to the wait.
+            interrupter.interrupt();
+            assert!(!completion.is_abandoned());
+            stopping.store(true, Ordering::Relaxed);
+            interrupter.interrupt();
+            assert_eq!(vcpu.join().unwrap(), Outcome::Deferred);
+            assert!(completion.is_abandoned());
+        });
+    }
 
     #[test]
     fn a_vcpu_thread_that_panics_ends_the_guest() {

@@ -64,7 +64,8 @@ pub struct Memory {
     pub prefault: bool,
     /// Whether transparent huge pages serve it.
     pub thp: HugePages,
-    /// The host's NUMA node that all of it comes from.
+    /// The host's NUMA node that all of it comes from. Huge pages are made present at once then: their
+    /// reservation knows no nodes, and a guest that met a node without one left would be killed.
     pub numa: Option<u32>,
 }
 
@@ -147,18 +148,28 @@ impl Memory {
         for &(GuestAddress(start), size) in ram {
             let end = start.saturating_add(size);
             if start != 0 || !firmware {
-                add(start, end, self.backing(size), SlotFlags::NONE);
+                add(start, end, self.backing(size, true), SlotFlags::NONE);
                 continue;
             }
             let rom = layout::FIRMWARE;
-            add(0, rom.start, ordinary.backing(rom.start), SlotFlags::NONE);
+            add(
+                0,
+                rom.start,
+                ordinary.backing(rom.start, true),
+                SlotFlags::NONE,
+            );
             let image = Backing::anonymous(rom.end - rom.start);
             add(rom.start, rom.end, image, SlotFlags::READ_ONLY);
             let huge = self.hugepages.map_or(rom.end, HugePageSize::bytes).min(end);
             let small = huge.saturating_sub(rom.end);
-            add(rom.end, huge, ordinary.backing(small), SlotFlags::NONE);
+            add(
+                rom.end,
+                huge,
+                ordinary.backing(small, true),
+                SlotFlags::NONE,
+            );
             let rest = end.saturating_sub(huge);
-            add(huge, end, self.backing(rest), SlotFlags::NONE);
+            add(huge, end, self.backing(rest, true), SlotFlags::NONE);
         }
         slots
     }
@@ -174,27 +185,24 @@ impl Memory {
         if self.hugepages.is_none() && self.numa.is_none() {
             return Ok(());
         }
-        let without_prefault = Memory {
-            prefault: false,
-            ..*self
-        };
         // All at once: they share the pool.
         let asked = slots.iter().filter(|slot| slot.flags == SlotFlags::NONE);
         asked
             .map(|slot| {
                 let huge = slot.backing.page_size() > layout::PAGE;
                 let memory = Memory {
-                    hugepages: without_prefault.hugepages.filter(|_| huge),
-                    ..without_prefault
+                    hugepages: self.hugepages.filter(|_| huge),
+                    ..*self
                 };
-                Mapping::new(&memory.backing(slot.backing.size()), slot.start)
+                Mapping::new(&memory.backing(slot.backing.size(), false), slot.start)
             })
             .collect::<Result<Vec<_>, _>>()
             .map(drop)
     }
 
-    /// `size` bytes of such memory.
-    fn backing(&self, size: u64) -> Backing {
+    /// `size` bytes of such memory; untouched, and not more than reserved, if `present` does not say
+    /// that what has to be present is made so.
+    fn backing(&self, size: u64, present: bool) -> Backing {
         let backing = match (self.hugepages, self.shared) {
             (None, false) => Backing::anonymous(size),
             (None, true) => Backing::memfd(size),
@@ -206,7 +214,8 @@ impl Memory {
             Some(node) => backing.numa(NumaPolicy::Bind(vec![node])),
             None => backing,
         };
-        if !self.prefault {
+        let must = self.hugepages.is_some() && self.numa.is_some();
+        if !present || !(self.prefault || must) {
             return backing;
         }
         let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
