@@ -15,14 +15,16 @@
 //!
 //! 1. **Everything that needs no KVM** first: the kernel's headers, the boot plan, the ACPI tables.
 //!    What is wrong with the configuration is found before anything exists.
-//! 2. **CPUID** is asked for on a thread of its own while the rest goes on: KVM's slowest answer, and
+//! 2. **Readers' barriers** are made free (`srcu::prepare`) while the process has one thread: with two,
+//!    the kernel waits for a grace period of its own.
+//! 3. **CPUID** is asked for on a thread of its own while the rest goes on: KVM's slowest answer, and
 //!    the vCPUs are the first to need it.
-//! 3. **Memory slots** before anything that registers on KVM's buses: a slot made after the
+//! 4. **Memory slots** before anything that registers on KVM's buses: a slot made after the
 //!    in-kernel irqchip waits for a grace period. The firmware's is one of them, read-only
 //!    ([`memory`](crate::memory)): where there are ACPI tables, for elsewhere there is no firmware.
-//! 4. **The irqchip** before the first vCPU, as KVM demands it.
-//! 5. **vCPUs**, their CPUID, MSRs and registers.
-//! 6. **Devices**, which are user-space tables: no call to KVM. Their interrupts are irqfds that are
+//! 5. **The irqchip** before the first vCPU, as KVM demands it.
+//! 6. **vCPUs**, their CPUID, MSRs and registers.
+//! 7. **Devices**, which are user-space tables: no call to KVM. Their interrupts are irqfds that are
 //!    attached when they are first raised; no routing table is committed as long as it is KVM's
 //!    default. An ioeventfd would come here or later: with one, the VM's end waits as well. So does
 //!    it with a coalesced zone, which comes when a guest has written much
@@ -228,7 +230,8 @@ impl Machine {
         let refused = config.memory.check_host(&new_slots);
         refused.map_err(BuildError::HostMemory)?;
 
-        // 2. and 3. The VM and its memory, with CPUID asked for meanwhile.
+        // 2. to 4. The VM and its memory, with CPUID asked for meanwhile.
+        srcu::prepare();
         let kvm = Arc::new(Kvm::open_at(&config.kvm)?);
         let cpuid = CpuidBase::ask(&kvm, config.irqchip)?;
         let setup = kvm.create_vm()?;
@@ -244,7 +247,7 @@ impl Machine {
         boot::write_all(&*memory, &[start.tables()])?;
         drop((memory, kernel, initrds));
 
-        // 4. The irqchip.
+        // 5. The irqchip.
         let most = setup.capabilities().max_vcpus();
         if config.cpus > most {
             return Err(BuildError::Cpus {
@@ -256,7 +259,7 @@ impl Machine {
         let irqchip = Irqchip::create(setup.fd(), irqchip_kind(config))?;
         let routing = Routing::new(setup.fd().clone(), &irqchip);
 
-        // 5. vCPUs.
+        // 6. vCPUs.
         // Below SIGRTMIN: a kick arrives also where the user's pending signals have reached their
         // limit. SIGURG of these: one that comes from elsewhere does no harm and never did.
         let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
@@ -274,7 +277,7 @@ impl Machine {
             })
             .collect::<Result<Vec<_>, BuildError>>()?;
 
-        // 6. Devices.
+        // 7. Devices.
         let interrupt = |device, gsi| {
             let gsi = routing
                 .reserve(Gsi(gsi))

@@ -74,6 +74,22 @@ fn memory_slots_come_before_whatever_uses_kvms_buses() {
 }
 
 #[test]
+fn readers_barriers_are_made_free_before_there_is_a_second_thread() {
+    // With one, registering with membarrier waits for a grace period of the whole kernel.
+    const REGISTER: u64 = 1 << 4;
+    for words in IRQCHIPS {
+        let trace = run(words);
+        let at =
+            |wanted: &dyn Fn(&support::tracer::Call) -> bool| trace.calls.iter().position(wanted);
+        let is = |call: &support::tracer::Call, numbers: &[i64]| matches!(call.kind, Kind::Syscall(nr) | Kind::Elsewhere(nr) if numbers.contains(&nr));
+        let registered = at(&|call| is(call, &[libc::SYS_membarrier]) && call.args[0] == REGISTER);
+        let thread = at(&|call| is(call, &[libc::SYS_clone, libc::SYS_clone3]));
+        assert!(registered.is_some() && thread.is_some(), "{trace}");
+        assert!(registered < thread, "{trace}");
+    }
+}
+
+#[test]
 fn the_irqchip_comes_before_the_first_vcpu() {
     for words in IRQCHIPS {
         // Without local APICs there is one vCPU.
