@@ -13,6 +13,7 @@ crate::blob! {
     /// [`pattern`] to COM1 (at least one) and asks the port nothing meanwhile. Then, by the letter:
     ///
     /// - `e`: debug-exit value 0, by the instruction after the last byte.
+    /// - `t`: a triple fault, likewise.
     /// - `h`: \"end\" and a newline; then halts with interrupts off, for ever.
     /// - `i`: sixteen times `!`, one each time the port's interrupt says that its transmitter is
     ///   empty, asleep in HLT meanwhile (IRQ 4 through the PIC, vector 0x24); debug-exit value 0. The
@@ -49,7 +50,13 @@ crate::blob! {
         je 5f
         cmp ebp, 0x69
         je 6f
+        cmp ebp, 0x74
+        jne 3f
+        lidt [rip + 2f]
+        ud2
+    2:  .quad 0, 0
 
+    3:
         mov edx, 0x3fb
         mov al, 0x83
         out dx, al

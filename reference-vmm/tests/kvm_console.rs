@@ -90,6 +90,13 @@ fn a_guest_that_ends_right_after_its_last_byte_loses_none() {
 }
 
 #[test]
+fn a_guest_that_crashes_right_after_its_last_byte_loses_none() {
+    let ended = polled(MUCH, 't').output();
+    ended.expect_status(3);
+    expect(&ended, MUCH, b"");
+}
+
+#[test]
 fn the_last_bytes_of_a_guest_that_halts_for_ever_appear() {
     let mut running = polled(MUCH, 'h').start();
     running.wait_for("end\n");
