@@ -4,7 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use guests::{boot, image};
+use guests::{boot, console, image};
 
 fn main() {
     let folder = std::path::PathBuf::from(std::env::args().nth(1).expect("a folder"));
@@ -22,6 +22,8 @@ fn main() {
         ("pvh.elf", image::elf64_pvh(boot::pvh32())),
         ("multiboot.elf", image::multiboot(boot::multiboot32())),
         ("smp.elf", image::elf64(boot::smp64())),
+        ("polled.elf", image::elf64(console::polled64())),
+        ("rom.elf", image::elf64(console::rom64())),
     ] {
         std::fs::write(folder.join(name), image).unwrap();
     }

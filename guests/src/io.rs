@@ -111,3 +111,70 @@ crate::blob! {
         jmp 7b
     "
 }
+
+crate::blob! {
+    /// As often as the word at 0x1100 says: a counter, from 0, to port 0x3f8 as a word, then to
+    /// 0x8000. At the end one byte in from port 0x60.
+    io_counters, "
+    .code16
+        mov cx, word ptr [0x1100]
+        xor ax, ax
+    2:  mov dx, 0x3f8
+        out dx, ax
+        mov word ptr [0x8000], ax
+        inc ax
+        dec cx
+        jnz 2b
+        mov dx, 0x60
+        in al, dx
+    7:  hlt
+        jmp 7b
+    "
+}
+
+crate::blob! {
+    /// As often as the four bytes at 0x1100 say: one byte to port 0x3f8. Then it halts.
+    io_serial, "
+    .code16
+        mov ecx, dword ptr [0x1100]
+        mov dx, 0x3f8
+        mov al, 0x2e
+    2:  out dx, al
+        dec ecx
+        jnz 2b
+    7:  hlt
+        jmp 7b
+    "
+}
+
+crate::blob! {
+    /// For 64-bit mode: 1, 2 and 1 as eight bytes to 0x8000; then four bytes of 1, which have the
+    /// same address.
+    io_quads, "
+    .code64
+        mov edi, 0x8000
+        mov eax, 1
+        mov qword ptr [rdi], rax
+        mov eax, 2
+        mov qword ptr [rdi], rax
+        mov eax, 1
+        mov qword ptr [rdi], rax
+        mov dword ptr [rdi], eax
+    7:  hlt
+        jmp 7b
+    "
+}
+
+crate::blob! {
+    /// For 64-bit mode with SSE moves: sixteen bytes, from 0x8fe4 by way of a register to 0x8ff4,
+    /// which crosses a page's end.
+    io_wide, "
+    .code64
+        mov esi, 0x8fe4
+        mov edi, 0x8ff4
+        movups xmm0, xmmword ptr [rsi]
+        movups xmmword ptr [rdi], xmm0
+    7:  hlt
+        jmp 7b
+    "
+}

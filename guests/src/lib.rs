@@ -36,6 +36,7 @@ macro_rules! blob {
 pub(crate) use blob;
 
 pub mod boot;
+pub mod console;
 pub mod image;
 pub mod io;
 pub mod irq;

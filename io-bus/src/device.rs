@@ -12,8 +12,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use vm_device::bus::{MmioAddress, MmioAddressOffset, PioAddress, PioAddressOffset};
 use vm_device::{DeviceMmio, DevicePio, MutDeviceMmio, MutDevicePio};
 
+use crate::deferred::Deferral;
+
 /// Whether a device took an access.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 #[must_use]
 #[non_exhaustive]
 pub enum Answer {
@@ -21,6 +23,13 @@ pub enum Answer {
     Accepted,
     /// Not this device's: the next one that shares the range is asked (KVM's `-EOPNOTSUPP`).
     Declined,
+    /// This device's, but its answer comes later, through the [`Completion`](crate::Completion)
+    /// that [`defer`](crate::defer) made with this. Nobody else is asked. What the device has
+    /// written into a read's data by now counts for nothing.
+    ///
+    /// For reads and writes of up to 8 bytes, which all of a guest's are; of a longer read, the
+    /// bytes after those are all ones.
+    Deferred(Deferral),
 }
 
 /// Where in a device's range an access begins.
@@ -54,12 +63,17 @@ impl At {
 /// - A device may register, unregister and move devices, itself included, from inside a call; see
 ///   [`Removal`](crate::Removal).
 /// - A call runs on a vCPU's thread: while it lasts, that vCPU does nothing else, and whoever
-///   unregisters a device waits.
+///   unregisters a device waits. A device that would take long [defers](Answer::Deferred).
+/// - A write that an ioeventfd of the device's range would take can come here all the same: while
+///   the ioeventfd is attached, moved or detached, from an access that left KVM before. The device
+///   treats it as what the ioeventfd means.
+/// - A write that was coalesced comes after the guest has gone on. Nobody waits for its answer, so
+///   one that is deferred is taken as accepted.
 pub trait IoDevice: Send + Sync {
-    /// Answers a read by filling `data`, or declines.
+    /// Answers a read by filling `data`, declines, or defers.
     fn read(&self, at: At, data: &mut [u8]) -> Answer;
 
-    /// Takes a write, or declines.
+    /// Takes a write, declines, or defers its completion.
     fn write(&self, at: At, data: &[u8]) -> Answer;
 }
 

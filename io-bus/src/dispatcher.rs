@@ -6,23 +6,32 @@
 //! cookie), searches if that row cannot be the only answer, calls the device and leaves. It takes
 //! no lock and allocates nothing. Between accesses a dispatcher holds nothing, so a vCPU that
 //! sleeps in the guest keeps no device alive.
+//!
+//! What is rare has files of its own: answers that come later are in `unfinished`, accesses that
+//! someone looks on at in `observe`.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use srcu::Reader;
 use vm_device::bus::{MmioAddress, PioAddress};
 
-use crate::bus::{Shared, Tables};
-use crate::device::{Answer, At, IoDevice};
-use crate::fragment::{fragments, is_whole};
+use crate::cookie::Cookies;
+use crate::deferred::{Deferral, Interrupter, Parker};
+use crate::device::{Answer, At};
+use crate::fragment::is_whole;
 use crate::inside::Inside;
+use crate::observe;
 use crate::range::BusKind;
 use crate::table::{Row, Table};
+use crate::tables::{Entry, Shared, Tables};
+use crate::trace::Direction;
+use crate::unfinished::{Shape, Unfinished, Whole};
 
 /// What became of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[must_use = "an access that nobody answered is worth a count or a log line"]
+#[must_use = "an access that nobody answered is worth a count or a log line, one that is deferred a wait"]
 #[non_exhaustive]
 pub enum Outcome {
     /// A device answered.
@@ -32,6 +41,11 @@ pub enum Outcome {
     Unclaimed,
     /// The access came in several pieces, of which some were answered. The others read as all ones.
     Partial,
+    /// A device took it and will answer later. The vCPU must not enter the guest before
+    /// [`wait_read`](Dispatcher::wait_read) or [`wait_write`](Dispatcher::wait_write) (or their
+    /// `poll_` twins) has given another outcome: until then a read's data is all ones, and pieces
+    /// after the deferred one have not been carried out.
+    Deferred,
 }
 
 impl Outcome {
@@ -41,7 +55,7 @@ impl Outcome {
     }
 
     /// The outcome of two pieces of one access.
-    fn and(self, other: Outcome) -> Outcome {
+    pub(crate) fn and(self, other: Outcome) -> Outcome {
         if self == other {
             self
         } else {
@@ -62,8 +76,12 @@ impl Outcome {
 pub struct Dispatcher {
     reader: Reader<Tables>,
     cookies: Cookies,
+    /// The last access that a device deferred, until its answer is fetched.
+    pub(crate) unfinished: Option<Unfinished>,
+    /// Where this thread waits for that answer.
+    pub(crate) parker: Arc<Parker>,
     /// Keeps the buses alive, and with them the registrations' way to take devices off.
-    _shared: Arc<Shared>,
+    shared: Arc<Shared>,
 }
 
 impl Dispatcher {
@@ -71,21 +89,28 @@ impl Dispatcher {
         Self {
             reader: shared.tables.reader(),
             cookies: Cookies::NONE,
-            _shared: shared,
+            unfinished: None,
+            parker: Arc::new(Parker::new()),
+            shared,
         }
     }
 
     /// A guest's read of device memory: `data.len()` bytes at `address`.
     ///
     /// More than 8 bytes, or bytes on both sides of a page's end, are cut into pieces as KVM cuts
-    /// them ([`fragments`]), each of which is an access of its own. What `data` held before does
-    /// not matter.
+    /// them ([`fragments`](crate::fragments)), each of which is an access of its own, and joined
+    /// again in `data`. What `data` held before does not matter.
     #[inline]
     pub fn mmio_read(&mut self, address: MmioAddress, data: &mut [u8]) -> Outcome {
         if is_whole(address.0, data.len()) {
             self.read(BusKind::Mmio, address.0, data)
         } else {
-            self.mmio_read_in_pieces(address.0, data)
+            self.in_pieces(
+                BusKind::Mmio,
+                address.0,
+                Shape::Fragments,
+                Bytes::Read(data),
+            )
         }
     }
 
@@ -97,7 +122,12 @@ impl Dispatcher {
         if is_whole(address.0, data.len()) {
             self.mmio_write_piece(address.0, data)
         } else {
-            self.mmio_write_in_pieces(address.0, data)
+            self.in_pieces(
+                BusKind::Mmio,
+                address.0,
+                Shape::Fragments,
+                Bytes::Write(data),
+            )
         }
     }
 
@@ -125,19 +155,20 @@ impl Dispatcher {
         width: usize,
         data: &mut [u8],
     ) -> Outcome {
-        if width == 0 {
-            data.fill(0xff);
-            return Outcome::Unclaimed;
+        if width == data.len() {
+            return self.pio_read(port, data);
         }
-        together(data.chunks_mut(width).map(|item| self.pio_read(port, item)))
+        let shape = Shape::Repeated(width);
+        self.in_pieces(BusKind::Pio, u64::from(port.0), shape, Bytes::Read(data))
     }
 
     /// `rep outs`: the writes of `width` bytes that `data` holds, all to `port`, in order.
     pub fn pio_write_repeated(&mut self, port: PioAddress, width: usize, data: &[u8]) -> Outcome {
-        if width == 0 {
-            return Outcome::Unclaimed;
+        if width == data.len() {
+            return self.pio_write(port, data);
         }
-        together(data.chunks(width).map(|item| self.pio_write(port, item)))
+        let shape = Shape::Repeated(width);
+        self.in_pieces(BusKind::Pio, u64::from(port.0), shape, Bytes::Write(data))
     }
 
     /// One read on any bus, not cut into pieces (`kvm_io_bus_read`).
@@ -146,156 +177,332 @@ impl Dispatcher {
     #[inline]
     pub fn read(&mut self, bus: BusKind, address: u64, data: &mut [u8]) -> Outcome {
         fill_with_ones(data);
-        let len = data.len();
-        self.offer(bus, address, len, |device, at| {
-            let answer = device.read(at, data);
-            if answer == Answer::Declined {
-                data.fill(0xff);
-            }
-            answer
-        })
+        self.access(bus, address, data)
     }
 
     /// One write on any bus, not cut into pieces (`kvm_io_bus_write`, `kvm_io_bus_write_cookie`).
     #[inline]
     pub fn write(&mut self, bus: BusKind, address: u64, data: &[u8]) -> Outcome {
-        self.offer(bus, address, data.len(), |device, at| {
-            device.write(at, data)
-        })
+        self.access(bus, address, data)
+    }
+
+    /// To be called after each return of `KVM_RUN`, before its exit is dispatched: carries out the
+    /// writes that KVM has coalesced since, in their order, by whichever vCPU they were made.
+    ///
+    /// Gives their number. On return every write that this vCPU made before its exit has been
+    /// answered, by this thread or by another that was at it already (which is waited for). Where
+    /// nothing was coalesced, or there is [no ring](crate::IoBus::attach_coalesced_ring), it costs
+    /// two loads of one cache line. Inside an access it does nothing: what encloses it has done it.
+    ///
+    /// A thread that is no vCPU's may call it too, for guests that write and do not exit.
+    #[inline]
+    pub fn before_exit(&mut self) -> usize {
+        if self.shared.coalescing.is_empty() {
+            0
+        } else {
+            self.drain()
+        }
+    }
+
+    #[cold]
+    fn drain(&mut self) -> usize {
+        if crate::is_inside_access() {
+            return 0;
+        }
+        let shared = Arc::clone(&self.shared);
+        // An access that waits for its answer keeps waiting: a coalesced write takes nobody's place.
+        let waiting = self.unfinished.take();
+        let drained = shared.coalescing.drain(|write| {
+            // Nobody waits for a coalesced write: what defers it has taken it.
+            let _ = match write.bus {
+                BusKind::Mmio => self.mmio_write(MmioAddress(write.address), write.data()),
+                bus => self.write(bus, write.address, write.data()),
+            };
+            self.unfinished = None;
+        });
+        self.unfinished = waiting;
+        drained
+    }
+
+    /// A handle for other threads to end this one's waits for deferred answers.
+    pub fn interrupter(&self) -> Interrupter {
+        Interrupter(Arc::clone(&self.parker))
     }
 
     /// Offers one access to the devices of one bus.
     #[inline]
-    fn offer(
-        &mut self,
-        bus: BusKind,
-        address: u64,
-        len: usize,
-        ask: impl FnMut(&dyn IoDevice, At) -> Answer,
-    ) -> Outcome {
-        // Dropped after the guard: what the guard's leaving drops must not wait for accesses.
-        let _inside = Inside::enter();
-        let tables = self.reader.enter();
-        let cookie = self.cookies.of(bus, address);
-        search(tables.bus(bus), cookie, address, len, ask)
+    fn access<'d>(&mut self, bus: BusKind, address: u64, data: impl Data<'d>) -> Outcome {
+        let (direction, len) = (data.direction(), data.len());
+        let found = {
+            // Dropped after the guard: what the guard's leaving drops must not wait for accesses.
+            let _inside = Inside::enter();
+            let tables = self.reader.enter();
+            match tables.observers() {
+                None => {
+                    let cookie = self.cookies.of(bus, address);
+                    search(tables.bus(bus), cookie, address, data)
+                }
+                Some(observers) => {
+                    let cookies = &mut self.cookies;
+                    let bytes = data.bytes();
+                    observe::search(&tables, observers, cookies, &[bus], address, bytes)
+                }
+            }
+        };
+        self.outcome(found, bus, address, direction, len)
+    }
+
+    /// A write to MMIO, which the fast bus is offered first.
+    #[inline]
+    fn mmio_write_piece(&mut self, address: u64, data: &[u8]) -> Outcome {
+        let found = {
+            let _inside = Inside::enter();
+            let tables = self.reader.enter();
+            match tables.observers() {
+                None => {
+                    let mut offer = |bus: BusKind| {
+                        let cookie = self.cookies.of(bus, address);
+                        search(tables.bus(bus), cookie, address, data)
+                    };
+                    let fast = match tables.bus(BusKind::FastMmio).is_empty() {
+                        true => Found::Unclaimed,
+                        false => offer(BusKind::FastMmio),
+                    };
+                    match fast {
+                        Found::Unclaimed => offer(BusKind::Mmio),
+                        found => found,
+                    }
+                }
+                Some(observers) => {
+                    let buses = [BusKind::FastMmio, BusKind::Mmio];
+                    let cookies = &mut self.cookies;
+                    let bytes = Bytes::Write(data);
+                    observe::search(&tables, observers, cookies, &buses, address, bytes)
+                }
+            }
+        };
+        self.outcome(found, BusKind::Mmio, address, Direction::Write, data.len())
+    }
+
+    /// One piece of a larger access, as it would be alone.
+    pub(crate) fn piece(&mut self, bus: BusKind, address: u64, bytes: Bytes<'_>) -> Outcome {
+        match (bus, bytes) {
+            (BusKind::Mmio, Bytes::Write(data)) => self.mmio_write_piece(address, data),
+            (_, Bytes::Read(data)) => self.read(bus, address, data),
+            (_, Bytes::Write(data)) => self.write(bus, address, data),
+        }
     }
 
     #[inline]
-    fn mmio_write_piece(&mut self, address: u64, data: &[u8]) -> Outcome {
+    fn outcome(
+        &mut self,
+        found: Found,
+        bus: BusKind,
+        address: u64,
+        direction: Direction,
+        len: usize,
+    ) -> Outcome {
+        match found {
+            Found::Answered => Outcome::Answered,
+            Found::Unclaimed => Outcome::Unclaimed,
+            Found::Deferred(deferral) => {
+                let shape = Shape::One;
+                let whole = Whole {
+                    bus,
+                    address,
+                    direction,
+                    shape,
+                };
+                self.defer(Unfinished::new(deferral, whole, len))
+            }
+        }
+    }
+
+    #[cold]
+    fn defer(&mut self, unfinished: Unfinished) -> Outcome {
+        self.unfinished = Some(unfinished);
+        Outcome::Deferred
+    }
+
+    /// Tells those who look on how a deferred piece ended.
+    pub(crate) fn tell(&mut self, access: &crate::Access<'_>) {
         let _inside = Inside::enter();
         let tables = self.reader.enter();
-        let mut offer = |bus: BusKind| {
-            let cookie = self.cookies.of(bus, address);
-            search(
-                tables.bus(bus),
-                cookie,
-                address,
-                data.len(),
-                |device, at| device.write(at, data),
-            )
-        };
-        if !tables.bus(BusKind::FastMmio).is_empty() && offer(BusKind::FastMmio).is_answered() {
-            return Outcome::Answered;
+        if let Some(hook) = tables.observers().and_then(|o| o.hook.as_ref()) {
+            hook.access(access);
         }
-        offer(BusKind::Mmio)
-    }
-
-    #[cold]
-    fn mmio_read_in_pieces(&mut self, address: u64, data: &mut [u8]) -> Outcome {
-        together(
-            fragments(address, data.len()).map(|piece| match data.get_mut(piece.bytes()) {
-                Some(bytes) => self.read(BusKind::Mmio, piece.address, bytes),
-                None => Outcome::Unclaimed,
-            }),
-        )
-    }
-
-    #[cold]
-    fn mmio_write_in_pieces(&mut self, address: u64, data: &[u8]) -> Outcome {
-        together(
-            fragments(address, data.len()).map(|piece| match data.get(piece.bytes()) {
-                Some(bytes) => self.mmio_write_piece(piece.address, bytes),
-                None => Outcome::Unclaimed,
-            }),
-        )
     }
 }
 
 impl fmt::Debug for Dispatcher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Dispatcher").finish_non_exhaustive()
+        f.debug_struct("Dispatcher")
+            .field("unfinished", &self.unfinished)
+            .finish_non_exhaustive()
     }
 }
 
-/// The rows that answered last, by address: a vCPU goes back and forth between a few devices, each
-/// of which keeps its own place here. A hint and no more, see `Table::by_cookie`; so row numbers are
-/// cut to 16 bits, and places are shared.
-struct Cookies {
-    mmio: [u16; 1024],
-    pio: [u16; 256],
-    ccw_notify: [u16; 16],
-    fast_mmio: [u16; 64],
+/// The data of one access to one device, of either direction; a type each, so that neither's path
+/// carries the other.
+trait Data<'d> {
+    fn len(&self) -> usize;
+    fn direction(&self) -> Direction;
+    fn bytes(self) -> Bytes<'d>;
+    /// Asks a device. What one that does not accept leaves in a read's data is wiped out.
+    fn ask(&mut self, entry: &Entry, at: At) -> Answer;
 }
 
-impl Cookies {
-    const NONE: Self = Self {
-        mmio: [0; 1024],
-        pio: [0; 256],
-        ccw_notify: [0; 16],
-        fast_mmio: [0; 64],
-    };
-
-    /// Addresses that are one device's share a place: those of a page, of eight ports.
+impl<'d> Data<'d> for &'d mut [u8] {
     #[inline]
-    fn of(&mut self, bus: BusKind, address: u64) -> &mut u16 {
-        match bus {
-            BusKind::Mmio => place(&mut self.mmio, address >> 12),
-            BusKind::Pio => place(&mut self.pio, address >> 3),
-            BusKind::CcwNotify => place(&mut self.ccw_notify, address),
-            BusKind::FastMmio => place(&mut self.fast_mmio, address >> 2),
+    fn len(&self) -> usize {
+        <[u8]>::len(self)
+    }
+
+    #[inline]
+    fn direction(&self) -> Direction {
+        Direction::Read
+    }
+
+    fn bytes(self) -> Bytes<'d> {
+        Bytes::Read(self)
+    }
+
+    #[inline]
+    fn ask(&mut self, entry: &Entry, at: At) -> Answer {
+        let answer = entry.device.read(at, self);
+        if !matches!(answer, Answer::Accepted) {
+            self.fill(0xff);
+        }
+        answer
+    }
+}
+
+impl<'d> Data<'d> for &'d [u8] {
+    #[inline]
+    fn len(&self) -> usize {
+        <[u8]>::len(self)
+    }
+
+    #[inline]
+    fn direction(&self) -> Direction {
+        Direction::Write
+    }
+
+    fn bytes(self) -> Bytes<'d> {
+        Bytes::Write(self)
+    }
+
+    #[inline]
+    fn ask(&mut self, entry: &Entry, at: At) -> Answer {
+        entry.device.write(at, self)
+    }
+}
+
+/// An access's data where both directions go the same way.
+pub(crate) enum Bytes<'a> {
+    Read(&'a mut [u8]),
+    Write(&'a [u8]),
+}
+
+impl Bytes<'_> {
+    pub(crate) fn len(&self) -> usize {
+        self.data().len()
+    }
+
+    pub(crate) fn data(&self) -> &[u8] {
+        match self {
+            Bytes::Read(data) => data,
+            Bytes::Write(data) => data,
+        }
+    }
+
+    pub(crate) fn direction(&self) -> Direction {
+        match self {
+            Bytes::Read(_) => Direction::Read,
+            Bytes::Write(_) => Direction::Write,
+        }
+    }
+
+    /// A part of it.
+    pub(crate) fn part(&mut self, range: Range<usize>) -> Option<Bytes<'_>> {
+        Some(match self {
+            Bytes::Read(data) => Bytes::Read(data.get_mut(range)?),
+            Bytes::Write(data) => Bytes::Write(data.get(range)?),
+        })
+    }
+
+    pub(crate) fn ask(&mut self, entry: &Entry, at: At) -> Answer {
+        match self {
+            Bytes::Read(data) => data.ask(entry, at),
+            Bytes::Write(data) => data.ask(entry, at),
         }
     }
 }
 
-#[inline]
-fn place<const N: usize>(rows: &mut [u16; N], number: u64) -> &mut u16 {
-    // Folded, so that strides of a power of two spread as well.
-    &mut rows[(number ^ (number >> N.ilog2())) as usize % N]
+/// Who was found for an access.
+pub(crate) enum Found {
+    Answered,
+    Unclaimed,
+    Deferred(Deferral),
 }
 
-/// Asks the devices that hold the access, in order, until one accepts.
+/// Asks the devices that hold the access, in order, until one takes it.
 #[inline]
-fn search(
-    table: &Table<Arc<dyn IoDevice>>,
+fn search<'d>(
+    table: &Table<Entry>,
+    cookie: &mut u16,
+    address: u64,
+    mut data: impl Data<'d>,
+) -> Found {
+    match table.at_cookie(usize::from(*cookie), address, data.len()) {
+        // No other row holds the access, so this device's word is final.
+        Some(row) => match offer(row, address, |entry, at| data.ask(entry, at)) {
+            Answer::Accepted => Found::Answered,
+            Answer::Declined => Found::Unclaimed,
+            Answer::Deferred(deferral) => Found::Deferred(deferral),
+        },
+        None => search_on(table, cookie, address, data),
+    }
+}
+
+/// The search proper. Out of line, so that a repeat carries nothing of it.
+#[inline(never)]
+fn search_on<'d>(
+    table: &Table<Entry>,
+    cookie: &mut u16,
+    address: u64,
+    mut data: impl Data<'d>,
+) -> Found {
+    let len = data.len();
+    search_with(table, cookie, address, len, |entry, at| data.ask(entry, at))
+}
+
+/// The search without the cookie, which is set to who was found; `ask` asks a device.
+#[inline]
+pub(crate) fn search_with(
+    table: &Table<Entry>,
     cookie: &mut u16,
     address: u64,
     len: usize,
-    mut ask: impl FnMut(&dyn IoDevice, At) -> Answer,
-) -> Outcome {
-    let mut accepts = |row: &Row<Arc<dyn IoDevice>>| {
-        let base = row.range().base();
-        let offset = address.wrapping_sub(base);
-        ask(&**row.device(), At { base, offset }) == Answer::Accepted
-    };
-    if let Some(row) = table.by_cookie(usize::from(*cookie), address, len) {
-        // No other row holds the access, so this device's word is final.
-        return match accepts(row) {
-            true => Outcome::Answered,
-            false => Outcome::Unclaimed,
-        };
-    }
+    mut ask: impl FnMut(&Entry, At) -> Answer,
+) -> Found {
     for (index, row) in table.candidates(address, len) {
-        if accepts(row) {
-            *cookie = index as u16;
-            return Outcome::Answered;
-        }
+        let found = match offer(row, address, &mut ask) {
+            Answer::Accepted => Found::Answered,
+            Answer::Declined => continue,
+            Answer::Deferred(deferral) => Found::Deferred(deferral),
+        };
+        *cookie = index as u16;
+        return found;
     }
-    Outcome::Unclaimed
+    Found::Unclaimed
 }
 
-/// The outcome of all pieces, each of which is carried out whatever became of the others.
-fn together(pieces: impl Iterator<Item = Outcome>) -> Outcome {
-    pieces.reduce(Outcome::and).unwrap_or(Outcome::Unclaimed)
+#[inline]
+fn offer(row: &Row<Entry>, address: u64, ask: impl FnOnce(&Entry, At) -> Answer) -> Answer {
+    let base = row.range().base();
+    let offset = address.wrapping_sub(base);
+    ask(row.device(), At { base, offset })
 }
 
 /// All ones, without a call to `memset` for the lengths that guests use.

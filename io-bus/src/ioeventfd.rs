@@ -120,6 +120,17 @@ pub struct IoEvent {
     pub writes: WriteMatch,
 }
 
+impl IoEvent {
+    /// Whether KVM refuses to have both (EEXIST): one write could signal either.
+    pub fn collides(&self, other: &IoEvent) -> bool {
+        let (len, other_len) = (self.writes.length(), other.writes.length());
+        let (value, other_value) = (self.writes.datamatch(), other.writes.datamatch());
+        let values = value.is_none() || other_value.is_none() || value == other_value;
+        self.address == other.address
+            && (len == 0 || other_len == 0 || (len == other_len && values))
+    }
+}
+
 impl fmt::Display for IoEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "an ioeventfd at {} for ", self.address)?;
@@ -250,7 +261,12 @@ impl<S: SetIoEventFd, E: AsRawFd> IoEventFd<S, E> {
         Ok(())
     }
 
-    fn set(&self, event: &IoEvent, attach: bool) -> Result<(), Error> {
+    /// Notes that it is attached elsewhere now: for whoever moves several together.
+    pub(crate) fn settle(&mut self, event: IoEvent) {
+        self.event = event;
+    }
+
+    pub(crate) fn set(&self, event: &IoEvent, attach: bool) -> Result<(), Error> {
         let event = *event;
         self.host
             .set_ioeventfd(&event, self.fd.as_raw_fd(), attach)

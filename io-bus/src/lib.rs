@@ -171,28 +171,51 @@
 #![deny(unsafe_code)]
 
 mod bus;
+mod coalesced;
+mod cookie;
+mod deferred;
 mod device;
 mod dispatcher;
 mod error;
 mod fragment;
 mod inside;
 mod ioeventfd;
-#[cfg(feature = "kvm")]
-#[allow(unsafe_code, reason = "the crate's one ioctl")]
+mod ioeventfd_set;
+#[cfg(all(feature = "kvm", not(loom)))]
+#[allow(unsafe_code, reason = "the crate's ioctls and its one mapping")]
 mod kvm;
+mod observe;
 mod range;
+mod registration;
+mod removal;
+mod stats;
+mod sync;
 mod table;
+mod tables;
+mod trace;
+mod unfinished;
+mod zone;
 
-pub use bus::{IoBus, NR_IOBUS_DEVS, Pending, Registration, Removal};
+pub use bus::{IoBus, NR_IOBUS_DEVS};
+pub use coalesced::RingMemory;
+pub use deferred::{Completion, Deferral, Interrupter, defer};
 pub use device::{Answer, At, IoDevice, Locked, Mmio, Pio};
 pub use dispatcher::{Dispatcher, Outcome};
 pub use error::Error;
 pub use fragment::{Fragment, MMIO_SIZE, PAGE_SIZE, fragments, is_whole};
 pub use inside::is_inside_access;
 pub use ioeventfd::{IoEvent, IoEventAddress, IoEventFd, SetIoEventFd, WriteLength, WriteMatch};
+pub use ioeventfd_set::IoEventId;
+#[cfg(all(feature = "kvm", not(loom)))]
+pub use kvm::MappedRing;
 pub use range::{BusKind, IoRange};
+pub use registration::Registration;
+pub use removal::{Pending, Removal};
+pub use stats::{BusStats, RangeStats, UnclaimedStats};
+pub use trace::{Access, Direction, Trace};
 /// `vm-device`'s addresses and ranges, of which the methods here are made.
 pub use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
+pub use zone::{CoalescedZone, SetCoalescedZone};
 
 /// The README's example, so that it compiles.
 #[cfg(all(doctest, feature = "kvm"))]

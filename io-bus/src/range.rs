@@ -107,6 +107,11 @@ impl IoRange {
         }
     }
 
+    /// A range from what its methods say of it.
+    pub(crate) const fn from_parts(base: u64, last: u64, exact: bool) -> Self {
+        Self { base, last, exact }
+    }
+
     /// The first address.
     pub const fn base(&self) -> u64 {
         self.base

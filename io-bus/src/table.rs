@@ -37,21 +37,38 @@ use crate::range::IoRange;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct RowId(pub(crate) u64);
 
+/// One range and what is at it. The range's parts lie apart so that a row is 64 bytes.
 #[derive(Clone, Debug)]
 pub(crate) struct Row<D> {
-    range: IoRange,
+    base: u64,
+    last: u64,
+    /// The range's size if no other row shares an address with it, so that who it holds needs no
+    /// search for others; otherwise 0. 0 also for all of the address space, which needs more bits,
+    /// and 1 for an exact address.
+    alone: u64,
     /// Index of the first row that could hold an access at this row's base or later.
     window: u32,
-    /// No other row shares an address with this one: who holds it needs no search for others.
-    alone: bool,
+    exact: bool,
     id: RowId,
     device: D,
 }
 
 impl<D> Row<D> {
+    fn new(id: RowId, range: IoRange, device: D) -> Self {
+        Self {
+            base: range.base(),
+            last: range.last(),
+            alone: 0,
+            window: 0,
+            exact: range.is_exact(),
+            id,
+            device,
+        }
+    }
+
     #[inline]
-    pub(crate) fn range(&self) -> &IoRange {
-        &self.range
+    pub(crate) fn range(&self) -> IoRange {
+        IoRange::from_parts(self.base, self.last, self.exact)
     }
 
     #[inline]
@@ -107,10 +124,17 @@ impl<D> Table<D> {
     /// one: that the row holds the access and that no other row overlaps it is checked here and
     /// now, so a stale cookie misses, or hits rightly.
     #[inline]
-    pub(crate) fn by_cookie(&self, cookie: usize, address: u64, len: usize) -> Option<&Row<D>> {
-        self.rows
-            .get(cookie)
-            .filter(|row| row.alone && row.range.holds(address, len))
+    pub(crate) fn at_cookie(&self, cookie: usize, address: u64, len: usize) -> Option<&Row<D>> {
+        let row = self.rows.get(cookie)?;
+        // As `IoRange::holds`, in one subtraction and two comparisons: a length of 0 wraps, and is
+        // more than any size.
+        let offset = address.wrapping_sub(row.base);
+        let last = (len as u64).wrapping_sub(1);
+        match row.alone.checked_sub(offset) {
+            Some(rest) if rest > last => Some(row),
+            _ if row.exact && row.alone != 0 && offset == 0 && len != 0 => Some(row),
+            _ => None,
+        }
     }
 
     /// The rows that hold the access whole, in the order in which they are asked, each with its
@@ -131,7 +155,7 @@ impl<D> Table<D> {
             .unwrap_or_default()
             .iter()
             .zip(start..)
-            .filter(move |(row, _)| row.range.holds(address, len))
+            .filter(move |(row, _)| row.range().holds(address, len))
             .map(|(row, index)| (index, row))
     }
 
@@ -145,13 +169,7 @@ impl<D: Clone> Table<D> {
     pub(crate) fn with(&self, id: RowId, range: IoRange, device: D) -> Self {
         let mut rows = Vec::with_capacity(self.rows.len() + 1);
         rows.extend(self.rows.iter().cloned());
-        rows.push(Row {
-            range,
-            window: 0,
-            alone: false,
-            id,
-            device,
-        });
+        rows.push(Row::new(id, range, device));
         Self::build(rows)
     }
 
@@ -165,32 +183,49 @@ impl<D: Clone> Table<D> {
     /// The table with the row `id` at another range, or `None` if there is none. It keeps its age.
     pub(crate) fn moved(&self, id: RowId, range: IoRange) -> Option<Self> {
         let mut rows = self.rows.to_vec();
-        rows.iter_mut().find(|row| row.id == id)?.range = range;
+        let row = rows.iter_mut().find(|row| row.id == id)?;
+        *row = Row::new(id, range, row.device.clone());
         Some(Self::build(rows))
     }
 
+    /// The same rows with other contents.
+    pub(crate) fn map(&self, mut content: impl FnMut(&D) -> D) -> Self {
+        let rows = self.rows.iter().map(|row| Row {
+            device: content(&row.device),
+            ..row.clone()
+        });
+        Self {
+            bases: Arc::clone(&self.bases),
+            rows: rows.collect(),
+        }
+    }
+
     fn build(mut rows: Vec<Row<D>>) -> Self {
-        rows.sort_by_key(|row| (row.range.base(), row.range.last(), row.id));
+        rows.sort_by_key(|row| (row.base, row.last, row.id));
 
         // `window` never goes back from one row to the next: what ended before this base has ended
         // before the next base too. So one pass of two indices finds them all.
         let mut window = 0;
         let mut reach: Option<u64> = None;
         for index in 0..rows.len() {
-            let base = rows[index].range.base();
-            while rows[window].range.last() < base {
+            let base = rows[index].base;
+            while rows[window].last < base {
                 window += 1;
             }
-            let last = rows[index].range.last();
-            let next = rows.get(index + 1).map(|row| row.range.base());
+            let last = rows[index].last;
+            let next = rows.get(index + 1).map(|row| row.base);
             rows[index].window = window as u32;
-            rows[index].alone =
+            let alone =
                 reach.is_none_or(|reach| reach < base) && next.is_none_or(|next| next > last);
+            rows[index].alone = match alone {
+                true => (last - base).wrapping_add(1),
+                false => 0,
+            };
             reach = reach.max(Some(last));
         }
 
         Self {
-            bases: rows.iter().map(|row| row.range.base()).collect(),
+            bases: rows.iter().map(|row| row.base).collect(),
             rows: rows.into(),
         }
     }
@@ -278,7 +313,7 @@ mod tests {
                 prop_assert_eq!(&ids, &model.candidates(address, len));
                 // A cookie, right or wrong, gives the one candidate or nothing.
                 for cookie in 0..table.len() + 1 {
-                    if let Some(row) = table.by_cookie(cookie, address, len) {
+                    if let Some(row) = table.at_cookie(cookie, address, len) {
                         prop_assert_eq!(&ids, &vec![*row.device()]);
                     }
                 }
@@ -287,8 +322,8 @@ mod tests {
                     let shared = model
                         .0
                         .iter()
-                        .any(|(id, r)| *id != *row.device() && r.overlaps(row.range()));
-                    let hit = table.by_cookie(cookie, address, len).is_some();
+                        .any(|(id, r)| *id != *row.device() && r.overlaps(&row.range()));
+                    let hit = table.at_cookie(cookie, address, len).is_some();
                     prop_assert_eq!(hit, !shared);
                 }
             }

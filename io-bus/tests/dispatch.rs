@@ -16,14 +16,24 @@ use vm_device::{DeviceMmio, DevicePio, MutDeviceMmio, MutDevicePio};
 /// Writes down what it was asked; answers reads with its name; declines unless told to accept.
 struct Witness {
     name: u8,
-    answer: Answer,
+    accepts: bool,
     seen: Mutex<Vec<(At, Vec<u8>)>>,
 }
 
 impl Witness {
     fn new(name: u8, answer: Answer) -> Arc<Self> {
-        let seen = Mutex::default();
-        Arc::new(Self { name, answer, seen })
+        Arc::new(Self {
+            name,
+            accepts: matches!(answer, Answer::Accepted),
+            seen: Mutex::default(),
+        })
+    }
+
+    fn answer(&self) -> Answer {
+        match self.accepts {
+            true => Answer::Accepted,
+            false => Answer::Declined,
+        }
     }
 
     fn seen(&self) -> Vec<(u64, Vec<u8>)> {
@@ -37,12 +47,12 @@ impl IoDevice for Witness {
         self.seen.lock().unwrap().push((at, data.to_vec()));
         // A device that declines has no say in the data, whatever it writes there.
         data.fill(self.name);
-        self.answer
+        self.answer()
     }
 
     fn write(&self, at: At, data: &[u8]) -> Answer {
         self.seen.lock().unwrap().push((at, data.to_vec()));
-        self.answer
+        self.answer()
     }
 }
 

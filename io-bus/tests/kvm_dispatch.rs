@@ -141,3 +141,37 @@ fn kvm_cuts_a_page_crossing_access_as_fragments_does() {
         [byte(0xffe), byte(0xfff), byte(0x1000), byte(0x1001)]
     );
 }
+
+/// One instruction of the guest that is wider than eight bytes and crosses a page: KVM makes an exit
+/// of each piece, and they are [`fragments`]' pieces; it joins what they read.
+#[test]
+fn kvm_cuts_a_wide_access_as_fragments_does_and_joins_it_again() {
+    let bus = IoBus::new();
+    let registers = Arc::new(Registers::default());
+    let memory = IoRange::new(0x8000, 0x2000).unwrap();
+    let _memory = bus
+        .register(BusKind::Mmio, memory, registers.clone())
+        .unwrap();
+    let mut machine = vm::long_machine(guests::io::io_wide());
+    let exits = machine.run(&mut bus.dispatcher());
+    let pieces = |from: u64| fragments(from, 16).map(|f| (f.address, f.len));
+    let seen = exits.iter().map(|(seen, _)| match seen {
+        Seen::Read(address, data) | Seen::Write(address, data) => (*address, data.len()),
+        seen => panic!("{seen:?}"),
+    });
+    let expected: Vec<_> = pieces(0x8fe4).chain(pieces(0x8ff4)).collect();
+    assert_eq!(seen.collect::<Vec<_>>(), expected);
+    // What was read in pieces is written in other pieces, as one value.
+    let value: Vec<u8> = (0xfe4..0xff4)
+        .map(|at: u16| (at as u8).wrapping_add(0x10))
+        .collect();
+    let written = registers.0.lock().unwrap();
+    let joined: Vec<u8> = written.iter().flat_map(|(_, data)| data.clone()).collect();
+    assert_eq!(joined, value);
+    // The same access in one call to our dispatcher is cut and joined alike.
+    let mut whole = [0; 16];
+    let outcome = bus
+        .dispatcher()
+        .mmio_read(io_bus::MmioAddress(0x8fe4), &mut whole);
+    assert_eq!((outcome, whole.to_vec()), (Outcome::Answered, value));
+}

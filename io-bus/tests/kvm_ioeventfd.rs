@@ -152,3 +152,100 @@ fn kvm_names_a_collision_and_frees_the_address_with_the_handle() {
     drop(one);
     let _again = IoEventFd::attach(&machine.vm, at(WriteMatch::U8(1)), eventfd()).unwrap();
 }
+
+/// Eight bytes take 64-bit mode; the four-byte write at the same address is none of them.
+#[test]
+fn eight_byte_writes_signal_by_length_and_by_value() {
+    let cases = [
+        (WriteMatch::Any, 4),
+        (WriteMatch::Length(WriteLength::Eight), 3),
+        (WriteMatch::Length(WriteLength::Four), 1),
+        (WriteMatch::U64(1), 2),
+        (WriteMatch::U64(2), 1),
+        (WriteMatch::U64(3), 0),
+        (WriteMatch::U32(1), 1),
+    ];
+    for (writes, count) in cases {
+        let mut machine = vm::long_machine(guests::io::io_quads());
+        let event = IoEvent {
+            address: MEMORY,
+            writes,
+        };
+        let bell = IoEventFd::attach(machine.vm.clone(), event, eventfd()).unwrap();
+        let exits = machine.run(&mut IoBus::new().dispatcher());
+        assert_eq!(bell.fd().read().unwrap_or(0), count, "{event}");
+        assert_eq!(exits.len() as u64, 4 - count, "{event}");
+    }
+}
+
+/// KVM is the oracle of [`IoEvent::collides`].
+#[test]
+fn kvm_refuses_the_pairs_that_collide_and_no_others() {
+    let machine = vm::machine(&[]);
+    let writes = [
+        WriteMatch::Any,
+        WriteMatch::Length(WriteLength::One),
+        WriteMatch::Length(WriteLength::Eight),
+        WriteMatch::U8(1),
+        WriteMatch::U8(2),
+        WriteMatch::U32(1),
+        WriteMatch::U64(1),
+    ];
+    let elsewhere = IoEventAddress::Mmio(MmioAddress(0x8004));
+    let all = writes
+        .into_iter()
+        .flat_map(|writes| [PORT, MEMORY, elsewhere].map(|address| IoEvent { address, writes }));
+    let all: Vec<_> = all.collect();
+    for first in &all {
+        let _first = IoEventFd::attach(&machine.vm, *first, eventfd()).unwrap();
+        for second in &all {
+            let refused = IoEventFd::attach(&machine.vm, *second, eventfd()).is_err();
+            assert_eq!(refused, first.collides(second), "{first} and {second}");
+        }
+    }
+}
+
+/// A registration's doorbells go with it: where it is, they signal; where it was, they do not.
+#[test]
+fn a_devices_ioeventfds_move_with_it() {
+    use io_bus::{BusKind, IoRange};
+    struct Nothing;
+    impl io_bus::IoDevice for Nothing {
+        fn read(&self, _: io_bus::At, _: &mut [u8]) -> io_bus::Answer {
+            io_bus::Answer::Accepted
+        }
+        fn write(&self, _: io_bus::At, _: &[u8]) -> io_bus::Answer {
+            io_bus::Answer::Accepted
+        }
+    }
+
+    let mut machine = vm::machine(guests::io::io_doorbells());
+    let bus = IoBus::new();
+    let range = IoRange::new(0x7000, 0x100).unwrap();
+    let mut device = bus.register(BusKind::Mmio, range, Nothing).unwrap();
+    let fd = std::sync::Arc::new(eventfd());
+    let id = device
+        .attach_ioeventfd(machine.vm.clone(), 0, WriteMatch::U32(1), fd.clone())
+        .unwrap();
+    let mut io = bus.dispatcher();
+    let rounds = [(0x7000, 0), (0x8000, 2), (0x9000, 0), (0x8000, 2)];
+    for (base, count) in rounds {
+        assert!(device.relocate(base).unwrap().is_done());
+        let exits = machine.run(&mut io);
+        assert_eq!(fd.read().unwrap_or(0), count, "at {base:#x}");
+        assert_eq!(exits.len() as u64, 18 - count);
+        machine.restart();
+    }
+    device.detach_ioeventfd(id).unwrap();
+    assert_eq!(machine.run(&mut io).len(), 18);
+    // Whoever unregisters frees the address.
+    device
+        .attach_ioeventfd(machine.vm.clone(), 0, WriteMatch::Any, fd.clone())
+        .unwrap();
+    assert!(device.unregister().is_done());
+    let event = IoEvent {
+        address: MEMORY,
+        writes: WriteMatch::Any,
+    };
+    let _again = IoEventFd::attach(&machine.vm, event, fd).unwrap();
+}

@@ -7,15 +7,16 @@
 //! It knows none of KVM's private ranges: see [`PrivateRanges`](crate::PrivateRanges) for that policy.
 
 use crate::{Gfn, Hva, PAGE_SHIFT, PAGE_SIZE, SlotFlags, SlotId};
-use std::collections::BTreeMap;
 use std::fmt;
+use std::os::fd::RawFd;
 use thiserror::Error;
 use vm_memory::GuestAddress;
 
 /// The most pages that one slot can have (`KVM_MEM_MAX_NR_PAGES`): a dirty bitmap is indexed by a 32-bit number.
 pub const MAX_PAGES: u64 = (1 << 31) - 1;
 
-/// The argument of `KVM_SET_USER_MEMORY_REGION`: a request, legal or not.
+/// The argument of `KVM_SET_USER_MEMORY_REGION`, or, with a [`guest_memfd`](Self::guest_memfd), of
+/// `KVM_SET_USER_MEMORY_REGION2`: a request, legal or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryRegion {
     /// Which slot.
@@ -28,6 +29,23 @@ pub struct MemoryRegion {
     pub size: u64,
     /// Its first host virtual address.
     pub host: Hva,
+    /// Its private memory. With it, the request is one for the newer of the two calls, which looks at it only if
+    /// [`SlotFlags::GUEST_MEMFD`] is set; without it, one for the older call, which every host has.
+    pub guest_memfd: Option<GuestMemfdRange>,
+}
+
+/// Where in a guest_memfd a slot's private memory begins; it is as long as the slot.
+///
+/// The classifier takes the descriptor for the file: one file has one descriptor here, and it is a guest_memfd of this
+/// VM ([`GuestMemfd`](crate::GuestMemfd) sees to both).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestMemfdRange {
+    /// The file.
+    pub fd: RawFd,
+    /// The first byte in it.
+    pub offset: u64,
+    /// The size of the whole file in bytes, which its creation has fixed.
+    pub file_size: u64,
 }
 
 /// A slot as KVM has it.
@@ -41,6 +59,8 @@ pub struct SlotShape {
     pub host: Hva,
     /// The flags.
     pub flags: SlotFlags,
+    /// The private memory, of a slot with [`SlotFlags::GUEST_MEMFD`].
+    pub guest_memfd: Option<GuestMemfdRange>,
 }
 
 /// What a request does to a slot (`kvm_mr_change`).
@@ -68,6 +88,9 @@ pub struct Limits {
     /// The last frame that the host's MMU code can map for a guest. KVM tells no one; [`Limits::new`] assumes the whole
     /// 64-bit range, and then it is KVM that refuses.
     pub last_gfn: Gfn,
+    /// Whether this VM can have guest_memfd slots (`KVM_CAP_GUEST_MEMFD` asked of the VM: on some kernels only certain
+    /// types of VM can). [`Limits::new`] says no.
+    pub guest_memfd: bool,
 }
 
 /// Why KVM would refuse a request.
@@ -154,6 +177,37 @@ pub enum Refusal {
         /// The other slot.
         with: SlotId,
     },
+    /// A slot with a guest_memfd is as it was made until it is deleted: it cannot move, and its flags cannot change.
+    #[error("{id}: a slot with a guest_memfd can only be deleted, not changed")]
+    GuestMemfdFixed {
+        /// The slot.
+        id: SlotId,
+    },
+    /// The slot's private memory would not lie within its guest_memfd.
+    #[error(
+        "{id}: {size:#x} bytes from offset {:#x} are not within a guest_memfd of {:#x} bytes",
+        memory.offset, memory.file_size
+    )]
+    GuestMemfdRange {
+        /// The slot.
+        id: SlotId,
+        /// The size in bytes.
+        size: u64,
+        /// Where in which file.
+        memory: GuestMemfdRange,
+    },
+    /// Another slot has some of these bytes of the guest_memfd.
+    #[error("{id}: {size:#x} bytes from offset {:#x} of the guest_memfd are in part {with}'s", memory.offset)]
+    GuestMemfdBound {
+        /// The slot.
+        id: SlotId,
+        /// The size in bytes.
+        size: u64,
+        /// Where in which file.
+        memory: GuestMemfdRange,
+        /// The other slot.
+        with: SlotId,
+    },
     /// Beyond what the host's MMU code can map.
     #[error("{id}: {size:#x} bytes from guest address {:#x} go beyond {last_gfn}, the last of this host", start.0)]
     BeyondLastGfn {
@@ -185,6 +239,7 @@ impl Limits {
             slots,
             address_spaces: 1,
             last_gfn: Gfn(u64::MAX >> PAGE_SHIFT),
+            guest_memfd: false,
         }
     }
 }
@@ -204,7 +259,9 @@ impl fmt::Display for Change {
 /// Everything but the other slots: what `request` does to `old`, the slot that has the id now.
 ///
 /// # Errors
-/// [`Refusal`], never `Overlap` or `BeyondLastGfn`, which [`SlotMap::check`] adds.
+/// [`Refusal`], never one that is about other slots or about the host's last frame: [`SlotMap::check`] adds those.
+///
+/// [`SlotMap::check`]: crate::SlotMap::check
 pub fn classify(
     old: Option<&SlotShape>,
     request: &MemoryRegion,
@@ -216,8 +273,15 @@ pub fn classify(
         start,
         size,
         host,
+        guest_memfd,
     } = request;
-    let known = SlotFlags::LOG_DIRTY_PAGES | SlotFlags::READ_ONLY;
+    // The older call knows nothing of guest_memfds, whatever the host can do.
+    let private = flags.contains(SlotFlags::GUEST_MEMFD);
+    let known = if private && limits.guest_memfd && guest_memfd.is_some() {
+        SlotFlags::GUEST_MEMFD
+    } else {
+        SlotFlags::LOG_DIRTY_PAGES | SlotFlags::READ_ONLY
+    };
     if !known.contains(flags) {
         return Err(Refusal::Flags { id, flags });
     }
@@ -238,6 +302,15 @@ pub fn classify(
         .is_none_or(|end| end >= 1 << 63)
     {
         return Err(Refusal::HostRange { id, host, size });
+    }
+    if let (true, Some(memory)) = (private, guest_memfd) {
+        let (what, value) = ("guest_memfd offset", memory.offset);
+        if !value.is_multiple_of(PAGE_SIZE) {
+            return Err(Refusal::Unaligned { id, what, value });
+        }
+        if value.checked_add(size).is_none() {
+            return Err(Refusal::GuestMemfdRange { id, size, memory });
+        }
     }
     if u32::from(id.address_space()) >= limits.address_spaces
         || u32::from(id.index()) >= limits.slots
@@ -265,6 +338,10 @@ pub fn classify(
     if size == 0 {
         return Ok(Change::Delete);
     }
+    // Even one that describes the slot as it is.
+    if private {
+        return Err(Refusal::GuestMemfdFixed { id });
+    }
     let fixed = [
         ("host address", host == old.host),
         ("size", size == old.size),
@@ -272,6 +349,7 @@ pub fn classify(
             "read-only flag",
             !(flags ^ old.flags).contains(SlotFlags::READ_ONLY),
         ),
+        ("guest_memfd", !old.flags.contains(SlotFlags::GUEST_MEMFD)),
     ];
     for (what, same) in fixed {
         if !same {
@@ -283,141 +361,4 @@ pub fn classify(
         (true, false) => Change::FlagsOnly,
         (true, true) => Change::Nothing,
     })
-}
-
-/// The slots that KVM has: a model in plain data, which accepts and refuses as KVM does.
-///
-/// ```
-/// use memslots::{Change, Hva, Limits, MemoryRegion, SlotFlags, SlotId, SlotMap};
-/// use vm_memory::GuestAddress;
-/// let mut slots = SlotMap::new(Limits::new(32_764));
-/// let mut request = MemoryRegion {
-///     id: SlotId(0), flags: SlotFlags::NONE, start: GuestAddress(0), size: 0x4000, host: Hva(0x7000_0000),
-/// };
-/// assert_eq!(slots.apply(&request), Ok(Change::Create));
-/// request.start = GuestAddress(0x10_0000);
-/// assert_eq!(slots.check(&request), Ok(Change::Move));
-/// request.size = 0x5000;
-/// assert!(slots.check(&request).is_err(), "a slot's size cannot change");
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SlotMap {
-    limits: Limits,
-    by_id: BTreeMap<SlotId, SlotShape>,
-    /// (address space, first guest address) to id.
-    by_start: BTreeMap<(u16, u64), SlotId>,
-}
-
-impl SlotMap {
-    /// No slots.
-    pub const fn new(limits: Limits) -> Self {
-        Self {
-            limits,
-            by_id: BTreeMap::new(),
-            by_start: BTreeMap::new(),
-        }
-    }
-
-    /// The host's bounds.
-    pub const fn limits(&self) -> &Limits {
-        &self.limits
-    }
-
-    /// The slot with this id.
-    pub fn get(&self, id: SlotId) -> Option<&SlotShape> {
-        self.by_id.get(&id)
-    }
-
-    /// All slots, by id.
-    pub fn iter(&self) -> impl Iterator<Item = (SlotId, &SlotShape)> {
-        self.by_id.iter().map(|(id, shape)| (*id, shape))
-    }
-
-    /// How many slots there are.
-    pub fn len(&self) -> usize {
-        self.by_id.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.by_id.is_empty()
-    }
-
-    /// What `request` would do.
-    ///
-    /// # Errors
-    /// [`Refusal`], where KVM would refuse it.
-    pub fn check(&self, request: &MemoryRegion) -> Result<Change, Refusal> {
-        let &MemoryRegion {
-            id, start, size, ..
-        } = request;
-        let change = classify(self.get(id), request, &self.limits)?;
-        if matches!(change, Change::Create | Change::Move) {
-            if let Some(with) = self.overlap(id, start.0, size) {
-                return Err(Refusal::Overlap {
-                    id,
-                    start,
-                    size,
-                    with,
-                });
-            }
-            // After the overlap, as in KVM.
-            if Gfn::containing(GuestAddress(start.0 + (size - 1))) > self.limits.last_gfn {
-                return Err(Refusal::BeyondLastGfn {
-                    id,
-                    start,
-                    size,
-                    last_gfn: self.limits.last_gfn,
-                });
-            }
-        }
-        Ok(change)
-    }
-
-    /// Does what `request` asks for.
-    ///
-    /// # Errors
-    /// As [`check`](Self::check); then nothing has changed.
-    pub fn apply(&mut self, request: &MemoryRegion) -> Result<Change, Refusal> {
-        let change = self.check(request)?;
-        let &MemoryRegion {
-            id,
-            flags,
-            start,
-            size,
-            host,
-        } = request;
-        if let Some(old) = self.by_id.remove(&id) {
-            self.by_start.remove(&(id.address_space(), old.start.0));
-        }
-        if change != Change::Delete {
-            self.by_id.insert(
-                id,
-                SlotShape {
-                    start,
-                    size,
-                    host,
-                    flags,
-                },
-            );
-            self.by_start.insert((id.address_space(), start.0), id);
-        }
-        Ok(change)
-    }
-
-    /// A slot other than `id`, of the same address space, that has a part of `start..start + size` (`size` > 0).
-    fn overlap(&self, id: SlotId, start: u64, size: u64) -> Option<SlotId> {
-        let space = id.address_space();
-        // Slots do not overlap each other, so only the last two that begin before the end can reach into the range:
-        // the last, or, if that one is `id` itself, the one before it.
-        let before_the_end = self.by_start.range((space, 0)..(space, start + size));
-        before_the_end
-            .rev()
-            .filter(|(_, other)| **other != id)
-            .take(1)
-            .find_map(|((_, from), other)| {
-                let other_size = self.by_id.get(other)?.size;
-                (from + other_size > start).then_some(*other)
-            })
-    }
 }

@@ -3,8 +3,11 @@
 //! A host for tests, of this crate and of those who use it: it keeps slots by KVM's rules ([`SlotMap`]) and has no
 //! guest. It notes every call, and refuses the ones that it was told to refuse.
 
-use crate::{Errno, Limits, MemoryRegion, SetMemoryRegion, SlotId, SlotMap, SlotShape};
+use crate::{Errno, Limits, MemoryRegion, PAGE_SIZE, SetMemoryRegion, SlotId, SlotMap, SlotShape};
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A stand-in for a VM. Clones are the same one.
@@ -48,6 +51,14 @@ impl FakeHost {
             limits,
             state: Arc::new(Mutex::new(state)),
         }
+    }
+
+    /// The same, as a host whose VMs can have guest_memfds (which are memfds here).
+    #[must_use]
+    pub fn with_guest_memfd(mut self) -> Self {
+        self.limits.guest_memfd = true;
+        self.lock().slots.allow_guest_memfd();
+        self
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -98,5 +109,34 @@ impl SetMemoryRegion for FakeHost {
 
     fn max_slots(&self) -> usize {
         self.limits.slots as usize
+    }
+
+    fn has_guest_memfd(&self) -> bool {
+        self.limits.guest_memfd
+    }
+
+    fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, Errno> {
+        if !self.limits.guest_memfd {
+            return Err(Errno(libc::EOPNOTSUPP));
+        }
+        if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
+            return Err(Errno(libc::EINVAL));
+        }
+        let last = || {
+            Errno(
+                io::Error::last_os_error()
+                    .raw_os_error()
+                    .unwrap_or(libc::EIO),
+            )
+        };
+        // SAFETY: the name is a C string, the flag a documented one.
+        let fd = unsafe { libc::memfd_create(c"guest_memfd".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(last());
+        }
+        // SAFETY: just made, and owned by nobody else.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(size).map_err(|_| last())?;
+        Ok(file.into())
     }
 }

@@ -22,8 +22,9 @@ impl SlotFlags {
     pub const LOG_DIRTY_PAGES: Self = Self(1 << 0);
     /// The guest reads; its writes become MMIO exits (`KVM_MEM_READONLY`).
     pub const READ_ONLY: Self = Self(1 << 1);
-    /// The slot has private memory of a guest_memfd (`KVM_MEM_GUEST_MEMFD`). Known to the classifier, which refuses it
-    /// for `KVM_SET_USER_MEMORY_REGION`; slots of this kind are planned.
+    /// The slot has private memory of a guest_memfd (`KVM_MEM_GUEST_MEMFD`): for `KVM_SET_USER_MEMORY_REGION2` only, and
+    /// together with no other flag. Set for a slot that is asked for
+    /// [`with_guest_memfd`](crate::NewSlot::with_guest_memfd).
     pub const GUEST_MEMFD: Self = Self(1 << 2);
 
     /// From the raw bits, unknown ones included: KVM, and the classifier, refuse those.

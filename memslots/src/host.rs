@@ -5,6 +5,7 @@
 use crate::MemoryRegion;
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// An error number of the host, as in `errno.h`.
@@ -32,8 +33,9 @@ impl std::error::Error for Errno {}
 /// nothing has changed. An implementation that hands its requests on to a real VM answers for this with the `unsafe`
 /// block that it needs there.
 pub trait SetMemoryRegion {
-    /// Creates, changes or deletes a slot (`KVM_SET_USER_MEMORY_REGION`). May wait, some milliseconds, for a grace
-    /// period inside KVM.
+    /// Creates, changes or deletes a slot: `KVM_SET_USER_MEMORY_REGION`, or, for a request with a
+    /// [`guest_memfd`](MemoryRegion::guest_memfd), `KVM_SET_USER_MEMORY_REGION2`. May wait, some milliseconds, for a
+    /// grace period inside KVM.
     ///
     /// # Errors
     /// The host's errno; then nothing has changed.
@@ -45,6 +47,21 @@ pub trait SetMemoryRegion {
 
     /// How many slots there can be (`KVM_CAP_NR_MEMSLOTS`).
     fn max_slots(&self) -> usize;
+
+    /// Whether this VM can have slots with a guest_memfd (`KVM_CAP_GUEST_MEMFD` and `KVM_CAP_USER_MEMORY2`, asked of
+    /// the VM). A host that does not say is one that cannot.
+    fn has_guest_memfd(&self) -> bool {
+        false
+    }
+
+    /// Makes a guest_memfd of `size` bytes for this VM (`KVM_CREATE_GUEST_MEMFD`).
+    ///
+    /// # Errors
+    /// The host's errno; EOPNOTSUPP where [`has_guest_memfd`](Self::has_guest_memfd) says no.
+    fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, Errno> {
+        let _ = size;
+        Err(Errno(libc::EOPNOTSUPP))
+    }
 }
 
 macro_rules! forward {
@@ -57,6 +74,14 @@ macro_rules! forward {
 
             fn max_slots(&self) -> usize {
                 (**self).max_slots()
+            }
+
+            fn has_guest_memfd(&self) -> bool {
+                (**self).has_guest_memfd()
+            }
+
+            fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, Errno> {
+                (**self).create_guest_memfd(size)
             }
         }
     )*};

@@ -2,7 +2,7 @@
 
 //! Slot ids: the lowest free one first, and none again before whoever relies on its meaning has let go.
 
-use crate::SlotId;
+use crate::{Error, SlotId};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -61,6 +61,21 @@ impl Ids {
             id: SlotId(id),
             ids: Arc::clone(self),
         }))
+    }
+
+    /// Claims the `wanted` lowest free ids, or none.
+    pub(crate) fn claim_many(self: &Arc<Self>, wanted: usize) -> Result<Vec<Arc<IdClaim>>, Error> {
+        let (limit, available) = (self.limit, self.available());
+        let too_many = || Error::NoFreeId {
+            wanted,
+            available,
+            limit,
+        };
+        if wanted > available {
+            return Err(too_many());
+        }
+        let claims = (0..wanted).map(|_| self.claim().ok_or_else(too_many));
+        claims.collect()
     }
 
     /// How many ids are free.

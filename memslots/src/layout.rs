@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where RAM goes: from address 0 up, around the hole that 32-bit devices need. Pure arithmetic.
+//! [`Layout`]: what guest memory should be, as a value; and [`ram_layout`], where RAM goes: from address 0 up, around
+//! the hole that 32-bit devices need.
 
-use crate::PAGE_SIZE;
+use crate::guest_memfd::Binding;
+use crate::{Backing, GuestMemfd, PAGE_SIZE, SlotFlags};
 use std::ops::Range;
+use std::sync::Arc;
 use thiserror::Error;
 use vm_memory::GuestAddress;
 
@@ -77,6 +80,174 @@ pub fn ram_layout(size: u64, hole: Range<u64>) -> Result<Vec<(GuestAddress, u64)
     }
     let ranges = [(GuestAddress(0), below), (GuestAddress(hole.end), above)];
     Ok(ranges.into_iter().filter(|(_, size)| *size != 0).collect())
+}
+
+/// A slot to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewSlot {
+    /// Its first guest physical address.
+    pub start: GuestAddress,
+    /// Its memory, and so its size.
+    pub backing: Backing,
+    /// Its flags.
+    pub flags: SlotFlags,
+}
+
+impl NewSlot {
+    /// The same with a name, by which a later [`Layout`] means the same memory wherever it then lies.
+    pub fn named(self, name: impl Into<Arc<str>>) -> LayoutSlot {
+        LayoutSlot::from(self).named(name)
+    }
+
+    /// The same with private memory: the part of `file` from byte `offset` on, as long as the slot.
+    pub fn with_guest_memfd(self, file: &GuestMemfd, offset: u64) -> LayoutSlot {
+        LayoutSlot::from(self).with_guest_memfd(file, offset)
+    }
+}
+
+/// A slot of a [`Layout`]: what is to be made, and how memory that is there already is known to be it.
+///
+/// Memory is the same if it has the same [`Backing`] (and the same part of the same [`GuestMemfd`]) and either the same
+/// name, wherever it lies, or the same place, if at most one of the two has a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayoutSlot {
+    /// What is to be made.
+    pub slot: NewSlot,
+    pub(crate) name: Option<Arc<str>>,
+    pub(crate) guest_memfd: Option<Binding>,
+}
+
+impl LayoutSlot {
+    /// The same with a name.
+    #[must_use]
+    pub fn named(mut self, name: impl Into<Arc<str>>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// The same with private memory: the part of `file` from byte `offset` on, as long as the slot. KVM takes neither
+    /// flag for such a slot, and never changes it: a [`Plan`](crate::Plan) that has to deletes it and makes it again.
+    #[must_use]
+    pub fn with_guest_memfd(mut self, file: &GuestMemfd, offset: u64) -> Self {
+        let file = file.clone();
+        self.guest_memfd = Some(Binding { file, offset });
+        self
+    }
+
+    /// The name.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    /// The private memory: which file, and from which byte on.
+    pub fn guest_memfd(&self) -> Option<(&GuestMemfd, u64)> {
+        let binding = self.guest_memfd.as_ref()?;
+        Some((&binding.file, binding.offset))
+    }
+
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        self.slot.backing.size()
+    }
+
+    /// The guest physical addresses, cut at the end of the address space.
+    pub fn guest_range(&self) -> Range<u64> {
+        let start = self.slot.start.0;
+        start..start.saturating_add(self.size())
+    }
+
+    /// The flags that KVM is given.
+    pub(crate) fn flags(&self) -> SlotFlags {
+        match self.guest_memfd {
+            Some(_) => self.slot.flags | SlotFlags::GUEST_MEMFD,
+            None => self.slot.flags,
+        }
+    }
+}
+
+impl From<NewSlot> for LayoutSlot {
+    fn from(slot: NewSlot) -> Self {
+        Self {
+            slot,
+            name: None,
+            guest_memfd: None,
+        }
+    }
+}
+
+/// What guest memory should be: a value, to be compared with what there is ([`Memslots::plan`](crate::Memslots::plan))
+/// or made so ([`Memslots::set_layout`](crate::Memslots::set_layout)). The order of its slots is the order in which
+/// their extents come back, and no more.
+///
+/// ```
+/// use memslots::{Backing, Layout, NewSlot, SlotFlags};
+/// use vm_memory::GuestAddress;
+/// let ram = |start, size| NewSlot {
+///     start: GuestAddress(start), backing: Backing::anonymous(size), flags: SlotFlags::NONE,
+/// };
+/// let mut layout = Layout::new().with(ram(0, 1 << 30)).with(ram(4 << 30, 1 << 30).named("dimm1"));
+/// layout.get_mut("dimm1").unwrap().slot.start = GuestAddress(8 << 30); // a move, if it is there
+/// assert_eq!(layout.remove("dimm1").unwrap().guest_range().start, 8 << 30);
+/// assert_eq!(layout.slots().len(), 1);
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Layout(Vec<LayoutSlot>);
+
+impl Layout {
+    /// No memory.
+    pub const fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    /// The same and `slot`.
+    #[must_use]
+    pub fn with(mut self, slot: impl Into<LayoutSlot>) -> Self {
+        self.push(slot);
+        self
+    }
+
+    /// Adds `slot` at the end.
+    pub fn push(&mut self, slot: impl Into<LayoutSlot>) {
+        self.0.push(slot.into());
+    }
+
+    /// Takes out the slot with this name.
+    pub fn remove(&mut self, name: &str) -> Option<LayoutSlot> {
+        let at = self.0.iter().position(|slot| slot.name() == Some(name))?;
+        Some(self.0.remove(at))
+    }
+
+    /// The slot with this name.
+    pub fn get(&self, name: &str) -> Option<&LayoutSlot> {
+        self.0.iter().find(|slot| slot.name() == Some(name))
+    }
+
+    /// The slot with this name, to be changed.
+    pub fn get_mut(&mut self, name: &str) -> Option<&mut LayoutSlot> {
+        self.0.iter_mut().find(|slot| slot.name() == Some(name))
+    }
+
+    /// All slots, in the order in which they were added.
+    pub fn slots(&self) -> &[LayoutSlot] {
+        &self.0
+    }
+
+    /// All slots, to be changed.
+    pub fn slots_mut(&mut self) -> &mut [LayoutSlot] {
+        &mut self.0
+    }
+}
+
+impl<S: Into<LayoutSlot>> FromIterator<S> for Layout {
+    fn from_iter<I: IntoIterator<Item = S>>(slots: I) -> Self {
+        Self(slots.into_iter().map(Into::into).collect())
+    }
+}
+
+impl<S: Into<LayoutSlot>> Extend<S> for Layout {
+    fn extend<I: IntoIterator<Item = S>>(&mut self, slots: I) {
+        self.0.extend(slots.into_iter().map(Into::into));
+    }
 }
 
 #[cfg(test)]

@@ -1,106 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! [`Memslots`]: the writers' side. One lock, under which a change is checked, made in KVM, and published; every
-//! failure takes back what was done before it.
-//!
-//! The order of things is what keeps memory sound:
-//! - created: mapped, then known to KVM, then published to readers;
-//! - deleted: gone from KVM, then from what is published, and unmapped when the last reader and the last snapshot have
-//!   let go. What KVM refuses to delete stays published and mapped.
+//! [`Memslots`]: the writers' side. What is asked of it becomes one change (`change.rs`) of what it knows (`book.rs`).
 
+use crate::book::{self, Book, Edit, Entry, Place, Transaction, check_layout, deletion, request};
+use crate::guest_memfd::Binding;
 use crate::ids::{IdClaim, Ids};
+use crate::listener::{Listening, Prepared, Registered};
 use crate::mapping::Mapping;
+use crate::plan::Op;
 use crate::{
-    Backing, Change, Errno, GuestRam, Hva, Limits, MemoryRegion, PrivateRange, PrivateRanges,
-    Refusal, Region, SetMemoryRegion, Slot, SlotBitmap, SlotExtent, SlotFlags, SlotId, SlotMap,
-    SlotTable,
+    Backing, Change, ChangeListener, Error, GuestMemfd, GuestRam, Hva, Layout, LayoutChange,
+    LayoutSlot, Limits, MemoryRegion, NewSlot, Plan, PrivateRanges, Refusal, Region,
+    SetMemoryRegion, Slot, SlotBitmap, SlotExtent, SlotFlags, SlotId, SlotMap, SlotTable,
 };
 use srcu::{Grace, Published, Reader, Snapshot};
+use std::any::Any;
 use std::fmt;
-use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use thiserror::Error;
+use std::panic::resume_unwind;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::ThreadId;
 use vm_memory::GuestAddress;
-
-/// Why slots could not be made or changed. Except for [`Undo`](Self::Undo), everything is as it was before.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// KVM would refuse it; it was not asked.
-    #[error(transparent)]
-    Refused(#[from] Refusal),
-    /// A slot without memory: in KVM's call a size of 0 deletes.
-    #[error("a slot of 0 bytes at guest address {:#x}", start.0)]
-    Empty {
-        /// The first guest address asked for.
-        start: GuestAddress,
-    },
-    /// KVM keeps some of these guest addresses for itself.
-    #[error(
-        "{size:#x} bytes from guest address {:#x} overlap {} ({:#x}..{:#x})",
-        start.0, private.name, private.range.start, private.range.end
-    )]
-    Private {
-        /// The first guest address asked for.
-        start: GuestAddress,
-        /// The size in bytes.
-        size: u64,
-        /// What is there.
-        private: PrivateRange,
-    },
-    /// More slots than the host has ids for.
-    #[error("{wanted} more slots, but {available} of this host's {limit} are free")]
-    NoFreeId {
-        /// The slots asked for.
-        wanted: usize,
-        /// The ids that are free.
-        available: usize,
-        /// The host's limit.
-        limit: u32,
-    },
-    /// The host gave no memory.
-    #[error("no mapping of {size:#x} bytes for guest address {:#x}", start.0)]
-    Map {
-        /// Where in the guest it was to be.
-        start: GuestAddress,
-        /// The size in bytes.
-        size: u64,
-        /// The reason.
-        source: io::Error,
-    },
-    /// KVM refused.
-    #[error("KVM did not {change} {}, {:#x} bytes at guest address {:#x}", region.id, region.size, region.start.0)]
-    Kvm {
-        /// What was to be done.
-        change: Change,
-        /// The request.
-        region: MemoryRegion,
-        /// The reason.
-        source: Errno,
-    },
-    /// A change failed, and then what had been done before it could not be taken back: `left` stays a slot of the VM,
-    /// with its memory, until the [`Memslots`] is dropped.
-    #[error("{left} could not be deleted again ({errno}) after: {cause}")]
-    Undo {
-        /// The slot that stays.
-        left: SlotId,
-        /// Why it could not be deleted.
-        errno: Errno,
-        /// The first failure.
-        cause: Box<Error>,
-    },
-}
-
-/// A slot to be made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NewSlot {
-    /// Its first guest physical address.
-    pub start: GuestAddress,
-    /// Its memory, and so its size.
-    pub backing: Backing,
-    /// Its flags.
-    pub flags: SlotFlags,
-}
 
 /// The memory slots of one VM.
 ///
@@ -116,20 +36,27 @@ pub struct Memslots<B: SlotBitmap = ()> {
 }
 
 pub(crate) struct Inner<B: SlotBitmap> {
-    host: Box<dyn SetMemoryRegion + Send + Sync>,
+    pub(crate) host: Box<dyn SetMemoryRegion + Send + Sync>,
     ids: Arc<Ids>,
     private: PrivateRanges,
-    /// Held throughout a change, and not while what has become free is dropped ([`Inner::change`]).
-    state: Mutex<State<B>>,
-    /// Written by [`Inner::change`], which keeps it in step with `state`.
-    table: Arc<Published<SlotTable<B>>>,
+    /// Held while KVM is asked; not while listeners are called or what has become free is dropped.
+    pub(crate) book: Mutex<Book<B>>,
+    /// Written by [`Inner::transact`], which keeps it in step with `book`.
+    pub(crate) table: Arc<Published<SlotTable<B>>>,
+    /// In the order of their registration. Held for a moment only.
+    pub(crate) listeners: Mutex<Vec<Registered<B>>>,
+    /// The thread that calls listeners now.
+    pub(crate) calling: Mutex<Option<ThreadId>>,
 }
 
-struct State<B> {
-    /// What KVM has.
-    slots: SlotMap,
-    /// Slots that KVM has and that were never published, because they could not be deleted when something else failed.
-    stranded: Vec<Arc<Region<B>>>,
+/// What [`Memslots::apply`] and [`Memslots::set_layout`] give back.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Applied {
+    /// The slots, in the layout's order.
+    pub extents: Vec<SlotExtent>,
+    /// Tells when no reader of this process sees the old layout any more. Nobody needs to wait for it for memory's sake.
+    pub grace: Grace,
 }
 
 impl Memslots {
@@ -149,17 +76,16 @@ impl<B: SlotBitmap> Memslots<B> {
         let limit = u32::try_from(host.max_slots())
             .unwrap_or(u32::MAX)
             .min(1 << 16);
-        let state = State {
-            slots: SlotMap::new(Limits::new(limit)),
-            stranded: Vec::new(),
-        };
+        let book = Book::new(SlotMap::new(Limits::new(limit)));
         Self {
             inner: Arc::new(Inner {
                 host: Box::new(host),
                 ids: Ids::new(limit),
                 private,
-                state: Mutex::new(state),
+                book: Mutex::new(book),
                 table: Arc::new(Published::new(SlotTable::new())),
+                listeners: Mutex::new(Vec::new()),
+                calling: Mutex::new(None),
             }),
         }
     }
@@ -191,31 +117,153 @@ impl<B: SlotBitmap> Memslots<B> {
 
     /// Makes several slots, or none: readers see all of them at once. The slots are in the order of the requests.
     /// Everything that can be known before is checked before the first call; then there is one `mmap` and one ioctl a
-    /// slot, and one publication.
+    /// slot, and one publication. A [`NewSlot`] can have a [name](NewSlot::named) and [private
+    /// memory](NewSlot::with_guest_memfd).
     ///
     /// # Errors
     /// [`enum@Error`]; then nothing has changed, [`Error::Undo`] excepted.
-    pub fn create_all(&self, new: impl IntoIterator<Item = NewSlot>) -> Result<Vec<Slot>, Error> {
-        let new: Vec<NewSlot> = new.into_iter().collect();
+    pub fn create_all<S: Into<LayoutSlot>>(
+        &self,
+        new: impl IntoIterator<Item = S>,
+    ) -> Result<Vec<Slot>, Error> {
+        let new: Vec<LayoutSlot> = new.into_iter().map(Into::into).collect();
         let inner = &self.inner;
-        let (slots, grace) = inner.change(|state, table| {
-            let planned = inner.plan(&state.slots, &new)?;
-            let regions = planned.into_iter().map(Arc::new).collect::<Vec<_>>();
-            for (done, region) in regions.iter().enumerate() {
-                if let Err(error) = inner.install(state, region) {
-                    return Err(inner.undo(state, regions.get(..done).unwrap_or_default(), error));
-                }
+        let (extents, grace) = inner.transact(|book| {
+            let claims = inner.check_new(book, &new)?;
+            let mut transaction = Transaction::with_capacity(new.len());
+            let mut extents = Vec::with_capacity(new.len());
+            for (slot, claim) in new.iter().zip(claims) {
+                let region = inner.map(slot, claim)?;
+                extents.push(region.extent().clone());
+                let call = request(&region, slot.guest_memfd.as_ref());
+                transaction.calls.push((Change::Create, call));
+                let entry = Entry::new(region, slot, true);
+                transaction.edits.push(Edit::New(entry));
             }
-            let owner: Arc<dyn Owner> = Arc::clone(inner) as _;
-            let slots = regions
-                .iter()
-                .map(|region| Slot::new(region, &owner))
-                .collect();
-            Ok((table.edited(&[], regions), slots))
+            Ok((transaction, extents))
         })?;
         // Nobody needs to wait: what was published before is still right about every slot that it shows.
         drop(grace);
-        Ok(slots)
+        let owner: Arc<dyn Owner> = Arc::clone(inner) as _;
+        let slot = |extent| Slot::new(extent, Arc::clone(&owner));
+        Ok(extents.into_iter().map(slot).collect())
+    }
+
+    /// The layout of now: the slots that no [`Slot`] owns, by guest address.
+    pub fn layout(&self) -> Layout {
+        self.inner.lock().layout()
+    }
+
+    /// How to get from what there is to `layout`: which calls of KVM, in which order, and which of them a running vCPU
+    /// could notice. Asks nobody and maps nothing; waits for a change that another thread is making.
+    ///
+    /// A layout is about the slots that no [`Slot`] owns: those made by earlier layouts, and those that were
+    /// [kept](Slot::keep). What a [`Slot`] owns is its owner's, and in the way.
+    ///
+    /// # Errors
+    /// [`enum@Error`]: what KVM would refuse, private ranges, too few ids, two slots of one name or with common
+    /// addresses.
+    pub fn plan(&self, layout: &Layout) -> Result<Plan, Error> {
+        let (plan, claims) = self.inner.plan(&self.inner.lock(), layout)?;
+        drop(claims);
+        Ok(plan)
+    }
+
+    /// Carries `plan` out: makes the memory that is new, asks KVM step by step, and shows readers all of it at once.
+    /// May wait for KVM at each step, and for another thread's change.
+    ///
+    /// A plan is for the slots as they were when it was made: whoever has paused vCPUs, or not, because of what it
+    /// says, must be able to rely on it. So one that has become old is refused, and not made anew;
+    /// [`set_layout`](Self::set_layout) plans and applies in one and cannot become old.
+    ///
+    /// A slot that is deleted and made again, by a plan or to undo one, has a new dirty log in KVM, without the pages
+    /// that the old one had noted: harvest those before.
+    ///
+    /// # Errors
+    /// [`Error::Stale`], [`enum@Error`]; then nothing has changed, [`Error::Undo`] excepted. [`Error::Kvm`] says which
+    /// step it was.
+    pub fn apply(&self, plan: Plan) -> Result<Applied, Error> {
+        let inner = &self.inner;
+        if !Arc::ptr_eq(&plan.vm, &inner.ids) {
+            return Err(Error::OtherVm { what: "plan" });
+        }
+        let (extents, grace) = inner.transact(|book| {
+            let changes = book.epoch().wrapping_sub(plan.epoch);
+            if changes != 0 {
+                return Err(Error::Stale { changes });
+            }
+            let new = plan.same.iter().filter(|same| same.is_none()).count();
+            inner.carry_out(book, &plan, inner.ids.claim_many(new)?)
+        })?;
+        Ok(Applied { extents, grace })
+    }
+
+    /// Makes guest memory what `layout` says: [`plan`](Self::plan) and [`apply`](Self::apply) in one, with no change of
+    /// another thread between them. What is so already costs no call.
+    ///
+    /// # Errors
+    /// As the two.
+    pub fn set_layout(&self, layout: &Layout) -> Result<Applied, Error> {
+        let inner = &self.inner;
+        let (extents, grace) = inner.transact(|book| {
+            let (plan, claims) = inner.plan(book, layout)?;
+            inner.carry_out(book, &plan, claims)
+        })?;
+        Ok(Applied { extents, grace })
+    }
+
+    /// Makes a guest_memfd of `size` bytes (a multiple of the page size) for slots of this VM. One ioctl, three the
+    /// first time; no slot is made.
+    ///
+    /// # Errors
+    /// [`Error::NoGuestMemfd`] where this VM can have none, [`Error::GuestMemfd`] if the host refuses.
+    pub fn create_guest_memfd(&self, size: u64) -> Result<GuestMemfd, Error> {
+        let inner = &self.inner;
+        if !inner.lock().slots.limits().guest_memfd {
+            if !inner.host.has_guest_memfd() {
+                return Err(Error::NoGuestMemfd);
+            }
+            inner.lock().slots.allow_guest_memfd();
+        }
+        let file = inner.host.create_guest_memfd(size);
+        let file = file.map_err(|source| Error::GuestMemfd { size, source })?;
+        Ok(GuestMemfd::new(file, size, Arc::clone(&inner.ids)))
+    }
+
+    /// Registers a listener, after those that there are. It is told of all the slots that there are now, as of one
+    /// change, and of every change from then on; for how long, the result says.
+    ///
+    /// # Errors
+    /// [`Error::Vetoed`] if it refuses what there is; then it is not registered.
+    pub fn listen(&self, listener: Arc<dyn ChangeListener<B>>) -> Result<Listening, Error> {
+        let inner = &self.inner;
+        inner.check_not_in_listener()?;
+        let registered = Registered {
+            listener,
+            alive: Arc::new(AtomicBool::new(true)),
+        };
+        let alive = Arc::clone(&registered.alive);
+        let told: Result<Option<Box<dyn Any + Send>>, Error> = inner.exclusively(|table| {
+            let _calling = inner.call_listeners();
+            let changes = Inner::replay(table);
+            let one = std::slice::from_ref(&registered);
+            let panic = match Prepared::all(one, LayoutChange::new(&changes)) {
+                Ok(prepared) => prepared.commit(),
+                Err(source) => return Err(Error::Vetoed { source }),
+            };
+            if panic.is_none() {
+                let mut listeners = inner
+                    .listeners
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                listeners.push(registered.clone());
+            }
+            Ok(panic)
+        });
+        if let Some(panic) = told? {
+            resume_unwind(panic);
+        }
+        Ok(Listening::new(Arc::clone(inner) as _, alive))
     }
 
     /// The slots of now, immutable. For the control plane and for loaders: it keeps its slots' memory mapped.
@@ -250,25 +298,29 @@ impl<B: SlotBitmap> Memslots<B> {
     }
 }
 
+impl<B> Transaction<B> {
+    fn with_capacity(calls: usize) -> Self {
+        Self {
+            calls: Vec::with_capacity(calls),
+            edits: Vec::with_capacity(calls),
+        }
+    }
+}
+
+impl<B> Entry<B> {
+    fn new(region: Arc<Region<B>>, slot: &LayoutSlot, owned: bool) -> Self {
+        Self {
+            region,
+            backing: slot.slot.backing.clone(),
+            guest_memfd: slot.guest_memfd.clone(),
+            name: slot.name.clone(),
+            owned,
+            place: Place::Both,
+        }
+    }
+}
+
 impl<B: SlotBitmap> Inner<B> {
-    fn lock(&self) -> MutexGuard<'_, State<B>> {
-        // A holder that panicked (in a bitmap's `with_len`, say) had changed nothing yet or left it whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// One change, no other coming in between: `f` asks KVM, and makes the next table of the current one. If it fails,
-    /// nothing is published.
-    ///
-    /// The publication may end grace periods, and so unmap memory and run what callers have [deferred](Grace::defer).
-    /// That comes after `f`, with no lock held: it may change slots in its turn.
-    fn change<R, E>(
-        &self,
-        f: impl FnOnce(&mut State<B>, &SlotTable<B>) -> Result<(SlotTable<B>, R), E>,
-    ) -> Result<(R, Grace), E> {
-        // The writers' lock of `table` first, then `state`'s: the only order there is.
-        self.table.update(|table| f(&mut self.lock(), table))
-    }
-
     fn check_private(&self, start: GuestAddress, size: u64) -> Result<(), Error> {
         match self.private.overlap(start, size) {
             Some(private) => Err(Error::Private {
@@ -280,133 +332,176 @@ impl<B: SlotBitmap> Inner<B> {
         }
     }
 
-    /// Everything about new slots that can fail before KVM is asked: ids, legality, private ranges, mappings.
-    fn plan(&self, slots: &SlotMap, new: &[NewSlot]) -> Result<Vec<Region<B>>, Error> {
-        let (limit, available) = (self.ids.limit(), self.ids.available());
-        let no_id = || Error::NoFreeId {
-            wanted: new.len(),
-            available,
-            limit,
-        };
-        if new.len() > available {
-            return Err(no_id());
+    /// What the classifier does not know about a slot: the policy above it, and whose its guest_memfd is.
+    fn check_slot(&self, slot: &LayoutSlot) -> Result<(), Error> {
+        if let Some(binding) = &slot.guest_memfd
+            && !binding.file.belongs_to(&self.ids)
+        {
+            return Err(Error::OtherVm {
+                what: "guest_memfd",
+            });
         }
+        self.check_private(slot.slot.start, slot.size())
+    }
+
+    /// Everything about new slots that can be known before anything is mapped; and an id for each.
+    fn check_new(&self, book: &Book<B>, new: &[LayoutSlot]) -> Result<Vec<Arc<IdClaim>>, Error> {
+        book.check_names(new, true)?;
+        let claims = self.ids.claim_many(new.len())?;
         // Among themselves first, then each with what is there: neither needs a copy of what is there.
-        let mut among_themselves = SlotMap::new(*slots.limits());
-        let mut claims: Vec<Arc<IdClaim>> = Vec::with_capacity(new.len());
-        for slot in new {
-            let claim = self.ids.claim().ok_or_else(no_id)?;
-            let (size, host) = (slot.backing.size(), Hva(0));
+        let mut among_themselves = SlotMap::new(*book.slots.limits());
+        for (slot, claim) in new.iter().zip(&claims) {
+            let size = slot.size();
             if size == 0 {
-                return Err(Error::Empty { start: slot.start });
+                return Err(Error::Empty {
+                    start: slot.slot.start,
+                });
             }
             let region = MemoryRegion {
                 id: claim.id(),
-                flags: slot.flags,
-                start: slot.start,
+                flags: slot.flags(),
+                start: slot.slot.start,
                 size,
-                host,
+                host: Hva(0),
+                guest_memfd: slot.guest_memfd.as_ref().map(Binding::range),
             };
             among_themselves.apply(&region)?;
-            slots.check(&region)?;
-            self.check_private(slot.start, size)?;
-            claims.push(claim);
+            book.slots.check(&region)?;
+            self.check_slot(slot)?;
         }
-        let map = |(slot, claim): (&NewSlot, Arc<IdClaim>)| {
-            let (start, size, id) = (slot.start, slot.backing.size(), claim.id());
-            let mapping = Mapping::new(&slot.backing, start).map_err(|source| Error::Map {
-                start,
-                size,
-                source,
-            })?;
-            let host = mapping.host();
-            let extent = SlotExtent::claimed(claim, start, size, host)
-                .map_err(|_| Refusal::HostRange { id, host, size })?;
-            Ok(Region::new(extent, slot.flags, mapping))
-        };
-        new.iter().zip(claims).map(map).collect()
+        Ok(claims)
     }
 
-    /// Asks KVM, and notes what it did.
-    fn set(&self, state: &mut State<B>, region: &MemoryRegion) -> Result<Change, Error> {
-        let change = state.slots.check(region)?;
-        if change == Change::Nothing {
-            return Ok(change);
-        }
-        // SAFETY: the host range of a request is that of a region's mapping, which is nobody else's memory; whoever
-        // holds the region does not let go of it before the slot is deleted (see the top of this file).
-        let result = unsafe { self.host.set_memory_region(region) };
-        result.map_err(|source| Error::Kvm {
-            change,
-            region: *region,
+    /// Makes a slot's memory.
+    fn map(&self, slot: &LayoutSlot, claim: Arc<IdClaim>) -> Result<Arc<Region<B>>, Error> {
+        let (start, size, id) = (slot.slot.start, slot.size(), claim.id());
+        let mapping = Mapping::new(&slot.slot.backing, start).map_err(|source| Error::Map {
+            start,
+            size,
             source,
         })?;
-        state.slots.apply(region)?;
-        Ok(change)
+        let host = mapping.host();
+        let extent = SlotExtent::claimed(claim, start, size, host)
+            .map_err(|_| Refusal::HostRange { id, host, size })?;
+        Ok(Arc::new(Region::new(extent, slot.flags(), mapping)))
     }
 
-    fn install(&self, state: &mut State<B>, region: &Arc<Region<B>>) -> Result<(), Error> {
-        self.set(state, &request(region.extent(), region.flags()))
-            .map(drop)
+    fn plan(&self, book: &Book<B>, layout: &Layout) -> Result<(Plan, Vec<Arc<IdClaim>>), Error> {
+        check_layout(layout.slots())?;
+        for slot in layout.slots() {
+            self.check_slot(slot)?;
+        }
+        book.plan(layout, &self.ids)
     }
 
-    /// Deletes `done` again, the last first. What cannot be deleted is kept, mapping and id.
-    fn undo(&self, state: &mut State<B>, done: &[Arc<Region<B>>], mut error: Error) -> Error {
-        for region in done.iter().rev() {
-            if let Err(Error::Kvm { source: errno, .. }) =
-                self.set(state, &deletion(region.extent()))
-            {
-                let left = region.extent().id();
-                state.stranded.push(Arc::clone(region));
-                error = Error::Undo {
-                    left,
-                    errno,
-                    cause: Box::new(error),
-                };
+    /// A plan that was made of this book, as a change: its new memory mapped, its calls made out.
+    fn carry_out(
+        &self,
+        book: &Book<B>,
+        plan: &Plan,
+        claims: Vec<Arc<IdClaim>>,
+    ) -> Result<(Transaction<B>, Vec<SlotExtent>), Error> {
+        let slots = plan.layout.slots();
+        let mut transaction = Transaction::with_capacity(plan.ops.len());
+        let mut regions = Vec::with_capacity(slots.len());
+        let mut claims = claims.into_iter();
+        for (slot, same) in slots.iter().zip(&plan.same) {
+            let Some(id) = *same else {
+                let claim = claims.next().ok_or(Error::Stale { changes: 0 })?;
+                let region = self.map(slot, claim)?;
+                let entry = Entry::new(Arc::clone(&region), slot, false);
+                transaction.edits.push(Edit::New(entry));
+                regions.push(region);
+                continue;
+            };
+            let entry = book.get(id).ok_or(Refusal::NoSuchSlot { id })?;
+            let old = &entry.region;
+            let name = slot.name.clone();
+            let (start, flags) = (slot.slot.start, slot.flags());
+            if (old.extent().start(), old.flags()) != (start, flags) || entry.place != Place::Both {
+                let extent = moved(old.extent(), start)?;
+                let region = Arc::new(old.changed(extent, flags));
+                transaction.edits.push(Edit::Now(Arc::clone(&region), name));
+                regions.push(region);
+            } else {
+                if entry.name != name {
+                    transaction.edits.push(Edit::Named(id, name));
+                }
+                regions.push(Arc::clone(old));
             }
         }
-        error
+        for (op, step) in plan.ops.iter().zip(&plan.steps) {
+            let call = match op {
+                Op::Delete(index) => {
+                    let shape = plan.present.get(*index).and_then(|id| {
+                        let shape = book.slots.get(*id)?;
+                        Some(deletion(*id, shape))
+                    });
+                    shape.ok_or(Error::Stale { changes: 0 })?
+                }
+                Op::Make(index) | Op::Alter(index) => {
+                    let found = regions.get(*index).zip(slots.get(*index));
+                    let (region, slot) = found.ok_or(Error::Stale { changes: 0 })?;
+                    request(region, slot.guest_memfd.as_ref())
+                }
+            };
+            transaction.calls.push((step.change, call));
+        }
+        for &id in &plan.gone {
+            transaction.edits.push(Edit::Gone(id));
+        }
+        let extents = regions.iter().map(|region| region.extent().clone());
+        Ok((transaction, extents.collect()))
     }
 
-    /// Changes one published slot into what `change` makes of it.
+    /// Changes one slot into what `change` makes of it.
     fn alter(
         &self,
         old: &SlotExtent,
         change: impl FnOnce(&Region<B>) -> Result<(SlotExtent, SlotFlags), Error>,
     ) -> Result<(SlotExtent, Grace), Error> {
         let id = old.id();
-        let changed = self.change(|state, table| {
-            let region = table.by_id(id).ok_or(Refusal::NoSuchSlot { id })?;
-            let (extent, flags) = change(region)?;
-            if self.set(state, &request(&extent, flags))? == Change::Nothing {
-                return Err(Stop::Unchanged(extent));
+        self.transact(|book| {
+            let entry = book.get(id).ok_or(Refusal::NoSuchSlot { id })?;
+            let (extent, flags) = change(&entry.region)?;
+            let region = Arc::new(entry.region.changed(extent.clone(), flags));
+            let call = request(&region, entry.guest_memfd.as_ref());
+            let mut transaction = Transaction::with_capacity(1);
+            let change = match book.slots.check(&call) {
+                // KVM refuses even this of such a slot.
+                Err(Refusal::GuestMemfdFixed { .. })
+                    if book.slots.get(id) == Some(&book::shape(&region, entry)) =>
+                {
+                    Change::Nothing
+                }
+                checked => checked?,
+            };
+            if change != Change::Nothing {
+                transaction.calls.push((change, call));
+                let edit = Edit::Now(region, entry.name.clone());
+                transaction.edits.push(edit);
             }
-            let region = Arc::new(region.changed(extent.clone(), flags));
-            Ok((table.edited(&[id], vec![region]), extent))
-        });
-        match changed {
-            Ok(changed) => Ok(changed),
-            Err(Stop::Unchanged(extent)) => Ok((extent, self.table.grace())),
-            Err(Stop::Failed(error)) => Err(error),
-        }
+            Ok((transaction, extent))
+        })
     }
 }
 
-/// Why a change of a slot publishes nothing.
-enum Stop {
-    /// The slot is so already.
-    Unchanged(SlotExtent),
-    /// It is not to be.
-    Failed(Error),
+/// The extent of the same slot at `start`.
+fn moved(extent: &SlotExtent, start: GuestAddress) -> Result<SlotExtent, Refusal> {
+    let (id, size) = (extent.id(), extent.size());
+    extent
+        .moved_to(start)
+        .map_err(|_| match start.0.checked_add(size) {
+            None => Refusal::Wraps { id, start, size },
+            Some(_) => Refusal::Unaligned {
+                id,
+                what: "guest address",
+                value: start.0,
+            },
+        })
 }
 
-impl<E: Into<Error>> From<E> for Stop {
-    fn from(error: E) -> Self {
-        Self::Failed(error.into())
-    }
-}
-
-/// What a [`Slot`] asks of its `Memslots`, whatever `B` is.
+/// What a [`Slot`] or a [`Listening`] asks of its `Memslots`, whatever `B` is.
 pub(crate) trait Owner: Send + Sync {
     fn delete(&self, extent: &SlotExtent) -> Result<Grace, Error>;
     fn relocate(
@@ -416,13 +511,20 @@ pub(crate) trait Owner: Send + Sync {
     ) -> Result<(SlotExtent, Grace), Error>;
     fn set_flags(&self, extent: &SlotExtent, flags: SlotFlags) -> Result<Grace, Error>;
     fn flags(&self, extent: &SlotExtent) -> SlotFlags;
+    fn keep(&self, extent: &SlotExtent);
+    fn unlisten(&self, key: &Arc<AtomicBool>);
 }
 
 impl<B: SlotBitmap> Owner for Inner<B> {
     fn delete(&self, extent: &SlotExtent) -> Result<Grace, Error> {
-        let ((), grace) = self.change(|state, table| {
-            self.set(state, &deletion(extent))?;
-            Ok::<_, Error>((table.edited(&[extent.id()], Vec::new()), ()))
+        let id = extent.id();
+        let ((), grace) = self.transact(|book| {
+            let shape = book.slots.get(id).ok_or(Refusal::NoSuchSlot { id })?;
+            let transaction = Transaction {
+                calls: vec![(Change::Delete, deletion(id, shape))],
+                edits: vec![Edit::Gone(id)],
+            };
+            Ok((transaction, ()))
         })?;
         Ok(grace)
     }
@@ -432,26 +534,21 @@ impl<B: SlotBitmap> Owner for Inner<B> {
         extent: &SlotExtent,
         start: GuestAddress,
     ) -> Result<(SlotExtent, Grace), Error> {
-        let (id, size) = (extent.id(), extent.size());
-        self.check_private(start, size)?;
-        self.alter(extent, |region| {
-            let moved = extent
-                .moved_to(start)
-                .map_err(|_| match start.0.checked_add(size) {
-                    None => Refusal::Wraps { id, start, size },
-                    Some(_) => Refusal::Unaligned {
-                        id,
-                        what: "guest address",
-                        value: start.0,
-                    },
-                })?;
-            Ok((moved, region.flags()))
-        })
+        self.check_private(start, extent.size())?;
+        self.alter(extent, |region| Ok((moved(extent, start)?, region.flags())))
     }
 
     fn set_flags(&self, extent: &SlotExtent, flags: SlotFlags) -> Result<Grace, Error> {
-        self.alter(extent, |_| Ok((extent.clone(), flags)))
-            .map(|(_, grace)| grace)
+        self.alter(extent, |region| {
+            // Not a flag that can be asked for or not, but what the slot is.
+            let private = region.flags().contains(SlotFlags::GUEST_MEMFD);
+            let flags = flags.with(
+                SlotFlags::GUEST_MEMFD,
+                private || flags.contains(SlotFlags::GUEST_MEMFD),
+            );
+            Ok((extent.clone(), flags))
+        })
+        .map(|(_, grace)| grace)
     }
 
     fn flags(&self, extent: &SlotExtent) -> SlotFlags {
@@ -460,49 +557,52 @@ impl<B: SlotBitmap> Owner for Inner<B> {
             .get(extent.id())
             .map_or(SlotFlags::NONE, |shape| shape.flags)
     }
-}
 
-/// The request that describes a slot as it is or is to be.
-fn request(extent: &SlotExtent, flags: SlotFlags) -> MemoryRegion {
-    let (id, start, size, host) = (
-        extent.id(),
-        extent.start(),
-        extent.size(),
-        extent.host_start(),
-    );
-    MemoryRegion {
-        id,
-        flags,
-        start,
-        size,
-        host,
+    fn keep(&self, extent: &SlotExtent) {
+        self.lock().keep(extent.id());
     }
-}
 
-fn deletion(extent: &SlotExtent) -> MemoryRegion {
-    MemoryRegion {
-        size: 0,
-        ..request(extent, SlotFlags::NONE)
+    fn unlisten(&self, key: &Arc<AtomicBool>) {
+        let mut listeners = self
+            .listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let at = listeners
+            .iter()
+            .position(|registered| Arc::ptr_eq(&registered.alive, key));
+        let registered = at.map(|at| listeners.remove(at));
+        drop(listeners);
+        // A change that another thread is making may be about to call it.
+        if !self.is_in_listener() {
+            self.exclusively(|_| ());
+        }
+        drop(registered);
     }
 }
 
 impl<B: SlotBitmap> Drop for Inner<B> {
     fn drop(&mut self) {
-        // No `Slot` is left, so what is left are the kept ones, and those that KVM did not delete when asked.
-        let table = self.table.load();
-        let stranded = std::mem::take(&mut self.lock().stranded);
+        // No `Slot` and no listener is left. What is left are the slots that nobody owns, and those that KVM did not
+        // delete when asked.
+        let book = self.book.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let left = book
+            .in_kvm()
+            .map(|entry| (Arc::clone(&entry.region), entry.guest_memfd.clone()));
         let mut deleted = Vec::new();
-        for region in table.regions().chain(&stranded) {
-            match self.set(&mut self.lock(), &deletion(region.extent())) {
-                Ok(_) => deleted.push(region.extent().id()),
-                Err(error) => {
-                    log::error!("{error}: its memory stays mapped");
+        for (region, guest_memfd) in left.collect::<Vec<_>>() {
+            let id = region.extent().id();
+            let shape = self.lock().slots.get(id).copied();
+            match shape.map(|shape| self.call(&deletion(id, &shape))) {
+                Some(Err(error)) => {
+                    log::error!("{id} was not deleted ({error}): its memory stays mapped");
                     // The guest may run on and use it.
-                    std::mem::forget(Arc::clone(region));
+                    std::mem::forget((region, guest_memfd));
                 }
+                _ => deleted.push(id),
             }
         }
         // Devices that still have a handle see the memory go, as with any other deletion.
+        let table = self.table.load();
         drop(self.table.publish(table.edited(&deleted, Vec::new())));
     }
 }

@@ -64,6 +64,11 @@ impl<B> Region<B> {
         self.flags
     }
 
+    /// The memory itself: of which kind it is, in pages of which size. A clone keeps it mapped.
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
     /// Whether the guest, and devices through [`CheckedMemory`](crate::CheckedMemory), may only read it.
     pub fn is_read_only(&self) -> bool {
         self.flags.contains(SlotFlags::READ_ONLY)

@@ -3,7 +3,7 @@
 //! [`Slot`]: the handle that owns a slot. Dropped, the slot goes.
 
 use crate::memslots::Owner;
-use crate::{Error, Region, SlotExtent, SlotFlags};
+use crate::{Error, SlotExtent, SlotFlags};
 use srcu::Grace;
 use std::fmt;
 use std::sync::Arc;
@@ -33,11 +33,9 @@ pub struct RemoveError {
 }
 
 impl Slot {
-    pub(crate) fn new<B>(region: &Region<B>, owner: &Arc<dyn Owner>) -> Self {
-        Self {
-            extent: region.extent().clone(),
-            owner: Some(Arc::clone(owner)),
-        }
+    pub(crate) fn new(extent: SlotExtent, owner: Arc<dyn Owner>) -> Self {
+        let owner = Some(owner);
+        Self { extent, owner }
     }
 
     /// Which slot, which guest pages, which host pages: for dirty logs and pagers. A clone that was taken before a
@@ -96,9 +94,12 @@ impl Slot {
             }))
     }
 
-    /// Gives up the handle and leaves the slot to its [`Memslots`](crate::Memslots), for as long as that exists.
+    /// Gives up the handle and leaves the slot to its [`Memslots`](crate::Memslots), for as long as that exists: it is a
+    /// part of the [layout](crate::Memslots::layout) then. Waits for a change that another thread is making.
     pub fn keep(mut self) -> SlotExtent {
-        self.owner = None;
+        if let Some(owner) = self.owner.take() {
+            owner.keep(&self.extent);
+        }
         self.extent.clone()
     }
 }
@@ -109,6 +110,7 @@ impl Drop for Slot {
             && let Err(error) = owner.delete(&self.extent)
         {
             // It stays a slot like a kept one.
+            owner.keep(&self.extent);
             log::error!("{error}");
         }
     }

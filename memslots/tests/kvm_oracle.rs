@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The kernel is the oracle: the same random requests to the classifier and to the host's KVM, the same verdict each
-//! time, and the same layout after (probed page by page: KVM cannot read slots back). No vCPU exists, so nothing is
-//! ever read or written through the slots.
+//! time, and the same layout after. KVM cannot read slots back, so that is probed: which pages are taken, which ids have
+//! a dirty log, which pages of a guest_memfd are bound. No vCPU exists, so nothing is ever read or written through the
+//! slots.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use kvm_ioctls::{Kvm, VmFd};
 use memslots::{
-    Change, Errno, Gfn, Hva, Limits, MAX_PAGES, MemoryRegion, PAGE_SHIFT, PAGE_SIZE,
-    SetMemoryRegion, SlotFlags, SlotId, SlotMap,
+    Change, Errno, Gfn, GuestMemfdRange, Hva, Limits, MAX_PAGES, MemoryRegion, PAGE_SHIFT,
+    PAGE_SIZE, Refusal, SetMemoryRegion, SlotFlags, SlotId, SlotMap,
 };
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, OwnedFd};
 use vm_memory::GuestAddress;
 
 /// A page-aligned user address; what is there does not matter.
@@ -18,10 +21,40 @@ const HOST: usize = 0x10_0000_0000;
 /// The id that probes use, out of the way of the random ones.
 const PROBE: SlotId = SlotId(100);
 
+fn kvm() -> Kvm {
+    Kvm::new().expect("the kvm tier needs /dev/kvm: run where it opens, or leave this tier out")
+}
+
 fn vm() -> VmFd {
-    let kvm = Kvm::new()
-        .expect("the kvm tier needs /dev/kvm: run where it opens, or leave this tier out");
-    kvm.create_vm().unwrap()
+    kvm().create_vm().unwrap()
+}
+
+/// A guest_memfd of the host's KVM.
+struct File {
+    fd: OwnedFd,
+    pages: u64,
+}
+
+impl File {
+    fn range(&self, offset: u64) -> GuestMemfdRange {
+        GuestMemfdRange {
+            fd: self.fd.as_raw_fd(),
+            offset,
+            file_size: self.pages * PAGE_SIZE,
+        }
+    }
+}
+
+/// Two small files, of a VM that can have them.
+fn files(vm: &VmFd) -> Vec<File> {
+    let file = |pages| File {
+        fd: SetMemoryRegion::create_guest_memfd(vm, pages * PAGE_SIZE).unwrap(),
+        pages,
+    };
+    match vm.has_guest_memfd() {
+        true => vec![file(16), file(5)],
+        false => Vec::new(),
+    }
 }
 
 fn ask(vm: &VmFd, request: &MemoryRegion) -> Result<(), i32> {
@@ -38,6 +71,7 @@ fn probe(vm: &VmFd, gfn: Gfn) -> Result<(), i32> {
         start,
         size: PAGE_SIZE,
         host: Hva(HOST),
+        guest_memfd: None,
     };
     ask(vm, &request)?;
     ask(vm, &MemoryRegion { size: 0, ..request })
@@ -52,6 +86,7 @@ fn limits(vm: &VmFd) -> Limits {
         .unwrap();
     Limits {
         last_gfn: Gfn((1 << (bits - PAGE_SHIFT)) - 1),
+        guest_memfd: vm.has_guest_memfd(),
         ..Limits::new(slots)
     }
 }
@@ -80,7 +115,7 @@ impl Random {
     }
 
     /// Mostly legal, or nearly.
-    fn request(&mut self, slots: &SlotMap) -> MemoryRegion {
+    fn request(&mut self, slots: &SlotMap, files: &[File]) -> MemoryRegion {
         let limits = *slots.limits();
         let id = SlotId(self.below(8) as u32);
         let mut request = MemoryRegion {
@@ -89,6 +124,7 @@ impl Random {
             start: GuestAddress(self.below(64) * PAGE_SIZE),
             size: self.of(&[0, 1, 1, 2, 3, 4, 8]) * PAGE_SIZE,
             host: Hva(HOST + self.below(3) as usize * 0x10_0000),
+            guest_memfd: None,
         };
         // Often a change of what is there, or moves and flag changes would be rare.
         if let Some(old) = slots.get(id)
@@ -102,8 +138,31 @@ impl Random {
                 request.flags = old.flags.with(SlotFlags::LOG_DIRTY_PAGES, self.one_in(2));
             }
         }
+        match files {
+            [] if self.one_in(50) => request.flags = request.flags | SlotFlags::GUEST_MEMFD,
+            [] => {}
+            files if self.one_in(3) => {
+                let file = &files[self.below(files.len() as u64) as usize];
+                let page = self.below(file.pages + 2);
+                // Mostly for an id that is free: of a slot that is there, KVM looks at no file.
+                let free = (0..8).map(SlotId).find(|id| slots.get(*id).is_none());
+                if let Some(id) = free.filter(|_| !self.one_in(3)) {
+                    request.id = id;
+                    request.size = (1 + self.below(4)) * PAGE_SIZE;
+                }
+                request.guest_memfd = Some(file.range(page * PAGE_SIZE));
+                // Without the flag the newer call looks at none of it.
+                request.flags = SlotFlags::from_bits(self.of(&[4, 4, 4, 4, 4, 4, 5, 6, 0, 1]));
+            }
+            // With the flag and without the file: the older call.
+            _ if self.one_in(50) => request.flags = request.flags | SlotFlags::GUEST_MEMFD,
+            _ => {}
+        }
         if self.one_in(6) {
             self.spoil(&mut request, &limits);
+        }
+        if let (Some(memory), true) = (&mut request.guest_memfd, self.one_in(12)) {
+            memory.offset = self.of(&[1, 0x800, 1 << 63, !0xfff, 1 << 40, 3 << 62]);
         }
         request
     }
@@ -134,7 +193,7 @@ impl Random {
     }
 }
 
-fn compare_layouts(vm: &VmFd, slots: &SlotMap) {
+fn compare_layouts(vm: &VmFd, slots: &SlotMap, files: &[File]) {
     for page in 0..80 {
         let inside = |start: u64, size: u64| (start..start + size).contains(&(page << PAGE_SHIFT));
         let taken = slots
@@ -143,37 +202,90 @@ fn compare_layouts(vm: &VmFd, slots: &SlotMap) {
         let expected = if taken { Err(libc::EEXIST) } else { Ok(()) };
         assert_eq!(probe(vm, Gfn(page)), expected, "page {page:#x}");
     }
+    for id in (0..8).map(SlotId) {
+        // One word for each 64 pages, and no slot here has more.
+        let log = vm.get_dirty_log(id.0, 64 * PAGE_SIZE as usize);
+        let logs = slots
+            .get(id)
+            .is_some_and(|shape| shape.flags.contains(SlotFlags::LOG_DIRTY_PAGES));
+        let expected = if logs { Ok(()) } else { Err(libc::ENOENT) };
+        assert_eq!(
+            log.map(drop).map_err(|error| error.errno()),
+            expected,
+            "{id}'s dirty log"
+        );
+    }
+    for file in files {
+        for page in 0..file.pages {
+            let offset = page * PAGE_SIZE;
+            let bound = slots.iter().any(|(_, shape)| {
+                shape.guest_memfd.is_some_and(|memory| {
+                    memory.fd == file.fd.as_raw_fd()
+                        && (memory.offset..memory.offset + shape.size).contains(&offset)
+                })
+            });
+            let request = MemoryRegion {
+                id: PROBE,
+                flags: SlotFlags::GUEST_MEMFD,
+                start: GuestAddress(1 << 30),
+                size: PAGE_SIZE,
+                host: Hva(HOST),
+                guest_memfd: Some(file.range(offset)),
+            };
+            let expected = if bound { Err(libc::EINVAL) } else { Ok(()) };
+            assert_eq!(ask(vm, &request), expected, "page {page} of a guest_memfd");
+            if !bound {
+                let deletion = MemoryRegion {
+                    size: 0,
+                    flags: SlotFlags::NONE,
+                    guest_memfd: None,
+                    ..request
+                };
+                ask(vm, &deletion).unwrap();
+            }
+        }
+    }
 }
 
-#[test]
-fn kvm_gives_the_verdicts_that_the_classifier_gives() {
-    let count = if std::env::var_os("LONG_TESTS").is_some() {
-        100_000
-    } else {
-        20_000
-    };
-    let vm = vm();
-    let limits = limits(&vm);
+/// So many random requests to this VM and to the classifier.
+fn same_verdicts(vm: &VmFd, count: usize) {
+    let limits = limits(vm);
+    let files = files(vm);
     let mut slots = SlotMap::new(limits);
     let mut random = Random(0x5eed_0001);
-    let mut seen = std::collections::BTreeMap::new();
+    let mut seen = BTreeMap::new();
+    let mut private = BTreeMap::new();
     for number in 0..count {
-        let request = random.request(&slots);
-        let verdict = slots.apply(&request).map_err(|refusal| refusal.errno());
-        let kvm = ask(&vm, &request);
+        let request = random.request(&slots, &files);
+        let answer = slots.apply(&request);
+        let verdict = answer.map_err(|refusal| refusal.errno());
+        let kvm = ask(vm, &request);
         assert_eq!(
             kvm,
             verdict.map(drop),
             "request {number}: {request:?}, with {slots:?}"
         );
         *seen.entry(format!("{verdict:?}")).or_insert(0) += 1;
+        if request.guest_memfd.is_some() {
+            // Which refusal, in a word.
+            let why = match answer {
+                Ok(change) => format!("{change:?}"),
+                Err(Refusal::GuestMemfdBound { .. }) => "bound already".into(),
+                Err(Refusal::GuestMemfdRange { .. }) => "beyond the file".into(),
+                Err(Refusal::GuestMemfdFixed { .. }) => "fixed".into(),
+                Err(Refusal::Flags { .. }) => "flags".into(),
+                Err(Refusal::Unaligned { .. }) => "unaligned".into(),
+                Err(_) => "other".into(),
+            };
+            *private.entry(why).or_insert(0) += 1;
+        }
         if number % 1000 == 0 {
-            compare_layouts(&vm, &slots);
+            compare_layouts(vm, &slots, &files);
         }
     }
-    compare_layouts(&vm, &slots);
+    compare_layouts(vm, &slots, &files);
     println!(
-        "{count} requests, last frame {:#x}: {seen:?}",
+        "{count} requests, last frame {:#x}: {seen:?}; with a guest_memfd: {private:?}",
         limits.last_gfn.0
     );
     let verdicts = [
@@ -183,15 +295,26 @@ fn kvm_gives_the_verdicts_that_the_classifier_gives() {
         Ok(Change::FlagsOnly),
         Ok(Change::Nothing),
     ];
-    for verdict in verdicts
+    let of_all = verdicts
         .into_iter()
-        .chain([Err(libc::EINVAL), Err(libc::EEXIST)])
-    {
-        let times = seen.get(&format!("{verdict:?}")).copied().unwrap_or(0);
-        assert!(
-            times * 100 > count,
-            "{verdict:?} came up only {times} times: the requests are too dull"
-        );
+        .chain([Err(libc::EINVAL), Err(libc::EEXIST)]);
+    for verdict in of_all.map(|verdict| format!("{verdict:?}")) {
+        let times = seen.get(&verdict).copied().unwrap_or(0);
+        let text = "came up only so many times: the requests are too dull";
+        assert!(times * 200 > count, "{verdict} {text}: {times}");
+    }
+    if !files.is_empty() {
+        for what in [
+            "Create",
+            "bound already",
+            "beyond the file",
+            "fixed",
+            "flags",
+            "unaligned",
+        ] {
+            let times = private.get(what).copied().unwrap_or(0);
+            assert!(times * 1000 > count, "{what} came up only {times} times");
+        }
     }
     // What the model has, KVM has, and no more.
     for id in (0..limits.slots)
@@ -210,9 +333,70 @@ fn kvm_gives_the_verdicts_that_the_classifier_gives() {
             start: GuestAddress(0),
             size: 0,
             host: Hva(0),
+            guest_memfd: None,
         };
-        assert_eq!(ask(&vm, &deletion), expected, "{id}");
+        assert_eq!(ask(vm, &deletion), expected, "{id}");
     }
+}
+
+fn count() -> usize {
+    match std::env::var_os("LONG_TESTS") {
+        Some(_) => 200_000,
+        None => 20_000,
+    }
+}
+
+#[test]
+fn kvm_gives_the_verdicts_that_the_classifier_gives() {
+    same_verdicts(&vm(), count());
+}
+
+/// Some kernels give guest_memfds to VMs of certain types only; software-protected ones need no hardware.
+#[test]
+fn kvm_gives_the_same_verdicts_for_a_protected_vm() {
+    const KVM_X86_SW_PROTECTED_VM: u64 = 1;
+    match kvm().create_vm_with_type(KVM_X86_SW_PROTECTED_VM) {
+        Ok(vm) => same_verdicts(&vm, count() / 4),
+        Err(error) => println!("this host makes no software-protected VM: {error}"),
+    }
+}
+
+#[test]
+fn a_host_says_what_it_lacks_and_has_what_it_says() {
+    let memslots = memslots::Memslots::new(std::sync::Arc::new(vm()));
+    let size = 4 * PAGE_SIZE;
+    let new = |start| memslots::NewSlot {
+        start: GuestAddress(start),
+        backing: memslots::Backing::anonymous(size),
+        flags: SlotFlags::NONE,
+    };
+    match memslots.create_guest_memfd(2 * size) {
+        Ok(file) => {
+            assert!(vm().has_guest_memfd());
+            let private = [
+                new(0).with_guest_memfd(&file, 0),
+                new(1 << 20).with_guest_memfd(&file, size),
+            ];
+            let mut slots = memslots.create_all(private).unwrap();
+            slots[0].relocate(GuestAddress(1 << 30)).unwrap_err();
+            slots[0].set_flags(SlotFlags::LOG_DIRTY_PAGES).unwrap_err();
+            slots[0].set_flags(SlotFlags::NONE).unwrap().wait();
+            // Bound again, elsewhere, once it is free.
+            drop(slots);
+            let layout: memslots::Layout = [new(1 << 30).with_guest_memfd(&file, 0)]
+                .into_iter()
+                .collect();
+            memslots.set_layout(&layout).unwrap();
+            memslots.set_layout(&memslots::Layout::new()).unwrap();
+        }
+        Err(error) => {
+            assert!(!vm().has_guest_memfd(), "{error}");
+            assert!(matches!(error, memslots::Error::NoGuestMemfd), "{error}");
+            println!("{error}");
+        }
+    }
+    // With or without: what has no private memory works the same.
+    drop(memslots.create_all([new(0)]).unwrap());
 }
 
 #[test]

@@ -86,6 +86,7 @@ fn requests() -> impl Strategy<Value = MemoryRegion> {
             start: GuestAddress((start << 12) + odd),
             size: pages << 12,
             host: Hva((host << 12) as usize),
+            guest_memfd: None,
         }
     })
 }
@@ -191,7 +192,7 @@ proptest! {
 
     #[test]
     fn the_classifier_answers_as_the_naive_rules(requests in prop::collection::vec(requests(), 1..40)) {
-        let limits = Limits { slots: 6, address_spaces: 1, last_gfn: Gfn((1 << 40) - 2) };
+        let limits = Limits { slots: 6, address_spaces: 1, last_gfn: Gfn((1 << 40) - 2), guest_memfd: false };
         let mut map = SlotMap::new(limits);
         let mut list = Vec::new();
         for request in requests {
@@ -284,6 +285,7 @@ fn every_refusal_says_its_numbers() {
         start: GuestAddress(0x4000),
         size: 0x2000,
         host: Hva(0x7000),
+        guest_memfd: None,
     };
     map.apply(&good).unwrap();
     let says = |request: MemoryRegion| {

@@ -7,8 +7,8 @@
 
 use memslots::fake::FakeHost;
 use memslots::{
-    Backing, Errno, Error, Memslots, NewSlot, PAGE_SIZE, PrivateRanges, Refusal, Slot, SlotExtent,
-    SlotFlags, SlotId, SlotShape,
+    Backing, Errno, Error, Left, Memslots, NewSlot, PAGE_SIZE, PrivateRanges, Refusal, Slot,
+    SlotExtent, SlotFlags, SlotId, SlotShape, Unrestored,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -281,10 +281,15 @@ fn an_undo_that_fails_says_what_is_left_and_keeps_its_memory_and_its_id() {
         .memslots
         .create_all([anonymous(1 << 20, 1), anonymous(2 << 20, 1)])
         .unwrap_err();
-    let Error::Undo { left, errno, cause } = error else {
+    let Error::Undo { left, cause } = error else {
         panic!("{error}")
     };
-    assert_eq!((left, errno), (SlotId(2), Errno(libc::EIO)));
+    let stays = Unrestored {
+        id: SlotId(2),
+        left: Left::Stays,
+        errno: Errno(libc::EIO),
+    };
+    assert_eq!(left, [stays]);
     assert!(matches!(
         *cause,
         Error::Kvm {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use reference_vmm::config::Config;
 use reference_vmm::end::EndSignal;
+use reference_vmm::memory::Memory;
 use reference_vmm::vm::Machine;
 use vmm_sys_util::poll::{PollContext, WatchingEvents};
 
@@ -17,7 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let kernel = args.next().ok_or("usage: embed KERNEL [INITRD]")?;
     let config = Config {
         initrd: args.map(Into::into).collect(),
-        memory: 512 << 20,
+        memory: Memory::new(512 << 20),
         cpus: 2,
         ..Config::new(kernel)
     };

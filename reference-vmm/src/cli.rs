@@ -8,7 +8,8 @@ use std::path::PathBuf;
 
 use lexopt::prelude::*;
 
-use crate::config::{Config, ConfigError, Irqchip, parse_size};
+use crate::config::{Config, ConfigError, Irqchip};
+use crate::memory::Memory;
 
 /// What the user asked for.
 #[derive(Debug)]
@@ -35,10 +36,21 @@ pub struct Run {
     pub config: Config,
     /// Print the timeline at the end.
     pub timeline: bool,
+    /// Count accesses, and print all counters at the end.
+    pub stats: Option<StatsForm>,
     /// What the monitor logs to stderr.
     pub log: log::LevelFilter,
     /// How long a guest has to power off after SIGTERM pressed its power button, in seconds.
     pub shutdown_timeout: u32,
+}
+
+/// How the counters are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatsForm {
+    /// Tables.
+    Text,
+    /// One line of JSON.
+    Json,
 }
 
 /// A command line that makes no sense; the process ends with status 2.
@@ -93,7 +105,12 @@ Options:
   --kernel FILE            Kernel image: bzImage, ELF (64-bit Linux or PVH) or multiboot 1
   --initrd FILE            Initial RAM disk; again for each further multiboot module
   --cmdline TEXT           Kernel command line [console=ttyS0]
-  --memory SIZE            Guest memory: bytes, or 512M, 2G [256M]
+  --memory SIZE[,OPT]...   Guest memory: bytes, or 512M, 2G [256M]. Options:
+                             shared             in memfds that other processes can map
+                             hugepages[=2M|1G]  from the host's pool of huge pages, reserved now
+                             prefault           all of it made present now
+                             thp=always|never   transparent huge pages [as the host is set]
+                             numa=NODE          from this node of the host alone
   --cpus N                 Number of vCPUs, 1 to 255 [1]
   --irqchip KIND           kernel (PIC, IOAPIC, local APICs), split (local APICs alone: no pin
                            interrupts yet) or none (one vCPU) [kernel]
@@ -104,6 +121,8 @@ Options:
                            \"memory\": \"1G\", \"cpus\": 2}; flags then override it
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --kvm PATH               KVM device [/dev/kvm]
+  --stats[=json]           Say on stderr at the end what the guest did: exits, accesses to each
+                           device and to none, coalesced writes, memory
   --timeline               Say on stderr at the end what happened when, in microseconds
   --log LEVEL              off, error, warn, info, debug or trace [warn]
   -h, --help               Show this help
@@ -166,6 +185,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     let mut kernel = None;
     let mut initrd = Vec::new();
     let (mut timeline, mut log, mut shutdown_timeout) = (false, log::LevelFilter::Warn, 10);
+    let mut stats = None;
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help(RUN_HELP)),
@@ -177,8 +197,8 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.cmdline = text));
             }
             Long("memory") => {
-                let bytes = parse_size(&parser.value()?.string()?)?;
-                changes.push(Box::new(move |config| config.memory = bytes));
+                let memory: Memory = parser.value()?.string()?.parse()?;
+                changes.push(Box::new(move |config| config.memory = memory));
             }
             Long("cpus") => {
                 let cpus = number("--cpus", parser.value()?)?;
@@ -206,6 +226,16 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.kvm = path));
             }
             Long("timeline") => timeline = true,
+            Long("stats") => {
+                stats = Some(match parser.optional_value() {
+                    None => StatsForm::Text,
+                    Some(form) => form.parse_with(|form| match form {
+                        "json" => Ok(StatsForm::Json),
+                        "text" => Ok(StatsForm::Text),
+                        _ => Err("--stats has one form besides text: json"),
+                    })?,
+                });
+            }
             Long("shutdown-timeout") => {
                 shutdown_timeout = number("--shutdown-timeout", parser.value()?)?;
             }
@@ -240,6 +270,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     Ok(Command::Run(Run {
         config,
         timeline,
+        stats,
         log,
         shutdown_timeout,
     }))
@@ -299,7 +330,7 @@ mod tests {
         let expected = Config {
             initrd: vec!["a".into(), "b".into()],
             cmdline: "c".into(),
-            memory: 2 << 30,
+            memory: Memory::new(2 << 30),
             cpus: 4,
             irqchip: Irqchip::Split,
             debug_exit: Some(0xf4),
@@ -327,7 +358,7 @@ mod tests {
             got,
             Config {
                 cpus: 3,
-                memory: 1 << 30,
+                memory: Memory::new(1 << 30),
                 ..Config::new("from-file")
             }
         );

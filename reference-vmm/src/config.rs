@@ -11,18 +11,10 @@ use serde::Deserialize;
 
 use crate::devices::power::DebugExit;
 use crate::devices::{FIXED_PORTS, KERNEL_PORTS};
+use crate::memory::Memory;
 
 /// A vCPU's local APIC id is its index, and the 8-bit ids of xAPIC end at 254 (255 is broadcast).
 pub const MAX_CPUS: u32 = 255;
-
-/// x86-64 has at most 52 bits of physical address; what this host's KVM takes may be less, and only
-/// KVM can tell.
-const MAX_ADDRESS_BITS: u32 = 52;
-
-/// The smallest guest: the first MiB is the PC's low memory, and a kernel needs a place above it.
-const MIN_MEMORY: u64 = 2 << 20;
-
-const PAGE: u64 = 4096;
 
 /// Longest JSON configuration read.
 const MAX_CONFIG_FILE: u64 = 1 << 20;
@@ -53,9 +45,9 @@ pub struct Config {
     /// The kernel's command line.
     #[serde(default = "default_cmdline")]
     pub cmdline: String,
-    /// Guest memory in bytes, a multiple of 4 KiB.
-    #[serde(default = "default_memory", deserialize_with = "size")]
-    pub memory: u64,
+    /// Guest memory: 256 MiB of ordinary pages by default.
+    #[serde(default)]
+    pub memory: Memory,
     /// Number of vCPUs.
     #[serde(default = "default_cpus")]
     pub cpus: u32,
@@ -76,10 +68,6 @@ pub struct Config {
 
 fn default_cmdline() -> String {
     "console=ttyS0".to_owned()
-}
-
-fn default_memory() -> u64 {
-    256 << 20
 }
 
 fn default_cpus() -> u32 {
@@ -132,11 +120,19 @@ pub enum ConfigError {
         "{0} vCPUs need --irqchip kernel or split: without local APICs the first one cannot start the others"
     )]
     CpusWithoutApics(u32),
-    /// Memory is too small, too large, or not whole pages.
+    /// Memory is too small, too large, not whole pages, or asks for what does not go together.
     #[error("{given} bytes of memory: {why}")]
     Memory {
         /// The size asked for.
         given: u64,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// An option of the memory that is none, or has a value that it cannot have.
+    #[error("memory option {option:?}: {why}")]
+    MemoryOption {
+        /// The option, as given.
+        option: String,
         /// What is wrong with it.
         why: String,
     },
@@ -163,7 +159,7 @@ impl Config {
             kernel: kernel.into(),
             initrd: Vec::new(),
             cmdline: default_cmdline(),
-            memory: default_memory(),
+            memory: Memory::default(),
             cpus: default_cpus(),
             irqchip: Irqchip::default(),
             pit: false,
@@ -173,8 +169,8 @@ impl Config {
     }
 
     /// Reads a JSON object with the fields of [`Config`], in kebab-case: `kernel` must be there,
-    /// the others have the defaults of [`new`](Self::new). Sizes are numbers of bytes or strings
-    /// such as `"512M"`; `initrd` is a path or a list of them.
+    /// the others have the defaults of [`new`](Self::new). `memory` is a number of bytes, text as for
+    /// `--memory`, or an object ([`Memory`]); `initrd` is a path or a list of them.
     ///
     /// # Errors
     /// The file cannot be read or is not such an object. [`validate`](Self::validate) is not called.
@@ -219,24 +215,7 @@ impl Config {
         if self.cpus > 1 && self.irqchip == Irqchip::None {
             return Err(ConfigError::CpusWithoutApics(self.cpus));
         }
-        let memory = |why: String| {
-            Err(ConfigError::Memory {
-                given: self.memory,
-                why,
-            })
-        };
-        if self.memory < MIN_MEMORY {
-            return memory(format!("a guest needs at least {MIN_MEMORY}"));
-        }
-        if !self.memory.is_multiple_of(PAGE) {
-            return memory(format!("not a multiple of {PAGE}, the page size"));
-        }
-        if self.memory > 1 << (MAX_ADDRESS_BITS - 1) {
-            return memory(format!(
-                "more than the {} that {MAX_ADDRESS_BITS} address bits leave for it",
-                1u64 << (MAX_ADDRESS_BITS - 1)
-            ));
-        }
+        self.memory.validate()?;
         if let Some(at) = self.cmdline.bytes().position(|byte| byte == 0) {
             return Err(ConfigError::CmdlineNul(at));
         }
@@ -297,7 +276,7 @@ pub fn parse_size(text: &str) -> Result<u64, ConfigError> {
     number.checked_mul(1 << shift).ok_or_else(bad)
 }
 
-fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+pub(crate) fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     #[derive(Deserialize)]
     #[serde(
         untagged,
@@ -380,10 +359,10 @@ mod tests {
             |c| (c.cpus, c.irqchip) = (2, Irqchip::None),
             "2 vCPUs need --irqchip",
         );
-        refused(|c| c.memory = 0, "0 bytes of memory");
-        refused(|c| c.memory = (256 << 20) + 1, "268435457");
-        refused(|c| c.memory = 1 << 52, "4503599627370496");
-        refused(|c| c.memory = !4095, "18446744073709547520");
+        refused(|c| c.memory = 0.into(), "0 bytes of memory");
+        refused(|c| c.memory = ((256 << 20) + 1).into(), "268435457");
+        refused(|c| c.memory = (1 << 52).into(), "4503599627370496");
+        refused(|c| c.memory = (!4095).into(), "18446744073709547520");
         refused(|c| c.cmdline = "a\0b".into(), "offset 1");
         refused(|c| c.debug_exit = Some(0xffff), "0xffff");
         refused(|c| c.debug_exit = Some(0x3f6), "serial port is at 0x3f8");
@@ -399,7 +378,7 @@ mod tests {
         let parse = |text: &str| serde_json::from_str::<Config>(text);
         let config = parse(r#"{"kernel": "k", "memory": "1G", "initrd": "i", "debug-exit": 244}"#);
         let expected = Config {
-            memory: 1 << 30,
+            memory: Memory::new(1 << 30),
             initrd: vec!["i".into()],
             debug_exit: Some(0xf4),
             ..Config::new("k")

@@ -8,7 +8,7 @@
 //!            (plain      │   arch: boot protocols, ACPI   ▲
 //!             data)      │   devices: serial, power, RTC ─┘ guest powered off, reset, crashed…
 //!                        └── kvm-core, memslots, io-bus, irq-routing
-//!   main_loop: console input, signals, the end       console, signals, logger, timeline
+//!   main_loop: console input, signals, the end       console, signals, logger, timeline, stats
 //! ```
 //!
 //! The binary `reference-vmm` is a command line around this library ([`cli`], [`run`]); a program
@@ -31,7 +31,8 @@
 //! # How to read it
 //!
 //! [`vm`] from top to bottom: it is the composition, and the order of set-up is there with its
-//! reasons. Then [`arch::boot`] (how a kernel image becomes a first instruction), [`arch::acpi`]
+//! reasons, and `exits` beside it, where each exit of a vCPU goes. Then [`memory`] (what the guest's
+//! memory is made of), [`arch::boot`] (how a kernel image becomes a first instruction), [`arch::acpi`]
 //! (how a kernel learns about its machine), [`devices`], and [`main_loop`].
 //!
 //! # Threads
@@ -40,7 +41,8 @@
 //! `vcpu0` and so on, on which its exits are served; the devices hold a lock of their own each, and
 //! the tables that an exit goes through are read without one. While a machine is built, a thread
 //! named `cpuid` waits for KVM's slowest answer; where the build fails before it is needed, that
-//! thread outlives the call by as long as the answer takes.
+//! thread outlives the call by as long as the answer takes. While a guest writes much to its serial
+//! port, a thread named `com1-drain` takes the output out of KVM's ring ([`devices::coalesce`]).
 //!
 //! # Threat model
 //!
@@ -55,7 +57,8 @@
 //!
 //! # Known limits
 //!
-//! No disks, network or other virtio devices. A reset ends the monitor instead of restarting the
+//! With 1 GiB pages the firmware lies in RAM that the guest can write; with 2 MiB pages the first
+//! 2 MiB are ordinary memory. No disks, network or other virtio devices. A reset ends the monitor instead of restarting the
 //! guest. The real-time clock raises no interrupt. vCPUs number at most 255.
 //!
 //! [kvm-core]: kvm_core
@@ -70,10 +73,13 @@ pub mod console;
 pub mod devices;
 pub mod doctor;
 pub mod end;
+pub(crate) mod exits;
 pub mod logger;
 pub mod main_loop;
+pub mod memory;
 pub mod process;
 pub mod run;
 pub mod signals;
+pub mod stats;
 pub mod timeline;
 pub mod vm;

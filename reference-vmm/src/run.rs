@@ -6,11 +6,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::cli::Run;
+use crate::cli::{Run, StatsForm};
 use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::main_loop;
 use crate::signals::{self, Signals};
+use crate::stats::Stats;
 use crate::timeline::{Event, timeline};
 use crate::vm::{BuildError, Machine};
 
@@ -21,8 +22,8 @@ use crate::vm::{BuildError, Machine};
 /// The process is expected to exit next: the VM is closed, and what else it had is left to that
 /// ([`Running::leave_to_exit`](crate::vm::Running::leave_to_exit) has the reason).
 pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
-    let end = match run_to_end(options) {
-        Ok(end) => end,
+    let (end, stats) = match run_to_end(options) {
+        Ok(ended) => ended,
         Err(error) => {
             say(format_args!("{}", Chain(&error)));
             return error.exit_status();
@@ -40,18 +41,30 @@ pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
         other => log::info!("the guest has ended: {other:?}"),
     }
     if options.timeline {
-        let text = timeline().to_string();
-        let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+        print(&timeline().to_string());
+    }
+    match (stats, options.stats) {
+        (Some(stats), Some(StatsForm::Text)) => print(&stats.to_string()),
+        (Some(stats), Some(StatsForm::Json)) => print(&(stats.json() + "\n")),
+        _ => {}
     }
     end.exit_status()
 }
 
-fn run_to_end(options: &Run) -> Result<GuestEnd, BuildError> {
+/// Text on stderr, which may be closed.
+fn print(text: &str) {
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+}
+
+fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
     let host = |what| move |source| BuildError::Process { what, source };
     // Before any thread exists, so that all of them inherit the mask.
     let stop_signals = Signals::take_over().map_err(host("take over the stop signals"))?;
     let end = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
     let machine = Machine::build(&options.config, std::io::stdout(), &end)?;
+    if options.stats.is_some() {
+        machine.count_accesses();
+    }
     // Last before the guest speaks: what fails above is told on a terminal in its usual mode.
     let terminal = RawTerminal::enter().map_err(host("put the terminal into raw mode"))?;
     let running = machine.start()?;
@@ -70,8 +83,9 @@ fn run_to_end(options: &Run) -> Result<GuestEnd, BuildError> {
     running.stop();
     timeline().mark(Event::Exit);
     drop(terminal);
+    let stats = options.stats.map(|_| running.stats());
     running.leave_to_exit();
     // The loop above comes back only when an end has been told, or has failed and is told just there.
     let untold = || GuestEnd::Failed("the guest stopped without a reason".into());
-    Ok(end.get().cloned().unwrap_or_else(untold))
+    Ok((end.get().cloned().unwrap_or_else(untold), stats))
 }

@@ -15,36 +15,38 @@
 //!
 //! 1. **Everything that needs no KVM** first: the kernel's headers, the boot plan, the ACPI tables.
 //!    What is wrong with the configuration is found before anything exists.
-//! 2. **CPUID** is asked for on a thread of its own while the rest goes on: KVM's slowest answer, and
+//! 2. **Readers' barriers** are made free (`srcu::prepare`) while the process has one thread: with two,
+//!    the kernel waits for a grace period of its own.
+//! 3. **CPUID** is asked for on a thread of its own while the rest goes on: KVM's slowest answer, and
 //!    the vCPUs are the first to need it.
-//! 3. **Memory slots** before anything that registers on KVM's buses: a slot made after the
-//!    in-kernel irqchip waits for a grace period.
-//! 4. **The irqchip** before the first vCPU, as KVM demands it.
-//! 5. **vCPUs**, their CPUID, MSRs and registers.
-//! 6. **Devices**, which are user-space tables: no call to KVM. Their interrupts are irqfds that are
+//! 4. **Memory slots** before anything that registers on KVM's buses: a slot made after the
+//!    in-kernel irqchip waits for a grace period. The firmware's is one of them, read-only
+//!    ([`memory`](crate::memory)): where there are ACPI tables, for elsewhere there is no firmware.
+//! 5. **The irqchip** before the first vCPU, as KVM demands it.
+//! 6. **vCPUs**, their CPUID, MSRs and registers.
+//! 7. **Devices**, which are user-space tables: no call to KVM. Their interrupts are irqfds that are
 //!    attached when they are first raised; no routing table is committed as long as it is KVM's
-//!    default. An ioeventfd would come here or later: with one, the VM's end waits as well.
+//!    default. An ioeventfd would come here or later: with one, the VM's end waits as well. So does
+//!    it with a coalesced zone, which comes when a guest has written much
+//!    ([`coalesce`](crate::devices::coalesce)).
 //!
 //! `tests/kvm_ioctl_order.rs` holds it against the ioctls of a real run.
 
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
-use io_bus::{Dispatcher, IoBus, Registration};
+use io_bus::{BusKind, Interrupter, IoBus, IoRange, Registration};
 use irq_routing::{Gsi, IrqSource, Irqchip, IrqchipKind, Pit, Routing};
 use kvm_core::arch::x86_64::{
-    BootState, CpuidError, CpuidPlan, LongModeTables, RegisterDump, TablesError, boot_msrs, gdt,
+    BootState, CpuidError, CpuidPlan, LongModeTables, TablesError, boot_msrs, gdt,
 };
-use kvm_core::{
-    Exit, ExitHandler, Flow, Halt, HaltReason, KickSignal, Kvm, Request, Requests, Runner, Vcpu,
-    VcpuId, VcpuSet, VcpuView, Vm,
-};
-use kvm_ioctls::{VcpuFd, VmFd};
-use memslots::{Backing, Gfn, Memslots, NewSlot, PAGE_SHIFT, Slot, SlotFlags, SlotTable};
-use vm_device::bus::{MmioAddress, PioAddress, PioRange};
+use kvm_core::{KickSignal, Kvm, Vcpu, VcpuId, VcpuSet, Vm};
+use kvm_ioctls::VmFd;
+use memslots::{Memslots, Slot};
+use vm_device::bus::{PioAddress, PioRange};
 use vm_memory::GuestAddress;
 
 use crate::arch::boot::{self, BootConfig, BootError, Image, ImageKind};
@@ -52,13 +54,15 @@ use crate::arch::{acpi, layout, reset_vector};
 use crate::config::{self, Config};
 use crate::devices::FIXED_PORTS;
 use crate::devices::acpi_power::AcpiPower;
+use crate::devices::coalesce::Coalescing;
 use crate::devices::interrupt::Interrupt;
 use crate::devices::power::{DebugExit, I8042, Pvpanic};
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::{ConsoleOut, SerialPort};
-use crate::end::{EndSignal, GuestEnd};
+use crate::end::EndSignal;
+use crate::exits::{self, Handler, SHOW_REGISTERS, run_vcpu};
 use crate::main_loop::GuestSide;
-use crate::timeline::{Event, timeline};
+use crate::stats::{ExitCounters, Named, Stats};
 
 type Host = Arc<VmFd>;
 type Com1 = SerialPort<Interrupt<IrqSource<Host>>, ConsoleOut>;
@@ -92,6 +96,10 @@ pub enum BuildError {
     /// KVM refused to make the VM or a vCPU.
     #[error(transparent)]
     Kvm(#[from] kvm_core::Error),
+    /// This host has not the memory that was asked for: no such huge pages, or not enough of them, or
+    /// no such NUMA node. Found before anything was made.
+    #[error("this host has no such memory for the guest")]
+    HostMemory(#[source] memslots::MapError),
     /// Guest memory could not be made.
     #[error("cannot make the guest's memory")]
     Memory(#[from] memslots::Error),
@@ -150,7 +158,8 @@ impl BuildError {
             BuildError::Boot(_)
             | BuildError::Layout(_)
             | BuildError::Config(_)
-            | BuildError::Acpi(_) => 2,
+            | BuildError::Acpi(_)
+            | BuildError::HostMemory(_) => 2,
             _ => 1,
         }
     }
@@ -168,8 +177,12 @@ pub struct Machine {
 struct Parts {
     com1: Arc<Com1>,
     power: Arc<Power>,
+    /// Before the bus: its zone is one of the bus's.
+    console: Arc<Coalescing<Host, Com1>>,
     /// Kept for their drop, which takes the devices off the bus.
     _registrations: Vec<Registration>,
+    /// What is on it, by name.
+    names: Vec<Named>,
     bus: IoBus,
     /// Kept for their drop, which deletes the slots.
     _slots: Vec<Slot>,
@@ -197,7 +210,7 @@ impl Machine {
             .iter()
             .map(|path| Image::open(ImageKind::Initrd, path))
             .collect::<Result<Vec<_>, _>>()?;
-        let ram = memslots::ram_layout(config.memory, layout::MMIO_HOLE)?;
+        let ram = memslots::ram_layout(config.memory.size, layout::MMIO_HOLE)?;
         // A guest without pin interrupts could not use what the tables describe.
         let acpi = (config.irqchip == config::Irqchip::Kernel)
             .then(|| acpi::tables(&acpi::AcpiConfig::new(config.cpus)))
@@ -212,13 +225,18 @@ impl Machine {
                 preference: boot::Preference::Fastest,
             },
         )?;
+        // A slot for the firmware where there is any.
+        let new_slots = config.memory.slots(&ram, acpi.is_some());
+        let refused = config.memory.check_host(&new_slots);
+        refused.map_err(BuildError::HostMemory)?;
 
-        // 2. and 3. The VM and its memory, with CPUID asked for meanwhile.
+        // 2. to 4. The VM and its memory, with CPUID asked for meanwhile.
+        srcu::prepare();
         let kvm = Arc::new(Kvm::open_at(&config.kvm)?);
         let cpuid = CpuidBase::ask(&kvm, config.irqchip)?;
         let setup = kvm.create_vm()?;
         let memslots = Memslots::new(setup.fd().clone());
-        let slots = make_memory(&memslots, &ram)?;
+        let slots = memslots.create_all(new_slots)?;
         let memory = memslots.snapshot();
         plan.load(&*memory, &mut kernel, &mut initrds)?;
         if let Some(acpi) = &acpi {
@@ -229,7 +247,7 @@ impl Machine {
         boot::write_all(&*memory, &[start.tables()])?;
         drop((memory, kernel, initrds));
 
-        // 4. The irqchip.
+        // 5. The irqchip.
         let most = setup.capabilities().max_vcpus();
         if config.cpus > most {
             return Err(BuildError::Cpus {
@@ -241,7 +259,7 @@ impl Machine {
         let irqchip = Irqchip::create(setup.fd(), irqchip_kind(config))?;
         let routing = Routing::new(setup.fd().clone(), &irqchip);
 
-        // 5. vCPUs.
+        // 6. vCPUs.
         // Below SIGRTMIN: a kick arrives also where the user's pending signals have reached their
         // limit. SIGURG of these: one that comes from elsewhere does no harm and never did.
         let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
@@ -259,7 +277,7 @@ impl Machine {
             })
             .collect::<Result<Vec<_>, BuildError>>()?;
 
-        // 6. Devices.
+        // 7. Devices.
         let interrupt = |device, gsi| {
             let gsi = routing
                 .reserve(Gsi(gsi))
@@ -280,11 +298,20 @@ impl Machine {
         let com1 = Arc::new(com1);
         let power = Arc::new(Power::new(end.clone(), interrupt("ACPI", layout::GED_GSI)?));
         let bus = IoBus::new();
-        let registrations = register_devices(&bus, config, &com1, &power, end)?;
+        let (registrations, names) = register_devices(&bus, config, &com1, &power, end)?;
+        // Only the transmit register; nothing is asked of KVM before a guest writes much.
+        let transmit = PioRange::new(PioAddress(layout::COM1_PORT), 1).map(IoRange::from);
+        let transmit = transmit.map_err(|_| BuildError::Process {
+            what: "name the serial port's transmit register",
+            source: io::ErrorKind::InvalidInput.into(),
+        })?;
+        let console = Coalescing::new(vm.fd().clone(), com1.clone(), transmit);
         let parts = Parts {
             com1,
             power,
+            console,
             _registrations: registrations,
+            names,
             bus,
             _slots: slots,
             memslots,
@@ -297,6 +324,12 @@ impl Machine {
         })
     }
 
+    /// Has the accesses of each device counted from now on: [`Running::stats`] shows them then. Each
+    /// costs some nanoseconds more.
+    pub fn count_accesses(&self) {
+        self.parts.bus.count(true);
+    }
+
     /// Starts a thread for each vCPU, named `vcpu0` and so on.
     ///
     /// # Errors
@@ -305,19 +338,28 @@ impl Machine {
         let Machine { parts, vcpus, end } = self;
         let set = VcpuSet::new(parts.vm.identity().clone());
         let live = Arc::new(AtomicUsize::new(vcpus.len()));
+        let stopping = Arc::new(AtomicBool::new(false));
+        let shared = Arc::new(exits::Shared {
+            bus: parts.bus.clone(),
+            memslots: parts.memslots.clone(),
+            console: parts.console.clone(),
+            end: end.clone(),
+            stopping: stopping.clone(),
+        });
         let mut running = Running {
             set,
             threads: Vec::with_capacity(vcpus.len()),
+            stopping,
+            waits: Vec::with_capacity(vcpus.len()),
+            counters: Vec::with_capacity(vcpus.len()),
             parts,
         };
         for vcpu in vcpus {
             // On an error `running` is dropped, which stops the threads started so far.
-            let handler = Handler {
-                bus: running.parts.bus.dispatcher(),
-                memory: running.parts.memslots.reader(),
-                end: end.clone(),
-                entered: false,
-            };
+            let counters = Arc::new(ExitCounters::default());
+            let handler = Handler::new(&shared, counters.clone());
+            running.counters.push(counters);
+            running.waits.push(handler.interrupter());
             let runner = running.set.enroll(vcpu)?;
             let name = format!("vcpu{}", runner.id().0);
             let end = end.clone();
@@ -339,16 +381,38 @@ impl Machine {
 pub struct Running {
     set: VcpuSet,
     threads: Vec<JoinHandle<()>>,
+    stopping: Arc<AtomicBool>,
+    /// Each vCPU's way out of a wait for a deferred answer.
+    waits: Vec<Interrupter>,
+    counters: Vec<Arc<ExitCounters>>,
     parts: Parts,
 }
 
 impl Running {
     /// Brings every vCPU out of the guest for good and waits until it is. An access under way is
-    /// finished by its device first.
+    /// finished by its device first, but for one that the device has deferred. What the guest has
+    /// written to its console is on it then.
     pub fn stop(&self) {
+        // Relaxed: the locks of what follows make it visible.
+        self.stopping.store(true, Ordering::Relaxed);
+        for wait in &self.waits {
+            wait.interrupt();
+        }
         if let Err(error) = self.set.stop() {
             log::error!("cannot stop the vCPUs: {error}");
         }
+        self.parts.console.stop(&self.parts.bus);
+    }
+
+    /// What the guest has done so far, in numbers. Devices are among them if
+    /// [`Machine::count_accesses`] was called. Does not make a vCPU wait.
+    pub fn stats(&self) -> Stats {
+        Stats::collect(
+            self.counters.iter().map(|counters| &**counters),
+            &self.parts.bus,
+            &self.parts.names,
+            &self.parts.memslots.snapshot(),
+        )
     }
 
     /// Stops the vCPUs and closes the VM, for a process that exits next: the rest is left to the
@@ -362,6 +426,9 @@ impl Running {
     pub fn leave_to_exit(mut self) {
         self.stop();
         self.join();
+        // The mapping of the ring of coalesced writes holds the VM as well. The bus has it.
+        self.parts.console.forget();
+        self.parts.bus = IoBus::new();
         let vm = self.parts.vm.fd().as_raw_fd();
         std::mem::forget(self);
         // SAFETY: what owns the descriptor has been forgotten, and the threads that shared it have
@@ -413,8 +480,6 @@ impl GuestSide for Running {
     }
 }
 
-/// The request of a vCPU to show its registers.
-const SHOW_REGISTERS: Option<Request> = Request::consumer(0);
 
 /// What this host's processors can be for a guest.
 struct CpuidBase {
@@ -562,18 +627,6 @@ fn irqchip_kind(config: &Config) -> IrqchipKind {
     }
 }
 
-/// Guest memory: one slot a range of `ram`, backed by memory that the host gives when it is touched.
-fn make_memory(
-    memslots: &Memslots,
-    ram: &[(GuestAddress, u64)],
-) -> Result<Vec<Slot>, memslots::Error> {
-    memslots.create_all(ram.iter().map(|&(start, size)| NewSlot {
-        start,
-        backing: Backing::anonymous(size),
-        flags: SlotFlags::default(),
-    }))
-}
-
 /// Puts the machine's devices on the bus. All of them are ports, in the order of [`FIXED_PORTS`].
 fn register_devices(
     bus: &IoBus,
@@ -581,8 +634,9 @@ fn register_devices(
     com1: &Arc<Com1>,
     power: &Arc<Power>,
     end: &Arc<EndSignal>,
-) -> Result<Vec<Registration>, BuildError> {
+) -> Result<(Vec<Registration>, Vec<Named>), BuildError> {
     let mut registrations = Vec::with_capacity(8);
+    let mut names = Vec::with_capacity(8);
     let i8042 = Arc::new(I8042::new(end.clone()));
     let mut add = |device: &'static str, port: u16, len: u16, model: Port| {
         let range = PioRange::new(PioAddress(port), len).map_err(|_| {
@@ -593,6 +647,7 @@ fn register_devices(
             .register_pio(range, model)
             .map_err(|source| BuildError::Bus { device, source })?;
         registrations.push(registration);
+        names.push((device, BusKind::Pio, IoRange::from(range)));
         Ok::<_, BuildError>(())
     };
     let fixed: [Port; FIXED_PORTS.len()] = [
@@ -614,200 +669,7 @@ fn register_devices(
             Arc::new(DebugExit::new(end.clone())),
         )?;
     }
-    Ok(registrations)
+    Ok((registrations, names))
 }
 
 type Port = Arc<dyn vm_device::DevicePio + Send + Sync>;
-
-/// A vCPU's exits, on its thread.
-struct Handler {
-    bus: Dispatcher,
-    memory: memslots::Reader<SlotTable>,
-    end: Arc<EndSignal>,
-    entered: bool,
-}
-
-/// Why a vCPU stopped by itself.
-#[derive(Debug)]
-enum Stop {
-    /// The guest's end has been told.
-    Ended,
-    /// HLT, and there is no interrupt controller that could wake it.
-    Halted,
-}
-
-impl ExitHandler<VcpuFd> for Handler {
-    type Stop = Stop;
-
-    fn exit(&mut self, vcpu: &VcpuView<'_, VcpuFd>, exit: Exit<'_>) -> Flow<Stop> {
-        match exit {
-            Exit::PioIn { port, size, data } => {
-                let _ = self
-                    .bus
-                    .pio_read_repeated(PioAddress(port), size.into(), data);
-            }
-            Exit::PioOut { port, size, data } => {
-                let _ = self
-                    .bus
-                    .pio_write_repeated(PioAddress(port), size.into(), data);
-            }
-            Exit::MmioRead { addr, data } => {
-                let outcome = self.bus.mmio_read(MmioAddress(addr.0), data);
-                self.check_memory(vcpu, addr, outcome.is_answered());
-            }
-            Exit::MmioWrite { addr, data } => {
-                let outcome = self.bus.mmio_write(MmioAddress(addr.0), data);
-                self.check_memory(vcpu, addr, outcome.is_answered());
-            }
-            Exit::Hlt => return Flow::Stop(Stop::Halted),
-            Exit::SystemEvent { kind, .. } => match kind {
-                kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => self.end.tell(GuestEnd::PoweredOff),
-                kvm_bindings::KVM_SYSTEM_EVENT_RESET => self.end.tell(GuestEnd::Reset),
-                kvm_bindings::KVM_SYSTEM_EVENT_CRASH => self.end.tell(GuestEnd::Panicked),
-                other => log::warn!("vCPU {}: system event {other}, which is ignored", vcpu.id()),
-            },
-            Exit::MemoryFault { addr, size, .. } => self.end.tell(GuestEnd::Failed(format!(
-                "vCPU {}: the host cannot give the guest its memory at {:#x} ({size} bytes)",
-                vcpu.id(),
-                addr.0
-            ))),
-            // Nothing of these was asked for.
-            other => log::debug!("vCPU {}: {other:?}, which is ignored", vcpu.id()),
-        }
-        if self.end.is_told() {
-            Flow::Stop(Stop::Ended)
-        } else {
-            Flow::Continue
-        }
-    }
-
-    /// The only request there is: [`SHOW_REGISTERS`].
-    fn requests(&mut self, vcpu: &VcpuView<'_, VcpuFd>, _: Requests) -> Flow<Stop> {
-        let (id, fd) = (vcpu.id(), vcpu.fd());
-        let registers = fd
-            .get_regs()
-            .and_then(|regs| fd.get_sregs().map(|sregs| RegisterDump { regs, sregs }));
-        // One write each, so that several vCPUs' do not mix. Stderr closed or full stops no guest.
-        let text = match registers {
-            Ok(registers) => format!("reference-vmm: vCPU {id}:\n{registers}\n"),
-            Err(errno) => {
-                format!("reference-vmm: vCPU {id}: its registers cannot be read: {errno}\n")
-            }
-        };
-        let _ = io::stderr().lock().write_all(text.as_bytes());
-        Flow::Continue
-    }
-
-    fn before_entry(&mut self, _vcpu: &VcpuView<'_, VcpuFd>) {
-        if !self.entered {
-            self.entered = true;
-            timeline().mark(Event::FirstEntry);
-        }
-    }
-}
-
-impl Handler {
-    /// An access that no device answered at an address that is the guest's memory is no access: the
-    /// host could not serve the page (a poisoned one, for example), and what a read would give the
-    /// guest is not what is in its memory. The guest stops rather than going on with that.
-    fn check_memory(&mut self, vcpu: &VcpuView<'_, VcpuFd>, addr: GuestAddress, answered: bool) {
-        if answered {
-            return;
-        }
-        if self.memory.enter().is_visible(Gfn(addr.0 >> PAGE_SHIFT)) {
-            self.end.tell(GuestEnd::Failed(format!(
-                "vCPU {}: memory error: the host cannot serve the guest's memory at {:#x}",
-                vcpu.id(),
-                addr.0
-            )));
-        } else {
-            log::debug!("vCPU {}: nobody answers at {:#x}", vcpu.id(), addr.0);
-        }
-    }
-}
-
-/// Tells the end of a guest whose vCPU's thread unwinds: without it nobody would know that one of
-/// its processors has stopped. (The binary aborts at a panic; a program with the library may not.)
-struct TellPanic<'a> {
-    id: VcpuId,
-    end: &'a EndSignal,
-}
-
-impl Drop for TellPanic<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let what = format!("vCPU {}: its thread panicked", self.id);
-            self.end.tell(GuestEnd::Failed(what));
-        }
-    }
-}
-
-/// A vCPU thread: runs until the vCPU halts, and tells the end that it came to.
-fn run_vcpu(runner: Runner<Vcpu>, handler: Handler, end: &EndSignal, running: &AtomicUsize) {
-    let id = runner.id();
-    let _tell_panic = TellPanic { id, end };
-    let Err(Halt { reason, vcpu, .. }) = runner.run(handler);
-    let crash = |what: &dyn std::fmt::Display| {
-        let registers = match vcpu.registers() {
-            // After a triple fault kvm_amd resets the vCPU, for what AMD's processors leave of its
-            // state is undefined.
-            Ok(registers) if is_reset(&registers) => {
-                format!("its registers are lost: this host's KVM reset it at once\n{registers}")
-            }
-            Ok(registers) => registers.to_string(),
-            Err(error) => format!("its registers cannot be read: {error}"),
-        };
-        end.tell(GuestEnd::Crashed(format!("vCPU {id}: {what}\n{registers}")));
-    };
-    match reason {
-        HaltReason::Stopped | HaltReason::Handler(Stop::Ended) => {}
-        HaltReason::Handler(Stop::Halted) => {
-            // AcqRel: the last to halt has seen what the others did before they halted.
-            if running.fetch_sub(1, Ordering::AcqRel) == 1 {
-                end.tell(GuestEnd::Halted);
-            }
-        }
-        HaltReason::Shutdown => crash(&"triple fault"),
-        HaltReason::InternalError(error) => crash(&error),
-        HaltReason::FailEntry { .. } | HaltReason::Unknown { .. } => crash(&Describe(&reason)),
-        other => end.tell(GuestEnd::Failed(format!("vCPU {id}: {}", Describe(&other)))),
-    }
-}
-
-/// Whether these are the registers of a vCPU at its reset vector.
-fn is_reset(registers: &RegisterDump) -> bool {
-    const PROTECTED_MODE: u64 = 1;
-    let RegisterDump { regs, sregs, .. } = registers;
-    regs.rip == 0xfff0 && sregs.cs.base == 0xffff_0000 && sregs.cr0 & PROTECTED_MODE == 0
-}
-
-/// [`HaltReason`]'s own words.
-struct Describe<'a>(&'a HaltReason<Stop>);
-
-impl std::fmt::Display for Describe<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_vcpu_thread_that_panics_ends_the_guest() {
-        let end = EndSignal::new().unwrap();
-        std::thread::scope(|scope| {
-            let vcpu = scope.spawn(|| {
-                let _tell_panic = TellPanic {
-                    id: VcpuId(3),
-                    end: &end,
-                };
-                panic!("on purpose");
-            });
-            assert!(vcpu.join().is_err());
-        });
-        let told = Some(GuestEnd::Failed("vCPU 3: its thread panicked".into()));
-        assert_eq!(end.get().cloned(), told);
-    }
-}

@@ -165,6 +165,53 @@ fn impossible_memory_is_refused_with_the_size() {
 }
 
 #[test]
+fn impossible_options_of_memory_are_refused_with_what_to_do() {
+    for (memory, needles) in [
+        ("512M,huge", &["\"huge\"", "hugepages"][..]),
+        ("512M,share=on", &["share=on", "shared"]),
+        ("512M,shared=maybe", &["shared=maybe", "on or off"]),
+        ("512M,", &["\"\""]),
+        ("512M,1G", &["1G"]),
+        ("512M,shared,shared", &["shared", "twice"]),
+        ("512M,thp=madvise", &["thp=madvise", "always or never"]),
+        ("512M,numa=all", &["numa=all", "number"]),
+        ("512M,hugepages=3M", &["hugepages=3M", "2M or 1G"]),
+        ("513M,hugepages=2M", &["537919488", "2 MiB"]),
+        ("1536M,hugepages=1G", &["1610612736", "1 GiB"]),
+        ("512M,hugepages=2M,thp=always", &["thp", "leave one"]),
+        // What only the host knows, and still before anything is made.
+        ("64T,hugepages=2M", &["huge pages of 2 MiB"]),
+        ("512M,numa=1023", &["NUMA node 1023"]),
+    ] {
+        refused(&format!("--memory {memory}"), needles);
+    }
+    let kernel = elf(boot::hello64());
+    for (json, needle) in [
+        (r#"{"size": "1G", "huge": true}"#, "`huge`"),
+        (r#"{"size": "1G", "thp": "madvise"}"#, "madvise"),
+        (r#"{"size": "513M", "hugepages": "2M"}"#, "2 MiB"),
+        (r#"{"size": "1G", "hugepages": 5}"#, "hugepages"),
+        (r#""1G,huge""#, "huge"),
+        ("true", "a size is"),
+    ] {
+        let text = format!(r#"{{"kernel": {kernel:?}, "kvm": "{NO_KVM}", "memory": {json}}}"#);
+        let config = file(text.as_bytes());
+        let ended = Vmm::command(["run", "--config"]).arg(&config).output();
+        ended.expect_status(2).expect_line(&[needle]);
+    }
+    // What is right gets as far as KVM, in each form.
+    for memory in [
+        "512M,shared,prefault,thp=never",
+        "512M,numa=0",
+        "size=512M",
+        "thp=always",
+    ] {
+        let ended = run(&kernel).args(["--memory", memory]).output();
+        ended.expect_status(1).expect_line(&[NO_KVM]);
+    }
+}
+
+#[test]
 fn debug_exit_and_pit_that_cannot_be_are_refused() {
     refused("--debug-exit=0xffff", &["0xffff"]);
     refused("--debug-exit=0x3f8", &["0x3f8"]);

@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use guests::{boot, monitor};
+use guests::{boot, console, monitor};
 use support::pty::Pty;
 use support::tracer::{Call, Inject, Kind, Trace, trace};
 use support::{WATCHDOG, elf, long, need_kvm, not_one_line};
@@ -225,6 +225,16 @@ fn each_ioctl_of_a_start_with_the_other_irqchips_may_be_refused() {
         let messages = scenario.refuse(scenario.calls().filter(is_kvm), &ERRNOS, kvm_rule);
         all_different(&messages);
     }
+}
+
+#[test]
+fn a_zone_that_kvm_refuses_is_done_without() {
+    let kernel = elf(console::polled64());
+    let scenario = Scenario::new(&kernel, "--debug-exit --cmdline 2000e", b"");
+    assert_eq!(scenario.good.stdout, console::pattern(2000));
+    let zone = |call: &&Call| call.kind == Kind::kvm("KVM_REGISTER_COALESCED_MMIO");
+    let calls = scenario.calls().filter(zone);
+    scenario.refuse(calls, &ERRNOS, |_, _| Allowed::GoOn);
 }
 
 #[test]

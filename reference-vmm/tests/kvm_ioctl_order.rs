@@ -8,19 +8,20 @@
 
 mod support;
 
-use guests::{boot, monitor};
+use guests::{boot, console, monitor};
 use support::tracer::{Kind, Trace, trace};
 use support::{WATCHDOG, elf, need_kvm};
 
 /// What registers on KVM's I/O buses or replaces its routing table. A slot made after one of these
 /// waits for a grace period.
-const BUS_USERS: [&str; 6] = [
+const BUS_USERS: [&str; 7] = [
     "KVM_CREATE_IRQCHIP",
     "KVM_CREATE_PIT2",
     "KVM_IOEVENTFD",
     "KVM_IRQFD",
     "KVM_SET_GSI_ROUTING",
     "KVM_ENABLE_CAP",
+    "KVM_REGISTER_COALESCED_MMIO",
 ];
 
 fn run(words: &str) -> Trace {
@@ -57,22 +58,34 @@ const IRQCHIPS: [&str; 4] = [
 #[test]
 fn memory_slots_come_before_whatever_uses_kvms_buses() {
     for words in IRQCHIPS {
-        // 6 GiB has two slots: both come first.
-        for memory in [" --memory 128M", " --memory 6G"] {
+        // 6 GiB has two slots, and firmware cuts the first in three: all come first.
+        let firmware = if words.contains("kernel") { 2 } else { 0 };
+        for (memory, ranges) in [(" --memory 128M", 1), (" --memory 6G", 2)] {
             let trace = run(&format!("{words}{memory}"));
             let slots = trace.positions("KVM_SET_USER_MEMORY_REGION").len()
                 + trace.positions("KVM_SET_USER_MEMORY_REGION2").len();
-            assert_eq!(
-                slots,
-                if memory.ends_with("6G") { 2 } else { 1 },
-                "{}",
-                listing(&trace)
-            );
+            assert_eq!(slots, ranges + firmware, "{}", listing(&trace));
             for late in BUS_USERS {
                 all_before(&trace, "KVM_SET_USER_MEMORY_REGION", late);
                 all_before(&trace, "KVM_SET_USER_MEMORY_REGION2", late);
             }
         }
+    }
+}
+
+#[test]
+fn readers_barriers_are_made_free_before_there_is_a_second_thread() {
+    // With one, registering with membarrier waits for a grace period of the whole kernel.
+    const REGISTER: u64 = 1 << 4;
+    for words in IRQCHIPS {
+        let trace = run(words);
+        let at =
+            |wanted: &dyn Fn(&support::tracer::Call) -> bool| trace.calls.iter().position(wanted);
+        let is = |call: &support::tracer::Call, numbers: &[i64]| matches!(call.kind, Kind::Syscall(nr) | Kind::Elsewhere(nr) if numbers.contains(&nr));
+        let registered = at(&|call| is(call, &[libc::SYS_membarrier]) && call.args[0] == REGISTER);
+        let thread = at(&|call| is(call, &[libc::SYS_clone, libc::SYS_clone3]));
+        assert!(registered.is_some() && thread.is_some(), "{trace}");
+        assert!(registered < thread, "{trace}");
     }
 }
 
@@ -105,7 +118,12 @@ fn the_irqchip_comes_before_the_first_vcpu() {
 fn a_guest_that_needs_no_interrupt_costs_no_routing_no_irqfd_and_no_ioeventfd() {
     for words in IRQCHIPS {
         let trace = run(words);
-        for avoidable in ["KVM_SET_GSI_ROUTING", "KVM_IOEVENTFD", "KVM_IRQFD"] {
+        for avoidable in [
+            "KVM_SET_GSI_ROUTING",
+            "KVM_IOEVENTFD",
+            "KVM_IRQFD",
+            "KVM_REGISTER_COALESCED_MMIO",
+        ] {
             let made = trace.positions(avoidable);
             assert!(made.is_empty(), "{words}: {avoidable}\n{}", listing(&trace));
         }
@@ -148,6 +166,28 @@ fn no_slot_is_deleted_one_by_one_at_the_end() {
 }
 
 #[test]
+fn a_coalesced_zone_comes_from_a_thread_of_its_own_when_a_guest_has_written_much() {
+    need_kvm();
+    let kernel = elf(console::polled64());
+    let kernel = kernel.to_str().unwrap();
+    for (much, zones, ends) in [("255e", 0, 0), ("20000e", 1, 0), ("20000i", 1, 1)] {
+        let args = ["run", "--debug-exit", "--kernel", kernel, "--cmdline", much];
+        let trace = trace(&args, None, &[], WATCHDOG);
+        assert_eq!(trace.status.code(), Some(1), "{trace}");
+        let kind = Kind::kvm("KVM_REGISTER_COALESCED_MMIO");
+        let made: Vec<_> = trace.kvm().filter(|call| call.kind == kind).collect();
+        assert_eq!(made.len(), zones, "{much}: {}", listing(&trace));
+        // The vCPU does not wait for the grace period, and the process's end for no other: a zone
+        // ends before its VM only if the guest goes on by interrupts.
+        let kind = Kind::kvm("KVM_UNREGISTER_COALESCED_MMIO");
+        let ended: Vec<_> = trace.kvm().filter(|call| call.kind == kind).collect();
+        assert_eq!(ended.len(), ends, "{much}: {}", listing(&trace));
+        let mut both = made.into_iter().chain(ended);
+        assert!(both.all(|call| call.thread == "com1-drain"));
+    }
+}
+
+#[test]
 fn what_need_not_be_repeated_is_done_once() {
     for words in IRQCHIPS {
         let trace = run(words);
@@ -159,6 +199,8 @@ fn what_need_not_be_repeated_is_done_once() {
                 "KVM_ENABLE_CAP" => 4,
                 // How long the list is, then the list.
                 "KVM_GET_MSR_INDEX_LIST" | "KVM_GET_SUPPORTED_CPUID" => 2,
+                // One a slot.
+                "KVM_SET_USER_MEMORY_REGION" if words.contains("kernel") => 3,
                 _ => 1,
             };
             assert!(

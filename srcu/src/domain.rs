@@ -2,44 +2,60 @@
 
 //! The grace-period machinery: who is inside, what waits for them to leave, and what runs then. Knows nothing of tables.
 //!
-//! A reader's whole shared state is one word on a cache line of its own, its [`Slot`]:
+//! A reader's whole shared state is its [`Slot`], a cache line of its own: a word that it alone writes, and a flag that
+//! writers raise.
 //!
 //! ```text
-//!   63                          2    1        0
-//!  +----------------------------+--------+---------+
-//!  |  ticket, +1 at each enter  | INSIDE | PENDING |
-//!  +----------------------------+--------+---------+
+//!   63                                   1        0
+//!  +-------------------------------------+--------+      +---------+
+//!  |  ticket, +1 at each enter           | INSIDE |      | PENDING |
+//!  +-------------------------------------+--------+      +---------+
 //! ```
 //!
 //! A grace period is the list of the words that had `INSIDE` set when it began; it is over when each of them has
-//! changed (`PENDING` aside). A word never comes back before its ticket has wrapped, 2^62 enters later.
-//! `PENDING` is set by whoever begins a grace period and tells the reader that its leave is waited for: that leave, and
-//! no other, takes the lock and reclaims. Because the same word carries both, and is left by a swap, the bit can not be
-//! missed.
+//! changed. A word never comes back before its ticket has wrapped, 2^63 enters later. `PENDING` is raised by whoever
+//! begins a grace period and tells the reader that its leave is waited for: that leave takes the lock and reclaims.
+//!
+//! Entering and leaving are one store and one load each, in this order, and a writer's two looks are the same the other
+//! way round. What would go wrong if both loads saw the old:
+//! - *enter*: the reader follows the old pointer, the writer finds nobody inside and frees what it points to;
+//! - *leave*: the reader sees no `PENDING` and goes, the writer has seen it inside and sleeps for ever.
+//!
+//! [`Barrier`] has the pair of barriers that rules this out, and who pays for it.
 
-use crate::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, fence, lock, wait};
+use crate::barrier::Barrier;
+use crate::sync::{AtomicBool, AtomicU64, Condvar, Mutex, MutexGuard, Ordering, lock, wait};
 use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
-/// Someone waits for this reader to leave.
-const PENDING: u64 = 1 << 0;
 /// The reader is inside.
-const INSIDE: u64 = 1 << 1;
+const INSIDE: u64 = 1 << 0;
 /// One step of the ticket.
-const TICKET: u64 = 1 << 2;
+const TICKET: u64 = 1 << 1;
 
-/// The word of one reader. 128 bytes: x86 prefetches cache lines in pairs.
+/// What one reader and the writers share. 128 bytes: x86 prefetches cache lines in pairs.
 #[repr(align(128))]
-pub(crate) struct Slot(AtomicU64);
+pub(crate) struct Slot {
+    /// Written by the reader alone.
+    word: AtomicU64,
+    /// Someone waits for this reader to leave. Raised by writers and lowered by the reader, each with the registry's
+    /// lock held; looked at by the reader, at each leave, without.
+    pending: AtomicBool,
+}
 
 /// A reader's own side of its [`Slot`].
 pub(crate) struct Membership {
     slot: Arc<Slot>,
-    /// What this reader last stored, `PENDING` aside.
+    /// What this reader last stored.
     word: u64,
+    barrier: Barrier,
 }
+
+/// The word of an enter.
+#[derive(Clone, Copy)]
+pub(crate) struct Entered(u64);
 
 /// What happens when a grace period is over.
 pub(crate) enum Payload {
@@ -80,44 +96,59 @@ pub(crate) struct Domain {
     registry: Mutex<Registry>,
     /// A leave that was waited for has happened.
     left: Condvar,
+    barrier: Barrier,
 }
 
 impl Membership {
     /// Makes this reader count as inside. On return, whatever was published before the last grace period that does not
-    /// wait for this reader is visible to it.
+    /// wait for this reader is visible to it. The answer is for [`leave`](Self::leave): its caller has it in a register,
+    /// where a load from here would wait for the store below.
     #[inline]
-    pub(crate) fn enter(&mut self, domain: &Domain) {
+    pub(crate) fn enter(&mut self, domain: &Domain) -> Entered {
         if self.word & INSIDE != 0 {
-            // The previous guard was forgotten (`mem::forget`): its borrow is over, so it has left.
-            self.leave(domain);
+            self.leave_forgotten(domain);
         }
-        self.word = self.word.wrapping_add(TICKET) | INSIDE;
+        // INSIDE is clear: one addition sets it and takes the next ticket.
+        let word = self.word.wrapping_add(TICKET + INSIDE);
+        self.word = word;
         // Release: pairs with the Acquire of `is_over`. Whoever sees this word knows that the previous guard is left,
         // and what was read through it must have happened before what is done about it. (A later plain store does not
-        // carry on the release sequence of the leave.)
-        self.slot.0.store(self.word, Ordering::Release);
-        // Pairs with the fence of `begin`: of the store above and the caller's load of the table's pointer on this
-        // side, and the swap of that pointer and the load of this word on the other, at least one load sees the other
-        // side's store. So either the writer waits for us or we see the new table.
-        fence(Ordering::SeqCst);
+        // carry on the release sequence of the leave, and its light barrier orders nothing on weaker processors.)
+        self.slot.word.store(word, Ordering::Release);
+        // Pairs with the first heavy barrier of `inside`: of the store above and the caller's load of the table's
+        // pointer on this side, and the store of that pointer and the load of this word on the other, at least one load
+        // sees the other side's store. So either the writer waits for us or we see the new table.
+        self.barrier.light();
+        Entered(word)
     }
 
-    /// Makes this reader count as outside, and if that was waited for, reclaims and wakes.
+    /// Makes this reader, which has `entered` last, count as outside, and if that was waited for, reclaims and wakes.
     #[inline]
-    pub(crate) fn leave(&mut self, domain: &Domain) {
-        self.word &= !INSIDE;
-        // Release: what was read through the guard happens before whoever sees this word (`is_over`, `begin`).
-        // No Acquire: whoever set PENDING did so under the lock that the slow path takes, so it comes after them.
-        // A swap and not a store, because PENDING may be set in between and must not be overwritten unseen.
-        if self.slot.0.swap(self.word, Ordering::Release) & PENDING != 0 {
-            domain.someone_left();
+    pub(crate) fn leave(&mut self, entered: Entered, domain: &Domain) {
+        let (slot, word) = (&*self.slot, entered.0 & !INSIDE);
+        self.word = word;
+        // Release: what was read through the guard happens before whoever sees this word (`is_over`, `inside`).
+        slot.word.store(word, Ordering::Release);
+        // Pairs with the second heavy barrier of `inside`: of the store above and the load below on this side, and the
+        // store of PENDING and the load of this word (`is_over`) on the other, at least one load sees the other side's
+        // store. So either we see that we are waited for, or the writer sees that it need not wait.
+        self.barrier.light();
+        // Relaxed: what was written before PENDING was raised is seen by way of the lock that the slow path takes.
+        if slot.pending.load(Ordering::Relaxed) {
+            domain.someone_left(slot);
         }
+    }
+
+    /// The previous guard was forgotten (`mem::forget`): its borrow is over, so it has left.
+    #[cold]
+    fn leave_forgotten(&mut self, domain: &Domain) {
+        self.leave(Entered(self.word), domain);
     }
 
     /// As `leave`, if a forgotten guard left it undone; then takes the reader out of the list.
     pub(crate) fn unregister(&mut self, domain: &Domain) {
         if self.word & INSIDE != 0 {
-            self.leave(domain);
+            self.leave_forgotten(domain);
         }
         lock(&domain.registry)
             .slots
@@ -131,42 +162,23 @@ fn is_over(inside: &Inside) -> bool {
     inside
         .iter()
         .flat_map(|list| list.iter())
-        .all(|(slot, word)| slot.0.load(Ordering::Acquire) & !PENDING != *word)
+        .all(|(slot, word)| slot.word.load(Ordering::Acquire) != *word)
 }
 
 impl Registry {
-    /// Begins a grace period: lists who is inside and tells each that its leave is waited for.
-    fn begin(&self) -> Inside {
-        // Pairs with the fence of `enter`.
-        fence(Ordering::SeqCst);
-        let mut inside = Vec::new();
-        for slot in &self.slots {
-            // Acquire, here and below: a reader found outside has left, and what it read there happens before what the
-            // caller goes on to do (Release of `leave`).
-            let word = slot.0.load(Ordering::Acquire);
-            if word & INSIDE == 0 {
-                continue;
-            }
-            let pending = word | PENDING;
-            // A PENDING that is set already will do: its owner's slow path needs the registry's lock, that we hold, and
-            // will find what we list here; or it has had it before us, and then the load above saw the leave.
-            // A failed exchange: the reader has left since. If it is inside again, it entered after our fence.
-            // One that succeeds needs no ordering: it reads the very store that the load above has acquired from, and
-            // keeps up that store's release sequence; AcqRel is for whoever reads this without the proof.
-            if word == pending
-                || slot
-                    .0
-                    .compare_exchange(word, pending, Ordering::AcqRel, Ordering::Acquire)
-                    .is_ok()
-            {
-                inside.push((Arc::clone(slot), word & !PENDING));
-            }
-        }
-        if inside.is_empty() {
-            None
-        } else {
-            Some(inside.into())
-        }
+    /// Who is inside; tells each that its leave is waited for.
+    fn waited_for(&self) -> Vec<(Arc<Slot>, u64)> {
+        let listed = |slot: &Arc<Slot>| {
+            // Acquire: a reader found outside has left, and what it read there happens before what the caller goes on to
+            // do (Release of `leave`).
+            let word = slot.word.load(Ordering::Acquire);
+            (word & INSIDE != 0).then(|| {
+                // Relaxed: ordered by the lock, and by the second barrier of `inside`.
+                slot.pending.store(true, Ordering::Relaxed);
+                (Arc::clone(slot), word)
+            })
+        };
+        self.slots.iter().filter_map(listed).collect()
     }
 
     /// Takes out what no reader holds back any more.
@@ -185,10 +197,11 @@ impl Registry {
 }
 
 impl Domain {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(barrier: Barrier) -> Self {
         Self {
             registry: Mutex::new(Registry::default()),
             left: Condvar::new(),
+            barrier,
         }
     }
 
@@ -197,29 +210,51 @@ impl Domain {
         self.register_at(0)
     }
 
-    /// A new reader whose ticket starts at `word` (the two low bits clear).
+    /// A new reader whose ticket starts at `word` (`INSIDE` clear).
     pub(crate) fn register_at(&self, word: u64) -> Membership {
-        let slot = Arc::new(Slot(AtomicU64::new(word)));
+        let slot = Arc::new(Slot {
+            word: AtomicU64::new(word),
+            pending: AtomicBool::new(false),
+        });
         // A grace period that begins after this sees the slot; one that began before is none of this reader's
         // business: the lock orders its publication before this reader's first load.
         lock(&self.registry).slots.push(Arc::clone(&slot));
-        Membership { slot, word }
+        Membership {
+            slot,
+            word,
+            barrier: self.barrier,
+        }
+    }
+
+    /// Lists who is inside, after it has told them that their leave is waited for. The registry's lock is not held
+    /// during the barriers: a leave that is waited for does not wait for them.
+    fn inside(&self) -> Inside {
+        // Pairs with the light barrier of `enter`.
+        self.barrier.heavy();
+        let list = lock(&self.registry).waited_for();
+        if list.is_empty() {
+            return None;
+        }
+        // Pairs with the light barrier of `leave`. Every look at a listed word comes after it (`is_over`), so a leave
+        // that has not seen PENDING is seen by the first such look, before anyone sleeps.
+        self.barrier.heavy();
+        Some(list.into())
     }
 
     /// Begins a grace period.
     pub(crate) fn begin(self: &Arc<Self>) -> Grace {
-        let inside = lock(&self.registry).begin();
         Grace {
+            inside: self.inside(),
             domain: Arc::clone(self),
-            inside,
         }
     }
 
     /// Begins a grace period and retires `payload` until it is over. Runs nothing yet: the caller holds a lock.
     pub(crate) fn retire(self: &Arc<Self>, payload: Payload) -> Retired {
+        let inside = self.inside();
         let mut registry = lock(&self.registry);
-        let inside = registry.begin();
         registry.retired.push((inside.clone(), payload));
+        // A reader that left, and had its slow path, before we took the lock found nothing of ours: we find it gone.
         let ready = registry.ready();
         Retired {
             ready,
@@ -242,9 +277,13 @@ impl Domain {
         self.reclaim(lock(&self.registry));
     }
 
+    /// `slot`'s reader has left, and is outside.
     #[cold]
-    fn someone_left(&self) {
+    fn someone_left(&self, slot: &Slot) {
         let registry = lock(&self.registry);
+        // Whoever raised it did so for a word that is left by now. It is raised for a later one by who has seen that
+        // later word, and so (Release of `enter`, Acquire of `waited_for`) after this.
+        slot.pending.store(false, Ordering::Relaxed);
         // Under the lock: who waits has either not looked yet, and will see that we have left, or sleeps already.
         self.left.notify_all();
         self.reclaim(registry);
@@ -359,15 +398,15 @@ mod tests {
 
     #[test]
     fn a_ticket_that_wraps_is_a_word_like_any_other() {
-        let domain = Arc::new(Domain::new());
+        let domain = Arc::new(Domain::new(Barrier::choose()));
         let mut reader = domain.register_at(!(TICKET - 1));
         for _ in 0..3 {
             let before = domain.begin();
             assert!(before.is_over());
-            reader.enter(&domain);
+            let entered = reader.enter(&domain);
             let during = domain.begin();
             assert!(!during.is_over());
-            reader.leave(&domain);
+            reader.leave(entered, &domain);
             assert!(during.is_over());
         }
         reader.unregister(&domain);

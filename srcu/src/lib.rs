@@ -11,15 +11,16 @@
 //!   vCPU thread                          writer
 //!   ───────────                          ──────
 //!   enter:  my word := inside            build the next table
-//!           fence ───────────┐           swap the pointer
-//!           load the pointer │  ┌─────── fence
+//!           light barrier ───┐           swap the pointer
+//!           load the pointer │  ┌─────── heavy barrier
 //!   …       look up          └──┼──────▶ look at each reader's word: who is inside?
 //!   leave:  my word := outside  │        Grace: over when each of those words has changed
 //!             └─ waited for? wake, and drop what has become free
 //! ```
 //!
-//! The two fences make sure that at least one side sees the other: either the reader finds the new table, or the writer
-//! finds the reader. Each reader writes a cache line of its own and no other.
+//! The two barriers make sure that at least one side sees the other: either the reader finds the new table, or the
+//! writer finds the reader. The light one costs nothing: the heavy one is `membarrier(2)`, which makes the readers'
+//! CPUs execute what the readers leave out. Each reader writes a cache line of its own and no other.
 //!
 //! # Example
 //! ```
@@ -58,14 +59,25 @@
 //!   perhaps. Keep destructors short, or send the work elsewhere from there.
 //! - A panic inside a guard leaves. A guard that is forgotten counts as inside until its reader enters again or goes;
 //!   a writer that waits for it waits so long, and nothing worse happens.
-//! - Numbers do not run out in practice: a reader enters 2^62 times before its word repeats, and the generation has 64
+//! - Numbers do not run out in practice: a reader enters 2^63 times before its word repeats, and the generation has 64
 //!   bits; both wrap without harm unless somebody slept through a whole turn.
+//!
+//! # Who pays for the barrier
+//! - Readers execute no fence and no locked instruction. A publication makes one `membarrier(2)` call (a second one if
+//!   it finds a reader inside), which interrupts every CPU that runs a thread of this process at that moment, a vCPU in
+//!   the guest included: one exit for each.
+//! - The process registers for this once, which costs nothing while it has one thread and a grace period of the kernel
+//!   (milliseconds) later on: call [`prepare`] first thing in `main`.
+//! - Where the kernel has no such call or a seccomp filter forbids it, readers and writers pay a fence each, for the
+//!   life of the process; [`Published::with_fences`] has it so by choice. A filter that is installed *later* must let
+//!   `membarrier` pass: a writer that cannot make its readers' barriers happen can not go on soundly, and aborts.
 //!
 //! # How it is checked
 //! `tests/loom_srcu.rs` runs this very code (behind the `sync` shim) through every interleaving and permitted
-//! reordering of small scenarios under loom; each ordering in it was weakened in turn and each weakening failed a model, but for one: the
-//! exchange that sets a reader's pending bit is stronger, where it succeeds, than it would have to be.
-//! `tests/threads.rs` does the rest on real threads.
+//! reordering of small scenarios under loom. Loom knows no `membarrier`: there, both halves are SeqCst fences, which
+//! give the same guarantee and no more. Each ordering and each half was weakened or left out in turn, and each time a
+//! model failed, but for one: the Release of an enter's store, which loom's fence at the leave before it makes up for.
+//! `tests/threads.rs` does the rest on real threads, `tests/no_membarrier.rs` where the call is refused.
 //!
 //! # Threat model
 //! No guest input comes here. Memory safety rests on this crate's own code alone: no use of its safe interface, guards
@@ -76,16 +88,24 @@
 //!
 //! # Known limits
 //! - A publication looks at each reader's word: its cost grows with the number of readers (64 vCPUs: 64 cache lines).
-//! - Entering costs a full fence and leaving an exchange. `membarrier(2)` could take both from the reader at the price
-//!   of an interrupt to each CPU at a publication; it would be a second kind of [`Published`], and is not there yet.
 //! - After [`Grace::wait`], the old table may be in the middle of being dropped, on the thread that left last.
 
+mod barrier;
 mod domain;
 mod published;
 mod sync;
 
 pub use domain::Grace;
 pub use published::{Guard, Published, Reader, Snapshot};
+
+/// Makes the barriers of readers free, if the host can (Linux 4.14, and no seccomp filter against `membarrier(2)`);
+/// tells whether they are. The first call decides for the life of the process, the others ask.
+///
+/// The first [`Published::new`] does it if nobody has. But registering waits for a grace period of the kernel, some
+/// milliseconds, in a process of several threads, and for nothing in one of one: so call it first thing in `main`.
+pub fn prepare() -> bool {
+    barrier::Barrier::choose() == barrier::Barrier::Asymmetric
+}
 
 /// The README's example, so that it compiles.
 #[cfg(doctest)]

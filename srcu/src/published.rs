@@ -2,7 +2,8 @@
 
 //! The published table itself: the pointer that readers load, and the writers' side around it.
 
-use crate::domain::{Domain, Grace, Membership, Payload};
+use crate::barrier::Barrier;
+use crate::domain::{Domain, Entered, Grace, Membership, Payload};
 use crate::sync::{AtomicPtr, AtomicU64, Mutex, Ordering, lock};
 use std::convert::Infallible;
 use std::fmt;
@@ -59,6 +60,7 @@ pub struct Guard<'a, T: Send + Sync + 'static> {
     reader: &'a mut Reader<T>,
     // Not a reference: the table may be freed the moment that we have left, while this struct still exists.
     node: NonNull<Node<T>>,
+    entered: Entered,
 }
 
 /// A counted reference to one published table, for the control plane: may be held for as long as you like, and keeps
@@ -69,7 +71,21 @@ pub struct Snapshot<T> {
 
 impl<T: Send + Sync + 'static> Published<T> {
     /// Publishes `value` as generation 0.
+    ///
+    /// Readers pay no barrier where the host lets writers pay for them ([`prepare`](crate::prepare), which the first
+    /// call in a process does if nobody has).
     pub fn new(value: T) -> Self {
+        Self::with(value, Barrier::choose())
+    }
+
+    /// As [`new`](Self::new), but readers and writers pay a fence each: for tables that are replaced often and read
+    /// seldom, for readers that an interrupt must not disturb, and for processes in which a seccomp filter is to
+    /// forbid `membarrier(2)` later on.
+    pub fn with_fences(value: T) -> Self {
+        Self::with(value, Barrier::Symmetric)
+    }
+
+    fn with(value: T, barrier: Barrier) -> Self {
         let node = Arc::new(Node {
             generation: 0,
             value,
@@ -80,7 +96,7 @@ impl<T: Send + Sync + 'static> Published<T> {
                     current: AtomicPtr::new(Arc::as_ptr(&node).cast_mut()),
                     generation: AtomicU64::new(0),
                 },
-                domain: Arc::new(Domain::new()),
+                domain: Arc::new(Domain::new(barrier)),
                 writers: Mutex::new(()),
                 table: Mutex::new(node),
             }),
@@ -180,19 +196,23 @@ impl<T: Send + Sync + 'static> Drop for Shared<T> {
 }
 
 impl<T: Send + Sync + 'static> Reader<T> {
-    /// Goes inside and gives the current table. Wait-free: a store, a fence, a load; leaving is one swap. (Unless a
-    /// writer waits for this very leave: then it takes a short lock, wakes, and drops what has become free.)
+    /// Goes inside and gives the current table. Wait-free: a store and a load, and leaving is the same again. (Unless
+    /// a writer waits for this very leave: then it takes a short lock, wakes, and drops what has become free.)
     ///
     /// `&mut self`: one guard at a time, so a reader cannot be inside twice.
     #[inline]
     pub fn enter(&mut self) -> Guard<'_, T> {
-        self.membership.enter(&self.shared.domain);
-        // Acquire: pairs with the Release store of `update`. After the fence in `Membership::enter`, for the reason
+        let entered = self.membership.enter(&self.shared.domain);
+        // Acquire: pairs with the Release store of `update`. After the barrier in `Membership::enter`, for the reason
         // given there.
         let current = self.shared.head.current.load(Ordering::Acquire);
         // SAFETY: `current` is only ever set from an `Arc`'s pointer, which is not null.
         let node = unsafe { NonNull::new_unchecked(current) };
-        Guard { reader: self, node }
+        Guard {
+            reader: self,
+            node,
+            entered,
+        }
     }
 
     /// As [`Published::generation`], outside a guard: whether a cached answer is worth keeping. Never blocks.
@@ -216,8 +236,8 @@ impl<T: Send + Sync + 'static> Drop for Reader<T> {
 impl<T: Send + Sync + 'static> Guard<'_, T> {
     #[inline]
     fn node(&self) -> &Node<T> {
-        // SAFETY: the table was current after this reader's word said INSIDE and the fence. It was alive then, or the
-        // writer that replaced it, whose scan of the words comes after its store and fence, had seen the word and keeps
+        // SAFETY: the table was current after this reader's word said INSIDE and the barrier. It was alive then, or the
+        // writer that replaced it, whose scan of the words comes after its store and barrier, had seen the word and keeps
         // the table until the word changes; which happens when `self` is dropped, or when the reader is used again,
         // and then the borrow that `self` has of it is over.
         unsafe { self.node.as_ref() }
@@ -242,7 +262,9 @@ impl<T: Send + Sync + 'static> Deref for Guard<'_, T> {
 impl<T: Send + Sync + 'static> Drop for Guard<'_, T> {
     #[inline]
     fn drop(&mut self) {
-        self.reader.membership.leave(&self.reader.shared.domain);
+        self.reader
+            .membership
+            .leave(self.entered, &self.reader.shared.domain);
     }
 }
 

@@ -1,23 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The smallest machine that runs a guest of the `guests` crate: one page of memory at 0x1000, one
-//! vCPU in real mode, `kvm-ioctls` and nothing else.
+//! The smallest machine that runs a guest of the `guests` crate: four pages of memory at 0x1000, one
+//! vCPU in real mode or in 64-bit mode, `kvm-ioctls` and nothing else.
+
+#![allow(dead_code, reason = "not every test and bench uses all of it")]
 
 use std::sync::Arc;
 
-use io_bus::{Dispatcher, MmioAddress, Outcome, PioAddress};
-use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
+use io_bus::{Dispatcher, MappedRing, MmioAddress, Outcome, PioAddress};
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
+const PAGES: usize = 4;
+
 #[repr(align(4096))]
-struct Page([u8; 4096]);
+struct Memory([u8; PAGES * 4096]);
 
 pub struct Machine {
     vcpu: VcpuFd,
     /// Shared with the handles that need it.
-    #[allow(dead_code, reason = "not every test attaches something")]
     pub vm: Arc<VmFd>,
-    _page: Box<Page>,
+    _memory: Box<Memory>,
 }
 
 /// An access that left KVM: its address, and the bytes of it.
@@ -29,20 +32,75 @@ pub enum Seen {
     Write(u64, Vec<u8>),
 }
 
+/// In real mode, every segment at 0.
 pub fn machine(code: &[u8]) -> Machine {
-    let kvm = Kvm::new().expect("this test needs /dev/kvm: see `reference-vmm doctor`");
-    let vm = kvm.create_vm().unwrap();
-    let mut page = Box::new(Page([0; 4096]));
-    page.0[..code.len()].copy_from_slice(code);
-    let slot = kvm_userspace_memory_region {
-        guest_phys_addr: 0x1000,
-        memory_size: 4096,
-        userspace_addr: &raw mut *page as u64,
+    machine_with(code, 0)
+}
+
+/// The same, with a number for the guest at 0x1100.
+pub fn machine_with(code: &[u8], number: u32) -> Machine {
+    let mut memory = Box::new(Memory([0; PAGES * 4096]));
+    memory.0[..code.len()].copy_from_slice(code);
+    memory.0[0x100..0x104].copy_from_slice(&number.to_le_bytes());
+    build(memory)
+}
+
+/// In 64-bit mode, the first 2 MiB mapped as they are, SSE moves allowed.
+pub fn long_machine(code: &[u8]) -> Machine {
+    let mut memory = Box::new(Memory([0; PAGES * 4096]));
+    memory.0[..code.len()].copy_from_slice(code);
+    // The three levels of the page table, at 0x2000, 0x3000 and 0x4000; present, writable, and the
+    // last one a large page.
+    for (at, entry) in [(0x1000, 0x3003_u64), (0x2000, 0x4003), (0x3000, 0x83)] {
+        memory.0[at..at + 8].copy_from_slice(&entry.to_le_bytes());
+    }
+    let machine = build(memory);
+    let mut sregs = machine.vcpu.get_sregs().unwrap();
+    let segment = kvm_segment {
+        limit: u32::MAX,
+        present: 1,
+        s: 1,
+        g: 1,
         ..Default::default()
     };
-    // SAFETY: the page is whole, the guest's alone, and outlives the VM's descriptor.
+    sregs.cs = kvm_segment {
+        selector: 8,
+        type_: 11,
+        l: 1,
+        ..segment
+    };
+    let data = kvm_segment {
+        selector: 16,
+        type_: 3,
+        db: 1,
+        ..segment
+    };
+    (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+    (sregs.fs, sregs.gs) = (data, data);
+    sregs.cr3 = 0x2000;
+    sregs.cr4 = 1 << 5 | 1 << 9 | 1 << 10; // PAE, OSFXSR, OSXMMEXCPT
+    sregs.cr0 = 1 << 31 | 1 << 5 | 1 << 1 | 1; // PG, NE, MP, PE
+    sregs.efer = 1 << 10 | 1 << 8; // LMA, LME
+    machine.vcpu.set_sregs(&sregs).unwrap();
+    machine
+}
+
+fn build(mut memory: Box<Memory>) -> Machine {
+    let kvm = Kvm::new().expect("this test needs /dev/kvm: see `reference-vmm doctor`");
+    let vm = kvm.create_vm().unwrap();
+    let slot = kvm_userspace_memory_region {
+        guest_phys_addr: 0x1000,
+        memory_size: (PAGES * 4096) as u64,
+        userspace_addr: &raw mut *memory as u64,
+        ..Default::default()
+    };
+    // SAFETY: the pages are whole, the guest's alone, and outlive the VM's descriptor.
     unsafe { vm.set_user_memory_region(slot).unwrap() };
     let vcpu = vm.create_vcpu(0).unwrap();
+    let cpuid = kvm
+        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .unwrap();
+    vcpu.set_cpuid2(&cpuid).unwrap();
     let mut sregs = vcpu.get_sregs().unwrap();
     (sregs.cs.base, sregs.cs.selector) = (0, 0);
     vcpu.set_sregs(&sregs).unwrap();
@@ -52,12 +110,27 @@ pub fn machine(code: &[u8]) -> Machine {
         ..Default::default()
     };
     vcpu.set_regs(&regs).unwrap();
-    let _page = page;
     let vm = Arc::new(vm);
-    Machine { vcpu, vm, _page }
+    Machine {
+        vcpu,
+        vm,
+        _memory: memory,
+    }
 }
 
 impl Machine {
+    /// The VM's ring of coalesced writes.
+    pub fn ring(&self) -> MappedRing {
+        MappedRing::new(&self.vm, &self.vcpu).unwrap()
+    }
+
+    /// Begins again at the code's start.
+    pub fn restart(&mut self) {
+        let mut regs = self.vcpu.get_regs().unwrap();
+        regs.rip = 0x1000;
+        self.vcpu.set_regs(&regs).unwrap();
+    }
+
     /// Runs to the `hlt`. Gives every exit with the data that it ended with, and its outcome.
     pub fn run(&mut self, io: &mut Dispatcher) -> Vec<(Seen, Outcome)> {
         self.run_strings(io, |_, len| len)
@@ -72,7 +145,9 @@ impl Machine {
     ) -> Vec<(Seen, Outcome)> {
         let mut seen = Vec::new();
         loop {
-            seen.push(match self.vcpu.run().unwrap() {
+            let exit = self.vcpu.run().unwrap();
+            io.before_exit();
+            seen.push(match exit {
                 VcpuExit::IoIn(port, data) => {
                     let width = width(port, data.len());
                     let outcome = io.pio_read_repeated(PioAddress(port), width, data);

@@ -12,8 +12,9 @@
 //!   BOOT_TABLES_ADDR  GDT and page tables of the long-mode entry
 //!   CMDLINE_ADDR      the command line, up to CMDLINE_MAX bytes with its NUL
 //! 0x9fc00           EBDA (reserved, empty), then the PC's video and option ROM window
-//! ACPI_TABLES       RSDP first, then the other tables
-//! RESET_VECTOR      code that resets the machine
+//! FIRMWARE          read-only to the guest, in machines with ACPI
+//!   ACPI_TABLES       RSDP first, then the other tables
+//!   RESET_VECTOR      code that resets the machine
 //! 1 MiB             RAM for the kernel and its initrd
 //! MMIO_HOLE         3 GiB to 4 GiB: no RAM
 //!   VIRTIO_MMIO         virtio-mmio devices, a page each
@@ -34,8 +35,8 @@ pub const PAGE: u64 = 4096;
 /// extended BIOS data area. It is empty here, but guests that scan it for tables expect it there.
 pub const EBDA: Range<u64> = 0x9_fc00..0xa_0000;
 
-/// Video memory, option ROMs and BIOS of a PC. There is RAM behind it all (the slot is one), but no
-/// memory map that a guest sees calls it so.
+/// Video memory, option ROMs and BIOS of a PC. There is RAM behind it all up to the [`FIRMWARE`] (and
+/// behind that too, in machines without ACPI), but no memory map that a guest sees calls it so.
 pub const ISA_WINDOW: Range<u64> = 0xa_0000..0x10_0000;
 
 /// Start of extended memory, where kernels are loaded.
@@ -75,7 +76,8 @@ pub const CMDLINE_MAX: usize = 0x1_0000;
 /// boot protocols before 2.14) search for it.
 pub const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_f000;
 
-/// What a PC's BIOS takes, the tables and the reset vector here: reserved in every memory map.
+/// What a PC's BIOS takes, the tables and the reset vector here: reserved in every memory map, and a
+/// slot of its own that the guest can only read where there is something in it.
 pub const FIRMWARE: Range<u64> = 0xe_0000..0x10_0000;
 
 /// Where a PC's BIOS begins to run, f000:fff0: [`reset_vector`](super::reset_vector) is there.
@@ -167,6 +169,9 @@ const _: () = {
     assert!(BOOT_DATA.end <= EBDA.start);
     assert!(ISA_WINDOW.start == EBDA.end && ISA_WINDOW.end == HIGH_RAM.0);
     assert!(ACPI_TABLES.start >= ISA_WINDOW.start && ACPI_TABLES.end <= ISA_WINDOW.end);
+    assert!(ACPI_TABLES.start == FIRMWARE.start && ACPI_TABLES.end <= FIRMWARE.end);
+    assert!(RESET_VECTOR.0 >= FIRMWARE.start && FIRMWARE.end == HIGH_RAM.0);
+    assert!(FIRMWARE.start.is_multiple_of(PAGE) && FIRMWARE.end.is_multiple_of(PAGE));
     assert!(VIRTIO_MMIO.start >= MMIO_HOLE.start && VIRTIO_MMIO.end <= IOAPIC_ADDR.0);
     assert!(KVM_PRIVATE.start == IDENTITY_MAP_ADDR.0 && IDENTITY_MAP_ADDR.0 + PAGE == TSS_ADDR.0);
     assert!(KVM_PRIVATE.end == TSS_ADDR.0 + 3 * PAGE && KVM_PRIVATE.end <= MMIO_HOLE.end);

@@ -7,6 +7,7 @@
 //! offset and value are the guest's.
 
 pub mod acpi_power;
+pub mod coalesce;
 pub mod interrupt;
 pub mod power;
 pub mod rtc;

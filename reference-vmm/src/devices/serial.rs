@@ -6,10 +6,14 @@
 //! console does; a guest whose end has been told waits no longer ([`ConsoleOut`]). Input comes
 //! from the main thread through [`SerialPort::enqueue`], which takes what the 64-byte FIFO has room
 //! for; when the guest has emptied the FIFO, [`SerialPort::drained`] becomes readable.
+//!
+//! A guest that polls the port and writes much has its output coalesced: [`coalesce`](super::coalesce)
+//! says when, and why the port's registers do not show it.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_device::DevicePio;
@@ -18,6 +22,7 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::coalesce::PolledOutput;
 use crate::end::EndSignal;
 use crate::timeline::{Event, timeline};
 
@@ -152,6 +157,14 @@ impl Write for ConsoleOut {
     }
 }
 
+/// The interrupt enable register, and its bit for the transmitter's (THRI).
+const INTERRUPT_ENABLE: u8 = 1;
+const TRANSMITTER_EMPTY: u8 = 1 << 1;
+
+/// The line control register, and its bit that puts the divisor latch over registers 0 and 1 (DLAB).
+const LINE_CONTROL: u8 = 3;
+const DIVISOR_LATCH: u8 = 1 << 7;
+
 /// The modem control register, and its bit for loop-back mode.
 const MODEM_CONTROL: u8 = 4;
 const LOOP_BACK: u8 = 1 << 4;
@@ -180,6 +193,12 @@ pub struct SerialPort<T: Trigger, W: Write> {
     out: Mutex<W>,
     uart: Mutex<Uart<T>>,
     drained: EventFd,
+    /// Written by who holds `uart`.
+    polled: AtomicU32,
+    /// There may be bytes in the buffer that nobody has taken yet.
+    pending: AtomicBool,
+    /// Who has said [`hold`](PolledOutput::hold) and will take them.
+    held: AtomicU32,
 }
 
 /// Its output is a buffer that [`SerialPort`] empties after each access.
@@ -197,6 +216,9 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
             out: Mutex::new(out),
             uart: Mutex::new(Serial::with_events(interrupt, events, Vec::new())),
             drained,
+            polled: AtomicU32::new(0),
+            pending: AtomicBool::new(false),
+            held: AtomicU32::new(0),
         })
     }
 
@@ -228,10 +250,69 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
         &self.drained
     }
 
+    /// Takes what is in the buffer to the console. Blocks while that is full.
+    fn flush(&self) {
+        // A console whose write panicked takes bytes as any other.
+        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before the bytes are taken: who adds to them later says so again.
+        self.pending.store(false, Ordering::SeqCst);
+        let mut bytes = std::mem::take(self.uart().writer_mut());
+        if bytes.is_empty() {
+            return;
+        }
+        if let Err(error) = out.write_all(&bytes) {
+            log::debug!("serial output: {error}");
+        }
+        // Its allocation serves the next byte too, unless that is there already.
+        bytes.clear();
+        let mut uart = self.uart();
+        if uart.writer().is_empty() {
+            *uart.writer_mut() = bytes;
+        }
+    }
+
     fn uart(&self) -> MutexGuard<'_, Uart<T>> {
         // The registers are plain bytes: a panic elsewhere leaves them as valid as any guest could.
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl<T, W> PolledOutput for SerialPort<T, W>
+where
+    T: Trigger + Send,
+    W: Write + Send,
+{
+    fn polled_bytes(&self) -> u32 {
+        // Relaxed: a number that decides about speed alone.
+        self.polled.load(Ordering::Relaxed)
+    }
+
+    fn restart(&self) {
+        let _uart = self.uart();
+        self.polled.store(0, Ordering::Relaxed);
+    }
+
+    fn is_interrupt_driven(&self) -> bool {
+        transmits_by_interrupt(&mut self.uart())
+    }
+
+    fn hold(&self) {
+        self.held.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn release(&self) {
+        // SeqCst, as the store of `pending` and the load of `held` in `pio_write`: of a writer and the
+        // last who releases at the same time, one sees the other, and takes the bytes.
+        if self.held.fetch_sub(1, Ordering::SeqCst) == 1 && self.pending.load(Ordering::SeqCst) {
+            self.flush();
+        }
+    }
+}
+
+/// Whether the guest has THRI set. Reading these registers changes nothing.
+fn transmits_by_interrupt<T: Trigger>(uart: &mut Uart<T>) -> bool {
+    uart.read(LINE_CONTROL) & DIVISOR_LATCH == 0
+        && uart.read(INTERRUPT_ENABLE) & TRANSMITTER_EMPTY != 0
 }
 
 impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
@@ -244,9 +325,8 @@ impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
     }
 
     fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
-        // A console whose write panicked takes bytes as any other.
-        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
         let mut uart = self.uart();
+        let before = uart.writer().len();
         for (register, byte) in (offset..).zip(data) {
             let Ok(register) = u8::try_from(register) else {
                 continue;
@@ -262,17 +342,20 @@ impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
                 let _ = self.drained.write(1);
             }
         }
-        if uart.writer().is_empty() {
+        let sent = uart.writer().len().saturating_sub(before);
+        if sent == 0 {
             return;
         }
-        let mut bytes = std::mem::take(uart.writer_mut());
-        drop(uart);
-        if let Err(error) = out.write_all(&bytes) {
-            log::debug!("serial output: {error}");
+        if !transmits_by_interrupt(&mut uart) {
+            let sent = u32::try_from(sent).unwrap_or(u32::MAX);
+            let polled = self.polled.load(Ordering::Relaxed).saturating_add(sent);
+            self.polled.store(polled, Ordering::Relaxed);
         }
-        // Its allocation serves the next byte too.
-        bytes.clear();
-        *self.uart().writer_mut() = bytes;
+        drop(uart);
+        self.pending.store(true, Ordering::SeqCst);
+        if self.held.load(Ordering::SeqCst) == 0 {
+            self.flush();
+        }
     }
 }
 
@@ -334,6 +417,90 @@ mod tests {
         assert_eq!(port.drained().read().unwrap(), 1);
         assert_eq!(port.enqueue(b"hi"), 2);
         assert_eq!((read(&port, 0), read(&port, 0)), (b'h', b'i'));
+    }
+
+    #[test]
+    fn only_bytes_on_the_wire_that_nobody_waits_for_count_as_polled() {
+        let port = SerialPort::new(Count::default(), Vec::new()).unwrap();
+        let write = |register, byte| port.pio_write(PioAddress(0x3f8), register, &[byte]);
+        write(0, b'a');
+        write(0, b'b');
+        assert_eq!(port.polled_bytes(), 2);
+        // The divisor: to the same addresses, and 2 in its high byte is no THRI.
+        write(3, 0x80);
+        write(0, 1);
+        write(1, 2);
+        assert_eq!(port.polled_bytes(), 2);
+        assert!(!port.is_interrupt_driven());
+        write(3, 0x03);
+        // Loop-back mode.
+        write(4, 0x10);
+        write(0, b'x');
+        write(4, 0);
+        assert_eq!(port.polled_bytes(), 2);
+        write(1, 2);
+        assert!(port.is_interrupt_driven());
+        write(0, b'c');
+        assert_eq!(port.polled_bytes(), 2);
+        write(1, 1);
+        assert!(!port.is_interrupt_driven());
+        write(0, b'd');
+        assert_eq!(port.polled_bytes(), 3);
+        port.restart();
+        assert_eq!(port.polled_bytes(), 0);
+        assert_eq!(*port.out.lock().unwrap(), b"abcd");
+    }
+
+    #[test]
+    fn what_is_held_goes_out_in_one_piece_when_the_last_lets_go() {
+        /// Each write's bytes by themselves.
+        #[derive(Default)]
+        struct Pieces(Vec<Vec<u8>>);
+        impl Write for Pieces {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.push(bytes.to_vec());
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let port = SerialPort::new(Count::default(), Pieces::default()).unwrap();
+        let write = |byte| port.pio_write(PioAddress(0x3f8), 0, &[byte]);
+        write(b'a');
+        port.hold();
+        port.hold();
+        write(b'b');
+        write(b'c');
+        port.release();
+        assert_eq!(port.out.lock().unwrap().0, [b"a"]);
+        port.release();
+        port.hold();
+        port.release();
+        write(b'd');
+        let pieces = &port.out.lock().unwrap().0;
+        assert_eq!(*pieces, [&b"a"[..], b"bc", b"d"]);
+    }
+
+    #[test]
+    fn nothing_is_lost_between_those_who_write_and_those_who_hold() {
+        let port = SerialPort::new(Count::default(), Vec::new()).unwrap();
+        std::thread::scope(|scope| {
+            for byte in [b'a', b'b'] {
+                let port = &port;
+                scope.spawn(move || {
+                    for _ in 0..5000 {
+                        port.hold();
+                        port.pio_write(PioAddress(0x3f8), 0, &[byte]);
+                        port.release();
+                        port.pio_write(PioAddress(0x3f8), 0, &[byte]);
+                    }
+                });
+            }
+        });
+        let out = port.out.lock().unwrap();
+        let count = |byte| out.iter().filter(|&&got| got == byte).count();
+        assert_eq!((count(b'a'), count(b'b')), (10_000, 10_000));
     }
 
     #[test]

@@ -127,8 +127,8 @@ const TABLE: &[Row] = table! {
     "io-bus" {
         KVM_CAP_IOEVENTFD Used "a guest's write as an eventfd"
         KVM_CAP_IOEVENTFD_ANY_LENGTH Used "the same, of any length"
-        KVM_CAP_COALESCED_MMIO Optional "MMIO writes without an exit each"
-        KVM_CAP_COALESCED_PIO Optional "port writes without an exit each"
+        KVM_CAP_COALESCED_MMIO Used "MMIO writes without an exit each"
+        KVM_CAP_COALESCED_PIO Used "port writes without an exit each"
     }
     "irq-routing" {
         KVM_CAP_IRQCHIP Required "interrupt controllers in the kernel"

@@ -1,0 +1,541 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What [`Memslots`](crate::Memslots) knows under its lock: what KVM has, whose memory each slot is, and what of both
+//! readers do not see. Plain data; KVM is asked elsewhere (`change.rs`).
+
+use crate::guest_memfd::Binding;
+use crate::ids::{IdClaim, Ids};
+use crate::plan::{self, Op, Plan, Present, Step, Wanted};
+use crate::{
+    Backing, Change, Error, Hva, Layout, LayoutSlot, Left, MemoryRegion, NewSlot, Refusal, Region,
+    SlotChange, SlotFlags, SlotId, SlotMap, SlotShape,
+};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+/// One slot's memory, and what is known of it.
+pub(crate) struct Entry<B> {
+    /// The slot as it is, or, if KVM does not have it, was.
+    pub(crate) region: Arc<Region<B>>,
+    /// By which it is known again.
+    pub(crate) backing: Backing,
+    /// Keeps the file open.
+    pub(crate) guest_memfd: Option<Binding>,
+    pub(crate) name: Option<Arc<str>>,
+    /// A [`Slot`](crate::Slot) has it, so layouts leave it alone.
+    pub(crate) owned: bool,
+    pub(crate) place: Place,
+}
+
+/// Who has a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// KVM, and readers see it.
+    Both,
+    /// KVM alone: it was made, and could not be deleted when something else failed.
+    KvmOnly,
+    /// Nobody but us: it was deleted, and could not be made again when something else failed.
+    HereOnly,
+}
+
+/// What a change makes of one slot's entry.
+pub(crate) enum Edit<B> {
+    /// A new one.
+    New(Entry<B>),
+    /// The same memory as another region, or in KVM again.
+    Now(Arc<Region<B>>, Option<Arc<str>>),
+    /// Another name, and nothing else.
+    Named(SlotId, Option<Arc<str>>),
+    /// None.
+    Gone(SlotId),
+}
+
+/// A change, ready to be made: KVM's calls, which are legal in this order, and what is so when all have succeeded.
+pub(crate) struct Transaction<B> {
+    pub(crate) calls: Vec<(Change, MemoryRegion)>,
+    pub(crate) edits: Vec<Edit<B>>,
+}
+
+pub(crate) struct Book<B> {
+    /// What KVM has.
+    pub(crate) slots: SlotMap,
+    entries: BTreeMap<SlotId, Entry<B>>,
+    /// Counts the changes, those that readers do not see included.
+    epoch: u64,
+}
+
+impl<B> Book<B> {
+    pub(crate) const fn new(slots: SlotMap) -> Self {
+        Self {
+            slots,
+            entries: BTreeMap::new(),
+            epoch: 0,
+        }
+    }
+
+    pub(crate) const fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    pub(crate) fn get(&self, id: SlotId) -> Option<&Entry<B>> {
+        self.entries.get(&id)
+    }
+
+    /// What KVM has, and so must be deleted before its memory goes.
+    pub(crate) fn in_kvm(&self) -> impl Iterator<Item = &Entry<B>> {
+        let entries = self.entries.values();
+        entries.filter(|entry| entry.place != Place::HereOnly)
+    }
+
+    /// Nobody owns the slot any more.
+    pub(crate) fn keep(&mut self, id: SlotId) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.owned = false;
+            self.epoch += 1;
+        }
+    }
+
+    /// The slots that layouts are about, by guest address.
+    pub(crate) fn layout(&self) -> Layout {
+        let ours = |entry: &&Entry<B>| !entry.owned && entry.place == Place::Both;
+        let mut entries: Vec<_> = self.entries.values().filter(ours).collect();
+        entries.sort_by_key(|entry| entry.region.extent().start().0);
+        let slot = |entry: &Entry<B>| LayoutSlot {
+            slot: NewSlot {
+                start: entry.region.extent().start(),
+                backing: entry.backing.clone(),
+                flags: entry.region.flags().with(SlotFlags::GUEST_MEMFD, false),
+            },
+            name: entry.name.clone(),
+            guest_memfd: entry.guest_memfd.clone(),
+        };
+        entries.into_iter().map(slot).collect()
+    }
+
+    /// Checks that no two of these slots, nor one of them and one that a [`Slot`](crate::Slot) has, or, if `all`, any,
+    /// have one name.
+    pub(crate) fn check_names(&self, new: &[LayoutSlot], all: bool) -> Result<(), Error> {
+        if new.iter().all(|slot| slot.name.is_none()) {
+            return Ok(());
+        }
+        let taken = self.entries.values().filter(|entry| all || entry.owned);
+        let mut names: HashSet<_> = taken.filter_map(|entry| entry.name.as_deref()).collect();
+        match new
+            .iter()
+            .find_map(|slot| slot.name.as_ref().filter(|name| !names.insert(name)))
+        {
+            Some(name) => Err(Error::NameTwice {
+                name: Arc::clone(name),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// How to get from what there is to `layout`, whose slots are each possible by themselves and do not overlap. Also
+    /// an id for each slot that is new, in the layout's order.
+    pub(crate) fn plan(
+        &self,
+        layout: &Layout,
+        ids: &Arc<Ids>,
+    ) -> Result<(Plan, Vec<Arc<IdClaim>>), Error> {
+        self.check_names(layout.slots(), false)?;
+        // A slot that stayed behind a failure is nobody's memory: it only has to go.
+        let ours = self.entries.iter().filter(|(_, entry)| !entry.owned);
+        let present_entries: Vec<(SlotId, &Entry<B>)> =
+            ours.map(|(id, entry)| (*id, entry)).collect();
+        let (same, taken) = recognise(&present_entries, layout.slots());
+        let present: Vec<Present> = present_entries
+            .iter()
+            .map(|(id, entry)| Present {
+                shape: match self.slots.get(*id) {
+                    Some(shape) => *shape,
+                    None => shape(&entry.region, entry),
+                },
+                in_kvm: entry.place != Place::HereOnly,
+            })
+            .collect();
+        let wanted: Vec<Wanted> = layout
+            .slots()
+            .iter()
+            .zip(&same)
+            .map(|(slot, same)| Wanted {
+                start: slot.slot.start.0,
+                size: slot.size(),
+                flags: slot.flags(),
+                same: *same,
+            })
+            .collect();
+        let claims = ids.claim_many(same.iter().filter(|same| same.is_none()).count())?;
+
+        let present_id = |index: usize| present_entries.get(index).map(|(id, _)| *id);
+        let mut new_ids = claims.iter().map(|claim| claim.id());
+        let id_of = |same: &Option<usize>| match same {
+            Some(index) => present_id(*index),
+            None => new_ids.next(),
+        };
+        let wanted_ids: Vec<Option<SlotId>> = same.iter().map(id_of).collect();
+        let mut slots = None;
+        let mut steps = Vec::new();
+        let mut ops = Vec::new();
+        for (op, gap) in plan::calls(&present, &wanted) {
+            // Each call is checked against what the calls before it have left. A plan without calls copies nothing.
+            let slots = slots.get_or_insert_with(|| self.slots.clone());
+            let (request, step) = match op {
+                Op::Delete(index) => {
+                    let Some((&(id, entry), old)) =
+                        present_entries.get(index).zip(present.get(index))
+                    else {
+                        continue;
+                    };
+                    let request = deletion(id, &old.shape);
+                    (
+                        request,
+                        (Some(id), entry.name.clone(), None, old.shape.flags),
+                    )
+                }
+                Op::Make(index) | Op::Alter(index) => {
+                    let id = wanted_ids.get(index).copied().flatten();
+                    let (Some(id), Some(slot), Some(same)) =
+                        (id, layout.slots().get(index), same.get(index))
+                    else {
+                        continue;
+                    };
+                    let old = same.and_then(|index| present.get(index));
+                    let request = MemoryRegion {
+                        id,
+                        flags: slot.flags(),
+                        start: slot.slot.start,
+                        size: slot.size(),
+                        host: old.map_or(Hva(0), |old| old.shape.host),
+                        guest_memfd: slot.guest_memfd.as_ref().map(Binding::range),
+                    };
+                    let from = old.map(|old| old.shape.start);
+                    (
+                        request,
+                        (old.map(|_| id), slot.name.clone(), from, request.flags),
+                    )
+                }
+            };
+            let change = slots.apply(&request)?;
+            let (slot, name, from, flags) = step;
+            let size = match op {
+                Op::Delete(index) => present.get(index).map_or(0, |old| old.shape.size),
+                _ => request.size,
+            };
+            steps.push(Step {
+                change,
+                slot,
+                name,
+                start: request.start,
+                from: from.filter(|_| change == Change::Move),
+                size,
+                flags,
+                gap,
+            });
+            ops.push(op);
+        }
+        let same_ids = same.iter().map(|same| same.and_then(present_id)).collect();
+        let gone = present_entries.iter().zip(&taken);
+        let gone = gone
+            .filter(|(_, taken)| !**taken)
+            .map(|((id, _), _)| *id)
+            .collect();
+        let plan = Plan {
+            steps,
+            ops,
+            present: present_entries.iter().map(|(id, _)| *id).collect(),
+            same: same_ids,
+            gone,
+            layout: layout.clone(),
+            epoch: self.epoch,
+            vm: Arc::clone(ids),
+        };
+        Ok((plan, claims))
+    }
+
+    /// What listeners are told of `edits`, before they are made.
+    pub(crate) fn changes(&self, edits: &[Edit<B>]) -> Vec<SlotChange<B>> {
+        let seen = |id: SlotId| {
+            let entry = self.entries.get(&id);
+            entry.filter(|entry| entry.place == Place::Both)
+        };
+        let change = |edit: &Edit<B>| match edit {
+            Edit::New(entry) => Some(SlotChange::Added(Arc::clone(&entry.region))),
+            Edit::Now(to, _) => {
+                let from = seen(to.extent().id()).map(|entry| Arc::clone(&entry.region));
+                Some(difference(from, Arc::clone(to)))
+            }
+            Edit::Named(..) => None,
+            Edit::Gone(id) => seen(*id).map(|entry| SlotChange::Removed(Arc::clone(&entry.region))),
+        };
+        edits.iter().filter_map(change).collect()
+    }
+
+    /// What `edits` change for readers, and the book after them.
+    pub(crate) fn commit(&mut self, edits: Vec<Edit<B>>) -> Shown<B> {
+        let mut shown = Shown {
+            gone: Vec::new(),
+            added: Vec::new(),
+        };
+        self.epoch += 1;
+        for edit in edits {
+            match edit {
+                Edit::New(entry) => {
+                    shown.added.push(Arc::clone(&entry.region));
+                    self.entries.insert(entry.region.extent().id(), entry);
+                }
+                Edit::Now(region, name) => {
+                    let id = region.extent().id();
+                    if let Some(entry) = self.entries.get_mut(&id) {
+                        if entry.place == Place::Both {
+                            shown.gone.push(id);
+                        }
+                        shown.added.push(Arc::clone(&region));
+                        (entry.region, entry.name, entry.place) = (region, name, Place::Both);
+                    }
+                }
+                Edit::Named(id, name) => {
+                    if let Some(entry) = self.entries.get_mut(&id) {
+                        entry.name = name;
+                    }
+                }
+                Edit::Gone(id) => {
+                    let entry = self.entries.remove(&id);
+                    if entry.is_some_and(|entry| entry.place == Place::Both) {
+                        shown.gone.push(id);
+                    }
+                }
+            }
+        }
+        shown
+    }
+
+    /// After a change that failed and could not be taken back whole: makes the book say what KVM has. `edits` is what
+    /// the change was to be.
+    pub(crate) fn reconcile(&mut self, edits: Vec<Edit<B>>) -> Reconciled<B>
+    where
+        B: crate::SlotBitmap,
+    {
+        let (mut left, mut changes) = (Vec::new(), Vec::new());
+        let mut shown = Shown {
+            gone: Vec::new(),
+            added: Vec::new(),
+        };
+        self.epoch += 1;
+        for edit in edits {
+            let id = match &edit {
+                Edit::New(entry) => entry.region.extent().id(),
+                Edit::Now(region, _) => region.extent().id(),
+                Edit::Named(id, _) | Edit::Gone(id) => *id,
+            };
+            let in_kvm = self.slots.get(id).copied();
+            match (edit, in_kvm) {
+                (Edit::New(mut entry), Some(_)) => {
+                    (entry.place, entry.owned) = (Place::KvmOnly, false);
+                    self.entries.insert(id, entry);
+                    left.push((id, Left::Stays));
+                }
+                (Edit::New(_), None) => {}
+                (_, in_kvm) => {
+                    let Some(entry) = self.entries.get_mut(&id) else {
+                        continue;
+                    };
+                    let was = (entry.place == Place::Both).then(|| Arc::clone(&entry.region));
+                    match in_kvm {
+                        None if entry.place != Place::HereOnly => {
+                            entry.place = Place::HereOnly;
+                            left.push((id, Left::Missing));
+                            if let Some(was) = was {
+                                shown.gone.push(id);
+                                changes.push(SlotChange::Removed(was));
+                            }
+                        }
+                        Some(now)
+                            if now != shape(&entry.region, entry)
+                                || entry.place == Place::HereOnly =>
+                        {
+                            // The same memory, so the same size: the place is one that a slot had or was to have.
+                            let Ok(extent) = entry.region.extent().moved_to(now.start) else {
+                                continue;
+                            };
+                            let region = Arc::new(entry.region.changed(extent, now.flags));
+                            entry.region = Arc::clone(&region);
+                            left.push((id, Left::Changed));
+                            if entry.place != Place::KvmOnly {
+                                entry.place = Place::Both;
+                                if was.is_some() {
+                                    shown.gone.push(id);
+                                }
+                                shown.added.push(Arc::clone(&region));
+                                changes.push(difference(was, region));
+                            }
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+        Reconciled {
+            left,
+            changes,
+            shown,
+        }
+    }
+}
+
+/// What a change has left that failed and could not be taken back.
+pub(crate) struct Reconciled<B> {
+    /// The slots that are not as before.
+    pub(crate) left: Vec<(SlotId, Left)>,
+    /// What listeners are told of it.
+    pub(crate) changes: Vec<SlotChange<B>>,
+    pub(crate) shown: Shown<B>,
+}
+
+/// What readers see differently: the ids that go, and the regions that come. A slot that changes does both.
+pub(crate) struct Shown<B> {
+    pub(crate) gone: Vec<SlotId>,
+    pub(crate) added: Vec<Arc<Region<B>>>,
+}
+
+impl<B> Shown<B> {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.gone.is_empty() && self.added.is_empty()
+    }
+}
+
+fn difference<B>(from: Option<Arc<Region<B>>>, to: Arc<Region<B>>) -> SlotChange<B> {
+    match from {
+        None => SlotChange::Added(to),
+        Some(from) if from.extent().start() == to.extent().start() => {
+            SlotChange::Flags { from, to }
+        }
+        Some(from) => SlotChange::Moved { from, to },
+    }
+}
+
+/// For each wanted slot, which of the present has its memory: by name first, then by place. And which of the present
+/// are wanted so.
+fn recognise<B>(
+    present: &[(SlotId, &Entry<B>)],
+    wanted: &[LayoutSlot],
+) -> (Vec<Option<usize>>, Vec<bool>) {
+    let is_memory = |entry: &Entry<B>| entry.place != Place::KvmOnly;
+    let memory = present
+        .iter()
+        .enumerate()
+        .filter(|(_, (_, entry))| is_memory(entry));
+    let mut by_start: Vec<(u64, bool, usize)> = memory
+        .map(|(index, (_, entry))| {
+            let start = entry.region.extent().start().0;
+            // What KVM has comes before what was lost at the same place.
+            (start, entry.place != Place::Both, index)
+        })
+        .collect();
+    by_start.sort_unstable();
+    let at = |start: u64| {
+        let first = by_start.partition_point(|(other, ..)| *other < start);
+        let (found, _, index) = *by_start.get(first)?;
+        (found == start).then_some(index)
+    };
+    let mut by_name = HashMap::new();
+    if wanted.iter().any(|slot| slot.name.is_some()) {
+        for &(_, _, index) in &by_start {
+            let name = present
+                .get(index)
+                .and_then(|(_, entry)| entry.name.as_deref());
+            if let Some(name) = name {
+                by_name.insert(name, index);
+            }
+        }
+    }
+    let same_memory = |index: usize, slot: &LayoutSlot| {
+        present.get(index).is_some_and(|(_, entry)| {
+            entry.backing == slot.slot.backing && entry.guest_memfd == slot.guest_memfd
+        })
+    };
+    let mut taken = vec![false; present.len()];
+    let mut take = |index: usize| match taken.get_mut(index) {
+        Some(taken) => !std::mem::replace(taken, true),
+        None => false,
+    };
+    let mut same: Vec<Option<usize>> = wanted
+        .iter()
+        .map(|slot| {
+            let index = *by_name.get(slot.name()?)?;
+            (same_memory(index, slot) && take(index)).then_some(index)
+        })
+        .collect();
+    for (slot, same) in wanted.iter().zip(&mut same) {
+        if same.is_none()
+            && let Some(index) = at(slot.slot.start.0)
+            && let Some((_, entry)) = present.get(index)
+            && (entry.name.is_none() || slot.name.is_none())
+            && same_memory(index, slot)
+            && take(index)
+        {
+            *same = Some(index);
+        }
+    }
+    (same, taken)
+}
+
+/// The slot as `region` and its entry have it.
+pub(crate) fn shape<B>(region: &Region<B>, entry: &Entry<B>) -> SlotShape {
+    let extent = region.extent();
+    SlotShape {
+        start: extent.start(),
+        size: extent.size(),
+        host: extent.host_start(),
+        flags: region.flags(),
+        guest_memfd: entry.guest_memfd.as_ref().map(Binding::range),
+    }
+}
+
+/// The request that makes the slot as `region` has it.
+pub(crate) fn request<B>(region: &Region<B>, guest_memfd: Option<&Binding>) -> MemoryRegion {
+    let extent = region.extent();
+    MemoryRegion {
+        id: extent.id(),
+        flags: region.flags(),
+        start: extent.start(),
+        size: extent.size(),
+        host: extent.host_start(),
+        guest_memfd: guest_memfd.map(Binding::range),
+    }
+}
+
+/// The request that deletes a slot. The older call does it for slots of either kind.
+pub(crate) fn deletion(id: SlotId, shape: &SlotShape) -> MemoryRegion {
+    MemoryRegion {
+        size: 0,
+        flags: SlotFlags::NONE,
+        guest_memfd: None,
+        ..shape.request(id)
+    }
+}
+
+/// Checks each slot of a layout by itself, and that no two overlap.
+pub(crate) fn check_layout(slots: &[LayoutSlot]) -> Result<(), Error> {
+    let mut ranges = Vec::with_capacity(slots.len());
+    for slot in slots {
+        let (start, size) = (slot.slot.start, slot.size());
+        if size == 0 {
+            return Err(Error::Empty { start });
+        }
+        if start.0.checked_add(size).is_none() {
+            let id = SlotId::default();
+            return Err(Refusal::Wraps { id, start, size }.into());
+        }
+        ranges.push(slot.guest_range());
+    }
+    ranges.sort_unstable_by_key(|range| range.start);
+    let overlap = ranges.windows(2).find_map(|pair| match pair {
+        [first, second] if second.start < first.end => Some((first.clone(), second.clone())),
+        _ => None,
+    });
+    match overlap {
+        Some((first, second)) => Err(Error::LayoutOverlap { first, second }),
+        None => Ok(()),
+    }
+}

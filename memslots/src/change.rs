@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One change of the slots from its first call to its publication: every change, of one slot or of a whole layout, goes
+//! through [`Inner::transact`]. A failure takes back what was done before it.
+//!
+//! The order of things is what keeps memory sound:
+//! - created: mapped, then known to KVM, then published to readers;
+//! - deleted: gone from KVM, then from listeners, then from what is published, and unmapped when the last reader and
+//!   the last snapshot have let go. What KVM refuses to delete stays in the book, and mapped.
+
+use crate::book::{Book, Reconciled, Shown, Transaction};
+use crate::listener::{Prepared, Registered, commit};
+use crate::memslots::Inner;
+use crate::{
+    Change, Errno, Error, LayoutChange, MemoryRegion, SlotBitmap, SlotChange, SlotId, SlotTable,
+    Unrestored,
+};
+use srcu::Grace;
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::panic::resume_unwind;
+use std::sync::{MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+
+/// Why nothing is published.
+enum Quiet<R> {
+    /// Nothing that readers see has changed.
+    Done(R),
+    Failed(Error),
+}
+
+/// What comes out of a change that is published: its result, and a listener's panic that waits for its end.
+type Outcome<R> = (Result<R, Error>, Option<Box<dyn Any + Send>>);
+
+/// A call that failed, and what was not taken back after it.
+struct Failure {
+    error: Error,
+    unrestored: BTreeMap<SlotId, Errno>,
+}
+
+impl<B: SlotBitmap> Inner<B> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Book<B>> {
+        // A holder that panicked (in a bitmap's `with_len`, say) had changed nothing yet or left it whole.
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes one change, no other coming in between: `f` says which, and what the caller gets for it.
+    ///
+    /// The publication may end grace periods, and so unmap memory and run what callers have [deferred](Grace::defer).
+    /// That comes last, with no lock held: it may change slots in its turn. Listeners are called with the lock of
+    /// `table`'s writers held and no other.
+    pub(crate) fn transact<R>(
+        &self,
+        f: impl FnOnce(&Book<B>) -> Result<(Transaction<B>, R), Error>,
+    ) -> Result<(R, Grace), Error> {
+        self.check_not_in_listener()?;
+        // The writers' lock of `table` first, then the book's: the only order there is.
+        let done = self.table.update(|table| {
+            let (transaction, result) = f(&self.lock()).map_err(Quiet::Failed)?;
+            if transaction.calls.is_empty() && transaction.edits.is_empty() {
+                return Err(Quiet::Done(result));
+            }
+            self.make(table, transaction, result)
+        });
+        match done {
+            Ok(((result, panic), grace)) => {
+                if let Some(panic) = panic {
+                    resume_unwind(panic);
+                }
+                Ok((result?, grace))
+            }
+            Err(Quiet::Done(result)) => Ok((result, self.table.grace())),
+            Err(Quiet::Failed(error)) => Err(error),
+        }
+    }
+
+    fn make<R>(
+        &self,
+        table: &SlotTable<B>,
+        transaction: Transaction<B>,
+        result: R,
+    ) -> Result<(SlotTable<B>, Outcome<R>), Quiet<R>> {
+        let Transaction { calls, edits } = transaction;
+        let listeners = self.listeners();
+        let changes = match listeners.is_empty() {
+            true => Vec::new(),
+            false => self.lock().changes(&edits),
+        };
+        // What only the book sees is no listener's business.
+        let listeners = match changes.is_empty() {
+            true => &[],
+            false => &*listeners,
+        };
+        let _calling = (!listeners.is_empty()).then(|| self.call_listeners());
+        let prepared = Prepared::all(listeners, LayoutChange::new(&changes))
+            .map_err(|source| Quiet::Failed(Error::Vetoed { source }))?;
+
+        let mut book = self.lock();
+        match self.run(&mut book, &calls) {
+            Ok(()) => {
+                let shown = book.commit(edits);
+                drop(book);
+                let panic = prepared.commit();
+                match shown.is_empty() {
+                    true if panic.is_none() => Err(Quiet::Done(result)),
+                    _ => Ok((next(table, shown), (Ok(result), panic))),
+                }
+            }
+            Err(Failure { error, unrestored }) if unrestored.is_empty() => {
+                drop(book);
+                drop(prepared);
+                Err(Quiet::Failed(error))
+            }
+            Err(Failure { error, unrestored }) => {
+                let Reconciled {
+                    left,
+                    changes,
+                    shown,
+                } = book.reconcile(edits);
+                drop(book);
+                drop(prepared);
+                let left = left
+                    .into_iter()
+                    .map(|(id, left)| Unrestored {
+                        id,
+                        left,
+                        errno: unrestored.get(&id).copied().unwrap_or(Errno(0)),
+                    })
+                    .collect::<Vec<_>>();
+                let error = match left.is_empty() {
+                    true => error,
+                    false => Error::Undo {
+                        left,
+                        cause: Box::new(error),
+                    },
+                };
+                if shown.is_empty() {
+                    return Err(Quiet::Failed(error));
+                }
+                let panic = commit(listeners, LayoutChange::new(&changes));
+                Ok((next(table, shown), (Err(error), panic)))
+            }
+        }
+    }
+
+    /// Asks KVM, call by call. After one that fails, takes back those before it, the last first, as far as KVM lets it.
+    fn run(&self, book: &mut Book<B>, calls: &[(Change, MemoryRegion)]) -> Result<(), Failure> {
+        let mut undo = Vec::with_capacity(calls.len());
+        for (number, (change, region)) in calls.iter().enumerate() {
+            if *change == Change::Nothing {
+                continue;
+            }
+            match self.call(region) {
+                Ok(()) => undo.push(book.slots.commit(region)),
+                Err(source) => {
+                    let error = Error::Kvm {
+                        change: *change,
+                        region: *region,
+                        step: number + 1,
+                        steps: calls.len(),
+                        source,
+                    };
+                    let unrestored = self.undo(book, undo);
+                    return Err(Failure { error, unrestored });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn undo(&self, book: &mut Book<B>, undo: Vec<MemoryRegion>) -> BTreeMap<SlotId, Errno> {
+        let mut unrestored = BTreeMap::new();
+        for region in undo.into_iter().rev() {
+            // Where an earlier one failed, this one may have become impossible.
+            let checked = book.slots.check(&region);
+            let done = match checked.map_err(|refusal| Errno(refusal.errno())) {
+                Ok(Change::Nothing) => Ok(()),
+                Ok(_) => self.call(&region),
+                Err(errno) => Err(errno),
+            };
+            match done {
+                Ok(()) => {
+                    book.slots.commit(&region);
+                }
+                Err(errno) => {
+                    log::error!("{} could not be put back: {errno}", region.id);
+                    unrestored.insert(region.id, errno);
+                }
+            }
+        }
+        unrestored
+    }
+
+    pub(crate) fn call(&self, region: &MemoryRegion) -> Result<(), Errno> {
+        // SAFETY: the host range of a request is that of a region's mapping, which is nobody else's memory. The book or
+        // the change at hand holds the region, and lets go of it only after the slot was deleted (see the top of this
+        // file). The guest_memfd is this VM's, and KVM keeps a reference of its own to it.
+        unsafe { self.host.set_memory_region(region) }
+    }
+
+    fn listeners(&self) -> Vec<Registered<B>> {
+        let listeners = self
+            .listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        listeners.clone()
+    }
+
+    /// Whether this thread is in a call of a listener, and so within a change already.
+    pub(crate) fn is_in_listener(&self) -> bool {
+        let calling = self.calling.lock().unwrap_or_else(PoisonError::into_inner);
+        *calling == Some(thread::current().id())
+    }
+
+    pub(crate) fn check_not_in_listener(&self) -> Result<(), Error> {
+        match self.is_in_listener() {
+            true => Err(Error::InListener),
+            false => Ok(()),
+        }
+    }
+
+    /// Notes that this thread calls listeners, until the result is dropped.
+    pub(crate) fn call_listeners(&self) -> Calling<'_> {
+        let mut calling = self.calling.lock().unwrap_or_else(PoisonError::into_inner);
+        *calling = Some(thread::current().id());
+        Calling(&self.calling)
+    }
+
+    /// Runs `f` with other changes kept out.
+    pub(crate) fn exclusively<R>(&self, f: impl FnOnce(&SlotTable<B>) -> R) -> R {
+        enum Never {}
+        let done = self
+            .table
+            .update(|table| Err::<(SlotTable<B>, Never), R>(f(table)));
+        match done {
+            Ok((never, _)) => match never {},
+            Err(result) => result,
+        }
+    }
+
+    /// What listeners are told when they register: everything is new.
+    pub(crate) fn replay(table: &SlotTable<B>) -> Vec<SlotChange<B>> {
+        let regions = table.regions();
+        regions
+            .map(|region| SlotChange::Added(region.clone()))
+            .collect()
+    }
+}
+
+/// The table that readers see next.
+fn next<B>(table: &SlotTable<B>, shown: Shown<B>) -> SlotTable<B> {
+    table.edited(&shown.gone, shown.added)
+}
+
+/// For as long as it exists, a thread is known to be in a listener's call.
+pub(crate) struct Calling<'a>(&'a std::sync::Mutex<Option<ThreadId>>);
+
+impl Drop for Calling<'_> {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}

@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! [`Backing`]: what memory is to be behind a slot, as a value. Nothing is mapped before a slot is made of it.
+
+use super::{HugePageSize, NumaPolicy};
+use crate::{Hva, PAGE_SIZE};
+use std::any::Any;
+use std::fmt;
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+/// What is behind a slot, how much of it, and how it is to be had.
+///
+/// | backing | pages | may be shared | what a clone of a snapshot costs |
+/// | --- | --- | --- | --- |
+/// | [`anonymous`](Self::anonymous) | as touched | no | all that is restored |
+/// | [`memfd`](Self::memfd) | as touched | yes | as above |
+/// | [`file_private`](Self::file_private) | the page cache's until written | no | what it writes |
+/// | [`file_shared`](Self::file_shared) | the page cache's | yes | it is no clone: writes are the file's |
+/// | [`hugetlb`](Self::hugetlb), [`hugetlb_memfd`](Self::hugetlb_memfd) | reserved when mapped | the second | all |
+/// | [`external`](Self::external) | the consumer's | as it is | as it is |
+///
+/// ```
+/// use memslots::{Backing, HugePages, NumaPolicy};
+/// use std::num::NonZeroUsize;
+/// let ram = Backing::anonymous(128 << 20)
+///     .huge_pages(HugePages::Advise)
+///     .numa(NumaPolicy::Preferred(0))
+///     .prefault(NonZeroUsize::new(4).ok_or("threads")?)
+///     .guarded()
+///     .without_core_dump();
+/// let shared = Backing::memfd(1 << 20);
+/// assert_eq!((ram.size(), ram.page_size()), (128 << 20, 4096));
+/// # let _ = shared;
+/// # Ok::<(), &str>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    pub(super) source: Source,
+    pub(super) size: u64,
+    pub(super) huge_pages: HugePages,
+    pub(super) numa: Option<NumaPolicy>,
+    pub(super) prefault: Option<NonZeroUsize>,
+    pub(super) guarded: bool,
+    pub(super) dump: bool,
+    pub(super) fork: bool,
+    pub(super) merge: bool,
+}
+
+#[derive(Clone)]
+pub(super) enum Source {
+    Anonymous {
+        huge: Option<HugePageSize>,
+    },
+    Memfd {
+        huge: Option<HugePageSize>,
+    },
+    File {
+        file: Arc<File>,
+        offset: u64,
+        shared: bool,
+    },
+    External {
+        start: Hva,
+        /// Keeps it mapped.
+        owner: Arc<dyn Any + Send + Sync>,
+    },
+}
+
+/// Whether transparent huge pages serve the memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HugePages {
+    /// As the host is set (`/sys/kernel/mm/transparent_hugepage`). No system call.
+    #[default]
+    Host,
+    /// Asks for them (`MADV_HUGEPAGE`): fewer faults and faster translation, but the first touch of 2 MiB costs 2 MiB.
+    Advise,
+    /// Asks for none (`MADV_NOHUGEPAGE`): the guest costs what it touches to the page.
+    Never,
+}
+
+impl Backing {
+    const fn new(source: Source, size: u64) -> Self {
+        Self {
+            source,
+            size,
+            huge_pages: HugePages::Host,
+            numa: None,
+            prefault: None,
+            guarded: false,
+            dump: true,
+            fork: true,
+            merge: false,
+        }
+    }
+
+    /// `size` bytes of anonymous, private memory, zero at first, given by the host as it is touched and not reserved
+    /// before (`MAP_NORESERVE`): the sum of the guests may exceed the host. If it is large, it lies in the host as it
+    /// does in the guest relative to 2 MiB, so that huge pages can serve both translations.
+    pub const fn anonymous(size: u64) -> Self {
+        Self::new(Source::Anonymous { huge: None }, size)
+    }
+
+    /// `size` bytes of a memfd of its own, mapped shared: can be handed to another process (vhost-user) by the region's
+    /// [`file_offset`](vm_memory::GuestMemoryRegion::file_offset). Given as it is touched, and placed as
+    /// [`anonymous`](Self::anonymous) is. Its size is sealed, so whoever it is handed to cannot shrink it; it is sealed
+    /// against execution where the kernel can (6.3).
+    pub const fn memfd(size: u64) -> Self {
+        Self::new(Source::Memfd { huge: None }, size)
+    }
+
+    /// `size` bytes of private memory in hugetlb pages of the host's pool. `size` is a multiple of the page; all pages
+    /// are reserved when it is mapped, so that the guest never meets an empty pool (a cgroup's limit on hugetlb usage
+    /// is still met by touch: set `hugetlb.….rsvd.max`, which is met here). It lies at a multiple of the page in the
+    /// host, so let it do so in the guest, or KVM maps it in small pages.
+    pub const fn hugetlb(size: u64, page: HugePageSize) -> Self {
+        Self::new(Source::Anonymous { huge: Some(page) }, size)
+    }
+
+    /// As [`hugetlb`](Self::hugetlb), in a memfd that can be handed to another process as [`memfd`](Self::memfd)'s.
+    pub const fn hugetlb_memfd(size: u64, page: HugePageSize) -> Self {
+        Self::new(Source::Memfd { huge: Some(page) }, size)
+    }
+
+    /// `size` bytes of `file` from `offset`, both multiples of the page size, copied page by page when they are
+    /// written: what clones of one snapshot share. The file may be open for reading only. With a
+    /// [read-only slot](crate::SlotFlags::READ_ONLY) it is a ROM, and nothing is copied but what a loader writes.
+    ///
+    /// Whoever else writes the file changes what is not copied yet, and whoever truncates it turns touches into SIGBUS:
+    /// the file is to be left alone (or a memfd sealed against it). Of the userfaultfd mechanisms none works on it;
+    /// see [`MemoryKind`](crate::MemoryKind).
+    pub fn file_private(file: impl Into<Arc<File>>, offset: u64, size: u64) -> Self {
+        let (file, shared) = (file.into(), false);
+        let source = Source::File {
+            file,
+            offset,
+            shared,
+        };
+        Self::new(source, size)
+    }
+
+    /// `size` bytes of `file` from `offset`, both multiples of the page size (of the huge page on a hugetlbfs), mapped
+    /// shared: the guest writes the file. The file is open for reading and writing. That others do not truncate it is
+    /// the caller's care, as with [`file_private`](Self::file_private).
+    pub fn file_shared(file: impl Into<Arc<File>>, offset: u64, size: u64) -> Self {
+        let (file, shared) = (file.into(), true);
+        let source = Source::File {
+            file,
+            offset,
+            shared,
+        };
+        Self::new(source, size)
+    }
+
+    /// `size` bytes that the consumer has mapped at `start` (both multiples of the page size), and that `owner` keeps
+    /// mapped: it is dropped when nobody uses the memory any more.
+    ///
+    /// # Safety
+    /// For as long as `owner` exists, the range is mapped readable and writable, and it is memory that is the guest's to
+    /// read and write: nobody accesses it but by volatile or atomic accesses, and nothing's safety rests on what it
+    /// contains.
+    pub unsafe fn external(start: Hva, size: u64, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        Self::new(Source::External { start, owner }, size)
+    }
+
+    /// The same with a choice about transparent huge pages.
+    #[must_use]
+    pub const fn huge_pages(mut self, choice: HugePages) -> Self {
+        self.huge_pages = choice;
+        self
+    }
+
+    /// The same from certain NUMA nodes.
+    #[must_use]
+    pub fn numa(mut self, policy: NumaPolicy) -> Self {
+        self.numa = Some(policy);
+        self
+    }
+
+    /// The same, all of it made present when it is mapped, by this many threads: the guest has no page faults later, and
+    /// a host without the memory says so now. Private files are read in and not copied. It takes time: about a second
+    /// for 4 GiB and thread in pages of 4 KiB.
+    #[must_use]
+    pub const fn prefault(mut self, threads: NonZeroUsize) -> Self {
+        self.prefault = Some(threads);
+        self
+    }
+
+    /// The same between two pages that nobody can touch, so that a run beyond its end, in this process or in a device
+    /// that is given its addresses, is a SIGSEGV and not another mapping's contents. Costs one `mmap`, two pages of
+    /// address space and no memory; and two more of the process's mappings, of which the kernel allows 65,530
+    /// (`vm.max_map_count`): fine for RAM, too much for tens of thousands of slots, and so not the default.
+    #[must_use]
+    pub const fn guarded(mut self) -> Self {
+        self.guarded = true;
+        self
+    }
+
+    /// The same left out of core dumps (`MADV_DONTDUMP`): a crash of the VMM writes no guest's memory to the disk.
+    #[must_use]
+    pub const fn without_core_dump(mut self) -> Self {
+        self.dump = false;
+        self
+    }
+
+    /// The same not there in children made by `fork` (`MADV_DONTFORK`): no copy-on-write of guest memory while a child
+    /// gets to its `exec`.
+    #[must_use]
+    pub const fn without_fork(mut self) -> Self {
+        self.fork = false;
+        self
+    }
+
+    /// The same offered for the merging of equal pages (`MADV_MERGEABLE`, KSM). Between tenants that do not trust each
+    /// other, merged pages tell by their timing who has what.
+    #[must_use]
+    pub const fn mergeable(mut self) -> Self {
+        self.merge = true;
+        self
+    }
+
+    /// The size in bytes.
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The size in bytes of the pages that it asks for. A file on a hugetlbfs has that one's, which only
+    /// [`Mapping::page_size`](crate::Mapping::page_size) tells.
+    pub const fn page_size(&self) -> u64 {
+        match &self.source {
+            Source::Anonymous { huge: Some(page) } | Source::Memfd { huge: Some(page) } => {
+                page.bytes()
+            }
+            _ => PAGE_SIZE,
+        }
+    }
+}
+
+/// The same kind; files and external mappings, the same one.
+impl PartialEq for Source {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Anonymous { huge: a }, Self::Anonymous { huge: b })
+            | (Self::Memfd { huge: a }, Self::Memfd { huge: b }) => a == b,
+            (
+                Self::File {
+                    file: a,
+                    offset: at_a,
+                    shared: shared_a,
+                },
+                Self::File {
+                    file: b,
+                    offset: at_b,
+                    shared: shared_b,
+                },
+            ) => Arc::ptr_eq(a, b) && (at_a, shared_a) == (at_b, shared_b),
+            (Self::External { start: a, owner: x }, Self::External { start: b, owner: y }) => {
+                a == b && Arc::ptr_eq(x, y)
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Eq for Source {}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Anonymous { huge: None } => f.write_str("Anonymous"),
+            Self::Anonymous { huge: Some(page) } => write!(f, "Hugetlb({page})"),
+            Self::Memfd { huge: None } => f.write_str("Memfd"),
+            Self::Memfd { huge: Some(page) } => write!(f, "HugetlbMemfd({page})"),
+            Self::File {
+                file,
+                offset,
+                shared,
+            } => f
+                .debug_struct(if *shared { "FileShared" } else { "FilePrivate" })
+                .field("file", file)
+                .field("offset", offset)
+                .finish(),
+            Self::External { start, .. } => f.debug_tuple("External").field(start).finish(),
+        }
+    }
+}

@@ -1,0 +1,559 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The host memory behind a slot: [`Backing`] says which, [`Mapping`] is it, unmapped when the last user lets go.
+//!
+//! What a mapping costs, besides the pages that are touched:
+//!
+//! | backing | system calls | mappings of the process (VMAs) |
+//! | --- | --- | --- |
+//! | anonymous | 1 | 1, merged with a neighbour of the same kind |
+//! | memfd, file below 2 MiB | 1 (a memfd: 4) | 1 |
+//! | memfd, file from 2 MiB | 1 to 3 more, to lie in the guest's phase | 1 |
+//! | hugetlb | 1 (a memfd: 4) | 1 |
+//! | any, guarded | 1 more | 3 |
+//!
+//! and one call more for each piece of advice. Everything that a number can make wrong is checked before the first call.
+
+mod backing;
+mod error;
+mod hugetlb;
+mod memfd;
+mod numa;
+mod place;
+mod prefault;
+mod sys;
+
+pub use backing::{Backing, HugePages};
+pub use error::MapError;
+pub use hugetlb::{HugePageSize, HugePool};
+pub use numa::NumaPolicy;
+
+use crate::{Errno, Hva, Mechanism, MemoryKind, PAGE_SIZE};
+use backing::Source;
+use place::Place;
+use prefault::Work;
+use std::any::Any;
+use std::ffi::c_void;
+use std::fmt;
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::Arc;
+use sys::{Kernel, MapRequest, System};
+use vm_memory::{FileOffset, GuestAddress};
+
+/// `f_type` of a tmpfs (memfds are on one) and of a hugetlbfs, linux/magic.h.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// Memory of this process for a guest, mapped: nobody else unmaps it, and it is unmapped when this is dropped.
+///
+/// Slots have theirs ([`Region::mapping`](crate::Region::mapping)). One made by hand is memory beside the slots: pages
+/// to be moved into a slot, or the memory of a consumer with slots of its own.
+pub struct Mapping {
+    /// What is to be let go of.
+    _area: Area,
+    /// Where the slot's memory starts in it.
+    start: *mut u8,
+    size: usize,
+    page_size: u64,
+    kind: MemoryKind,
+    /// Where others find it: of shared mappings only, for a private one shows its file's contents no more.
+    file: Option<FileOffset>,
+    system: &'static dyn System,
+}
+
+// SAFETY: the pointers are only numbers until they are made a `VolatileSlice`, whose accesses are volatile and whose
+// memory every vCPU writes anyway; the struct itself never changes.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+/// Address space that goes when this does.
+enum Area {
+    Own {
+        base: *mut c_void,
+        length: usize,
+        system: &'static dyn System,
+    },
+    External {
+        _owner: Arc<dyn Any + Send + Sync>,
+    },
+}
+
+impl Mapping {
+    /// Maps `backing`, to be seen by the guest at `guest`. Blocks as long as the kernel takes to map, and to prefault if
+    /// that was asked for.
+    ///
+    /// # Errors
+    /// [`MapError`]; then nothing is mapped.
+    pub fn new(backing: &Backing, guest: GuestAddress) -> Result<Self, MapError> {
+        Self::made_by(&Kernel, backing, guest)
+    }
+
+    fn made_by(
+        system: &'static dyn System,
+        backing: &Backing,
+        guest: GuestAddress,
+    ) -> Result<Self, MapError> {
+        let size = backing.size;
+        if size == 0 {
+            return Err(MapError::Empty);
+        }
+        let mapping = match &backing.source {
+            Source::Anonymous { huge } => {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                let kind = match huge {
+                    None => MemoryKind::Anonymous,
+                    Some(_) => MemoryKind::Hugetlb,
+                };
+                Plan::new(backing, kind, *huge, flags, None)?.map(system, guest)?
+            }
+            Source::Memfd { huge } => {
+                let kind = match huge {
+                    None => MemoryKind::Shmem,
+                    Some(_) => MemoryKind::HugetlbShared,
+                };
+                let plan = Plan::new(backing, kind, *huge, libc::MAP_SHARED, None)?;
+                let file = Arc::new(memfd::create(system, size, *huge)?);
+                Plan {
+                    file: Some((file, 0)),
+                    ..plan
+                }
+                .map(system, guest)?
+            }
+            Source::File {
+                file,
+                offset,
+                shared,
+            } => Self::plan_file(backing, file, *offset, *shared)?.map(system, guest)?,
+            Source::External { start, owner } => {
+                if backing.guarded {
+                    return Err(MapError::GuardedExternal);
+                }
+                check_aligned("size", size, PAGE_SIZE)?;
+                check_aligned("host address", start.0 as u64, PAGE_SIZE)?;
+                let too_large = MapError::TooLarge { size };
+                let size = usize::try_from(size).map_err(|_| too_large.clone())?;
+                start.0.checked_add(size).ok_or(too_large)?;
+                Self {
+                    _area: Area::External {
+                        _owner: Arc::clone(owner),
+                    },
+                    start: start.0 as *mut u8,
+                    size,
+                    page_size: PAGE_SIZE,
+                    kind: MemoryKind::External,
+                    file: None,
+                    system,
+                }
+            }
+        };
+        mapping.arrange(backing)?;
+        Ok(mapping)
+    }
+
+    /// Looks at the file that is to be mapped.
+    fn plan_file(
+        backing: &Backing,
+        file: &Arc<File>,
+        offset: u64,
+        shared: bool,
+    ) -> Result<Plan, MapError> {
+        let size = backing.size;
+        let call = |call| move |errno| MapError::Call { call, size, errno };
+        let (magic, block) = sys::file_system(file).map_err(call("fstatfs"))?;
+        let huge = (magic == HUGETLBFS_MAGIC)
+            .then(|| HugePageSize::new(block))
+            .flatten();
+        let kind = match (magic, huge, shared) {
+            (_, Some(_), true) => MemoryKind::HugetlbShared,
+            (_, Some(_), false) => MemoryKind::Hugetlb,
+            (TMPFS_MAGIC, _, true) => MemoryKind::Shmem,
+            (TMPFS_MAGIC, _, false) => MemoryKind::ShmemPrivate,
+            (_, _, true) => MemoryKind::FileShared,
+            (_, _, false) => MemoryKind::FilePrivate,
+        };
+        let flags = if shared {
+            libc::MAP_SHARED
+        } else {
+            libc::MAP_PRIVATE
+        };
+        let plan = Plan::new(backing, kind, huge, flags, Some((Arc::clone(file), offset)))?;
+        check_aligned("offset", offset, plan.page_size)?;
+        let metadata = file.metadata().map_err(|error| MapError::Call {
+            call: "fstat",
+            size,
+            errno: Errno(error.raw_os_error().unwrap_or(libc::EIO)),
+        })?;
+        let length = metadata.len();
+        let room = length
+            .checked_next_multiple_of(plan.page_size)
+            .unwrap_or(length);
+        // What is no regular file has a driver that knows its length.
+        if metadata.is_file() && offset.checked_add(size).is_none_or(|end| end > room) {
+            return Err(MapError::BeyondFile {
+                offset,
+                size,
+                length,
+            });
+        }
+        if shared && !sys::is_writable(file).map_err(call("fcntl(F_GETFL)"))? {
+            return Err(MapError::NotWritable);
+        }
+        Ok(plan)
+    }
+
+    /// All that is asked for beyond the mapping itself.
+    fn arrange(&self, backing: &Backing) -> Result<(), MapError> {
+        if let Some(policy) = &backing.numa {
+            self.bind(policy)?;
+        }
+        match backing.huge_pages {
+            HugePages::Host => {}
+            HugePages::Advise => {
+                self.kind.check(Mechanism::TransparentHugePages)?;
+                self.advise("madvise(MADV_HUGEPAGE)", libc::MADV_HUGEPAGE)?;
+            }
+            HugePages::Never => {
+                match self.advise("madvise(MADV_NOHUGEPAGE)", libc::MADV_NOHUGEPAGE) {
+                    // Memory, or a kernel, without transparent huge pages has none to forbid.
+                    Err(MapError::Call {
+                        errno: Errno(libc::EINVAL),
+                        ..
+                    }) => {}
+                    result => result?,
+                }
+            }
+        }
+        if !backing.dump {
+            self.advise("madvise(MADV_DONTDUMP)", libc::MADV_DONTDUMP)?;
+        }
+        if !backing.fork {
+            self.advise("madvise(MADV_DONTFORK)", libc::MADV_DONTFORK)?;
+        }
+        if backing.merge {
+            self.kind.check(Mechanism::Merge)?;
+            self.advise("madvise(MADV_MERGEABLE)", libc::MADV_MERGEABLE)?;
+        }
+        if let Some(threads) = backing.prefault {
+            self.prefault(0..self.size(), threads)?;
+        }
+        Ok(())
+    }
+
+    fn advise(&self, call: &'static str, advice: i32) -> Result<(), MapError> {
+        let size = self.size();
+        // SAFETY: the range is our own mapping, or one that its owner gave to the guest; none of the advice above changes
+        // its contents.
+        unsafe { self.system.madvise(self.start.cast(), self.size, advice) }
+            .map_err(|errno| MapError::Call { call, size, errno })
+    }
+
+    fn bind(&self, policy: &NumaPolicy) -> Result<(), MapError> {
+        self.kind.check(Mechanism::Numa)?;
+        let host = numa::host_nodes();
+        let binding = policy.binding(host.as_deref())?;
+        // SAFETY: as for advice; a policy changes no contents.
+        let bound = unsafe { self.system.mbind(self.start.cast(), self.size, &binding) };
+        match bound {
+            // A kernel without NUMA has one node, and that is what was checked for.
+            Err(Errno(libc::ENOSYS)) if host.is_none() => Ok(()),
+            result => result.map_err(|errno| MapError::Call {
+                call: "mbind",
+                size: self.size(),
+                errno,
+            }),
+        }
+    }
+
+    /// Makes a part of it present, by this many threads: `range` in bytes from the start. Its ends are multiples of
+    /// the page size. Whoever uses the memory at the same time is not disturbed. Blocks until it is done; where a
+    /// userfaultfd serves the memory's faults, until that has served them.
+    ///
+    /// # Errors
+    /// [`MapError::Prefault`] says how much is there; [`MapError::Unaligned`], [`MapError::TooLarge`] for a range that
+    /// is none of this mapping.
+    pub fn prefault(&self, range: Range<u64>, threads: NonZeroUsize) -> Result<(), MapError> {
+        check_aligned("start", range.start, self.page_size)?;
+        check_aligned("end", range.end, self.page_size)?;
+        if range.end > self.size() {
+            return Err(MapError::TooLarge { size: range.end });
+        }
+        let work = Work {
+            start: self.start as usize + range.start as usize,
+            size: range.end.saturating_sub(range.start) as usize,
+            page_size: self.page_size as usize,
+            write: !matches!(
+                self.kind,
+                MemoryKind::FilePrivate | MemoryKind::ShmemPrivate
+            ),
+        };
+        // SAFETY: a part of this mapping, which lives as long as `self`, is readable and writable, and is accessed by
+        // volatile and atomic accesses only.
+        unsafe { prefault::populate(self.system, work, threads) }
+    }
+
+    pub(crate) fn start(&self) -> *mut u8 {
+        self.start
+    }
+
+    /// The address of its first byte.
+    pub fn host(&self) -> Hva {
+        Hva(self.start as usize)
+    }
+
+    /// Its addresses, in this process.
+    pub fn host_range(&self) -> Range<usize> {
+        let start = self.start as usize;
+        start..start + self.size
+    }
+
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size as u64
+    }
+
+    /// The size in bytes of its pages (`kvm_host_page_size`): 4096, or that of its hugetlb pages.
+    pub fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// What it is made of, as the kernel sees it.
+    pub fn kind(&self) -> MemoryKind {
+        self.kind
+    }
+
+    /// The file by which another process can map the same memory, and where in it; `None` for private memory.
+    pub fn file(&self) -> Option<&FileOffset> {
+        self.file.as_ref()
+    }
+}
+
+/// A mapping whose numbers are in order.
+struct Plan {
+    size: u64,
+    page_size: u64,
+    kind: MemoryKind,
+    huge: Option<HugePageSize>,
+    flags: i32,
+    file: Option<(Arc<File>, u64)>,
+    guarded: bool,
+}
+
+impl Plan {
+    fn new(
+        backing: &Backing,
+        kind: MemoryKind,
+        huge: Option<HugePageSize>,
+        mut flags: i32,
+        file: Option<(Arc<File>, u64)>,
+    ) -> Result<Self, MapError> {
+        let (size, page_size) = (backing.size, huge.map_or(PAGE_SIZE, HugePageSize::bytes));
+        check_aligned("size", size, page_size)?;
+        match huge {
+            // Not reserved, but for huge pages: of those the touch of a missing one would be a SIGBUS.
+            None => flags |= libc::MAP_NORESERVE,
+            Some(page_size) if hugetlb::known_missing(page_size) => {
+                return Err(MapError::NoHugePageSize { page_size });
+            }
+            Some(page) if flags & libc::MAP_ANONYMOUS != 0 => {
+                flags |= libc::MAP_HUGETLB | page.flag() as i32;
+            }
+            Some(_) => {}
+        }
+        Ok(Self {
+            size,
+            page_size,
+            kind,
+            huge,
+            flags,
+            file,
+            guarded: backing.guarded,
+        })
+    }
+
+    fn map(self, system: &'static dyn System, guest: GuestAddress) -> Result<Mapping, MapError> {
+        let place = Place::new(self.size, self.page_size, guest.0, self.guarded)?;
+        // The slack of anonymous memory is never touched, costs nothing, and spares the calls that would cut it off. The
+        // kernel places hugetlb mappings by itself.
+        let with_slack = self.kind == MemoryKind::Anonymous;
+        let (area, start) =
+            if !self.guarded && (with_slack || self.huge.is_some() || place.is_exact()) {
+                let length = if with_slack { place.length } else { place.size };
+                // SAFETY: a new mapping, anywhere.
+                let base = unsafe { self.call(system, None, length) }?;
+                let shift = if with_slack {
+                    place.shift(base as usize)
+                } else {
+                    0
+                };
+                let area = Area::Own {
+                    base,
+                    length,
+                    system,
+                };
+                (area, base.wrapping_byte_add(shift))
+            } else {
+                self.map_into_reservation(system, &place)?
+            };
+        Ok(Mapping {
+            _area: area,
+            start: start.cast(),
+            size: place.size,
+            page_size: self.page_size,
+            kind: self.kind,
+            file: self
+                .file
+                .filter(|_| self.flags & libc::MAP_SHARED != 0)
+                .map(|(file, offset)| FileOffset::from_arc(file, offset)),
+            system,
+        })
+    }
+
+    /// Address space first, which nobody can touch, and the memory into it.
+    fn map_into_reservation(
+        &self,
+        system: &'static dyn System,
+        place: &Place,
+    ) -> Result<(Area, *mut c_void), MapError> {
+        let request = MapRequest {
+            at: None,
+            length: place.length,
+            protection: libc::PROT_NONE,
+            flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            file: None,
+        };
+        // SAFETY: a new mapping, anywhere.
+        let base = unsafe { system.mmap(request) }.map_err(|errno| MapError::Call {
+            call: "mmap (of address space)",
+            size: self.size,
+            errno,
+        })?;
+        let mut area = Area::Own {
+            base,
+            length: place.length,
+            system,
+        };
+        let start = base.wrapping_byte_add(place.shift(base as usize));
+        // SAFETY: `start` and the memory's size behind it lie in the reservation, which is ours and unused.
+        unsafe { self.call(system, Some(start), place.size) }?;
+        if !self.guarded {
+            area.trim(start, place.size);
+        }
+        Ok((area, start))
+    }
+
+    /// # Safety
+    /// As [`System::mmap`].
+    unsafe fn call(
+        &self,
+        system: &dyn System,
+        at: Option<*mut c_void>,
+        length: usize,
+    ) -> Result<*mut c_void, MapError> {
+        let size = self.size;
+        let file = match &self.file {
+            None => None,
+            Some((file, offset)) => {
+                // The kernel counts file offsets in `i64`.
+                let offset = i64::try_from(*offset).map_err(|_| MapError::TooLarge { size })?;
+                Some((&**file, offset))
+            }
+        };
+        let request = MapRequest {
+            at,
+            length,
+            protection: libc::PROT_READ | libc::PROT_WRITE,
+            flags: self.flags,
+            file,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { system.mmap(request) }.map_err(|errno| match self.huge {
+            Some(page_size) if errno == Errno(libc::ENOMEM) => MapError::NoHugePages {
+                page_size,
+                wanted: size / page_size.bytes(),
+                pool: HugePool::of_host(page_size),
+            },
+            _ => MapError::Call {
+                call: "mmap",
+                size,
+                errno,
+            },
+        })
+    }
+}
+
+fn check_aligned(what: &'static str, value: u64, page_size: u64) -> Result<(), MapError> {
+    if value.is_multiple_of(page_size) {
+        Ok(())
+    } else {
+        Err(MapError::Unaligned {
+            what,
+            value,
+            page_size,
+        })
+    }
+}
+
+impl Area {
+    /// Gives back what is around the memory. What the kernel does not take back stays ours, and untouchable.
+    fn trim(&mut self, start: *mut c_void, size: usize) {
+        let Self::Own {
+            base,
+            length,
+            system,
+        } = self
+        else {
+            return;
+        };
+        let end = start as usize + size;
+        let (before, behind) = (
+            start as usize - *base as usize,
+            *base as usize + *length - end,
+        );
+        // SAFETY: a part of our reservation that holds no memory, used by nobody.
+        if behind > 0 && unsafe { system.munmap(start.wrapping_byte_add(size), behind) }.is_ok() {
+            *length -= behind;
+        }
+        // SAFETY: as above.
+        if before > 0 && unsafe { system.munmap(*base, before) }.is_ok() {
+            *base = start;
+            *length -= before;
+        }
+    }
+}
+
+impl Drop for Area {
+    fn drop(&mut self) {
+        let Self::Own {
+            base,
+            length,
+            system,
+        } = self
+        else {
+            return;
+        };
+        // SAFETY: mapped by us with this length, unmapped by nobody else, and no slice of it is left: slices borrow
+        // from the region that owns this. No slot refers to it: `Memslots` deletes a slot before it lets go of its
+        // region, and never lets go of one that could not be deleted. No userfaultfd has it: a registration keeps its
+        // mapping.
+        if let Err(errno) = unsafe { system.munmap(*base, *length) } {
+            log::error!("munmap of {length:#x} bytes: {errno}");
+        }
+    }
+}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mapping")
+            .field("host", &self.host())
+            .field("size", &self.size)
+            .field("page_size", &self.page_size)
+            .field("kind", &self.kind)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

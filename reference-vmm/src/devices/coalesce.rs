@@ -1,0 +1,495 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Coalesced serial output: a guest that polls its serial port leaves the kernel once for many bytes.
+//!
+//! KVM can keep the writes to a port in a ring until the next exit ([`IoBus::coalesce`]). For a
+//! serial port's transmit register that is cheap and right as long as the guest polls: whatever it
+//! asks the port (the line status, say) is an exit, before which the ring is drained, so that it
+//! never sees a port that lags behind. Three kinds of guest must not notice:
+//!
+//! - One that writes a little and ends, as a tiny guest does. A zone is a device on KVM's own bus:
+//!   registering it, and the end of a VM that has one, wait for a grace period. So there is no zone
+//!   before [`THRESHOLD`] bytes have been written, each by an exit.
+//! - One that writes and then asks nothing: it halts, or computes. A thread drains the ring every
+//!   [`TICK`].
+//! - One that waits for the interrupt that tells of an empty transmitter (IER's THRI), as Linux's
+//!   driver does for user space. It would get it when its byte is drained, a tick late. A tick that
+//!   finds THRI set ends the zone for good. (Not THRI's setting itself: a driver that looks for the
+//!   port sets every bit for a moment, in the middle of the kernel's polled output.)
+//!
+//! ```text
+//!   Watching ──THRESHOLD bytes, by exits──► On ──THRI at a tick, or KVM refuses──► Off
+//!       ▲                                   │
+//!       └────────nothing for IDLE ticks─────┘
+//! ```
+//!
+//! The vCPU that writes the byte that is one too many maps the ring and starts the thread `com1-drain`,
+//! which registers the zone (the grace period is its own, not the guest's), drains, ends the zone and
+//! ends itself. A host without `KVM_CAP_COALESCED_PIO` stays as it is, with a debug line.
+//!
+//! # Order
+//!
+//! The port sees all writes in the guest's order, also those that are kept: every other access to it
+//! is an exit, and comes after them. So a divisor's low byte, which goes to the same address, still
+//! comes between the two writes to the line control register that put it there, and loop-back mode
+//! has the bytes that were written in it and no others.
+//!
+//! # What it costs
+//!
+//! A drain is one write to the console, however many bytes it brings, and that write is made when the
+//! ring is free again: a console that takes no more holds up the vCPU that has drained, and not those
+//! that find the ring empty. (Which of the vCPUs had written nobody knows.)
+
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use io_bus::{
+    BusKind, CoalescedZone, Dispatcher, Error, IoBus, IoRange, RingMemory, SetCoalescedZone,
+};
+
+use crate::end::Chain;
+
+/// Bytes that a guest writes by exits before there is a zone.
+pub const THRESHOLD: u32 = 256;
+
+/// The longest that a byte stays in the ring.
+pub const TICK: Duration = Duration::from_millis(10);
+
+/// After so many ticks without a byte the zone, and the thread with it, goes until it is worth it
+/// again.
+pub const IDLE_TICKS: u32 = 100;
+
+/// A port whose output may be coalesced: what has to be known of it.
+pub trait PolledOutput: Send + Sync {
+    /// Bytes that the guest has sent while it did not wait for the transmitter's interrupt, since
+    /// the last [`restart`](Self::restart).
+    fn polled_bytes(&self) -> u32;
+    /// Counts from zero again.
+    fn restart(&self);
+    /// Whether the guest waits for the transmitter's interrupt.
+    fn is_interrupt_driven(&self) -> bool;
+    /// What the guest sends from now on may wait for [`release`](Self::release): many bytes, one
+    /// write to the console.
+    fn hold(&self);
+    /// What was sent goes out, unless another holds it too. Blocks while the console is full.
+    fn release(&self);
+}
+
+const WATCHING: u8 = 0;
+const ON: u8 = 1;
+const OFF: u8 = 2;
+
+/// Decides when a port's output is coalesced, and does it. One a port.
+pub struct Coalescing<H: SetCoalescedZone, P> {
+    host: H,
+    port: Arc<P>,
+    range: IoRange,
+    state: AtomicU8,
+    /// A ring is attached to the bus.
+    has_ring: AtomicBool,
+    shared: Mutex<Shared<H>>,
+    changed: Condvar,
+}
+
+struct Shared<H: SetCoalescedZone> {
+    /// The machine stops: no more threads.
+    stopped: bool,
+    thread: Option<JoinHandle<()>>,
+    /// The zone of a machine that has stopped, which need not be ended: its VM goes.
+    left: Option<CoalescedZone<H>>,
+}
+
+impl<H, P> Coalescing<H, P>
+where
+    H: SetCoalescedZone + Clone + Send + Sync + 'static,
+    P: PolledOutput + 'static,
+{
+    /// Watches `port`, whose transmit register is the I/O port `at`. Nothing is asked of `host` yet.
+    pub fn new(host: H, port: Arc<P>, at: IoRange) -> Arc<Self> {
+        Arc::new(Coalescing {
+            host,
+            port,
+            range: at,
+            state: AtomicU8::new(WATCHING),
+            has_ring: AtomicBool::new(false),
+            shared: Mutex::new(Shared {
+                stopped: false,
+                thread: None,
+                left: None,
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// To be called after each write that a guest has left the kernel for; costs two loads. `bus` has
+    /// the port, and `ring` maps KVM's ring for it, through the vCPU that wrote.
+    #[inline]
+    pub fn after_write<R: RingMemory + 'static>(
+        self: &Arc<Self>,
+        bus: &IoBus,
+        ring: impl FnOnce(&H) -> Result<R, Error>,
+    ) {
+        if self.state.load(Ordering::Relaxed) == WATCHING && self.port.polled_bytes() >= THRESHOLD {
+            self.begin(bus, ring);
+        }
+    }
+
+    /// To be called after each return of `KVM_RUN`, before its exit is dispatched: carries out what
+    /// KVM has kept, as [`Dispatcher::before_exit`] does, and has the console get it in one piece.
+    #[inline]
+    pub fn before_exit(&self, io: &mut Dispatcher) {
+        // Acquire: pairs with the Release of the thread that has ended the zone and drained the ring.
+        // Whoever sees that it is ended sees what was in it carried out.
+        if self.state.load(Ordering::Acquire) == ON {
+            self.drain(io);
+        }
+    }
+
+    fn drain(&self, io: &mut Dispatcher) {
+        /// Also when a device panics.
+        struct Held<'a, P: PolledOutput>(&'a P);
+        impl<P: PolledOutput> Drop for Held<'_, P> {
+            fn drop(&mut self) {
+                self.0.release();
+            }
+        }
+        self.port.hold();
+        let _held = Held(&*self.port);
+        io.before_exit();
+    }
+
+    #[cold]
+    fn begin<R: RingMemory + 'static>(
+        self: &Arc<Self>,
+        bus: &IoBus,
+        ring: impl FnOnce(&H) -> Result<R, Error>,
+    ) {
+        let mut shared = self.shared();
+        // Under the lock: of two vCPUs one begins.
+        if shared.stopped || self.state.load(Ordering::Relaxed) != WATCHING {
+            return;
+        }
+        self.state.store(ON, Ordering::Relaxed);
+        if !self.has_ring.load(Ordering::Relaxed) {
+            match ring(&self.host).and_then(|ring| bus.attach_coalesced_ring(ring)) {
+                Ok(()) => self.has_ring.store(true, Ordering::Relaxed),
+                Err(error) => return self.give_up(&error),
+            }
+        }
+        // One that has ended by itself is done but for its last instructions.
+        if let Some(thread) = shared.thread.take() {
+            drop(thread);
+        }
+        let (this, bus) = (self.clone(), bus.clone());
+        let thread = std::thread::Builder::new().name("com1-drain".into());
+        match thread.spawn(move || this.serve(bus)) {
+            Ok(thread) => shared.thread = Some(thread),
+            Err(error) => self.give_up(&error),
+        }
+    }
+
+    fn give_up(&self, why: &dyn std::error::Error) {
+        log::debug!("serial output is not coalesced: {}", Chain(why));
+        self.state.store(OFF, Ordering::Relaxed);
+    }
+
+    /// The thread.
+    fn serve(&self, bus: IoBus) {
+        let mut zone = match bus.coalesce(self.host.clone(), BusKind::Pio, self.range) {
+            Ok(zone) => zone,
+            Err(error) => return self.give_up(&error),
+        };
+        log::debug!("serial output is coalesced");
+        let mut io = bus.dispatcher();
+        let (mut seen, mut idle) = (bus.coalesced_writes(), 0);
+        let next = loop {
+            let shared = self.shared();
+            if shared.stopped {
+                return self.leave(shared, zone);
+            }
+            let (shared, _) = self
+                .changed
+                .wait_timeout(shared, TICK)
+                .unwrap_or_else(PoisonError::into_inner);
+            if shared.stopped {
+                return self.leave(shared, zone);
+            }
+            drop(shared);
+            self.drain(&mut io);
+            let now = bus.coalesced_writes();
+            idle = if now == seen { idle + 1 } else { 0 };
+            seen = now;
+            if self.port.is_interrupt_driven() {
+                break OFF;
+            }
+            if idle >= IDLE_TICKS {
+                break WATCHING;
+            }
+        };
+        // What it has kept is carried out by this.
+        if let Err(error) = zone.end() {
+            log::debug!("{}", Chain(&error));
+            // There still: somebody must go on draining it, and at the machine's end.
+            return self.keep_draining(zone, &bus);
+        }
+        log::debug!("serial output is coalesced no more");
+        self.port.restart();
+        // Release: pairs with the Acquire of `before_exit`.
+        self.state.store(next, Ordering::Release);
+    }
+
+    /// KVM does not let go of the zone.
+    fn keep_draining(&self, zone: CoalescedZone<H>, bus: &IoBus) {
+        let mut io = bus.dispatcher();
+        let mut shared = self.shared();
+        while !shared.stopped {
+            drop(shared);
+            self.drain(&mut io);
+            shared = self.shared();
+            shared = match self.changed.wait_timeout(shared, TICK) {
+                Ok((shared, _)) => shared,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+        self.leave(shared, zone);
+    }
+
+    fn leave(&self, mut shared: MutexGuard<'_, Shared<H>>, zone: CoalescedZone<H>) {
+        shared.left = Some(zone);
+    }
+
+    /// Ends the thread, when no vCPU runs any more, and has what is left in the ring carried out.
+    /// Waits for the console's reader if that has to be, until the guest's end has been told. A
+    /// second call does nothing.
+    pub fn stop(&self, bus: &IoBus) {
+        let thread = {
+            let mut shared = self.shared();
+            shared.stopped = true;
+            shared.thread.take()
+        };
+        self.changed.notify_all();
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            log::error!("the thread that drains serial output panicked");
+        }
+        if self.has_ring.load(Ordering::Relaxed) {
+            self.drain(&mut bus.dispatcher());
+        }
+    }
+
+    /// Forgets the zone, for a process that closes its VM next: ending it would wait for a grace
+    /// period and change nothing. What holds the VM open is not given back.
+    pub fn forget(&self) {
+        std::mem::forget(self.shared().left.take());
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Shared<H>> {
+        // A flag and two handles: whole at any moment.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<H: SetCoalescedZone, P> std::fmt::Debug for Coalescing<H, P> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Coalescing")
+            .field("range", &self.range)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU32, AtomicUsize};
+    use vmm_sys_util::errno;
+
+    /// A port of which only the numbers matter.
+    #[derive(Default)]
+    struct Port {
+        polled: AtomicU32,
+        interrupts: AtomicBool,
+    }
+
+    impl PolledOutput for Port {
+        fn polled_bytes(&self) -> u32 {
+            self.polled.load(Ordering::Relaxed)
+        }
+        fn restart(&self) {
+            self.polled.store(0, Ordering::Relaxed);
+        }
+        fn is_interrupt_driven(&self) -> bool {
+            self.interrupts.load(Ordering::Relaxed)
+        }
+        fn hold(&self) {}
+        fn release(&self) {}
+    }
+
+    /// KVM's side, with the events in order.
+    struct Host {
+        events: Mutex<Vec<bool>>,
+        happened: Condvar,
+        refuse: AtomicUsize,
+        can: bool,
+    }
+
+    impl Host {
+        fn new(can: bool) -> Arc<Self> {
+            Arc::new(Host {
+                events: Mutex::default(),
+                happened: Condvar::new(),
+                refuse: AtomicUsize::new(usize::MAX),
+                can,
+            })
+        }
+
+        /// Waits until so many zones were made and ended, together.
+        fn wait_for(&self, events: usize) -> Vec<bool> {
+            let guard = self.events.lock().unwrap();
+            let (guard, limit) = self
+                .happened
+                .wait_timeout_while(guard, Duration::from_secs(30), |e| e.len() < events)
+                .unwrap();
+            assert!(!limit.timed_out(), "{guard:?}");
+            guard.clone()
+        }
+    }
+
+    impl SetCoalescedZone for Host {
+        fn can_coalesce(&self, bus: BusKind) -> bool {
+            self.can && bus == BusKind::Pio
+        }
+        fn set_coalesced_zone(
+            &self,
+            bus: BusKind,
+            address: u64,
+            size: u32,
+            register: bool,
+        ) -> Result<(), errno::Error> {
+            assert_eq!((bus, address, size), (BusKind::Pio, 0x3f8, 1));
+            let mut events = self.events.lock().unwrap();
+            events.push(register);
+            self.happened.notify_all();
+            match events.len() > self.refuse.load(Ordering::Relaxed) {
+                true => Err(errno::Error::new(libc::ENOSPC)),
+                false => Ok(()),
+            }
+        }
+    }
+
+    type Tested = Coalescing<Arc<Host>, Port>;
+
+    fn words() -> Box<[std::sync::atomic::AtomicU32]> {
+        (0..1024).map(|_| AtomicU32::new(0)).collect()
+    }
+
+    fn tested(can: bool) -> (Arc<Host>, Arc<Port>, Arc<Tested>, IoBus) {
+        let (host, port) = (Host::new(can), Arc::new(Port::default()));
+        let at = IoRange::new(0x3f8, 1).unwrap();
+        let coalescing = Coalescing::new(host.clone(), port.clone(), at);
+        (host, port, coalescing, IoBus::new())
+    }
+
+    fn wait_for_state(coalescing: &Tested, state: u8) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while coalescing.state.load(Ordering::Relaxed) != state {
+            assert!(std::time::Instant::now() < deadline, "{coalescing:?}");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn there_is_no_ring_and_no_zone_for_a_guest_that_writes_little() {
+        let (host, port, coalescing, bus) = tested(true);
+        port.polled.store(THRESHOLD - 1, Ordering::Relaxed);
+        coalescing.after_write(&bus, |_| -> Result<Box<[_]>, _> { panic!("too early") });
+        coalescing.stop(&bus);
+        assert!(host.events.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_guest_that_waits_for_interrupts_ends_the_zone_for_good() {
+        let (host, port, coalescing, bus) = tested(true);
+        port.polled.store(THRESHOLD, Ordering::Relaxed);
+        coalescing.after_write(&bus, |_| Ok(words()));
+        assert_eq!(host.wait_for(1), [true]);
+        port.interrupts.store(true, Ordering::Relaxed);
+        assert_eq!(host.wait_for(2), [true, false]);
+        wait_for_state(&coalescing, OFF);
+        port.interrupts.store(false, Ordering::Relaxed);
+        port.polled.store(THRESHOLD, Ordering::Relaxed);
+        coalescing.after_write(&bus, |_| -> Result<Box<[_]>, _> { panic!("again") });
+        coalescing.stop(&bus);
+        assert_eq!(host.wait_for(2).len(), 2);
+    }
+
+    #[test]
+    fn a_guest_that_falls_silent_loses_the_zone_until_it_writes_much_again() {
+        let (host, port, coalescing, bus) = tested(true);
+        for round in 1..=2 {
+            port.polled.store(THRESHOLD, Ordering::Relaxed);
+            coalescing.after_write(&bus, |_| Ok(words()));
+            host.wait_for(2 * round);
+            wait_for_state(&coalescing, WATCHING);
+            assert_eq!(port.polled_bytes(), 0);
+            coalescing.after_write(&bus, |_| -> Result<Box<[_]>, _> { panic!("too early") });
+        }
+        coalescing.stop(&bus);
+        assert_eq!(*host.events.lock().unwrap(), [true, false, true, false]);
+    }
+
+    #[test]
+    fn a_machine_that_stops_keeps_its_zone_until_it_is_forgotten_or_dropped() {
+        for forget in [false, true] {
+            let (host, port, coalescing, bus) = tested(true);
+            port.polled.store(THRESHOLD, Ordering::Relaxed);
+            coalescing.after_write(&bus, |_| Ok(words()));
+            host.wait_for(1);
+            coalescing.stop(&bus);
+            coalescing.stop(&bus);
+            assert_eq!(*host.events.lock().unwrap(), [true]);
+            if forget {
+                coalescing.forget();
+            }
+            drop(coalescing);
+            let ended = host.events.lock().unwrap().len() - 1;
+            assert_eq!(ended, usize::from(!forget));
+        }
+    }
+
+    #[test]
+    fn a_host_that_cannot_or_does_not_want_to_is_asked_once() {
+        for (can, ring, asked) in [(false, true, 0), (true, false, 0), (true, true, 1)] {
+            let (host, port, coalescing, bus) = tested(can);
+            host.refuse.store(0, Ordering::Relaxed);
+            port.polled.store(THRESHOLD, Ordering::Relaxed);
+            coalescing.after_write(&bus, |_| match ring {
+                true => Ok(words()),
+                false => Err(Error::MapRing {
+                    source: errno::Error::new(libc::ENOSYS),
+                }),
+            });
+            wait_for_state(&coalescing, OFF);
+            coalescing.after_write(&bus, |_| -> Result<Box<[_]>, _> { panic!("again") });
+            coalescing.stop(&bus);
+            assert_eq!(host.events.lock().unwrap().len(), asked);
+        }
+    }
+
+    #[test]
+    fn a_zone_that_kvm_does_not_end_is_drained_until_the_machine_stops() {
+        let (host, port, coalescing, bus) = tested(true);
+        host.refuse.store(1, Ordering::Relaxed);
+        port.polled.store(THRESHOLD, Ordering::Relaxed);
+        port.interrupts.store(true, Ordering::Relaxed);
+        coalescing.after_write(&bus, |_| Ok(words()));
+        host.wait_for(2);
+        assert_eq!(coalescing.state.load(Ordering::Relaxed), ON);
+        coalescing.stop(&bus);
+        assert!(coalescing.shared().left.is_some());
+        coalescing.forget();
+    }
+}

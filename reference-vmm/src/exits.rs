@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A vCPU's thread: what becomes of its exits, and of its end.
+//!
+//! Every exit begins with what KVM has coalesced since the last one, so that a device sees the guest's
+//! writes in the guest's order. Accesses go to io-bus; one that a device defers is waited for here,
+//! until its answer comes or the machine stops. An access that no device answers is looked up in guest
+//! memory, for it may be none: a write to read-only memory, or a page that the host cannot serve.
+//!
+//! Nothing of the published tables is held between exits: the dispatcher and the reader of the slots
+//! are entered for an access and left after it, so a vCPU that sleeps in the guest keeps no device and
+//! no memory alive.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use io_bus::{Dispatcher, Interrupter, IoBus, MappedRing, Outcome};
+use kvm_core::arch::x86_64::RegisterDump;
+use kvm_core::{
+    Exit, ExitHandler, Flow, Halt, HaltReason, Request, Requests, Runner, Vcpu, VcpuId, VcpuView,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use memslots::{Memslots, SlotTable};
+use vm_device::bus::{MmioAddress, PioAddress};
+use vm_memory::GuestAddress;
+
+use crate::devices::coalesce::{Coalescing, PolledOutput};
+use crate::end::{EndSignal, GuestEnd};
+use crate::stats::{ExitCounters, ExitKind};
+use crate::timeline::{Event, timeline};
+
+/// What the exits of all vCPUs share.
+pub(crate) struct Shared<P> {
+    pub(crate) bus: IoBus,
+    pub(crate) memslots: Memslots,
+    pub(crate) console: Arc<Coalescing<Arc<VmFd>, P>>,
+    pub(crate) end: Arc<EndSignal>,
+    /// The vCPUs are being stopped: nobody waits for a deferred answer any more.
+    pub(crate) stopping: Arc<AtomicBool>,
+}
+
+/// The request of a vCPU to show its registers.
+pub(crate) const SHOW_REGISTERS: Option<Request> = Request::consumer(0);
+
+/// A vCPU's exits, on its thread.
+pub(crate) struct Handler<P> {
+    shared: Arc<Shared<P>>,
+    io: Dispatcher,
+    memory: memslots::Reader<SlotTable>,
+    counters: Arc<ExitCounters>,
+    entered: bool,
+}
+
+/// Why a vCPU stopped by itself.
+#[derive(Debug)]
+pub(crate) enum Stop {
+    /// The guest's end has been told.
+    Ended,
+    /// HLT, and there is no interrupt controller that could wake it.
+    Halted,
+}
+
+impl<P: PolledOutput + 'static> Handler<P> {
+    pub(crate) fn new(shared: &Arc<Shared<P>>, counters: Arc<ExitCounters>) -> Self {
+        Handler {
+            io: shared.bus.dispatcher(),
+            memory: shared.memslots.reader(),
+            shared: shared.clone(),
+            counters,
+            entered: false,
+        }
+    }
+
+    /// Ends this vCPU's wait for a device, as the kick ends its stay in the guest.
+    pub(crate) fn interrupter(&self) -> Interrupter {
+        self.io.interrupter()
+    }
+
+    fn access(&mut self, vcpu: &VcpuView<'_, VcpuFd>, exit: Exit<'_>) -> Option<Stop> {
+        match exit {
+            Exit::PioIn { port, size, data } => {
+                let outcome = self
+                    .io
+                    .pio_read_repeated(PioAddress(port), size.into(), data);
+                let _ = answer(
+                    &mut self.io,
+                    &self.shared.stopping,
+                    outcome,
+                    Wait::Read(data),
+                );
+            }
+            Exit::PioOut { port, size, data } => {
+                let outcome = self
+                    .io
+                    .pio_write_repeated(PioAddress(port), size.into(), data);
+                let _ = answer(
+                    &mut self.io,
+                    &self.shared.stopping,
+                    outcome,
+                    Wait::Write(data),
+                );
+                let ring = |vm: &Arc<VmFd>| MappedRing::new(vm, vcpu.fd());
+                self.shared.console.after_write(&self.shared.bus, ring);
+            }
+            Exit::MmioRead { addr, data } => {
+                let outcome = self.io.mmio_read(MmioAddress(addr.0), data);
+                let wait = Wait::Read(data);
+                let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
+                self.check_memory(vcpu, addr, outcome, false);
+            }
+            Exit::MmioWrite { addr, data } => {
+                let outcome = self.io.mmio_write(MmioAddress(addr.0), data);
+                let wait = Wait::Write(data);
+                let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
+                self.check_memory(vcpu, addr, outcome, true);
+            }
+            Exit::Hlt => return Some(Stop::Halted),
+            Exit::SystemEvent { kind, .. } => match kind {
+                kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => self.tell(GuestEnd::PoweredOff),
+                kvm_bindings::KVM_SYSTEM_EVENT_RESET => self.tell(GuestEnd::Reset),
+                kvm_bindings::KVM_SYSTEM_EVENT_CRASH => self.tell(GuestEnd::Panicked),
+                other => log::warn!("vCPU {}: system event {other}, which is ignored", vcpu.id()),
+            },
+            Exit::MemoryFault { addr, size, .. } => self.tell(GuestEnd::Failed(format!(
+                "vCPU {}: the host cannot give the guest its memory at {:#x} ({size} bytes)",
+                vcpu.id(),
+                addr.0
+            ))),
+            // Nothing of these was asked for.
+            other => log::debug!("vCPU {}: {other:?}, which is ignored", vcpu.id()),
+        }
+        None
+    }
+
+    /// An access that no device answered at an address that is the guest's memory is either a write
+    /// to memory that the guest can only read, which is dropped as a PC's ROM drops it, or no access:
+    /// the host could not serve the page (a poisoned one, for example), and what a read would give the
+    /// guest is not what is in its memory. The guest stops then rather than going on with that.
+    fn check_memory(
+        &mut self,
+        vcpu: &VcpuView<'_, VcpuFd>,
+        addr: GuestAddress,
+        outcome: Outcome,
+        write: bool,
+    ) {
+        if outcome.is_answered() || outcome == Outcome::Deferred {
+            return;
+        }
+        let found = self.memory.enter().translate(addr);
+        match found {
+            None => log::debug!("vCPU {}: nobody answers at {:#x}", vcpu.id(), addr.0),
+            Some(memory) if write && !memory.writable => {
+                self.counters.count_read_only_write();
+                log::debug!(
+                    "vCPU {}: a write to read-only memory at {:#x} is dropped",
+                    vcpu.id(),
+                    addr.0
+                );
+            }
+            Some(_) => self.tell(GuestEnd::Failed(format!(
+                "vCPU {}: memory error: the host cannot serve the guest's memory at {:#x}",
+                vcpu.id(),
+                addr.0
+            ))),
+        }
+    }
+
+    fn tell(&self, end: GuestEnd) {
+        self.shared.end.tell(end);
+    }
+}
+
+impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
+    type Stop = Stop;
+
+    fn exit(&mut self, vcpu: &VcpuView<'_, VcpuFd>, exit: Exit<'_>) -> Flow<Stop> {
+        self.counters.count(kind(&exit));
+        self.shared.console.before_exit(&mut self.io);
+        if let Some(stop) = self.access(vcpu, exit) {
+            return Flow::Stop(stop);
+        }
+        if self.shared.end.is_told() {
+            Flow::Stop(Stop::Ended)
+        } else {
+            Flow::Continue
+        }
+    }
+
+    /// The only request there is: [`SHOW_REGISTERS`].
+    fn requests(&mut self, vcpu: &VcpuView<'_, VcpuFd>, _: Requests) -> Flow<Stop> {
+        let (id, fd) = (vcpu.id(), vcpu.fd());
+        let registers = fd
+            .get_regs()
+            .and_then(|regs| fd.get_sregs().map(|sregs| RegisterDump { regs, sregs }));
+        // One write each, so that several vCPUs' do not mix. Stderr closed or full stops no guest.
+        let text = match registers {
+            Ok(registers) => format!("reference-vmm: vCPU {id}:\n{registers}\n"),
+            Err(errno) => {
+                format!("reference-vmm: vCPU {id}: its registers cannot be read: {errno}\n")
+            }
+        };
+        let _ = io::stderr().lock().write_all(text.as_bytes());
+        Flow::Continue
+    }
+
+    fn before_entry(&mut self, _vcpu: &VcpuView<'_, VcpuFd>) {
+        if !self.entered {
+            self.entered = true;
+            timeline().mark(Event::FirstEntry);
+        }
+    }
+}
+
+/// The data of an access that may have to be waited for.
+enum Wait<'a> {
+    Read(&'a mut [u8]),
+    Write(&'a [u8]),
+}
+
+/// What became of an access in the end: the answer to a deferred one is waited for, until the machine
+/// stops. It does not enter the guest again then, so the guest never sees what is missing.
+#[inline]
+fn answer(
+    io: &mut Dispatcher,
+    stopping: &AtomicBool,
+    mut outcome: Outcome,
+    mut wait: Wait<'_>,
+) -> Outcome {
+    while outcome == Outcome::Deferred {
+        // Relaxed: who stops sets it before it interrupts, and the interrupter's lock makes it visible.
+        if stopping.load(Ordering::Relaxed) {
+            io.abandon();
+            break;
+        }
+        outcome = match &mut wait {
+            Wait::Read(data) => io.wait_read(data),
+            Wait::Write(data) => io.wait_write(data),
+        };
+    }
+    outcome
+}
+
+fn kind(exit: &Exit<'_>) -> ExitKind {
+    match exit {
+        Exit::PioIn { .. } => ExitKind::PioIn,
+        Exit::PioOut { .. } => ExitKind::PioOut,
+        Exit::MmioRead { .. } => ExitKind::MmioRead,
+        Exit::MmioWrite { .. } => ExitKind::MmioWrite,
+        Exit::Hlt => ExitKind::Hlt,
+        _ => ExitKind::Other,
+    }
+}
+
+/// Tells the end of a guest whose vCPU's thread unwinds: without it nobody would know that one of
+/// its processors has stopped. (The binary aborts at a panic; a program with the library may not.)
+struct TellPanic<'a> {
+    id: VcpuId,
+    end: &'a EndSignal,
+}
+
+impl Drop for TellPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let what = format!("vCPU {}: its thread panicked", self.id);
+            self.end.tell(GuestEnd::Failed(what));
+        }
+    }
+}
+
+/// A vCPU thread: runs until the vCPU halts, and tells the end that it came to.
+pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
+    runner: Runner<Vcpu>,
+    handler: Handler<P>,
+    end: &EndSignal,
+    running: &AtomicUsize,
+) {
+    let id = runner.id();
+    let _tell_panic = TellPanic { id, end };
+    let Err(Halt { reason, vcpu, .. }) = runner.run(handler);
+    let crash = |what: &dyn std::fmt::Display| {
+        let registers = match vcpu.registers() {
+            // After a triple fault kvm_amd resets the vCPU, for what AMD's processors leave of its
+            // state is undefined.
+            Ok(registers) if is_reset(&registers) => {
+                format!("its registers are lost: this host's KVM reset it at once\n{registers}")
+            }
+            Ok(registers) => registers.to_string(),
+            Err(error) => format!("its registers cannot be read: {error}"),
+        };
+        end.tell(GuestEnd::Crashed(format!("vCPU {id}: {what}\n{registers}")));
+    };
+    match reason {
+        HaltReason::Stopped | HaltReason::Handler(Stop::Ended) => {}
+        HaltReason::Handler(Stop::Halted) => {
+            // AcqRel: the last to halt has seen what the others did before they halted.
+            if running.fetch_sub(1, Ordering::AcqRel) == 1 {
+                end.tell(GuestEnd::Halted);
+            }
+        }
+        HaltReason::Shutdown => crash(&"triple fault"),
+        HaltReason::InternalError(error) => crash(&error),
+        HaltReason::FailEntry { .. } | HaltReason::Unknown { .. } => crash(&Describe(&reason)),
+        other => end.tell(GuestEnd::Failed(format!("vCPU {id}: {}", Describe(&other)))),
+    }
+}
+
+/// Whether these are the registers of a vCPU at its reset vector.
+fn is_reset(registers: &RegisterDump) -> bool {
+    const PROTECTED_MODE: u64 = 1;
+    let RegisterDump { regs, sregs, .. } = registers;
+    regs.rip == 0xfff0 && sregs.cs.base == 0xffff_0000 && sregs.cr0 & PROTECTED_MODE == 0
+}
+
+/// [`HaltReason`]'s own words.
+struct Describe<'a>(&'a HaltReason<Stop>);
+
+impl std::fmt::Display for Describe<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use io_bus::{Answer, At, BusKind, Completion, IoDevice, IoRange, defer};
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    /// Hands every access on to the test.
+    struct Remote(Sender<Completion>);
+
+    impl IoDevice for Remote {
+        fn read(&self, _: At, _: &mut [u8]) -> Answer {
+            let (completion, deferral) = defer();
+            self.0.send(completion).unwrap();
+            Answer::Deferred(deferral)
+        }
+        fn write(&self, at: At, _: &[u8]) -> Answer {
+            self.read(at, &mut [])
+        }
+    }
+
+    fn remote() -> (IoBus, io_bus::Registration, Receiver<Completion>) {
+        let (requests, inbox) = channel();
+        let bus = IoBus::new();
+        let range = IoRange::new(0x70, 1).unwrap();
+        let remote = bus.register(BusKind::Pio, range, Remote(requests)).unwrap();
+        (bus, remote, inbox)
+    }
+
+    #[test]
+    fn a_deferred_access_is_waited_for() {
+        let (bus, _remote, inbox) = remote();
+        let stopping = AtomicBool::new(false);
+        let mut io = bus.dispatcher();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                inbox.recv().unwrap().complete(&[0x2a]);
+                inbox.recv().unwrap().complete(&[]);
+            });
+            let mut data = [0];
+            let outcome = io.pio_read(PioAddress(0x70), &mut data);
+            let outcome = answer(&mut io, &stopping, outcome, Wait::Read(&mut data));
+            assert_eq!((outcome, data), (Outcome::Answered, [0x2a]));
+            let outcome = io.pio_write(PioAddress(0x70), &data);
+            let outcome = answer(&mut io, &stopping, outcome, Wait::Write(&data));
+            assert_eq!(outcome, Outcome::Answered);
+        });
+    }
+
+    #[test]
+    fn a_machine_that_stops_waits_for_no_answer() {
+        let (bus, _remote, inbox) = remote();
+        let stopping = AtomicBool::new(false);
+        let mut io = bus.dispatcher();
+        let interrupter = io.interrupter();
+        std::thread::scope(|scope| {
+            let vcpu = scope.spawn(|| {
+                let mut data = [0];
+                let outcome = io.pio_read(PioAddress(0x70), &mut data);
+                answer(&mut io, &stopping, outcome, Wait::Read(&mut data))
+            });
+            let completion = inbox.recv().unwrap();
+            // Without a stop it comes back to the wait.
+            interrupter.interrupt();
+            assert!(!completion.is_abandoned());
+            stopping.store(true, Ordering::Relaxed);
+            interrupter.interrupt();
+            assert_eq!(vcpu.join().unwrap(), Outcome::Deferred);
+            assert!(completion.is_abandoned());
+        });
+    }
+
+    #[test]
+    fn a_vcpu_thread_that_panics_ends_the_guest() {
+        let end = EndSignal::new().unwrap();
+        std::thread::scope(|scope| {
+            let vcpu = scope.spawn(|| {
+                let _tell_panic = TellPanic {
+                    id: VcpuId(3),
+                    end: &end,
+                };
+                panic!("on purpose");
+            });
+            assert!(vcpu.join().is_err());
+        });
+        let told = Some(GuestEnd::Failed("vCPU 3: its thread panicked".into()));
+        assert_eq!(end.get().cloned(), told);
+    }
+}

@@ -1,0 +1,582 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guest memory: what `--memory` asks for, and the slots that it becomes.
+//!
+//! ```text
+//!   irqchip kernel (ACPI)                  other guests
+//!   0        ordinary pages  ┐             0   ┐
+//!   FIRMWARE read-only slot  │ 2 MiB           │ one slot
+//!   1 MiB    the rest        ┘                 ┘
+//!   MMIO_HOLE nothing                      MMIO_HOLE nothing
+//!   4 GiB    the rest                      4 GiB    the rest
+//! ```
+//!
+//! A slot is one kind of memory, so the firmware's cuts the low memory in two, and a huge page that it
+//! would lie in is made of ordinary ones: the first 2 MiB, which KVM could not map as one page anyway.
+//! A guest with 1 GiB pages keeps them, and has its firmware in RAM that it can write.
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::str::FromStr;
+
+use memslots::{
+    Backing, HugePageSize, HugePages, MapError, Mapping, NewSlot, NumaPolicy, SlotFlags,
+};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+use vm_memory::GuestAddress;
+
+use crate::arch::layout;
+use crate::config::{ConfigError, parse_size};
+
+/// x86-64 has at most 52 bits of physical address; what this host's KVM takes may be less, and only
+/// KVM can tell.
+const MAX_ADDRESS_BITS: u32 = 52;
+
+/// The smallest guest: the first MiB is the PC's low memory, and a kernel needs a place above it.
+const MIN_SIZE: u64 = 2 << 20;
+
+/// More threads than this do not make memory present any faster: they wait for each other in the
+/// kernel.
+const MAX_PREFAULT_THREADS: usize = 16;
+
+/// Guest memory: how much, and of what.
+///
+/// As text (`--memory`, or in a JSON file): the size, then options with commas between them, such as
+/// `2G,shared,hugepages=2M`. In a JSON file also a number of bytes, or an object with these fields.
+///
+/// ```
+/// use reference_vmm::memory::Memory;
+/// let memory: Memory = "1G,hugepages=2M,prefault".parse()?;
+/// assert_eq!(memory.size, 1 << 30);
+/// assert_eq!(memory.to_string(), "1073741824,hugepages=2097152,prefault");
+/// # Ok::<(), reference_vmm::config::ConfigError>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Bytes, a multiple of 4 KiB and of `hugepages`.
+    pub size: u64,
+    /// In memfds that can be handed to other processes, instead of private to this one.
+    pub shared: bool,
+    /// Pages of this size from the host's pool, reserved before the guest starts.
+    pub hugepages: Option<HugePageSize>,
+    /// All of it made present before the guest starts, instead of when it is touched.
+    pub prefault: bool,
+    /// Whether transparent huge pages serve it.
+    pub thp: HugePages,
+    /// The host's NUMA node that all of it comes from. Huge pages are made present at once then: their
+    /// reservation knows no nodes, and a guest that met a node without one left would be killed.
+    pub numa: Option<u32>,
+}
+
+impl Memory {
+    /// `size` bytes of the host's ordinary memory, private, given as it is touched.
+    pub const fn new(size: u64) -> Self {
+        Memory {
+            size,
+            shared: false,
+            hugepages: None,
+            prefault: false,
+            thp: HugePages::Host,
+            numa: None,
+        }
+    }
+
+    /// Checks what can be checked without a host.
+    ///
+    /// # Errors
+    /// [`ConfigError::Memory`], with the size and what is wrong.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let refused = |why: String| {
+            let given = self.size;
+            Err(ConfigError::Memory { given, why })
+        };
+        if self.size < MIN_SIZE {
+            return refused(format!("a guest needs at least {MIN_SIZE}"));
+        }
+        if !self.size.is_multiple_of(layout::PAGE) {
+            let page = layout::PAGE;
+            return refused(format!("not a multiple of {page}, the page size"));
+        }
+        if self.size > 1 << (MAX_ADDRESS_BITS - 1) {
+            return refused(format!(
+                "more than the {} that {MAX_ADDRESS_BITS} address bits leave for it",
+                1u64 << (MAX_ADDRESS_BITS - 1)
+            ));
+        }
+        let Some(page) = self.hugepages else {
+            return Ok(());
+        };
+        if !self.size.is_multiple_of(page.bytes()) || page.bytes() > layout::MMIO_HOLE.start {
+            return refused(format!("not whole huge pages of {page}"));
+        }
+        if self.thp != HugePages::Host {
+            return refused(format!(
+                "thp is about ordinary pages, and with hugepages all of them have {page}: leave one of \
+                 the two out"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether a guest with such memory can have its firmware in a slot of its own.
+    pub fn can_have_firmware_slot(&self) -> bool {
+        self.hugepages
+            .is_none_or(|page| page.bytes() <= layout::HIGH_RAM.0 * 2)
+    }
+
+    /// The slots of a machine with this RAM (as from [`memslots::ram_layout`]), with one that the
+    /// guest can only read for its firmware if `firmware` says so and the memory
+    /// [allows it](Self::can_have_firmware_slot). In order of address.
+    pub fn slots(&self, ram: &[(GuestAddress, u64)], firmware: bool) -> Vec<NewSlot> {
+        let firmware = firmware && self.can_have_firmware_slot();
+        let mut slots = Vec::with_capacity(ram.len() + 3);
+        let mut add = |start: u64, end: u64, backing: Backing, flags| {
+            if start < end {
+                let start = GuestAddress(start);
+                slots.push(NewSlot {
+                    start,
+                    backing,
+                    flags,
+                });
+            }
+        };
+        let ordinary = Memory {
+            hugepages: None,
+            ..*self
+        };
+        for &(GuestAddress(start), size) in ram {
+            let end = start.saturating_add(size);
+            if start != 0 || !firmware {
+                add(start, end, self.backing(size, true), SlotFlags::NONE);
+                continue;
+            }
+            let rom = layout::FIRMWARE;
+            add(
+                0,
+                rom.start,
+                ordinary.backing(rom.start, true),
+                SlotFlags::NONE,
+            );
+            let image = Backing::anonymous(rom.end - rom.start);
+            add(rom.start, rom.end, image, SlotFlags::READ_ONLY);
+            let huge = self.hugepages.map_or(rom.end, HugePageSize::bytes).min(end);
+            let small = huge.saturating_sub(rom.end);
+            add(
+                rom.end,
+                huge,
+                ordinary.backing(small, true),
+                SlotFlags::NONE,
+            );
+            let rest = end.saturating_sub(huge);
+            add(huge, end, self.backing(rest, true), SlotFlags::NONE);
+        }
+        slots
+    }
+
+    /// Finds out whether this host has such memory, before anything of the VM exists: maps `slots`
+    /// and lets go of them again, untouched. Only what the host may not have is asked for: huge pages,
+    /// NUMA nodes.
+    ///
+    /// # Errors
+    /// [`MapError`], with the pool's numbers or the nodes that there are. (Another process may still
+    /// take the pages a moment later; then the VM's memory is refused.)
+    pub fn check_host(&self, slots: &[NewSlot]) -> Result<(), MapError> {
+        if self.hugepages.is_none() && self.numa.is_none() {
+            return Ok(());
+        }
+        // All at once: they share the pool.
+        let asked = slots.iter().filter(|slot| slot.flags == SlotFlags::NONE);
+        asked
+            .map(|slot| {
+                let huge = slot.backing.page_size() > layout::PAGE;
+                let memory = Memory {
+                    hugepages: self.hugepages.filter(|_| huge),
+                    ..*self
+                };
+                Mapping::new(&memory.backing(slot.backing.size(), false), slot.start)
+            })
+            .collect::<Result<Vec<_>, _>>()
+            .map(drop)
+    }
+
+    /// `size` bytes of such memory; untouched, and not more than reserved, if `present` does not say
+    /// that what has to be present is made so.
+    fn backing(&self, size: u64, present: bool) -> Backing {
+        let backing = match (self.hugepages, self.shared) {
+            (None, false) => Backing::anonymous(size),
+            (None, true) => Backing::memfd(size),
+            (Some(page), false) => Backing::hugetlb(size, page),
+            (Some(page), true) => Backing::hugetlb_memfd(size, page),
+        };
+        let backing = backing.huge_pages(self.thp);
+        let backing = match self.numa {
+            Some(node) => backing.numa(NumaPolicy::Bind(vec![node])),
+            None => backing,
+        };
+        let must = self.hugepages.is_some() && self.numa.is_some();
+        if !present || !(self.prefault || must) {
+            return backing;
+        }
+        let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let threads = threads.min(MAX_PREFAULT_THREADS);
+        backing.prefault(NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN))
+    }
+}
+
+impl Default for Memory {
+    /// 256 MiB.
+    fn default() -> Self {
+        Memory::new(256 << 20)
+    }
+}
+
+impl From<u64> for Memory {
+    fn from(size: u64) -> Self {
+        Memory::new(size)
+    }
+}
+
+impl FromStr for Memory {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let mut memory = Memory::default();
+        let mut seen: Vec<&str> = Vec::new();
+        for (index, part) in text.split(',').enumerate() {
+            let wrong = |why: &str| ConfigError::MemoryOption {
+                option: part.to_owned(),
+                why: why.to_owned(),
+            };
+            let switch = |value: Option<&str>| match value {
+                None | Some("on") => Ok(true),
+                Some("off") => Ok(false),
+                Some(_) => Err(wrong("on or off is wanted")),
+            };
+            let (key, value) = match part.split_once('=') {
+                Some((key, value)) => (key, Some(value)),
+                None => (part, None),
+            };
+            match (key, value) {
+                ("size", Some(size)) => memory.size = parse_size(size)?,
+                ("shared", value) => memory.shared = switch(value)?,
+                ("prefault", value) => memory.prefault = switch(value)?,
+                ("hugepages", Some("off")) => memory.hugepages = None,
+                ("hugepages", None | Some("on")) => memory.hugepages = Some(HugePageSize::MIB_2),
+                ("hugepages", Some(size)) => {
+                    let page = parse_page(size).map_err(|why| wrong(&why))?;
+                    memory.hugepages = Some(page);
+                }
+                ("thp", Some("always")) => memory.thp = HugePages::Advise,
+                ("thp", Some("never")) => memory.thp = HugePages::Never,
+                ("thp", _) => return Err(wrong("always or never is wanted")),
+                ("numa", Some(node)) => {
+                    let node = node.parse();
+                    memory.numa = Some(node.map_err(|_| wrong("a node's number is wanted"))?);
+                }
+                // The size itself comes first.
+                (size, None) if index == 0 => memory.size = parse_size(size)?,
+                _ => {
+                    return Err(wrong(
+                        "not one of shared, hugepages[=2M|1G], prefault, thp=always|never, numa=NODE",
+                    ));
+                }
+            }
+            let key = if index == 0 && value.is_none() && key.starts_with(|c: char| c.is_numeric())
+            {
+                "size"
+            } else {
+                key
+            };
+            if seen.contains(&key) {
+                return Err(wrong("said twice"));
+            }
+            seen.push(key);
+        }
+        Ok(memory)
+    }
+}
+
+impl fmt::Display for Memory {
+    /// As [`from_str`](Self::from_str) takes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.size)?;
+        if self.shared {
+            f.write_str(",shared")?;
+        }
+        if let Some(page) = self.hugepages {
+            write!(f, ",hugepages={}", page.bytes())?;
+        }
+        if self.prefault {
+            f.write_str(",prefault")?;
+        }
+        match self.thp {
+            HugePages::Advise => f.write_str(",thp=always")?,
+            HugePages::Never => f.write_str(",thp=never")?,
+            _ => {}
+        }
+        if let Some(node) = self.numa {
+            write!(f, ",numa={node}")?;
+        }
+        Ok(())
+    }
+}
+
+fn parse_page(text: &str) -> Result<HugePageSize, String> {
+    let bytes = parse_size(text).map_err(|error| error.to_string())?;
+    let page = HugePageSize::new(bytes);
+    page.ok_or_else(|| "a page's size is wanted, such as 2M or 1G".to_owned())
+}
+
+impl<'de> Deserialize<'de> for Memory {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(MemoryVisitor)
+    }
+}
+
+struct MemoryVisitor;
+
+impl<'de> Visitor<'de> for MemoryVisitor {
+    type Value = Memory;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(
+            "memory (a size is a number of bytes, or text such as \"512M\"), or an object with a size",
+        )
+    }
+
+    fn visit_u64<E: de::Error>(self, size: u64) -> Result<Memory, E> {
+        Ok(Memory::new(size))
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Memory, E> {
+        text.parse().map_err(E::custom)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Memory, A::Error> {
+        let fields = Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
+        let hugepages = match fields.hugepages {
+            Some(bytes) => Some(HugePageSize::new(bytes).ok_or_else(|| {
+                let why = "hugepages is a page's size, such as \"2M\" or \"1G\"";
+                de::Error::custom(format!("{bytes}: {why}"))
+            })?),
+            None => None,
+        };
+        Ok(Memory {
+            size: fields.size,
+            shared: fields.shared,
+            hugepages,
+            prefault: fields.prefault,
+            thp: match fields.thp {
+                None => HugePages::Host,
+                Some(Thp::Always) => HugePages::Advise,
+                Some(Thp::Never) => HugePages::Never,
+            },
+            numa: fields.numa,
+        })
+    }
+}
+
+/// The object form.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Fields {
+    #[serde(default = "default_size", deserialize_with = "crate::config::size")]
+    size: u64,
+    #[serde(default)]
+    shared: bool,
+    #[serde(default, deserialize_with = "some_size")]
+    hugepages: Option<u64>,
+    #[serde(default)]
+    prefault: bool,
+    #[serde(default)]
+    thp: Option<Thp>,
+    #[serde(default)]
+    numa: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Thp {
+    Always,
+    Never,
+}
+
+fn default_size() -> u64 {
+    Memory::default().size
+}
+
+fn some_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    crate::config::size(deserializer).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parsed(text: &str) -> Memory {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn text_has_a_size_and_options_in_any_order() {
+        let memory = Memory::new(512 << 20);
+        assert_eq!(parsed("512M"), memory);
+        assert_eq!(parsed("size=512M"), memory);
+        assert_eq!(parsed("prefault=off,size=512M,shared=off"), memory);
+        let all = Memory {
+            size: 2 << 30,
+            shared: true,
+            hugepages: Some(HugePageSize::GIB_1),
+            prefault: true,
+            thp: HugePages::Never,
+            numa: Some(3),
+        };
+        assert_eq!(
+            parsed("2G,hugepages=1G,thp=never,numa=3,shared,prefault=on"),
+            all
+        );
+        for two_mib in ["hugepages", "hugepages=on", "hugepages=2M"] {
+            let memory = parsed(two_mib);
+            assert_eq!(memory.hugepages, Some(HugePageSize::MIB_2));
+            assert_eq!(memory.size, Memory::default().size);
+        }
+    }
+
+    #[test]
+    fn what_is_no_option_is_refused_with_the_word() {
+        for (text, needle) in [
+            ("lots", "\"lots\""),
+            ("", "\"\""),
+            ("512M,", "\"\""),
+            ("512M,huge", "\"huge\""),
+            ("512M,share=on", "\"share=on\""),
+            ("512M,shared=yes", "on or off"),
+            ("512M,hugepages=3M", "2M or 1G"),
+            ("512M,hugepages=4K", "2M or 1G"),
+            ("512M,hugepages=big", "\"big\""),
+            ("512M,thp", "always or never"),
+            ("512M,thp=madvise", "always or never"),
+            ("512M,numa", "numa"),
+            ("512M,numa=x", "\"numa=x\""),
+            ("512M,1G", "\"1G\""),
+            ("512M,size=1G", "twice"),
+            ("512M,shared,shared", "twice"),
+        ] {
+            let error = text.parse::<Memory>().unwrap_err().to_string();
+            assert!(
+                error.contains(needle),
+                "{text:?}: {error:?} has no {needle:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn json_has_the_same_as_a_number_text_or_an_object() {
+        let json = |text: &str| serde_json::from_str::<Memory>(text);
+        assert_eq!(json("1048576").unwrap(), Memory::new(1 << 20));
+        assert_eq!(
+            json("\"1G,shared\"").unwrap(),
+            parsed("1073741824,shared=on")
+        );
+        let object = r#"{"size": "1G", "shared": true, "hugepages": "2M", "prefault": true,
+            "thp": "always", "numa": 1}"#;
+        let text = "1G,shared,hugepages=2M,prefault,thp=always,numa=1";
+        assert_eq!(json(object).unwrap(), parsed(text));
+        assert_eq!(json("{}").unwrap(), Memory::default());
+        for (text, needle) in [
+            ("-1", "a size is"),
+            ("true", "a size is"),
+            ("\"lots\"", "lots"),
+            (r#"{"size": "lots"}"#, "lots"),
+            (r#"{"hugepages": 3}"#, "3: hugepages is"),
+            (r#"{"thp": "madvise"}"#, "madvise"),
+            (r#"{"share": true}"#, "`share`"),
+        ] {
+            let error = json(text).unwrap_err().to_string();
+            assert!(error.contains(needle), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn impossible_pairs_are_refused_with_both() {
+        let refused = |text: &str| parsed(text).validate().unwrap_err().to_string();
+        assert!(refused("513M,hugepages=2M").contains("2 MiB"));
+        assert!(refused("1536M,hugepages=1G").contains("1 GiB"));
+        assert!(refused("512M,hugepages=2M,thp=always").contains("leave one"));
+        assert!(refused("512M,hugepages=2M,thp=never").contains("leave one"));
+        parsed("6G,hugepages=1G").validate().unwrap();
+    }
+
+    fn shape(memory: &str, firmware: bool) -> Vec<(u64, u64, u64, bool)> {
+        let memory = parsed(memory);
+        let ram = memslots::ram_layout(memory.size, layout::MMIO_HOLE).unwrap();
+        let slots = memory.slots(&ram, firmware);
+        let one = |slot: &NewSlot| {
+            let (start, backing) = (slot.start.0, &slot.backing);
+            let read_only = slot.flags == SlotFlags::READ_ONLY;
+            (start, backing.size(), backing.page_size(), read_only)
+        };
+        slots.iter().map(one).collect()
+    }
+
+    #[test]
+    fn the_firmware_is_read_only_and_cuts_the_low_memory() {
+        const MIB: u64 = 1 << 20;
+        let low = [(0, 0xe_0000, 4096, false), (0xe_0000, 0x2_0000, 4096, true)];
+        let with = |rest: &[_]| [&low, rest].concat();
+        assert_eq!(shape("128M", true), with(&[(MIB, 127 * MIB, 4096, false)]));
+        assert_eq!(shape("128M", false), [(0, 128 * MIB, 4096, false)]);
+        assert_eq!(
+            shape("6G", true),
+            with(&[
+                (MIB, (3 << 30) - MIB, 4096, false),
+                (4 << 30, 3 << 30, 4096, false)
+            ])
+        );
+        let two = 2 * MIB;
+        assert_eq!(
+            shape("128M,hugepages=2M", true),
+            with(&[(MIB, MIB, 4096, false), (two, 126 * MIB, two, false)])
+        );
+        assert_eq!(
+            shape("2M,hugepages=2M", true),
+            with(&[(MIB, MIB, 4096, false)])
+        );
+        let gib = 1 << 30;
+        assert_eq!(shape("2G,hugepages=1G", true), [(0, 2 << 30, gib, false)]);
+    }
+
+    proptest! {
+        /// Whatever is asked for, the slots are the RAM, without gap or overlap.
+        #[test]
+        fn the_slots_are_all_of_the_ram(
+            mib in 2u64..8 << 10,
+            page in prop::option::of(prop::sample::select(vec![2u64 << 20, 1 << 30])),
+            shared in any::<bool>(),
+            firmware in any::<bool>(),
+        ) {
+            let size = (mib << 20).next_multiple_of(page.unwrap_or(1));
+            let memory = Memory {
+                shared,
+                hugepages: page.and_then(HugePageSize::new),
+                ..Memory::new(size)
+            };
+            memory.validate().unwrap();
+            let ram = memslots::ram_layout(size, layout::MMIO_HOLE).unwrap();
+            let mut covered: Vec<(u64, u64)> = Vec::new();
+            for slot in memory.slots(&ram, firmware) {
+                let (start, len) = (slot.start.0, slot.backing.size());
+                prop_assert!(start.is_multiple_of(slot.backing.page_size()));
+                prop_assert!(len.is_multiple_of(slot.backing.page_size()));
+                match covered.last_mut() {
+                    Some((at, before)) if *at + *before == start => *before += len,
+                    _ => covered.push((start, len)),
+                }
+            }
+            let ram: Vec<_> = ram.iter().map(|(start, len)| (start.0, *len)).collect();
+            prop_assert_eq!(covered, ram);
+        }
+    }
+}

@@ -1,0 +1,397 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a guest did, in numbers: what `--stats` shows at the end.
+//!
+//! A vCPU's exits are counted always: each thread adds to a line of its own, which costs a
+//! nanosecond beside an exit's microseconds. Accesses by device are io-bus' own counters, which are
+//! off unless [`Machine::count_accesses`](crate::vm::Machine::count_accesses) turns them on.
+
+use std::fmt::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use io_bus::{BusKind, IoBus, IoRange};
+use memslots::SlotTable;
+use serde::Serialize;
+
+/// What a vCPU came out of the guest for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitKind {
+    /// `in`, and `rep ins`: one however many bytes.
+    PioIn,
+    /// `out`, and `rep outs`.
+    PioOut,
+    /// A read of an address without memory.
+    MmioRead,
+    /// A write to an address without memory, or to memory that is read-only.
+    MmioWrite,
+    /// HLT, where the kernel has no local APIC for the guest.
+    Hlt,
+    /// Anything else.
+    Other,
+}
+
+impl ExitKind {
+    const COUNT: usize = 6;
+}
+
+/// The exits of one vCPU, counted by its thread.
+///
+/// On cache lines of its own: no other vCPU writes there.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct ExitCounters {
+    exits: [AtomicU64; ExitKind::COUNT],
+    read_only_writes: AtomicU64,
+}
+
+impl ExitCounters {
+    /// Counts an exit. By the vCPU's own thread alone: nobody else writes, so no locked instruction
+    /// is needed.
+    pub fn count(&self, kind: ExitKind) {
+        if let Some(counter) = self.exits.get(kind as usize) {
+            // Relaxed: a counter orders nothing.
+            counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts a write to read-only memory, which was dropped.
+    pub fn count_read_only_write(&self) {
+        self.read_only_writes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many such writes there were.
+    pub fn read_only_writes(&self) -> u64 {
+        self.read_only_writes.load(Ordering::Relaxed)
+    }
+
+    /// What has been counted.
+    pub fn exits(&self) -> Exits {
+        let [pio_in, pio_out, mmio_read, mmio_write, hlt, other] = self
+            .exits
+            .each_ref()
+            .map(|counter| counter.load(Ordering::Relaxed));
+        Exits {
+            pio_in,
+            pio_out,
+            mmio_read,
+            mmio_write,
+            hlt,
+            other,
+        }
+    }
+}
+
+/// Exits to the monitor by kind. Those that KVM serves by itself, and signals, are not among them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Exits {
+    /// [`ExitKind::PioIn`].
+    pub pio_in: u64,
+    /// [`ExitKind::PioOut`].
+    pub pio_out: u64,
+    /// [`ExitKind::MmioRead`].
+    pub mmio_read: u64,
+    /// [`ExitKind::MmioWrite`].
+    pub mmio_write: u64,
+    /// [`ExitKind::Hlt`].
+    pub hlt: u64,
+    /// [`ExitKind::Other`].
+    pub other: u64,
+}
+
+impl Exits {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.columns().iter().map(|(_, count)| count).sum()
+    }
+
+    fn columns(&self) -> [(&'static str, u64); ExitKind::COUNT] {
+        [
+            ("pio-in", self.pio_in),
+            ("pio-out", self.pio_out),
+            ("mmio-read", self.mmio_read),
+            ("mmio-write", self.mmio_write),
+            ("hlt", self.hlt),
+            ("other", self.other),
+        ]
+    }
+}
+
+/// What one range of a bus was asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DeviceStats {
+    /// The device's name.
+    pub device: &'static str,
+    /// Its bus.
+    pub bus: String,
+    /// First address or port.
+    pub base: u64,
+    /// Last address or port.
+    pub last: u64,
+    /// Reads that it answered, and writes; bytes of each. An access in several pieces counts each.
+    pub reads: u64,
+    /// Writes that it took. Coalesced ones are among them.
+    pub writes: u64,
+    /// Bytes of the reads.
+    pub read_bytes: u64,
+    /// Bytes of the writes.
+    pub written_bytes: u64,
+}
+
+/// What nobody answered on one bus.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct UnclaimedStats {
+    /// The bus.
+    pub bus: String,
+    /// How many accesses.
+    pub accesses: u64,
+    /// The address or port of the last of them.
+    pub last_address: Option<u64>,
+}
+
+/// One memory slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SlotStats {
+    /// KVM's number.
+    pub id: u32,
+    /// First guest physical address.
+    pub start: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Whether the guest can only read it.
+    pub read_only: bool,
+    /// What it is made of.
+    pub backing: String,
+    /// Bytes of one page of that.
+    pub page_size: u64,
+}
+
+/// A snapshot of the numbers. While the guest runs each is right for some moment of the call.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Stats {
+    /// Each vCPU's exits, by its number.
+    pub exits: Vec<Exits>,
+    /// Writes that KVM kept in its ring, and that cost no exit of their own.
+    pub coalesced_writes: u64,
+    /// Writes to read-only memory, which were dropped.
+    pub read_only_writes: u64,
+    /// Each device, bus by bus in order of address; empty where accesses are not counted.
+    pub devices: Vec<DeviceStats>,
+    /// Each bus on which there was an access that nobody answered; writes to read-only memory are
+    /// among them.
+    pub unclaimed: Vec<UnclaimedStats>,
+    /// Guest memory, by address.
+    pub slots: Vec<SlotStats>,
+}
+
+/// A device's name and where it was registered, for [`Stats::collect`].
+pub type Named = (&'static str, BusKind, IoRange);
+
+impl Stats {
+    /// Reads all counters.
+    pub fn collect<'a>(
+        vcpus: impl IntoIterator<Item = &'a ExitCounters>,
+        bus: &IoBus,
+        names: &[Named],
+        slots: &SlotTable,
+    ) -> Self {
+        let mut exits = Vec::new();
+        let mut read_only_writes = 0;
+        for counters in vcpus {
+            exits.push(counters.exits());
+            read_only_writes += counters.read_only_writes();
+        }
+        let (mut devices, mut unclaimed) = (Vec::new(), Vec::new());
+        if let Some(stats) = bus.stats() {
+            for range in stats.ranges {
+                let named = names
+                    .iter()
+                    .find(|(_, bus, at)| (*bus, *at) == (range.bus, range.range));
+                devices.push(DeviceStats {
+                    device: named.map_or("?", |(name, ..)| name),
+                    bus: range.bus.to_string(),
+                    base: range.range.base(),
+                    last: range.range.last(),
+                    reads: range.reads,
+                    writes: range.writes,
+                    read_bytes: range.read_bytes,
+                    written_bytes: range.written_bytes,
+                });
+            }
+            let met = stats.unclaimed.iter().filter(|bus| bus.accesses > 0);
+            unclaimed.extend(met.map(|bus| UnclaimedStats {
+                bus: bus.bus.to_string(),
+                accesses: bus.accesses,
+                last_address: bus.last_address,
+            }));
+        }
+        let slots = slots.regions().map(|region| {
+            let extent = region.extent();
+            SlotStats {
+                id: extent.id().0,
+                start: extent.start().0,
+                size: extent.size(),
+                read_only: region.is_read_only(),
+                backing: region.mapping().kind().to_string(),
+                page_size: region.mapping().page_size(),
+            }
+        });
+        Stats {
+            exits,
+            coalesced_writes: bus.coalesced_writes(),
+            read_only_writes,
+            devices,
+            unclaimed,
+            slots: slots.collect(),
+        }
+    }
+
+    /// One line of JSON, with the fields' names in kebab-case.
+    pub fn json(&self) -> String {
+        // Numbers and text: nothing that JSON has no form for.
+        serde_json::to_string(self).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Stats {
+    /// Tables, each with a line that says what it is. Numbers are decimal, addresses hexadecimal.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "exits      {:>10}{}", "total", ExitTitles)?;
+        for (vcpu, exits) in self.exits.iter().enumerate() {
+            write!(f, "  {:<9}{:>10}", format!("vcpu{vcpu}"), exits.total())?;
+            for (_, count) in exits.columns() {
+                write!(f, "{count:>12}")?;
+            }
+            f.write_char('\n')?;
+        }
+        writeln!(f, "writes without an exit  {:>8}", self.coalesced_writes)?;
+        writeln!(f, "writes to read-only memory {:>5}", self.read_only_writes)?;
+        if !self.devices.is_empty() {
+            writeln!(
+                f,
+                "{:<38}{:>18}{:>10}{:>12}{:>10}{:>12}",
+                "devices", "at", "reads", "bytes", "writes", "bytes"
+            )?;
+        }
+        for device in &self.devices {
+            let at = format!("{} {:#x}..={:#x}", device.bus, device.base, device.last);
+            writeln!(
+                f,
+                "  {:<32}{at:>22}{:>10}{:>12}{:>10}{:>12}",
+                device.device, device.reads, device.read_bytes, device.writes, device.written_bytes
+            )?;
+        }
+        for bus in &self.unclaimed {
+            write!(f, "nobody answered on {}: {}", bus.bus, bus.accesses)?;
+            match bus.last_address {
+                Some(at) => writeln!(f, ", the last at {at:#x}")?,
+                None => f.write_char('\n')?,
+            }
+        }
+        writeln!(f, "memory")?;
+        for slot in &self.slots {
+            writeln!(
+                f,
+                "  slot {:<3} {:#014x}{:>16} bytes, {}, pages of {} KiB{}",
+                slot.id,
+                slot.start,
+                slot.size,
+                slot.backing,
+                slot.page_size >> 10,
+                if slot.read_only { ", read-only" } else { "" }
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// The head of the columns.
+struct ExitTitles;
+
+impl fmt::Display for ExitTitles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, _) in Exits::default().columns() {
+            write!(f, "{name:>12}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use io_bus::{PioAddress, PioRange};
+    use memslots::fake::FakeHost;
+    use memslots::{Backing, Memslots, SlotFlags};
+    use std::sync::Arc;
+    use vm_device::DevicePio;
+    use vm_memory::GuestAddress;
+
+    struct Quiet;
+    impl DevicePio for Quiet {
+        fn pio_read(&self, _: PioAddress, _: u16, _: &mut [u8]) {}
+        fn pio_write(&self, _: PioAddress, _: u16, _: &[u8]) {}
+    }
+
+    #[test]
+    fn each_number_is_where_it_belongs() {
+        let bus = IoBus::new();
+        let range = PioRange::new(PioAddress(0x70), 2).unwrap();
+        let _clock = bus.register_pio(range, Arc::new(Quiet)).unwrap();
+        bus.count(true);
+        let mut io = bus.dispatcher();
+        assert!(io.pio_read(PioAddress(0x71), &mut [0; 2]) != io_bus::Outcome::Answered);
+        assert!(io.pio_write(PioAddress(0x70), &[0; 2]).is_answered());
+        let memslots = Memslots::new(FakeHost::new(8));
+        let rom = memslots
+            .create(
+                GuestAddress(0xe_0000),
+                Backing::anonymous(0x2_0000),
+                SlotFlags::READ_ONLY,
+            )
+            .unwrap();
+        let counters = [ExitCounters::default(), ExitCounters::default()];
+        counters[1].count(ExitKind::PioIn);
+        counters[1].count(ExitKind::Hlt);
+        counters[1].count(ExitKind::Hlt);
+        counters[0].count_read_only_write();
+        let names: [Named; 1] = [("clock", BusKind::Pio, range.into())];
+        let stats = Stats::collect(&counters, &bus, &names, &memslots.snapshot());
+        assert_eq!(stats.exits[0].total(), 0);
+        assert_eq!((stats.exits[1].pio_in, stats.exits[1].hlt), (1, 2));
+        assert_eq!(stats.read_only_writes, 1);
+        assert_eq!(stats.devices[0].device, "clock");
+        assert_eq!((stats.devices[0].reads, stats.devices[0].writes), (0, 1));
+        assert_eq!(stats.devices[0].written_bytes, 2);
+        assert_eq!(stats.unclaimed[0].last_address, Some(0x71));
+        assert!(stats.slots[0].read_only);
+        let text = stats.to_string();
+        for needle in [
+            "vcpu1",
+            "clock",
+            "0x70..=0x71",
+            "the last at 0x71",
+            "read-only",
+        ] {
+            assert!(text.contains(needle), "{needle}: {text}");
+        }
+        let json: serde_json::Value = serde_json::from_str(&stats.json()).unwrap();
+        assert_eq!(json["exits"][1]["hlt"], 2);
+        assert_eq!(json["devices"][0]["written-bytes"], 2);
+        assert_eq!(json["slots"][0]["size"], 0x2_0000);
+        drop(rom);
+    }
+
+    #[test]
+    fn what_is_not_counted_is_not_shown() {
+        let bus = IoBus::new();
+        let memslots = Memslots::new(FakeHost::new(8));
+        let stats = Stats::collect([], &bus, &[], &memslots.snapshot());
+        assert!(stats.devices.is_empty() && stats.unclaimed.is_empty());
+        assert!(!stats.to_string().contains("devices"));
+    }
+}

@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `--memory` with each of its options on this host's KVM, and the firmware that a guest cannot change.
+//!
+//! Huge pages are the host's to reserve: where the test may (as root), it reserves them and gives them
+//! back, and where it may not it says so. Other tests of the workspace do the same at times, so it
+//! takes what it needs on top of what there is.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use guests::{boot, console};
+use serde_json::Value;
+use support::{Ended, Vmm, need_kvm};
+
+fn stats(ended: &Ended) -> Value {
+    let line = ended.stderr.lines().last().unwrap_or_default();
+    serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {ended}"))
+}
+
+fn run(memory: &str, words: &str) -> Ended {
+    need_kvm();
+    Vmm::boot(console::rom64())
+        .words("--debug-exit --stats=json --memory")
+        .arg(memory)
+        .words(words)
+        .output()
+}
+
+/// The slots: start, size, backing, page size, read-only.
+fn slots(stats: &Value) -> Vec<(u64, u64, String, u64, bool)> {
+    let slots = stats["slots"].as_array().unwrap();
+    let one = |slot: &Value| {
+        let number = |name: &str| slot[name].as_u64().unwrap();
+        let backing = slot["backing"].as_str().unwrap().to_owned();
+        let read_only = slot["read-only"].as_bool().unwrap();
+        (
+            number("start"),
+            number("size"),
+            backing,
+            number("page-size"),
+            read_only,
+        )
+    };
+    slots.iter().map(one).collect()
+}
+
+#[test]
+fn a_guest_cannot_change_its_firmware() {
+    for memory in ["2M", "256M", "6G", "256M,shared", "64M,thp=always"] {
+        let ended = run(memory, "");
+        ended.expect_status(1).expect_stdout("RR\n");
+        let stats = stats(&ended);
+        assert_eq!(stats["read-only-writes"], 2, "{stats}");
+        let firmware: Vec<_> = slots(&stats).into_iter().filter(|slot| slot.4).collect();
+        assert_eq!(firmware.len(), 1, "{stats}");
+        assert_eq!(
+            (firmware[0].0, firmware[0].1),
+            (0xe_0000, 0x2_0000),
+            "{stats}"
+        );
+    }
+    // At the debug level it is said, and nowhere else.
+    let ended = run("256M", "--log debug");
+    assert!(
+        ended.stderr.contains("read-only memory at 0xffff0"),
+        "{ended}"
+    );
+}
+
+#[test]
+fn a_guest_without_firmware_has_plain_memory() {
+    for irqchip in ["split", "none"] {
+        let ended = run("256M", &format!("--irqchip {irqchip}"));
+        ended.expect_status(1).expect_stdout("WW\n");
+        let stats = stats(&ended);
+        assert_eq!(stats["read-only-writes"], 0, "{stats}");
+        assert_eq!(slots(&stats).len(), 1, "{stats}");
+    }
+}
+
+#[test]
+fn shared_memory_is_in_memfds() {
+    let ended = run("6G,shared", "");
+    ended.expect_status(1);
+    for (start, _, backing, _, read_only) in slots(&stats(&ended)) {
+        let shared = backing.contains("memfd");
+        assert!(shared != read_only, "{start:#x}: {backing}");
+    }
+}
+
+/// The resident memory that a run of a guest had, KiB.
+fn resident(memory: &str) -> u64 {
+    need_kvm();
+    let mut running = Vmm::boot(boot::spin64()).args(["--memory", memory]).start();
+    running.wait_for("up\n");
+    let peak = running.peak_rss();
+    running.signal(libc::SIGTERM);
+    running.wait().expect_status(0);
+    peak
+}
+
+#[test]
+fn prefaulted_memory_is_present_and_other_memory_is_not() {
+    for shared in ["", ",shared"] {
+        let lazy = resident(&format!("64M{shared}"));
+        let present = resident(&format!("64M{shared},prefault"));
+        assert!(present >= 63 << 10, "{present} KiB of 64 MiB");
+        assert!(lazy < 32 << 10, "{lazy} KiB");
+    }
+}
+
+#[test]
+fn transparent_huge_pages_and_a_numa_node_are_taken() {
+    for memory in [
+        "64M,thp=always",
+        "64M,thp=never",
+        "64M,numa=0",
+        "64M,shared,numa=0,prefault",
+    ] {
+        let ended = run(memory, "--irqchip split");
+        // A kernel without transparent huge pages says so.
+        if ended.status.code() == Some(1) && ended.stdout.is_empty() {
+            assert!(memory.contains("thp=always"), "{ended}");
+            println!("this host has none: {}", ended.stderr);
+            continue;
+        }
+        ended.expect_status(1).expect_stdout("WW\n");
+    }
+}
+
+#[test]
+fn what_the_host_has_not_is_told_with_numbers_before_anything_is_made() {
+    need_kvm();
+    let refused = |memory: &str, needles: &[&str]| {
+        let ended = Vmm::boot(boot::hello64())
+            .args(["--memory", memory])
+            .output();
+        ended
+            .expect_status(2)
+            .expect_stdout("")
+            .expect_line(needles);
+    };
+    refused(
+        "1023G,numa=1023",
+        &["NUMA node 1023", "nodes that have are"],
+    );
+    // More than any host has: 64 TiB.
+    refused("64T,hugepages=2M", &["huge pages of 2 MiB", "nr_hugepages"]);
+    refused("64T,hugepages=1G", &["of 1 GiB", "hugepages-1048576kB"]);
+    refused("64M,hugepages=64K", &["64 KiB", "hugepages-64kB"]);
+}
+
+/// Huge pages reserved for a test, and given back.
+struct Reserved {
+    file: PathBuf,
+    before: String,
+}
+
+impl Reserved {
+    /// `pages` more pages of this size; what stands in the way otherwise.
+    fn new(kib: u64, pages: u64) -> Result<Self, String> {
+        let folder = PathBuf::from(format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB"));
+        let file = folder.join("nr_hugepages");
+        let read = |name: &str| std::fs::read_to_string(folder.join(name));
+        let before = read("nr_hugepages").map_err(|e| format!("{}: {e}", file.display()))?;
+        let wanted = before.trim().parse::<u64>().unwrap() + pages;
+        std::fs::write(&file, wanted.to_string())
+            .map_err(|e| format!("{}: {e}", file.display()))?;
+        let reserved = Reserved { file, before };
+        let free: u64 = read("free_hugepages").unwrap().trim().parse().unwrap();
+        match free >= pages {
+            true => Ok(reserved),
+            false => Err(format!("{free} of {pages} pages of {kib} KiB")),
+        }
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let _ = std::fs::write(&self.file, &self.before);
+    }
+}
+
+/// Says it where also a test that passes is heard.
+fn not_tried(why: &str) {
+    let _ = writeln!(
+        std::io::stderr(),
+        "NOT TRIED: no huge pages can be reserved on this host: {why}"
+    );
+}
+
+#[test]
+fn huge_pages_of_2_mib_serve_all_but_the_first_two_mib() {
+    let _reserved = match Reserved::new(2048, 16) {
+        Ok(reserved) => reserved,
+        Err(why) => return not_tried(&why),
+    };
+    for (memory, backing) in [
+        ("32M,hugepages", "private hugetlb pages"),
+        ("32M,hugepages=2M,shared,prefault", "shared hugetlb pages"),
+    ] {
+        let ended = run(memory, "");
+        ended.expect_status(1).expect_stdout("RR\n");
+        let slots = slots(&stats(&ended));
+        let huge: Vec<_> = slots.iter().filter(|slot| slot.3 == 2 << 20).collect();
+        assert_eq!(huge.len(), 1, "{slots:?}");
+        assert_eq!((huge[0].0, huge[0].1), (2 << 20, 30 << 20), "{slots:?}");
+        assert_eq!(huge[0].2, backing);
+        // No firmware, and so all of it.
+        let ended = run(memory, "--irqchip split");
+        ended.expect_status(1).expect_stdout("WW\n");
+    }
+}
+
+#[test]
+fn huge_pages_of_1_gib_leave_the_firmware_writable() {
+    let _reserved = match Reserved::new(1 << 20, 1) {
+        Ok(reserved) => reserved,
+        Err(why) => return not_tried(&why),
+    };
+    let ended = run("1G,hugepages=1G", "");
+    ended.expect_status(1).expect_stdout("WW\n");
+    let stats = stats(&ended);
+    let page = 1 << 30;
+    let expected = [(0, page, "private hugetlb pages".to_owned(), page, false)];
+    assert_eq!(slots(&stats), expected);
+}
