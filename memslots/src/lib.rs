@@ -259,6 +259,8 @@ mod guest_memfd;
 mod host;
 #[forbid(unsafe_code)]
 mod ids;
+#[forbid(unsafe_code)]
+mod inner;
 #[cfg(feature = "kvm")]
 mod kvm;
 #[forbid(unsafe_code)]
@@ -270,6 +272,8 @@ mod mapping;
 mod memslots;
 #[forbid(unsafe_code)]
 mod plan;
+#[forbid(unsafe_code)]
+mod planning;
 #[forbid(unsafe_code)]
 mod private;
 mod region;
