@@ -142,14 +142,15 @@ impl<B: SlotBitmap> Inner<B> {
         book.plan(layout, &self.ids)
     }
 
-    /// A plan that was made of this book, as a change: its new memory mapped, its calls made out.
+    /// A plan that was made of this book and `layout`, as a change: its new memory mapped, its calls made out.
     pub(crate) fn carry_out(
         &self,
         book: &Book<B>,
         plan: &Plan,
+        layout: &Layout,
         claims: Vec<Arc<IdClaim>>,
     ) -> Result<(Transaction<B>, Vec<SlotExtent>), Error> {
-        let slots = plan.layout.slots();
+        let slots = layout.slots();
         let present = book.governed();
         let stale = || Error::Stale { changes: 0 };
         let mut transaction = Transaction::with_capacity(plan.ops.len());

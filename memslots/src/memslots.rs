@@ -148,8 +148,9 @@ impl<B: SlotBitmap> Memslots<B> {
     /// [`enum@Error`]: what KVM would refuse, private ranges, too few ids, two slots of one name or with common
     /// addresses.
     pub fn plan(&self, layout: &Layout) -> Result<Plan, Error> {
-        let (plan, claims) = self.inner.plan(&mut self.inner.lock(), layout)?;
+        let (mut plan, claims) = self.inner.plan(&mut self.inner.lock(), layout)?;
         drop(claims);
+        plan.layout = layout.clone();
         Ok(plan)
     }
 
@@ -177,7 +178,7 @@ impl<B: SlotBitmap> Memslots<B> {
                 return Err(Error::Stale { changes });
             }
             let new = plan.same.iter().filter(|same| same.is_none()).count();
-            inner.carry_out(book, &plan, inner.ids.claim_many(new)?)
+            inner.carry_out(book, &plan, &plan.layout, inner.ids.claim_many(new)?)
         })?;
         Ok(Applied { extents, grace })
     }
@@ -191,7 +192,7 @@ impl<B: SlotBitmap> Memslots<B> {
         let inner = &self.inner;
         let (extents, grace) = inner.transact(|book| {
             let (plan, claims) = inner.plan(book, layout)?;
-            inner.carry_out(book, &plan, claims)
+            inner.carry_out(book, &plan, layout, claims)
         })?;
         Ok(Applied { extents, grace })
     }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 impl<B> Book<B> {
     /// How to get from what there is to `layout`, whose slots are each possible by themselves and do not overlap. Also
-    /// an id for each slot that is new, in the layout's order.
+    /// an id for each slot that is new, in the layout's order. The plan's own layout is the caller's to set.
     ///
     /// The book is as before when this returns.
     pub(crate) fn plan(
@@ -80,7 +80,7 @@ impl<B> Book<B> {
             ops,
             same,
             gone,
-            layout: layout.clone(),
+            layout: Layout::new(),
             epoch: self.epoch(),
             vm: Arc::clone(ids),
         };
@@ -100,7 +100,13 @@ impl<B> Book<B> {
                 Ok(change) => {
                     step.change = change;
                     step.from = step.from.filter(|_| change == Change::Move);
-                    undo.push(self.slots.commit(request));
+                    // New slots at the beginning are over nothing that a layout governs, nor over each other, and what
+                    // comes later is not over them: nothing that is still to be checked depends on them. (A first
+                    // layout is nothing else.)
+                    let free = undo.is_empty() && step.slot.is_none();
+                    if !free || request.guest_memfd.is_some() {
+                        undo.push(self.slots.commit(request));
+                    }
                 }
                 Err(refusal) => {
                     refused = Some(refusal);
