@@ -4,13 +4,11 @@
 //! readers do not see. Plain data; KVM is asked elsewhere (`change.rs`).
 
 use crate::guest_memfd::Binding;
-use crate::ids::{IdClaim, Ids};
-use crate::plan::{self, Op, Plan, Present, Step, Wanted};
 use crate::{
-    Backing, Change, Error, Hva, Layout, LayoutSlot, Left, MemoryRegion, NewSlot, Refusal, Region,
-    SlotChange, SlotFlags, SlotId, SlotMap, SlotShape,
+    Backing, Change, Error, Layout, LayoutSlot, Left, MemoryRegion, NewSlot, Region, SlotChange,
+    SlotFlags, SlotId, SlotMap, SlotShape,
 };
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 /// One slot's memory, and what is known of it.
@@ -131,126 +129,10 @@ impl<B> Book<B> {
         }
     }
 
-    /// How to get from what there is to `layout`, whose slots are each possible by themselves and do not overlap. Also
-    /// an id for each slot that is new, in the layout's order.
-    pub(crate) fn plan(
-        &self,
-        layout: &Layout,
-        ids: &Arc<Ids>,
-    ) -> Result<(Plan, Vec<Arc<IdClaim>>), Error> {
-        self.check_names(layout.slots(), false)?;
-        // A slot that stayed behind a failure is nobody's memory: it only has to go.
+    /// The slots that layouts are about, by id.
+    pub(crate) fn governed(&self) -> Vec<(SlotId, &Entry<B>)> {
         let ours = self.entries.iter().filter(|(_, entry)| !entry.owned);
-        let present_entries: Vec<(SlotId, &Entry<B>)> =
-            ours.map(|(id, entry)| (*id, entry)).collect();
-        let (same, taken) = recognise(&present_entries, layout.slots());
-        let present: Vec<Present> = present_entries
-            .iter()
-            .map(|(id, entry)| Present {
-                shape: match self.slots.get(*id) {
-                    Some(shape) => *shape,
-                    None => shape(&entry.region, entry),
-                },
-                in_kvm: entry.place != Place::HereOnly,
-            })
-            .collect();
-        let wanted: Vec<Wanted> = layout
-            .slots()
-            .iter()
-            .zip(&same)
-            .map(|(slot, same)| Wanted {
-                start: slot.slot.start.0,
-                size: slot.size(),
-                flags: slot.flags(),
-                same: *same,
-            })
-            .collect();
-        let claims = ids.claim_many(same.iter().filter(|same| same.is_none()).count())?;
-
-        let present_id = |index: usize| present_entries.get(index).map(|(id, _)| *id);
-        let mut new_ids = claims.iter().map(|claim| claim.id());
-        let id_of = |same: &Option<usize>| match same {
-            Some(index) => present_id(*index),
-            None => new_ids.next(),
-        };
-        let wanted_ids: Vec<Option<SlotId>> = same.iter().map(id_of).collect();
-        let mut slots = None;
-        let mut steps = Vec::new();
-        let mut ops = Vec::new();
-        for (op, gap) in plan::calls(&present, &wanted) {
-            // Each call is checked against what the calls before it have left. A plan without calls copies nothing.
-            let slots = slots.get_or_insert_with(|| self.slots.clone());
-            let (request, step) = match op {
-                Op::Delete(index) => {
-                    let Some((&(id, entry), old)) =
-                        present_entries.get(index).zip(present.get(index))
-                    else {
-                        continue;
-                    };
-                    let request = deletion(id, &old.shape);
-                    (
-                        request,
-                        (Some(id), entry.name.clone(), None, old.shape.flags),
-                    )
-                }
-                Op::Make(index) | Op::Alter(index) => {
-                    let id = wanted_ids.get(index).copied().flatten();
-                    let (Some(id), Some(slot), Some(same)) =
-                        (id, layout.slots().get(index), same.get(index))
-                    else {
-                        continue;
-                    };
-                    let old = same.and_then(|index| present.get(index));
-                    let request = MemoryRegion {
-                        id,
-                        flags: slot.flags(),
-                        start: slot.slot.start,
-                        size: slot.size(),
-                        host: old.map_or(Hva(0), |old| old.shape.host),
-                        guest_memfd: slot.guest_memfd.as_ref().map(Binding::range),
-                    };
-                    let from = old.map(|old| old.shape.start);
-                    (
-                        request,
-                        (old.map(|_| id), slot.name.clone(), from, request.flags),
-                    )
-                }
-            };
-            let change = slots.apply(&request)?;
-            let (slot, name, from, flags) = step;
-            let size = match op {
-                Op::Delete(index) => present.get(index).map_or(0, |old| old.shape.size),
-                _ => request.size,
-            };
-            steps.push(Step {
-                change,
-                slot,
-                name,
-                start: request.start,
-                from: from.filter(|_| change == Change::Move),
-                size,
-                flags,
-                gap,
-            });
-            ops.push(op);
-        }
-        let same_ids = same.iter().map(|same| same.and_then(present_id)).collect();
-        let gone = present_entries.iter().zip(&taken);
-        let gone = gone
-            .filter(|(_, taken)| !**taken)
-            .map(|((id, _), _)| *id)
-            .collect();
-        let plan = Plan {
-            steps,
-            ops,
-            present: present_entries.iter().map(|(id, _)| *id).collect(),
-            same: same_ids,
-            gone,
-            layout: layout.clone(),
-            epoch: self.epoch,
-            vm: Arc::clone(ids),
-        };
-        Ok((plan, claims))
+        ours.map(|(id, entry)| (*id, entry)).collect()
     }
 
     /// What listeners are told of `edits`, before they are made.
@@ -414,72 +296,6 @@ fn difference<B>(from: Option<Arc<Region<B>>>, to: Arc<Region<B>>) -> SlotChange
     }
 }
 
-/// For each wanted slot, which of the present has its memory: by name first, then by place. And which of the present
-/// are wanted so.
-fn recognise<B>(
-    present: &[(SlotId, &Entry<B>)],
-    wanted: &[LayoutSlot],
-) -> (Vec<Option<usize>>, Vec<bool>) {
-    let is_memory = |entry: &Entry<B>| entry.place != Place::KvmOnly;
-    let memory = present
-        .iter()
-        .enumerate()
-        .filter(|(_, (_, entry))| is_memory(entry));
-    let mut by_start: Vec<(u64, bool, usize)> = memory
-        .map(|(index, (_, entry))| {
-            let start = entry.region.extent().start().0;
-            // What KVM has comes before what was lost at the same place.
-            (start, entry.place != Place::Both, index)
-        })
-        .collect();
-    by_start.sort_unstable();
-    let at = |start: u64| {
-        let first = by_start.partition_point(|(other, ..)| *other < start);
-        let (found, _, index) = *by_start.get(first)?;
-        (found == start).then_some(index)
-    };
-    let mut by_name = HashMap::new();
-    if wanted.iter().any(|slot| slot.name.is_some()) {
-        for &(_, _, index) in &by_start {
-            let name = present
-                .get(index)
-                .and_then(|(_, entry)| entry.name.as_deref());
-            if let Some(name) = name {
-                by_name.insert(name, index);
-            }
-        }
-    }
-    let same_memory = |index: usize, slot: &LayoutSlot| {
-        present.get(index).is_some_and(|(_, entry)| {
-            entry.backing == slot.slot.backing && entry.guest_memfd == slot.guest_memfd
-        })
-    };
-    let mut taken = vec![false; present.len()];
-    let mut take = |index: usize| match taken.get_mut(index) {
-        Some(taken) => !std::mem::replace(taken, true),
-        None => false,
-    };
-    let mut same: Vec<Option<usize>> = wanted
-        .iter()
-        .map(|slot| {
-            let index = *by_name.get(slot.name()?)?;
-            (same_memory(index, slot) && take(index)).then_some(index)
-        })
-        .collect();
-    for (slot, same) in wanted.iter().zip(&mut same) {
-        if same.is_none()
-            && let Some(index) = at(slot.slot.start.0)
-            && let Some((_, entry)) = present.get(index)
-            && (entry.name.is_none() || slot.name.is_none())
-            && same_memory(index, slot)
-            && take(index)
-        {
-            *same = Some(index);
-        }
-    }
-    (same, taken)
-}
-
 /// The slot as `region` and its entry have it.
 pub(crate) fn shape<B>(region: &Region<B>, entry: &Entry<B>) -> SlotShape {
     let extent = region.extent();
@@ -512,30 +328,5 @@ pub(crate) fn deletion(id: SlotId, shape: &SlotShape) -> MemoryRegion {
         flags: SlotFlags::NONE,
         guest_memfd: None,
         ..shape.request(id)
-    }
-}
-
-/// Checks each slot of a layout by itself, and that no two overlap.
-pub(crate) fn check_layout(slots: &[LayoutSlot]) -> Result<(), Error> {
-    let mut ranges = Vec::with_capacity(slots.len());
-    for slot in slots {
-        let (start, size) = (slot.slot.start, slot.size());
-        if size == 0 {
-            return Err(Error::Empty { start });
-        }
-        if start.0.checked_add(size).is_none() {
-            let id = SlotId::default();
-            return Err(Refusal::Wraps { id, start, size }.into());
-        }
-        ranges.push(slot.guest_range());
-    }
-    ranges.sort_unstable_by_key(|range| range.start);
-    let overlap = ranges.windows(2).find_map(|pair| match pair {
-        [first, second] if second.start < first.end => Some((first.clone(), second.clone())),
-        _ => None,
-    });
-    match overlap {
-        Some((first, second)) => Err(Error::LayoutOverlap { first, second }),
-        None => Ok(()),
     }
 }

@@ -9,8 +9,8 @@
 //!   the last snapshot have let go. What KVM refuses to delete stays in the book, and mapped.
 
 use crate::book::{Book, Reconciled, Shown, Transaction};
+use crate::inner::Inner;
 use crate::listener::{Prepared, Registered, commit};
-use crate::memslots::Inner;
 use crate::{
     Change, Errno, Error, LayoutChange, MemoryRegion, SlotBitmap, SlotChange, SlotId, SlotTable,
     Unrestored,
@@ -51,12 +51,12 @@ impl<B: SlotBitmap> Inner<B> {
     /// `table`'s writers held and no other.
     pub(crate) fn transact<R>(
         &self,
-        f: impl FnOnce(&Book<B>) -> Result<(Transaction<B>, R), Error>,
+        f: impl FnOnce(&mut Book<B>) -> Result<(Transaction<B>, R), Error>,
     ) -> Result<(R, Grace), Error> {
         self.check_not_in_listener()?;
         // The writers' lock of `table` first, then the book's: the only order there is.
         let done = self.table.update(|table| {
-            let (transaction, result) = f(&self.lock()).map_err(Quiet::Failed)?;
+            let (transaction, result) = f(&mut self.lock()).map_err(Quiet::Failed)?;
             if transaction.calls.is_empty() && transaction.edits.is_empty() {
                 return Err(Quiet::Done(result));
             }

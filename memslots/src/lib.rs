@@ -259,6 +259,8 @@ mod guest_memfd;
 mod host;
 #[forbid(unsafe_code)]
 mod ids;
+#[forbid(unsafe_code)]
+mod inner;
 #[cfg(feature = "kvm")]
 mod kvm;
 #[forbid(unsafe_code)]
@@ -272,6 +274,8 @@ mod matrix;
 mod memslots;
 #[forbid(unsafe_code)]
 mod plan;
+#[forbid(unsafe_code)]
+mod planning;
 #[forbid(unsafe_code)]
 mod private;
 mod region;

@@ -5,7 +5,7 @@
 //! and `kvm_arch_commit_memory_region`.
 
 use crate::Region;
-use crate::memslots::Owner;
+use crate::inner::Owner;
 use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -56,12 +56,11 @@ pub struct Plan {
     pub(crate) steps: Vec<Step>,
     pub(crate) ops: Vec<Op>,
     pub(crate) layout: Layout,
-    /// The slots that the numbers in `ops` mean.
-    pub(crate) present: Vec<SlotId>,
-    /// For each slot of the layout, the slot whose memory it has.
-    pub(crate) same: Vec<Option<SlotId>>,
-    /// The slots whose memory the layout does not have.
-    pub(crate) gone: Vec<SlotId>,
+    /// For each slot of the layout, whose memory it has: numbers, here and in `ops`, are places among the slots that the
+    /// layout governs, by id, of the book of this epoch.
+    pub(crate) same: Vec<Option<usize>>,
+    /// Whose memory the layout does not have.
+    pub(crate) gone: Vec<usize>,
     /// When, and for whom, it was made.
     pub(crate) epoch: u64,
     pub(crate) vm: Arc<Ids>,

@@ -2,7 +2,7 @@
 
 //! [`Slot`]: the handle that owns a slot. Dropped, the slot goes.
 
-use crate::memslots::Owner;
+use crate::inner::Owner;
 use crate::{Error, SlotExtent, SlotFlags};
 use srcu::Grace;
 use std::fmt;

@@ -342,7 +342,7 @@ fn same_verdicts(vm: &VmFd, count: usize) {
 fn count() -> usize {
     match std::env::var_os("LONG_TESTS") {
         Some(_) => 200_000,
-        None => 20_000,
+        None => 6_000,
     }
 }
 

@@ -6,8 +6,8 @@
 
 use memslots::fake::FakeHost;
 use memslots::{
-    Backing, Change, Gfn, Hva, HvaError, Limits, MAX_PAGES, MemoryRegion, Memslots, PAGE_SIZE,
-    PrivateRanges, Refusal, Slot, SlotFlags, SlotId, SlotMap, ram_layout,
+    Backing, Change, Gfn, GuestMemfdRange, Hva, HvaError, Limits, MAX_PAGES, MemoryRegion,
+    Memslots, PAGE_SIZE, PrivateRanges, Refusal, Slot, SlotFlags, SlotId, SlotMap, ram_layout,
 };
 use proptest::prelude::*;
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions};
@@ -23,7 +23,16 @@ fn naive(
     let end = u128::from(request.start.0) + u128::from(request.size);
     let host_end = request.host.0 as u128 + u128::from(request.size);
     let aligned = |value: u64| value & 0xfff == 0;
-    let legal = flags & !3 == 0
+    let private = request.guest_memfd.filter(|_| flags & 4 != 0);
+    let known_flags = match private {
+        Some(_) => limits.guest_memfd && flags == 4,
+        None => flags & !3 == 0,
+    };
+    let in_file = private.is_none_or(|memory| {
+        aligned(memory.offset) && u128::from(memory.offset) + u128::from(request.size) < 1 << 64
+    });
+    let legal = known_flags
+        && in_file
         && aligned(request.size)
         && aligned(request.start.0)
         && aligned(request.host.0 as u64)
@@ -45,6 +54,8 @@ fn naive(
         None if request.size == 0 => return einval,
         None => Change::Create,
         Some(_) if request.size == 0 => Change::Delete,
+        Some(_) if private.is_some() => return einval,
+        Some(old) if old.flags.bits() & 4 != 0 => return einval,
         Some(old) if (old.host, old.size) != (request.host, request.size) => return einval,
         Some(old) if (old.flags.bits() ^ flags) & 2 != 0 => return einval,
         Some(old) if old.start != request.start => Change::Move,
@@ -54,6 +65,19 @@ fn naive(
     if matches!(change, Change::Create | Change::Move) && overlaps {
         return eexist;
     }
+    if let (Change::Create, Some(memory)) = (change, private) {
+        let end = memory.offset + request.size;
+        let bound = |slot: &MemoryRegion| {
+            slot.guest_memfd.is_some_and(|other| {
+                other.fd == memory.fd
+                    && other.offset < end
+                    && memory.offset < other.offset + slot.size
+            })
+        };
+        if end > memory.file_size || slots.iter().any(bound) {
+            return einval;
+        }
+    }
     if matches!(change, Change::Create | Change::Move)
         && (end - 1) >> 12 > u128::from(limits.last_gfn.0)
     {
@@ -61,7 +85,10 @@ fn naive(
     }
     slots.retain(|slot| slot.id != request.id);
     if change != Change::Delete {
-        slots.push(*request);
+        slots.push(MemoryRegion {
+            guest_memfd: private,
+            ..*request
+        });
     }
     Ok(change)
 }
@@ -78,17 +105,25 @@ fn requests() -> impl Strategy<Value = MemoryRegion> {
     let start =
         prop_oneof![20 => 0..12u64, 1 => (1 << 40) - 3..(1u64 << 40), 1 => Just((1 << 52) - 2)];
     let host = prop_oneof![20 => Just(16u64), 2 => Just(17), 1 => Just((1 << 51) - 2), 1 => Just((1 << 52) - 1)];
-    let flags = prop_oneof![10 => Just(0u32), 4 => Just(1), 4 => Just(2), 1 => Just(3), 1 => Just(4), 1 => Just(1 << 31)];
-    (0..7u32, flags, start, pages, host, odd).prop_map(|(id, flags, start, pages, host, odd)| {
-        MemoryRegion {
+    let flags = prop_oneof![10 => Just(0u32), 4 => Just(1), 4 => Just(2), 1 => Just(3), 8 => Just(4), 1 => Just(6), 1 => Just(1 << 31)];
+    let offset = prop_oneof![20 => (0..8u64).prop_map(|page| page << 12), 1 => Just(7), 1 => Just(!0xfff), 1 => Just(1 << 63)];
+    let file = (0..2, offset).prop_map(|(fd, offset)| GuestMemfdRange {
+        fd,
+        offset,
+        file_size: [0x8000, 0x3000][fd as usize],
+    });
+    let file = prop_oneof![2 => Just(None), 3 => file.prop_map(Some)];
+    let numbers = (0..7u32, flags, start, pages, host, odd, file);
+    numbers.prop_map(
+        |(id, flags, start, pages, host, odd, guest_memfd)| MemoryRegion {
             id: SlotId(if id == 6 { 0x1_0000 } else { id }),
             flags: SlotFlags::from_bits(flags),
             start: GuestAddress((start << 12) + odd),
             size: pages << 12,
             host: Hva((host << 12) as usize),
-            guest_memfd: None,
-        }
-    })
+            guest_memfd,
+        },
+    )
 }
 
 #[derive(Clone, Debug)]
@@ -191,8 +226,10 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_classifier_answers_as_the_naive_rules(requests in prop::collection::vec(requests(), 1..40)) {
-        let limits = Limits { slots: 6, address_spaces: 1, last_gfn: Gfn((1 << 40) - 2), guest_memfd: false };
+    fn the_classifier_answers_as_the_naive_rules(
+        requests in prop::collection::vec(requests(), 1..40), guest_memfd: bool,
+    ) {
+        let limits = Limits { slots: 6, address_spaces: 1, last_gfn: Gfn((1 << 40) - 2), guest_memfd };
         let mut map = SlotMap::new(limits);
         let mut list = Vec::new();
         for request in requests {
@@ -203,6 +240,7 @@ proptest! {
         for slot in &list {
             let shape = map.get(slot.id).unwrap();
             prop_assert_eq!((shape.start, shape.size, shape.flags), (slot.start, slot.size, slot.flags));
+            prop_assert_eq!(shape.guest_memfd, slot.guest_memfd);
         }
     }
 
@@ -277,6 +315,7 @@ proptest! {
 fn every_refusal_says_its_numbers() {
     let mut map = SlotMap::new(Limits {
         last_gfn: Gfn(0xffff),
+        guest_memfd: true,
         ..Limits::new(4)
     });
     let good = MemoryRegion {
@@ -288,11 +327,40 @@ fn every_refusal_says_its_numbers() {
         guest_memfd: None,
     };
     map.apply(&good).unwrap();
+    let memory = |offset| GuestMemfdRange {
+        fd: 9,
+        offset,
+        file_size: 0x4000,
+    };
+    let private = |id, start, offset| MemoryRegion {
+        id: SlotId(id),
+        flags: SlotFlags::GUEST_MEMFD,
+        start: GuestAddress(start),
+        guest_memfd: Some(memory(offset)),
+        ..good
+    };
+    map.apply(&private(3, 0x1_0000, 0x1000)).unwrap();
     let says = |request: MemoryRegion| {
         map.check(&request)
             .map_err(|refusal: Refusal| refusal.to_string())
     };
     let cases = [
+        (
+            private(3, 0x2_0000, 0x1000),
+            "slot 3: a slot with a guest_memfd can only be deleted, not changed",
+        ),
+        (
+            private(2, 0x2_0000, 0x800),
+            "slot 2: the guest_memfd offset 0x800 is not a multiple of the page size 0x1000",
+        ),
+        (
+            private(2, 0x2_0000, 0x3000),
+            "slot 2: 0x2000 bytes from offset 0x3000 are not within a guest_memfd of 0x4000 bytes",
+        ),
+        (
+            private(2, 0x2_0000, 0x2000),
+            "slot 2: 0x2000 bytes from offset 0x2000 of the guest_memfd are in part slot 3's",
+        ),
         (
             MemoryRegion {
                 flags: SlotFlags::GUEST_MEMFD,

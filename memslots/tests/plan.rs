@@ -570,8 +570,8 @@ fn a_step_that_fails_is_named_and_what_cannot_be_taken_back_is_told_and_put_righ
 #[test]
 fn readers_see_one_layout_or_the_other() {
     let rounds = match std::env::var_os("LONG_TESTS") {
-        Some(_) => 100_000,
-        None => 2_000,
+        Some(_) => 20_000,
+        None => 600,
     };
     let one = Layout::new()
         .with(named("a", 0, 1))
