@@ -125,7 +125,7 @@
 //! | `gfn_to_gpa` | [`Gfn::address`] |
 //! | `gpa_to_gfn` | [`Gfn::containing`] |
 //! | `pfn_to_hpa` | kernel: user space sees no host frames |
-//! | `kvm_host_page_size` | [`PAGE_SIZE`]: every backing here is of base pages; planned: hugetlb |
+//! | `kvm_host_page_size` | [`SlotTable::host_page_size`], [`Region::page_size`] |
 //! | `gfn_to_page` | kernel: pins a host page; user space has an address, [`SlotTable::gfn_to_hva`], which the mapping keeps good |
 //! | `gfn_to_page_many_atomic` | kernel: as `gfn_to_page`; [`Translation::contiguous`] says how far one translation reaches |
 //! | `gfn_to_pfn` | kernel: as `gfn_to_page`; its errors are [`PfnError`] |
@@ -141,7 +141,7 @@
 //! | `kvm_set_pfn_dirty` | kernel: the host's dirty bit, set for user space by its own writes |
 //! | `kvm_set_pfn_accessed` | kernel: its page aging |
 //! | `kvm_get_pfn` | kernel: pins a host page; user space keeps the mapping by a [`Snapshot`] |
-//! | `mmu_notifier_retry` | planned: an invalidation sequence for translations held across a hole punch; today [`Memslots::generation`] tells of slot changes |
+//! | `mmu_notifier_retry` | [`Invalidations::retry_any`], for a range [`Invalidations::retry`]; [`GuestRam::punch`] and [`GuestRam::invalidate`] are what they tell of. ([`Memslots::generation`] tells of slot changes) |
 //!
 //! ## Guest access
 //! vm-memory's `Bytes` on [`CheckedMemory`] (permissions checked) or on [`SlotTable`] (not).
@@ -151,12 +151,12 @@
 //! | `kvm_read_guest` | [`Bytes::read_slice`](vm_memory::Bytes::read_slice) on [`CheckedMemory`] |
 //! | `kvm_read_guest_page` | as `kvm_read_guest`: [`CheckedMemory`] crosses pages and slots by itself |
 //! | `kvm_read_guest_atomic` | kernel: without sleeping; user space may always fault. [`Bytes::load`](vm_memory::Bytes::load) is the access in one piece |
-//! | `kvm_read_guest_cached` | planned: a cached translation; today a [`Translation`] and the [`Guard`] that it came from |
+//! | `kvm_read_guest_cached` | [`HvaCache::read_obj`] |
 //! | `kvm_write_guest` | [`Bytes::write_slice`](vm_memory::Bytes::write_slice) on [`CheckedMemory`] |
 //! | `kvm_write_guest_page` | as `kvm_write_guest`: [`CheckedMemory`] crosses pages and slots by itself |
-//! | `kvm_write_guest_cached` | planned: as `kvm_read_guest_cached` |
-//! | `gfn_to_hva_cache` | planned: as `kvm_read_guest_cached` |
-//! | `kvm_gfn_to_hva_cache_init` | planned: as `kvm_read_guest_cached` |
+//! | `kvm_write_guest_cached` | [`HvaCache::write_obj`] |
+//! | `gfn_to_hva_cache` | [`HvaCache`]; for whole slots [`SlotHint`] |
+//! | `kvm_gfn_to_hva_cache_init` | [`HvaCache::new`], [`HvaCache::check`] |
 //! | `kvm_clear_guest` | [`ClearGuest::clear`] |
 //! | `kvm_clear_guest_page` | [`ClearGuest::clear`] |
 //!
@@ -191,14 +191,13 @@
 //! # Known limits
 //! - Backings are anonymous memory and memfds. Planned: files, hugetlb, guest_memfd
 //!   (`KVM_SET_USER_MEMORY_REGION2`), prefault, NUMA, the userfaultfd layer, a declarative layout with a plan.
-//! - A publication copies 40 bytes a slot, and touches each slot's reference count: fine for hundreds of slots made one
-//!   by one, or for tens of thousands made by one [`Memslots::create_all`].
-//! - Lookup by host address or by id looks at each slot.
 //! - [`PAGE_SIZE`] is 4096: x86-64, and arm64 hosts with 4 KiB pages.
 //! - Address space 1 (SMM) is known to the classifier, not to [`Memslots`].
 
 #[forbid(unsafe_code)]
 mod access;
+#[forbid(unsafe_code)]
+mod cache;
 #[forbid(unsafe_code)]
 mod classify;
 mod extent;
@@ -210,6 +209,8 @@ mod frames;
 mod host;
 #[forbid(unsafe_code)]
 mod ids;
+#[forbid(unsafe_code)]
+mod invalidation;
 #[cfg(feature = "kvm")]
 mod kvm;
 #[forbid(unsafe_code)]
@@ -217,16 +218,22 @@ mod layout;
 mod mapping;
 mod memslots;
 #[forbid(unsafe_code)]
+mod ordered;
+#[forbid(unsafe_code)]
 mod private;
+mod punch;
 mod region;
 #[forbid(unsafe_code)]
 mod slot;
+#[forbid(unsafe_code)]
+mod sync;
 #[forbid(unsafe_code)]
 mod table;
 #[forbid(unsafe_code)]
 mod units;
 
-pub use access::{CheckedMemory, ClearGuest, GuestRam, LoadedMemory};
+pub use access::{CheckedMemory, CheckedView, ClearGuest, GuestRam, LoadedMemory};
+pub use cache::{HvaCache, SlotHint};
 pub use classify::{
     Change, Limits, MAX_PAGES, MemoryRegion, Refusal, SlotMap, SlotShape, classify,
 };
@@ -234,10 +241,12 @@ pub use extent::{ExtentError, SlotExtent};
 pub use flags::SlotFlags;
 pub use frames::{HVA_ERR_BASE, HvaError, PFN_ERR_MASK, PFN_ERR_NOSLOT_MASK, PfnError};
 pub use host::{Errno, SetMemoryRegion};
+pub use invalidation::{Invalidation, InvalidationSeq, Invalidations};
 pub use layout::{LayoutError, ram_layout};
 pub use mapping::{Backing, HugePages};
 pub use memslots::{Error, Memslots, NewSlot};
 pub use private::{PrivateRange, PrivateRanges};
+pub use punch::PunchError;
 pub use region::{Region, SlotBitmap};
 pub use slot::{RemoveError, Slot};
 pub use srcu::{Grace, Guard, Reader, Snapshot};

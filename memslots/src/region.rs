@@ -3,7 +3,7 @@
 //! One slot's memory as vm-memory sees it.
 
 use crate::mapping::Mapping;
-use crate::{SlotExtent, SlotFlags};
+use crate::{PAGE_SIZE, SlotExtent, SlotFlags, SlotId};
 use std::fmt;
 use std::sync::Arc;
 use vm_memory::bitmap::{BS, Bitmap, NewBitmap};
@@ -64,6 +64,12 @@ impl<B> Region<B> {
         self.flags
     }
 
+    /// The size of the host's pages behind it, in bytes (`kvm_host_page_size`): what it can be punched by
+    /// ([`GuestRam::punch`](crate::GuestRam::punch)), and what a fault brings at least.
+    pub fn page_size(&self) -> u64 {
+        PAGE_SIZE
+    }
+
     /// Whether the guest, and devices through [`CheckedMemory`](crate::CheckedMemory), may only read it.
     pub fn is_read_only(&self) -> bool {
         self.flags.contains(SlotFlags::READ_ONLY)
@@ -114,6 +120,76 @@ impl<B: Bitmap> GuestMemoryRegion for Region<B> {
 }
 
 impl<B: Bitmap> GuestMemoryRegionBytes for Region<B> {}
+
+/// What a table keeps of a region beside it, so that a lookup and an access need not follow the pointer.
+pub(crate) struct Entry<B> {
+    /// These are the region's own, for as long as this exists: they are set together, and neither changes.
+    size: u64,
+    host: usize,
+    id: SlotId,
+    read_only: bool,
+    region: Arc<Region<B>>,
+}
+
+impl<B> Entry<B> {
+    pub(crate) fn new(region: Arc<Region<B>>) -> Self {
+        Self {
+            size: region.extent.size(),
+            host: region.extent.host_start().0,
+            id: region.extent.id(),
+            read_only: region.is_read_only(),
+            region,
+        }
+    }
+
+    #[inline]
+    pub(crate) const fn size(&self) -> u64 {
+        self.size
+    }
+
+    #[inline]
+    pub(crate) const fn host(&self) -> usize {
+        self.host
+    }
+
+    #[inline]
+    pub(crate) const fn id(&self) -> SlotId {
+        self.id
+    }
+
+    #[inline]
+    pub(crate) const fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    #[inline]
+    pub(crate) const fn region(&self) -> &Arc<Region<B>> {
+        &self.region
+    }
+}
+
+impl<B: Bitmap> Entry<B> {
+    /// As the region's `get_slice`.
+    #[inline]
+    pub(crate) fn slice(&self, offset: u64, count: usize) -> Option<VolatileSlice<'_, BS<'_, B>>> {
+        if offset > self.size || count as u64 > self.size - offset {
+            return None;
+        }
+        let start = (self.host + offset as usize) as *mut u8;
+        let bitmap = self.region.bitmap.slice_at(offset as usize);
+        // SAFETY: as in `Region::get_slice`: `host` and `size` are the mapping's, and this keeps the region.
+        Some(unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) })
+    }
+}
+
+impl<B> Clone for Entry<B> {
+    fn clone(&self) -> Self {
+        Self {
+            region: Arc::clone(&self.region),
+            ..*self
+        }
+    }
+}
 
 impl<B> fmt::Debug for Region<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
