@@ -162,14 +162,10 @@ impl<'a, B: Bitmap> CheckedSlices<'a, B> {
             Some(_) => return Err(read_only()),
             None => return Err(GuestMemoryError::InvalidGuestAddress(address)),
         };
-        let contiguous = found.entry.size() - found.offset;
-        let here = self
-            .left
-            .min(usize::try_from(contiguous).unwrap_or(usize::MAX));
         let slice = found
-            .entry
-            .slice(found.offset, here)
+            .slice(self.left)
             .ok_or(GuestMemoryError::InvalidBackendAddress)?;
+        let here = slice.len();
         self.left -= here;
         if self.left > 0 {
             // A slot can end at most one page below 2^64, so the sum does not wrap.

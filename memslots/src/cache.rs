@@ -10,8 +10,8 @@
 //! that meets another VM's table is only slow.
 
 use crate::access::read_only;
-use crate::ordered::Place;
 use crate::{Hva, SlotBitmap, SlotId, SlotTable, Translation};
+use std::ptr;
 use std::sync::atomic::Ordering;
 use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::{
@@ -50,10 +50,11 @@ pub struct HvaCache {
     length: usize,
     /// Of the table that the rest is from; [`NONE`] if there is none whose answer could be kept.
     serial: u64,
-    place: Place,
-    /// From the slot's start; the whole range is in the slot.
-    offset: u64,
+    /// The whole range is in one slot; how far from its start.
+    offset: usize,
     host: usize,
+    /// The address of the slot's bitmap, whose type is the table's.
+    bitmap: usize,
     read_only: bool,
 }
 
@@ -65,9 +66,9 @@ impl HvaCache {
             address,
             length,
             serial: NONE,
-            place: Place::FIRST,
             offset: 0,
             host: 0,
+            bitmap: 0,
             read_only: false,
         }
     }
@@ -120,10 +121,8 @@ impl HvaCache {
         &mut self,
         table: &'a SlotTable<B>,
     ) -> Option<VolatileSlice<'a, BS<'a, B>>> {
-        if !self.is_current(table) {
-            return None;
-        }
-        table.at(self.place)?.slice(self.offset, self.length)
+        let length = self.length;
+        self.part(table, 0, length, false).ok()?
     }
 
     /// Whether what is kept is from `table`, now that it was looked up if it was not. False if it cannot be kept.
@@ -138,12 +137,15 @@ impl HvaCache {
         let Some(found) = table.lookup(self.address) else {
             return false;
         };
-        if found.entry.size() - found.offset < self.length as u64 {
+        let Some(region) = found.region() else {
+            return false;
+        };
+        if found.contiguous() < self.length as u64 {
             return false;
         }
-        self.place = found.place;
-        self.offset = found.offset;
-        self.host = found.entry.host() + found.offset as usize;
+        self.offset = found.offset as usize;
+        self.host = found.entry.host() + self.offset;
+        self.bitmap = ptr::from_ref(region.bitmap_ref()).expose_provenance();
         self.read_only = found.entry.is_read_only();
         self.serial = table.serial();
         true
@@ -167,10 +169,16 @@ impl HvaCache {
         if write && self.read_only {
             return Err(read_only());
         }
-        let Some(entry) = table.at(self.place) else {
-            return Ok(None);
-        };
-        Ok(entry.slice(self.offset + offset as u64, count))
+        // SAFETY: `table` is the one that the numbers are from, since no other table of any type has its serial number, and
+        // it has not changed since: for `'a` it keeps the region that has this bitmap, of this type.
+        let bitmap = unsafe { &*ptr::with_exposed_provenance::<B>(self.bitmap) };
+        let start = (self.host + offset) as *mut u8;
+        let bitmap = bitmap.slice_at(self.offset + offset);
+        // SAFETY: as above the region's mapping is kept for `'a`, and has the whole range, which has these bytes. Whoever
+        // else uses this memory is the guest or another volatile slice.
+        Ok(Some(unsafe {
+            VolatileSlice::with_bitmap(start, count, bitmap, None)
+        }))
     }
 
     /// Reads an object at `offset` of the range (`kvm_read_guest_cached`).

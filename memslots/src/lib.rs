@@ -196,7 +196,6 @@
 
 #[forbid(unsafe_code)]
 mod access;
-#[forbid(unsafe_code)]
 mod cache;
 #[forbid(unsafe_code)]
 mod classify;
@@ -204,6 +203,7 @@ mod extent;
 pub mod fake;
 #[forbid(unsafe_code)]
 mod flags;
+mod found;
 #[forbid(unsafe_code)]
 mod frames;
 mod host;

@@ -3,7 +3,7 @@
 //! One slot's memory as vm-memory sees it.
 
 use crate::mapping::Mapping;
-use crate::{PAGE_SIZE, SlotExtent, SlotFlags, SlotId};
+use crate::{MAX_PAGES, PAGE_SHIFT, PAGE_SIZE, SlotExtent, SlotFlags, SlotId};
 use std::fmt;
 use std::sync::Arc;
 use vm_memory::bitmap::{BS, Bitmap, NewBitmap};
@@ -76,6 +76,21 @@ impl<B> Region<B> {
     }
 }
 
+impl<B> Region<B> {
+    /// Who notes the writes.
+    pub(crate) fn bitmap_ref(&self) -> &B {
+        &self.bitmap
+    }
+}
+
+impl<B: Bitmap> Region<B> {
+    /// Who notes the writes from `offset` on.
+    #[inline]
+    pub(crate) fn bitmap_at(&self, offset: usize) -> BS<'_, B> {
+        self.bitmap.slice_at(offset)
+    }
+}
+
 impl<B: Bitmap> GuestMemoryRegion for Region<B> {
     type B = B;
 
@@ -121,73 +136,47 @@ impl<B: Bitmap> GuestMemoryRegion for Region<B> {
 
 impl<B: Bitmap> GuestMemoryRegionBytes for Region<B> {}
 
-/// What a table keeps of a region beside it, so that a lookup and an access need not follow the pointer.
-pub(crate) struct Entry<B> {
-    /// These are the region's own, for as long as this exists: they are set together, and neither changes.
-    size: u64,
+/// What a table keeps of a region beside it, so that a lookup and an access need not follow the pointer: 16 bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Entry {
     host: usize,
     id: SlotId,
-    read_only: bool,
-    region: Arc<Region<B>>,
+    /// The pages, at most [`MAX_PAGES`], and [`READ_ONLY`].
+    pages: u32,
 }
 
-impl<B> Entry<B> {
-    pub(crate) fn new(region: Arc<Region<B>>) -> Self {
+const READ_ONLY: u32 = 1 << 31;
+
+impl Entry {
+    pub(crate) fn new<B>(region: &Region<B>) -> Self {
+        // More than that is refused before there is a region.
+        let pages = region.extent.pages().min(MAX_PAGES) as u32;
+        let read_only = if region.is_read_only() { READ_ONLY } else { 0 };
         Self {
-            size: region.extent.size(),
             host: region.extent.host_start().0,
             id: region.extent.id(),
-            read_only: region.is_read_only(),
-            region,
+            pages: pages | read_only,
         }
     }
 
     #[inline]
-    pub(crate) const fn size(&self) -> u64 {
-        self.size
+    pub(crate) const fn size(self) -> u64 {
+        ((self.pages & !READ_ONLY) as u64) << PAGE_SHIFT
     }
 
     #[inline]
-    pub(crate) const fn host(&self) -> usize {
+    pub(crate) const fn host(self) -> usize {
         self.host
     }
 
     #[inline]
-    pub(crate) const fn id(&self) -> SlotId {
+    pub(crate) const fn id(self) -> SlotId {
         self.id
     }
 
     #[inline]
-    pub(crate) const fn is_read_only(&self) -> bool {
-        self.read_only
-    }
-
-    #[inline]
-    pub(crate) const fn region(&self) -> &Arc<Region<B>> {
-        &self.region
-    }
-}
-
-impl<B: Bitmap> Entry<B> {
-    /// As the region's `get_slice`.
-    #[inline]
-    pub(crate) fn slice(&self, offset: u64, count: usize) -> Option<VolatileSlice<'_, BS<'_, B>>> {
-        if offset > self.size || count as u64 > self.size - offset {
-            return None;
-        }
-        let start = (self.host + offset as usize) as *mut u8;
-        let bitmap = self.region.bitmap.slice_at(offset as usize);
-        // SAFETY: as in `Region::get_slice`: `host` and `size` are the mapping's, and this keeps the region.
-        Some(unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) })
-    }
-}
-
-impl<B> Clone for Entry<B> {
-    fn clone(&self) -> Self {
-        Self {
-            region: Arc::clone(&self.region),
-            ..*self
-        }
+    pub(crate) const fn is_read_only(self) -> bool {
+        self.pages & READ_ONLY != 0
     }
 }
 

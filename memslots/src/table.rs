@@ -2,11 +2,13 @@
 
 //! [`SlotTable`]: the slots at one moment, unchanging, and translation over them. What readers get.
 
+use crate::found::Found;
 use crate::invalidation::Invalidations;
-use crate::ordered::{Ordered, Place};
+use crate::ordered::Ordered;
 use crate::region::Entry;
 use crate::{CheckedView, Gfn, Hva, HvaError, PAGE_SIZE, Region, SlotId};
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::bitmap::Bitmap;
@@ -21,24 +23,16 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 /// A lookup, by guest address, id or host address, is a binary search over keys that lie side by side. Tables share
 /// what did not change from one to the next.
 pub struct SlotTable<B = ()> {
-    by_guest: Ordered<Entry<B>>,
+    by_guest: Ordered<Entry, Arc<Region<B>>>,
     /// Id to guest address.
     by_id: Ordered<u64>,
-    /// Host address to size and guest address. `None` once two slots have shared host memory, as memory that a caller
-    /// brings along may: then every slot is looked at.
-    by_host: Option<Ordered<(u64, u64)>>,
+    /// Host address to guest address. `None` once two slots have shared host memory, as memory that a caller brings
+    /// along may: then every slot is looked at.
+    by_host: Option<Ordered<u64>>,
     /// Like no other table's of this process; 0 for those without slots.
     serial: u64,
     /// One for all tables of a VM.
     invalidations: Arc<Invalidations>,
-}
-
-/// An entry that was found, and where.
-pub(crate) struct Found<'a, B> {
-    pub(crate) place: Place,
-    /// From the slot's start.
-    pub(crate) offset: u64,
-    pub(crate) entry: &'a Entry<B>,
 }
 
 /// The place of a guest address.
@@ -71,29 +65,32 @@ impl<B> SlotTable<B> {
     pub(crate) fn edited(&self, gone: &[SlotId], added: Vec<Arc<Region<B>>>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let gone: Vec<_> = gone.iter().filter_map(|id| self.by_id(*id)).collect();
-        let keys = |key: fn(&Region<B>) -> u64| {
+        let start = |region: &Region<B>| region.extent().start().0;
+        let host = |region: &Region<B>| region.extent().host_start().0 as u64;
+        let id = |region: &Region<B>| u64::from(region.extent().id().0);
+        // What goes and what comes, under each of the three keys.
+        let goes = |key: &dyn Fn(&Region<B>) -> u64| {
             let mut keys: Vec<_> = gone.iter().map(|region| key(region)).collect();
             keys.sort_unstable();
             keys
         };
-        let start = |region: &Region<B>| region.extent().start().0;
-        let host = |region: &Region<B>| region.extent().host_start().0 as u64;
-        let id = |region: &Region<B>| u64::from(region.extent().id().0);
-        let mut ids: Vec<_> = added.iter().map(|new| (id(new), start(new))).collect();
-        ids.sort_unstable();
-        let mut hosts: Vec<_> = added
-            .iter()
-            .map(|new| (host(new), (new.extent().size(), start(new))))
-            .collect();
-        hosts.sort_unstable();
+        let comes = |key: &dyn Fn(&Region<B>) -> u64| {
+            let new = added.iter().map(|new| (key(new), start(new), ()));
+            let mut entries: Vec<_> = new.collect();
+            entries.sort_unstable();
+            entries
+        };
+        let (gone_ids, gone_hosts, gone_starts) = (goes(&id), goes(&host), goes(&start));
+        let (ids, hosts) = (comes(&id), comes(&host));
         let mut entries: Vec<_> = added
             .into_iter()
-            .map(|new| (start(&new), Entry::new(new)))
+            .map(|new| (start(&new), Entry::new(&new), new))
             .collect();
-        entries.sort_unstable_by_key(|(start, _)| *start);
-        let by_guest = self.by_guest.edited(&keys(start), entries);
+        entries.sort_unstable_by_key(|(start, ..)| *start);
+        let by_guest = self.by_guest.edited(&gone_starts, entries);
+        let size = |start| by_guest.get(start).map_or(0, |hit| hit.hot.size());
         let by_host = match &self.by_host {
-            Some(index) => host_index(index, &keys(host), hosts),
+            Some(index) => host_index(index, &gone_hosts, hosts, size),
             // No slot is left that could be in another's way.
             None if by_guest.len() == 0 => Some(Ordered::new()),
             None => None,
@@ -105,7 +102,7 @@ impl<B> SlotTable<B> {
                 _ => NEXT.fetch_add(1, Ordering::Relaxed),
             },
             by_guest,
-            by_id: self.by_id.edited(&keys(id), ids),
+            by_id: self.by_id.edited(&gone_ids, ids),
             by_host,
             invalidations: Arc::clone(&self.invalidations),
         }
@@ -113,39 +110,31 @@ impl<B> SlotTable<B> {
 
     /// The slots, by guest address (`kvm_for_each_memslot`).
     pub fn regions(&self) -> impl ExactSizeIterator<Item = &Arc<Region<B>>> {
-        let entries = self.by_guest.iter();
         Exactly {
             left: self.by_guest.len(),
-            inner: entries.map(|(_, entry)| entry.region()),
+            inner: self.by_guest.iter().map(|(_, _, region)| region),
         }
     }
 
     /// The slot with this id (`id_to_memslot`).
     pub fn by_id(&self, id: SlotId) -> Option<&Arc<Region<B>>> {
-        let start = self.by_id.get(u64::from(id.0))?;
-        self.by_guest.get(*start).map(Entry::region)
+        let start = *self.by_id.get(u64::from(id.0))?.hot;
+        self.by_guest.get(start)?.cold()
     }
 
     /// The slot that has the address (`gfn_to_memslot`, `search_memslots`).
+    #[inline(always)]
     pub fn find(&self, address: GuestAddress) -> Option<&Arc<Region<B>>> {
-        self.lookup(address).map(|found| found.entry.region())
+        self.lookup(address)?.region()
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn lookup(&self, address: GuestAddress) -> Option<Found<'_, B>> {
-        let (place, start, entry) = self.by_guest.floor(address.0)?;
-        let offset = address.0 - start;
-        (offset < entry.size()).then_some(Found {
-            place,
-            offset,
-            entry,
-        })
-    }
-
-    /// What this table has at a place that it gave.
-    #[inline]
-    pub(crate) fn at(&self, place: Place) -> Option<&Entry<B>> {
-        self.by_guest.at(place)
+        let hit = self.by_guest.candidate(address.0)?;
+        let entry = *hit.hot;
+        // If even the first slot is above, this wraps, and is beyond the end of any: none ends at 2^64.
+        let offset = address.0.wrapping_sub(hit.key);
+        (offset < entry.size()).then_some(Found { hit, entry, offset })
     }
 
     #[inline]
@@ -222,8 +211,8 @@ impl<B> SlotTable<B> {
     pub fn hva_to_gpa(&self, host: Hva) -> Option<(SlotId, GuestAddress)> {
         let extent = match &self.by_host {
             Some(index) => {
-                let (_, _, (_, start)) = index.floor(host.0 as u64)?;
-                self.by_guest.get(*start)?.region().extent()
+                let start = *index.floor(host.0 as u64)?.hot;
+                self.by_guest.get(start)?.cold()?.extent()
             }
             None => self
                 .regions()
@@ -241,45 +230,35 @@ impl<B> SlotTable<B> {
 
     /// The bytes of all slots together.
     pub fn total_size(&self) -> u64 {
-        self.by_guest.iter().map(|(_, entry)| entry.size()).sum()
+        self.by_guest.iter().map(|(_, entry, _)| entry.size()).sum()
     }
 }
 
-impl<B> Found<'_, B> {
-    #[inline]
-    pub(crate) fn translation(&self) -> Translation {
-        Translation {
-            slot: self.entry.id(),
-            host: Hva(self.entry.host() + self.offset as usize),
-            writable: !self.entry.is_read_only(),
-            contiguous: self.entry.size() - self.offset,
-        }
-    }
-}
-
-/// The index by host address, edited; `None` if two slots share host memory.
+/// The index by host address, edited; `None` if two slots share host memory. `size` tells a slot's by its guest address.
 fn host_index(
-    index: &Ordered<(u64, u64)>,
+    index: &Ordered<u64>,
     gone: &[u64],
-    added: Vec<(u64, (u64, u64))>,
-) -> Option<Ordered<(u64, u64)>> {
-    let ranges: Vec<_> = added
-        .iter()
-        .map(|(host, (size, _))| *host..*host + *size)
-        .collect();
+    added: Vec<(u64, u64, ())>,
+    size: impl Fn(u64) -> u64,
+) -> Option<Ordered<u64>> {
     let is_taken = |host: u64| index.get(host).is_some() && gone.binary_search(&host).is_err();
-    let twice = ranges.windows(2).any(|pair| pair[0].start == pair[1].start);
-    if twice || ranges.iter().any(|range| is_taken(range.start)) {
+    if added.windows(2).any(|pair| pair[0].0 == pair[1].0)
+        || added.iter().any(|(host, ..)| is_taken(*host))
+    {
         return None;
     }
+    let ranges: Vec<_> = added
+        .iter()
+        .map(|(host, start, ())| *host..*host + size(*start))
+        .collect();
     let next = index.edited(gone, added);
-    let alone = |range: &std::ops::Range<u64>| {
+    let is_alone = |range: &Range<u64>| {
         let below = range.start.checked_sub(1).and_then(|key| next.floor(key));
         let last = next.floor(range.end - 1);
-        below.is_none_or(|(_, host, (size, _))| host + size <= range.start)
-            && last.is_some_and(|(_, host, _)| host == range.start)
+        below.is_none_or(|hit| hit.key + size(*hit.hot) <= range.start)
+            && last.is_some_and(|hit| hit.key == range.start)
     };
-    ranges.iter().all(alone).then_some(next)
+    ranges.iter().all(is_alone).then_some(next)
 }
 
 /// An iterator whose length is known.
@@ -310,6 +289,7 @@ impl<B: Bitmap> GuestMemoryBackend for SlotTable<B> {
         self.by_guest.len()
     }
 
+    #[inline]
     fn find_region(&self, addr: GuestAddress) -> Option<&Region<B>> {
         self.find(addr).map(|region| &**region)
     }
