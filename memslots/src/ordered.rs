@@ -452,6 +452,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
         #[test]
         fn every_edit_gives_what_a_naive_map_has_and_changes_no_map_before(edits in edits()) {
             let (mut map, mut naive) = (Ordered::new(), BTreeMap::new());

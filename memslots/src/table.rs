@@ -304,3 +304,31 @@ impl<B> fmt::Debug for SlotTable<B> {
         f.debug_list().entries(self.regions()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_host_memory_is_noticed_wherever_it_overlaps() {
+        let at = |host: u64, guest: u64| (host, guest, ());
+        // Every slot has four bytes.
+        let none = Ordered::new();
+        let index = host_index(&none, &[], vec![at(10, 0), at(20, 4)], |_| 4).unwrap();
+        for (host, alone) in [
+            (6, true),
+            (7, false),
+            (10, false),
+            (13, false),
+            (14, true),
+            (17, false),
+            (24, true),
+        ] {
+            let next = host_index(&index, &[], vec![at(host, 8)], |_| 4);
+            assert_eq!(next.is_some(), alone, "{host}");
+        }
+        assert!(host_index(&none, &[], vec![at(5, 0), at(5, 4)], |_| 4).is_none());
+        let replaced = host_index(&index, &[10], vec![at(10, 8)], |_| 4).unwrap();
+        assert_eq!(replaced.get(10).map(|hit| *hit.hot), Some(8));
+    }
+}

@@ -162,10 +162,8 @@ fn a_host_that_refuses_ends_the_invalidation_and_says_how_far_it_came() {
     let locked = GuestAddress(2 * PAGE_SIZE);
     let host = memslots.snapshot().translate(locked).unwrap().host;
     // SAFETY: a page of a mapping that exists. Locked memory is not given back: EINVAL.
-    assert_eq!(
-        unsafe { libc::mlock(host.0 as *const _, PAGE_SIZE as usize) },
-        0
-    );
+    let result = unsafe { libc::mlock(host.0 as *const _, PAGE_SIZE as usize) };
+    assert_eq!(result, 0);
     let refused = memslots
         .ram()
         .punch(&[pages(0..1), pages(2..3), pages(3..4)]);
@@ -271,7 +269,7 @@ fn two_readers_and_a_writer_that_punches_fills_and_remakes_and_no_wrong_answer()
         while end.map_or(round < 3_000, |end| Instant::now() < end) {
             round += 1;
             let page = round % 4;
-            if round % 3 == 0 {
+            if round.is_multiple_of(3) {
                 let (invalidation, grace) = ram.invalidate(Gfn(page)..Gfn(page + 1));
                 grace.wait();
                 let data = round.to_ne_bytes().repeat(512);
