@@ -126,7 +126,8 @@ impl Invalidations {
             )
         };
         // Release, thrice: who reads a part of the range sees the ends of all invalidations before it, and who reads the
-        // count sees the range.
+        // count sees the range. (Who must find the count finds the range by the fence below, or by srcu's barriers: no
+        // model needs the third.)
         self.start.store(start, Ordering::Release);
         self.end.store(end, Ordering::Release);
         self.in_progress.store(others + 1, Ordering::Release);

@@ -168,6 +168,10 @@
 //! - A slot is made in KVM before readers see it, and deleted from KVM before they stop seeing it. So a reader may see
 //!   a slot that the guest sees no more, for as long as it stays inside, and its memory is still there. Several slots
 //!   made by one call appear to readers at once, to the guest one after the other.
+//! - Memory can be taken away under a slot that stays ([`GuestRam::punch`]). Reads find zeros then, and no reader waits;
+//!   the one who punches waits for the readers that are inside. Whoever keeps something derived from memory asks
+//!   [`Invalidations::retry`] before each use, inside a guard.
+//! - What is kept of a translation ([`HvaCache`], [`SlotHint`]) keeps nothing alive, and is used with a table at hand.
 //! - Memory is unmapped when the slot is gone from KVM, no reader that could see it is inside, and no [`Snapshot`] of
 //!   it is left, on whichever thread lets go last.
 //! - What that thread lets go of, and what was [deferred](Grace::defer), it lets go of with no lock of this crate held:
@@ -189,6 +193,10 @@
 //! are read through a [`Snapshot`]. Ids are not part of it: they are given anew.
 //!
 //! # Known limits
+//! - A publication among tens of thousands of slots costs some 40 µs beside KVM's own milliseconds; the README has the
+//!   figures. Memory that a caller gives to two slots at once makes lookups by host address look at each slot.
+//! - An invalidation that has ended is noticed by whoever derived anything before it, whatever the range, as in the
+//!   kernel.
 //! - Backings are anonymous memory and memfds. Planned: files, hugetlb, guest_memfd
 //!   (`KVM_SET_USER_MEMORY_REGION2`), prefault, NUMA, the userfaultfd layer, a declarative layout with a plan.
 //! - [`PAGE_SIZE`] is 4096: x86-64, and arm64 hosts with 4 KiB pages.

@@ -46,8 +46,8 @@ pub(crate) struct Ordered<H, C = ()> {
 struct Parts {
     base: u64,
     shift: u16,
-    /// There are no more than [`FEW`] keys.
-    few: bool,
+    /// How many keys, if there are no more than [`FEW`]; else 0.
+    few: u8,
     /// The number of the last part.
     last: u32,
 }
@@ -86,7 +86,7 @@ impl Parts {
     const NONE: Self = Self {
         base: 0,
         shift: 0,
-        few: false,
+        few: 0,
         last: 0,
     };
 
@@ -100,7 +100,11 @@ impl Parts {
         Self {
             base: *first,
             shift: bits as u16,
-            few: keys.len() <= FEW,
+            few: if keys.len() <= FEW {
+                keys.len() as u8
+            } else {
+                0
+            },
             last: (span >> bits) as u32,
         }
     }
@@ -196,7 +200,10 @@ impl<H, C> Child<H, C> {
     #[inline(always)]
     fn candidate(&self, key: u64) -> Option<usize> {
         let leaf = &*self.leaf;
-        if self.parts.few {
+        if self.parts.few == 1 {
+            return Some(0);
+        }
+        if self.parts.few != 0 {
             let mut index = 0;
             for other in 1..FEW {
                 index = select_unpredictable(leaf.hot[other].0 <= key, other, index);
