@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Translation and access against vm-memory's own `GuestMemoryMmap`, with 1, 4 and 512 slots, and what making a slot
-//! costs beside its `mmap`. `cargo bench -p memslots`
+//! Translation and access against vm-memory's own `GuestMemoryMmap`; cached access against a raw pointer; what a
+//! publication and a slot cost. The alternatives stand in the same run: only ratios within a run mean something.
+//! `cargo bench -p memslots`
 
 #![allow(
     missing_docs,
@@ -10,12 +11,27 @@
 #![allow(clippy::unwrap_used)]
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use memslots::fake::FakeHost;
-use memslots::{Backing, Memslots, NewSlot, PAGE_SIZE, PrivateRanges, SlotFlags};
+use memslots::{
+    Backing, Errno, HvaCache, MemoryRegion, Memslots, NewSlot, PAGE_SIZE, PrivateRanges,
+    SetMemoryRegion, Slot, SlotFlags, SlotHint,
+};
 use std::hint::black_box;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
 
-const SIZE: u64 = 4 * PAGE_SIZE;
+/// A host that says yes and keeps nothing, so that what is measured is ours.
+struct YesHost;
+
+impl SetMemoryRegion for YesHost {
+    unsafe fn set_memory_region(&self, _region: &MemoryRegion) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn max_slots(&self) -> usize {
+        32_764
+    }
+}
+
+const SIZE: u64 = PAGE_SIZE;
 
 fn address(index: u64) -> GuestAddress {
     GuestAddress(index * 2 * SIZE)
@@ -30,68 +46,197 @@ fn addresses(count: u64) -> Vec<GuestAddress> {
             .wrapping_add(1_442_695_040_888_963_407);
         state >> 33
     };
-    (0..4096)
+    (0..1 << 16)
         .map(|_| GuestAddress(address(next() % count).0 + next() % (SIZE - 8)))
         .collect()
 }
 
-fn lookup(criterion: &mut Criterion) {
-    for (name, by_access) in [("translate", false), ("read_obj", true)] {
+/// A turn through `of` for ever.
+fn turns<T: Copy>(of: &[T]) -> impl FnMut() -> T {
+    let (mut turn, mask) = (0, of.len() - 1);
+    assert!(of.len().is_power_of_two());
+    move || {
+        turn = (turn + 1) & mask;
+        of[turn]
+    }
+}
+
+fn slots(count: u64) -> (Memslots, Vec<Slot>) {
+    let memslots = Memslots::<()>::with_policy(YesHost, PrivateRanges::none());
+    let new = (0..count).map(|index| NewSlot {
+        start: address(index),
+        backing: Backing::anonymous(SIZE),
+        flags: SlotFlags::NONE,
+    });
+    let slots = memslots.create_all(new).unwrap();
+    (memslots, slots)
+}
+
+fn mmap(count: u64) -> GuestMemoryMmap {
+    let ranges: Vec<_> = (0..count)
+        .map(|index| (address(index), SIZE as usize))
+        .collect();
+    GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap()
+}
+
+/// Which slot: nothing but the search.
+fn search(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("search");
+    for count in [1u64, 4, 512, 32_000] {
+        let (memslots, _slots) = slots(count);
+        let (snapshot, addresses) = (memslots.snapshot(), addresses(count));
+        let mut next = turns(&addresses);
+        group.bench_function(BenchmarkId::new("SlotTable::find", count), |bench| {
+            bench.iter(|| black_box(snapshot.find(next()).is_some()));
+        });
+        group.bench_function(BenchmarkId::new("SlotTable::translate", count), |bench| {
+            bench.iter(|| black_box(snapshot.translate(next()).unwrap().host));
+        });
+        let mut reader = memslots.reader();
+        group.bench_function(BenchmarkId::new("Reader, translate", count), |bench| {
+            bench.iter(|| black_box(reader.enter().translate(next()).unwrap().host));
+        });
+        // 32,000 mappings twice are more than a process may have.
+        if count <= 512 {
+            let mmap = mmap(count);
+            group.bench_function(
+                BenchmarkId::new("GuestMemoryMmap::find_region", count),
+                |bench| bench.iter(|| black_box(mmap.find_region(next()).is_some())),
+            );
+            group.bench_function(
+                BenchmarkId::new("GuestMemoryMmap::get_host_address", count),
+                |bench| bench.iter(|| black_box(mmap.get_host_address(next()).unwrap())),
+            );
+        }
+        if count >= 512 {
+            let extents: Vec<_> = addresses
+                .iter()
+                .map(|address| snapshot.find(*address).unwrap().extent().clone())
+                .collect();
+            let ids: Vec<_> = extents.iter().map(|extent| extent.id()).collect();
+            let mut next = turns(&ids);
+            group.bench_function(BenchmarkId::new("SlotTable::by_id", count), |bench| {
+                bench.iter(|| black_box(snapshot.by_id(next()).is_some()));
+            });
+            let hosts: Vec<_> = extents.iter().map(|extent| extent.host_start()).collect();
+            let mut next = turns(&hosts);
+            group.bench_function(BenchmarkId::new("SlotTable::hva_to_gpa", count), |bench| {
+                bench.iter(|| black_box(snapshot.hva_to_gpa(next()).is_some()));
+            });
+        }
+    }
+    group.finish();
+}
+
+fn access(criterion: &mut Criterion) {
+    for (name, write) in [("read_obj", false), ("write_obj", true)] {
         let mut group = criterion.benchmark_group(name);
         for count in [1u64, 4, 512] {
-            let memslots = Memslots::<()>::with_policy(FakeHost::new(1024), PrivateRanges::none());
-            let new = (0..count).map(|index| NewSlot {
-                start: address(index),
-                backing: Backing::anonymous(SIZE),
-                flags: SlotFlags::NONE,
-            });
-            let _slots = memslots.create_all(new).unwrap();
-            let ranges: Vec<_> = (0..count)
-                .map(|index| (address(index), SIZE as usize))
-                .collect();
-            let mmap = GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap();
-            let addresses = addresses(count);
-            let mut turn = 0;
-            let mut next = || {
-                turn = (turn + 1) % addresses.len();
-                addresses[turn]
-            };
-            let snapshot = memslots.snapshot();
-            if by_access {
-                let checked = memslots.ram().memory();
-                group.bench_function(BenchmarkId::new("SlotTable", count), |bench| {
-                    bench.iter(|| black_box(snapshot.read_obj::<u64>(next()).unwrap()));
-                });
-                group.bench_function(BenchmarkId::new("CheckedMemory", count), |bench| {
-                    bench.iter(|| black_box(checked.read_obj::<u64>(next()).unwrap()));
-                });
-                group.bench_function(BenchmarkId::new("GuestMemoryMmap", count), |bench| {
-                    bench.iter(|| black_box(mmap.read_obj::<u64>(next()).unwrap()));
-                });
-            } else {
-                let mut reader = memslots.reader();
-                group.bench_function(BenchmarkId::new("SlotTable", count), |bench| {
-                    bench.iter(|| black_box(snapshot.translate(next()).unwrap().host));
-                });
-                group.bench_function(
-                    BenchmarkId::new("Reader enter and translate", count),
-                    |bench| {
-                        bench.iter(|| black_box(reader.enter().translate(next()).unwrap().host));
-                    },
-                );
-                group.bench_function(BenchmarkId::new("GuestMemoryMmap", count), |bench| {
-                    bench.iter(|| black_box(mmap.get_host_address(next()).unwrap()));
-                });
+            let (memslots, _slots) = slots(count);
+            let (mmap, addresses) = (mmap(count), addresses(count));
+            let mut next = turns(&addresses);
+            // One closure for each kind of memory, read or written.
+            macro_rules! measure {
+                ($name:literal, $memory:expr) => {
+                    group.bench_function(BenchmarkId::new($name, count), |bench| {
+                        if write {
+                            bench.iter(|| $memory.write_obj(black_box(7u64), next()).unwrap());
+                        } else {
+                            bench.iter(|| black_box($memory.read_obj::<u64>(next()).unwrap()));
+                        }
+                    });
+                };
             }
+            let (snapshot, ram) = (memslots.snapshot(), memslots.ram());
+            let (checked, mut reader) = (ram.memory(), ram.reader());
+            measure!("SlotTable", snapshot);
+            measure!("CheckedMemory", checked);
+            measure!("Reader, CheckedView", reader.enter().checked());
+            measure!("GuestRam::memory each time", ram.memory());
+            measure!("GuestMemoryMmap", mmap);
         }
         group.finish();
     }
 }
 
-fn creation(criterion: &mut Criterion) {
+/// The same range over and over, at changing offsets.
+fn cached(criterion: &mut Criterion) {
+    const LENGTH: usize = 0x800;
+    let mut group = criterion.benchmark_group("cached");
+    let (memslots, _slots) = slots(512);
+    let snapshot = memslots.snapshot();
+    let base = GuestAddress(address(77).0 + 0x100);
+    let mut state = 1usize;
+    let offsets: Vec<usize> = (0..4096)
+        .map(|_| {
+            state = state.wrapping_mul(25_214_903_917).wrapping_add(11);
+            (state >> 16) % (LENGTH - 8)
+        })
+        .collect();
+    let mut next = turns(&offsets);
+
+    let raw = snapshot.get_host_address(base).unwrap();
+    let raw_read = |base: *const u8, length: usize, offset: usize| {
+        if offset > length || length - offset < size_of::<u64>() {
+            return None;
+        }
+        // SAFETY: within the range, which the slot has and the snapshot keeps mapped; a u64 has no invalid value.
+        Some(unsafe { base.add(offset).cast::<u64>().read_unaligned() })
+    };
+    group.bench_function("raw pointer add and bounds check", |bench| {
+        bench.iter(|| black_box(raw_read(black_box(raw), black_box(LENGTH), next()).unwrap()));
+    });
+    let mut cache = HvaCache::new(base, LENGTH);
+    group.bench_function("HvaCache::read_obj", |bench| {
+        bench.iter(|| black_box(cache.read_obj::<u64>(&snapshot, next()).unwrap()));
+    });
+    let mut reader = memslots.reader();
+    group.bench_function("Reader, HvaCache::read_obj", |bench| {
+        bench.iter(|| black_box(cache.read_obj::<u64>(&reader.enter(), next()).unwrap()));
+    });
+    let mut hint = SlotHint::new();
+    group.bench_function("SlotHint::translate", |bench| {
+        bench.iter(|| {
+            let address = GuestAddress(base.0 + next() as u64);
+            black_box(hint.translate(&snapshot, address).unwrap().host)
+        });
+    });
+    group.bench_function("SlotTable::translate", |bench| {
+        bench.iter(|| {
+            let address = GuestAddress(base.0 + next() as u64);
+            black_box(snapshot.translate(address).unwrap().host)
+        });
+    });
+    group.finish();
+}
+
+fn change(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("one slot's flag changed among");
+    for count in [4u64, 512, 32_000] {
+        let (memslots, mut slots) = slots(count);
+        println!(
+            "{count} slots: {} bytes a slot in the table",
+            memslots.snapshot().memory() as u64 / count
+        );
+        let mut on = false;
+        let slot = &mut slots[(count / 2) as usize];
+        group.bench_function(BenchmarkId::from_parameter(count), |bench| {
+            bench.iter(|| {
+                on = !on;
+                let flags = if on {
+                    SlotFlags::LOG_DIRTY_PAGES
+                } else {
+                    SlotFlags::NONE
+                };
+                drop(slot.set_flags(flags).unwrap());
+            });
+        });
+    }
+    group.finish();
+
     let mut group = criterion.benchmark_group("create and drop, 6 GiB");
-    let memslots = Memslots::new(FakeHost::new(8));
-    group.bench_function("Memslots on a fake host", |bench| {
+    let memslots = Memslots::new(YesHost);
+    group.bench_function("Memslots on no host", |bench| {
         let create = || {
             memslots.create(
                 GuestAddress(1 << 32),
@@ -109,5 +254,5 @@ fn creation(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, lookup, creation);
+criterion_group!(benches, search, access, cached, change);
 criterion_main!(benches);

@@ -7,7 +7,7 @@
 //! type of its own that is no backend.
 
 use crate::{HvaError, SlotBitmap, SlotTable};
-use srcu::{Published, Snapshot};
+use srcu::{Published, Reader, Snapshot};
 use std::fmt;
 use std::io;
 use std::iter::FusedIterator;
@@ -16,8 +16,8 @@ use std::sync::Arc;
 use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
-    Address, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryError,
-    GuestMemoryRegion, GuestMemoryResult, MemoryRegionAddress, Permissions, VolatileSlice,
+    Address, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryError, GuestMemoryResult,
+    Permissions, VolatileSlice,
 };
 
 /// The VM's memory as it is at each moment: give a clone of it to every device.
@@ -42,13 +42,39 @@ pub struct CheckedMemory<B: SlotBitmap = ()> {
     table: Snapshot<SlotTable<B>>,
 }
 
+/// [`CheckedMemory`] of a table that is at hand: what a vCPU thread, or a device with a [`Reader`] of its own, makes of
+/// its guard. Costs nothing to make.
+///
+/// ```
+/// # use memslots::{Backing, Memslots, SlotFlags, fake::FakeHost};
+/// # use vm_memory::{Bytes, GuestAddress};
+/// # let memslots = Memslots::new(FakeHost::new(8));
+/// # let slot = memslots.create(GuestAddress(0), Backing::anonymous(0x1000), SlotFlags::NONE)?;
+/// let mut reader = memslots.ram().reader(); // once a device
+/// let table = reader.enter(); // at each notification
+/// table.checked().write_obj(7u16, GuestAddress(0x10))?;
+/// # drop(table);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// Where vm-memory's own kind of handle is wanted (virtio-queue), `&table.checked()` is one.
+pub struct CheckedView<'a, B = ()> {
+    table: &'a SlotTable<B>,
+}
+
 /// The slices of a range, each checked when its turn comes.
 struct CheckedSlices<'a, B> {
     table: &'a SlotTable<B>,
     address: GuestAddress,
     /// Bytes to come; 0 after the end and after an error.
     left: usize,
-    access: Permissions,
+    writes: bool,
+}
+
+/// [`CheckedSlices`] up to the first error, which is not the first slice's.
+struct UntilError<'a, B: Bitmap> {
+    first: Option<VolatileSlice<'a, BS<'a, B>>>,
+    rest: CheckedSlices<'a, B>,
 }
 
 impl<B: SlotBitmap> GuestRam<B> {
@@ -59,6 +85,17 @@ impl<B: SlotBitmap> GuestRam<B> {
     /// The slots of now, without permissions: for loaders.
     pub fn snapshot(&self) -> Snapshot<SlotTable<B>> {
         self.table.load()
+    }
+
+    /// A device's own way to the slots, as [`Memslots::reader`](crate::Memslots::reader): entering it takes no lock and
+    /// counts no reference, and it keeps nothing mapped while it is not inside. [`SlotTable::checked`] on what it shows
+    /// has the permissions.
+    pub fn reader(&self) -> Reader<SlotTable<B>> {
+        self.table.reader()
+    }
+
+    pub(crate) fn table(&self) -> &Published<SlotTable<B>> {
+        &self.table
     }
 
     /// Whether something cached from generation `g` of the slots is still right: if this is `g`. Takes no lock.
@@ -88,38 +125,47 @@ impl<B: SlotBitmap> CheckedMemory<B> {
     pub fn table(&self) -> &SlotTable<B> {
         &self.table
     }
+}
 
+impl<'a, B> CheckedView<'a, B> {
+    pub(crate) const fn new(table: &'a SlotTable<B>) -> Self {
+        Self { table }
+    }
+
+    /// The slots, for translation.
+    pub const fn table(&self) -> &'a SlotTable<B> {
+        self.table
+    }
+
+    #[inline]
     fn slices(
         &self,
         address: GuestAddress,
-        count: usize,
+        left: usize,
         access: Permissions,
-    ) -> CheckedSlices<'_, B> {
+    ) -> CheckedSlices<'a, B> {
         CheckedSlices {
-            table: &self.table,
+            table: self.table,
             address,
-            left: count,
-            access,
+            left,
+            writes: access.has_write(),
         }
     }
 }
 
 impl<'a, B: Bitmap> CheckedSlices<'a, B> {
+    #[inline]
     fn step(&mut self) -> GuestMemoryResult<VolatileSlice<'a, BS<'a, B>>> {
-        let table: &'a SlotTable<B> = self.table;
         let address = self.address;
-        let region = table
-            .find_region(address)
-            .ok_or(GuestMemoryError::InvalidGuestAddress(address))?;
-        if self.access.has_write() && region.is_read_only() {
-            let error = io::Error::new(io::ErrorKind::PermissionDenied, HvaError::ReadOnly);
-            return Err(GuestMemoryError::IOError(error));
-        }
-        let offset = address.0 - region.start_addr().0;
-        let here = self
-            .left
-            .min(usize::try_from(region.len() - offset).unwrap_or(usize::MAX));
-        let slice = region.get_slice(MemoryRegionAddress(offset), here)?;
+        let found = match self.table.lookup(address) {
+            Some(found) if !(self.writes && found.entry.is_read_only()) => found,
+            Some(_) => return Err(read_only()),
+            None => return Err(GuestMemoryError::InvalidGuestAddress(address)),
+        };
+        let slice = found
+            .slice(self.left)
+            .ok_or(GuestMemoryError::InvalidBackendAddress)?;
+        let here = slice.len();
         self.left -= here;
         if self.left > 0 {
             // A slot can end at most one page below 2^64, so the sum does not wrap.
@@ -131,9 +177,19 @@ impl<'a, B: Bitmap> CheckedSlices<'a, B> {
     }
 }
 
+/// The kernel's `KVM_HVA_ERR_RO_BAD`, as vm-memory can say it.
+#[cold]
+pub(crate) fn read_only() -> GuestMemoryError {
+    GuestMemoryError::IOError(io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        HvaError::ReadOnly,
+    ))
+}
+
 impl<'a, B: Bitmap> Iterator for CheckedSlices<'a, B> {
     type Item = GuestMemoryResult<VolatileSlice<'a, BS<'a, B>>>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         if self.left == 0 {
             return None;
@@ -148,9 +204,29 @@ impl<'a, B: Bitmap> Iterator for CheckedSlices<'a, B> {
 
 impl<B: Bitmap> FusedIterator for CheckedSlices<'_, B> {}
 
-impl<'a, B: Bitmap> GuestMemorySliceIterator<'a, BS<'a, B>> for CheckedSlices<'a, B> {}
+impl<'a, B: Bitmap> GuestMemorySliceIterator<'a, BS<'a, B>> for CheckedSlices<'a, B> {
+    /// As vm-memory's own, which moves each slice through a peeking iterator.
+    #[inline]
+    fn stop_on_error(
+        mut self,
+    ) -> GuestMemoryResult<impl Iterator<Item = VolatileSlice<'a, BS<'a, B>>>> {
+        let first = self.next().transpose()?;
+        Ok(UntilError { first, rest: self })
+    }
+}
 
-impl<B: SlotBitmap> GuestMemory for CheckedMemory<B> {
+impl<'a, B: Bitmap> Iterator for UntilError<'a, B> {
+    type Item = VolatileSlice<'a, BS<'a, B>>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        self.first
+            .take()
+            .or_else(|| self.rest.next().and_then(Result::ok))
+    }
+}
+
+impl<B: SlotBitmap> GuestMemory for CheckedView<'_, B> {
     /// Never given out: it knows no permissions.
     type PhysicalMemory = SlotTable<B>;
     type Bitmap = B;
@@ -159,6 +235,7 @@ impl<B: SlotBitmap> GuestMemory for CheckedMemory<B> {
         self.slices(addr, count, access).all(|slice| slice.is_ok())
     }
 
+    #[inline]
     fn get_slices<'a>(
         &'a self,
         addr: GuestAddress,
@@ -166,6 +243,26 @@ impl<B: SlotBitmap> GuestMemory for CheckedMemory<B> {
         access: Permissions,
     ) -> GuestMemoryResult<impl GuestMemorySliceIterator<'a, BS<'a, B>>> {
         Ok(self.slices(addr, count, access))
+    }
+}
+
+impl<B: SlotBitmap> GuestMemory for CheckedMemory<B> {
+    /// Never given out: it knows no permissions.
+    type PhysicalMemory = SlotTable<B>;
+    type Bitmap = B;
+
+    fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
+        self.table.checked().check_range(addr, count, access)
+    }
+
+    #[inline]
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> GuestMemoryResult<impl GuestMemorySliceIterator<'a, BS<'a, B>>> {
+        Ok(self.table.checked().slices(addr, count, access))
     }
 }
 
@@ -213,6 +310,22 @@ impl<B: SlotBitmap> Clone for CheckedMemory<B> {
         Self {
             table: self.table.clone(),
         }
+    }
+}
+
+impl<B> Clone for CheckedView<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B> Copy for CheckedView<'_, B> {}
+
+impl<B> fmt::Debug for CheckedView<'_, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CheckedView")
+            .field("table", &self.table)
+            .finish()
     }
 }
 

@@ -157,7 +157,7 @@
 //! | `gfn_to_gpa` | [`Gfn::address`] |
 //! | `gpa_to_gfn` | [`Gfn::containing`] |
 //! | `pfn_to_hpa` | kernel: user space sees no host frames |
-//! | `kvm_host_page_size` | [`PAGE_SIZE`]: every backing here is of base pages; planned: hugetlb |
+//! | `kvm_host_page_size` | [`SlotTable::host_page_size`], [`Region::page_size`] |
 //! | `gfn_to_page` | kernel: pins a host page; user space has an address, [`SlotTable::gfn_to_hva`], which the mapping keeps good |
 //! | `gfn_to_page_many_atomic` | kernel: as `gfn_to_page`; [`Translation::contiguous`] says how far one translation reaches |
 //! | `gfn_to_pfn` | kernel: as `gfn_to_page`; its errors are [`PfnError`] |
@@ -173,7 +173,7 @@
 //! | `kvm_set_pfn_dirty` | kernel: the host's dirty bit, set for user space by its own writes |
 //! | `kvm_set_pfn_accessed` | kernel: its page aging |
 //! | `kvm_get_pfn` | kernel: pins a host page; user space keeps the mapping by a [`Snapshot`] |
-//! | `mmu_notifier_retry` | planned: an invalidation sequence for translations held across a hole punch; today [`Memslots::generation`] tells of slot changes |
+//! | `mmu_notifier_retry` | [`Invalidations::retry_any`], for a range [`Invalidations::retry`]; [`GuestRam::punch`] and [`GuestRam::invalidate`] are what they tell of. ([`Memslots::generation`] tells of slot changes) |
 //!
 //! ## Guest access
 //! vm-memory's `Bytes` on [`CheckedMemory`] (permissions checked) or on [`SlotTable`] (not).
@@ -183,12 +183,12 @@
 //! | `kvm_read_guest` | [`Bytes::read_slice`](vm_memory::Bytes::read_slice) on [`CheckedMemory`] |
 //! | `kvm_read_guest_page` | as `kvm_read_guest`: [`CheckedMemory`] crosses pages and slots by itself |
 //! | `kvm_read_guest_atomic` | kernel: without sleeping; user space may always fault. [`Bytes::load`](vm_memory::Bytes::load) is the access in one piece |
-//! | `kvm_read_guest_cached` | planned: a cached translation; today a [`Translation`] and the [`Guard`] that it came from |
+//! | `kvm_read_guest_cached` | [`HvaCache::read_obj`] |
 //! | `kvm_write_guest` | [`Bytes::write_slice`](vm_memory::Bytes::write_slice) on [`CheckedMemory`] |
 //! | `kvm_write_guest_page` | as `kvm_write_guest`: [`CheckedMemory`] crosses pages and slots by itself |
-//! | `kvm_write_guest_cached` | planned: as `kvm_read_guest_cached` |
-//! | `gfn_to_hva_cache` | planned: as `kvm_read_guest_cached` |
-//! | `kvm_gfn_to_hva_cache_init` | planned: as `kvm_read_guest_cached` |
+//! | `kvm_write_guest_cached` | [`HvaCache::write_obj`] |
+//! | `gfn_to_hva_cache` | [`HvaCache`]; for whole slots [`SlotHint`] |
+//! | `kvm_gfn_to_hva_cache_init` | [`HvaCache::new`], [`HvaCache::check`] |
 //! | `kvm_clear_guest` | [`ClearGuest::clear`] |
 //! | `kvm_clear_guest_page` | [`ClearGuest::clear`] |
 //!
@@ -202,6 +202,10 @@
 //!   changed by one call (a layout, say) change for readers at once, for the guest one after the other.
 //! - Listeners are told before KVM is asked, and again after KVM and before readers, on the thread that makes the change
 //!   and with other changes kept out; they may read, and get an error if they change the same slots.
+//! - Memory can be taken away under a slot that stays ([`GuestRam::punch`]). Reads find zeros then, and no reader waits;
+//!   the one who punches waits for the readers that are inside. Whoever keeps something derived from memory asks
+//!   [`Invalidations::retry`] before each use, inside a guard.
+//! - What is kept of a translation ([`HvaCache`], [`SlotHint`]) keeps nothing alive, and is used with a table at hand.
 //! - Memory is unmapped when the slot is gone from KVM, no reader that could see it is inside, and no [`Snapshot`] of
 //!   it is left, on whichever thread lets go last.
 //! - What that thread lets go of, and what was [deferred](Grace::defer), it lets go of with no lock of this crate held:
@@ -223,7 +227,6 @@
 //! the contents are read through a [`Snapshot`]. Ids are not part of it: they are given anew.
 //!
 //! # Known limits
-//! - Backings are anonymous memory and memfds. Planned: files, hugetlb, prefault, NUMA, the userfaultfd layer.
 //! - A plan looks at every slot that a layout governs (at 1,000 slots some 0.2 ms), and, if there is anything to do,
 //!   copies the model of what KVM has. Circles of moves are broken at the fewest slots unless they are so tangled that a
 //!   million steps of search do not find which; then at a few more.
@@ -231,9 +234,10 @@
 //! - What is deleted and made again has an empty dirty log in KVM: where a circle of moves is broken, where a read-only
 //!   flag changes, and where a failed plan brings a deleted slot back.
 //! - Which pages of a guest_memfd slot are private is not kept here (`KVM_SET_MEMORY_ATTRIBUTES` is the caller's).
-//! - A publication copies 40 bytes a slot, and touches each slot's reference count: fine for hundreds of slots made one
-//!   by one, or for tens of thousands made by one [`Memslots::create_all`].
-//! - Lookup by host address or by id looks at each slot.
+//! - A publication among tens of thousands of slots costs some 40 µs beside KVM's own milliseconds; the README has the
+//!   figures. Memory that a caller gives to two slots at once makes lookups by host address look at each slot.
+//! - An invalidation that has ended is noticed by whoever derived anything before it, whatever the range, as in the
+//!   kernel.
 //! - [`PAGE_SIZE`] is 4096: x86-64, and arm64 hosts with 4 KiB pages.
 //! - Address space 1 (SMM) is known to the classifier, not to [`Memslots`].
 
@@ -241,6 +245,7 @@
 mod access;
 #[forbid(unsafe_code)]
 mod book;
+mod cache;
 mod change;
 #[forbid(unsafe_code)]
 mod classify;
@@ -252,6 +257,7 @@ mod extent;
 pub mod fake;
 #[forbid(unsafe_code)]
 mod flags;
+mod found;
 #[forbid(unsafe_code)]
 mod frames;
 #[forbid(unsafe_code)]
@@ -261,6 +267,8 @@ mod host;
 mod ids;
 #[forbid(unsafe_code)]
 mod inner;
+#[forbid(unsafe_code)]
+mod invalidation;
 #[cfg(feature = "kvm")]
 mod kvm;
 #[forbid(unsafe_code)]
@@ -273,16 +281,21 @@ mod matrix;
 #[forbid(unsafe_code)]
 mod memslots;
 #[forbid(unsafe_code)]
+mod ordered;
+#[forbid(unsafe_code)]
 mod plan;
 #[forbid(unsafe_code)]
 mod planning;
 #[forbid(unsafe_code)]
 mod private;
+mod punch;
 mod region;
 #[forbid(unsafe_code)]
 mod slot;
 #[forbid(unsafe_code)]
 mod slot_map;
+#[forbid(unsafe_code)]
+mod sync;
 #[forbid(unsafe_code)]
 mod table;
 #[cfg(feature = "uffd")]
@@ -290,7 +303,8 @@ pub mod uffd;
 #[forbid(unsafe_code)]
 mod units;
 
-pub use access::{CheckedMemory, ClearGuest, GuestRam, LoadedMemory};
+pub use access::{CheckedMemory, CheckedView, ClearGuest, GuestRam, LoadedMemory};
+pub use cache::{HvaCache, SlotHint};
 pub use classify::{
     Change, GuestMemfdRange, Limits, MAX_PAGES, MemoryRegion, Refusal, SlotShape, classify,
 };
@@ -300,6 +314,7 @@ pub use flags::SlotFlags;
 pub use frames::{HVA_ERR_BASE, HvaError, PFN_ERR_MASK, PFN_ERR_NOSLOT_MASK, PfnError};
 pub use guest_memfd::GuestMemfd;
 pub use host::{Errno, SetMemoryRegion};
+pub use invalidation::{Invalidation, InvalidationSeq, Invalidations};
 pub use layout::{Layout, LayoutError, LayoutSlot, NewSlot, ram_layout};
 pub use listener::{ChangeListener, LayoutChange, Listening, SlotChange, Veto};
 pub use mapping::{Backing, HugePageSize, HugePages, HugePool, MapError, Mapping, NumaPolicy};
@@ -307,6 +322,7 @@ pub use matrix::{Mechanism, MemoryKind, Support, Unsupported};
 pub use memslots::{Applied, Memslots};
 pub use plan::{Plan, Step};
 pub use private::{PrivateRange, PrivateRanges};
+pub use punch::PunchError;
 pub use region::{Region, SlotBitmap};
 pub use slot::{RemoveError, Slot};
 pub use slot_map::SlotMap;

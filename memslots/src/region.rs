@@ -3,7 +3,7 @@
 //! One slot's memory as vm-memory sees it.
 
 use crate::mapping::Mapping;
-use crate::{SlotExtent, SlotFlags};
+use crate::{MAX_PAGES, PAGE_SHIFT, PAGE_SIZE, SlotExtent, SlotFlags, SlotId};
 use std::fmt;
 use std::sync::Arc;
 use vm_memory::bitmap::{BS, Bitmap, NewBitmap};
@@ -69,9 +69,30 @@ impl<B> Region<B> {
         &self.mapping
     }
 
+    /// The size of the host's pages behind it, in bytes (`kvm_host_page_size`): what it can be punched by
+    /// ([`GuestRam::punch`](crate::GuestRam::punch)), and what a fault brings at least.
+    pub fn page_size(&self) -> u64 {
+        self.mapping.page_size()
+    }
+
     /// Whether the guest, and devices through [`CheckedMemory`](crate::CheckedMemory), may only read it.
     pub fn is_read_only(&self) -> bool {
         self.flags.contains(SlotFlags::READ_ONLY)
+    }
+}
+
+impl<B> Region<B> {
+    /// Who notes the writes.
+    pub(crate) fn bitmap_ref(&self) -> &B {
+        &self.bitmap
+    }
+}
+
+impl<B: Bitmap> Region<B> {
+    /// Who notes the writes from `offset` on.
+    #[inline]
+    pub(crate) fn bitmap_at(&self, offset: usize) -> BS<'_, B> {
+        self.bitmap.slice_at(offset)
     }
 }
 
@@ -119,6 +140,50 @@ impl<B: Bitmap> GuestMemoryRegion for Region<B> {
 }
 
 impl<B: Bitmap> GuestMemoryRegionBytes for Region<B> {}
+
+/// What a table keeps of a region beside it, so that a lookup and an access need not follow the pointer: 16 bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Entry {
+    host: usize,
+    id: SlotId,
+    /// The pages, at most [`MAX_PAGES`], and [`READ_ONLY`].
+    pages: u32,
+}
+
+const READ_ONLY: u32 = 1 << 31;
+
+impl Entry {
+    pub(crate) fn new<B>(region: &Region<B>) -> Self {
+        // More than that is refused before there is a region.
+        let pages = region.extent.pages().min(MAX_PAGES) as u32;
+        let read_only = if region.is_read_only() { READ_ONLY } else { 0 };
+        Self {
+            host: region.extent.host_start().0,
+            id: region.extent.id(),
+            pages: pages | read_only,
+        }
+    }
+
+    #[inline]
+    pub(crate) const fn size(self) -> u64 {
+        ((self.pages & !READ_ONLY) as u64) << PAGE_SHIFT
+    }
+
+    #[inline]
+    pub(crate) const fn host(self) -> usize {
+        self.host
+    }
+
+    #[inline]
+    pub(crate) const fn id(self) -> SlotId {
+        self.id
+    }
+
+    #[inline]
+    pub(crate) const fn is_read_only(self) -> bool {
+        self.pages & READ_ONLY != 0
+    }
+}
 
 impl<B> fmt::Debug for Region<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

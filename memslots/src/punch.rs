@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! [`GuestRam::punch`]: memory given back to the host under slots that stay, while vCPUs run. What a balloon, free page
+//! reporting and virtio-mem ask for.
+//!
+//! The order: note the ranges in [`Invalidations`](crate::Invalidations), wait for the readers that are inside, discard,
+//! be done. Readers take no lock for it: a read that meets a punched page finds zeros, and a page comes back when it is
+//! written (KVM's own mapping of it is taken away by the kernel, through its MMU notifier).
+
+use crate::invalidation::frames;
+use crate::{Errno, Gfn, GuestRam, Invalidation, Region, SlotBitmap, SlotId, SlotTable};
+use srcu::Grace;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use thiserror::Error;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestAddress, GuestMemoryRegion};
+
+/// Why memory was not given back.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PunchError {
+    /// A range is empty, or ends before it starts.
+    #[error("no bytes from guest address {start:#x} to {end:#x}")]
+    Empty {
+        /// Its first address.
+        start: u64,
+        /// The address after its last.
+        end: u64,
+    },
+    /// An end of a range is not on a page of the slot's memory.
+    #[error(
+        "guest address {address:#x} does not begin one of {slot}'s pages of {page_size:#x} bytes"
+    )]
+    Unaligned {
+        /// The slot.
+        slot: SlotId,
+        /// The address.
+        address: u64,
+        /// The size of the host's pages there, in bytes.
+        page_size: u64,
+    },
+    /// No slot has an address.
+    #[error("no slot has guest address {address:#x}")]
+    NoSlot {
+        /// The address.
+        address: u64,
+    },
+    /// The slot is read-only: what is in it would not come back.
+    #[error("guest address {address:#x} is in {slot}, which is read-only")]
+    ReadOnly {
+        /// The slot.
+        slot: SlotId,
+        /// The first such address.
+        address: u64,
+    },
+    /// The host refused. What was asked for before this range is given back.
+    #[error(
+        "{call} of {size:#x} bytes at guest address {start:#x} in {slot}; {done:#x} bytes were given back before"
+    )]
+    Host {
+        /// The system call.
+        call: &'static str,
+        /// The slot.
+        slot: SlotId,
+        /// The guest address of the part that was refused.
+        start: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// The bytes of this request that were given back before it.
+        done: u64,
+        /// Its answer.
+        source: Errno,
+    },
+}
+
+impl<B: SlotBitmap> GuestRam<B> {
+    /// Begins an invalidation of the frames `range`, for an invalidator beside [`punch`](Self::punch). Before it takes
+    /// anything away it waits for the [`Grace`]: then whoever has asked
+    /// [`retry`](crate::Invalidations::retry) inside a guard, and was told no, has left. When it is done it drops the
+    /// [`Invalidation`]. Blocks for another invalidator's begin or end only.
+    pub fn invalidate(&self, range: Range<Gfn>) -> (Invalidation, Grace) {
+        let invalidation = self.snapshot().invalidations().begin(range);
+        (invalidation, self.table().grace())
+    }
+
+    /// Gives the memory of `ranges` back to the host: the slots stay, and the pages read as zeros until they are written
+    /// again. Gives the number of bytes. vCPUs and devices may run on.
+    ///
+    /// The ranges are whole pages of the memory behind them ([`Region::page_size`]), of any slots that are not
+    /// read-only, and may cross from one slot to the next. Anonymous memory is given back by `MADV_DONTNEED` (a private
+    /// mapping of a file reads as the file then), shared memory by punching a hole into its file
+    /// (`FALLOC_FL_PUNCH_HOLE`), for every process that has it. Bitmaps are told, since the contents change.
+    ///
+    /// A slot that another thread moves or removes meanwhile is punched all the same, where it was.
+    ///
+    /// Blocks until the readers that are inside have left: not to be called inside a guard of the same VM's slots. One
+    /// call for many ranges waits once.
+    ///
+    /// # Errors
+    /// [`PunchError`]. All ranges are checked first: then nothing has changed, but for [`PunchError::Host`], which says
+    /// what has.
+    pub fn punch(&self, ranges: &[Range<GuestAddress>]) -> Result<u64, PunchError> {
+        // Holds the regions, and so the mappings, to the end, whatever happens to the slots meanwhile.
+        let snapshot = self.snapshot();
+        let mut parts = Vec::new();
+        for range in ranges {
+            parts_of(&snapshot, range, &mut parts)?;
+        }
+        let Some(hull) = parts
+            .iter()
+            .map(|(_, range)| range.clone())
+            .reduce(|all, range| all.start.min(range.start)..all.end.max(range.end))
+        else {
+            return Ok(0);
+        };
+        let (invalidation, grace) = self.invalidate(frames(&hull));
+        grace.wait();
+        let mut done = 0;
+        for (region, range) in parts {
+            let offset = range.start - region.extent().start().0;
+            let size = range.end - range.start;
+            let host = |(call, source)| PunchError::Host {
+                call,
+                slot: region.extent().id(),
+                start: range.start,
+                size,
+                done,
+                source,
+            };
+            discard(region, offset, size).map_err(host)?;
+            region.bitmap().mark_dirty(offset as usize, size as usize);
+            done += size;
+        }
+        drop(invalidation);
+        Ok(done)
+    }
+}
+
+/// Cuts `range` up by slots, and checks it.
+fn parts_of<'a, B>(
+    table: &'a SlotTable<B>,
+    range: &Range<GuestAddress>,
+    parts: &mut Vec<(&'a Region<B>, Range<u64>)>,
+) -> Result<(), PunchError> {
+    let (mut address, end) = (range.start.0, range.end.0);
+    if address >= end {
+        return Err(PunchError::Empty {
+            start: address,
+            end,
+        });
+    }
+    while address < end {
+        let region = table
+            .find(GuestAddress(address))
+            .ok_or(PunchError::NoSlot { address })?;
+        let slot = region.extent().id();
+        if region.is_read_only() {
+            return Err(PunchError::ReadOnly { slot, address });
+        }
+        let start = region.extent().start().0;
+        let here = address..end.min(region.extent().guest_range().end);
+        let page_size = region.page_size();
+        // Pages are counted from the slot's start: the host's memory begins with a whole one.
+        let unaligned = [here.start, here.end]
+            .into_iter()
+            .find(|address| !(address - start).is_multiple_of(page_size));
+        if let Some(address) = unaligned {
+            return Err(PunchError::Unaligned {
+                slot,
+                address,
+                page_size,
+            });
+        }
+        address = here.end;
+        parts.push((region, here));
+    }
+    Ok(())
+}
+
+/// Gives `size` bytes at `offset` of the region back; they lie in it, and are whole pages. An error names the call.
+fn discard<B: Bitmap>(
+    region: &Region<B>,
+    offset: u64,
+    size: u64,
+) -> Result<(), (&'static str, Errno)> {
+    let (call, result) = match region.file_offset() {
+        Some(file) => {
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            let (fd, at) = (file.file().as_raw_fd(), file.start() + offset);
+            // SAFETY: a system call on an open descriptor, with integers. The file's pages are the guest's, whose
+            // contents may change at any time; none is unmapped.
+            let result = unsafe { libc::fallocate(fd, mode, at as i64, size as i64) };
+            ("fallocate(FALLOC_FL_PUNCH_HOLE)", result)
+        }
+        None => {
+            let start = region.extent().host_start().0 + offset as usize;
+            // SAFETY: the range lies in the region's mapping, which the caller keeps; it is the guest's, whose contents
+            // may change at any time, and stays mapped.
+            let result =
+                unsafe { libc::madvise(start as *mut _, size as usize, libc::MADV_DONTNEED) };
+            ("madvise(MADV_DONTNEED)", result)
+        }
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error().raw_os_error();
+    Err((call, Errno(error.unwrap_or(libc::EIO))))
+}
