@@ -109,7 +109,7 @@
 //! | `kvm_arch_memslots_updated` | kernel: stale MMIO translations by generation; user space has [`Memslots::generation`] |
 //! | `kvm_arch_prepare_memory_region` | kernel: its architecture's veto; planned: a change listener that can refuse |
 //! | `kvm_arch_commit_memory_region` | kernel: its architecture's follow-up; planned: a change listener |
-//! | `kvm_largepages_enabled` | kernel: a module's switch; user space chooses by mapping with [`HugePages`] |
+//! | `kvm_largepages_enabled` | kernel: a module's switch; user space chooses by mapping with [`HugePages`], or [`Backing::hugetlb`] |
 //! | `kvm_disable_largepages` | kernel: as `kvm_largepages_enabled` |
 //! | `kvm_arch_flush_shadow_all` | kernel: its page tables at a VM's end; user space deletes its slots when [`Memslots`] drops |
 //! | `kvm_arch_flush_shadow_memslot` | kernel: its page tables at a slot's end, done when [`Slot::remove`] returns |
@@ -125,7 +125,7 @@
 //! | `gfn_to_gpa` | [`Gfn::address`] |
 //! | `gpa_to_gfn` | [`Gfn::containing`] |
 //! | `pfn_to_hpa` | kernel: user space sees no host frames |
-//! | `kvm_host_page_size` | [`PAGE_SIZE`]: every backing here is of base pages; planned: hugetlb |
+//! | `kvm_host_page_size` | [`Mapping::page_size`] of [`Region::mapping`]: [`PAGE_SIZE`], or that of hugetlb pages |
 //! | `gfn_to_page` | kernel: pins a host page; user space has an address, [`SlotTable::gfn_to_hva`], which the mapping keeps good |
 //! | `gfn_to_page_many_atomic` | kernel: as `gfn_to_page`; [`Translation::contiguous`] says how far one translation reaches |
 //! | `gfn_to_pfn` | kernel: as `gfn_to_page`; its errors are [`PfnError`] |
@@ -188,9 +188,17 @@
 //! The layout is the caller's ([`NewSlot`]s, or what [`SlotTable::regions`] shows: start, size, flags), the contents
 //! are read through a [`Snapshot`]. Ids are not part of it: they are given anew.
 //!
+//! # Backings, and what works on which
+//! [`Backing`] says what is behind a slot: anonymous memory, a memfd, a file, hugetlb pages, a mapping of the consumer's
+//! own; from which NUMA nodes, prefaulted, between guard pages, left out of core dumps. What cannot be is refused before
+//! the first system call, with the numbers. [`MemoryKind::support`] is the table of which [`Mechanism`] works on which
+//! memory, checked against the kernel; what a VM will want later (a pager, a snapshot, a dirty log) is to be asked of it
+//! when the VM is configured. With the feature `uffd` the module of that name has the userfaultfd layer.
+//!
 //! # Known limits
-//! - Backings are anonymous memory and memfds. Planned: files, hugetlb, guest_memfd
-//!   (`KVM_SET_USER_MEMORY_REGION2`), prefault, NUMA, the userfaultfd layer, a declarative layout with a plan.
+//! - Planned: guest_memfd (`KVM_SET_USER_MEMORY_REGION2`), a declarative layout with a plan.
+//! - Whoever truncates a file that is behind a slot turns touches of it into SIGBUS; memfds made here are sealed against
+//!   it, other files are the caller's care.
 //! - A publication copies 40 bytes a slot, and touches each slot's reference count: fine for hundreds of slots made one
 //!   by one, or for tens of thousands made by one [`Memslots::create_all`].
 //! - Lookup by host address or by id looks at each slot.

@@ -6,6 +6,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/pool.rs"]
+mod pool;
+
 use kvm_bindings::{
     kvm_create_guest_memfd, kvm_userspace_memory_region, kvm_userspace_memory_region2,
 };
@@ -273,33 +276,9 @@ fn files_have_what_the_table_says() {
     });
 }
 
-/// Lets the pool grow for a while. Nothing is taken from the host but while it is used.
-struct Overcommit(Option<String>);
-
-impl Overcommit {
-    const PATH: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages";
-
-    fn raise(by: u64) -> Self {
-        let Ok(before) = std::fs::read_to_string(Self::PATH) else {
-            return Self(None);
-        };
-        let wanted = before.trim().parse::<u64>().unwrap() + by;
-        let raised = std::fs::write(Self::PATH, wanted.to_string());
-        Self(raised.is_ok().then_some(before))
-    }
-}
-
-impl Drop for Overcommit {
-    fn drop(&mut self) {
-        if let Some(before) = &self.0 {
-            std::fs::write(Self::PATH, before.trim()).unwrap();
-        }
-    }
-}
-
 #[test]
 fn hugetlb_pages_have_what_the_table_says() {
-    let _pool = Overcommit::raise(4);
+    let _pool = pool::Overcommit::raise(4);
     let page = HugePageSize::MIB_2;
     if HugePool::of_host(page).is_none_or(|pool| pool.available() < 4) {
         eprintln!("this host has no pool of 2 MiB pages, and lends none: nothing to ask of");

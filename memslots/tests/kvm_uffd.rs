@@ -420,6 +420,20 @@ fn a_descriptor_for_user_mode_alone_is_refused_and_a_whole_one_adopted() {
     let error = Uffd::adopt(open(USER_MODE_ONLY), Features::NONE).unwrap_err();
     assert!(matches!(error, OpenError::UserModeOnly), "{error}");
 
+    /// Beyond every kernel's.
+    const UNKNOWN: Features = Features::from_bits(1 << 63);
+    let error = Uffd::adopt(open(0), UNKNOWN).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            OpenError::Missing {
+                missing: UNKNOWN,
+                ..
+            }
+        ),
+        "{error}"
+    );
+
     let mut machine = Machine::new(Backing::anonymous(PAGES * P));
     let uffd = Uffd::adopt(open(0), Features::THREAD_ID).unwrap();
     let registration = uffd.register_all(&machine.memory, Modes::MISSING).unwrap();

@@ -531,39 +531,3 @@ fn an_external_mapping_is_used_as_it_is_and_its_owner_dropped_last() {
     let unaligned = unsafe { Backing::external(Hva(0x1001), 0x1000, Arc::new(())) };
     assert!(Mapping::new(&unaligned, GuestAddress(0)).is_err());
 }
-
-#[test]
-fn hugetlb_pages_are_reserved_when_mapped_or_the_pool_is_shown() {
-    for page in [HugePageSize::MIB_2, HugePageSize::GIB_1] {
-        for backing in [
-            Backing::hugetlb(page.bytes(), page),
-            Backing::hugetlb_memfd(page.bytes(), page),
-            Backing::hugetlb(page.bytes(), page).guarded(),
-            Backing::hugetlb_memfd(page.bytes(), page).guarded(),
-        ] {
-            let Some(before) = HugePool::of_host(page) else {
-                continue;
-            };
-            match Mapping::new(&backing, GuestAddress(0)) {
-                Ok(mapping) => {
-                    assert_eq!(
-                        (mapping.page_size(), mapping.host().0 as u64 % page.bytes()),
-                        (page.bytes(), 0)
-                    );
-                    assert!(HugePool::of_host(page).unwrap().reserved > 0);
-                    write(&mapping, mapping.size - 1, 1);
-                    assert_eq!(read(&mapping, mapping.size - 1), 1);
-                }
-                Err(error) => {
-                    assert_eq!(before.available(), 0, "{error}");
-                    let text = error.to_string();
-                    assert!(
-                        text.contains(&format!("1 huge pages of {page} wanted, 0 to be had")),
-                        "{text}"
-                    );
-                    assert!(text.ends_with("kB/nr_hugepages"), "{text}");
-                }
-            }
-        }
-    }
-}

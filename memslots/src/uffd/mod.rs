@@ -71,6 +71,8 @@
 //! - never touches registered memory, neither itself (a device's access, a debugger's look) nor through a system call
 //!   (`read` into guest memory, `KVM_SET_MSRS` of a clock whose page is missing): it would wait for itself;
 //! - never takes a lock that is held across such a touch (a device's lock in a vCPU thread's MMIO exit);
+//! - changes no slots of the VM, nor waits for who does: KVM lets a change wait for every vCPU that is inside a page fault
+//!   (measured: a slot was made 0.3 s after the page was brought, 1.8 s after it was asked for);
 //! - starts before the first of them: before vCPU and VM state is set, not only before `KVM_RUN`.
 //!
 //! With the events of [`Features`] it is more: `fork`, `mremap`, `munmap` and giving pages back (`MADV_DONTNEED`) sleep
