@@ -16,6 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 /// 16-bit code at 0x1000: adds 1 to the byte at `[ds:0]`, reads it back and sends it to port 0x10, for ever.
@@ -95,11 +96,12 @@ fn uffd(required: Features) -> Uffd {
         .expect("this test needs a userfaultfd: run it as root, or as the error says")
 }
 
-/// The next fault. Waits for it.
+/// The next fault. Waits for it, and fails rather than hang.
 fn fault(uffd: &Uffd) -> Fault {
     let mut messages = Messages::with_capacity(1);
     loop {
-        uffd.wait(None).unwrap();
+        let told = uffd.wait(Some(Duration::from_secs(20))).unwrap();
+        assert!(told, "a fault was to be told, and none is");
         uffd.read(&mut messages).unwrap();
         match messages.next() {
             Some(Event::Fault(fault)) => return fault,
@@ -194,7 +196,7 @@ fn a_write_to_a_protected_page_waits_and_the_old_contents_are_there_to_be_saved(
         snapshot.protect(0..P).unwrap();
         drop(snapshot);
         assert_eq!(machine.run(), 9, "and no more when the role is gone");
-        assert_eq!(uffd.wait(Some(std::time::Duration::ZERO)), Ok(false));
+        assert_eq!(uffd.wait(Some(Duration::ZERO)), Ok(false));
     }
 }
 
@@ -246,7 +248,7 @@ fn asynchronous_protection_notes_a_write_and_nobody_waits() {
         assert!(is_protected(Hva(machine.memory.host().0 + P as usize)));
         log.protect(0..P).unwrap();
         assert!(is_protected(machine.memory.host()));
-        assert_eq!(uffd.wait(Some(std::time::Duration::ZERO)), Ok(false));
+        assert_eq!(uffd.wait(Some(Duration::ZERO)), Ok(false));
     }
 }
 

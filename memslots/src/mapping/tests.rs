@@ -23,6 +23,8 @@ struct State {
     refuse: BTreeMap<usize, Errno>,
     /// Bytes mapped and not unmapped.
     mapped: usize,
+    /// What `madvise` was asked for.
+    advice: Vec<i32>,
 }
 
 impl Refusing {
@@ -62,6 +64,7 @@ impl System for Refusing {
     }
 
     unsafe fn madvise(&self, start: *mut c_void, length: usize, advice: i32) -> Result<(), Errno> {
+        self.lock().advice.push(advice);
         self.call("madvise")?;
         // SAFETY: the caller's promise.
         unsafe { Kernel.madvise(start, length, advice) }
@@ -388,6 +391,46 @@ fn prefault_makes_all_of_it_present_with_any_number_of_threads() {
     mapping.prefault(0x1000..0x1000, threads(2)).unwrap();
     assert!(mapping.prefault(1..0x1000, threads(1)).is_err());
     assert!(mapping.prefault(0..9 << 20, threads(1)).is_err());
+}
+
+#[test]
+fn a_private_file_is_read_in_beforehand_and_not_copied() {
+    /// linux/mman.h.
+    const POPULATE: [i32; 2] = [22, 23];
+    let asked = |backing: Backing| {
+        let system = Refusing::leak();
+        let mapping = Mapping::made_by(system, &backing.prefault(threads(1)), GuestAddress(0));
+        (mapping.unwrap(), system.lock().advice.clone())
+    };
+    let file = file(0x2000);
+    let (mapping, advice) = asked(Backing::file_private(Arc::clone(&file), 0, 0x2000));
+    assert_eq!(advice, [POPULATE[0]]);
+    file.write_all_at(&[8], 0x1000).unwrap();
+    assert_eq!(read(&mapping, 0x1000), 8, "still the page cache's page");
+    for backing in [
+        Backing::anonymous(0x2000),
+        Backing::memfd(0x2000),
+        Backing::file_shared(file, 0, 0x2000),
+    ] {
+        assert_eq!(asked(backing).1, [POPULATE[1]]);
+    }
+}
+
+#[test]
+fn what_is_reserved_beside_a_mapping_is_given_back() {
+    for (backing, beside) in [
+        (Backing::memfd(4 << 20), 0),
+        (Backing::file_shared(file(4 << 20), 0, 4 << 20), 0),
+        (Backing::memfd(0x1000), 0),
+        (Backing::memfd(0x1000).guarded(), 0x2000),
+        (Backing::anonymous(0x1000), 0),
+    ] {
+        let system = Refusing::leak();
+        let mapping = Mapping::made_by(system, &backing, GuestAddress(0x5000)).unwrap();
+        assert_eq!(system.lock().mapped, mapping.size + beside, "{backing:?}");
+        drop(mapping);
+        assert_eq!(system.lock().mapped, 0);
+    }
 }
 
 #[test]
