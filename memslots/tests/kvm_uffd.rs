@@ -11,10 +11,11 @@ use memslots::uffd::{
     Registration, Uffd, Wake,
 };
 use memslots::{Backing, Hva, Mapping, Memslots, PAGE_SIZE, Slot, SlotFlags};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
@@ -393,6 +394,137 @@ fn a_sleeping_vcpu_that_is_kicked_tells_its_fault_again_and_is_served() {
     let (byte, kicked) = vcpu.join().unwrap();
     assert_eq!(byte, 10);
     assert!(kicked <= 1, "one signal");
+}
+
+/// Memory of this test's own, which it may shrink: its start, and its size by then.
+struct Raw(usize, AtomicUsize);
+
+impl Raw {
+    fn new(size: u64) -> Self {
+        let (flags, protection) = (
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            libc::PROT_READ | libc::PROT_WRITE,
+        );
+        // SAFETY: a new mapping disturbs no other.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size as usize,
+                protection,
+                flags,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(base, libc::MAP_FAILED);
+        Self(base as usize, AtomicUsize::new(size as usize))
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        // SAFETY: what is left of this test's own mapping.
+        unsafe { libc::munmap(self.0 as *mut _, self.1.load(Ordering::Relaxed)) };
+    }
+}
+
+#[test]
+fn changes_of_the_process_memory_are_told_and_wait_until_they_are_read() {
+    let uffd = uffd(Features::EVENT_REMOVE | Features::EVENT_UNMAP | Features::EVENT_REMAP);
+    let raw = Arc::new(Raw::new(8 * P));
+    let start = raw.0;
+    // SAFETY: nobody accesses it but this test, by system calls.
+    let backing = unsafe { Backing::external(Hva(start), 8 * P, Arc::clone(&raw) as _) };
+    let memory = Arc::new(Mapping::new(&backing, GuestAddress(0)).unwrap());
+    let registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+    let pager = registration.lend_fill().unwrap();
+    pager.copy(0, &page_of(1), Wake::Now).unwrap();
+    let page = move |index: u64| start + (index * P) as usize;
+    let mut messages = Messages::with_capacity(4);
+    let mut told = |meanwhile: &dyn Fn()| {
+        assert!(uffd.wait(Some(Duration::from_secs(20))).unwrap());
+        meanwhile();
+        assert_eq!(uffd.read(&mut messages), Ok(1));
+        messages.next().unwrap()
+    };
+
+    let change = thread::spawn(move || {
+        // SAFETY: this test's own memory.
+        unsafe { libc::madvise(page(0) as *mut _, 2 * P as usize, libc::MADV_DONTNEED) }
+    });
+    let event = told(&|| {
+        // The change waits, and so nothing can be placed.
+        let error = pager.copy(4 * P, &page_of(2), Wake::Now).unwrap_err();
+        assert_eq!((error.cause, error.done), (Cause::Changing, 0));
+    });
+    assert!(matches!(event, Event::Remove(range) if range == (page(0)..page(2))));
+    assert_eq!(change.join().unwrap(), 0);
+    pager.copy(0, &page_of(3), Wake::Now).unwrap();
+
+    let change = thread::spawn(move || {
+        // SAFETY: as above; it is smaller afterwards, in the same place.
+        unsafe { libc::mremap(page(6) as *mut _, 2 * P as usize, P as usize, 0) as usize }
+    });
+    let event = told(&|| {});
+    assert!(matches!(event, Event::Unmap(range) if range == (page(7)..page(8))));
+    assert_eq!(change.join().unwrap(), page(6));
+    raw.1.store(7 * P as usize, Ordering::Relaxed);
+
+    let change = thread::spawn(move || {
+        // SAFETY: as above; it moves over a page of this test's own, and leaves an empty one.
+        unsafe {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+            let place = Raw::new(P);
+            let to = place.0;
+            let moved = libc::mremap(page(5) as *mut _, P as usize, P as usize, flags, to) as usize;
+            assert_eq!(moved, to);
+            place
+        }
+    });
+    let Event::Remap { from, size, .. } = told(&|| {}) else {
+        panic!("a move was to be told")
+    };
+    assert_eq!((from, size), (Hva(page(5)), P));
+    // What moved is still told of, so even its end waits for a reader.
+    let end = thread::spawn(move || drop(change.join().unwrap()));
+    while !end.is_finished() {
+        if uffd.wait(Some(Duration::from_millis(10))).unwrap() {
+            uffd.read(&mut messages).unwrap();
+            messages.by_ref().for_each(drop);
+        }
+    }
+    end.join().unwrap();
+}
+
+#[test]
+fn a_fork_is_told_with_the_childs_descriptor() {
+    let uffd = uffd(Features::EVENT_FORK);
+    let memory = Arc::new(Mapping::new(&Backing::anonymous(P), GuestAddress(0)).unwrap());
+    let _registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+    let mut messages = Messages::with_capacity(2);
+    let forker = thread::spawn(|| {
+        // The bare call: the C library's `fork` holds the allocator's locks until this message is read, and the other
+        // tests of this process are not to wait for that.
+        // SAFETY: the child, which has this thread alone, does nothing but end.
+        match unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) } {
+            // SAFETY: as above.
+            0 => unsafe { libc::_exit(0) },
+            child => child as libc::pid_t,
+        }
+    });
+    assert!(uffd.wait(Some(Duration::from_secs(20))).unwrap());
+    uffd.read(&mut messages).unwrap();
+    let Some(Event::Fork(Some(child))) = messages.next() else {
+        panic!("a fork was to be told")
+    };
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", child.as_raw_fd())).unwrap();
+    assert_eq!(link.to_str(), Some("anon_inode:[userfaultfd]"));
+    let child = forker.join().unwrap();
+    // SAFETY: a child of this process, waited for by nobody else.
+    assert_eq!(
+        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) },
+        child
+    );
 }
 
 #[test]

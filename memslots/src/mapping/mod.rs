@@ -1,18 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The host memory behind a slot: [`Backing`] says which, [`Mapping`] is it, unmapped when the last user lets go.
-//!
-//! What a mapping costs, besides the pages that are touched:
-//!
-//! | backing | system calls | mappings of the process (VMAs) |
-//! | --- | --- | --- |
-//! | anonymous | 1 | 1, merged with a neighbour of the same kind |
-//! | memfd, file below 2 MiB | 1 (a memfd: 4) | 1 |
-//! | memfd, file from 2 MiB | 1 to 3 more, to lie in the guest's phase | 1 |
-//! | hugetlb | 1 (a memfd: 4) | 1 |
-//! | any, guarded | 1 more | 3 |
-//!
-//! and one call more for each piece of advice. Everything that a number can make wrong is checked before the first call.
+//! Everything that a number can make wrong is checked before the first call.
 
 mod backing;
 mod error;
@@ -50,6 +39,18 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 ///
 /// Slots have theirs ([`Region::mapping`](crate::Region::mapping)). One made by hand is memory beside the slots: pages
 /// to be moved into a slot, or the memory of a consumer with slots of its own.
+///
+/// What one costs, besides the pages that are touched and 8 bytes of page table for each:
+///
+/// | backing | system calls | mappings of the process (VMAs) |
+/// | --- | --- | --- |
+/// | anonymous | 1 | 1, merged with a neighbour of the same kind |
+/// | memfd, file below 2 MiB | 1 (a memfd: 4) | 1 |
+/// | memfd, file from 2 MiB | 1 to 3 more, to lie in the guest's phase | 1 |
+/// | hugetlb | 1 (a memfd: 4) | 1 |
+/// | any, guarded | 1 more | 3 |
+///
+/// and one call more for each piece of advice. A process may have 65,530 of those mappings (`vm.max_map_count`).
 pub struct Mapping {
     /// What is to be let go of.
     _area: Area,

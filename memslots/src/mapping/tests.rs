@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The kernel, but for the calls that it is told to refuse; it notes what is mapped.
 #[derive(Default)]
@@ -33,7 +33,8 @@ impl Refusing {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap()
+        // A test that fails while it holds the lock is to fail with its own words.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn call(&self, name: &'static str) -> Result<(), Errno> {

@@ -76,7 +76,9 @@
 //! - starts before the first of them: before vCPU and VM state is set, not only before `KVM_RUN`.
 //!
 //! With the events of [`Features`] it is more: `fork`, `mremap`, `munmap` and giving pages back (`MADV_DONTNEED`) sleep
-//! until their message has been *read*, so the reading thread does none of these; and until then operations answer
+//! until their message has been *read*, so the reading thread does none of these, and takes no lock that is held across
+//! one. (The C library's `fork` holds the allocator's locks: [`Uffd::wait`] and [`Uffd::read`] allocate nothing before the
+//! messages are read, and what is done between the two should not either.) Until then operations answer
 //! [`Cause::Changing`](Cause). Registering, unregistering and the operations themselves wait for no guest.
 //!
 //! # What becomes of sleepers
