@@ -524,10 +524,8 @@ fn a_fork_is_told_with_the_childs_descriptor() {
     assert_eq!(link.to_str(), Some("anon_inode:[userfaultfd]"));
     let child = forker.join().unwrap();
     // SAFETY: a child of this process, waited for by nobody else.
-    assert_eq!(
-        unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) },
-        child
-    );
+    let waited = unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+    assert_eq!(waited, child);
 }
 
 #[test]
