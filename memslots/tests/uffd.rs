@@ -479,7 +479,8 @@ fn pages_that_arrive_while_a_snapshot_protects_come_protected() {
 
 #[test]
 fn a_page_that_is_being_filled_while_protection_begins_is_protected_in_the_end() {
-    let operations: [fn(&FillRole) -> Result<(), OpError>; 2] = [
+    type Fill = fn(&FillRole) -> Result<(), OpError>;
+    let operations: [Fill; 2] = [
         |fill| fill.copy(0, &[1; P as usize], Wake::Now),
         |fill| fill.zero(0..P, Wake::Now),
     ];

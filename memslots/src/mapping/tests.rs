@@ -4,8 +4,10 @@
 
 use super::numa::Binding;
 use super::place::HUGE;
+use super::sys::MapRequest;
 use super::*;
 use std::collections::BTreeMap;
+use std::ffi::c_void;
 use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::os::unix::fs::FileExt;
