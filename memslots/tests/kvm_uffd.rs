@@ -44,7 +44,13 @@ impl Machine {
     fn new(backing: Backing) -> Self {
         let kvm = Kvm::new()
             .expect("the kvm tier needs /dev/kvm: run where it opens, or leave this tier out");
-        let vm: Arc<VmFd> = Arc::new(kvm.create_vm().unwrap());
+        // The kernel starts a thread for a VM, and may be interrupted there.
+        let vm: Arc<VmFd> = loop {
+            match kvm.create_vm() {
+                Err(error) if error.errno() == libc::EINTR => {}
+                vm => break Arc::new(vm.unwrap()),
+            }
+        };
         let memslots = Memslots::new(Arc::clone(&vm));
         let code = memslots
             .create(CODE_AT, Backing::anonymous(P), SlotFlags::NONE)
