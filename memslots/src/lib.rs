@@ -141,7 +141,7 @@
 //! | `kvm_arch_memslots_updated` | kernel: stale MMIO translations by generation; user space has [`Memslots::generation`] |
 //! | `kvm_arch_prepare_memory_region` | kernel: its architecture's veto; user space has [`ChangeListener::prepare`] |
 //! | `kvm_arch_commit_memory_region` | kernel: its architecture's follow-up; user space has [`ChangeListener::commit`] |
-//! | `kvm_largepages_enabled` | kernel: a module's switch; user space chooses by mapping with [`HugePages`] |
+//! | `kvm_largepages_enabled` | kernel: a module's switch; user space chooses by mapping with [`HugePages`], or [`Backing::hugetlb`] |
 //! | `kvm_disable_largepages` | kernel: as `kvm_largepages_enabled` |
 //! | `kvm_arch_flush_shadow_all` | kernel: its page tables at a VM's end; user space deletes its slots when [`Memslots`] drops |
 //! | `kvm_arch_flush_shadow_memslot` | kernel: its page tables at a slot's end, done when [`Slot::remove`] returns |
@@ -226,6 +226,13 @@
 //! The layout is the caller's value, or [`Memslots::layout`], or what [`SlotTable::regions`] shows (start, size, flags);
 //! the contents are read through a [`Snapshot`]. Ids are not part of it: they are given anew.
 //!
+//! # Backings, and what works on which
+//! [`Backing`] says what is behind a slot: anonymous memory, a memfd, a file, hugetlb pages, a mapping of the consumer's
+//! own; from which NUMA nodes, prefaulted, between guard pages, left out of core dumps. What cannot be is refused before
+//! the first system call, with the numbers. [`MemoryKind::support`] is the table of which [`Mechanism`] works on which
+//! memory, checked against the kernel; what a VM will want later (a pager, a snapshot, a dirty log) is to be asked of it
+//! when the VM is configured. With the feature `uffd` the module of that name has the userfaultfd layer.
+//!
 //! # Known limits
 //! - A plan looks at every slot that a layout governs (at 1,000 slots some 0.2 ms), and, if there is anything to do,
 //!   copies the model of what KVM has. Circles of moves are broken at the fewest slots unless they are so tangled that a
@@ -238,6 +245,8 @@
 //!   figures. Memory that a caller gives to two slots at once makes lookups by host address look at each slot.
 //! - An invalidation that has ended is noticed by whoever derived anything before it, whatever the range, as in the
 //!   kernel.
+//! - Whoever truncates a file that is behind a slot turns touches of it into SIGBUS; memfds made here are sealed against
+//!   it, other files are the caller's care.
 //! - [`PAGE_SIZE`] is 4096: x86-64, and arm64 hosts with 4 KiB pages.
 //! - Address space 1 (SMM) is known to the classifier, not to [`Memslots`].
 

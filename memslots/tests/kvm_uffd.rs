@@ -11,11 +11,12 @@ use memslots::uffd::{
     Registration, Uffd, Wake,
 };
 use memslots::{Backing, Hva, Mapping, Memslots, PAGE_SIZE, Slot, SlotFlags};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 
 /// 16-bit code at 0x1000: adds 1 to the byte at `[ds:0]`, reads it back and sends it to port 0x10, for ever.
@@ -43,7 +44,13 @@ impl Machine {
     fn new(backing: Backing) -> Self {
         let kvm = Kvm::new()
             .expect("the kvm tier needs /dev/kvm: run where it opens, or leave this tier out");
-        let vm: Arc<VmFd> = Arc::new(kvm.create_vm().unwrap());
+        // The kernel starts a thread for a VM, and may be interrupted there.
+        let vm: Arc<VmFd> = loop {
+            match kvm.create_vm() {
+                Err(error) if error.errno() == libc::EINTR => {}
+                vm => break Arc::new(vm.unwrap()),
+            }
+        };
         let memslots = Memslots::new(Arc::clone(&vm));
         let code = memslots
             .create(CODE_AT, Backing::anonymous(P), SlotFlags::NONE)
@@ -73,11 +80,14 @@ impl Machine {
         }
     }
 
-    /// Runs to the guest's next byte.
+    /// Runs to the guest's next byte. The kernel may interrupt a run at any time, for reasons of its own.
     fn run(&mut self) -> u8 {
-        match self.vcpu.run().unwrap() {
-            VcpuExit::IoOut(0x10, &[byte]) => byte,
-            other => panic!("an exit that this guest does not cause: {other:?}"),
+        loop {
+            match self.vcpu.run() {
+                Ok(VcpuExit::IoOut(0x10, &[byte])) => return byte,
+                Err(error) if error.errno() == libc::EINTR => {}
+                other => panic!("what this guest does not cause: {other:?}"),
+            }
         }
     }
 
@@ -95,11 +105,12 @@ fn uffd(required: Features) -> Uffd {
         .expect("this test needs a userfaultfd: run it as root, or as the error says")
 }
 
-/// The next fault. Waits for it.
+/// The next fault. Waits for it, and fails rather than hang.
 fn fault(uffd: &Uffd) -> Fault {
     let mut messages = Messages::with_capacity(1);
     loop {
-        uffd.wait(None).unwrap();
+        let told = uffd.wait(Some(Duration::from_secs(20))).unwrap();
+        assert!(told, "a fault was to be told, and none is");
         uffd.read(&mut messages).unwrap();
         match messages.next() {
             Some(Event::Fault(fault)) => return fault,
@@ -128,6 +139,7 @@ fn a_missing_page_is_brought_while_the_guest_waits() {
         let pager = registration.lend_fill().unwrap();
         let (vcpu, start) = (this_thread(), machine.memory.host());
         let server = thread::spawn(move || {
+            let _registration = registration; // should this thread fail, the guest wakes
             let fault = fault(&uffd);
             assert_eq!((fault.kind, fault.thread), (FaultKind::Missing, vcpu));
             assert_eq!(fault.address, start, "the page, not the byte");
@@ -140,7 +152,6 @@ fn a_missing_page_is_brought_while_the_guest_waits() {
         assert_eq!(machine.run(), 42);
         server.join().unwrap();
         assert_eq!(machine.run(), 43);
-        drop(registration);
     }
 }
 
@@ -153,6 +164,7 @@ fn a_page_that_the_page_cache_has_is_continued() {
     let file = machine.memory.file().unwrap().clone();
     file.file().write_all_at(&[20], 0).unwrap();
     let server = thread::spawn(move || {
+        let _registration = registration; // should this thread fail, the guest wakes
         let fault = fault(&uffd);
         assert_eq!(fault.kind, FaultKind::Minor);
         // Changed while the guest waits, by another way to the same page.
@@ -194,7 +206,7 @@ fn a_write_to_a_protected_page_waits_and_the_old_contents_are_there_to_be_saved(
         snapshot.protect(0..P).unwrap();
         drop(snapshot);
         assert_eq!(machine.run(), 9, "and no more when the role is gone");
-        assert_eq!(uffd.wait(Some(std::time::Duration::ZERO)), Ok(false));
+        assert_eq!(uffd.wait(Some(Duration::ZERO)), Ok(false));
     }
 }
 
@@ -246,7 +258,7 @@ fn asynchronous_protection_notes_a_write_and_nobody_waits() {
         assert!(is_protected(Hva(machine.memory.host().0 + P as usize)));
         log.protect(0..P).unwrap();
         assert!(is_protected(machine.memory.host()));
-        assert_eq!(uffd.wait(Some(std::time::Duration::ZERO)), Ok(false));
+        assert_eq!(uffd.wait(Some(Duration::ZERO)), Ok(false));
     }
 }
 
@@ -273,11 +285,13 @@ fn a_poisoned_page_is_an_error_for_the_guest_and_never_a_hang() {
     let registration = uffd.register_all(&machine.memory, Modes::MISSING).unwrap();
     let pager = registration.lend_fill().unwrap();
     let server = thread::spawn(move || {
+        // Should this thread fail, the guest wakes.
+        let registration = registration;
         let fault = fault(&uffd);
         pager
             .poison(pager.page_of(fault.address).unwrap()..P, Wake::Now)
             .unwrap();
-        pager
+        (registration, pager)
     });
     // As HOSTS has it: an MMIO exit at an address of RAM on the software KVM, an error of KVM_RUN on kvm_amd.
     match machine.vcpu.run() {
@@ -298,7 +312,10 @@ fn a_page_is_moved_in_without_a_copy() {
     let registration = uffd.register_all(&machine.memory, Modes::MISSING).unwrap();
     let pager = registration.lend_fill().unwrap();
     let server = thread::spawn(move || {
-        let staging = Mapping::new(&Backing::anonymous(2 * P), GuestAddress(0)).unwrap();
+        let _registration = registration; // should this thread fail, the guest wakes
+        // A page that a child shares cannot be moved, and another test of this process forks.
+        let staging = Backing::anonymous(2 * P).without_fork();
+        let staging = Mapping::new(&staging, GuestAddress(0)).unwrap();
         // SAFETY: within the mapping.
         unsafe { (staging.host().0 as *mut u8).write_volatile(50) };
         let _fault = fault(&uffd);
@@ -326,6 +343,7 @@ fn a_restore_and_a_snapshot_share_one_userfaultfd() {
     let snapshot = registration.lend_protect().unwrap();
     snapshot.protect(0..PAGES * P).unwrap();
     let server = thread::spawn(move || {
+        let _registration = registration; // should this thread fail, the guest wakes
         let first = fault(&uffd);
         assert_eq!(first.kind, FaultKind::Missing);
         pager.copy(0, &page_of(60), Wake::Now).unwrap();
@@ -371,11 +389,10 @@ fn a_sleeping_vcpu_that_is_kicked_tells_its_fault_again_and_is_served() {
     let registration = uffd.register_all(&machine.memory, Modes::MISSING).unwrap();
     let pager = registration.lend_fill().unwrap();
     let vcpu = thread::spawn(move || {
-        let mut kicked = 0;
         loop {
             match machine.vcpu.run() {
-                Ok(VcpuExit::IoOut(0x10, &[byte])) => return (byte, kicked),
-                Err(error) if error.errno() == libc::EINTR => kicked += 1,
+                Ok(VcpuExit::IoOut(0x10, &[byte])) => return byte,
+                Err(error) if error.errno() == libc::EINTR => {}
                 other => panic!("{other:?}"),
             }
         }
@@ -388,9 +405,133 @@ fn a_sleeping_vcpu_that_is_kicked_tells_its_fault_again_and_is_served() {
     // again and again until its signal can be taken where it does not (the software KVM).
     assert_eq!(fault(&uffd), first);
     pager.copy(0, &page_of(9), Wake::Now).unwrap();
-    let (byte, kicked) = vcpu.join().unwrap();
+    let byte = vcpu.join().unwrap();
     assert_eq!(byte, 10);
-    assert!(kicked <= 1, "one signal");
+}
+
+/// Memory of this test's own.
+struct Raw(usize, usize);
+
+impl Raw {
+    fn new(size: u64) -> Self {
+        // SAFETY: a new mapping disturbs no other.
+        let base = unsafe { Self::map(std::ptr::null_mut(), size, 0) };
+        Self(base, size as usize)
+    }
+
+    /// # Safety
+    /// As `mmap`.
+    unsafe fn map(at: *mut libc::c_void, size: u64, more_flags: libc::c_int) -> usize {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | more_flags;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the caller's promise.
+        let base = unsafe { libc::mmap(at, size as usize, protection, flags, -1, 0) };
+        assert_ne!(base, libc::MAP_FAILED);
+        base as usize
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        // SAFETY: this test's own mapping.
+        unsafe { libc::munmap(self.0 as *mut _, self.1) };
+    }
+}
+
+#[test]
+fn changes_of_the_process_memory_are_told_and_wait_until_they_are_read() {
+    let uffd = uffd(Features::EVENT_REMOVE | Features::EVENT_UNMAP | Features::EVENT_REMAP);
+    let raw = Arc::new(Raw::new(8 * P));
+    let start = raw.0;
+    // SAFETY: nobody accesses it but this test, by system calls.
+    let backing = unsafe { Backing::external(Hva(start), 8 * P, raw) };
+    let memory = Arc::new(Mapping::new(&backing, GuestAddress(0)).unwrap());
+    let registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+    let pager = registration.lend_fill().unwrap();
+    pager.copy(0, &page_of(1), Wake::Now).unwrap();
+    let page = move |index: u64| start + (index * P) as usize;
+    let mut messages = Messages::with_capacity(4);
+    let mut told = |meanwhile: &dyn Fn()| {
+        assert!(uffd.wait(Some(Duration::from_secs(20))).unwrap());
+        meanwhile();
+        assert_eq!(uffd.read(&mut messages), Ok(1));
+        messages.next().unwrap()
+    };
+
+    let change = thread::spawn(move || {
+        // SAFETY: this test's own memory.
+        unsafe { libc::madvise(page(0) as *mut _, 2 * P as usize, libc::MADV_DONTNEED) }
+    });
+    let event = told(&|| {
+        // The change waits, and so nothing can be placed.
+        let error = pager.copy(4 * P, &page_of(2), Wake::Now).unwrap_err();
+        assert_eq!((error.cause, error.done), (Cause::Changing, 0));
+    });
+    assert!(matches!(event, Event::Remove(range) if range == (page(0)..page(2))));
+    assert_eq!(change.join().unwrap(), 0);
+    pager.copy(0, &page_of(3), Wake::Now).unwrap();
+
+    let change = thread::spawn(move || {
+        // SAFETY: as above; there is another page in its place afterwards.
+        unsafe { Raw::map(page(7) as *mut _, P, libc::MAP_FIXED) }
+    });
+    let event = told(&|| {});
+    assert!(matches!(event, Event::Unmap(range) if range == (page(7)..page(8))));
+    assert_eq!(change.join().unwrap(), page(7));
+
+    let change = thread::spawn(move || {
+        // SAFETY: as above; it moves over a page of this test's own, and leaves an empty one.
+        unsafe {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+            let place = Raw::new(P);
+            let to = place.0;
+            let moved = libc::mremap(page(5) as *mut _, P as usize, P as usize, flags, to) as usize;
+            assert_eq!(moved, to);
+            place
+        }
+    });
+    let Event::Remap { from, size, .. } = told(&|| {}) else {
+        panic!("a move was to be told")
+    };
+    assert_eq!((from, size), (Hva(page(5)), P));
+    // What moved is still told of, so even its end waits for a reader.
+    let end = thread::spawn(move || drop(change.join().unwrap()));
+    while !end.is_finished() {
+        if uffd.wait(Some(Duration::from_millis(10))).unwrap() {
+            uffd.read(&mut messages).unwrap();
+            messages.by_ref().for_each(drop);
+        }
+    }
+    end.join().unwrap();
+}
+
+#[test]
+fn a_fork_is_told_with_the_childs_descriptor() {
+    let uffd = uffd(Features::EVENT_FORK);
+    let memory = Arc::new(Mapping::new(&Backing::anonymous(P), GuestAddress(0)).unwrap());
+    let _registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+    let mut messages = Messages::with_capacity(2);
+    let forker = thread::spawn(|| {
+        // The bare call: the C library's `fork` holds the allocator's locks until this message is read, and the other
+        // tests of this process are not to wait for that.
+        // SAFETY: the child, which has this thread alone, does nothing but end.
+        match unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) } {
+            // SAFETY: as above.
+            0 => unsafe { libc::_exit(0) },
+            child => child as libc::pid_t,
+        }
+    });
+    assert!(uffd.wait(Some(Duration::from_secs(20))).unwrap());
+    uffd.read(&mut messages).unwrap();
+    let Some(Event::Fork(Some(child))) = messages.next() else {
+        panic!("a fork was to be told")
+    };
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", child.as_raw_fd())).unwrap();
+    assert_eq!(link.to_str(), Some("anon_inode:[userfaultfd]"));
+    let child = forker.join().unwrap();
+    // SAFETY: a child of this process, waited for by nobody else.
+    let waited = unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+    assert_eq!(waited, child);
 }
 
 #[test]
@@ -420,11 +561,26 @@ fn a_descriptor_for_user_mode_alone_is_refused_and_a_whole_one_adopted() {
     let error = Uffd::adopt(open(USER_MODE_ONLY), Features::NONE).unwrap_err();
     assert!(matches!(error, OpenError::UserModeOnly), "{error}");
 
+    /// Beyond every kernel's.
+    const UNKNOWN: Features = Features::from_bits(1 << 63);
+    let error = Uffd::adopt(open(0), UNKNOWN).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            OpenError::Missing {
+                missing: UNKNOWN,
+                ..
+            }
+        ),
+        "{error}"
+    );
+
     let mut machine = Machine::new(Backing::anonymous(PAGES * P));
     let uffd = Uffd::adopt(open(0), Features::THREAD_ID).unwrap();
     let registration = uffd.register_all(&machine.memory, Modes::MISSING).unwrap();
     let pager = registration.lend_fill().unwrap();
     let server = thread::spawn(move || {
+        let _registration = registration; // should this thread fail, the guest wakes
         fault(&uffd);
         pager.copy(0, &page_of(70), Wake::Now).unwrap();
     });

@@ -4,15 +4,19 @@
 //! that fails has changed nothing.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+// Such ranges are what is to be refused.
+#![allow(clippy::reversed_empty_ranges)]
 
 use memslots::uffd::fake::{FakeUffd, Touch};
 use memslots::uffd::{
     Call, Cause, Event, FaultKind, Features, FillRole, LendError, Message, Messages, Modes,
-    OpenError, ProtectRole, RegisterError, Registration, Uffd, UnregisterReason, Wake, encode,
+    OpError, OpenError, ProtectRole, RegisterError, Registration, Uffd, UnregisterReason, Wake,
+    encode,
 };
 use memslots::{Backing, Errno, Hva, Mapping, PAGE_SIZE};
 use proptest::prelude::*;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use vm_memory::GuestAddress;
 
 const ALL: Features = Features::from_bits(0x1ffff);
@@ -332,7 +336,7 @@ fn a_copy_goes_on_after_a_part_of_it_and_says_how_far_it_came() {
 
 #[test]
 fn every_errno_of_every_operation_is_a_cause_and_leaves_the_page_as_it_was() {
-    type Op = fn(&FillRole, &Mapping) -> Result<(), memslots::uffd::OpError>;
+    type Op = fn(&FillRole, &Mapping) -> Result<(), OpError>;
     let operations: [(Call, Op); 6] = [
         (Call::Copy, |fill, _| {
             fill.copy(0, &[1; P as usize], Wake::Now)
@@ -471,6 +475,65 @@ fn pages_that_arrive_while_a_snapshot_protects_come_protected() {
     }
     fill.copy(7 * P, &[1; P as usize], Wake::Now).unwrap();
     assert_eq!(world.fake.page(world.at(7)), Some(false));
+}
+
+#[test]
+fn a_page_that_is_being_filled_while_protection_begins_is_protected_in_the_end() {
+    type Fill = fn(&FillRole) -> Result<(), OpError>;
+    let operations: [Fill; 2] = [
+        |fill| fill.copy(0, &[1; P as usize], Wake::Now),
+        |fill| fill.zero(0..P, Wake::Now),
+    ];
+    for (call, operation) in [Call::Copy, Call::ZeroPage].into_iter().zip(operations) {
+        let world = World::new();
+        let registration = world.register(Modes::MISSING | Modes::WRITE_PROTECT);
+        let (fill, protect) = (
+            registration.lend_fill().unwrap(),
+            registration.lend_protect().unwrap(),
+        );
+        let (go, gone) = mpsc::channel();
+        thread::scope(|scope| {
+            let protect = &protect;
+            scope.spawn(move || {
+                gone.recv().unwrap();
+                protect.protect(0..PAGES * P).unwrap();
+            });
+            // In the middle of the filling the other begins, and gets as far as it can: its call does not come before
+            // the filling is over. A while is enough to see one that does.
+            let fake = world.fake.clone();
+            world.fake.before(call, move || {
+                go.send(()).unwrap();
+                let is_protect = |(call, _): &(Call, Vec<u64>)| *call == Call::WriteProtect;
+                let _came = (0..2000).any(|_| {
+                    thread::yield_now();
+                    fake.calls().iter().any(is_protect)
+                });
+            });
+            operation(&fill).unwrap();
+        });
+        assert_eq!(world.fake.page(world.at(0)), Some(true), "{}", call.name());
+    }
+}
+
+#[test]
+fn a_page_that_is_filled_while_protection_ends_is_not_protected() {
+    let world = World::new();
+    let registration = world.register(Modes::MISSING | Modes::WRITE_PROTECT);
+    let fill = Arc::new(registration.lend_fill().unwrap());
+    let protect = registration.lend_protect().unwrap();
+    protect.protect(0..PAGES * P).unwrap();
+    world.fake.before(Call::WriteProtect, {
+        let fill = Arc::clone(&fill);
+        move || fill.copy(0, &[1; P as usize], Wake::Now).unwrap()
+    });
+    world.fake.after(Call::WriteProtect, {
+        let fill = Arc::clone(&fill);
+        move || fill.copy(P, &[1; P as usize], Wake::Now).unwrap()
+    });
+    drop(protect);
+    for page in 0..2 {
+        assert_eq!(world.fake.page(world.at(page)), Some(false), "page {page}");
+    }
 }
 
 #[test]

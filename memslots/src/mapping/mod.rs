@@ -1,19 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The host memory behind a slot: [`Backing`] says which, [`Mapping`] is it, unmapped when the last user lets go.
-//!
-//! What a mapping costs, besides the pages that are touched:
-//!
-//! | backing | system calls | mappings of the process (VMAs) |
-//! | --- | --- | --- |
-//! | anonymous | 1 | 1, merged with a neighbour of the same kind |
-//! | memfd, file below 2 MiB | 1 (a memfd: 4) | 1 |
-//! | memfd, file from 2 MiB | 1 to 3 more, to lie in the guest's phase | 1 |
-//! | hugetlb | 1 (a memfd: 4) | 1 |
-//! | any, guarded | 1 more | 3 |
-//!
-//! and one call more for each piece of advice. Everything that a number can make wrong is checked before the first call.
+//! Everything that a number can make wrong is checked before the first call.
 
+mod area;
 mod backing;
 mod error;
 mod hugetlb;
@@ -29,17 +19,15 @@ pub use hugetlb::{HugePageSize, HugePool};
 pub use numa::NumaPolicy;
 
 use crate::{Errno, Hva, Mechanism, MemoryKind, PAGE_SIZE};
+use area::{Area, Plan};
 use backing::Source;
-use place::Place;
 use prefault::Work;
-use std::any::Any;
-use std::ffi::c_void;
 use std::fmt;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
-use sys::{Kernel, MapRequest, System};
+use sys::{Kernel, System};
 use vm_memory::{FileOffset, GuestAddress};
 
 /// `f_type` of a tmpfs (memfds are on one) and of a hugetlbfs, linux/magic.h.
@@ -50,6 +38,18 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 ///
 /// Slots have theirs ([`Region::mapping`](crate::Region::mapping)). One made by hand is memory beside the slots: pages
 /// to be moved into a slot, or the memory of a consumer with slots of its own.
+///
+/// What one costs, besides the pages that are touched and 8 bytes of page table for each:
+///
+/// | backing | system calls | mappings of the process (VMAs) |
+/// | --- | --- | --- |
+/// | anonymous | 1 | 1, merged with a neighbour of the same kind |
+/// | memfd, file below 2 MiB | 1 (a memfd: 4) | 1 |
+/// | memfd, file from 2 MiB | 1 to 3 more, to lie in the guest's phase | 1 |
+/// | hugetlb | 1 (a memfd: 4) | 1 |
+/// | any, guarded | 1 more | 3 |
+///
+/// and one call more for each piece of advice. A process may have 65,530 of those mappings (`vm.max_map_count`).
 pub struct Mapping {
     /// What is to be let go of.
     _area: Area,
@@ -68,18 +68,6 @@ pub struct Mapping {
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
-
-/// Address space that goes when this does.
-enum Area {
-    Own {
-        base: *mut c_void,
-        length: usize,
-        system: &'static dyn System,
-    },
-    External {
-        _owner: Arc<dyn Any + Send + Sync>,
-    },
-}
 
 impl Mapping {
     /// Maps `backing`, to be seen by the guest at `guest`. Blocks as long as the kernel takes to map, and to prefault if
@@ -116,11 +104,7 @@ impl Mapping {
                 };
                 let plan = Plan::new(backing, kind, *huge, libc::MAP_SHARED, None)?;
                 let file = Arc::new(memfd::create(system, size, *huge)?);
-                Plan {
-                    file: Some((file, 0)),
-                    ..plan
-                }
-                .map(system, guest)?
+                plan.of(file).map(system, guest)?
             }
             Source::File {
                 file,
@@ -330,160 +314,6 @@ impl Mapping {
     }
 }
 
-/// A mapping whose numbers are in order.
-struct Plan {
-    size: u64,
-    page_size: u64,
-    kind: MemoryKind,
-    huge: Option<HugePageSize>,
-    flags: i32,
-    file: Option<(Arc<File>, u64)>,
-    guarded: bool,
-}
-
-impl Plan {
-    fn new(
-        backing: &Backing,
-        kind: MemoryKind,
-        huge: Option<HugePageSize>,
-        mut flags: i32,
-        file: Option<(Arc<File>, u64)>,
-    ) -> Result<Self, MapError> {
-        let (size, page_size) = (backing.size, huge.map_or(PAGE_SIZE, HugePageSize::bytes));
-        check_aligned("size", size, page_size)?;
-        match huge {
-            // Not reserved, but for huge pages: of those the touch of a missing one would be a SIGBUS.
-            None => flags |= libc::MAP_NORESERVE,
-            Some(page_size) if hugetlb::known_missing(page_size) => {
-                return Err(MapError::NoHugePageSize { page_size });
-            }
-            Some(page) if flags & libc::MAP_ANONYMOUS != 0 => {
-                flags |= libc::MAP_HUGETLB | page.flag() as i32;
-            }
-            Some(_) => {}
-        }
-        Ok(Self {
-            size,
-            page_size,
-            kind,
-            huge,
-            flags,
-            file,
-            guarded: backing.guarded,
-        })
-    }
-
-    fn map(self, system: &'static dyn System, guest: GuestAddress) -> Result<Mapping, MapError> {
-        let place = Place::new(self.size, self.page_size, guest.0, self.guarded)?;
-        // The slack of anonymous memory is never touched, costs nothing, and spares the calls that would cut it off. The
-        // kernel places hugetlb mappings by itself.
-        let with_slack = self.kind == MemoryKind::Anonymous;
-        let (area, start) =
-            if !self.guarded && (with_slack || self.huge.is_some() || place.is_exact()) {
-                let length = if with_slack { place.length } else { place.size };
-                // SAFETY: a new mapping, anywhere.
-                let base = unsafe { self.call(system, None, length) }?;
-                let shift = if with_slack {
-                    place.shift(base as usize)
-                } else {
-                    0
-                };
-                let area = Area::Own {
-                    base,
-                    length,
-                    system,
-                };
-                (area, base.wrapping_byte_add(shift))
-            } else {
-                self.map_into_reservation(system, &place)?
-            };
-        Ok(Mapping {
-            _area: area,
-            start: start.cast(),
-            size: place.size,
-            page_size: self.page_size,
-            kind: self.kind,
-            file: self
-                .file
-                .filter(|_| self.flags & libc::MAP_SHARED != 0)
-                .map(|(file, offset)| FileOffset::from_arc(file, offset)),
-            system,
-        })
-    }
-
-    /// Address space first, which nobody can touch, and the memory into it.
-    fn map_into_reservation(
-        &self,
-        system: &'static dyn System,
-        place: &Place,
-    ) -> Result<(Area, *mut c_void), MapError> {
-        let request = MapRequest {
-            at: None,
-            length: place.length,
-            protection: libc::PROT_NONE,
-            flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-            file: None,
-        };
-        // SAFETY: a new mapping, anywhere.
-        let base = unsafe { system.mmap(request) }.map_err(|errno| MapError::Call {
-            call: "mmap (of address space)",
-            size: self.size,
-            errno,
-        })?;
-        let mut area = Area::Own {
-            base,
-            length: place.length,
-            system,
-        };
-        let start = base.wrapping_byte_add(place.shift(base as usize));
-        // SAFETY: `start` and the memory's size behind it lie in the reservation, which is ours and unused.
-        unsafe { self.call(system, Some(start), place.size) }?;
-        if !self.guarded {
-            area.trim(start, place.size);
-        }
-        Ok((area, start))
-    }
-
-    /// # Safety
-    /// As [`System::mmap`].
-    unsafe fn call(
-        &self,
-        system: &dyn System,
-        at: Option<*mut c_void>,
-        length: usize,
-    ) -> Result<*mut c_void, MapError> {
-        let size = self.size;
-        let file = match &self.file {
-            None => None,
-            Some((file, offset)) => {
-                // The kernel counts file offsets in `i64`.
-                let offset = i64::try_from(*offset).map_err(|_| MapError::TooLarge { size })?;
-                Some((&**file, offset))
-            }
-        };
-        let request = MapRequest {
-            at,
-            length,
-            protection: libc::PROT_READ | libc::PROT_WRITE,
-            flags: self.flags,
-            file,
-        };
-        // SAFETY: the caller's promise.
-        unsafe { system.mmap(request) }.map_err(|errno| match self.huge {
-            Some(page_size) if errno == Errno(libc::ENOMEM) => MapError::NoHugePages {
-                page_size,
-                wanted: size / page_size.bytes(),
-                pool: HugePool::of_host(page_size),
-            },
-            _ => MapError::Call {
-                call: "mmap",
-                size,
-                errno,
-            },
-        })
-    }
-}
-
 fn check_aligned(what: &'static str, value: u64, page_size: u64) -> Result<(), MapError> {
     if value.is_multiple_of(page_size) {
         Ok(())
@@ -493,54 +323,6 @@ fn check_aligned(what: &'static str, value: u64, page_size: u64) -> Result<(), M
             value,
             page_size,
         })
-    }
-}
-
-impl Area {
-    /// Gives back what is around the memory. What the kernel does not take back stays ours, and untouchable.
-    fn trim(&mut self, start: *mut c_void, size: usize) {
-        let Self::Own {
-            base,
-            length,
-            system,
-        } = self
-        else {
-            return;
-        };
-        let end = start as usize + size;
-        let (before, behind) = (
-            start as usize - *base as usize,
-            *base as usize + *length - end,
-        );
-        // SAFETY: a part of our reservation that holds no memory, used by nobody.
-        if behind > 0 && unsafe { system.munmap(start.wrapping_byte_add(size), behind) }.is_ok() {
-            *length -= behind;
-        }
-        // SAFETY: as above.
-        if before > 0 && unsafe { system.munmap(*base, before) }.is_ok() {
-            *base = start;
-            *length -= before;
-        }
-    }
-}
-
-impl Drop for Area {
-    fn drop(&mut self) {
-        let Self::Own {
-            base,
-            length,
-            system,
-        } = self
-        else {
-            return;
-        };
-        // SAFETY: mapped by us with this length, unmapped by nobody else, and no slice of it is left: slices borrow
-        // from the region that owns this. No slot refers to it: `Memslots` deletes a slot before it lets go of its
-        // region, and never lets go of one that could not be deleted. No userfaultfd has it: a registration keeps its
-        // mapping.
-        if let Err(errno) = unsafe { system.munmap(*base, *length) } {
-            log::error!("munmap of {length:#x} bytes: {errno}");
-        }
     }
 }
 

@@ -4,12 +4,14 @@
 
 use super::numa::Binding;
 use super::place::HUGE;
+use super::sys::MapRequest;
 use super::*;
 use std::collections::BTreeMap;
+use std::ffi::c_void;
 use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The kernel, but for the calls that it is told to refuse; it notes what is mapped.
 #[derive(Default)]
@@ -23,6 +25,8 @@ struct State {
     refuse: BTreeMap<usize, Errno>,
     /// Bytes mapped and not unmapped.
     mapped: usize,
+    /// What `madvise` was asked for.
+    advice: Vec<i32>,
 }
 
 impl Refusing {
@@ -31,7 +35,8 @@ impl Refusing {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap()
+        // A test that fails while it holds the lock is to fail with its own words.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn call(&self, name: &'static str) -> Result<(), Errno> {
@@ -62,6 +67,7 @@ impl System for Refusing {
     }
 
     unsafe fn madvise(&self, start: *mut c_void, length: usize, advice: i32) -> Result<(), Errno> {
+        self.lock().advice.push(advice);
         self.call("madvise")?;
         // SAFETY: the caller's promise.
         unsafe { Kernel.madvise(start, length, advice) }
@@ -391,6 +397,46 @@ fn prefault_makes_all_of_it_present_with_any_number_of_threads() {
 }
 
 #[test]
+fn a_private_file_is_read_in_beforehand_and_not_copied() {
+    /// linux/mman.h.
+    const POPULATE: [i32; 2] = [22, 23];
+    let asked = |backing: Backing| {
+        let system = Refusing::leak();
+        let mapping = Mapping::made_by(system, &backing.prefault(threads(1)), GuestAddress(0));
+        (mapping.unwrap(), system.lock().advice.clone())
+    };
+    let file = file(0x2000);
+    let (mapping, advice) = asked(Backing::file_private(Arc::clone(&file), 0, 0x2000));
+    assert_eq!(advice, [POPULATE[0]]);
+    file.write_all_at(&[8], 0x1000).unwrap();
+    assert_eq!(read(&mapping, 0x1000), 8, "still the page cache's page");
+    for backing in [
+        Backing::anonymous(0x2000),
+        Backing::memfd(0x2000),
+        Backing::file_shared(file, 0, 0x2000),
+    ] {
+        assert_eq!(asked(backing).1, [POPULATE[1]]);
+    }
+}
+
+#[test]
+fn what_is_reserved_beside_a_mapping_is_given_back() {
+    for (backing, beside) in [
+        (Backing::memfd(4 << 20), 0),
+        (Backing::file_shared(file(4 << 20), 0, 4 << 20), 0),
+        (Backing::memfd(0x1000), 0),
+        (Backing::memfd(0x1000).guarded(), 0x2000),
+        (Backing::anonymous(0x1000), 0),
+    ] {
+        let system = Refusing::leak();
+        let mapping = Mapping::made_by(system, &backing, GuestAddress(0x5000)).unwrap();
+        assert_eq!(system.lock().mapped, mapping.size + beside, "{backing:?}");
+        drop(mapping);
+        assert_eq!(system.lock().mapped, 0);
+    }
+}
+
+#[test]
 fn a_kernel_without_populate_is_touched_and_contents_stay() {
     let system = Refusing::leak();
     let mapping = Mapping::made_by(system, &Backing::anonymous(0x8000), GuestAddress(0)).unwrap();
@@ -530,40 +576,4 @@ fn an_external_mapping_is_used_as_it_is_and_its_owner_dropped_last() {
     // SAFETY: refused, and so used by nobody.
     let unaligned = unsafe { Backing::external(Hva(0x1001), 0x1000, Arc::new(())) };
     assert!(Mapping::new(&unaligned, GuestAddress(0)).is_err());
-}
-
-#[test]
-fn hugetlb_pages_are_reserved_when_mapped_or_the_pool_is_shown() {
-    for page in [HugePageSize::MIB_2, HugePageSize::GIB_1] {
-        for backing in [
-            Backing::hugetlb(page.bytes(), page),
-            Backing::hugetlb_memfd(page.bytes(), page),
-            Backing::hugetlb(page.bytes(), page).guarded(),
-            Backing::hugetlb_memfd(page.bytes(), page).guarded(),
-        ] {
-            let Some(before) = HugePool::of_host(page) else {
-                continue;
-            };
-            match Mapping::new(&backing, GuestAddress(0)) {
-                Ok(mapping) => {
-                    assert_eq!(
-                        (mapping.page_size(), mapping.host().0 as u64 % page.bytes()),
-                        (page.bytes(), 0)
-                    );
-                    assert!(HugePool::of_host(page).unwrap().reserved > 0);
-                    write(&mapping, mapping.size - 1, 1);
-                    assert_eq!(read(&mapping, mapping.size - 1), 1);
-                }
-                Err(error) => {
-                    assert_eq!(before.available(), 0, "{error}");
-                    let text = error.to_string();
-                    assert!(
-                        text.contains(&format!("1 huge pages of {page} wanted, 0 to be had")),
-                        "{text}"
-                    );
-                    assert!(text.ends_with("kB/nr_hugepages"), "{text}");
-                }
-            }
-        }
-    }
 }

@@ -8,6 +8,7 @@ use super::message::encode;
 use super::{Call, Fault, FaultKind, Features, Message, OpenError, RawMessage, UffdHost, abi};
 use crate::{Errno, Hva, PAGE_SIZE};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
 use std::ops::Range;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,6 +47,21 @@ struct Shared {
     available: Features,
     state: Mutex<State>,
     told: Condvar,
+    meanwhile: Mutex<Vec<Meanwhile>>,
+}
+
+/// What someone else does in the moment of a call.
+struct Meanwhile {
+    call: Call,
+    /// After the call has done its work, or before.
+    after: bool,
+    action: Box<dyn FnOnce() + Send>,
+}
+
+impl fmt::Debug for Meanwhile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Meanwhile").field(&self.call).finish()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -95,6 +111,7 @@ impl FakeUffd {
                 available,
                 state: Mutex::default(),
                 told: Condvar::new(),
+                meanwhile: Mutex::default(),
             }),
         }
     }
@@ -126,6 +143,17 @@ impl FakeUffd {
         let mut state = self.lock();
         let call = state.calls.len() + after;
         state.failures.insert(call, Failure::Partly(bytes));
+    }
+
+    /// What `action` does happens while the next `call` is on its way, before it has done anything: another thread's
+    /// doing, at the worst moment.
+    pub fn before(&self, call: Call, action: impl FnOnce() + Send + 'static) {
+        self.shared.note(call, false, Box::new(action));
+    }
+
+    /// As [`before`](Self::before), when it has done its work and not returned yet.
+    pub fn after(&self, call: Call, action: impl FnOnce() + Send + 'static) {
+        self.shared.note(call, true, Box::new(action));
     }
 
     /// The calls so far, refused ones included, with their arguments as they were asked.
@@ -200,6 +228,34 @@ impl FakeUffd {
 }
 
 impl Shared {
+    fn meanwhile(&self) -> MutexGuard<'_, Vec<Meanwhile>> {
+        self.meanwhile
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, call: Call, after: bool, action: Box<dyn FnOnce() + Send>) {
+        self.meanwhile().push(Meanwhile {
+            call,
+            after,
+            action,
+        });
+    }
+
+    fn run_meanwhile(&self, call: Call, after: bool) {
+        let due = |noted: &Meanwhile| (noted.call, noted.after) == (call, after);
+        let noted = {
+            let mut meanwhile = self.meanwhile();
+            meanwhile
+                .iter()
+                .position(due)
+                .map(|place| meanwhile.remove(place))
+        };
+        if let Some(noted) = noted {
+            (noted.action)();
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -296,8 +352,10 @@ impl Descriptor {
     }
 }
 
-impl UffdHost for Descriptor {
-    unsafe fn ioctl(&self, call: Call, argument: &mut [u64]) -> Result<(), Errno> {
+impl Descriptor {
+    /// # Safety
+    /// As [`UffdHost::ioctl`].
+    unsafe fn answer(&self, call: Call, argument: &mut [u64]) -> Result<(), Errno> {
         let mut state = self.shared.lock();
         let number = state.calls.len();
         state.calls.push((call, argument.to_vec()));
@@ -378,6 +436,16 @@ impl UffdHost for Descriptor {
                 result
             }
         }
+    }
+}
+
+impl UffdHost for Descriptor {
+    unsafe fn ioctl(&self, call: Call, argument: &mut [u64]) -> Result<(), Errno> {
+        self.shared.run_meanwhile(call, false);
+        // SAFETY: the caller's promise.
+        let answer = unsafe { self.answer(call, argument) };
+        self.shared.run_meanwhile(call, true);
+        answer
     }
 
     fn read(&self, messages: &mut [RawMessage]) -> Result<usize, Errno> {

@@ -49,7 +49,7 @@ pub enum Cause {
     /// What was to be placed cannot be read, or for `UFFDIO_CONTINUE`, is not in the page cache (`EFAULT`).
     #[error("what was to be placed is not there")]
     NoSource,
-    /// A page to be moved is in use elsewhere (`EBUSY`): copy it.
+    /// A page to be moved is in use elsewhere (`EBUSY`), by a child since a fork for one: copy it.
     #[error("a page to be moved is in use elsewhere")]
     Pinned,
     /// A moved page cannot come write-protected, and a [`ProtectRole`](super::ProtectRole) is at work: copy it.

@@ -23,7 +23,7 @@ impl Ranges {
     /// The range that overlaps this one.
     pub fn overlap(&self, range: &Range<usize>) -> Option<Range<usize>> {
         let (start, entry) = self.entries.range(..range.end).next_back()?;
-        (entry.end > range.start && !range.is_empty()).then(|| *start..entry.end)
+        (entry.end > range.start && !range.is_empty()).then_some(*start..entry.end)
     }
 
     /// Notes a range that overlaps none.
@@ -53,7 +53,7 @@ impl Ranges {
     /// The range that has the address, and its modes.
     pub fn find(&self, address: usize) -> Option<(Range<usize>, Modes)> {
         let (start, entry) = self.entries.range(..=address).next_back()?;
-        (address < entry.end).then(|| (*start..entry.end, entry.modes))
+        (address < entry.end).then_some((*start..entry.end, entry.modes))
     }
 }
 

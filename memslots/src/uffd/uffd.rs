@@ -70,13 +70,19 @@ impl Uffd {
     pub fn adopt(descriptor: OwnedFd, required: Features) -> Result<Self, OpenError> {
         let kernel = Kernel::adopt(descriptor)?;
         let enabled = required;
-        let available = ask(&kernel, enabled).map_err(|errno| match errno.0 {
-            libc::EINVAL => OpenError::Missing {
-                missing: required,
-                available: Features::NONE,
-            },
-            _ => api_error(errno),
-        })?;
+        let available = match ask(&kernel, enabled) {
+            Ok(available) => available,
+            Err(refusal) => {
+                // A refusal leaves it as it was. Who has answered before refuses this too.
+                let available = ask(&kernel, Features::NONE).map_err(|_| api_error(refusal))?;
+                let missing = required.without(available);
+                return Err(if missing.is_empty() {
+                    api_error(refusal)
+                } else {
+                    OpenError::Missing { missing, available }
+                });
+            }
+        };
         let uffd = Self::negotiated(Box::new(kernel), available, enabled);
         trial::hears_of_kernel_faults(&uffd)?;
         Ok(uffd)

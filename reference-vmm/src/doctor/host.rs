@@ -7,8 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use kvm_core::{Kvm, OpenError};
-
-use super::uffd::Uffd;
+use memslots::uffd::{Features, Uffd};
 
 /// Where KVM's device is, unless a path is given.
 const USUAL_PATH: &str = "/dev/kvm";
@@ -94,8 +93,8 @@ pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
         modules,
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease")
             .map_or_else(|_| "unknown".into(), |release| release.trim().into()),
-        userfaultfd: Uffd::open()
-            .map(|uffd| uffd.features())
+        userfaultfd: Uffd::open(Features::NONE, Features::NONE)
+            .map(|uffd| uffd.available().bits())
             .map_err(|error| error.to_string()),
         problem,
     };

@@ -19,7 +19,6 @@ mod guest;
 mod host;
 mod report;
 mod trials;
-mod uffd;
 
 use std::io;
 use std::path::Path;

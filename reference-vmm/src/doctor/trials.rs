@@ -16,7 +16,8 @@ use dirty_log::{DirtyLog, KvmBitmap};
 use io_bus::{IoEvent, IoEventAddress, IoEventFd, WriteLength, WriteMatch};
 use irq_routing::{Arrival, Msi};
 use kvm_bindings as kvm;
-use memslots::{Backing, Gfn, HugePages, PAGE_SIZE, SlotExtent, SlotFlags};
+use memslots::uffd::{Event, Features, FillRole, Messages, Modes, OpError, Uffd, Wake};
+use memslots::{Backing, Gfn, HugePages, Hva, PAGE_SIZE, SlotExtent, SlotFlags};
 use vm_device::bus::{
     MmioAddress, MmioAddressOffset, MmioRange, PioAddress, PioAddressOffset, PioRange,
 };
@@ -26,7 +27,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::checks::{Checked, LIMIT, Trouble};
 use super::guest::{Guest, LOW_MEMORY, Order, READY, VECTOR};
-use super::uffd::Uffd;
 
 /// One thing to check.
 pub(super) struct Trial {
@@ -407,20 +407,31 @@ fn page_fault(kvm_path: &Path) -> Checked {
     const AT: u64 = 0x300_0000;
     const PAGES: u64 = 32;
     let guest = Guest::start(kvm_path)?;
-    let uffd = Uffd::open().map_err(|error| Trouble::Unavailable(error.to_string()))?;
+    let uffd = Uffd::open(Features::NONE, Features::NONE)
+        .map_err(|error| Trouble::Unavailable(error.to_string()))?;
     let backing = Backing::anonymous(PAGES * PAGE_SIZE).huge_pages(HugePages::Never);
     let slot = guest
         .slots()?
         .create(GuestAddress(AT), backing, SlotFlags::NONE)?;
-    uffd.register_missing(slot.extent().host_range())?;
     let extent = slot.extent().clone();
+    let snapshot = guest.slots()?.snapshot();
+    let memory = snapshot
+        .by_id(extent.id())
+        .ok_or_else(|| io::Error::other("a slot that was just made is not there"))?
+        .mapping();
+    let registration = uffd
+        .register_all(memory, Modes::MISSING)
+        .map_err(io::Error::other)?;
+    let role = registration.lend_fill().map_err(io::Error::other)?;
     let (tell, told) = mpsc::channel();
-    // It ends by itself when every page is there or no fault comes for a while; the userfaultfd
-    // goes with it, which wakes a vCPU that waits.
+    // It ends by itself when every page is there or no fault comes for a while; its role goes with
+    // it, and the registration, which is its own too: that wakes a vCPU that waits.
     thread::Builder::new()
         .name("doctor-pager".into())
         .spawn(move || {
-            let _ = tell.send(serve(&uffd, &extent));
+            let served = serve(&uffd, &role, &extent);
+            drop((role, registration));
+            let _ = tell.send(served);
         })?;
     let mut times = Vec::new();
     for page in 0..PAGES {
@@ -447,39 +458,60 @@ fn page_fault(kvm_path: &Path) -> Checked {
 }
 
 /// A pager: serves faults of the slot until all of it is there. Returns how many pages it served.
-fn serve(uffd: &Uffd, slot: &SlotExtent) -> io::Result<u64> {
+fn serve(uffd: &Uffd, role: &FillRole, slot: &SlotExtent) -> io::Result<u64> {
     let mut schedule: Schedule<()> = Schedule::for_slot(slot, 8);
+    let mut messages = Messages::with_capacity(8);
     let mut page = [0; PAGE_SIZE as usize];
+    let kernel = |errno: memslots::Errno| io::Error::from_raw_os_error(errno.0);
     while !schedule.is_complete() {
-        let Some(address) = uffd.wait(LIMIT / 10)? else {
+        if !uffd.wait(Some(LIMIT / 10)).map_err(kernel)? {
             return Err(io::Error::other("no fault came"));
-        };
-        let gfn = slot
-            .guest_address(memslots::Hva(address))
-            .map(Gfn::containing)
-            .ok_or_else(|| {
-                io::Error::other(format!("a fault at {address:#x}, outside the slot"))
-            })?;
-        let FaultAnswer::Waiting { .. } = schedule.fault(gfn, ()).map_err(io::Error::other)? else {
-            continue;
-        };
-        while let Some(job) = schedule.start() {
-            let contents = match Pattern
-                .fetch(job.gfn, &mut page)
-                .map_err(io::Error::other)?
-            {
-                Fetched::Bytes => Some(&page),
-                Fetched::Zero => None,
+        }
+        uffd.read(&mut messages).map_err(kernel)?;
+        for event in &mut messages {
+            let Event::Fault(fault) = event else {
+                continue;
             };
-            let at = job.gfn.address().and_then(|address| slot.hva(address));
-            let at = at.ok_or_else(|| io::Error::other("a page outside the slot"))?;
-            uffd.place(at.0, contents)?;
-            let _woken = schedule
-                .finish(job.gfn, Outcome::Arrived)
-                .map_err(io::Error::other)?;
+            let gfn = gfn_of(slot, fault.address)?;
+            if let FaultAnswer::Waiting { .. } =
+                schedule.fault(gfn, ()).map_err(io::Error::other)?
+            {
+                place_all(&mut schedule, role, slot, &mut page)?;
+            }
         }
     }
     Ok(schedule.present())
+}
+
+fn gfn_of(slot: &SlotExtent, address: Hva) -> io::Result<Gfn> {
+    slot.guest_address(address)
+        .map(Gfn::containing)
+        .ok_or_else(|| io::Error::other(format!("a fault at {address}, outside the slot")))
+}
+
+/// Brings the pages whose turn it is.
+fn place_all(
+    schedule: &mut Schedule<()>,
+    role: &FillRole,
+    slot: &SlotExtent,
+    page: &mut [u8; PAGE_SIZE as usize],
+) -> io::Result<()> {
+    while let Some(job) = schedule.start() {
+        let fetched = Pattern.fetch(job.gfn, page).map_err(io::Error::other)?;
+        let offset = slot
+            .page_index(job.gfn)
+            .map(|index| index * PAGE_SIZE)
+            .ok_or_else(|| io::Error::other("a page outside the slot"))?;
+        let placed: Result<(), OpError> = match fetched {
+            Fetched::Bytes => role.copy(offset, page, Wake::Now),
+            Fetched::Zero => role.zero(offset..offset + PAGE_SIZE, Wake::Now),
+        };
+        placed.map_err(io::Error::other)?;
+        let _woken = schedule
+            .finish(job.gfn, Outcome::Arrived)
+            .map_err(io::Error::other)?;
+    }
+    Ok(())
 }
 
 const _: () = assert!(SCRATCH < LOW_MEMORY);

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Huge pages behind a slot: reserved when they are mapped, or refused with the pool's numbers; seen by KVM; and brought
+//! one by one through a userfaultfd.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "common/pool.rs"]
+mod pool;
+
+use kvm_ioctls::Kvm;
+use memslots::uffd::{
+    Cause, Event, FaultKind, Features, Messages, Modes, RegisterError, Uffd, Wake,
+};
+use memslots::{
+    Backing, HugePageSize, HugePool, MapError, Mapping, Memslots, PAGE_SIZE, SlotFlags,
+};
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
+
+const PAGE: HugePageSize = HugePageSize::MIB_2;
+const SIZE: u64 = 2 * PAGE.bytes();
+
+/// The pool is the host's, and the tests of this file count its pages.
+fn alone() -> MutexGuard<'static, ()> {
+    static POOL: Mutex<()> = Mutex::new(());
+    POOL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether there are pages for the test; says so if not.
+fn has_pages(pages: u64) -> bool {
+    let has = HugePool::of_host(PAGE).is_some_and(|pool| pool.available() >= pages);
+    if !has {
+        eprintln!("this host has no pool of 2 MiB pages, and lends none");
+    }
+    has
+}
+
+fn backings() -> [Backing; 4] {
+    [
+        Backing::hugetlb(SIZE, PAGE),
+        Backing::hugetlb_memfd(SIZE, PAGE),
+        Backing::hugetlb(SIZE, PAGE).guarded(),
+        Backing::hugetlb_memfd(SIZE, PAGE).guarded(),
+    ]
+}
+
+#[test]
+fn pages_are_reserved_when_mapped_and_given_back_when_unmapped() {
+    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    if !has_pages(2) {
+        return;
+    }
+    for backing in backings() {
+        let before = HugePool::of_host(PAGE).unwrap();
+        let mapping = Mapping::new(&backing, GuestAddress(0x1000)).unwrap();
+        assert_eq!((mapping.page_size(), mapping.size()), (PAGE.bytes(), SIZE));
+        assert_eq!(mapping.host().0 as u64 % PAGE.bytes(), 0);
+        let during = HugePool::of_host(PAGE).unwrap();
+        assert_eq!(during.reserved, before.reserved + 2, "{backing:?}");
+        assert_eq!(during.available(), before.available() - 2);
+        // All of the pool is promised: who comes late is told, with the numbers.
+        let wanted = during.available() + 1;
+        let error = Mapping::new(
+            &Backing::hugetlb(wanted * PAGE.bytes(), PAGE),
+            GuestAddress(0),
+        )
+        .unwrap_err();
+        assert!(matches!(error, MapError::NoHugePages { .. }), "{error}");
+        let text = error.to_string();
+        let start = format!(
+            "{wanted} huge pages of 2 MiB wanted, {} to be had",
+            wanted - 1
+        );
+        assert!(text.starts_with(&start), "{text}");
+        assert!(
+            text.ends_with("raise /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"),
+            "{text}"
+        );
+        drop(mapping);
+        assert_eq!(HugePool::of_host(PAGE).unwrap(), before);
+    }
+}
+
+#[test]
+fn a_pool_of_gigantic_pages_that_is_empty_is_shown() {
+    let page = HugePageSize::GIB_1;
+    let Some(pool) = HugePool::of_host(page) else {
+        eprintln!("this host has no pages of 1 GiB");
+        return;
+    };
+    let wanted = pool.available() + 1;
+    for backing in [
+        Backing::hugetlb(wanted << 30, page),
+        Backing::hugetlb_memfd(wanted << 30, page),
+    ] {
+        let error = Mapping::new(&backing, GuestAddress(0)).unwrap_err();
+        let start = format!(
+            "{wanted} huge pages of 1 GiB wanted, {} to be had",
+            pool.available()
+        );
+        assert!(error.to_string().starts_with(&start), "{error}");
+    }
+    if pool.available() > 0 {
+        let mapping = Mapping::new(&Backing::hugetlb(1 << 30, page), GuestAddress(0)).unwrap();
+        assert_eq!(
+            (mapping.page_size(), mapping.host().0 % (1 << 30)),
+            (1 << 30, 0)
+        );
+    }
+}
+
+#[test]
+fn a_slot_of_huge_pages_is_memory_to_both_sides_and_its_page_size_is_told() {
+    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    if !has_pages(2) {
+        return;
+    }
+    for backing in backings() {
+        let vm = Arc::new(
+            Kvm::new()
+                .expect("the kvm tier needs /dev/kvm: run where it opens, or leave this tier out")
+                .create_vm()
+                .unwrap(),
+        );
+        let memslots = Memslots::new(vm);
+        let backing = backing.prefault(NonZeroUsize::new(2).unwrap());
+        let slot = memslots
+            .create(GuestAddress(0), backing, SlotFlags::LOG_DIRTY_PAGES)
+            .unwrap();
+        let snapshot = memslots.snapshot();
+        snapshot.write_obj(7u64, GuestAddress(SIZE - 8)).unwrap();
+        assert_eq!(snapshot.read_obj::<u64>(GuestAddress(SIZE - 8)).unwrap(), 7);
+        let region = snapshot.by_id(slot.extent().id()).unwrap();
+        assert_eq!(region.mapping().page_size(), PAGE.bytes());
+        assert_eq!(
+            region.mapping().file().is_some(),
+            region.file_offset().is_some()
+        );
+    }
+}
+
+#[test]
+fn huge_pages_are_brought_whole_and_zeros_are_copied() {
+    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    if !has_pages(2) {
+        return;
+    }
+    for backing in [
+        Backing::hugetlb(SIZE, PAGE),
+        Backing::hugetlb_memfd(SIZE, PAGE),
+    ] {
+        let memory = Arc::new(Mapping::new(&backing, GuestAddress(0)).unwrap());
+        let uffd = Uffd::open(Features::NONE, Features::NONE)
+            .expect("this test needs a userfaultfd: run it as root, or as the error says");
+        let small = uffd
+            .register(&memory, 0..PAGE_SIZE, Modes::MISSING)
+            .unwrap_err();
+        assert!(
+            matches!(
+                small,
+                RegisterError::Range {
+                    page_size: 0x20_0000,
+                    ..
+                }
+            ),
+            "{small}"
+        );
+        let registration = uffd
+            .register_all(&memory, Modes::MISSING | Modes::WRITE_PROTECT)
+            .unwrap();
+        let pager = registration.lend_fill().unwrap();
+        let toucher = thread::spawn({
+            let memory = Arc::clone(&memory);
+            move || {
+                let byte = |offset: u64| (memory.host().0 + offset as usize) as *const u8;
+                // SAFETY: within the mapping.
+                unsafe {
+                    (
+                        byte(0x12_3456).read_volatile(),
+                        byte(PAGE.bytes() + 1).read_volatile(),
+                    )
+                }
+            }
+        });
+        let mut messages = Messages::with_capacity(1);
+        let mut page_of_next_fault = || {
+            uffd.wait(None).unwrap();
+            uffd.read(&mut messages).unwrap();
+            let Some(Event::Fault(fault)) = messages.next() else {
+                panic!("a message that nothing here causes")
+            };
+            assert_eq!(fault.kind, FaultKind::Missing);
+            pager.page_of(fault.address).unwrap()
+        };
+        assert_eq!(page_of_next_fault(), 0);
+        let part = pager
+            .copy(0, &[1; PAGE_SIZE as usize], Wake::Now)
+            .unwrap_err();
+        assert_eq!(part.cause, Cause::OutOfRange);
+        let page = vec![9; PAGE.bytes() as usize];
+        pager.copy(0, &page, Wake::Now).unwrap();
+        assert_eq!(page_of_next_fault(), PAGE.bytes());
+        pager.zero(PAGE.bytes()..SIZE, Wake::Now).unwrap();
+        assert_eq!(toucher.join().unwrap(), (9, 0));
+    }
+}
