@@ -57,6 +57,8 @@ pub enum Step {
     Remove(usize, bool),
     /// The kernel refuses the call after so many.
     Move(usize, u64, Option<usize>),
+    /// By so many bytes: doorbells come to lie where others of the same device lay.
+    Nudge(usize, i8, Option<usize>),
     Attach(usize, u64, WriteMatch, bool),
     Detach(usize, usize, bool),
     Access(Way, Direction, u64, usize, Later),
@@ -160,6 +162,12 @@ impl World {
             Step::Register(bus, range, temper) => self.register(bus, range, temper),
             Step::Remove(n, explicit) => self.remove(n, explicit),
             Step::Move(n, base, refuse) => self.relocate(n, base, refuse),
+            Step::Nudge(n, by, refuse) => {
+                if let Some(index) = n.checked_rem(self.known.len()) {
+                    let base = self.known[index].range.base();
+                    self.relocate(index, base.wrapping_add_signed(by.into()), refuse);
+                }
+            }
             Step::Attach(n, offset, writes, refuse) => self.attach(n, offset, writes, refuse),
             Step::Detach(n, which, refuse) => self.detach(n, which, refuse),
             Step::Access(way, direction, address, len, later) => {
