@@ -265,6 +265,7 @@ impl Coalescing {
 }
 
 #[cfg(all(test, not(loom)))]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
@@ -296,8 +297,8 @@ mod tests {
             low(address >> 32),
             data.len() as u32,
             u32::from(bus == BusKind::Pio),
-            u32::from_le_bytes(bytes[..4].try_into().unwrap()),
-            u32::from_le_bytes(bytes[4..].try_into().unwrap()),
+            low(u64::from_le_bytes(bytes)),
+            low(u64::from_le_bytes(bytes) >> 32),
         ];
         for (word, value) in words[at..].iter().zip(entry) {
             word.store(value, Ordering::Relaxed);

@@ -5,21 +5,23 @@
 //! When a guest touches an address that no memory answers, or a port, its vCPU comes out of
 //! `KVM_RUN` with an access in its hands. This crate is what happens next: four buses as KVM has
 //! them inside (MMIO, PIO, CCW-notify, fast MMIO), `vm-device` devices on them, a lookup that takes
-//! no lock, and registrations that can come, go and move while vCPUs run. And for the writes that
-//! should not leave the kernel at all: ioeventfd.
+//! no lock, and registrations that can come, go and move while vCPUs run. For the writes that should
+//! not leave the kernel at all there is ioeventfd, and for those that need not leave it one by one,
+//! coalescing.
 //!
 //! ```text
-//!   control plane (any thread)                 vCPU threads
+//!   control plane (any thread)                 vCPU threads, after each KVM_RUN
 //!
 //!   IoBus ── register ──► Registration         Dispatcher    Dispatcher    one each,
-//!     │                     │ unregister          │ cookie      │ cookie   &mut self
-//!     │                     │ relocate            │             │
+//!     │ count, trace        │ unregister          │ before_exit: what KVM coalesced, in order
+//!     │ coalesce            │ relocate            │ cookie      │ cookie   &mut self
+//!     │                     │ ioeventfds          │             │
 //!     ▼                     ▼                     ▼             ▼
 //!   next tables ═══ publish (srcu) ════════►  MMIO | PIO | CCW-notify | fast MMIO
 //!                     │                           sorted ranges, binary search
 //!                     └─ wait until no access          │
 //!                        that began before is left     ▼
-//!                                                 IoDevice: accepts or declines
+//!                                                 IoDevice: accepts, declines or defers
 //!                                                 DeviceMmio, DevicePio: accept
 //! ```
 //!
@@ -79,8 +81,32 @@
 //! - A write to MMIO is offered to the fast MMIO bus first: doorbells, [one
 //!   address](IoRange::exact) with any length.
 //! - A bus takes [`NR_IOBUS_DEVS`] ranges, or as many as [`IoBus::with_capacity`] says.
+//! - A device that cannot answer at once [defers](Answer::Deferred): the access on the bus is over,
+//!   and the vCPU's thread [waits](Dispatcher::wait_read) for the answer, or looks now and then. What
+//!   the device [made with it](defer) answers from any thread; dropped, it declines, so that the
+//!   guest reads all ones and no vCPU hangs. Of an access in several pieces, those after a deferred
+//!   one wait for it.
 //!
-//! # Concurrency contract
+//! # Writes that do not leave the guest one by one
+//!
+//! - [`Registration::attach_ioeventfd`] has KVM signal an eventfd for a device's doorbell. It is
+//!   detached before the device goes, and moves with it: attached at the new address, the range
+//!   moved, detached at the old one, so that no write is lost and none is seen twice. [`IoEventFd`]
+//!   is the same as a handle of its own.
+//! - [`IoBus::coalesce`] has KVM keep writes in a ring, one a virtual machine, which is a page of any
+//!   vCPU's mapping ([`MappedRing`], given to [`IoBus::attach_coalesced_ring`]).
+//!   [`Dispatcher::before_exit`], called after every return of `KVM_RUN`, carries them out in order,
+//!   before the exit that follows is dispatched. Several vCPUs may do so at once: a write is carried
+//!   out once, and none overtakes it.
+//!
+//! # Looking on
+//!
+//! - [`IoBus::count`] turns counters on, one set a range, and [`IoBus::stats`] reads them, with what
+//!   nobody took, and where. [`IoBus::trace`] installs a hook that sees every access as it ended.
+//! - Off, both cost the one branch that asks whether anybody looks on: no counter exists, and no
+//!   access writes to anything that another thread reads but its own cache line of the tables'.
+//!
+//! //! # Concurrency contract
 //!
 //! - Each thread that dispatches owns a [`Dispatcher`]. An access takes no lock, waits for nobody
 //!   and allocates nothing; two dispatchers share no cache line that either writes. The row that
@@ -104,34 +130,56 @@
 //!   [`Dispatcher`] of it: that circle is never freed.
 //! - When a device is dropped by a removal that was pending, this happens on the thread that ends
 //!   the last access, which may be a vCPU's.
+//! - A deferred answer is waited for by its vCPU alone. Nobody who unregisters, moves or traces
+//!   waits for it, and the device may be gone when it comes. What kicks a vCPU out of `KVM_RUN` also
+//!   calls its dispatcher's [`Interrupter`]: a signal does not end that wait.
+//! - `before_exit` takes the ring's lock only if the ring is not empty, and devices are called with
+//!   it held: a vCPU may wait there for another's drain, which is bounded by the ring's length. From
+//!   inside an access it does nothing, so a device cannot wait for itself.
 //!
-//! The crate has no atomics and no memory ordering of its own: publication and grace periods are
-//! the `srcu` crate's, which is model-checked.
+//! Publication and grace periods are the `srcu` crate's, which is model-checked. What is added here
+//! has models of its own in `tests/loom_bus.rs`: that nobody is inside after `unregister` and
+//! `relocate`, that devices which remove each other end, the ring, and deferral.
 //!
 //! # Threat model
 //!
 //! The guest is the attacker, and chooses address, length, data and moment of every access. No
 //! choice of these panics, allocates, blocks or reads memory that is not the access's; an access
-//! costs at most one call to each device whose range holds it. A guest that removes devices (PCI
+//! costs at most one call to each device whose range holds it. (A device that defers allocates a few
+//! words for each access, and the wait is its own choice.) The guest cannot write the ring of
+//! coalesced writes; what is read from it is bounded all the same. A guest that removes devices (PCI
 //! hot-unplug, a BAR that it moves about) makes the thread that carries this out build a table and
 //! wait for the other vCPUs' accesses, never the other way around. Devices are trusted to return;
 //! one that panics unwinds through the dispatcher, which stays usable, as does the device behind a
-//! [`Locked`]. This crate forbids `unsafe` but for one ioctl (feature `kvm`).
+//! [`Locked`]. This crate forbids `unsafe` but for one ioctl and one mapping
+//! (feature `kvm`).
 //!
 //! # Save and restore
 //!
 //! There is nothing to save. Tables hold no guest-visible state beyond which device is where, and
 //! that is the devices' own (a BAR's address): restored devices register again. An ioeventfd that
 //! was signalled and not read yet is state of the eventfd: a device that is saved drains it first,
-//! or looks at its queues once after the restore.
+//! or looks at its queues once after the restore. Coalesced writes that are in the ring are state of
+//! the devices that they are for: once the vCPUs have stopped, [`Dispatcher::before_exit`] on any
+//! thread carries them out, and then devices are saved. A vCPU whose access is deferred cannot be
+//! saved until the answer has come.
 //!
 //! # Known limits
 //!
 //! - Overlapping ranges are searched linearly within the stretch in which they overlap.
 //! - A change copies the rows of its bus (some microseconds at 1,000 ranges).
-//! - Coalesced MMIO and PIO, counters per range, a trace hook and deferred answers are not there
-//!   yet; [`Answer`] and [`Outcome`] can grow.
-//! - An ioeventfd moves by its own [`relocate`](IoEventFd::relocate), not with its device's range.
+//! - A coalesced write waits for the next exit, of any vCPU. A guest that writes and then sleeps in
+//!   the kernel leaves its last writes in the ring until someone calls `before_exit`: a console that
+//!   must be prompt has a timer call it, on a dispatcher of that thread.
+//! - A zone does not move with a device: end it before the device leaves, and make it again.
+//! - Counters are shared by the vCPUs: while they are on, a device that two vCPUs use at once costs
+//!   both a cache line that travels.
+//! - Between the two steps in which one ioeventfd takes the place that another of the same device
+//!   leaves, a write there comes to the device and not to the eventfd.
+//! - A deferred answer of more than 8 bytes is cut to 8. No guest's access is longer when it reaches
+//!   a device.
+//! - KVM makes an exit of each fragment of a wide access and does not say that they belong together,
+//!   so neither can a [`Dispatcher`]: a device sees pieces, in order.
 //!
 //! # Header map
 //!
@@ -163,9 +211,9 @@
 //! | --- | --- |
 //! | `KVM_MMIO_SIZE` | [`MMIO_SIZE`] |
 //! | `KVM_MAX_MMIO_FRAGMENTS` | kernel: a bound on its array of pieces; [`fragments`] is an iterator and needs none |
-//! | `kvm_mmio_fragment` | [`Fragment`], from [`fragments`] |
-//! | `kvm_coalesced_mmio_ring` | planned: coalesced MMIO and PIO zones, with their ring drained before the exit that follows |
-//! | `kvm_ioeventfd` | [`IoEvent`] and [`IoEventFd::attach`]; the ioctl is [`SetIoEventFd`] |
+//! | `kvm_mmio_fragment` | [`Fragment`], from [`fragments`]; [`Fragment::bytes`] is where it joins the others |
+//! | `kvm_coalesced_mmio_ring` | [`RingMemory`], of which [`MappedRing`] is KVM's; zones are [`IoBus::coalesce`], draining is [`Dispatcher::before_exit`] |
+//! | `kvm_ioeventfd` | [`IoEvent`], with [`Registration::attach_ioeventfd`] or [`IoEventFd::attach`]; the ioctl is [`SetIoEventFd`] |
 //! | `kvm_eventfd_init` | kernel: readies a VM's lists of eventfds; here [`IoEventFd`] is the list, a handle each |
 
 #![deny(unsafe_code)]

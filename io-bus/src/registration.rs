@@ -100,7 +100,7 @@ impl Registration {
     ///
     /// No access that begins after the call sees the device. Outside an access this blocks until
     /// those that had begun have ended, and answers [`Removal::Done`]. Inside one (on this thread,
-    /// of any bus: [`is_inside_access`]) it does not block and answers [`Removal::Pending`]; the
+    /// of any bus: [`is_inside_access`](crate::is_inside_access)) it does not block and answers [`Removal::Pending`]; the
     /// device is dropped when the last of those accesses ends. Its ioeventfds are detached first,
     /// so that none is signalled for a device that is gone; what KVM does not detach is logged.
     ///

@@ -31,6 +31,7 @@
 use std::hint::select_unpredictable;
 use std::sync::Arc;
 
+use crate::dispatcher::unlikely;
 use crate::range::IoRange;
 
 /// Names one row for as long as its registration lives, and says how old it is.
@@ -130,11 +131,11 @@ impl<D> Table<D> {
         // more than any size.
         let offset = address.wrapping_sub(row.base);
         let last = (len as u64).wrapping_sub(1);
-        match row.alone.checked_sub(offset) {
-            Some(rest) if rest > last => Some(row),
-            _ if row.exact && row.alone != 0 && offset == 0 && len != 0 => Some(row),
-            _ => None,
+        if row.alone >= offset && row.alone - offset > last {
+            return Some(row);
         }
+        unlikely();
+        (row.exact && row.alone != 0 && offset == 0 && len != 0).then_some(row)
     }
 
     /// The rows that hold the access whole, in the order in which they are asked, each with its

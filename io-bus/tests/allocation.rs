@@ -11,6 +11,8 @@ use io_bus::{Answer, At, BusKind, IoBus, IoDevice, IoRange, MmioAddress, PioAddr
 
 thread_local! {
     static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+    /// Bytes that this thread has allocated and not freed.
+    static HELD: Cell<isize> = const { Cell::new(0) };
 }
 
 /// The system's allocator, with a count for each thread.
@@ -20,12 +22,14 @@ struct Counting;
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        HELD.set(HELD.get() + layout.size() as isize);
         // SAFETY: the caller's promise is passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        HELD.set(HELD.get() - layout.size() as isize);
         // SAFETY: the caller's promise is passed on.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -90,7 +94,40 @@ fn an_access_allocates_nothing() {
             );
             answered += usize::from(io.pio_write(PioAddress(address), data).is_answered());
         }
+        io.before_exit();
     }
     assert_eq!(ALLOCATIONS.get(), before);
     assert!(answered > 10_000);
+}
+
+/// The numbers that the README states.
+#[test]
+fn a_range_takes_72_bytes_beside_its_device_and_a_dispatcher_3_kib() {
+    let ranges = 1000;
+    let bus = IoBus::new();
+    let device = std::sync::Arc::new(Device { declines: false });
+    let before = HELD.get();
+    for n in 0..ranges {
+        let range = IoRange::new(n * 0x1000, 0x1000).unwrap();
+        let device = std::sync::Arc::clone(&device);
+        bus.register(BusKind::Mmio, range, device).unwrap().keep();
+    }
+    // The bus's own `Arc` of what was registered, here an `Arc` itself: two counts and a pointer.
+    let device = 24;
+    let each = (HELD.get() - before) / ranges as isize - device;
+    assert!((72..=73).contains(&each), "{each} bytes a range");
+
+    // Counting adds what it counts in, and takes it away again.
+    let before = HELD.get();
+    bus.count(true);
+    let each = (HELD.get() - before) / ranges as isize;
+    assert!((64..=65).contains(&each), "{each} bytes a range's counters");
+    bus.count(false);
+    assert_eq!(HELD.get(), before);
+
+    let before = HELD.get();
+    let io = bus.dispatcher();
+    let outside = HELD.get() - before;
+    let inside = size_of_val(&io);
+    assert!(inside <= 3072 && outside <= 512, "{inside} and {outside}");
 }

@@ -7,6 +7,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -118,6 +119,51 @@ fn several_vcpus_drain_one_ring_and_each_ones_order_is_kept() {
     }
     let kept = seen.len() - exits.load(Ordering::Relaxed);
     assert_eq!(bus.coalesced_writes(), kept as u64);
+}
+
+/// A vCPU whose write another thread is carrying out waits for that, and not only until it is taken
+/// from the ring.
+#[test]
+fn no_exit_overtakes_a_write_that_another_thread_is_at() {
+    struct Gate(Mutex<(Sender<()>, Receiver<()>)>);
+    impl IoDevice for Gate {
+        fn read(&self, _: At, _: &mut [u8]) -> Answer {
+            Answer::Declined
+        }
+        fn write(&self, _: At, _: &[u8]) -> Answer {
+            let gate = self.0.lock().unwrap();
+            gate.0.send(()).unwrap();
+            gate.1.recv().unwrap();
+            Answer::Accepted
+        }
+    }
+    let kernel = Kernel::new();
+    let ((entered, is_inside), (let_go, leave)) = (channel(), channel());
+    let (bus, mut io) = bus_with(&kernel, Gate(Mutex::new((entered, leave))));
+    assert!(kernel.write(0x1000, 1));
+    let drainer = thread::spawn(move || io.before_exit());
+    is_inside.recv().unwrap();
+
+    let (tell, thread_id) = channel();
+    let mut io = bus.dispatcher();
+    let vcpu = thread::spawn(move || {
+        // SAFETY: takes nothing, gives the caller's thread id.
+        tell.send(unsafe { libc::gettid() }).unwrap();
+        io.before_exit()
+    });
+    // It waits, and sleeps: the kernel says so.
+    let status = format!("/proc/self/task/{}/stat", thread_id.recv().unwrap());
+    loop {
+        assert!(!vcpu.is_finished(), "it did not wait");
+        let stat = std::fs::read_to_string(&status).unwrap_or_default();
+        let state = stat.rsplit(')').next().unwrap_or_default();
+        if state.trim_start().starts_with('S') {
+            break;
+        }
+        thread::yield_now();
+    }
+    let_go.send(()).unwrap();
+    assert_eq!((drainer.join().unwrap(), vcpu.join().unwrap()), (1, 0));
 }
 
 #[test]

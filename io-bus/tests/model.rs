@@ -70,9 +70,11 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         6 => (bus(), range(), temper).prop_map(|(b, r, t)| Step::Register(b, r, t)),
         2 => (n(), any::<bool>()).prop_map(|(n, explicit)| Step::Remove(n, explicit)),
-        4 => (n(), address(), refuse).prop_map(|(n, base, refuse)| Step::Move(n, base, refuse)),
-        4 => (n(), 0u64..24, writes(), seldom())
-            .prop_map(|(n, o, w, refuse)| Step::Attach(n, o, w, refuse)),
+        2 => (n(), address(), refuse.clone())
+            .prop_map(|(n, base, refuse)| Step::Move(n, base, refuse)),
+        4 => (n(), -2i8..3, refuse).prop_map(|(n, by, refuse)| Step::Nudge(n, 4 * by, refuse)),
+        6 => (n(), 0u64..5, writes(), seldom())
+            .prop_map(|(n, o, w, refuse)| Step::Attach(n, 4 * o, w, refuse)),
         1 => (n(), n(), seldom()).prop_map(|(n, which, refuse)| Step::Detach(n, which, refuse)),
         16 => access(),
         3 => (bus(), address(), 1usize..9).prop_map(|(bus, a, len)| {

@@ -86,10 +86,13 @@ fn each_range_counts_what_it_was_asked_and_each_bus_what_nobody_took() {
     assert_eq!(bus.stats(), None);
 }
 
+/// What an access was, without how long it took.
+type Seen = (BusKind, u64, Direction, Vec<u8>, Outcome);
+
 /// Keeps all it is told.
 #[derive(Default)]
 struct Recorder {
-    seen: Mutex<Vec<(BusKind, u64, Direction, Vec<u8>, Outcome)>>,
+    seen: Mutex<Vec<Seen>>,
     timed: AtomicUsize,
     clock: bool,
 }

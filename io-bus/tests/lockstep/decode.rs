@@ -69,6 +69,14 @@ impl Bytes<'_> {
         })
     }
 
+    /// After how many calls the kernel refuses one, or never.
+    fn refusal(&mut self) -> Option<Option<usize>> {
+        Some(match self.below(12)? {
+            n @ 0..6 => Some(n.into()),
+            _ => None,
+        })
+    }
+
     fn step(&mut self) -> Option<Step> {
         Some(match self.below(16)? {
             0 | 1 => {
@@ -77,15 +85,13 @@ impl Bytes<'_> {
                 Step::Register(self.bus()?, self.range()?, temper)
             }
             2 => Step::Remove(self.index()?, self.flag()?),
-            3 | 4 => {
-                let refuse = match self.below(12)? {
-                    n @ 0..6 => Some(n.into()),
-                    _ => None,
-                };
-                Step::Move(self.index()?, self.address()?, refuse)
+            3 => Step::Move(self.index()?, self.address()?, self.refusal()?),
+            4 => {
+                let by = 4 * (self.below(7)? as i8 - 3);
+                Step::Nudge(self.index()?, by, self.refusal()?)
             }
             5 => {
-                let offset = self.below(32)?.into();
+                let offset = 4 * u64::from(self.below(6)?);
                 Step::Attach(self.index()?, offset, self.writes()?, self.flag()?)
             }
             6 => Step::Detach(self.index()?, self.index()?, self.flag()?),

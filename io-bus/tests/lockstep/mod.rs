@@ -57,6 +57,8 @@ pub enum Step {
     Remove(usize, bool),
     /// The kernel refuses the call after so many.
     Move(usize, u64, Option<usize>),
+    /// By so many bytes: doorbells come to lie where others of the same device lay.
+    Nudge(usize, i8, Option<usize>),
     Attach(usize, u64, WriteMatch, bool),
     Detach(usize, usize, bool),
     Access(Way, Direction, u64, usize, Later),
@@ -160,6 +162,12 @@ impl World {
             Step::Register(bus, range, temper) => self.register(bus, range, temper),
             Step::Remove(n, explicit) => self.remove(n, explicit),
             Step::Move(n, base, refuse) => self.relocate(n, base, refuse),
+            Step::Nudge(n, by, refuse) => {
+                if let Some(index) = n.checked_rem(self.known.len()) {
+                    let base = self.known[index].range.base();
+                    self.relocate(index, base.wrapping_add_signed(by.into()), refuse);
+                }
+            }
             Step::Attach(n, offset, writes, refuse) => self.attach(n, offset, writes, refuse),
             Step::Detach(n, which, refuse) => self.detach(n, which, refuse),
             Step::Access(way, direction, address, len, later) => {
@@ -388,28 +396,12 @@ impl World {
     }
 
     fn access(&mut self, way: Way, direction: Direction, address: u64, len: usize, later: Later) {
-        let (address, pieces, buses): (u64, Vec<(u64, std::ops::Range<usize>)>, Vec<BusKind>) =
-            match way {
-                Way::Plain(bus) => (address, vec![(address, 0..len)], vec![bus]),
-                Way::Mmio if len == 0 => (address, vec![(address, 0..0)], vec![BusKind::Mmio]),
-                Way::Mmio => {
-                    let pieces = fragments(address, len).map(|f| (f.address, f.bytes()));
-                    (address, pieces.collect(), vec![BusKind::Mmio])
-                }
-                Way::Repeated(width) => {
-                    let port = address & 0xffff;
-                    let starts = (0..len).step_by(width.max(1));
-                    let pieces = match (width, len) {
-                        (0, 0) => vec![(port, 0..0)],
-                        (0, _) => Vec::new(),
-                        _ => starts.map(|s| (port, s..(s + width).min(len))).collect(),
-                    };
-                    (port, pieces, vec![BusKind::Pio])
-                }
-            };
+        let (address, pieces) = pieces(way, address, len);
         let buses = match (way, direction) {
+            (Way::Plain(bus), _) => vec![bus],
+            (Way::Mmio, Direction::Read) => vec![BusKind::Mmio],
             (Way::Mmio, Direction::Write) => vec![BusKind::FastMmio, BusKind::Mmio],
-            _ => buses,
+            (Way::Repeated(_), _) => vec![BusKind::Pio],
         };
 
         // The model first: it ends at an abandoned piece.
@@ -630,6 +622,29 @@ impl World {
         drop(self.zones);
         drop((self.io, self.buses));
         assert_eq!((kernel.events(), kernel.zones()), (vec![], vec![]));
+    }
+}
+
+/// A piece of an access: its address, and its bytes in the data.
+type Piece = (u64, std::ops::Range<usize>);
+
+/// How an access is cut, and where it begins on its bus.
+fn pieces(way: Way, address: u64, len: usize) -> (u64, Vec<Piece>) {
+    let port = address & 0xffff;
+    match way {
+        Way::Plain(_) => (address, vec![(address, 0..len)]),
+        Way::Mmio if len == 0 => (address, vec![(address, 0..0)]),
+        Way::Mmio => {
+            let pieces = fragments(address, len).map(|f| (f.address, f.bytes()));
+            (address, pieces.collect())
+        }
+        Way::Repeated(0) if len == 0 => (port, vec![(port, 0..0)]),
+        Way::Repeated(0) => (port, Vec::new()),
+        Way::Repeated(width) => {
+            let starts = (0..len).step_by(width);
+            let pieces = starts.map(|s| (port, s..(s + width).min(len)));
+            (port, pieces.collect())
+        }
     }
 }
 
