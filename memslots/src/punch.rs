@@ -8,7 +8,10 @@
 //! written (KVM's own mapping of it is taken away by the kernel, through its MMU notifier).
 
 use crate::invalidation::frames;
-use crate::{Errno, Gfn, GuestRam, Invalidation, Region, SlotBitmap, SlotId, SlotTable};
+use crate::{
+    Errno, Gfn, GuestRam, Invalidation, Mechanism, Region, SlotBitmap, SlotId, SlotTable, Support,
+    Unsupported,
+};
 use srcu::Grace;
 use std::io;
 use std::ops::Range;
@@ -55,6 +58,16 @@ pub enum PunchError {
         /// The first such address.
         address: u64,
     },
+    /// The memory behind the slot cannot be given back so that it reads as zeros.
+    #[error("guest address {address:#x} is in {slot}: {source}")]
+    Unsupported {
+        /// The slot.
+        slot: SlotId,
+        /// The first such address.
+        address: u64,
+        /// Which memory, and why not.
+        source: Unsupported,
+    },
     /// The host refused. What was asked for before this range is given back.
     #[error(
         "{call} of {size:#x} bytes at guest address {start:#x} in {slot}; {done:#x} bytes were given back before"
@@ -89,9 +102,10 @@ impl<B: SlotBitmap> GuestRam<B> {
     /// again. Gives the number of bytes. vCPUs and devices may run on.
     ///
     /// The ranges are whole pages of the memory behind them ([`Region::page_size`]), of any slots that are not
-    /// read-only, and may cross from one slot to the next. Anonymous memory is given back by `MADV_DONTNEED` (a private
-    /// mapping of a file reads as the file then), shared memory by punching a hole into its file
-    /// (`FALLOC_FL_PUNCH_HOLE`), for every process that has it. Bitmaps are told, since the contents change.
+    /// read-only, and may cross from one slot to the next. Anonymous memory is given back by `MADV_DONTNEED`, shared
+    /// memory by punching a hole into its file (`FALLOC_FL_PUNCH_HOLE`), for every process that has it. Private mappings
+    /// of files, which would read as the file, are refused, and so is memory that the consumer mapped
+    /// ([`MemoryKind::support`](crate::MemoryKind::support) is the table). Bitmaps are told, since the contents change.
     ///
     /// A slot that another thread moves or removes meanwhile is punched all the same, where it was.
     ///
@@ -158,6 +172,25 @@ fn parts_of<'a, B>(
         let slot = region.extent().id();
         if region.is_read_only() {
             return Err(PunchError::ReadOnly { slot, address });
+        }
+        let kind = region.mapping().kind();
+        let why = match kind.support(Mechanism::Punch) {
+            Support::Yes => None,
+            Support::No(why) => Some(why),
+            _ => Some("nothing is known of it; who mapped it can give it back"),
+        };
+        if let Some(why) = why {
+            let mechanism = Mechanism::Punch;
+            let source = Unsupported {
+                kind,
+                mechanism,
+                why,
+            };
+            return Err(PunchError::Unsupported {
+                slot,
+                address,
+                source,
+            });
         }
         let start = region.extent().start().0;
         let here = address..end.min(region.extent().guest_range().end);

@@ -3,7 +3,7 @@
 //! One slot's memory as vm-memory sees it.
 
 use crate::mapping::Mapping;
-use crate::{MAX_PAGES, PAGE_SHIFT, PAGE_SIZE, SlotExtent, SlotFlags, SlotId};
+use crate::{MAX_PAGES, PAGE_SHIFT, SlotExtent, SlotFlags, SlotId};
 use std::fmt;
 use std::sync::Arc;
 use vm_memory::bitmap::{BS, Bitmap, NewBitmap};

@@ -155,6 +155,57 @@ fn what_is_refused_changes_nothing_and_says_why_with_values() {
 }
 
 #[test]
+fn memory_that_would_not_read_as_zeros_is_not_given_back() {
+    use memslots::MemoryKind;
+    use std::io::Write;
+
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&[0xa5; PAGE_SIZE as usize]).unwrap();
+    let bytes = file.metadata().unwrap().blocks();
+    let held = std::sync::Arc::new(file);
+    let foreign = std::sync::Arc::new([0_u8; 3 * PAGE_SIZE as usize]);
+    let start = (foreign.as_ptr() as usize).next_multiple_of(PAGE_SIZE as usize);
+    let backings = [
+        Backing::file_private(held.clone(), 0, PAGE_SIZE),
+        // SAFETY: a page of an array that its owner, given along, keeps where it is, and that nobody looks at.
+        unsafe { Backing::external(memslots::Hva(start), PAGE_SIZE, foreign) },
+    ];
+    let memslots = Memslots::new(FakeHost::new(8));
+    let slots = memslots
+        .create_all(
+            backings
+                .into_iter()
+                .zip([0, 1])
+                .map(|(backing, page)| NewSlot {
+                    start: GuestAddress(page * PAGE_SIZE),
+                    backing,
+                    flags: SlotFlags::NONE,
+                }),
+        )
+        .unwrap();
+    for (slot, page) in slots.iter().zip(0..) {
+        let Err(PunchError::Unsupported {
+            slot: id,
+            address,
+            source,
+        }) = memslots.ram().punch(&[pages(page..page + 1)])
+        else {
+            panic!("page {page} was given back")
+        };
+        assert_eq!((id, address), (slot.extent().id(), page * PAGE_SIZE));
+        let external = source.kind == MemoryKind::External;
+        assert_eq!(external, page == 1, "{source}");
+    }
+    let mut byte = [0];
+    memslots
+        .snapshot()
+        .read_slice(&mut byte, GuestAddress(0))
+        .unwrap();
+    assert_eq!(byte, [0xa5]);
+    assert_eq!(held.metadata().unwrap().blocks(), bytes);
+}
+
+#[test]
 fn a_host_that_refuses_ends_the_invalidation_and_says_how_far_it_came() {
     let (memslots, _slots) = machine();
     let invalidations = memslots.snapshot().invalidations().clone();

@@ -480,7 +480,6 @@ impl GuestSide for Running {
     }
 }
 
-
 /// What this host's processors can be for a guest.
 struct CpuidBase {
     supported: kvm_bindings::CpuId,
