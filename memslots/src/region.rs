@@ -69,15 +69,15 @@ impl<B> Region<B> {
         &self.mapping
     }
 
+    /// Whether the guest, and devices through [`CheckedMemory`](crate::CheckedMemory), may only read it.
+    pub fn is_read_only(&self) -> bool {
+        self.flags.contains(SlotFlags::READ_ONLY)
+    }
+
     /// The size of the host's pages behind it, in bytes (`kvm_host_page_size`): what it can be punched by
     /// ([`GuestRam::punch`](crate::GuestRam::punch)), and what a fault brings at least.
     pub fn page_size(&self) -> u64 {
         self.mapping.page_size()
-    }
-
-    /// Whether the guest, and devices through [`CheckedMemory`](crate::CheckedMemory), may only read it.
-    pub fn is_read_only(&self) -> bool {
-        self.flags.contains(SlotFlags::READ_ONLY)
     }
 }
 
