@@ -460,6 +460,41 @@ mod tests {
         }
     }
 
+    /// Notes what it is written, and how many zones had been made and ended by then.
+    struct Seen(Arc<Host>, std::sync::mpsc::Sender<(u8, usize)>);
+    impl vm_device::DevicePio for Seen {
+        fn pio_read(&self, _: io_bus::PioAddress, _: u16, _: &mut [u8]) {}
+        fn pio_write(&self, _: io_bus::PioAddress, _: u16, data: &[u8]) {
+            let events = self.0.events.lock().unwrap().len();
+            self.1.send((data[0], events)).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_kvm_keeps_is_carried_out_while_the_guest_asks_nothing() {
+        let (host, port, coalescing, bus) = tested(true);
+        let (sender, seen) = std::sync::mpsc::channel();
+        let range = io_bus::PioRange::new(io_bus::PioAddress(0x3f8), 8).unwrap();
+        let _device = bus.register_pio(range, Seen(host.clone(), sender)).unwrap();
+        let ring = Arc::new(words());
+        port.polled.store(THRESHOLD, Ordering::Relaxed);
+        coalescing.after_write(&bus, |_| Ok(ring.clone()));
+        host.wait_for(1);
+        for byte in [b'x', b'y'] {
+            // As KVM does: the entry (address, length, PIO, data), then `last`.
+            let last = ring[1].load(Ordering::Relaxed);
+            let entry = [0x3f8, 0, 1, 1, u32::from(byte), 0];
+            for (word, value) in ring[2 + 6 * last as usize..].iter().zip(entry) {
+                word.store(value, Ordering::Relaxed);
+            }
+            ring[1].store(last + 1, Ordering::Release);
+            let limit = Duration::from_secs(30);
+            // The zone is there still: its end would have brought the byte as well, late.
+            assert_eq!(seen.recv_timeout(limit).unwrap(), (byte, 1));
+        }
+        coalescing.stop(&bus);
+    }
+
     #[test]
     fn a_host_that_cannot_or_does_not_want_to_is_asked_once() {
         for (can, ring, asked) in [(false, true, 0), (true, false, 0), (true, true, 1)] {
