@@ -171,6 +171,8 @@ where
         if shared.stopped || self.state.load(Ordering::Relaxed) != WATCHING {
             return;
         }
+        // Relaxed: a vCPU has something in the ring only by a zone, and that is made, by a call of KVM,
+        // after this; so who comes out with something in the ring sees it.
         self.state.store(ON, Ordering::Relaxed);
         if !self.has_ring.load(Ordering::Relaxed) {
             match ring(&self.host).and_then(|ring| bus.attach_coalesced_ring(ring)) {
