@@ -294,13 +294,18 @@ fn a_poisoned_page_is_an_error_for_the_guest_and_never_a_hang() {
         (registration, pager)
     });
     // As HOSTS has it: an MMIO exit at an address of RAM on the software KVM, an error of KVM_RUN on kvm_amd.
-    match machine.vcpu.run() {
-        Ok(VcpuExit::MmioRead(address, _)) => assert_eq!(address, DATA_AT.0),
-        Err(error) => assert!(
-            [libc::EFAULT, libc::EHWPOISON].contains(&error.errno()),
-            "{error}"
-        ),
-        other => panic!("{other:?}"),
+    loop {
+        match machine.vcpu.run() {
+            Ok(VcpuExit::MmioRead(address, _)) => break assert_eq!(address, DATA_AT.0),
+            Err(error) if error.errno() == libc::EINTR => {}
+            Err(error) => {
+                break assert!(
+                    [libc::EFAULT, libc::EHWPOISON].contains(&error.errno()),
+                    "{error}"
+                );
+            }
+            other => panic!("{other:?}"),
+        }
     }
     drop(server.join().unwrap());
 }

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use super::wire::PORT;
 use super::{Options, image};
@@ -137,11 +138,22 @@ impl Machine {
         ))
     }
 
-    /// The end of what the console said, after QEMU has ended.
+    /// How QEMU ended, if it has, and the end of what the console said.
     pub(crate) fn last_words(mut self) -> String {
+        // Its end of the port closes a moment before the process is gone.
+        let soon = Instant::now() + Duration::from_secs(1);
+        let mut ended = None;
+        while ended.is_none() && Instant::now() < soon {
+            ended = self.qemu.try_wait().ok().flatten();
+            thread::yield_now();
+        }
         self.end();
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        String::from_utf8_lossy(&log).trim_end().to_owned()
+        let words = String::from_utf8_lossy(&log).trim_end().to_owned();
+        match ended {
+            Some(status) => format!("{words}\n(QEMU ended: {status})"),
+            None => words,
+        }
     }
 
     fn end(&mut self) {
