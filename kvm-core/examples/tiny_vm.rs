@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A whole virtual machine in thirty lines: one page of memory, one vCPU, "hello" on port 0x3f8.
+//! A whole virtual machine in a page: one page of memory, one vCPU, "hello" on port 0x3f8.
 //!
 //! `cargo run -p kvm-core --example tiny_vm`, or paste it into a crate with kvm-core, kvm-bindings
 //! and libc.

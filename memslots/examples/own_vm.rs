@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A VM with 256 MiB of RAM and a ROM, in thirty lines: lay out, make slots, load, run. Needs /dev/kvm.
+//! A VM with 256 MiB of RAM and a ROM, in a page: lay out, make slots, load, run. Needs /dev/kvm.
 
 use kvm_ioctls::{Kvm, VcpuExit};
 use memslots::{Backing, Memslots, NewSlot, SlotFlags, ram_layout};

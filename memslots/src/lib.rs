@@ -22,7 +22,7 @@
 //! ```
 //!
 //! # Example
-//! With KVM, the host is an `Arc<kvm_ioctls::VmFd>` (`examples/own_vm.rs` is a whole VM in thirty lines); here, a fake.
+//! With KVM, the host is an `Arc<kvm_ioctls::VmFd>` (`examples/own_vm.rs` is a whole VM in a page); here, a fake.
 //! ```
 //! use memslots::fake::FakeHost;
 //! use memslots::{Backing, Gfn, Memslots, NewSlot, SlotFlags, ram_layout};

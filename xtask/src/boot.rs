@@ -30,7 +30,8 @@ Usage: cargo xtask boot [OPTIONS]
   --kernel FILE        another kernel image than Debian's
   --initrd FILE        another initramfs than the one made here
   --cpus N             the guest's CPUs (1)
-  --memory SIZE        its memory, such as 512M or 6G (256M)
+  --memory SIZE        its memory, such as 512M or 6G (256M), and what `reference-vmm run --help` lists behind it
+                       (huge pages are the lab's to have: cargo xtask lab -- sh -c 'echo 300 >/proc/sys/vm/nr_hugepages; …')
   --cmdline TEXT       added to the kernel's command line (ignore_loglevel shows all that it says)
   --full               Debian's full kernel instead of the cloud one
   --release 6.1|6.12   the kernel's series (6.1)
@@ -54,7 +55,13 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         match arg {
             Long("kernel") => kernel = Some(existing(parser.value()?)?),
             Long("initrd") => initrd = Some(existing(parser.value()?)?),
-            Long("cpus") => cpus = parser.value()?.string()?,
+            Long("cpus") => {
+                cpus = parser.value()?.string()?;
+                // The VMM would say so too, after the lab's whole start.
+                if !cpus.parse().is_ok_and(|n: u32| (1..=255).contains(&n)) {
+                    return Err(Failure::usage(format!("--cpus {cpus}: 1 to 255")));
+                }
+            }
             Long("memory") => memory = parser.value()?.string()?,
             Long("cmdline") => added = parser.value()?.string()?,
             Long("full") => flavour = Flavour::Full,
@@ -138,7 +145,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     let options = lab::Options {
         stdin: true,
         // The guest's memory, and as much again as the lab itself wants.
-        memory_mib: lab::parse_memory(&memory)
+        memory_mib: lab::parse_memory(memory.split(',').next().unwrap_or_default())
             .unwrap_or(1024)
             .clamp(1024, 64 << 10)
             + 1024,
@@ -232,14 +239,12 @@ fn timeline_line(line: &str) -> Option<Moment> {
 
 /// Passes the console on as it comes, and notes when the lines of interest are there.
 fn seen_on_console(mut stdout: impl Read, mut out: impl Write, begun: Instant) -> Vec<Moment> {
-    // Each is looked for once, in this order.
-    let mut wanted = [
+    // Each is looked for once. A quiet kernel leaves some of them out.
+    let mut wanted = vec![
         (&b"Linux version"[..], "kernel's first line"),
         (b"guest: init", "init"),
         (b"reboot: Power down", "power-off"),
-    ]
-    .into_iter()
-    .peekable();
+    ];
     let mut moments = Vec::new();
     let mut buffer = [0; 16 << 10];
     let mut line = Vec::new();
@@ -247,11 +252,9 @@ fn seen_on_console(mut stdout: impl Read, mut out: impl Write, begun: Instant) -
         let _ = out.write_all(&buffer[..n]).and_then(|()| out.flush()); // a closed stdout does not stop the guest
         for byte in &buffer[..n] {
             line.push(*byte);
-            if let Some((mark, what)) = wanted.peek()
-                && line.ends_with(mark)
-            {
-                moments.push((begun.elapsed(), (*what).to_owned()));
-                wanted.next();
+            if let Some(index) = wanted.iter().position(|(mark, _)| line.ends_with(mark)) {
+                let (_, what) = wanted.remove(index);
+                moments.push((begun.elapsed(), what.to_owned()));
             }
             if *byte == b'\n' {
                 line.clear();
