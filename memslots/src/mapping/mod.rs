@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The host memory behind a slot: [`Backing`] says which, [`Mapping`] is it, unmapped when the last user lets go.
-//! Everything that a number can make wrong is checked before the first call.
+//! Everything that a number can make wrong is checked before anything is made (a file is looked at first).
 
 mod area;
 mod backing;
