@@ -48,6 +48,16 @@ pub(crate) enum Edit<B> {
     Gone(SlotId),
 }
 
+impl<B> Edit<B> {
+    /// The id of one that is new.
+    pub(crate) fn new_id(&self) -> Option<SlotId> {
+        match self {
+            Self::New(entry) => Some(entry.region.extent().id()),
+            _ => None,
+        }
+    }
+}
+
 /// A change, ready to be made: KVM's calls, which are legal in this order, and what is so when all have succeeded.
 pub(crate) struct Transaction<B> {
     pub(crate) calls: Vec<(Change, MemoryRegion)>,
@@ -153,8 +163,8 @@ impl<B> Book<B> {
         edits.iter().filter_map(change).collect()
     }
 
-    /// What `edits` change for readers, and the book after them.
-    pub(crate) fn commit(&mut self, edits: Vec<Edit<B>>) -> Shown<B> {
+    /// What `edits` change for readers, and the book after them. What leaves the book is in `gone` then.
+    pub(crate) fn commit(&mut self, edits: Vec<Edit<B>>, gone: &mut Vec<Entry<B>>) -> Shown<B> {
         let mut shown = Shown {
             gone: Vec::new(),
             added: Vec::new(),
@@ -182,9 +192,11 @@ impl<B> Book<B> {
                     }
                 }
                 Edit::Gone(id) => {
-                    let entry = self.entries.remove(&id);
-                    if entry.is_some_and(|entry| entry.place == Place::Both) {
-                        shown.gone.push(id);
+                    if let Some(entry) = self.entries.remove(&id) {
+                        if entry.place == Place::Both {
+                            shown.gone.push(id);
+                        }
+                        gone.push(entry);
                     }
                 }
             }
@@ -193,8 +205,12 @@ impl<B> Book<B> {
     }
 
     /// After a change that failed and could not be taken back whole: makes the book say what KVM has. `edits` is what
-    /// the change was to be.
-    pub(crate) fn reconcile(&mut self, edits: Vec<Edit<B>>) -> Reconciled<B>
+    /// the change was to be; what of it has come to nothing is in `gone` then.
+    pub(crate) fn reconcile(
+        &mut self,
+        edits: Vec<Edit<B>>,
+        gone: &mut Vec<Entry<B>>,
+    ) -> Reconciled<B>
     where
         B: crate::SlotBitmap,
     {
@@ -217,7 +233,7 @@ impl<B> Book<B> {
                     self.entries.insert(id, entry);
                     left.push((id, Left::Stays));
                 }
-                (Edit::New(_), None) => {}
+                (Edit::New(entry), None) => gone.push(entry),
                 (_, in_kvm) => {
                     let Some(entry) = self.entries.get_mut(&id) else {
                         continue;

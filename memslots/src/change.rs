@@ -8,17 +8,16 @@
 //! - deleted: gone from KVM, then from listeners, then from what is published, and unmapped when the last reader and
 //!   the last snapshot have let go. What KVM refuses to delete stays in the book, and mapped.
 
-use crate::book::{Book, Reconciled, Shown, Transaction};
-use crate::inner::Inner;
-use crate::listener::{Prepared, Registered, commit};
+use crate::book::{Book, Edit, Entry, Reconciled, Shown, Transaction};
+use crate::inner::{Inner, Owner};
+use crate::listener::{Panic, Prepared, Registered, commit};
 use crate::{
-    Change, Errno, Error, LayoutChange, MemoryRegion, SlotBitmap, SlotChange, SlotId, SlotTable,
-    Unrestored,
+    Change, Errno, Error, LayoutChange, MemoryRegion, SlotBitmap, SlotChange, SlotExtent, SlotId,
+    SlotTable, Unrestored,
 };
 use srcu::Grace;
-use std::any::Any;
 use std::collections::BTreeMap;
-use std::panic::resume_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
@@ -30,7 +29,16 @@ enum Quiet<R> {
 }
 
 /// What comes out of a change that is published: its result, and a listener's panic that waits for its end.
-type Outcome<R> = (Result<R, Error>, Option<Box<dyn Any + Send>>);
+type Outcome<R> = (Result<R, Error>, Option<Panic>);
+
+/// What a change has no use for any more, or not yet. Its drop may run code of consumers (the drop of a listener, of the
+/// owner of external memory, of a bitmap), which may change slots in its turn: it comes when no lock is held.
+struct Leftovers<B> {
+    transaction: Transaction<B>,
+    listeners: Vec<Registered<B>>,
+    changes: [Vec<SlotChange<B>>; 2],
+    entries: Vec<Entry<B>>,
+}
 
 /// A call that failed, and what was not taken back after it.
 struct Failure {
@@ -40,7 +48,8 @@ struct Failure {
 
 impl<B: SlotBitmap> Inner<B> {
     pub(crate) fn lock(&self) -> MutexGuard<'_, Book<B>> {
-        // A holder that panicked (in a bitmap's `with_len`, say) had changed nothing yet or left it whole.
+        // A holder that panicked (in a bitmap's `with_len`, say) had changed nothing yet: KVM is asked later, and a host
+        // that panics while it is takes the process with it.
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -51,56 +60,82 @@ impl<B: SlotBitmap> Inner<B> {
     /// `table`'s writers held and no other.
     pub(crate) fn transact<R>(
         &self,
-        f: impl FnOnce(&mut Book<B>) -> Result<(Transaction<B>, R), Error>,
+        f: impl FnOnce(&mut Book<B>, &mut Transaction<B>) -> Result<R, Error>,
     ) -> Result<(R, Grace), Error> {
+        let (result, grace, panic) = self.change(f)?;
+        match panic {
+            Some(panic) => resume_unwind(panic),
+            None => Ok((result, grace)),
+        }
+    }
+
+    /// The same; a listener's panic in the commit of a change that is made is the caller's to go on with.
+    pub(crate) fn change<R>(
+        &self,
+        f: impl FnOnce(&mut Book<B>, &mut Transaction<B>) -> Result<R, Error>,
+    ) -> Result<(R, Grace, Option<Panic>), Error> {
         self.check_not_in_listener()?;
+        let _late = self.late_deletions();
+        let mut left = Leftovers {
+            transaction: Transaction::with_capacity(0),
+            listeners: Vec::new(),
+            changes: [Vec::new(), Vec::new()],
+            entries: Vec::new(),
+        };
         // The writers' lock of `table` first, then the book's: the only order there is.
         let done = self.table.update(|table| {
-            let (transaction, result) = f(&mut self.lock()).map_err(Quiet::Failed)?;
-            if transaction.calls.is_empty() && transaction.edits.is_empty() {
+            let result = f(&mut self.lock(), &mut left.transaction).map_err(Quiet::Failed)?;
+            if left.transaction.calls.is_empty() && left.transaction.edits.is_empty() {
                 return Err(Quiet::Done(result));
             }
-            self.make(table, transaction, result)
+            self.make(table, &mut left, result)
         });
+        drop(left);
         match done {
-            Ok(((result, panic), grace)) => {
-                if let Some(panic) = panic {
-                    resume_unwind(panic);
-                }
-                Ok((result?, grace))
-            }
-            Err(Quiet::Done(result)) => Ok((result, self.table.grace())),
-            Err(Quiet::Failed(error)) => Err(error),
+            Ok(((Ok(result), panic), grace)) => Ok((result, grace, panic)),
+            Ok(((Err(_), Some(panic)), _)) => resume_unwind(panic),
+            Ok(((Err(error), None), _)) | Err(Quiet::Failed(error)) => Err(error),
+            Err(Quiet::Done(result)) => Ok((result, self.table.grace(), None)),
         }
     }
 
     fn make<R>(
         &self,
         table: &SlotTable<B>,
-        transaction: Transaction<B>,
+        left: &mut Leftovers<B>,
         result: R,
     ) -> Result<(SlotTable<B>, Outcome<R>), Quiet<R>> {
-        let Transaction { calls, edits } = transaction;
-        let listeners = self.listeners();
-        let changes = match listeners.is_empty() {
-            true => Vec::new(),
-            false => self.lock().changes(&edits),
-        };
+        let Leftovers {
+            transaction: Transaction { calls, edits },
+            listeners,
+            changes: [changes, undone],
+            entries,
+        } = left;
+        *listeners = self.listeners();
+        if !listeners.is_empty() {
+            *changes = self.lock().changes(edits);
+        }
         // What only the book sees is no listener's business.
         let listeners = match changes.is_empty() {
             true => &[],
-            false => &*listeners,
+            false => listeners.as_slice(),
         };
         let _calling = (!listeners.is_empty()).then(|| self.call_listeners());
-        let prepared = Prepared::all(listeners, LayoutChange::new(&changes))
+        let prepared = Prepared::all(listeners, LayoutChange::new(changes))
             .map_err(|source| Quiet::Failed(Error::Vetoed { source }))?;
 
         let mut book = self.lock();
-        match self.run(&mut book, &calls) {
+        match self.run(&mut book, calls) {
             Ok(()) => {
-                let shown = book.commit(edits);
+                let new: Vec<SlotId> = edits.iter().filter_map(Edit::new_id).collect();
+                let shown = book.commit(std::mem::take(edits), entries);
                 drop(book);
                 let panic = prepared.commit();
+                if panic.is_some() {
+                    // Nobody will get a handle to them: they are a part of the layout, as kept ones are.
+                    let mut book = self.lock();
+                    new.into_iter().for_each(|id| book.keep(id));
+                }
                 match shown.is_empty() {
                     true if panic.is_none() => Err(Quiet::Done(result)),
                     _ => Ok((next(table, shown), (Ok(result), panic))),
@@ -108,17 +143,21 @@ impl<B: SlotBitmap> Inner<B> {
             }
             Err(Failure { error, unrestored }) if unrestored.is_empty() => {
                 drop(book);
-                drop(prepared);
-                Err(Quiet::Failed(error))
+                match prepared.abort() {
+                    Some(panic) => resume_unwind(panic),
+                    None => Err(Quiet::Failed(error)),
+                }
             }
             Err(Failure { error, unrestored }) => {
                 let Reconciled {
                     left,
                     changes,
                     shown,
-                } = book.reconcile(edits);
+                } = book.reconcile(std::mem::take(edits), entries);
                 drop(book);
-                drop(prepared);
+                *undone = changes;
+                // A panic waits until it is published what KVM has.
+                let panic = prepared.abort();
                 let left = left
                     .into_iter()
                     .map(|(id, left)| Unrestored {
@@ -135,10 +174,13 @@ impl<B: SlotBitmap> Inner<B> {
                     },
                 };
                 if shown.is_empty() {
-                    return Err(Quiet::Failed(error));
+                    return match panic {
+                        Some(panic) => resume_unwind(panic),
+                        None => Err(Quiet::Failed(error)),
+                    };
                 }
-                let panic = commit(listeners, LayoutChange::new(&changes));
-                Ok((next(table, shown), (Err(error), panic)))
+                let later = commit(listeners, LayoutChange::new(undone));
+                Ok((next(table, shown), (Err(error), panic.or(later))))
             }
         }
     }
@@ -192,10 +234,14 @@ impl<B: SlotBitmap> Inner<B> {
     }
 
     pub(crate) fn call(&self, region: &MemoryRegion) -> Result<(), Errno> {
+        // After a panic in there nobody would know what KVM has, and memory that it has would be unmapped.
+        let unwinding = AbortOnDrop;
         // SAFETY: the host range of a request is that of a region's mapping, which is nobody else's memory. The book or
         // the change at hand holds the region, and lets go of it only after the slot was deleted (see the top of this
         // file). The guest_memfd is this VM's, and KVM keeps a reference of its own to it.
-        unsafe { self.host.set_memory_region(region) }
+        let answer = unsafe { self.host.set_memory_region(region) };
+        std::mem::forget(unwinding);
+        answer
     }
 
     fn listeners(&self) -> Vec<Registered<B>> {
@@ -226,6 +272,23 @@ impl<B: SlotBitmap> Inner<B> {
         Calling(&self.calling)
     }
 
+    /// Deletes a slot whose handle is dropped; after the change at hand if that is in a listener's call. What cannot be
+    /// deleted stays a slot like a kept one.
+    pub(crate) fn discard(&self, extent: &SlotExtent) {
+        if self.is_in_listener() {
+            let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+            late.push(extent.clone());
+        } else if let Err(error) = self.delete(extent) {
+            self.keep(extent);
+            log::error!("{error}");
+        }
+    }
+
+    /// Whoever calls listeners has this, and drops it with no lock held, when the call is over.
+    pub(crate) fn late_deletions(&self) -> LateDeletions<'_, B> {
+        LateDeletions(self)
+    }
+
     /// Runs `f` with other changes kept out.
     pub(crate) fn exclusively<R>(&self, f: impl FnOnce(&SlotTable<B>) -> R) -> R {
         enum Never {}
@@ -244,6 +307,36 @@ impl<B: SlotBitmap> Inner<B> {
         regions
             .map(|region| SlotChange::Added(region.clone()))
             .collect()
+    }
+}
+
+/// Dropped, deletes the slots whose handles were dropped in listeners' calls.
+pub(crate) struct LateDeletions<'a, B: SlotBitmap>(&'a Inner<B>);
+
+impl<B: SlotBitmap> Drop for LateDeletions<'_, B> {
+    fn drop(&mut self) {
+        let next = || {
+            let late = &self.0.late;
+            late.lock().unwrap_or_else(PoisonError::into_inner).pop()
+        };
+        while let Some(extent) = next() {
+            // A listener of this deletion may panic where the change before it has done so.
+            let done = catch_unwind(AssertUnwindSafe(|| self.0.discard(&extent)));
+            if let Err(panic) = done
+                && !thread::panicking()
+            {
+                resume_unwind(panic);
+            }
+        }
+    }
+}
+
+struct AbortOnDrop;
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        log::error!("the host panicked while it was asked for a slot");
+        std::process::abort();
     }
 }
 

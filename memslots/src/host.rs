@@ -30,7 +30,8 @@ impl std::error::Error for Errno {}
 ///
 /// # Contract
 /// The answer is the truth: after `Ok` of a deletion no guest reaches the memory, which is unmapped then; after an error
-/// nothing has changed. An implementation that hands its requests on to a real VM answers for this with the `unsafe`
+/// nothing has changed. A panic is no answer: of a [`set_memory_region`](Self::set_memory_region) that unwinds nobody could
+/// tell what the guest reaches, so that [`Memslots`](crate::Memslots) aborts the process. An implementation that hands its requests on to a real VM answers for this with the `unsafe`
 /// block that it needs there.
 pub trait SetMemoryRegion {
     /// Creates, changes or deletes a slot: `KVM_SET_USER_MEMORY_REGION`, or, for a request with a

@@ -6,7 +6,7 @@
 use crate::book::{Book, Edit, Entry, Place, Transaction, deletion, request, shape};
 use crate::guest_memfd::Binding;
 use crate::ids::{IdClaim, Ids};
-use crate::listener::Registered;
+use crate::listener::{Panic, Registered};
 use crate::mapping::Mapping;
 use crate::plan::Op;
 use crate::planning::check_layout;
@@ -15,6 +15,7 @@ use crate::{
     SetMemoryRegion, SlotBitmap, SlotExtent, SlotFlags, SlotMap, SlotTable,
 };
 use srcu::{Grace, Published};
+use std::panic::resume_unwind;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::ThreadId;
@@ -32,6 +33,8 @@ pub(crate) struct Inner<B: SlotBitmap> {
     pub(crate) listeners: Mutex<Vec<Registered<B>>>,
     /// The thread that calls listeners now.
     pub(crate) calling: Mutex<Option<ThreadId>>,
+    /// Slots whose handles were dropped in such a call. Held for a moment only.
+    pub(crate) late: Mutex<Vec<SlotExtent>>,
 }
 
 impl<B> Transaction<B> {
@@ -149,11 +152,12 @@ impl<B: SlotBitmap> Inner<B> {
         plan: &Plan,
         layout: &Layout,
         claims: Vec<Arc<IdClaim>>,
-    ) -> Result<(Transaction<B>, Vec<SlotExtent>), Error> {
+        transaction: &mut Transaction<B>,
+    ) -> Result<Vec<SlotExtent>, Error> {
         let slots = layout.slots();
         let present = book.governed();
         let stale = || Error::Stale { changes: 0 };
-        let mut transaction = Transaction::with_capacity(plan.ops.len());
+        *transaction = Transaction::with_capacity(plan.ops.len());
         let mut regions = Vec::with_capacity(slots.len());
         let mut claims = claims.into_iter();
         for (slot, same) in slots.iter().zip(&plan.same) {
@@ -200,7 +204,7 @@ impl<B: SlotBitmap> Inner<B> {
             transaction.edits.push(Edit::Gone(id));
         }
         let extents = regions.iter().map(|region| region.extent().clone());
-        Ok((transaction, extents.collect()))
+        Ok(extents.collect())
     }
 
     /// Changes one slot into what `change` makes of it.
@@ -208,14 +212,13 @@ impl<B: SlotBitmap> Inner<B> {
         &self,
         old: &SlotExtent,
         change: impl FnOnce(&Region<B>) -> Result<(SlotExtent, SlotFlags), Error>,
-    ) -> Result<(SlotExtent, Grace), Error> {
+    ) -> Result<(SlotExtent, Grace, Option<Panic>), Error> {
         let id = old.id();
-        self.transact(|book| {
+        self.change(|book, transaction| {
             let entry = book.get(id).ok_or(Refusal::NoSuchSlot { id })?;
             let (extent, flags) = change(&entry.region)?;
             let region = Arc::new(entry.region.changed(extent.clone(), flags));
             let call = request(&region, entry.guest_memfd.as_ref());
-            let mut transaction = Transaction::with_capacity(1);
             let change = match book.slots.check(&call) {
                 // KVM refuses even this of such a slot.
                 Err(Refusal::GuestMemfdFixed { .. })
@@ -230,7 +233,7 @@ impl<B: SlotBitmap> Inner<B> {
                 let edit = Edit::Now(region, entry.name.clone());
                 transaction.edits.push(edit);
             }
-            Ok((transaction, extent))
+            Ok(extent)
         })
     }
 }
@@ -253,11 +256,10 @@ fn moved(extent: &SlotExtent, start: GuestAddress) -> Result<SlotExtent, Refusal
 /// What a [`Slot`] or a [`Listening`] asks of its `Memslots`, whatever `B` is.
 pub(crate) trait Owner: Send + Sync {
     fn delete(&self, extent: &SlotExtent) -> Result<Grace, Error>;
-    fn relocate(
-        &self,
-        extent: &SlotExtent,
-        start: GuestAddress,
-    ) -> Result<(SlotExtent, Grace), Error>;
+    /// Deletes the slot of a handle that is dropped.
+    fn discard(&self, extent: &SlotExtent);
+    /// The slot's new extent is in `extent` whenever it has moved.
+    fn relocate(&self, extent: &mut SlotExtent, start: GuestAddress) -> Result<Grace, Error>;
     fn set_flags(&self, extent: &SlotExtent, flags: SlotFlags) -> Result<Grace, Error>;
     fn flags(&self, extent: &SlotExtent) -> SlotFlags;
     fn keep(&self, extent: &SlotExtent);
@@ -267,28 +269,34 @@ pub(crate) trait Owner: Send + Sync {
 impl<B: SlotBitmap> Owner for Inner<B> {
     fn delete(&self, extent: &SlotExtent) -> Result<Grace, Error> {
         let id = extent.id();
-        let ((), grace) = self.transact(|book| {
+        let ((), grace) = self.transact(|book, transaction| {
             let shape = book.slots.get(id).ok_or(Refusal::NoSuchSlot { id })?;
-            let transaction = Transaction {
+            *transaction = Transaction {
                 calls: vec![(Change::Delete, deletion(id, shape))],
                 edits: vec![Edit::Gone(id)],
             };
-            Ok((transaction, ()))
+            Ok(())
         })?;
         Ok(grace)
     }
 
-    fn relocate(
-        &self,
-        extent: &SlotExtent,
-        start: GuestAddress,
-    ) -> Result<(SlotExtent, Grace), Error> {
+    fn discard(&self, extent: &SlotExtent) {
+        Self::discard(self, extent);
+    }
+
+    fn relocate(&self, extent: &mut SlotExtent, start: GuestAddress) -> Result<Grace, Error> {
         self.check_private(start, extent.size())?;
-        self.alter(extent, |region| Ok((moved(extent, start)?, region.flags())))
+        let (now, grace, panic) =
+            self.alter(extent, |region| Ok((moved(extent, start)?, region.flags())))?;
+        *extent = now;
+        match panic {
+            Some(panic) => resume_unwind(panic),
+            None => Ok(grace),
+        }
     }
 
     fn set_flags(&self, extent: &SlotExtent, flags: SlotFlags) -> Result<Grace, Error> {
-        self.alter(extent, |region| {
+        let (_, grace, panic) = self.alter(extent, |region| {
             // Not a flag that can be asked for or not, but what the slot is.
             let private = region.flags().contains(SlotFlags::GUEST_MEMFD);
             let flags = flags.with(
@@ -296,8 +304,11 @@ impl<B: SlotBitmap> Owner for Inner<B> {
                 private || flags.contains(SlotFlags::GUEST_MEMFD),
             );
             Ok((extent.clone(), flags))
-        })
-        .map(|(_, grace)| grace)
+        })?;
+        match panic {
+            Some(panic) => resume_unwind(panic),
+            None => Ok(grace),
+        }
     }
 
     fn flags(&self, extent: &SlotExtent) -> SlotFlags {

@@ -227,11 +227,12 @@
 //! the contents are read through a [`Snapshot`]. Ids are not part of it: they are given anew.
 //!
 //! # Backings, and what works on which
-//! [`Backing`] says what is behind a slot: anonymous memory, a memfd, a file, hugetlb pages, a mapping of the consumer's
-//! own; from which NUMA nodes, prefaulted, between guard pages, left out of core dumps. What cannot be is refused before
-//! the first system call, with the numbers. [`MemoryKind::support`] is the table of which [`Mechanism`] works on which
-//! memory, checked against the kernel; what a VM will want later (a pager, a snapshot, a dirty log) is to be asked of it
-//! when the VM is configured. With the feature `uffd` the module of that name has the userfaultfd layer.
+//! [`Backing`] says what is behind a slot: anonymous memory, a memfd, a file, hugetlb pages, a mapping of the
+//! consumer's own; from which NUMA nodes, prefaulted, between guard pages, left out of core dumps. What cannot be is
+//! refused before anything is made or mapped, with the numbers. [`MemoryKind::support`] is the table of which
+//! [`Mechanism`] works on which memory, checked against the kernel; what a VM will want later (a pager, a snapshot, a
+//! dirty log) is to be asked of it when the VM is configured. With the feature `uffd` the module of that name has the
+//! userfaultfd layer.
 //!
 //! # Known limits
 //! - A plan looks at every slot that a layout governs (at 1,000 slots some 0.2 ms), and, if there is anything to do,

@@ -8,7 +8,7 @@ use crate::Region;
 use crate::inner::Owner;
 use std::any::Any;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -120,8 +120,12 @@ impl<'a, B> LayoutChange<'a, B> {
 /// changes out is held: a listener that changes the same slots gets [`Error::InListener`](crate::Error::InListener), one
 /// that waits for another thread to change them waits for ever.
 ///
-/// A panic in prepare or abort unwinds through the change, with the same effect as a refusal. One in commit is held up
-/// until the change is complete and published, and goes on then.
+/// A panic in prepare unwinds through the change, with the same effect as a refusal. One in abort or commit is held up
+/// until every listener has been told and what has become of the change is published, and goes on then (the first, if
+/// there are several). Of a change that is made, slots whose handles it so keeps from the caller are a part of the
+/// [layout](crate::Memslots::layout).
+///
+/// A [`Slot`](crate::Slot) that is dropped in a listener's call goes when the change at hand is over, before that returns.
 pub trait ChangeListener<B = ()>: Send + Sync {
     /// The change will be made, unless someone refuses.
     ///
@@ -188,7 +192,10 @@ impl<B> Registered<B> {
     }
 }
 
-/// Listeners that are prepared for a change. Dropped before the commit, in an error or a panic, they abort.
+/// A listener's panic, caught.
+pub(crate) type Panic = Box<dyn Any + Send>;
+
+/// Listeners that are prepared for a change. Dropped before the commit, in a panic, they abort.
 pub(crate) struct Prepared<'a, B> {
     listeners: &'a [Registered<B>],
     change: LayoutChange<'a, B>,
@@ -208,8 +215,13 @@ impl<'a, B> Prepared<'a, B> {
             count: 0,
         };
         for registered in listeners {
-            if registered.is_alive() {
-                registered.listener.prepare(&change)?;
+            if registered.is_alive()
+                && let Err(veto) = registered.listener.prepare(&change)
+            {
+                return match prepared.abort() {
+                    Some(panic) => resume_unwind(panic),
+                    None => Err(veto),
+                };
             }
             prepared.count += 1;
         }
@@ -217,7 +229,18 @@ impl<'a, B> Prepared<'a, B> {
     }
 
     /// The first panic comes back, when all have been told.
-    pub(crate) fn commit(mut self) -> Option<Box<dyn Any + Send>> {
+    pub(crate) fn abort(mut self) -> Option<Panic> {
+        self.tell_abort()
+    }
+
+    fn tell_abort(&mut self) -> Option<Panic> {
+        let prepared = self.listeners.iter().take(std::mem::take(&mut self.count));
+        let alive = prepared.rev().filter(|registered| registered.is_alive());
+        tell(alive, |listener| listener.abort(&self.change))
+    }
+
+    /// The first panic comes back, when all have been told.
+    pub(crate) fn commit(mut self) -> Option<Panic> {
         self.count = 0;
         commit(self.listeners, self.change)
     }
@@ -225,23 +248,25 @@ impl<'a, B> Prepared<'a, B> {
 
 impl<B> Drop for Prepared<'_, B> {
     fn drop(&mut self) {
-        for registered in self.listeners.iter().take(self.count).rev() {
-            if registered.is_alive() {
-                registered.listener.abort(&self.change);
-            }
-        }
+        // One panic is on its way already.
+        drop(self.tell_abort());
     }
 }
 
-/// Tells all of them of a change that is made.
-pub(crate) fn commit<B>(
-    listeners: &[Registered<B>],
-    change: LayoutChange<'_, B>,
-) -> Option<Box<dyn Any + Send>> {
+/// Tells all of them of a change that is made. The first panic comes back.
+pub(crate) fn commit<B>(listeners: &[Registered<B>], change: LayoutChange<'_, B>) -> Option<Panic> {
+    let alive = listeners.iter().filter(|registered| registered.is_alive());
+    tell(alive, |listener| listener.commit(&change))
+}
+
+fn tell<'a, B: 'a>(
+    listeners: impl Iterator<Item = &'a Registered<B>>,
+    call: impl Fn(&dyn ChangeListener<B>),
+) -> Option<Panic> {
     let mut panic = None;
-    for registered in listeners.iter().filter(|registered| registered.is_alive()) {
+    for registered in listeners {
         // What the listener leaves broken is its own; ours is whole.
-        let told = catch_unwind(AssertUnwindSafe(|| registered.listener.commit(&change)));
+        let told = catch_unwind(AssertUnwindSafe(|| call(&*registered.listener)));
         if let Err(payload) = told {
             panic.get_or_insert(payload);
         }

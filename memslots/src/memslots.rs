@@ -6,14 +6,13 @@
 use crate::book::{Book, Edit, Entry, Transaction, request};
 use crate::ids::Ids;
 use crate::inner::{Inner, Owner};
-use crate::listener::{Listening, Prepared, Registered};
+use crate::listener::{Listening, Panic, Prepared, Registered};
 use crate::{
     Backing, Change, ChangeListener, Error, GuestMemfd, GuestRam, Layout, LayoutChange, LayoutSlot,
     Limits, NewSlot, Plan, PrivateRanges, Refusal, SetMemoryRegion, Slot, SlotBitmap, SlotExtent,
     SlotFlags, SlotId, SlotMap, SlotTable,
 };
 use srcu::{Grace, Published, Reader, Snapshot};
-use std::any::Any;
 use std::fmt;
 use std::panic::resume_unwind;
 use std::sync::atomic::AtomicBool;
@@ -44,9 +43,14 @@ pub struct Applied {
 }
 
 impl Memslots {
-    /// The slots of the VM `host`, none yet; [`PrivateRanges::x86`] is left free. One ioctl, for the limit.
+    /// The slots of the VM `host`, none yet; on x86, [`PrivateRanges::x86`] is left free. One ioctl, for the limit.
     pub fn new(host: impl SetMemoryRegion + Send + Sync + 'static) -> Self {
-        Self::with_policy(host, PrivateRanges::x86())
+        let private = match cfg!(any(target_arch = "x86", target_arch = "x86_64")) {
+            true => PrivateRanges::x86(),
+            // What a VMM of another architecture puts where is its own to say.
+            false => PrivateRanges::none(),
+        };
+        Self::with_policy(host, private)
     }
 }
 
@@ -70,6 +74,7 @@ impl<B: SlotBitmap> Memslots<B> {
                 table: Arc::new(Published::new(SlotTable::new())),
                 listeners: Mutex::new(Vec::new()),
                 calling: Mutex::new(None),
+                late: Mutex::new(Vec::new()),
             }),
         }
     }
@@ -112,9 +117,9 @@ impl<B: SlotBitmap> Memslots<B> {
     ) -> Result<Vec<Slot>, Error> {
         let new: Vec<LayoutSlot> = new.into_iter().map(Into::into).collect();
         let inner = &self.inner;
-        let (extents, grace) = inner.transact(|book| {
+        let (extents, grace) = inner.transact(|book, transaction| {
             let claims = inner.check_new(book, &new)?;
-            let mut transaction = Transaction::with_capacity(new.len());
+            *transaction = Transaction::with_capacity(new.len());
             let mut extents = Vec::with_capacity(new.len());
             for (slot, claim) in new.iter().zip(claims) {
                 let region = inner.map(slot, claim)?;
@@ -124,7 +129,7 @@ impl<B: SlotBitmap> Memslots<B> {
                 let entry = Entry::new(region, slot, true);
                 transaction.edits.push(Edit::New(entry));
             }
-            Ok((transaction, extents))
+            Ok(extents)
         })?;
         // Nobody needs to wait: what was published before is still right about every slot that it shows.
         drop(grace);
@@ -172,13 +177,14 @@ impl<B: SlotBitmap> Memslots<B> {
         if !Arc::ptr_eq(&plan.vm, &inner.ids) {
             return Err(Error::OtherVm { what: "plan" });
         }
-        let (extents, grace) = inner.transact(|book| {
+        let (extents, grace) = inner.transact(|book, transaction| {
             let changes = book.epoch().wrapping_sub(plan.epoch);
             if changes != 0 {
                 return Err(Error::Stale { changes });
             }
             let new = plan.same.iter().filter(|same| same.is_none()).count();
-            inner.carry_out(book, &plan, &plan.layout, inner.ids.claim_many(new)?)
+            let claims = inner.ids.claim_many(new)?;
+            inner.carry_out(book, &plan, &plan.layout, claims, transaction)
         })?;
         Ok(Applied { extents, grace })
     }
@@ -190,9 +196,9 @@ impl<B: SlotBitmap> Memslots<B> {
     /// As the two.
     pub fn set_layout(&self, layout: &Layout) -> Result<Applied, Error> {
         let inner = &self.inner;
-        let (extents, grace) = inner.transact(|book| {
+        let (extents, grace) = inner.transact(|book, transaction| {
             let (plan, claims) = inner.plan(book, layout)?;
-            inner.carry_out(book, &plan, layout, claims)
+            inner.carry_out(book, &plan, layout, claims, transaction)
         })?;
         Ok(Applied { extents, grace })
     }
@@ -223,12 +229,13 @@ impl<B: SlotBitmap> Memslots<B> {
     pub fn listen(&self, listener: Arc<dyn ChangeListener<B>>) -> Result<Listening, Error> {
         let inner = &self.inner;
         inner.check_not_in_listener()?;
+        let _late = inner.late_deletions();
         let registered = Registered {
             listener,
             alive: Arc::new(AtomicBool::new(true)),
         };
         let alive = Arc::clone(&registered.alive);
-        let told: Result<Option<Box<dyn Any + Send>>, Error> = inner.exclusively(|table| {
+        let told: Result<Option<Panic>, Error> = inner.exclusively(|table| {
             let _calling = inner.call_listeners();
             let changes = Inner::replay(table);
             let one = std::slice::from_ref(&registered);

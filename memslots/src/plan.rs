@@ -8,7 +8,7 @@
 //! 1. What is new and needs nobody's place is made. It is what may fail for want of memory, and nothing has been taken
 //!    away then.
 //! 2. Flags change.
-//! 3. What is in the way goes; then moves, each when its place is free. Of moves that wait for each other in a circle
+//! 3. What is in the way goes (whose place, or whose private memory, what comes will have); then moves, each when its place is free. Of moves that wait for each other in a circle
 //!    one slot is deleted, and made again in step 4.
 //! 4. What had to wait is made.
 //! 5. What is nobody's any more and in nobody's way goes. It comes last, so that no failure has to bring it back.
@@ -18,7 +18,7 @@
 
 use crate::cycles::{break_circles, order};
 use crate::ids::Ids;
-use crate::{Change, Layout, SlotFlags, SlotId, SlotShape};
+use crate::{Change, GuestMemfdRange, Layout, SlotFlags, SlotId, SlotShape};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -141,6 +141,7 @@ pub(crate) struct Wanted {
     pub(crate) flags: SlotFlags,
     /// Which of the present it is.
     pub(crate) same: Option<usize>,
+    pub(crate) guest_memfd: Option<GuestMemfdRange>,
 }
 
 /// One call: numbers are indices of [`Present`] and [`Wanted`].
@@ -217,10 +218,22 @@ pub(crate) fn calls(present: &[Present], wanted: &[Wanted]) -> Vec<(Op, Option<R
         fates.get(wanted).copied()
     };
 
+    // What goes, with private memory that another slot can have only after it.
+    let mut bound: Vec<(PrivateBytes, usize)> = places
+        .iter()
+        .filter(|(_, index)| becomes(*index).is_none())
+        .filter_map(|&(_, index)| {
+            let shape = present.get(index)?.shape;
+            Some((private_bytes(shape.guest_memfd?, shape.size), index))
+        })
+        .collect();
+    bound.sort_unstable_by_key(|((file, bytes), _)| (*file, bytes.start));
+
     // Who is in whose way.
     let mut in_the_way = vec![false; present.len()];
     let mut blocked = vec![false; wanted.len()];
     let mut waits_for = vec![Vec::new(); wanted.len()];
+    let mut bound_anew = vec![false; present.len()];
     for (index, (wanted, fate)) in wanted.iter().zip(&fates).enumerate() {
         if matches!(fate, Fate::Kept | Fate::Flags) {
             continue;
@@ -243,6 +256,21 @@ pub(crate) fn calls(present: &[Present], wanted: &[Wanted]) -> Vec<(Op, Option<R
                 (Some(Fate::Move), _) => {}
                 _ => mark(&mut in_the_way, occupant),
             }
+        }
+        let Some(binding) = wanted.guest_memfd else {
+            continue;
+        };
+        let (file, bytes) = private_bytes(binding, wanted.size);
+        // In KVM no two slots share any, so their ends are in order as well.
+        let first =
+            bound.partition_point(|((other, there), _)| (*other, there.end) <= (file, bytes.start));
+        let there = bound.get(first..).unwrap_or_default().iter();
+        let shared =
+            there.take_while(|((other, there), _)| *other == file && there.start < bytes.end);
+        for &(_, occupant) in shared {
+            mark(&mut blocked, index);
+            mark(&mut in_the_way, occupant);
+            mark(&mut bound_anew, occupant);
         }
     }
     let logs = |index: usize| {
@@ -268,6 +296,8 @@ pub(crate) fn calls(present: &[Present], wanted: &[Wanted]) -> Vec<(Op, Option<R
         if is_in_the_way(index) {
             let gap = match fate_of(index) {
                 Some(_) => Some(place.clone()),
+                // Its private memory goes elsewhere.
+                None if bound_anew.get(index) == Some(&true) => Some(place.clone()),
                 None => common(place, &targets),
             };
             calls.push((Op::Delete(index), gap));
@@ -300,6 +330,15 @@ pub(crate) fn calls(present: &[Present], wanted: &[Wanted]) -> Vec<(Op, Option<R
         }
     }
     calls
+}
+
+/// A guest_memfd, and bytes of it.
+type PrivateBytes = (i32, Range<u64>);
+
+/// Those that a slot of `size` bytes has.
+const fn private_bytes(binding: GuestMemfdRange, size: u64) -> PrivateBytes {
+    let (start, end) = (binding.offset, binding.offset.saturating_add(size));
+    (binding.fd, start..end)
 }
 
 fn mark(marks: &mut [bool], index: usize) {

@@ -41,6 +41,7 @@ impl<B> Book<B> {
                 size: slot.size(),
                 flags: slot.flags(),
                 same: *same,
+                guest_memfd: slot.guest_memfd.as_ref().map(Binding::range),
             })
             .collect();
         let mut new_ids = claims.iter().map(|claim| claim.id());
@@ -174,15 +175,16 @@ fn recognise<B>(
     let mut by_start: Vec<(u64, bool, usize)> = memory
         .map(|(index, (_, entry))| {
             let start = entry.region.extent().start().0;
-            // What KVM has comes before what was lost at the same place.
+            // What KVM has comes before what was lost at the same place, of which there may be several.
             (start, entry.place != Place::Both, index)
         })
         .collect();
     by_start.sort_unstable();
     let at = |start: u64| {
         let first = by_start.partition_point(|(other, ..)| *other < start);
-        let (found, _, index) = *by_start.get(first)?;
-        (found == start).then_some(index)
+        let from = by_start.get(first..).unwrap_or_default().iter();
+        from.take_while(move |(other, ..)| *other == start)
+            .map(|(.., index)| *index)
     };
     let mut by_name = HashMap::new();
     if wanted.iter().any(|slot| slot.name.is_some()) {
@@ -213,14 +215,13 @@ fn recognise<B>(
         })
         .collect();
     for (slot, same) in wanted.iter().zip(&mut same) {
-        if same.is_none()
-            && let Some(index) = at(slot.slot.start.0)
-            && let Some((_, entry)) = present.get(index)
-            && (entry.name.is_none() || slot.name.is_none())
-            && same_memory(index, slot)
-            && take(index)
-        {
-            *same = Some(index);
+        let may_be = |index: usize| {
+            let entry = present.get(index).map(|(_, entry)| entry);
+            entry.is_some_and(|entry| entry.name.is_none() || slot.name.is_none())
+                && same_memory(index, slot)
+        };
+        if same.is_none() {
+            *same = at(slot.slot.start.0).find(|index| may_be(*index) && take(*index));
         }
     }
     (same, taken)

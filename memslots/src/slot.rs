@@ -12,8 +12,8 @@ use vm_memory::GuestAddress;
 
 /// A slot of the VM, owned: dropping it deletes the slot. Its memory is unmapped when nobody reads it any more.
 ///
-/// The drop waits as [`remove`](Self::remove) does: for KVM, and for a change that another thread is making. It keeps the
-/// host side of its [`Memslots`](crate::Memslots) alive (and with it the VM's descriptor).
+/// The drop waits as [`remove`](Self::remove) does: for KVM, and for a change that another thread is making. Dropped
+/// in a call of a [`ChangeListener`](crate::ChangeListener), the slot goes when that change is over. It keeps the host side of its [`Memslots`](crate::Memslots) alive (and with it the VM's descriptor).
 #[must_use = "dropping a slot deletes it; `keep` it if nobody is to own it"]
 pub struct Slot {
     extent: SlotExtent,
@@ -72,10 +72,8 @@ impl Slot {
     /// # Errors
     /// [`enum@Error`]; then nothing has changed.
     pub fn relocate(&mut self, start: GuestAddress) -> Result<Grace, Error> {
-        let owner = self.owner()?;
-        let (extent, grace) = owner.relocate(&self.extent, start)?;
-        self.extent = extent;
-        Ok(grace)
+        let owner = Arc::clone(self.owner()?);
+        owner.relocate(&mut self.extent, start)
     }
 
     /// Sets the slot's flags; of those, only [`SlotFlags::LOG_DIRTY_PAGES`] can change.
@@ -106,12 +104,8 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        if let Some(owner) = self.owner.take()
-            && let Err(error) = owner.delete(&self.extent)
-        {
-            // It stays a slot like a kept one.
-            owner.keep(&self.extent);
-            log::error!("{error}");
+        if let Some(owner) = self.owner.take() {
+            owner.discard(&self.extent);
         }
     }
 }

@@ -437,6 +437,121 @@ fn a_panic_in_prepare_is_as_a_veto_and_one_in_commit_waits_for_the_end() {
     }
 }
 
+/// Calls back in each of its calls.
+struct Calls<F>(F);
+
+impl<F: Fn(&str, &LayoutChange<'_>) + Send + Sync> ChangeListener for Calls<F> {
+    fn prepare(&self, change: &LayoutChange<'_>) -> Result<(), Veto> {
+        (self.0)("prepare", change);
+        Ok(())
+    }
+    fn commit(&self, change: &LayoutChange<'_>) {
+        (self.0)("commit", change);
+    }
+    fn abort(&self, change: &LayoutChange<'_>) {
+        (self.0)("abort", change);
+    }
+}
+
+/// Panics in the calls of this name, once it is registered.
+fn panics_in(call: &'static str) -> Arc<dyn ChangeListener> {
+    let registered = AtomicBool::new(false);
+    Arc::new(Calls(move |what: &str, _: &LayoutChange<'_>| {
+        if registered.fetch_or(what == "commit", Ordering::Relaxed) && what == call {
+            panic!("a listener's own");
+        }
+    }))
+}
+
+#[test]
+fn a_panic_in_abort_waits_until_all_are_told_and_what_kvm_has_is_published() {
+    // The change is taken back; or, with the second number, is not.
+    for failures in [2..3, 2..4] {
+        let undone = failures.len() == 1;
+        let world = World::new();
+        let listening = world.memslots.listen(panics_in("abort")).unwrap();
+        for call in failures {
+            world.host.fail(call, Errno(libc::EIO));
+        }
+        let before = shown(&world.memslots);
+        assert!(catch_unwind(AssertUnwindSafe(|| world.change())).is_err());
+        assert_eq!(
+            world.log()[2..4],
+            ["second abort", "first abort"],
+            "the panic was before them"
+        );
+        world.in_step();
+        let kvm = world.host.slots().len();
+        world.host.fail_no_more();
+        if undone {
+            assert_eq!(shown(&world.memslots), before);
+            assert_eq!(kvm, before.len());
+        }
+        drop(listening);
+        world.change().unwrap();
+        world.in_step();
+        assert_eq!(world.host.slots().len(), shown(&world.memslots).len());
+    }
+}
+
+#[test]
+fn slots_that_a_panic_in_commit_keeps_from_their_owner_are_a_part_of_the_layout() {
+    let memslots = Memslots::new(FakeHost::new(4));
+    let listening = memslots.listen(panics_in("commit")).unwrap();
+    let made = catch_unwind(AssertUnwindSafe(|| {
+        memslots.create_all([slot(0, 1)]).map(drop)
+    }));
+    assert!(made.is_err());
+    assert_eq!(memslots.layout(), Layout::new().with(slot(0, 1)));
+    drop(listening);
+    memslots.set_layout(&Layout::new()).unwrap();
+    assert_eq!(memslots.snapshot().regions().len(), 0);
+}
+
+#[test]
+fn a_slot_knows_where_it_is_after_a_panic_in_the_commit_of_its_move() {
+    let memslots = Memslots::new(FakeHost::new(4));
+    let mut moving = memslots.create_all([slot(0, 1)]).unwrap().pop().unwrap();
+    let _listening = memslots.listen(panics_in("commit")).unwrap();
+    let to = GuestAddress(8 * PAGE_SIZE);
+    let moved = catch_unwind(AssertUnwindSafe(|| moving.relocate(to).map(drop)));
+    assert!(moved.is_err());
+    assert_eq!(moving.extent().start(), to);
+    let seen = memslots.snapshot();
+    assert_eq!(
+        seen.by_id(moving.extent().id()).unwrap().extent(),
+        moving.extent()
+    );
+}
+
+#[test]
+fn a_slot_that_is_dropped_in_a_listeners_call_goes_when_the_change_is_over() {
+    for when in ["prepare", "commit", "abort"] {
+        let host = FakeHost::new(8);
+        let memslots = Memslots::new(host.clone());
+        let owned = Arc::new(Mutex::new(None));
+        let drops = Arc::clone(&owned);
+        let _listening = memslots
+            .listen(Arc::new(Calls(move |what: &str, _: &LayoutChange<'_>| {
+                if what == when {
+                    drop(drops.lock().unwrap().take());
+                }
+            })))
+            .unwrap();
+        // The creation is a change itself, at the end of which there is nothing to drop yet.
+        *owned.lock().unwrap() = memslots.create_all([slot(0, 1)]).unwrap().pop();
+        if when == "abort" {
+            host.fail(0, Errno(libc::EIO));
+        }
+        let made = memslots.set_layout(&Layout::new().with(slot(5, 1)));
+        assert_eq!(made.is_ok(), when != "abort");
+        assert!(owned.lock().unwrap().is_none());
+        let left = usize::from(made.is_ok());
+        assert_eq!(memslots.snapshot().regions().len(), left, "{when}");
+        assert_eq!(host.slots().len(), left, "{when}");
+    }
+}
+
 #[test]
 fn flags_alone_are_neither_removed_nor_added() {
     struct Flags(Mutex<Vec<SlotFlags>>);

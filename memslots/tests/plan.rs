@@ -625,3 +625,60 @@ impl Drop for Stop<'_> {
         self.0.store(true, Ordering::Relaxed);
     }
 }
+
+#[test]
+fn memory_that_was_lost_where_another_slot_is_comes_back_with_the_next_layout() {
+    let before = Layout::new()
+        .with(slot(0, 1))
+        .with(slot(5, 2).named("moves"));
+    let world = World::new(&before);
+    let (lost, moving) = (world.contents(0), world.contents(5));
+    // delete 0, move 5 to 0, make 5: the last fails, and the move is not taken back, so 0 cannot be made again.
+    let after = Layout::new().with(named("moves", 0, 2)).with(slot(5, 1));
+    assert_eq!(world.plan(&after), ["delete 0!", "move 5 0!", "make 5"]);
+    world.host.fail(2, Errno(libc::ENOMEM));
+    world.host.fail(3, Errno(libc::EIO));
+    let error = world.memslots.set_layout(&after).unwrap_err();
+    assert!(matches!(error, Error::Undo { .. }), "{error}");
+    world.host.fail_no_more();
+    assert_eq!(world.contents(0), moving);
+    world.memslots.set_layout(&before).unwrap();
+    assert_eq!((world.contents(0), world.contents(5)), (lost, moving));
+}
+
+#[test]
+fn private_memory_goes_to_another_slot_after_the_one_that_has_it() {
+    let world = World::new(&Layout::new());
+    let file = world.memslots.create_guest_memfd(8 * PAGE_SIZE).unwrap();
+    let layout = Layout::new()
+        .with(slot(0, 2).with_guest_memfd(&file, 0))
+        .with(slot(4, 2).with_guest_memfd(&file, 2 * PAGE_SIZE))
+        .with(slot(8, 4).with_guest_memfd(&file, 4 * PAGE_SIZE));
+    world.memslots.set_layout(&layout).unwrap();
+    let another = world.memslots.create_guest_memfd(8 * PAGE_SIZE).unwrap();
+    for (after, steps) in [
+        // All of it elsewhere, in one slot.
+        (
+            Layout::new().with(slot(32, 8).with_guest_memfd(&file, 0)),
+            vec!["delete 0!", "delete 4!", "delete 8!", "make 32"],
+        ),
+        // A part of the one in the middle.
+        (
+            Layout::new()
+                .with(slot(0, 2).with_guest_memfd(&file, 0))
+                .with(slot(8, 4).with_guest_memfd(&file, 4 * PAGE_SIZE))
+                .with(slot(32, 1).with_guest_memfd(&file, 3 * PAGE_SIZE)),
+            vec!["delete 4!", "make 32"],
+        ),
+        // The same bytes of another file are other memory.
+        (
+            Layout::new().with(slot(32, 8).with_guest_memfd(&another, 0)),
+            vec!["make 32", "delete 0", "delete 4", "delete 8"],
+        ),
+    ] {
+        assert_eq!(world.plan(&after), steps);
+        world.memslots.set_layout(&after).unwrap();
+        assert_eq!(world.memslots.layout(), after);
+        world.memslots.set_layout(&layout).unwrap();
+    }
+}

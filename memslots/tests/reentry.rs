@@ -6,10 +6,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use memslots::fake::FakeHost;
-use memslots::{Backing, Memslots, PAGE_SIZE, PrivateRanges, Slot, SlotFlags};
+use memslots::{
+    Backing, ChangeListener, Errno, Error, Layout, LayoutChange, Listening, Mapping, Memslots,
+    NewSlot, NumaPolicy, PAGE_SIZE, PrivateRanges, Slot, SlotFlags, Veto,
+};
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 use vm_memory::GuestAddress;
@@ -131,4 +134,99 @@ impl Drop for StopReaders<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// A listener that has a slot, and ends its own registration at the first commit after that.
+struct Device {
+    _slot: Slot,
+    own: Mutex<Option<Listening>>,
+}
+
+impl ChangeListener for Device {
+    fn prepare(&self, _: &LayoutChange<'_>) -> Result<(), Veto> {
+        Ok(())
+    }
+    fn commit(&self, _: &LayoutChange<'_>) {
+        drop(self.own.lock().unwrap().take());
+    }
+    fn abort(&self, _: &LayoutChange<'_>) {}
+}
+
+fn new(index: u64, backing: Backing) -> NewSlot {
+    NewSlot {
+        start: GuestAddress(index * PAGE_SIZE),
+        backing,
+        flags: SlotFlags::NONE,
+    }
+}
+
+#[test]
+fn a_listener_whose_last_call_it_was_may_change_slots_as_it_goes() {
+    within_reason(|| {
+        let memslots = Memslots::new(FakeHost::new(8));
+        let device = Arc::new(Device {
+            _slot: page(&memslots, 0),
+            own: Mutex::new(None),
+        });
+        let listening = memslots.listen(Arc::clone(&device) as _).unwrap();
+        *device.own.lock().unwrap() = Some(listening);
+        drop(device);
+        let layout = Layout::new().with(new(5, Backing::anonymous(PAGE_SIZE)));
+        memslots.set_layout(&layout).unwrap();
+        assert_eq!(memslots.snapshot().regions().len(), 1);
+    });
+}
+
+#[test]
+fn the_owner_of_memory_that_was_lost_may_change_slots_as_it_goes() {
+    within_reason(|| {
+        let host = FakeHost::new(8);
+        let memslots = Memslots::new(host.clone());
+        let beside = page(&memslots, 1 << 18);
+        let mapping = Mapping::new(&Backing::anonymous(PAGE_SIZE), GuestAddress(0)).unwrap();
+        let at = mapping.host();
+        // SAFETY: the owner has the mapping, which is guest memory.
+        let external = unsafe { Backing::external(at, PAGE_SIZE, Arc::new((mapping, beside))) };
+        memslots
+            .set_layout(&Layout::new().with(new(0, external).named("lost")))
+            .unwrap();
+        host.fail(1, Errno(libc::ENOMEM));
+        host.fail(2, Errno(libc::EIO));
+        let in_its_place = new(0, Backing::anonymous(2 * PAGE_SIZE)).named("larger");
+        let error = memslots
+            .set_layout(&Layout::new().with(in_its_place))
+            .unwrap_err();
+        assert!(matches!(error, Error::Undo { .. }), "{error}");
+        host.fail_no_more();
+        memslots.set_layout(&Layout::new()).unwrap();
+        assert!(host.slots().is_empty(), "the owner's slot has gone with it");
+    });
+}
+
+#[test]
+fn new_memory_of_a_change_that_fails_is_let_go_of_with_no_lock_held() {
+    within_reason(|| {
+        let host = FakeHost::new(8);
+        let memslots = Memslots::<AtDrop>::with_policy(host.clone(), PrivateRanges::none());
+        let create = |memslots: &Memslots<AtDrop>, index| {
+            memslots.create_all([new(index, Backing::anonymous(PAGE_SIZE))])
+        };
+        let mut nowhere = new(8, Backing::anonymous(PAGE_SIZE));
+        nowhere.backing = nowhere.backing.numa(NumaPolicy::Bind(vec![1000]));
+        let fit = || new(0, Backing::anonymous(PAGE_SIZE));
+        // KVM refuses; or there is no memory for the second.
+        for slots in [vec![fit()], vec![fit(), nowhere]] {
+            let (tell, told) = mpsc::channel();
+            let again = memslots.clone();
+            AT_DROP.set(Some(Box::new(move || {
+                tell.send(create(&again, 1).unwrap()).unwrap();
+            })));
+            if slots.len() == 1 {
+                host.fail(0, Errno(libc::EIO));
+            }
+            memslots.create_all(slots).unwrap_err();
+            drop(told.try_recv().unwrap());
+        }
+        assert_eq!(memslots.snapshot().regions().len(), 0);
+    });
 }

@@ -7,9 +7,11 @@
 
 use memslots::fake::FakeHost;
 use memslots::{
-    Backing, Errno, Error, Left, Memslots, NewSlot, PAGE_SIZE, PrivateRanges, Refusal, Slot,
-    SlotExtent, SlotFlags, SlotId, SlotShape, Unrestored,
+    Backing, Errno, Error, Left, MemoryRegion, Memslots, NewSlot, PAGE_SIZE, PrivateRanges,
+    Refusal, SetMemoryRegion, Slot, SlotExtent, SlotFlags, SlotId, SlotShape, Unrestored,
 };
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
 use vm_memory::{Bytes, GuestAddress};
 
 const ERRNOS: [i32; 6] = [
@@ -358,4 +360,81 @@ fn kept_slots_go_with_the_last_owner_and_owned_ones_before() {
     assert!(host.slots().is_empty());
     let calls = host.calls();
     assert_eq!((calls[2].id, calls[3].id), (SlotId(1), kept.id()));
+}
+
+/// Whether the page is mapped in this process.
+fn is_mapped(address: usize) -> bool {
+    let mut there = 0u8;
+    // SAFETY: the byte is one for each page; the address is looked up, and not touched.
+    unsafe { libc::mincore(address as *mut _, PAGE_SIZE as usize, &raw mut there) == 0 }
+}
+
+#[test]
+fn memory_of_a_slot_that_kvm_never_deletes_stays_mapped_and_readers_see_the_others_go() {
+    let World {
+        host,
+        memslots,
+        slots,
+    } = World::new();
+    let ram = memslots.ram();
+    let kept: Vec<_> = slots.into_iter().map(Slot::keep).collect();
+    host.fail(0, Errno(libc::EIO));
+    drop(memslots);
+    let left = host.slots();
+    assert_eq!(left.len(), 1, "the first was not deleted");
+    assert_eq!(left[0].0, kept[0].id());
+    assert!(is_mapped(kept[0].host_start().0));
+    assert!(ram.snapshot().find(kept[1].start()).is_none());
+    drop(ram);
+    assert!(
+        is_mapped(kept[0].host_start().0),
+        "the guest may still use it"
+    );
+    assert!(!is_mapped(kept[1].host_start().0));
+}
+
+/// A host that panics at its second call.
+struct Panics(FakeHost);
+
+impl SetMemoryRegion for Panics {
+    unsafe fn set_memory_region(&self, region: &MemoryRegion) -> Result<(), Errno> {
+        assert!(self.0.calls().is_empty(), "the host's own");
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.0.set_memory_region(region) }
+    }
+
+    fn max_slots(&self) -> usize {
+        16
+    }
+}
+
+#[test]
+fn a_host_that_panics_takes_the_process_with_it_before_any_memory_goes() {
+    const CHILD: &str = "MEMSLOTS_HOST_PANICS";
+    if std::env::var_os(CHILD).is_some() {
+        let memslots = Memslots::new(Panics(FakeHost::new(16)));
+        drop(memslots.create_all([anonymous(0, 1), anonymous(1 << 20, 1)]));
+        return;
+    }
+    let name = "a_host_that_panics_takes_the_process_with_it_before_any_memory_goes";
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args([name, "--exact"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    assert_eq!(child.status.signal(), Some(libc::SIGABRT), "{child:?}");
+}
+
+#[test]
+fn a_slot_keeps_its_name_when_it_is_moved_and_flagged() {
+    let memslots = Memslots::new(FakeHost::new(4));
+    let new = [anonymous(0, 1).named("ram")];
+    let mut slot = memslots.create_all(new).unwrap().pop().unwrap();
+    slot.relocate(HIGH).unwrap().wait();
+    slot.set_flags(SlotFlags::LOG_DIRTY_PAGES).unwrap().wait();
+    let extent = slot.keep();
+    let layout = memslots.layout();
+    let named = layout.get("ram").unwrap();
+    assert_eq!(named.slot.start, extent.start());
+    assert_eq!(named.slot.flags, SlotFlags::LOG_DIRTY_PAGES);
 }

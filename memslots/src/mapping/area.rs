@@ -9,6 +9,7 @@ use crate::{Errno, MemoryKind, PAGE_SIZE};
 use std::any::Any;
 use std::ffi::c_void;
 use std::fs::File;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use vm_memory::{FileOffset, GuestAddress};
 
@@ -45,6 +46,7 @@ impl Plan {
     ) -> Result<Self, MapError> {
         let (size, page_size) = (backing.size, huge.map_or(PAGE_SIZE, HugePageSize::bytes));
         check_aligned("size", size, page_size)?;
+        backing.check_choices(kind)?;
         match huge {
             // Not reserved, but for huge pages: of those the touch of a missing one would be a SIGBUS.
             None => flags |= libc::MAP_NORESERVE,
@@ -116,36 +118,63 @@ impl Plan {
     }
 
     /// Address space first, which nobody can touch, and the memory into it.
+    ///
+    /// The memory's place is given back before the memory is mapped there, and only if nobody is there by then: a
+    /// `MAP_FIXED` takes away what is there before it knows whether it succeeds (the pool may lack the pages, a driver
+    /// may refuse), and what another thread maps into the hole is not ours to unmap.
     fn map_into_reservation(
         &self,
         system: &'static dyn System,
         place: &Place,
     ) -> Result<(Area, *mut c_void), MapError> {
-        let request = MapRequest {
-            at: None,
-            length: place.length,
-            protection: libc::PROT_NONE,
-            flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-            file: None,
-        };
-        // SAFETY: a new mapping, anywhere.
-        let base = unsafe { system.mmap(request) }.map_err(|errno| MapError::Call {
-            call: "mmap (of address space)",
-            size: self.size,
-            errno,
-        })?;
-        let mut area = Area::Own {
-            base,
-            length: place.length,
-            system,
-        };
-        let start = base.wrapping_byte_add(place.shift(base as usize));
-        // SAFETY: `start` and the memory's size behind it lie in the reservation, which is ours and unused.
-        unsafe { self.call(system, Some(start), place.size) }?;
-        if !self.guarded {
-            area.trim(start, place.size);
+        /// Each time, another thread would have to map something right there, right then.
+        const TRIES: usize = 64;
+        let (length, size) = (place.length, self.size);
+        let refused = |call| move |errno| MapError::Call { call, size, errno };
+        for _ in 0..TRIES {
+            let request = MapRequest {
+                at: None,
+                length,
+                protection: libc::PROT_NONE,
+                flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                file: None,
+            };
+            // SAFETY: a new mapping, anywhere.
+            let base =
+                unsafe { system.mmap(request) }.map_err(refused("mmap (of address space)"))?;
+            let mut area = Area::Own {
+                base,
+                length,
+                system,
+            };
+            let start = base.wrapping_byte_add(place.shift(base as usize));
+            // SAFETY: `start` and the memory's size behind it lie in the reservation, which is ours and unused.
+            unsafe { system.munmap(start, place.size) }
+                .map_err(refused("munmap (of address space)"))?;
+            // SAFETY: a new mapping, where nobody is.
+            let mapped = unsafe { self.call(system, Some(start), place.size) };
+            if mapped.as_ref() == Ok(&start) {
+                if !self.guarded {
+                    area.trim(start, place.size);
+                }
+                return Ok((area, start));
+            }
+            drop(area.around(start, place.size));
+            match mapped {
+                // A kernel before 4.17 takes the address for a wish, and somebody is there.
+                Ok(base) => drop(Area::Own {
+                    base,
+                    length: place.size,
+                    system,
+                }),
+                Err(MapError::Call {
+                    errno: Errno(libc::EEXIST),
+                    ..
+                }) => {}
+                Err(error) => return Err(error),
+            }
         }
-        Ok((area, start))
+        Err(refused("mmap (into address space)")(Errno(libc::EEXIST)))
     }
 
     /// # Safety
@@ -189,6 +218,32 @@ impl Plan {
 }
 
 impl Area {
+    /// What is before and what is behind `size` bytes from `start`, each by itself. What is between is not ours.
+    fn around(self, start: *mut c_void, size: usize) -> [Option<Self>; 2] {
+        let whole = ManuallyDrop::new(self);
+        let Self::Own {
+            base,
+            length,
+            system,
+        } = *whole
+        else {
+            return [None, None];
+        };
+        let before = start as usize - base as usize;
+        let behind = length - before - size;
+        let own = |base, length| {
+            (length > 0).then_some(Self::Own {
+                base,
+                length,
+                system,
+            })
+        };
+        [
+            own(base, before),
+            own(start.wrapping_byte_add(size), behind),
+        ]
+    }
+
     /// Gives back what is around the memory. What the kernel does not take back stays ours, and untouchable.
     fn trim(&mut self, start: *mut c_void, size: usize) {
         let Self::Own {

@@ -2,8 +2,8 @@
 
 //! [`Backing`]: what memory is to be behind a slot, as a value. Nothing is mapped before a slot is made of it.
 
-use super::{HugePageSize, NumaPolicy};
-use crate::{Hva, PAGE_SIZE};
+use super::{HugePageSize, MapError, NumaPolicy, numa};
+use crate::{Hva, Mechanism, MemoryKind, PAGE_SIZE};
 use std::any::Any;
 use std::fmt;
 use std::fs::File;
@@ -239,6 +239,23 @@ impl Backing {
 }
 
 /// The same kind; files and external mappings, the same one.
+impl Backing {
+    /// Whether what is asked for goes with memory of this kind, on this host.
+    pub(super) fn check_choices(&self, kind: MemoryKind) -> Result<(), MapError> {
+        if let Some(policy) = &self.numa {
+            kind.check(Mechanism::Numa)?;
+            policy.binding(numa::host_nodes().as_deref())?;
+        }
+        if self.huge_pages == HugePages::Advise {
+            kind.check(Mechanism::TransparentHugePages)?;
+        }
+        if self.merge {
+            kind.check(Mechanism::Merge)?;
+        }
+        Ok(())
+    }
+}
+
 impl PartialEq for Source {
     fn eq(&self, other: &Self) -> bool {
         match (self, other) {

@@ -4,6 +4,7 @@
 
 use super::{HugePageSize, HugePool};
 use crate::{Errno, Unsupported};
+use std::ops::Range;
 use thiserror::Error;
 
 /// Why a [`Backing`](crate::Backing) could not be mapped. Nothing is left mapped then.
@@ -18,6 +19,12 @@ pub enum MapError {
     TooLarge {
         /// The size asked for, in bytes.
         size: u64,
+    },
+    /// A range that ends before it begins.
+    #[error("a range from {:#x} back to {:#x}", range.start, range.end)]
+    Backwards {
+        /// The range, in bytes from the start of the mapping.
+        range: Range<u64>,
     },
     /// A number that is no multiple of the backing's page size.
     #[error("the {what} {value:#x} is not a multiple of the page size {page_size:#x}")]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The host memory behind a slot: [`Backing`] says which, [`Mapping`] is it, unmapped when the last user lets go.
-//! Everything that a number can make wrong is checked before the first call.
+//! Everything that a number can make wrong is checked before anything is made (a file is looked at first).
 
 mod area;
 mod backing;
@@ -18,7 +18,7 @@ pub use error::MapError;
 pub use hugetlb::{HugePageSize, HugePool};
 pub use numa::NumaPolicy;
 
-use crate::{Errno, Hva, Mechanism, MemoryKind, PAGE_SIZE};
+use crate::{Errno, Hva, MemoryKind, PAGE_SIZE};
 use area::{Area, Plan};
 use backing::Source;
 use prefault::Work;
@@ -45,9 +45,9 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 /// | --- | --- | --- |
 /// | anonymous | 1 | 1, merged with a neighbour of the same kind |
 /// | memfd, file below 2 MiB | 1 (a memfd: 4) | 1 |
-/// | memfd, file from 2 MiB | 1 to 3 more, to lie in the guest's phase | 1 |
+/// | memfd, file from 2 MiB | 2 to 4 more, to lie in the guest's phase | 1 |
 /// | hugetlb | 1 (a memfd: 4) | 1 |
-/// | any, guarded | 1 more | 3 |
+/// | any, guarded | 2 more | 3 |
 ///
 /// and one call more for each piece of advice. A process may have 65,530 of those mappings (`vm.max_map_count`).
 pub struct Mapping {
@@ -117,6 +117,7 @@ impl Mapping {
                 }
                 check_aligned("size", size, PAGE_SIZE)?;
                 check_aligned("host address", start.0 as u64, PAGE_SIZE)?;
+                backing.check_choices(MemoryKind::External)?;
                 let too_large = MapError::TooLarge { size };
                 let size = usize::try_from(size).map_err(|_| too_large.clone())?;
                 start.0.checked_add(size).ok_or(too_large)?;
@@ -196,7 +197,6 @@ impl Mapping {
         match backing.huge_pages {
             HugePages::Host => {}
             HugePages::Advise => {
-                self.kind.check(Mechanism::TransparentHugePages)?;
                 self.advise("madvise(MADV_HUGEPAGE)", libc::MADV_HUGEPAGE)?;
             }
             HugePages::Never => {
@@ -217,7 +217,6 @@ impl Mapping {
             self.advise("madvise(MADV_DONTFORK)", libc::MADV_DONTFORK)?;
         }
         if backing.merge {
-            self.kind.check(Mechanism::Merge)?;
             self.advise("madvise(MADV_MERGEABLE)", libc::MADV_MERGEABLE)?;
         }
         if let Some(threads) = backing.prefault {
@@ -235,7 +234,6 @@ impl Mapping {
     }
 
     fn bind(&self, policy: &NumaPolicy) -> Result<(), MapError> {
-        self.kind.check(Mechanism::Numa)?;
         let host = numa::host_nodes();
         let binding = policy.binding(host.as_deref())?;
         // SAFETY: as for advice; a policy changes no contents.
@@ -256,17 +254,21 @@ impl Mapping {
     /// userfaultfd serves the memory's faults, until that has served them.
     ///
     /// # Errors
-    /// [`MapError::Prefault`] says how much is there; [`MapError::Unaligned`], [`MapError::TooLarge`] for a range that
-    /// is none of this mapping.
+    /// [`MapError::Prefault`] says how much is there; [`MapError::Unaligned`], [`MapError::TooLarge`] and
+    /// [`MapError::Backwards`] for a range that is none of this mapping.
     pub fn prefault(&self, range: Range<u64>, threads: NonZeroUsize) -> Result<(), MapError> {
         check_aligned("start", range.start, self.page_size)?;
         check_aligned("end", range.end, self.page_size)?;
-        if range.end > self.size() {
-            return Err(MapError::TooLarge { size: range.end });
+        let last = range.start.max(range.end);
+        if last > self.size() {
+            return Err(MapError::TooLarge { size: last });
+        }
+        if range.start > range.end {
+            return Err(MapError::Backwards { range });
         }
         let work = Work {
             start: self.start as usize + range.start as usize,
-            size: range.end.saturating_sub(range.start) as usize,
+            size: (range.end - range.start) as usize,
             page_size: self.page_size as usize,
             write: !matches!(
                 self.kind,

@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 /// Where and how to map.
 #[derive(Clone, Copy)]
 pub(super) struct MapRequest<'a> {
-    /// Replaces what is mapped there; `None` is anywhere.
+    /// There, if nobody is there (EEXIST), or, of a kernel before 4.17, elsewhere; `None` is anywhere.
     pub at: Option<*mut c_void>,
     pub length: usize,
     pub protection: c_int,
@@ -23,7 +23,7 @@ pub(super) struct MapRequest<'a> {
 /// The calls. Each answers as the kernel does.
 pub(super) trait System: Sync {
     /// # Safety
-    /// With `at`, the range is the caller's own mapping and nobody uses it.
+    /// The flags replace no mapping.
     unsafe fn mmap(&self, request: MapRequest<'_>) -> Result<*mut c_void, Errno>;
 
     /// # Safety
@@ -82,11 +82,11 @@ impl System for Kernel {
             file,
         } = request;
         if at.is_some() {
-            flags |= libc::MAP_FIXED;
+            flags |= libc::MAP_FIXED_NOREPLACE;
         }
         let at = at.unwrap_or(std::ptr::null_mut());
         let (fd, offset) = file.map_or((-1, 0), |(file, offset)| (file.as_raw_fd(), offset));
-        // SAFETY: a new mapping disturbs no other; one at a fixed place, only what the caller gave for it.
+        // SAFETY: a new mapping disturbs no other; nor does one at a given place, which takes nobody's.
         let base = unsafe { libc::mmap(at, length, protection, flags, fd, offset) };
         if base == libc::MAP_FAILED {
             Err(last_errno())

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::fs::OpenOptions;
 use std::io::Write as _;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -27,6 +28,12 @@ struct State {
     mapped: usize,
     /// What `madvise` was asked for.
     advice: Vec<i32>,
+    /// So many times, another thread maps a page where a `munmap` has made room.
+    squat: usize,
+    /// Its pages.
+    squatters: Vec<usize>,
+    /// A kernel before 4.17, to which the address of a `MAP_FIXED_NOREPLACE` is a wish.
+    old: bool,
 }
 
 impl Refusing {
@@ -51,10 +58,18 @@ impl System for Refusing {
     unsafe fn mmap(&self, request: MapRequest<'_>) -> Result<*mut c_void, Errno> {
         self.call("mmap")?;
         // SAFETY: the caller's promise.
-        let base = unsafe { Kernel.mmap(request) }?;
-        if request.at.is_none() {
-            self.lock().mapped += request.length;
-        }
+        let base = match unsafe { Kernel.mmap(request) } {
+            Err(Errno(libc::EEXIST)) if self.lock().old => {
+                let anywhere = MapRequest {
+                    at: None,
+                    ..request
+                };
+                // SAFETY: as above.
+                unsafe { Kernel.mmap(anywhere) }
+            }
+            result => result,
+        }?;
+        self.lock().mapped += request.length;
         Ok(base)
     }
 
@@ -62,7 +77,21 @@ impl System for Refusing {
         self.call("munmap")?;
         // SAFETY: the caller's promise.
         unsafe { Kernel.munmap(start, length) }?;
-        self.lock().mapped -= length;
+        let mut state = self.lock();
+        state.mapped -= length;
+        if state.squat > 0 {
+            state.squat -= 1;
+            let page = MapRequest {
+                at: Some(start),
+                length: PAGE_SIZE as usize,
+                protection: libc::PROT_READ | libc::PROT_WRITE,
+                flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                file: None,
+            };
+            // SAFETY: a new mapping, where nobody is.
+            let page = unsafe { Kernel.mmap(page) }?;
+            state.squatters.push(page as usize);
+        }
         Ok(())
     }
 
@@ -271,8 +300,11 @@ fn each_call_refused_leaves_nothing_mapped() {
                 let system = Refusing::leak();
                 system.lock().refuse.insert(failing, Errno(errno));
                 let made = Mapping::made_by(system, &backing, GuestAddress(0x5000));
+                // To make room for the memory is a part of mapping it.
+                let room = *name == "munmap" && calls.get(failing + 1) == Some(&"mmap");
+                let given_back = *name == "munmap" && !room;
                 // A kernel that lacks a flag is no failure; nor is address space that could not be given back.
-                let forgiven = *name == "munmap"
+                let forgiven = given_back
                     || errno == libc::EINVAL
                         && (*name == "memfd_create"
                             || failing + 2 == calls.len() && *name == "madvise");
@@ -282,7 +314,7 @@ fn each_call_refused_leaves_nothing_mapped() {
                     "{backing:?}: {name}, errno {errno}: {made:?}"
                 );
                 drop(made);
-                if *name != "munmap" {
+                if !given_back {
                     assert_eq!(
                         system.lock().mapped,
                         0,
@@ -291,6 +323,55 @@ fn each_call_refused_leaves_nothing_mapped() {
                 }
             }
         }
+    }
+}
+
+/// What another thread has mapped meanwhile is still there, and its own.
+fn squatters_are_left_alone(system: &Refusing) {
+    let squatters = std::mem::take(&mut system.lock().squatters);
+    assert!(!squatters.is_empty());
+    for page in squatters {
+        assert!(permissions(page).is_some_and(|found| found.starts_with("rw-")));
+        // SAFETY: mapped by the test, and used by nobody.
+        unsafe { Kernel.munmap(page as *mut c_void, PAGE_SIZE as usize) }.unwrap();
+    }
+}
+
+#[test]
+fn a_place_that_another_thread_takes_meanwhile_stays_its_own() {
+    for backing in [
+        Backing::memfd(4 << 20),
+        Backing::memfd(0x3000).guarded(),
+        Backing::anonymous(4 << 20).guarded(),
+    ] {
+        for old in [false, true] {
+            let system = Refusing::leak();
+            (system.lock().squat, system.lock().old) = (2, old);
+            let mapping = Mapping::made_by(system, &backing, GuestAddress(0x5000)).unwrap();
+            write(&mapping, 0, 1);
+            write(&mapping, mapping.size - 1, 1);
+            drop(mapping);
+            assert_eq!(system.lock().mapped, 0);
+            assert_eq!(system.lock().squatters.len(), 2);
+            squatters_are_left_alone(system);
+        }
+    }
+}
+
+#[test]
+fn a_refused_mapping_unmaps_nothing_that_came_into_its_place() {
+    let backing = Backing::memfd(4 << 20).guarded();
+    let whole = Refusing::leak();
+    drop(Mapping::made_by(whole, &backing, GuestAddress(0x5000)).unwrap());
+    let calls = whole.lock().calls.clone();
+    let into_place = calls.iter().rposition(|name| *name == "mmap").unwrap();
+    for errno in [libc::ENOMEM, libc::ENODEV] {
+        let system = Refusing::leak();
+        system.lock().squat = 1;
+        system.lock().refuse.insert(into_place, Errno(errno));
+        Mapping::made_by(system, &backing, GuestAddress(0x5000)).unwrap_err();
+        assert_eq!(system.lock().mapped, 0);
+        squatters_are_left_alone(system);
     }
 }
 
@@ -305,6 +386,9 @@ fn a_memfd_can_be_had_back_and_cannot_shrink() {
     assert_eq!(file.metadata().unwrap().len(), 0x3000);
     assert!(file.set_len(0).is_err());
     assert!(file.set_len(1 << 20).is_err());
+    // SAFETY: an fcntl on an open descriptor with an integer argument.
+    let sealed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
+    assert_eq!(sealed, -1, "nor can whoever has it seal it further");
     let mut writer = file.try_clone().unwrap();
     writer.write_all(&[7; 3]).unwrap();
     assert_eq!(read(&mapping, 2), 7);
@@ -394,6 +478,10 @@ fn prefault_makes_all_of_it_present_with_any_number_of_threads() {
     mapping.prefault(0x1000..0x1000, threads(2)).unwrap();
     assert!(mapping.prefault(1..0x1000, threads(1)).is_err());
     assert!(mapping.prefault(0..9 << 20, threads(1)).is_err());
+    for (start, end) in [(!0xfff, 0), (0x2000, 0x1000)] {
+        let backwards = mapping.prefault(Range { start, end }, threads(1));
+        assert!(backwards.is_err(), "{start:#x} to {end:#x}");
+    }
 }
 
 #[test]
@@ -539,8 +627,9 @@ fn a_numa_policy_is_what_the_kernel_has_and_a_node_that_is_not_there_is_named() 
 
 #[test]
 fn choices_that_do_not_go_with_the_memory_name_the_pair() {
+    let system = Refusing::leak();
     let error = |backing: Backing| {
-        Mapping::new(&backing, GuestAddress(0))
+        Mapping::made_by(system, &backing, GuestAddress(0))
             .unwrap_err()
             .to_string()
     };
@@ -553,6 +642,12 @@ fn choices_that_do_not_go_with_the_memory_name_the_pair() {
     assert!(
         huge.starts_with("transparent huge pages on a privately mapped file"),
         "{huge}"
+    );
+    error(Backing::memfd(0x1000).numa(NumaPolicy::Bind(vec![])));
+    error(Backing::anonymous(0x1000).numa(NumaPolicy::Bind(vec![1000])));
+    assert!(
+        system.lock().calls.is_empty(),
+        "known before the first call"
     );
 }
 
