@@ -68,14 +68,14 @@ fn readers_are_always_right_while_slots_come_go_and_move() {
                     );
                     write(place(index));
                 }
-                Some(mut slot) if round % 3 == 0 => {
+                Some(mut slot) if round.is_multiple_of(3) => {
                     let to = place(8 + index);
                     drop(slot.relocate(to).unwrap());
                     write(to);
                     drop(slot.relocate(place(index)).unwrap());
                     *entry = Some(slot);
                 }
-                Some(slot) if round % 2 == 0 => slot.remove().unwrap().wait(),
+                Some(slot) if round.is_multiple_of(2) => slot.remove().unwrap().wait(),
                 Some(slot) => drop(slot),
             }
             round += 1;

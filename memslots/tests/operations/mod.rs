@@ -67,8 +67,8 @@ impl Wanted {
         Self {
             name: kind % 4,
             range: start..start + (1 + kind / 4 % 4) * PAGE_SIZE,
-            memfd: kind / 16 % 8 == 0,
-            flags: SlotFlags::from_bits((kind / 128 * 2) as u32 | kind as u32 / 64 % 2),
+            memfd: (kind / 16).is_multiple_of(8),
+            flags: SlotFlags::from_bits((kind / 64) as u32),
         }
     }
 
@@ -236,7 +236,7 @@ impl Run {
     /// Lets one of the next calls fail, now and then, and perhaps the one after it as well; says if it might.
     fn perhaps_fail(&self, input: &mut Input<'_>) -> bool {
         let byte = input.byte();
-        let fails = byte % 4 == 0;
+        let fails = byte.is_multiple_of(4);
         if fails {
             let call = (byte / 4 % 8) as usize;
             self.host.fail(call, Errno(libc::ENOMEM));
