@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 /// A guest_memfd of one VM (Documentation/virt/kvm/api.rst, `KVM_CREATE_GUEST_MEMFD`), made by
 /// [`Memslots::create_guest_memfd`](crate::Memslots::create_guest_memfd). Clones are the same file; it is closed, and
-/// its memory given back, when the last of them and the last slot with it have gone.
+/// its memory given back, when the last of them and the last slot with it have gone (and the last snapshot that shows such
+/// a slot).
 ///
 /// Two are equal if they are the same file.
 #[derive(Clone)]

@@ -130,7 +130,9 @@ impl<B: SlotBitmap> Inner<B> {
         let host = mapping.host();
         let extent = SlotExtent::claimed(claim, start, size, host)
             .map_err(|_| Refusal::HostRange { id, host, size })?;
-        Ok(Arc::new(Region::new(extent, slot.flags(), mapping)))
+        let guest_memfd = slot.guest_memfd.clone();
+        let region = Region::new(extent, slot.flags(), mapping, guest_memfd);
+        Ok(Arc::new(region))
     }
 
     pub(crate) fn plan(

@@ -23,8 +23,10 @@ pub enum MemoryKind {
     FilePrivate,
     /// A file with a page cache, mapped shared.
     FileShared,
-    /// Hugetlb pages, mapped private.
+    /// Private anonymous hugetlb pages.
     Hugetlb,
+    /// Hugetlb pages of a memfd or of a hugetlbfs file, mapped private (copy-on-write).
+    HugetlbFilePrivate,
     /// Hugetlb pages of a memfd or of a hugetlbfs file, mapped shared.
     HugetlbShared,
     /// A guest_memfd, which this process does not map.
@@ -115,13 +117,14 @@ const PRIVATE: &str = "it is this process's alone; take a memfd or a shared file
 
 impl MemoryKind {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Anonymous,
         Self::Shmem,
         Self::ShmemPrivate,
         Self::FilePrivate,
         Self::FileShared,
         Self::Hugetlb,
+        Self::HugetlbFilePrivate,
         Self::HugetlbShared,
         Self::GuestMemfd,
         Self::External,
@@ -141,38 +144,47 @@ impl MemoryKind {
 
             (M::Missing, K::Anonymous) => Yes,
             (M::Missing, K::Shmem | K::ShmemPrivate) => Feature(MISSING_SHMEM),
-            (M::Missing, K::Hugetlb | K::HugetlbShared) => Feature(MISSING_HUGETLBFS),
+            (M::Missing, K::Hugetlb | K::HugetlbFilePrivate | K::HugetlbShared) => {
+                Feature(MISSING_HUGETLBFS)
+            }
 
             (M::Minor, K::Anonymous) => No(NO_MINOR),
             (M::Minor, K::Shmem) => Feature(MINOR_SHMEM),
             (M::Minor, K::HugetlbShared) => Feature(MINOR_HUGETLBFS),
             // The kernel lets these be registered. UFFDIO_CONTINUE would map the page cache's page into a mapping that
-            // is to be copied on write, and in private hugetlb memory no page ever is in the cache.
-            (M::Minor, K::ShmemPrivate | K::Hugetlb) => {
+            // is to be copied on write; and private hugetlb pages without a file have no cache for one to be in.
+            (M::Minor, K::ShmemPrivate | K::Hugetlb | K::HugetlbFilePrivate) => {
                 No("a private mapping has pages of its own; map it shared")
             }
 
             (M::WriteProtect, K::Anonymous) => Feature(PAGEFAULT_FLAG_WP),
-            (M::WriteProtect, K::Shmem | K::ShmemPrivate | K::Hugetlb | K::HugetlbShared) => {
-                Feature(WP_HUGETLBFS_SHMEM)
-            }
+            (
+                M::WriteProtect,
+                K::Shmem | K::ShmemPrivate | K::Hugetlb | K::HugetlbFilePrivate | K::HugetlbShared,
+            ) => Feature(WP_HUGETLBFS_SHMEM),
             (M::AsyncWriteProtect, _) => Feature(WP_ASYNC),
 
             (M::ZeroPage, K::Anonymous) => Yes,
             (M::ZeroPage, K::Shmem | K::ShmemPrivate) => Feature(MISSING_SHMEM),
-            (M::ZeroPage, K::Hugetlb | K::HugetlbShared) => {
+            (M::ZeroPage, K::Hugetlb | K::HugetlbFilePrivate | K::HugetlbShared) => {
                 No("there is no huge zero page to map; copy zeros")
             }
 
             (
                 M::Poison,
-                K::Anonymous | K::Shmem | K::ShmemPrivate | K::Hugetlb | K::HugetlbShared,
+                K::Anonymous
+                | K::Shmem
+                | K::ShmemPrivate
+                | K::Hugetlb
+                | K::HugetlbFilePrivate
+                | K::HugetlbShared,
             ) => Feature(POISON),
 
             (M::Move, K::Anonymous) => Feature(MOVE),
-            (M::Move, K::Shmem | K::ShmemPrivate | K::Hugetlb | K::HugetlbShared) => {
-                No(ONLY_ANONYMOUS)
-            }
+            (
+                M::Move,
+                K::Shmem | K::ShmemPrivate | K::Hugetlb | K::HugetlbFilePrivate | K::HugetlbShared,
+            ) => No(ONLY_ANONYMOUS),
 
             (
                 M::Missing | M::Minor | M::WriteProtect | M::ZeroPage | M::Poison | M::Move,
@@ -181,13 +193,13 @@ impl MemoryKind {
 
             (M::DirtyLog | M::ReadOnly | M::Relocate, _) => Yes,
 
-            (M::Punch, K::FilePrivate | K::ShmemPrivate) => {
+            (M::Punch, K::FilePrivate | K::ShmemPrivate | K::HugetlbFilePrivate) => {
                 No("a page given back reads as the file says, not as zeros; map it shared")
             }
             (M::Punch, _) => Yes,
 
             (M::TransparentHugePages, K::Anonymous | K::Shmem | K::ShmemPrivate) => Yes,
-            (M::TransparentHugePages, K::Hugetlb | K::HugetlbShared) => {
+            (M::TransparentHugePages, K::Hugetlb | K::HugetlbFilePrivate | K::HugetlbShared) => {
                 No("its pages are huge already")
             }
             (M::TransparentHugePages, K::FilePrivate | K::FileShared) => {
@@ -195,15 +207,23 @@ impl MemoryKind {
             }
 
             (M::Share, K::Shmem | K::FileShared | K::HugetlbShared) => Yes,
-            (M::Share, K::Anonymous | K::ShmemPrivate | K::FilePrivate | K::Hugetlb) => No(PRIVATE),
+            (
+                M::Share,
+                K::Anonymous
+                | K::ShmemPrivate
+                | K::FilePrivate
+                | K::Hugetlb
+                | K::HugetlbFilePrivate,
+            ) => No(PRIVATE),
 
             (M::Numa, K::FileShared) => No("its page cache follows who reads the file first"),
             (M::Numa, _) => Yes,
 
             (M::Merge, K::Anonymous | K::ShmemPrivate | K::FilePrivate) => Yes,
-            (M::Merge, K::Shmem | K::FileShared | K::Hugetlb | K::HugetlbShared) => {
-                No(ONLY_ANONYMOUS)
-            }
+            (
+                M::Merge,
+                K::Shmem | K::FileShared | K::Hugetlb | K::HugetlbFilePrivate | K::HugetlbShared,
+            ) => No(ONLY_ANONYMOUS),
         }
     }
 
@@ -263,6 +283,7 @@ impl fmt::Display for MemoryKind {
             Self::FilePrivate => "a privately mapped file",
             Self::FileShared => "a shared file",
             Self::Hugetlb => "private hugetlb pages",
+            Self::HugetlbFilePrivate => "a privately mapped file of hugetlb pages",
             Self::HugetlbShared => "shared hugetlb pages",
             Self::GuestMemfd => "a guest_memfd",
             Self::External => "a mapping of the consumer's own",

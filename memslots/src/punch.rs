@@ -13,9 +13,10 @@ use crate::{
     Unsupported,
 };
 use srcu::Grace;
+use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use thiserror::Error;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryRegion};
@@ -68,7 +69,8 @@ pub enum PunchError {
         /// Which memory, and why not.
         source: Unsupported,
     },
-    /// The host refused. What was asked for before this range is given back.
+    /// The host refused. What was asked for before this range is given back; where it refused for the slot's guest_memfd,
+    /// which comes second, the user mapping of this range too.
     #[error(
         "{call} of {size:#x} bytes at guest address {start:#x} in {slot}; {done:#x} bytes were given back before"
     )]
@@ -107,6 +109,10 @@ impl<B: SlotBitmap> GuestRam<B> {
     /// of files, which would read as the file, are refused, and so is memory that the consumer mapped
     /// ([`MemoryKind::support`](crate::MemoryKind::support) is the table). Bitmaps are told, since the contents change.
     ///
+    /// Of a slot with a [`GuestMemfd`](crate::GuestMemfd) both are given back, whichever of the two the VM's memory
+    /// attributes say now: the pages of the user mapping (what is shared lives there) and those of the guest_memfd (what
+    /// is private lives there). A page that is both takes memory twice until it is punched.
+    ///
     /// A slot that another thread moves or removes meanwhile is punched all the same, where it was.
     ///
     /// Blocks until the readers that are inside have left: not to be called inside a guard of the same VM's slots. One
@@ -116,6 +122,14 @@ impl<B: SlotBitmap> GuestRam<B> {
     /// [`PunchError`]. All ranges are checked first: then nothing has changed, but for [`PunchError::Host`], which says
     /// what has.
     pub fn punch(&self, ranges: &[Range<GuestAddress>]) -> Result<u64, PunchError> {
+        self.punch_by(&Kernel, ranges)
+    }
+
+    fn punch_by(
+        &self,
+        host: &impl Discard,
+        ranges: &[Range<GuestAddress>],
+    ) -> Result<u64, PunchError> {
         // Holds the regions, and so the mappings, to the end, whatever happens to the slots meanwhile.
         let snapshot = self.snapshot();
         let mut parts = Vec::new();
@@ -135,7 +149,7 @@ impl<B: SlotBitmap> GuestRam<B> {
         for (region, range) in parts {
             let offset = range.start - region.extent().start().0;
             let size = range.end - range.start;
-            let host = |(call, source)| PunchError::Host {
+            let refused = |(call, source)| PunchError::Host {
                 call,
                 slot: region.extent().id(),
                 start: range.start,
@@ -143,12 +157,61 @@ impl<B: SlotBitmap> GuestRam<B> {
                 done,
                 source,
             };
-            discard(region, offset, size).map_err(host)?;
+            discard(host, region, offset, size).map_err(refused)?;
             region.bitmap().mark_dirty(offset as usize, size as usize);
+            if let Some(private) = region.guest_memfd() {
+                host.punch_hole(private.file.as_fd(), private.offset + offset, size)
+                    .map_err(|errno| refused((PUNCH_PRIVATE, errno)))?;
+            }
             done += size;
         }
         drop(invalidation);
         Ok(done)
+    }
+}
+
+const ADVISE: &str = "madvise(MADV_DONTNEED)";
+const PUNCH: &str = "fallocate(FALLOC_FL_PUNCH_HOLE)";
+const PUNCH_PRIVATE: &str = "fallocate(FALLOC_FL_PUNCH_HOLE) of the guest_memfd";
+
+/// The calls that give memory back: the edge. A trait, so that a test refuses each of them in turn, and looks at what is
+/// true in the moment of each. A call that is refused has given nothing back.
+trait Discard {
+    /// `MADV_DONTNEED`.
+    ///
+    /// # Safety
+    /// The range is of a mapping of guest memory, which stays for the length of the call.
+    unsafe fn dont_need(&self, start: *mut c_void, size: usize) -> Result<(), Errno>;
+
+    /// `FALLOC_FL_PUNCH_HOLE`. The file's pages are a guest's, whose contents may change at any time; none is unmapped.
+    fn punch_hole(&self, file: BorrowedFd<'_>, offset: u64, size: u64) -> Result<(), Errno>;
+}
+
+/// The kernel.
+struct Kernel;
+
+fn last_errno() -> Errno {
+    let error = io::Error::last_os_error().raw_os_error();
+    // The last OS error always has a number.
+    Errno(error.unwrap_or(libc::EIO))
+}
+
+impl Discard for Kernel {
+    unsafe fn dont_need(&self, start: *mut c_void, size: usize) -> Result<(), Errno> {
+        // SAFETY: the caller's promise: guest memory, whose contents may change at any time, and it stays mapped.
+        match unsafe { libc::madvise(start, size, libc::MADV_DONTNEED) } {
+            0 => Ok(()),
+            _ => Err(last_errno()),
+        }
+    }
+
+    fn punch_hole(&self, file: BorrowedFd<'_>, offset: u64, size: u64) -> Result<(), Errno> {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: a system call on an open descriptor, with integers.
+        match unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as i64, size as i64) } {
+            0 => Ok(()),
+            _ => Err(last_errno()),
+        }
     }
 }
 
@@ -212,33 +275,26 @@ fn parts_of<'a, B>(
     Ok(())
 }
 
-/// Gives `size` bytes at `offset` of the region back; they lie in it, and are whole pages. An error names the call.
+/// Gives `size` bytes at `offset` of the region's mapping back; they lie in it, and are whole pages. An error names the
+/// call.
 fn discard<B: Bitmap>(
+    host: &impl Discard,
     region: &Region<B>,
     offset: u64,
     size: u64,
 ) -> Result<(), (&'static str, Errno)> {
-    let (call, result) = match region.file_offset() {
-        Some(file) => {
-            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-            let (fd, at) = (file.file().as_raw_fd(), file.start() + offset);
-            // SAFETY: a system call on an open descriptor, with integers. The file's pages are the guest's, whose
-            // contents may change at any time; none is unmapped.
-            let result = unsafe { libc::fallocate(fd, mode, at as i64, size as i64) };
-            ("fallocate(FALLOC_FL_PUNCH_HOLE)", result)
-        }
+    match region.file_offset() {
+        Some(file) => host
+            .punch_hole(file.file().as_fd(), file.start() + offset, size)
+            .map_err(|errno| (PUNCH, errno)),
         None => {
             let start = region.extent().host_start().0 + offset as usize;
-            // SAFETY: the range lies in the region's mapping, which the caller keeps; it is the guest's, whose contents
-            // may change at any time, and stays mapped.
-            let result =
-                unsafe { libc::madvise(start as *mut _, size as usize, libc::MADV_DONTNEED) };
-            ("madvise(MADV_DONTNEED)", result)
+            // SAFETY: the range lies in the region's mapping, which is the guest's memory, and which the caller keeps.
+            unsafe { host.dont_need(start as *mut _, size as usize) }
+                .map_err(|errno| (ADVISE, errno))
         }
-    };
-    if result == 0 {
-        return Ok(());
     }
-    let error = io::Error::last_os_error().raw_os_error();
-    Err((call, Errno(error.unwrap_or(libc::EIO))))
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@
 
 //! One slot's memory as vm-memory sees it.
 
+use crate::guest_memfd::Binding;
 use crate::mapping::Mapping;
 use crate::{MAX_PAGES, PAGE_SHIFT, SlotExtent, SlotFlags, SlotId};
 use std::fmt;
@@ -27,17 +28,25 @@ pub struct Region<B = ()> {
     flags: SlotFlags,
     mapping: Arc<Mapping>,
     bitmap: Arc<B>,
+    /// Its private memory, if it has some. Shared, since few have: a pointer is all that the others pay.
+    guest_memfd: Option<Arc<Binding>>,
 }
 
 impl<B: SlotBitmap> Region<B> {
     /// `mapping` is as large as `extent` says and starts where it says.
-    pub(crate) fn new(extent: SlotExtent, flags: SlotFlags, mapping: Mapping) -> Self {
+    pub(crate) fn new(
+        extent: SlotExtent,
+        flags: SlotFlags,
+        mapping: Mapping,
+        guest_memfd: Option<Binding>,
+    ) -> Self {
         let bitmap = Arc::new(B::with_len(extent.size() as usize));
         Self {
             extent,
             flags,
             mapping: Arc::new(mapping),
             bitmap,
+            guest_memfd: guest_memfd.map(Arc::new),
         }
     }
 }
@@ -51,6 +60,7 @@ impl<B> Region<B> {
             flags,
             mapping,
             bitmap,
+            guest_memfd: self.guest_memfd.clone(),
         }
     }
 
@@ -82,6 +92,11 @@ impl<B> Region<B> {
 }
 
 impl<B> Region<B> {
+    /// The part of a guest_memfd that the slot has, if it has one.
+    pub(crate) fn guest_memfd(&self) -> Option<&Binding> {
+        self.guest_memfd.as_deref()
+    }
+
     /// Who notes the writes.
     pub(crate) fn bitmap_ref(&self) -> &B {
         &self.bitmap

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Memory comes and goes under a guest that runs: its other memory is never missed, a reader sees the layout before or
-//! the layout after and nothing between, and what is plugged is memory for the guest, what is unplugged is none.
+//! the layout after and nothing between, and what is plugged is memory for the guest, what is unplugged is none. What is
+//! given back under it reads as zeros.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -161,6 +162,87 @@ fn memory_comes_and_goes_under_a_guest_that_runs() {
         assert!(read_dimm.into_inner() >= 2 * rounds);
         assert!(read_nothing.into_inner() >= 2 * rounds);
     });
+}
+
+/// The DIMM of `backing`, and the page that the guest counts in, given back again and again while it runs.
+fn give_back_under_a_guest(backing: Backing, rounds: u64) {
+    let dimm = NewSlot {
+        start: DIMM,
+        backing,
+        flags: SlotFlags::NONE,
+    };
+    let layout = Layout::new()
+        .with(slot("ram", RAM, 0x1_0000, SlotFlags::NONE))
+        .with(dimm.named("dimm"));
+    let (mut vcpu, memslots) = machine(&layout);
+    let ram = memslots.ram();
+    let page = |at: GuestAddress| at..GuestAddress(at.0 + 0x1000);
+    let stop = AtomicBool::new(false);
+    // How often the guest has read the DIMM as it was filled, and as zeros; how often its count began anew.
+    let counts: [AtomicU64; 3] = std::array::from_fn(|_| AtomicU64::new(0));
+    let [full, empty, anew] = &counts;
+    thread::scope(|scope| {
+        let vcpu_thread = scope.spawn(|| {
+            let _stop = Stop(&stop);
+            let mut last = 0;
+            while !stop.load(Ordering::Relaxed) {
+                match vcpu.run().unwrap() {
+                    VcpuExit::IoOut(0x10, &[count]) => {
+                        if count != u8::wrapping_add(last, 1) {
+                            // Given back before it was counted up, or before it was read.
+                            assert!(count <= 1, "{count} after {last}");
+                            anew.fetch_add(1, Ordering::Relaxed);
+                        }
+                        last = count;
+                    }
+                    VcpuExit::IoOut(0x11, &[IN_DIMM]) => drop(full.fetch_add(1, Ordering::Relaxed)),
+                    VcpuExit::IoOut(0x11, &[0]) => drop(empty.fetch_add(1, Ordering::Relaxed)),
+                    other => panic!("an exit that this guest does not cause: {other:?}"),
+                }
+            }
+        });
+        let stopping = Stop(&stop);
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        // Two: the first may have been under way.
+        let wait_for_more = |count: &AtomicU64| {
+            let before = read(count);
+            while read(count) < before + 2 && !stop.load(Ordering::Relaxed) {
+                thread::yield_now();
+            }
+        };
+        for _ in 0..rounds {
+            memslots.snapshot().write_obj(IN_DIMM, DIMM).unwrap();
+            wait_for_more(full);
+            assert_eq!(ram.punch(&[page(DIMM)]), Ok(0x1000));
+            wait_for_more(empty);
+            let before = read(full);
+            wait_for_more(empty);
+            assert_eq!(read(full), before, "what was given back has come again");
+            let before = read(anew);
+            while read(anew) == before && !stop.load(Ordering::Relaxed) {
+                assert_eq!(ram.punch(&[page(DATA_AT)]), Ok(0x1000));
+                thread::yield_now();
+            }
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+        }
+        drop(stopping);
+        vcpu_thread.join().unwrap();
+    });
+    let [full, empty, anew] = counts.map(AtomicU64::into_inner);
+    assert!(full >= 2 * rounds && empty >= 4 * rounds && anew >= rounds);
+}
+
+#[test]
+fn memory_given_back_under_a_guest_that_runs_reads_as_zeros_and_the_guest_goes_on() {
+    let rounds = match std::env::var_os("LONG_TESTS") {
+        Some(_) => 2000,
+        None => 40,
+    };
+    for backing in [Backing::anonymous(0x20_0000), Backing::memfd(0x20_0000)] {
+        within_reason(move || give_back_under_a_guest(backing, rounds));
+    }
 }
 
 #[test]

@@ -13,7 +13,8 @@ use memslots::uffd::{
     Cause, Event, FaultKind, Features, Messages, Modes, RegisterError, Uffd, Wake,
 };
 use memslots::{
-    Backing, HugePageSize, HugePool, MapError, Mapping, Memslots, PAGE_SIZE, SlotFlags,
+    Backing, HugePageSize, HugePool, MapError, Mapping, MemoryKind, Memslots, PAGE_SIZE,
+    PunchError, SlotFlags, fake::FakeHost,
 };
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -205,5 +206,36 @@ fn huge_pages_are_brought_whole_and_zeros_are_copied() {
         assert_eq!(page_of_next_fault(), PAGE.bytes());
         pager.zero(PAGE.bytes()..SIZE, Wake::Now).unwrap();
         assert_eq!(toucher.join().unwrap(), (9, 0));
+    }
+}
+
+#[test]
+fn a_private_view_of_a_file_of_huge_pages_is_not_given_back_as_it_would_show_the_file() {
+    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    if !has_pages(2) {
+        return;
+    }
+    let shared = Backing::hugetlb_memfd(PAGE.bytes(), PAGE);
+    let shared = Mapping::new(&shared, GuestAddress(0)).unwrap();
+    let file = shared.file().unwrap().arc().clone();
+    // SAFETY: within the mapping, and a u64 is aligned there.
+    unsafe { (shared.host().0 as *mut u64).write_volatile(0x55) };
+    let memslots = Memslots::<()>::new(FakeHost::new(8));
+    let private = Backing::file_private(file, 0, PAGE.bytes());
+    let _slot = memslots
+        .create(GuestAddress(0), private, SlotFlags::NONE)
+        .unwrap();
+    let snapshot = memslots.snapshot();
+    for word in [0x55_u64, 0x77] {
+        // As the file has it, and as a page of its own has it.
+        snapshot.write_obj(word, GuestAddress(0)).unwrap();
+        let refused = memslots
+            .ram()
+            .punch(&[GuestAddress(0)..GuestAddress(PAGE.bytes())]);
+        let Err(PunchError::Unsupported { source, .. }) = refused else {
+            panic!("{refused:?}")
+        };
+        assert_eq!(source.kind, MemoryKind::HugetlbFilePrivate);
+        assert_eq!(snapshot.read_obj::<u64>(GuestAddress(0)).unwrap(), word);
     }
 }

@@ -27,9 +27,10 @@ const WRITE_PROTECT: u64 = 2;
 const MINOR: u64 = 4;
 
 /// Cells in which the table says no and the kernel yes; why, it says itself.
-const STRICTER: [(MemoryKind, Mechanism); 2] = [
+const STRICTER: [(MemoryKind, Mechanism); 3] = [
     (MemoryKind::ShmemPrivate, Mechanism::Minor),
     (MemoryKind::Hugetlb, Mechanism::Minor),
+    (MemoryKind::HugetlbFilePrivate, Mechanism::Minor),
 ];
 
 fn kvm() -> Kvm {
@@ -243,6 +244,22 @@ fn filled_memfd() -> File {
     file
 }
 
+/// One page, whose bytes are put there through a shared mapping: a hugetlbfs has no `write`.
+fn filled_hugetlb_memfd() -> File {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+    // SAFETY: the name is a C string, the flags are documented ones.
+    let fd = unsafe { libc::memfd_create(c"matrix".as_ptr(), flags) };
+    assert!(fd >= 0);
+    // SAFETY: just made, and owned by nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(HUGE).unwrap();
+    let shared = Backing::file_shared(file.try_clone().unwrap(), 0, HUGE);
+    let shared = Mapping::new(&shared, GuestAddress(0)).unwrap();
+    // SAFETY: within the mapping.
+    unsafe { (shared.host().0 as *mut u8).write_volatile(0x55) };
+    file
+}
+
 #[test]
 fn anonymous_memory_and_memfds_have_what_the_table_says() {
     compare(MemoryKind::Anonymous, || Backing::anonymous(0x4000));
@@ -287,6 +304,9 @@ fn hugetlb_pages_have_what_the_table_says() {
     compare(MemoryKind::Hugetlb, || Backing::hugetlb(HUGE, page));
     compare(MemoryKind::HugetlbShared, || {
         Backing::hugetlb_memfd(HUGE, page)
+    });
+    compare(MemoryKind::HugetlbFilePrivate, || {
+        Backing::file_private(filled_hugetlb_memfd(), 0, HUGE)
     });
 }
 

@@ -103,6 +103,41 @@ fn what_is_punched_is_given_back_and_reads_as_zeros_and_nothing_else_changes() {
 }
 
 #[test]
+fn of_a_file_that_the_slot_has_a_part_of_the_rest_stays() {
+    use std::os::unix::fs::FileExt;
+
+    // A slot of three pages from the file's third on; another from its seventh.
+    let file = tempfile::tempfile().unwrap();
+    let pattern = PATTERN.to_ne_bytes().repeat(512);
+    for page in 0..8 {
+        file.write_all_at(&pattern, page * PAGE_SIZE).unwrap();
+    }
+    let file = std::sync::Arc::new(file);
+    let memslots = Memslots::<()>::with_policy(FakeHost::new(8), PrivateRanges::none());
+    let part = |page: u64, pages: u64| {
+        Backing::file_shared(file.clone(), page * PAGE_SIZE, pages * PAGE_SIZE)
+    };
+    let create = |page: u64, backing| {
+        let start = GuestAddress(page * PAGE_SIZE);
+        memslots.create(start, backing, SlotFlags::NONE).unwrap()
+    };
+    let _slots = [create(10, part(2, 3)), create(20, part(6, 2))];
+    let done = memslots.ram().punch(&[pages(11..13), pages(20..21)]);
+    assert_eq!(done, Ok(3 * PAGE_SIZE));
+    let mut bytes = pattern.clone();
+    for page in 0..8 {
+        file.read_exact_at(&mut bytes, page * PAGE_SIZE).unwrap();
+        let punched = [3, 4, 6].contains(&page);
+        assert_eq!(bytes == pattern, !punched, "page {page} of the file");
+        assert_eq!(bytes.iter().all(|byte| *byte == 0), punched);
+    }
+    let snapshot = memslots.snapshot();
+    let word = |page: u64| snapshot.read_obj::<u64>(GuestAddress(page * PAGE_SIZE));
+    let found = [10, 11, 12, 20, 21].map(|page| word(page).unwrap());
+    assert_eq!(found, [PATTERN, 0, 0, 0, PATTERN]);
+}
+
+#[test]
 fn what_is_refused_changes_nothing_and_says_why_with_values() {
     let (memslots, slots) = machine();
     let ram = memslots.ram();

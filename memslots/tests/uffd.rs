@@ -537,6 +537,79 @@ fn a_page_that_is_filled_while_protection_ends_is_not_protected() {
 }
 
 #[test]
+fn a_protection_that_could_not_be_ended_is_as_it_was_and_can_be_ended_later() {
+    for errno in ERRNOS.into_iter().chain([libc::EAGAIN]) {
+        let world = World::new();
+        let registration = world.register(Modes::MISSING | Modes::WRITE_PROTECT);
+        let fill = registration.lend_fill().unwrap();
+        fill.zero(0..2 * P, Wake::Now).unwrap();
+        let protect = registration.lend_protect().unwrap();
+        protect.protect(0..PAGES * P).unwrap();
+        assert_eq!(world.fake.touch(world.at(1), true), Touch::Sleeps);
+        world.fake.fail(0, Errno(errno));
+        let error = protect.end().unwrap_err();
+        let reason = error.reason;
+        assert_eq!((reason.call, reason.done), (Call::WriteProtect, 0));
+        assert_eq!(reason.cause == Cause::Changing, errno == libc::EAGAIN);
+        assert_eq!(world.fake.asleep(), [world.at(1)]);
+        assert_eq!(world.fake.page(world.at(0)), Some(true));
+        // It is still lent, and what comes is still protected.
+        assert_eq!(registration.lend_protect().unwrap_err(), LendError::Lent);
+        fill.zero(2 * P..3 * P, Wake::Now).unwrap();
+        assert_eq!(world.fake.page(world.at(2)), Some(true));
+        error.role.end().unwrap();
+        assert_eq!(world.fake.asleep(), []);
+        for page in 0..3 {
+            assert_eq!(world.fake.page(world.at(page)), Some(false), "page {page}");
+        }
+        fill.zero(3 * P..4 * P, Wake::Now).unwrap();
+        assert_eq!(world.fake.page(world.at(3)), Some(false));
+        // One call, and no more when the role is gone.
+        let calls = world.fake.calls();
+        let is_end =
+            |(call, words): &&(Call, Vec<u64>)| *call == Call::WriteProtect && words[2] == 0;
+        assert_eq!(calls.iter().filter(is_end).count(), 2);
+        drop(registration.lend_protect().unwrap());
+    }
+}
+
+#[test]
+fn nobody_sleeps_on_a_protection_whose_holder_is_gone() {
+    // An event that is read in the end; and one that is not.
+    for refusals in [1, 3, 5000] {
+        let world = World::new();
+        let registration = world.register(Modes::WRITE_PROTECT);
+        world.fake.touch(world.at(0), true);
+        let protect = registration.lend_protect().unwrap();
+        protect.protect(0..P).unwrap();
+        assert_eq!(world.fake.touch(world.at(0), true), Touch::Sleeps);
+        let before = world.fake.calls().len();
+        for call in 0..refusals {
+            world.fake.fail(call, Errno(libc::EAGAIN));
+        }
+        if refusals == 5000 {
+            // The descriptor's calls, until it gives up: then waking is not refused.
+            let fake = world.fake.clone();
+            world.fake.before(Call::Wake, move || fake.fail_no_more());
+        }
+        drop(protect);
+        assert_eq!(world.fake.asleep(), [], "after {refusals} refusals");
+        let calls = world.fake.calls().len() - before;
+        let ended = refusals < 5000;
+        assert_eq!(world.fake.page(world.at(0)), Some(!ended));
+        if ended {
+            assert_eq!(calls, refusals + 1, "it was asked for until it was done");
+        } else {
+            // Who woke faults again, is told of again, and whoever reads that ends what was left.
+            assert_eq!(world.fake.touch(world.at(0), true), Touch::Sleeps);
+            registration.lend_protect().unwrap().end().unwrap();
+            assert_eq!(world.fake.asleep(), []);
+            assert_eq!(world.fake.touch(world.at(0), true), Touch::Done);
+        }
+    }
+}
+
+#[test]
 fn a_minor_fault_is_continued_and_comes_protected_too() {
     let world = World::with(Features::NONE, Backing::memfd(PAGES * P));
     let registration = world.register(Modes::MINOR | Modes::WRITE_PROTECT);

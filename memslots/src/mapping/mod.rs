@@ -153,7 +153,7 @@ impl Mapping {
             .flatten();
         let kind = match (magic, huge, shared) {
             (_, Some(_), true) => MemoryKind::HugetlbShared,
-            (_, Some(_), false) => MemoryKind::Hugetlb,
+            (_, Some(_), false) => MemoryKind::HugetlbFilePrivate,
             (TMPFS_MAGIC, _, true) => MemoryKind::Shmem,
             (TMPFS_MAGIC, _, false) => MemoryKind::ShmemPrivate,
             (_, _, true) => MemoryKind::FileShared,

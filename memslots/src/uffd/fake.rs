@@ -145,6 +145,11 @@ impl FakeUffd {
         state.failures.insert(call, Failure::Partly(bytes));
     }
 
+    /// Takes back what `fail` and `do_partly` arranged and has not come to pass.
+    pub fn fail_no_more(&self) {
+        self.lock().failures.clear();
+    }
+
     /// What `action` does happens while the next `call` is on its way, before it has done anything: another thread's
     /// doing, at the worst moment.
     pub fn before(&self, call: Call, action: impl FnOnce() + Send + 'static) {

@@ -87,6 +87,8 @@
 //! | its page is filled, continued, moved, unprotected | wakes (with [`Wake::Later`], at the next wake) |
 //! | it is poisoned | wakes with a memory error |
 //! | a role is dropped | `FillRole`: sleeps on. `ProtectRole`: wakes, all protection is gone |
+//! | … and the kernel keeps refusing that (an event is not read) | wakes, faults again, and is told of again |
+//! | [`ProtectRole::end`] is refused | sleeps on; the role is there to answer |
 //! | the registration, or the descriptor, goes | wakes; **a missing page reads as zeros**, a protected one is written |
 //! | a signal comes for it (a kick of a vCPU) | see below |
 //! | the process ends | ends |
@@ -134,5 +136,5 @@ pub use message::{Fault, FaultKind, Message, RawMessage, UnknownMessage, decode,
 pub use modes::Modes;
 pub use outcome::{Cause, OpError};
 pub use registration::{Registration, UnregisterError, UnregisterReason};
-pub use roles::{FillRole, ProtectRole, Wake};
+pub use roles::{EndError, FillRole, ProtectRole, Wake};
 pub use uffd::{Event, Messages, Uffd};

@@ -185,10 +185,7 @@ impl Registration {
     /// # Errors
     /// The kernel's errno.
     pub fn wake_all(&self) -> Result<(), Errno> {
-        let range = &self.registered.range;
-        let mut argument = [range.start as u64, (range.end - range.start) as u64];
-        // SAFETY: the range is of a registration, and waking changes no memory.
-        unsafe { self.registered.uffd.call(Call::Wake, &mut argument) }
+        self.registered.wake_all()
     }
 
     /// Ends it, as dropping does, and says if it could not. Blocks as long as it takes to remove the write-protection
@@ -277,6 +274,23 @@ impl Registered {
             .protecting
             .write()
             .unwrap_or_else(PoisonError::into_inner) = on;
+    }
+
+    /// Turns it off if `unprotect` succeeds, and changes nothing if not: nothing is filled meanwhile.
+    pub fn end_protecting<E>(&self, unprotect: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let mut protecting = self
+            .protecting
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        unprotect()?;
+        *protecting = false;
+        Ok(())
+    }
+
+    pub fn wake_all(&self) -> Result<(), Errno> {
+        let mut argument = [self.range.start as u64, self.size()];
+        // SAFETY: the range is of a registration, and waking changes no memory.
+        unsafe { self.uffd.call(Call::Wake, &mut argument) }
     }
 
     pub fn take_back(&self, role: u8) {

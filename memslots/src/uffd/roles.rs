@@ -10,6 +10,8 @@ use crate::{Hva, Mapping};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::thread;
+use thiserror::Error;
 
 /// Whether an operation wakes who sleeps on its pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -264,14 +266,33 @@ fn within(mapping: &Mapping, start: u64, size: u64) -> Option<usize> {
 /// The role of a snapshot or a dirty log: write-protects the pages of a registration. Offsets and sizes as of
 /// [`FillRole`].
 ///
-/// Dropped, the protection of all of the registration is taken away, and who waited goes on.
+/// Dropped, the protection of all of the registration is taken away, and who waited goes on. Where the kernel refuses
+/// that, [`end`](Self::end) says so; dropping tries again while the memory [is being changed](Cause::Changing), for as
+/// long as another thread may need to read the event, and then wakes who waits, so that each fault is told again: whoever
+/// reads it borrows the role once more, and ends it.
 pub struct ProtectRole {
     registered: Arc<Registered>,
+    /// Whether nothing is protected any more.
+    ended: bool,
+}
+
+/// A role that was not ended: here it is again, and protects as before.
+#[derive(Debug, Error)]
+#[error("the protection was not taken away: {reason}")]
+pub struct EndError {
+    /// It.
+    pub role: ProtectRole,
+    /// Why.
+    #[source]
+    pub reason: OpError,
 }
 
 impl ProtectRole {
     pub(super) fn new(registered: Arc<Registered>) -> Self {
-        Self { registered }
+        Self {
+            registered,
+            ended: false,
+        }
     }
 
     /// Its size in bytes: that of the registration.
@@ -331,13 +352,59 @@ impl ProtectRole {
     }
 }
 
-impl Drop for ProtectRole {
-    fn drop(&mut self) {
+impl ProtectRole {
+    /// Ends it, as dropping does, and says if it could not. Pages that are brought at the same time wait for it, 20 ms for
+    /// 1 GiB of pages of 4 KiB.
+    ///
+    /// # Errors
+    /// [`EndError`], with the role: [`Cause::Changing`] while an event has not been read, and then nothing has changed;
+    /// after another refusal a part of the protection may be gone.
+    pub fn end(mut self) -> Result<(), Box<EndError>> {
+        let ended = self
+            .registered
+            .end_protecting(|| self.unprotect(0..self.size(), Wake::Now));
+        match ended {
+            Ok(()) => {
+                self.ended = true;
+                Ok(())
+            }
+            Err(reason) => Err(Box::new(EndError { role: self, reason })),
+        }
+    }
+
+    /// How often a role that is dropped asks again, each time after others had their turn. Not for ever: the thread that
+    /// drops it may be the one that reads the events.
+    const TRIES: usize = 1000;
+
+    fn end_at_last(&self) {
         // First, and after whatever is being filled protected: its protection is taken away below. The other way round a
         // page could stay protected with nobody to hear of its writer.
         self.registered.set_protecting(false);
-        if let Err(error) = self.unprotect(0..self.size(), Wake::Now) {
-            log::error!("{error}");
+        let mut ended = self.unprotect(0..self.size(), Wake::Now);
+        for _ in 0..Self::TRIES {
+            match ended {
+                Err(OpError {
+                    cause: Cause::Changing,
+                    ..
+                }) => thread::yield_now(),
+                _ => break,
+            }
+            ended = self.unprotect(0..self.size(), Wake::Now);
+        }
+        if let Err(error) = ended {
+            log::error!("{error}; who waits for it is woken, and told of again");
+            // Protected or not, nobody sleeps on a fault whose message went to a holder of the role that is gone.
+            if let Err(errno) = self.registered.wake_all() {
+                log::error!("UFFDIO_WAKE: {errno}");
+            }
+        }
+    }
+}
+
+impl Drop for ProtectRole {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.end_at_last();
         }
         self.registered.take_back(PROTECT);
     }
