@@ -361,6 +361,13 @@ impl Run {
             Ok(applied) => {
                 assert!(legal);
                 self.is_laid(&wanted, &applied.extents);
+                // Something to lose in each.
+                let mark = [input.byte() as u8 | 1; 16];
+                for slot in wanted {
+                    let at = slot.range.start;
+                    let written = self.ram.memory().write_slice(&mark, GuestAddress(at));
+                    assert_eq!(written.is_ok(), self.model.write(at, &mark));
+                }
             }
             Err(Error::Kvm { .. }) => assert!(legal && fails),
             Err(Error::Undo { .. }) => {
