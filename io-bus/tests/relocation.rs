@@ -348,9 +348,26 @@ fn a_registration_that_is_kept_keeps_its_ioeventfds() {
             Ok(())
         }
     }
+    /// Looks, as it goes, whether its ioeventfds have gone.
+    struct Leaves(Arc<Vm>, Arc<Mutex<Option<usize>>>);
+    impl IoDevice for Leaves {
+        fn read(&self, _: At, _: &mut [u8]) -> Answer {
+            Answer::Accepted
+        }
+        fn write(&self, _: At, _: &[u8]) -> Answer {
+            Answer::Accepted
+        }
+    }
+    impl Drop for Leaves {
+        fn drop(&mut self) {
+            *self.1.lock().unwrap() = Some(self.0.0.lock().unwrap().len());
+        }
+    }
     let bus = IoBus::new();
     let vm = Arc::new(Vm(Mutex::default()));
-    let mut device = bus.register(BusKind::Mmio, page(0x1000), Nothing).unwrap();
+    let left = Arc::new(Mutex::new(None));
+    let leaves = Leaves(vm.clone(), left.clone());
+    let mut device = bus.register(BusKind::Mmio, page(0x1000), leaves).unwrap();
     let fd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     device
         .attach_ioeventfd(vm.clone(), 0x50, WriteMatch::U32(0), fd)
@@ -359,6 +376,7 @@ fn a_registration_that_is_kept_keeps_its_ioeventfds() {
     assert_eq!(*vm.0.lock().unwrap(), [bell(0x1050, 0)]);
     drop(bus);
     assert_eq!(*vm.0.lock().unwrap(), []);
+    assert_eq!(*left.lock().unwrap(), Some(0), "they go before it");
 }
 
 #[test]
