@@ -151,7 +151,9 @@ impl Dispatcher {
     /// A guest's `in` from `port`: `data.len()` bytes, 1, 2 or 4.
     ///
     /// One access. KVM reports `rep ins` as one exit with the data of several accesses to the same
-    /// port: [`pio_read_repeated`](Self::pio_read_repeated).
+    /// port: [`pio_read_repeated`](Self::pio_read_repeated). `kvm_ioctls::VcpuExit::IoIn` does not say
+    /// how wide they are; with the feature `kvm`, `PioExit::of` does. Given all items at once, a
+    /// device of one byte is not asked and the guest reads all ones.
     #[inline(always)]
     pub fn pio_read(&mut self, port: PioAddress, data: &mut [u8]) -> Outcome {
         self.read(BusKind::Pio, u64::from(port.0), data)

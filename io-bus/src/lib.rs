@@ -154,8 +154,8 @@
 //! hot-unplug, a BAR that it moves about) makes the thread that carries this out build a table and
 //! wait for the other vCPUs' accesses, never the other way around. Devices are trusted to return;
 //! one that panics unwinds through the dispatcher, which stays usable, as does the device behind a
-//! [`Locked`]. This crate forbids `unsafe` but for one ioctl and one mapping
-//! (feature `kvm`).
+//! [`Locked`]. This crate forbids `unsafe` but for the ioctls, one mapping and a
+//! port's data (feature `kvm`).
 //!
 //! # Save and restore
 //!
@@ -233,7 +233,10 @@ mod inside;
 mod ioeventfd;
 mod ioeventfd_set;
 #[cfg(all(feature = "kvm", not(loom)))]
-#[allow(unsafe_code, reason = "the crate's ioctls and its one mapping")]
+#[allow(
+    unsafe_code,
+    reason = "the crate's ioctls, its one mapping and a port's data"
+)]
 mod kvm;
 mod observe;
 mod range;
@@ -259,6 +262,8 @@ pub use ioeventfd::{IoEvent, IoEventAddress, IoEventFd, SetIoEventFd, WriteLengt
 pub use ioeventfd_set::IoEventId;
 #[cfg(all(feature = "kvm", not(loom)))]
 pub use kvm::MappedRing;
+#[cfg(all(feature = "kvm", not(loom), target_arch = "x86_64"))]
+pub use kvm::PioExit;
 pub use range::{BusKind, IoRange};
 pub use registration::Registration;
 pub use removal::{Pending, Removal};
