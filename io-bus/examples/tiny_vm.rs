@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 
-use io_bus::{IoBus, MmioAddress, MmioRange, PioAddress, PioRange};
+use io_bus::{Direction, IoBus, MmioAddress, MmioRange, PioAddress, PioExit, PioRange};
 use kvm_ioctls::{Kvm, VcpuExit};
 use vm_device::{DeviceMmio, DevicePio};
 
@@ -73,8 +73,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut io = bus.dispatcher();
     loop {
         let outcome = match vcpu.run()? {
-            VcpuExit::IoIn(port, data) => io.pio_read(PioAddress(port), data),
-            VcpuExit::IoOut(port, data) => io.pio_write(PioAddress(port), data),
+            VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => match PioExit::of(&mut vcpu) {
+                None => return Err("an exit at a port, and no data".into()),
+                Some(exit) => match exit.direction {
+                    Direction::Read => io.pio_read_repeated(exit.port, exit.width, exit.data),
+                    Direction::Write => io.pio_write_repeated(exit.port, exit.width, exit.data),
+                },
+            },
             VcpuExit::MmioRead(address, data) => io.mmio_read(MmioAddress(address), data),
             VcpuExit::MmioWrite(address, data) => io.mmio_write(MmioAddress(address), data),
             VcpuExit::Hlt => break,

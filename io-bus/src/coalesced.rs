@@ -127,9 +127,13 @@ impl Ring {
         let [first, last, ..] = self.memory.words() else {
             return true;
         };
-        // Acquire: pairs with the Release of `Advance`, see the top of this file. Of `last` any
-        // value will do that is as new as this vCPU's own writes, which its exit has brought.
-        first.load(Ordering::Acquire) == last.load(Ordering::Relaxed)
+        // `last` before `first`: any value will do that is as new as this vCPU's own writes, which
+        // its exit has brought, and `first` can reach it only by carrying them out. The other way
+        // round, an old `first` could meet a `last` that has gone once around the ring since.
+        // Acquire: of `last`, so that `first` is read after it; of `first`, it pairs with the Release
+        // of `Advance`, see the top of this file.
+        let last = last.load(Ordering::Acquire);
+        first.load(Ordering::Acquire) == last
     }
 
     fn entry(&self, index: usize) -> CoalescedWrite {

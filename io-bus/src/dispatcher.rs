@@ -88,6 +88,19 @@ pub struct Dispatcher {
     shared: Arc<Shared>,
 }
 
+/// An access that waits for its answer keeps waiting during a drain, also if a device panics: a
+/// coalesced write takes nobody's place.
+struct Aside<'a> {
+    io: &'a mut Dispatcher,
+    waiting: Option<Unfinished>,
+}
+
+impl Drop for Aside<'_> {
+    fn drop(&mut self) {
+        self.io.unfinished = self.waiting.take();
+    }
+}
+
 impl Dispatcher {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
         Self {
@@ -138,7 +151,9 @@ impl Dispatcher {
     /// A guest's `in` from `port`: `data.len()` bytes, 1, 2 or 4.
     ///
     /// One access. KVM reports `rep ins` as one exit with the data of several accesses to the same
-    /// port: [`pio_read_repeated`](Self::pio_read_repeated).
+    /// port: [`pio_read_repeated`](Self::pio_read_repeated). `kvm_ioctls::VcpuExit::IoIn` does not say
+    /// how wide they are; with the feature `kvm`, `PioExit::of` does. Given all items at once, a
+    /// device of one byte is not asked and the guest reads all ones.
     #[inline(always)]
     pub fn pio_read(&mut self, port: PioAddress, data: &mut [u8]) -> Outcome {
         self.read(BusKind::Pio, u64::from(port.0), data)
@@ -208,24 +223,34 @@ impl Dispatcher {
         }
     }
 
+    /// Whether [`before_exit`](Self::before_exit) would find something to carry out, or another
+    /// thread at it to wait for. For a caller that does something around a drain (it collects the
+    /// bytes that the drain sends, say) and wants to do nothing around none.
+    ///
+    /// False means that every write which this vCPU made before its exit has been carried out. Costs
+    /// what `before_exit` costs where nothing was coalesced, and takes no lock. Inside an access it
+    /// may be true though `before_exit` does nothing there.
+    #[inline]
+    pub fn has_coalesced(&self) -> bool {
+        !self.shared.coalescing.is_empty()
+    }
+
     #[cold]
     fn drain(&mut self) -> usize {
         if crate::is_inside_access() {
             return 0;
         }
         let shared = Arc::clone(&self.shared);
-        // An access that waits for its answer keeps waiting: a coalesced write takes nobody's place.
         let waiting = self.unfinished.take();
-        let drained = shared.coalescing.drain(|write| {
+        let aside = Aside { io: self, waiting };
+        shared.coalescing.drain(|write| {
             // Nobody waits for a coalesced write: what defers it has taken it.
             let _ = match write.bus {
-                BusKind::Mmio => self.mmio_write(MmioAddress(write.address), write.data()),
-                bus => self.write(bus, write.address, write.data()),
+                BusKind::Mmio => (aside.io).mmio_write(MmioAddress(write.address), write.data()),
+                bus => aside.io.write(bus, write.address, write.data()),
             };
-            self.unfinished = None;
-        });
-        self.unfinished = waiting;
-        drained
+            aside.io.unfinished = None;
+        })
     }
 
     /// A handle for other threads to end this one's waits for deferred answers.

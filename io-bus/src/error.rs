@@ -99,7 +99,9 @@ pub enum Error {
         source: errno::Error,
     },
     /// Without the ring, a zone's writes would be lost.
-    #[error("no ring is attached that writes to {range} on the {bus} bus could be kept in")]
+    #[error(
+        "attach_coalesced_ring first: writes to {range} on the {bus} bus have no ring to be kept in"
+    )]
     NoRing {
         /// The bus.
         bus: BusKind,

@@ -187,6 +187,8 @@ pub struct IoEventFd<S: SetIoEventFd, E: AsRawFd = EventFd> {
     fd: E,
     event: IoEvent,
     attached: bool,
+    /// Where KVM has it though it should not: a move failed, and so did the undoing of a step.
+    strays: Vec<IoEvent>,
 }
 
 impl<S: SetIoEventFd, E: AsRawFd> IoEventFd<S, E> {
@@ -206,6 +208,7 @@ impl<S: SetIoEventFd, E: AsRawFd> IoEventFd<S, E> {
             fd,
             event,
             attached: true,
+            strays: Vec::new(),
         })
     }
 
@@ -230,6 +233,11 @@ impl<S: SetIoEventFd, E: AsRawFd> IoEventFd<S, E> {
     ///
     /// [`Error::DeassignIoEventFd`]; then it is attached still, and dropping it tries again.
     pub fn detach(&mut self) -> Result<(), Error> {
+        self.detach_strays()?;
+        self.detach_event()
+    }
+
+    fn detach_event(&mut self) -> Result<(), Error> {
         if self.attached {
             self.set(&self.event, false)?;
             self.attached = false;
@@ -242,22 +250,58 @@ impl<S: SetIoEventFd, E: AsRawFd> IoEventFd<S, E> {
     ///
     /// # Errors
     ///
-    /// [`Error::AssignIoEventFd`] or [`Error::DeassignIoEventFd`]; then it listens where it did.
+    /// [`Error::AssignIoEventFd`] or [`Error::DeassignIoEventFd`]; then it listens where it did. If
+    /// KVM refuses the undoing too, it listens at the new address as well, which is logged, until
+    /// the next move, `detach` or the drop, each of which tries again. Until that has succeeded it
+    /// does not move: the error is of that try.
     pub fn relocate(&mut self, address: IoEventAddress) -> Result<(), Error> {
         let moved = IoEvent {
             address,
             writes: self.event.writes,
         };
+        self.detach_strays()?;
         if self.attached && moved != self.event {
             self.set(&moved, true)?;
             if let Err(error) = self.set(&self.event, false) {
                 if let Err(undo) = self.set(&moved, false) {
-                    log::error!("{undo}: it stays attached at both addresses");
+                    log::error!("{undo}: it stays attached at both addresses for now");
+                    self.strays.push(moved);
                 }
                 return Err(error);
             }
         }
         self.event = moved;
+        Ok(())
+    }
+
+    /// Notes that KVM has it at `event` too, where it should not be.
+    pub(crate) fn strayed(&mut self, event: IoEvent) {
+        self.strays.push(event);
+    }
+
+    /// Notes that KVM does not have it, where it should be.
+    pub(crate) fn lost(&mut self) {
+        self.attached = false;
+    }
+
+    /// Detaches it wherever it should not be; what KVM refuses stays noted.
+    pub(crate) fn detach_strays(&mut self) -> Result<(), Error> {
+        let mut refused = None;
+        for event in std::mem::take(&mut self.strays) {
+            if let Err(error) = self.set(&event, false) {
+                self.strays.push(event);
+                refused.get_or_insert(error);
+            }
+        }
+        refused.map_or(Ok(()), Err)
+    }
+
+    /// Attaches it again if it was [lost](Self::lost).
+    pub(crate) fn attach_lost(&mut self) -> Result<(), Error> {
+        if !self.attached {
+            self.set(&self.event, true)?;
+            self.attached = true;
+        }
         Ok(())
     }
 
@@ -279,8 +323,11 @@ impl<S: SetIoEventFd, E: AsRawFd> IoEventFd<S, E> {
 
 impl<S: SetIoEventFd, E: AsRawFd> Drop for IoEventFd<S, E> {
     fn drop(&mut self) {
-        if let Err(error) = self.detach() {
-            log::error!("{error}");
+        // Each is tried, whatever becomes of the others.
+        for result in [self.detach_strays(), self.detach_event()] {
+            if let Err(error) = result {
+                log::error!("{error}");
+            }
         }
     }
 }
@@ -291,6 +338,7 @@ impl<S: SetIoEventFd, E: AsRawFd> fmt::Debug for IoEventFd<S, E> {
             .field("event", &self.event)
             .field("fd", &self.fd.as_raw_fd())
             .field("attached", &self.attached)
+            .field("strays", &self.strays)
             .finish()
     }
 }

@@ -28,6 +28,13 @@
 //! answers EEXIST to two that the same write would signal. Such a one is attached after step 3, when
 //! its place is free. Between the two, a write there leaves the guest and finds the device in the
 //! table, since the place is in the old range and in the new one.
+//!
+//! # An undo that fails
+//!
+//! A move that KVM refuses is undone step by step, and KVM may refuse that too. Then an ioeventfd is
+//! left where it should not be (a stray), or is missing where it should be. Both are noted with the
+//! ioeventfd and put right before the next move begins, which does not begin otherwise; strays are
+//! also detached whenever their ioeventfd is, so that none outlives the registration.
 
 use std::fmt;
 use std::os::fd::AsRawFd;
@@ -48,6 +55,13 @@ trait Bound: Send + Sync {
     /// Notes where it is attached now.
     fn settle(&mut self, event: IoEvent);
     fn detach(&mut self) -> Result<(), Error>;
+    fn is_attached(&self) -> bool;
+    /// Notes an undo that KVM refused: it is attached there still, or (`None`) nowhere.
+    fn not_undone(&mut self, stray: Option<IoEvent>);
+    /// Detaches it wherever it should not be.
+    fn detach_strays(&mut self) -> Result<(), Error>;
+    /// Attaches it if it is missing.
+    fn attach_lost(&mut self) -> Result<(), Error>;
 }
 
 impl<S: SetIoEventFd + Send + Sync, E: AsRawFd + Send + Sync> Bound for IoEventFd<S, E> {
@@ -65,6 +79,25 @@ impl<S: SetIoEventFd + Send + Sync, E: AsRawFd + Send + Sync> Bound for IoEventF
 
     fn detach(&mut self) -> Result<(), Error> {
         IoEventFd::detach(self)
+    }
+
+    fn is_attached(&self) -> bool {
+        IoEventFd::is_attached(self)
+    }
+
+    fn not_undone(&mut self, stray: Option<IoEvent>) {
+        match stray {
+            Some(event) => self.strayed(event),
+            None => self.lost(),
+        }
+    }
+
+    fn detach_strays(&mut self) -> Result<(), Error> {
+        IoEventFd::detach_strays(self)
+    }
+
+    fn attach_lost(&mut self) -> Result<(), Error> {
+        IoEventFd::attach_lost(self)
     }
 }
 
@@ -109,6 +142,7 @@ impl IoEventFdSet {
     pub(crate) fn events(&self) -> impl Iterator<Item = (IoEventId, IoEvent)> {
         self.members
             .iter()
+            .filter(|member| member.fd.is_attached())
             .map(|member| (member.id, member.fd.event()))
     }
 
@@ -162,7 +196,7 @@ impl IoEventFdSet {
 
     /// Moves all to `base`, around `publish`, which moves the range; `unpublish` moves it back.
     ///
-    /// On an error everything is as it was before.
+    /// On an error everything is as it was before, or is noted to be put right.
     pub(crate) fn relocate<T>(
         &mut self,
         bus: BusKind,
@@ -170,6 +204,7 @@ impl IoEventFdSet {
         publish: impl FnOnce() -> Result<T, Error>,
         unpublish: impl FnOnce(),
     ) -> Result<T, Error> {
+        self.put_right()?;
         let mut moves = Vec::with_capacity(self.members.len());
         for member in &mut self.members {
             let old = member.fd.event();
@@ -198,10 +233,24 @@ impl IoEventFdSet {
                 Ok(result)
             }
             Err(error) => {
-                undo(&moves, &done, unpublish);
+                undo(&mut moves, &done, unpublish);
                 Err(error)
             }
         }
+    }
+}
+
+/// What an undo left is put right; see the top of this file.
+impl IoEventFdSet {
+    fn put_right(&mut self) -> Result<(), Error> {
+        // All strays first: one may be in the place of another that is missing.
+        for member in &mut self.members {
+            member.fd.detach_strays()?;
+        }
+        for member in &mut self.members {
+            member.fd.attach_lost()?;
+        }
+        Ok(())
     }
 }
 
@@ -237,8 +286,8 @@ fn carry_out<T>(
     Ok(result)
 }
 
-/// Undoes in reverse order. What KVM refuses now is logged: there is no third way.
-fn undo(moves: &[Move<'_>], done: &[Done], unpublish: impl FnOnce()) {
+/// Undoes in reverse order. What KVM refuses now is logged, and noted for a later try.
+fn undo(moves: &mut [Move<'_>], done: &[Done], unpublish: impl FnOnce()) {
     let mut unpublish = Some(unpublish);
     for step in done.iter().rev() {
         match step {
@@ -252,10 +301,11 @@ fn undo(moves: &[Move<'_>], done: &[Done], unpublish: impl FnOnce()) {
                 event,
                 attach,
             } => {
-                if let Some(one) = moves.get(*index)
+                if let Some(one) = moves.get_mut(*index)
                     && let Err(error) = one.fd.set(event, !attach)
                 {
                     log::error!("{error}, after a move that had failed");
+                    one.fd.not_undone(attach.then_some(*event));
                 }
             }
         }

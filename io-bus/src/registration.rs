@@ -138,7 +138,12 @@ impl Registration {
     /// [`Error::WrappingRange`] or [`Error::OutsideBus`] if the range does not fit there,
     /// [`Error::NotRegistered`] if the bus is gone, [`Error::AssignIoEventFd`] or
     /// [`Error::DeassignIoEventFd`] if KVM refused a step. The device is then where it was, and so
-    /// is each ioeventfd. (If KVM refuses to undo a step too, that is logged.)
+    /// is each ioeventfd.
+    ///
+    /// If KVM refuses to undo a step too, that is logged, and an ioeventfd signals at the new
+    /// address as well, or not at all ([`ioeventfds`](Self::ioeventfds) lists it no more then). The
+    /// next move puts that right before it begins, and fails with KVM's errno if it cannot. What
+    /// signals where it should not is also detached with its ioeventfd, or with the device.
     pub fn relocate(&mut self, base: u64) -> Result<Removal, Error> {
         let (bus, old) = (self.bus, self.range);
         let range = old.at(base)?;

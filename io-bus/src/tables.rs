@@ -112,11 +112,12 @@ impl Tables {
 
 /// What a bus's handles and dispatchers share.
 pub(crate) struct Shared {
+    /// The ioeventfds of registrations that were kept: they stay as their devices do. First, since
+    /// they go before the devices.
+    pub(crate) kept: Mutex<Vec<IoEventFdSet>>,
     pub(crate) tables: Published<Tables>,
     /// How many ranges each bus takes.
     pub(crate) capacity: usize,
     /// KVM's ring of coalesced writes and the zones that feed it.
     pub(crate) coalescing: Coalescing,
-    /// The ioeventfds of registrations that were kept: they stay as their devices do.
-    pub(crate) kept: Mutex<Vec<IoEventFdSet>>,
 }

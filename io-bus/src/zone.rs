@@ -45,37 +45,28 @@ pub trait SetCoalescedZone {
     ) -> Result<(), errno::Error>;
 }
 
-impl<T: SetCoalescedZone + ?Sized> SetCoalescedZone for &T {
-    fn can_coalesce(&self, bus: BusKind) -> bool {
-        (**self).can_coalesce(bus)
-    }
+/// Whatever leads to such a host is one.
+macro_rules! forwarded_by {
+    ($($pointer:ty),*) => {$(
+        impl<T: SetCoalescedZone + ?Sized> SetCoalescedZone for $pointer {
+            fn can_coalesce(&self, bus: BusKind) -> bool {
+                (**self).can_coalesce(bus)
+            }
 
-    fn set_coalesced_zone(
-        &self,
-        bus: BusKind,
-        address: u64,
-        size: u32,
-        register: bool,
-    ) -> Result<(), errno::Error> {
-        (**self).set_coalesced_zone(bus, address, size, register)
-    }
+            fn set_coalesced_zone(
+                &self,
+                bus: BusKind,
+                address: u64,
+                size: u32,
+                register: bool,
+            ) -> Result<(), errno::Error> {
+                (**self).set_coalesced_zone(bus, address, size, register)
+            }
+        }
+    )*};
 }
 
-impl<T: SetCoalescedZone + ?Sized> SetCoalescedZone for Arc<T> {
-    fn can_coalesce(&self, bus: BusKind) -> bool {
-        (**self).can_coalesce(bus)
-    }
-
-    fn set_coalesced_zone(
-        &self,
-        bus: BusKind,
-        address: u64,
-        size: u32,
-        register: bool,
-    ) -> Result<(), errno::Error> {
-        (**self).set_coalesced_zone(bus, address, size, register)
-    }
-}
+forwarded_by!(&T, Arc<T>);
 
 /// Addresses whose writes KVM keeps until the next exit; from
 /// [`IoBus::coalesce`](crate::IoBus::coalesce).
@@ -134,6 +125,11 @@ impl<S: SetCoalescedZone> CoalescedZone<S> {
     ///
     /// To be called before the device leaves its range, for a kept write goes to whoever is there
     /// when it is carried out. Ended already, it does nothing.
+    ///
+    /// # Deadlock
+    ///
+    /// Devices are called on this thread, here and when a zone is dropped: do not hold a lock that
+    /// one of them takes in an access.
     ///
     /// # Errors
     ///

@@ -244,6 +244,91 @@ fn a_device_that_panics_in_a_drain_loses_its_write_and_no_other() {
     assert_eq!(*journal.0.lock().unwrap(), [(0, 1), (0, 3)]);
 }
 
+/// The access that waits for its answer is not the write's, whose device panics.
+#[test]
+fn a_panic_in_a_drain_leaves_a_waiting_access_waiting() {
+    struct SlowAndFragile(Mutex<Option<io_bus::Completion>>);
+    impl IoDevice for SlowAndFragile {
+        fn read(&self, _: At, _: &mut [u8]) -> Answer {
+            let (completion, deferral) = defer();
+            *self.0.lock().unwrap() = Some(completion);
+            Answer::Deferred(deferral)
+        }
+        fn write(&self, _: At, _: &[u8]) -> Answer {
+            panic!("a device's own bug");
+        }
+    }
+    let kernel = Kernel::new();
+    let device = Arc::new(SlowAndFragile(Mutex::default()));
+    let (_bus, mut io) = bus_with(&kernel, device.clone());
+    let mut data = [0; 2];
+    let _ = io.mmio_read(MmioAddress(0x1000), &mut data);
+    assert!(kernel.write(0x1000, 1));
+    catch_unwind(AssertUnwindSafe(|| io.before_exit())).unwrap_err();
+    assert!(io.is_deferred());
+    let read = device.0.lock().unwrap().take().unwrap();
+    assert!(read.complete(&[1, 2]));
+    assert!(io.wait_read(&mut data).is_answered());
+    assert_eq!(data, [1, 2]);
+}
+
+/// A guest that writes on while its writes are carried out holds nobody up.
+#[test]
+fn a_drain_ends_with_what_was_there_when_it_began() {
+    struct Again(Arc<Kernel>, AtomicUsize);
+    impl IoDevice for Again {
+        fn read(&self, _: At, _: &mut [u8]) -> Answer {
+            Answer::Declined
+        }
+        fn write(&self, at: At, _: &[u8]) -> Answer {
+            // So that a drain without an end fails rather than hangs.
+            if self.1.fetch_add(1, Ordering::Relaxed) < 1000 {
+                assert!(self.0.write(at.address(), 1));
+            }
+            Answer::Accepted
+        }
+    }
+    let kernel = Arc::new(Kernel::new());
+    let (_bus, mut io) = bus_with(&kernel, Again(kernel.clone(), AtomicUsize::new(0)));
+    assert!((0..3).all(|_| kernel.write(0x1000, 1)));
+    assert_eq!(io.before_exit(), 3);
+    assert_eq!(io.before_exit(), 3);
+}
+
+#[test]
+fn whether_there_is_something_to_drain_can_be_asked() {
+    /// What a dispatcher answers while the write is carried out.
+    struct Asks(Mutex<Option<(Dispatcher, Vec<bool>)>>);
+    impl IoDevice for Asks {
+        fn read(&self, _: At, _: &mut [u8]) -> Answer {
+            Answer::Declined
+        }
+        fn write(&self, _: At, _: &[u8]) -> Answer {
+            if let Some((io, seen)) = &mut *self.0.lock().unwrap() {
+                seen.push(io.has_coalesced());
+            }
+            Answer::Accepted
+        }
+    }
+    assert!(!IoBus::new().dispatcher().has_coalesced(), "no ring");
+    let kernel = Kernel::new();
+    let device = Arc::new(Asks(Mutex::default()));
+    let (bus, mut io) = bus_with(&kernel, device.clone());
+    *device.0.lock().unwrap() = Some((bus.dispatcher(), Vec::new()));
+    // More than once around the ring.
+    for _ in 0..CAPACITY + 3 {
+        assert!(!io.has_coalesced());
+        assert!(kernel.write(0x1000, 1));
+        assert!(io.has_coalesced(), "and it asks only");
+        assert!(bus.dispatcher().has_coalesced());
+        assert_eq!(io.before_exit(), 1);
+    }
+    assert!(!io.has_coalesced());
+    // A write that is being carried out counts until the device is back.
+    let (_, seen) = device.0.lock().unwrap().take().unwrap();
+    assert_eq!(seen, vec![true; CAPACITY as usize + 3]);
+}
+
 /// Refuses with any errno.
 struct Refusing(Mutex<Option<i32>>);
 

@@ -179,6 +179,22 @@ fn an_interruption_ends_the_wait_and_leaves_the_access_as_it_is() {
     assert_eq!((io.wait_read(&mut data), data), (Outcome::Answered, [9]));
 }
 
+/// Both have come: the answer counts, and the interruption stays for the next wait.
+#[test]
+fn an_answer_that_is_there_counts_more_than_an_interruption() {
+    let (bus, _registration, requests) = bus_with(BusKind::Mmio);
+    let mut io = bus.dispatcher();
+    let mut data = [0];
+    assert_eq!(io.read(BusKind::Mmio, 0x1000, &mut data), Outcome::Deferred);
+    let (_, _, completion) = requests.recv().unwrap();
+    assert!(completion.complete(&[0x2a]));
+    io.interrupter().interrupt();
+    assert_eq!(io.wait_read(&mut data), Outcome::Answered);
+    assert_eq!(data, [0x2a]);
+    assert_eq!(io.read(BusKind::Mmio, 0x1000, &mut data), Outcome::Deferred);
+    assert_eq!(io.wait_read(&mut data), Outcome::Deferred);
+}
+
 #[test]
 fn a_vcpu_that_gives_up_is_told_to_the_completion() {
     let (bus, _registration, requests) = bus_with(BusKind::Mmio);

@@ -97,6 +97,26 @@ fn string_instructions_arrive_item_by_item() {
     assert_eq!(written, expected);
 }
 
+/// As above, with the width from KVM.
+#[test]
+fn an_exit_at_a_port_tells_the_width_of_its_items() {
+    let bus = IoBus::new();
+    let bytes = Arc::new(Registers::default());
+    let out = IoRange::new(0x510, 1).unwrap();
+    let words = IoRange::new(0x512, 2).unwrap();
+    let _out = bus.register(BusKind::Pio, out, bytes.clone()).unwrap();
+    let _words = bus.register(BusKind::Pio, words, bytes.clone()).unwrap();
+    let mut machine = vm::machine(guests::io::io_strings());
+    let exits = machine.run_ports(&mut bus.dispatcher());
+    assert!(exits.iter().all(|(_, outcome)| outcome.is_answered()));
+    assert!(exits.iter().any(|(width, _)| *width == 2));
+    let written = bytes.0.lock().unwrap();
+    let written: Vec<_> = written.iter().map(|(_, data)| data.clone()).collect();
+    let mut expected: Vec<_> = b"abcd".iter().map(|byte| vec![*byte]).collect();
+    expected.extend([0x10, 0x11, 0x10, 0x11].map(|byte| vec![byte]));
+    assert_eq!(written, expected);
+}
+
 /// KVM is the oracle of [`fragments`]: it cuts a guest's access where we do.
 #[test]
 fn kvm_cuts_a_page_crossing_access_as_fragments_does() {

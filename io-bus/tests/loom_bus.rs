@@ -203,3 +203,41 @@ fn a_completion_and_an_interruption_are_both_seen() {
         at.keep();
     });
 }
+
+/// A vCPU looks at the ring while another drains it and a third writes on: `last` has gone once around
+/// between its two loads, and its own writes wait all the same.
+#[test]
+fn a_ring_that_was_filled_again_is_not_taken_for_empty() {
+    bounded(2, || {
+        let words: Vec<_> = (0..2 + 3 * 6).map(|_| AtomicU32::new(0)).collect();
+        let words = std::sync::Arc::new(words);
+        for n in 0..2 {
+            for (word, value) in words[2 + 6 * n..].iter().zip([0x1000, 0, 1, 0, 7, 0]) {
+                word.store(value, Ordering::Relaxed);
+            }
+        }
+        words[1].store(2, Ordering::Release);
+        let bus = IoBus::new();
+        bus.attach_coalesced_ring(Words(words.clone())).unwrap();
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = count.clone();
+        let device = Hook(move || {
+            // KVM, for a third vCPU, while the second entry is carried out.
+            if counted.load(Ordering::Relaxed) == 1 {
+                assert_eq!(words[0].load(Ordering::Acquire), 1);
+                words[1].store(0, Ordering::Release);
+            }
+            counted.fetch_add(1, Ordering::Relaxed);
+        });
+        let at = bus.register(BusKind::Mmio, page(1), device).unwrap();
+        let mut other = bus.dispatcher();
+        let drainer = thread::spawn(move || {
+            other.before_exit();
+        });
+        let mut io = bus.dispatcher();
+        io.before_exit();
+        assert!(count.load(Ordering::Relaxed) >= 2, "our two writes");
+        drainer.join().unwrap();
+        at.keep();
+    });
+}

@@ -37,6 +37,8 @@ struct Watch {
     attached: Mutex<Vec<IoEvent>>,
     moments: Mutex<Vec<Moment>>,
     refuse: Mutex<Option<(usize, i32)>>,
+    /// So many calls are answered first, then so many refused.
+    refuse_many: Mutex<(usize, usize)>,
 }
 
 impl Watch {
@@ -46,6 +48,7 @@ impl Watch {
             attached: Mutex::default(),
             moments: Mutex::default(),
             refuse: Mutex::default(),
+            refuse_many: Mutex::default(),
         })
     }
 
@@ -75,6 +78,14 @@ impl SetIoEventFd for Watch {
                 }
                 Some((calls, _)) => *calls -= 1,
                 None => {}
+            }
+            match &mut *self.refuse_many.lock().unwrap() {
+                (0, 0) => {}
+                (0, refused) => {
+                    *refused -= 1;
+                    return Err(errno::Error::new(libc::ENOMEM));
+                }
+                (answered, _) => *answered -= 1,
             }
             let mut attached = self.attached.lock().unwrap();
             if attach {
@@ -173,6 +184,95 @@ fn a_move_that_any_step_refuses_moves_nothing() {
     }
 }
 
+/// The second attach is refused, and so is the undoing of the first.
+fn device_with_a_stray(bus: &IoBus, watch: &Arc<Watch>) -> Registration {
+    let mut device = device(bus, watch, &[0x50, 0x60]);
+    *watch.refuse_many.lock().unwrap() = (1, 2);
+    let error = device.relocate(0x8000).unwrap_err();
+    assert!(matches!(error, Error::AssignIoEventFd { event, .. } if event == bell(0x8060, 0)));
+    let stray = bell(0x8050, 0);
+    assert_eq!(
+        watch.events(),
+        [bell(0x1050, 0), bell(0x1060, 0), stray],
+        "the case that is to be tested"
+    );
+    assert_eq!(device.range(), page(0x1000));
+    device
+}
+
+#[test]
+fn what_an_undo_left_goes_with_the_next_move() {
+    for base in [0x8000, 0x9000, 0x1000] {
+        let bus = IoBus::new();
+        let watch = Watch::new(&bus);
+        let mut device = device_with_a_stray(&bus, &watch);
+        assert!(device.relocate(base).unwrap().is_done());
+        assert_eq!(watch.events(), [bell(base + 0x50, 0), bell(base + 0x60, 0)]);
+    }
+}
+
+#[test]
+fn a_move_does_not_begin_while_kvm_keeps_what_an_undo_left() {
+    let bus = IoBus::new();
+    let watch = Watch::new(&bus);
+    let mut device = device_with_a_stray(&bus, &watch);
+    let before = watch.events();
+    *watch.refuse_many.lock().unwrap() = (0, 1);
+    let error = device.relocate(0x9000).unwrap_err();
+    assert!(matches!(error, Error::DeassignIoEventFd { event, .. } if event == bell(0x8050, 0)));
+    assert_eq!(watch.events(), before);
+    assert_eq!(bus.ranges(BusKind::Mmio), [page(0x1000)]);
+    assert!(device.relocate(0x9000).unwrap().is_done());
+    assert_eq!(watch.events(), [bell(0x9050, 0), bell(0x9060, 0)]);
+}
+
+#[test]
+fn what_an_undo_left_goes_with_the_device() {
+    for way in 0..3 {
+        let bus = IoBus::new();
+        let watch = Watch::new(&bus);
+        let mut device = device_with_a_stray(&bus, &watch);
+        match way {
+            0 => assert!(device.unregister().is_done()),
+            1 => drop(device),
+            // Refused once more: the others go all the same, and it stays noted.
+            _ => {
+                let (id, event) = device.ioeventfds().next().unwrap();
+                *watch.refuse_many.lock().unwrap() = (0, 1);
+                device.detach_ioeventfd(id).unwrap_err();
+                assert!(device.ioeventfds().any(|known| known == (id, event)));
+                device.detach_ioeventfd(id).unwrap();
+                assert_eq!(watch.events(), [bell(0x1060, 0)]);
+                drop(device);
+            }
+        }
+        assert_eq!(watch.events(), [], "{way}");
+    }
+}
+
+/// The first detach was answered and the second not, and the first would not be attached again.
+#[test]
+fn what_an_undo_could_not_attach_again_is_listed_no_more_and_comes_back() {
+    for goes in [false, true] {
+        let bus = IoBus::new();
+        let watch = Watch::new(&bus);
+        let mut device = device(&bus, &watch, &[0x50, 0x60]);
+        *watch.refuse_many.lock().unwrap() = (3, 2);
+        device.relocate(0x8000).unwrap_err();
+        assert_eq!(watch.events(), [bell(0x1060, 0)]);
+        let listed: Vec<_> = device.ioeventfds().map(|(_, event)| event).collect();
+        assert_eq!(listed, watch.events());
+        if goes {
+            drop(device);
+            assert_eq!(watch.events(), []);
+            continue;
+        }
+        assert!(device.relocate(0x8000).unwrap().is_done());
+        assert_eq!(watch.events(), [bell(0x8050, 0), bell(0x8060, 0)]);
+        assert_eq!(device.ioeventfds().count(), 2);
+    }
+}
+
 /// The new place of one doorbell is the old place of another: KVM would not have both.
 #[test]
 fn doorbells_that_move_onto_each_other_move_too_and_fail_whole() {
@@ -248,9 +348,26 @@ fn a_registration_that_is_kept_keeps_its_ioeventfds() {
             Ok(())
         }
     }
+    /// Looks, as it goes, whether its ioeventfds have gone.
+    struct Leaves(Arc<Vm>, Arc<Mutex<Option<usize>>>);
+    impl IoDevice for Leaves {
+        fn read(&self, _: At, _: &mut [u8]) -> Answer {
+            Answer::Accepted
+        }
+        fn write(&self, _: At, _: &[u8]) -> Answer {
+            Answer::Accepted
+        }
+    }
+    impl Drop for Leaves {
+        fn drop(&mut self) {
+            *self.1.lock().unwrap() = Some(self.0.0.lock().unwrap().len());
+        }
+    }
     let bus = IoBus::new();
     let vm = Arc::new(Vm(Mutex::default()));
-    let mut device = bus.register(BusKind::Mmio, page(0x1000), Nothing).unwrap();
+    let left = Arc::new(Mutex::new(None));
+    let leaves = Leaves(vm.clone(), left.clone());
+    let mut device = bus.register(BusKind::Mmio, page(0x1000), leaves).unwrap();
     let fd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     device
         .attach_ioeventfd(vm.clone(), 0x50, WriteMatch::U32(0), fd)
@@ -259,6 +376,7 @@ fn a_registration_that_is_kept_keeps_its_ioeventfds() {
     assert_eq!(*vm.0.lock().unwrap(), [bell(0x1050, 0)]);
     drop(bus);
     assert_eq!(*vm.0.lock().unwrap(), []);
+    assert_eq!(*left.lock().unwrap(), Some(0), "they go before it");
 }
 
 #[test]

@@ -141,7 +141,8 @@ impl Kernel {
         self.zones.lock().unwrap().clone()
     }
 
-    /// Refuses one call after so many. Gives whether one was refused since the last time.
+    /// Refuses one call after so many, unless one is refused before that by KVM's own rules: one
+    /// refusal a step, so that the undo goes through. Gives whether one was refused since the last time.
     pub fn refuse_after(&self, calls: Option<usize>) -> bool {
         std::mem::replace(&mut *self.fuse.lock().unwrap(), (calls, false)).1
     }
@@ -159,6 +160,12 @@ impl Kernel {
             }
             None => Ok(()),
         }
+    }
+
+    /// KVM's own refusal, after which the fuse does not blow any more.
+    fn refuse(&self, errno: i32) -> errno::Error {
+        self.fuse.lock().unwrap().0 = None;
+        errno::Error::new(errno)
     }
 
     /// A guest's write in a zone: kept, unless the ring is full.
@@ -194,12 +201,12 @@ impl SetIoEventFd for Kernel {
         let mut events = self.events.lock().unwrap();
         if attach {
             if events.iter().any(|known| known.collides(event)) {
-                return Err(errno::Error::new(libc::EEXIST));
+                return Err(self.refuse(libc::EEXIST));
             }
             events.push(*event);
         } else {
             let place = events.iter().position(|known| known == event);
-            events.remove(place.ok_or(errno::Error::new(libc::ENOENT))?);
+            events.remove(place.ok_or_else(|| self.refuse(libc::ENOENT))?);
         }
         Ok(())
     }

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use io_bus::{Dispatcher, MappedRing, MmioAddress, Outcome, PioAddress};
+use io_bus::{Direction, Dispatcher, MappedRing, MmioAddress, Outcome, PioAddress, PioExit};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
@@ -150,6 +150,27 @@ impl Machine {
     /// Runs to the `hlt`. Gives every exit with the data that it ended with, and its outcome.
     pub fn run(&mut self, io: &mut Dispatcher) -> Vec<(Seen, Outcome)> {
         self.run_strings(io, |_, len| len)
+    }
+
+    /// Runs to the `hlt` a guest that uses ports alone. Gives each exit's width and outcome.
+    pub fn run_ports(&mut self, io: &mut Dispatcher) -> Vec<(usize, Outcome)> {
+        let mut seen = Vec::new();
+        loop {
+            match self.vcpu.run().unwrap() {
+                VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => {}
+                VcpuExit::Hlt => {
+                    assert!(PioExit::of(&mut self.vcpu).is_none());
+                    return seen;
+                }
+                exit => panic!("unexpected exit {exit:?}"),
+            }
+            let exit = PioExit::of(&mut self.vcpu).unwrap();
+            let outcome = match exit.direction {
+                Direction::Read => io.pio_read_repeated(exit.port, exit.width, exit.data),
+                Direction::Write => io.pio_write_repeated(exit.port, exit.width, exit.data),
+            };
+            seen.push((exit.width, outcome));
+        }
     }
 
     /// As `run`; an exit at a port may carry several items, each of the width that `width` gives
