@@ -239,7 +239,7 @@ fn is_on_overlay(file: &File) -> bool {
     // SAFETY: fstatfs fills the buffer, which is read only if it succeeded.
     unsafe {
         libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) == 0
-            && stat.assume_init().f_type as i64 == OVERLAYFS
+            && stat.assume_init().f_type == OVERLAYFS
     }
 }
 
