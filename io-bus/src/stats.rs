@@ -105,7 +105,8 @@ pub struct RangeStats {
     pub written_bytes: u64,
     /// Accesses that it declined.
     pub declined: u64,
-    /// How many of those that it took it answered later.
+    /// How many of those that it took it answered later, or [declined](crate::Completion::decline)
+    /// later: that is unclaimed as an outcome and for the trace hook, but no [`UnclaimedStats`].
     pub deferred: u64,
 }
 
