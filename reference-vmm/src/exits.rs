@@ -167,6 +167,8 @@ impl<P: PolledOutput + 'static> Handler<P> {
     }
 
     fn tell(&self, end: GuestEnd) {
+        // Also before a failure, which by itself waits for nobody.
+        self.shared.console.sync();
         self.shared.end.tell(end);
     }
 }
@@ -277,7 +279,15 @@ pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
 ) {
     let id = runner.id();
     let _tell_panic = TellPanic { id, end };
+    let shared = handler.shared.clone();
     let Err(Halt { reason, vcpu, .. }) = runner.run(handler);
+    // A triple fault and its like pass by the handler, and so by the ring.
+    if !matches!(
+        reason,
+        HaltReason::Stopped | HaltReason::Handler(Stop::Ended)
+    ) {
+        shared.console.finish(&shared.bus);
+    }
     let crash = |what: &dyn std::fmt::Display| {
         let registers = match vcpu.registers() {
             // After a triple fault kvm_amd resets the vCPU, for what AMD's processors leave of its

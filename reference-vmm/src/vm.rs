@@ -54,7 +54,7 @@ use crate::arch::{acpi, layout, reset_vector};
 use crate::config::{self, Config};
 use crate::devices::FIXED_PORTS;
 use crate::devices::acpi_power::AcpiPower;
-use crate::devices::coalesce::Coalescing;
+use crate::devices::coalesce::{Coalescing, PolledOutput};
 use crate::devices::interrupt::Interrupt;
 use crate::devices::power::{DebugExit, I8042, Pvpanic};
 use crate::devices::rtc::Rtc;
@@ -296,6 +296,13 @@ impl Machine {
                 }
             })?;
         let com1 = Arc::new(com1);
+        // Weak: the port's console has the end.
+        let console_of = Arc::downgrade(&com1);
+        end.before_own_end(move || {
+            if let Some(com1) = console_of.upgrade() {
+                com1.sync();
+            }
+        });
         let power = Arc::new(Power::new(end.clone(), interrupt("ACPI", layout::GED_GSI)?));
         let bus = IoBus::new();
         let (registrations, names) = register_devices(&bus, config, &com1, &power, end)?;

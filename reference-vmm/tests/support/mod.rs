@@ -281,6 +281,29 @@ impl Running {
         names
     }
 
+    /// Waits until the thread of this name sleeps, and is seen to many times, or the process has ended.
+    pub fn wait_until_idle(&self, name: &str) {
+        let mut seen = 0;
+        while seen < 200 {
+            assert!(Instant::now() < self.deadline, "{name} never slept");
+            let state = tasks(self.pid())
+                .into_iter()
+                .find(|(_, task)| task == name)
+                .and_then(|(tid, _)| {
+                    let path = format!("/proc/{}/task/{tid}/stat", self.pid());
+                    std::fs::read_to_string(path).ok()
+                })
+                .and_then(|stat| stat.rsplit(") ").next()?.chars().next());
+            let ended = ends_before(self.pid(), Instant::now());
+            seen = match state {
+                Some('S') => seen + 1,
+                _ if ended => return,
+                _ => 0,
+            };
+            std::thread::yield_now();
+        }
+    }
+
     /// Peak resident memory, KiB.
     pub fn peak_rss(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
