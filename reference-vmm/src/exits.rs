@@ -11,7 +11,6 @@
 //! are entered for an access and left after it, so a vCPU that sleeps in the guest keeps no device and
 //! no memory alive.
 
-use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -202,7 +201,7 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
                 format!("reference-vmm: vCPU {id}: its registers cannot be read: {errno}\n")
             }
         };
-        let _ = io::stderr().lock().write_all(text.as_bytes());
+        crate::stderr::write(text.as_bytes());
         Flow::Continue
     }
 
