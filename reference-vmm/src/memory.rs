@@ -110,6 +110,12 @@ impl Memory {
         if !self.size.is_multiple_of(page.bytes()) || page.bytes() > layout::MMIO_HOLE.start {
             return refused(format!("not whole huge pages of {page}"));
         }
+        let hole = layout::MMIO_HOLE.start;
+        if self.size > hole && !hole.is_multiple_of(page.bytes()) {
+            return refused(format!(
+                "below the hole for devices there are {hole}, which are not whole huge pages of {page}"
+            ));
+        }
         if self.thp != HugePages::Host {
             return refused(format!(
                 "thp is about ordinary pages, and with hugepages all of them have {page}: leave one of \
@@ -546,6 +552,14 @@ mod tests {
         );
         let gib = 1 << 30;
         assert_eq!(shape("2G,hugepages=1G", true), [(0, 2 << 30, gib, false)]);
+    }
+
+    #[test]
+    fn huge_pages_that_do_not_fit_below_the_hole_are_refused_in_the_users_numbers() {
+        let error = parsed("4G,hugepages=2G").validate().unwrap_err();
+        assert!(error.to_string().contains("4294967296"), "{error}");
+        assert!(parsed("2G,hugepages=2G").validate().is_ok());
+        assert!(parsed("4G,hugepages=1G").validate().is_ok());
     }
 
     proptest! {

@@ -12,7 +12,7 @@ use std::ffi::{CStr, OsStr, OsString, c_char, c_int};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 
-/// Opens `/dev/null` where descriptor 0, 1 or 2 is closed (or the next file opened would become the
+/// Blocks SIGUSR1, which would kill a process that has not taken over its signals yet. Opens `/dev/null` where descriptor 0, 1 or 2 is closed (or the next file opened would become the
 /// console), and has writes to a closed pipe, or past the largest file allowed, fail instead of killing the
 /// process.
 ///
@@ -35,6 +35,7 @@ pub fn prepare() -> io::Result<()> {
         libc::signal(libc::SIGPIPE, libc::SIG_IGN);
         libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
+    crate::signals::hold_show_registers();
     Ok(())
 }
 

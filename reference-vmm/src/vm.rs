@@ -154,12 +154,24 @@ pub enum BuildError {
 impl BuildError {
     /// The process's exit status: 2 what the user asked for cannot be, 1 the host refused.
     pub fn exit_status(&self) -> u8 {
+        use memslots::MapError;
         match self {
+            // Of the kernel's or initrd's file nothing is known yet: this process may open no more.
+            BuildError::Boot(BootError::Open { source, .. })
+                if matches!(source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
+            {
+                1
+            }
+            BuildError::HostMemory(error) => match error {
+                MapError::NoHugePageSize { .. }
+                | MapError::NoHugePages { .. }
+                | MapError::NoSuchNode { .. } => 2,
+                _ => 1,
+            },
             BuildError::Boot(_)
             | BuildError::Layout(_)
             | BuildError::Config(_)
-            | BuildError::Acpi(_)
-            | BuildError::HostMemory(_) => 2,
+            | BuildError::Acpi(_) => 2,
             _ => 1,
         }
     }
