@@ -162,12 +162,12 @@ impl BuildError {
             {
                 1
             }
-            BuildError::HostMemory(error) => match error {
+            // Any other error of the host's memory is an errno: the host refused.
+            BuildError::HostMemory(
                 MapError::NoHugePageSize { .. }
                 | MapError::NoHugePages { .. }
-                | MapError::NoSuchNode { .. } => 2,
-                _ => 1,
-            },
+                | MapError::NoSuchNode { .. },
+            ) => 2,
             BuildError::Boot(_)
             | BuildError::Layout(_)
             | BuildError::Config(_)
