@@ -13,13 +13,15 @@ crate::blob! {
     /// [`pattern`] to COM1 (at least one) and asks the port nothing meanwhile. Then, by the letter:
     ///
     /// - `e`: debug-exit value 0, by the instruction after the last byte.
-    /// - `t`: a triple fault, likewise.
+    /// - `t`: a triple fault, likewise; `p`: power-off by ACPI; `r`: a reset by the i8042.
     /// - `h`: \"end\" and a newline; then halts with interrupts off, for ever.
     /// - `i`: sixteen times `!`, one each time the port's interrupt says that its transmitter is
     ///   empty, asleep in HLT meanwhile (IRQ 4 through the PIC, vector 0x24); debug-exit value 0. The
     ///   IDT is at 0x30000, the stack below 0x40000.
     /// - `d`: puts 0x5a into the divisor latch's low byte, sends `L` round the port's loop, and
     ///   writes what came back, what the latch's low byte reads as, and a newline; debug-exit value 0.
+    ///
+    /// A capital does the same some hundred thousand instructions after the last byte.
     polled64, "
     .code64
         mov esi, [rsi + 0x228]
@@ -44,18 +46,39 @@ crate::blob! {
         mov al, 0x30
     4:  dec ebx
         jnz 3b
-        cmp ebp, 0x65
+        test ebp, 0x20
+        jnz 2f
+        or ebp, 0x20
+        mov ecx, 300000
+    4:  dec ecx
+        jnz 4b
+    2:  cmp ebp, 0x65
         je 8f
         cmp ebp, 0x68
         je 5f
         cmp ebp, 0x69
         je 6f
+        cmp ebp, 0x70
+        je 1f
+        cmp ebp, 0x72
+        je 4f
         cmp ebp, 0x74
         jne 3f
         lidt [rip + 2f]
         ud2
     2:  .quad 0, 0
 
+    1:  mov edx, 0x600
+        mov al, 0x34
+        out dx, al
+        cli
+        hlt
+        jmp 1b
+    4:  mov al, 0xfe
+        out 0x64, al
+        cli
+        hlt
+        jmp 4b
     3:
         mov edx, 0x3fb
         mov al, 0x83

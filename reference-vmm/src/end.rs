@@ -68,6 +68,16 @@ impl GuestEnd {
 pub struct EndSignal {
     end: OnceLock<GuestEnd>,
     event: EventFd,
+    before: OnceLock<Before>,
+}
+
+/// What is done before an end of the guest's own is told.
+struct Before(Box<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for Before {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Before")
+    }
 }
 
 impl EndSignal {
@@ -79,11 +89,27 @@ impl EndSignal {
         Ok(EndSignal {
             end: OnceLock::new(),
             event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            before: OnceLock::new(),
         })
     }
 
-    /// Tells that the guest has ended. Only the first call counts. Does not block.
+    /// Has `finish` called before each end of the guest's own is told, on the thread that tells it: what
+    /// the guest said before is brought out there. It may block; that it comes back once another end
+    /// has been told is its own business. Only the first call counts.
+    pub fn before_own_end(&self, finish: impl Fn() + Send + Sync + 'static) {
+        let _ = self.before.set(Before(Box::new(finish)));
+    }
+
+    /// Tells that the guest has ended. Only the first call counts. An end of the guest's own waits for
+    /// [`before_own_end`](Self::before_own_end); a stop and a failure of the monitor do not block.
     pub fn tell(&self, end: GuestEnd) {
+        let own = !matches!(end, GuestEnd::Stopped(_) | GuestEnd::Failed(_));
+        if own
+            && !self.is_told()
+            && let Some(Before(finish)) = self.before.get()
+        {
+            finish();
+        }
         if self.end.set(end).is_ok() {
             // An eventfd that was never written cannot be full, so this write cannot fail; and if
             // it did, the vCPU threads still see `is_told` and come back.

@@ -11,7 +11,6 @@
 //! are entered for an access and left after it, so a vCPU that sleeps in the guest keeps no device and
 //! no memory alive.
 
-use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -167,6 +166,8 @@ impl<P: PolledOutput + 'static> Handler<P> {
     }
 
     fn tell(&self, end: GuestEnd) {
+        // Also before a failure, which by itself waits for nobody.
+        self.shared.console.sync();
         self.shared.end.tell(end);
     }
 }
@@ -200,7 +201,7 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
                 format!("reference-vmm: vCPU {id}: its registers cannot be read: {errno}\n")
             }
         };
-        let _ = io::stderr().lock().write_all(text.as_bytes());
+        crate::stderr::write(text.as_bytes());
         Flow::Continue
     }
 
@@ -277,7 +278,15 @@ pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
 ) {
     let id = runner.id();
     let _tell_panic = TellPanic { id, end };
+    let shared = handler.shared.clone();
     let Err(Halt { reason, vcpu, .. }) = runner.run(handler);
+    // A triple fault and its like pass by the handler, and so by the ring.
+    if !matches!(
+        reason,
+        HaltReason::Stopped | HaltReason::Handler(Stop::Ended)
+    ) {
+        shared.console.finish(&shared.bus);
+    }
     let crash = |what: &dyn std::fmt::Display| {
         let registers = match vcpu.registers() {
             // After a triple fault kvm_amd resets the vCPU, for what AMD's processors leave of its

@@ -81,5 +81,6 @@ pub mod process;
 pub mod run;
 pub mod signals;
 pub mod stats;
+pub mod stderr;
 pub mod timeline;
 pub mod vm;

@@ -2,8 +2,6 @@
 
 //! The monitor's log: lines on stderr, for stdout is the guest's.
 
-use std::io::Write;
-
 use log::{LevelFilter, Log, Metadata, Record};
 
 struct Stderr;
@@ -19,7 +17,7 @@ impl Log for Stderr {
             // One write a line, so that lines of several threads do not mix. Stderr closed or full
             // is no reason to stop a guest.
             let line = format!("reference-vmm: {level}: {}\n", record.args());
-            let _ = std::io::stderr().lock().write_all(line.as_bytes());
+            crate::stderr::write(line.as_bytes());
         }
     }
 

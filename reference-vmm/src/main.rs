@@ -10,7 +10,7 @@ use std::io::Write;
 use reference_vmm::cli::{self, Command};
 use reference_vmm::end::Chain;
 use reference_vmm::timeline::{Event, timeline};
-use reference_vmm::{doctor, logger, process, run};
+use reference_vmm::{doctor, logger, process, run, stderr};
 
 /// Exit status of a command line or configuration that cannot be.
 const USAGE: u8 = 2;
@@ -56,9 +56,9 @@ fn command(args: Vec<OsString>) -> u8 {
     }
 }
 
-/// One line on stderr, which may be closed.
+/// One line on stderr, which may be closed or full.
 fn say(message: std::fmt::Arguments<'_>) {
-    let _ = writeln!(std::io::stderr(), "reference-vmm: {message}");
+    stderr::write(format!("reference-vmm: {message}\n").as_bytes());
 }
 
 /// Text on stdout. A reader that has seen enough of it (`| head`) is no failure.

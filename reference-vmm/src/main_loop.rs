@@ -170,12 +170,13 @@ impl Subscriber<'_> {
         let name = signals::name(signal);
         let stop = || self.end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
         if signal != libc::SIGTERM || self.stopping.is_some() || self.shutdown_timeout.is_zero() {
-            log::info!("{name} stops the guest");
-            return stop();
+            // First: the log's reader may be slow.
+            stop();
+            return log::info!("{name} stops the guest");
         }
         if !self.guest.press_power_button() {
-            log::info!("{name} stops the guest, which has no ACPI");
-            return stop();
+            stop();
+            return log::info!("{name} stops the guest, which has no ACPI");
         }
         log::info!(
             "{name} pressed the power button; the guest has {} s to power off",
@@ -229,12 +230,12 @@ impl MutEventSubscriber for Subscriber<'_> {
                 self.drained(ops);
             }
             DEADLINE => {
+                let signal = self.stopping.unwrap_or(libc::SIGTERM);
+                self.end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
                 log::warn!(
                     "the guest did not power off in {} s: stopping it",
                     self.shutdown_timeout.as_secs()
                 );
-                let signal = self.stopping.unwrap_or(libc::SIGTERM);
-                self.end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
             }
             // END is what ends the loop around this.
             _ => {}

@@ -110,6 +110,12 @@ impl Memory {
         if !self.size.is_multiple_of(page.bytes()) || page.bytes() > layout::MMIO_HOLE.start {
             return refused(format!("not whole huge pages of {page}"));
         }
+        let hole = layout::MMIO_HOLE.start;
+        if self.size > hole && !hole.is_multiple_of(page.bytes()) {
+            return refused(format!(
+                "below the hole for devices there are {hole}, which are not whole huge pages of {page}"
+            ));
+        }
         if self.thp != HugePages::Host {
             return refused(format!(
                 "thp is about ordinary pages, and with hugepages all of them have {page}: leave one of \
@@ -385,7 +391,7 @@ struct Fields {
     size: u64,
     #[serde(default)]
     shared: bool,
-    #[serde(default, deserialize_with = "some_size")]
+    #[serde(default, deserialize_with = "page_size")]
     hugepages: Option<u64>,
     #[serde(default)]
     prefault: bool,
@@ -406,8 +412,27 @@ fn default_size() -> u64 {
     Memory::default().size
 }
 
-fn some_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
-    crate::config::size(deserializer).map(Some)
+/// A page's size, or what the text form takes beside it: on and off.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Page {
+    Switch(Option<bool>),
+    Bytes(u64),
+    Text(String),
+}
+
+fn page_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    let wrong = "hugepages is on, off, or a page's size, such as \"2M\" or \"1G\"";
+    match Page::deserialize(deserializer).map_err(|_| de::Error::custom(wrong))? {
+        Page::Switch(Some(true)) => Ok(Some(HugePageSize::MIB_2.bytes())),
+        Page::Switch(_) => Ok(None),
+        Page::Bytes(bytes) => Ok(Some(bytes)),
+        Page::Text(text) => match text.as_str() {
+            "on" => Ok(Some(HugePageSize::MIB_2.bytes())),
+            "off" => Ok(None),
+            size => parse_size(size).map(Some).map_err(de::Error::custom),
+        },
+    }
 }
 
 #[cfg(test)]
@@ -546,6 +571,31 @@ mod tests {
         );
         let gib = 1 << 30;
         assert_eq!(shape("2G,hugepages=1G", true), [(0, 2 << 30, gib, false)]);
+    }
+
+    #[test]
+    fn huge_pages_that_do_not_fit_below_the_hole_are_refused_in_the_users_numbers() {
+        let error = parsed("4G,hugepages=2G").validate().unwrap_err();
+        assert!(error.to_string().contains("4294967296"), "{error}");
+        assert!(parsed("2G,hugepages=2G").validate().is_ok());
+        assert!(parsed("4G,hugepages=1G").validate().is_ok());
+    }
+
+    #[test]
+    fn a_file_switches_huge_pages_as_the_text_form_does() {
+        for (value, page) in [
+            ("\"off\"", None),
+            ("null", None),
+            ("false", None),
+            ("true", Some(HugePageSize::MIB_2)),
+            ("\"on\"", Some(HugePageSize::MIB_2)),
+            ("\"2M\"", Some(HugePageSize::MIB_2)),
+            ("2097152", Some(HugePageSize::MIB_2)),
+        ] {
+            let json = format!("{{\"size\": \"1G\", \"hugepages\": {value}}}");
+            let memory: Memory = serde_json::from_str(&json).unwrap();
+            assert_eq!(memory.hugepages, page, "{value}");
+        }
     }
 
     proptest! {

@@ -12,8 +12,9 @@ use std::ffi::{CStr, OsStr, OsString, c_char, c_int};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 
-/// Opens `/dev/null` where descriptor 0, 1 or 2 is closed (or the next file opened would become the
-/// console), and has writes to a closed pipe fail instead of killing the process.
+/// Blocks SIGUSR1, which would kill a process that has not taken over its signals yet. Opens `/dev/null` where descriptor 0, 1 or 2 is closed (or the next file opened would become the
+/// console), and has writes to a closed pipe, or past the largest file allowed, fail instead of killing the
+/// process.
 ///
 /// # Errors
 /// `/dev/null` cannot be opened.
@@ -30,7 +31,11 @@ pub fn prepare() -> io::Result<()> {
         }
     }
     // SAFETY: no handler is installed.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
+    crate::signals::hold_show_registers();
     Ok(())
 }
 

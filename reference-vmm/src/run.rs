@@ -51,9 +51,9 @@ pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
     end.exit_status()
 }
 
-/// Text on stderr, which may be closed.
+/// Text on stderr, which may be closed or full.
 fn print(text: &str) {
-    let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+    crate::stderr::write(text.as_bytes());
 }
 
 fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {

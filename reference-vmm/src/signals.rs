@@ -80,6 +80,19 @@ impl AsRawFd for Signals {
     }
 }
 
+/// Keeps SIGUSR1, which asks and does not stop, until [`Signals::take_over`]: for the main thread before
+/// there is another. One that is ignored stays so.
+pub fn hold_show_registers() {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: sigemptyset initialises the set, sigaddset takes a valid signal number; the mask of this
+    // thread is changed with a valid set and no interest in the old one, which cannot fail.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), SHOW_REGISTERS);
+        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
+    }
+}
+
 fn is_ignored(signal: i32) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::uninit();
     // SAFETY: with no new action the call only writes the current one to `action`, which is read

@@ -54,7 +54,7 @@ use crate::arch::{acpi, layout, reset_vector};
 use crate::config::{self, Config};
 use crate::devices::FIXED_PORTS;
 use crate::devices::acpi_power::AcpiPower;
-use crate::devices::coalesce::Coalescing;
+use crate::devices::coalesce::{Coalescing, PolledOutput};
 use crate::devices::interrupt::Interrupt;
 use crate::devices::power::{DebugExit, I8042, Pvpanic};
 use crate::devices::rtc::Rtc;
@@ -154,12 +154,24 @@ pub enum BuildError {
 impl BuildError {
     /// The process's exit status: 2 what the user asked for cannot be, 1 the host refused.
     pub fn exit_status(&self) -> u8 {
+        use memslots::MapError;
         match self {
+            // Of the kernel's or initrd's file nothing is known yet: this process may open no more.
+            BuildError::Boot(BootError::Open { source, .. })
+                if matches!(source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
+            {
+                1
+            }
+            // Any other error of the host's memory is an errno: the host refused.
+            BuildError::HostMemory(
+                MapError::NoHugePageSize { .. }
+                | MapError::NoHugePages { .. }
+                | MapError::NoSuchNode { .. },
+            ) => 2,
             BuildError::Boot(_)
             | BuildError::Layout(_)
             | BuildError::Config(_)
-            | BuildError::Acpi(_)
-            | BuildError::HostMemory(_) => 2,
+            | BuildError::Acpi(_) => 2,
             _ => 1,
         }
     }
@@ -296,6 +308,13 @@ impl Machine {
                 }
             })?;
         let com1 = Arc::new(com1);
+        // Weak: the port's console has the end.
+        let console_of = Arc::downgrade(&com1);
+        end.before_own_end(move || {
+            if let Some(com1) = console_of.upgrade() {
+                com1.sync();
+            }
+        });
         let power = Arc::new(Power::new(end.clone(), interrupt("ACPI", layout::GED_GSI)?));
         let bus = IoBus::new();
         let (registrations, names) = register_devices(&bus, config, &com1, &power, end)?;

@@ -9,7 +9,7 @@ mod support;
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use guests::{boot, console, monitor};
 use serde_json::Value;
@@ -94,6 +94,32 @@ fn a_guest_that_crashes_right_after_its_last_byte_loses_none() {
     let ended = polled(MUCH, 't').output();
     ended.expect_status(3);
     expect(&ended, MUCH, b"");
+}
+
+/// Of a pipe of one page, whose reader waits until the guest has nothing left to do but to end.
+#[test]
+fn a_guest_that_ends_while_its_console_is_full_loses_nothing() {
+    for (end, status) in [('e', 1), ('p', 0), ('r', 0), ('t', 3)] {
+        // By the instruction after its last byte, and when `com1-drain` has taken the ring's bytes.
+        for mode in [end, end.to_ascii_uppercase()] {
+            for more in [20, 60, 100, 150, 600] {
+                let (reader, writer) = std::io::pipe().unwrap();
+                // SAFETY: plain numbers.
+                let size = unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) };
+                assert!(size >= 4096);
+                let count = size as usize + more;
+                let running = polled(count, mode).stdout_file(writer).start();
+                running.wait_until_idle("vcpu0");
+                let mut bytes = Vec::new();
+                File::from(OwnedFd::from(reader))
+                    .read_to_end(&mut bytes)
+                    .unwrap();
+                running.wait().expect_status(status);
+                assert_eq!(bytes.len(), count, "{mode}");
+                assert!(bytes == console::pattern(count), "{mode}");
+            }
+        }
+    }
 }
 
 #[test]

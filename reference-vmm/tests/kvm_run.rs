@@ -8,7 +8,7 @@
 mod support;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Instant;
 
@@ -508,6 +508,53 @@ fn a_terminal_that_is_full_does_not_keep_a_run_from_ending() {
     running.type_in(b"typed meanwhile");
     running.signal(libc::SIGTERM);
     running.wait().expect_status(0);
+}
+
+#[test]
+fn a_stderr_that_is_full_does_not_keep_a_run_from_ending() {
+    need_kvm();
+    let full = || {
+        let (reader, writer) = small_pipe();
+        let mut file = File::from(writer);
+        while filled(&reader) < 4096 {
+            file.write_all(b"x").unwrap();
+        }
+        (reader, file)
+    };
+    for (flags, signals) in [
+        ("", &[libc::SIGUSR1, libc::SIGINT][..]),
+        ("--stats", &[libc::SIGINT]),
+        ("--log info", &[libc::SIGTERM]),
+    ] {
+        let (_reader, stderr) = full();
+        let mut running = Vmm::boot(boot::spin64())
+            .words(flags)
+            .stderr_file(stderr)
+            .start();
+        running.wait_for("up\n");
+        for &signal in signals {
+            running.signal(signal);
+        }
+        running.wait().expect_status(0);
+    }
+    let (_reader, stderr) = full();
+    let ended = Vmm::boot(boot::triple_fault64())
+        .stderr_file(stderr)
+        .output();
+    ended.expect_status(3);
+}
+
+#[test]
+fn a_console_in_a_file_that_may_grow_no_more_does_not_end_the_guest() {
+    need_kvm();
+    let out = tempfile::tempfile().unwrap();
+    let ended = Vmm::boot(guests::console::polled64())
+        .words("--debug-exit --cmdline 20000e")
+        .stdout_file(out.try_clone().unwrap())
+        .file_size(8192)
+        .output();
+    ended.expect_status(1).expect_line(&["File too large"]);
+    assert_eq!(out.metadata().unwrap().len(), 8192);
 }
 
 #[test]

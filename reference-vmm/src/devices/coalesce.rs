@@ -75,6 +75,9 @@ pub trait PolledOutput: Send + Sync {
     fn hold(&self);
     /// What was sent goes out, unless another holds it too. Blocks while the console is full.
     fn release(&self);
+    /// What was sent before goes out, held or not, also what another thread is at. Blocks while the
+    /// console is full, until the guest's end has been told.
+    fn sync(&self);
 }
 
 const WATCHING: u8 = 0;
@@ -145,6 +148,20 @@ where
         if self.state.load(Ordering::Acquire) == ON {
             self.drain(io);
         }
+    }
+
+    /// Brings out what the guest has written so far: to be called before its end is told, by which
+    /// the console gives up waiting. Another thread may be at it, and is waited for. Not for a device.
+    pub fn finish(&self, bus: &IoBus) {
+        if self.has_ring.load(Ordering::Relaxed) {
+            self.drain(&mut bus.dispatcher());
+        }
+        self.port.sync();
+    }
+
+    /// As [`finish`](Self::finish), after [`before_exit`](Self::before_exit).
+    pub fn sync(&self) {
+        self.port.sync();
     }
 
     fn drain(&self, io: &mut Dispatcher) {
@@ -328,6 +345,7 @@ mod tests {
         }
         fn hold(&self) {}
         fn release(&self) {}
+        fn sync(&self) {}
     }
 
     /// KVM's side, with the events in order.

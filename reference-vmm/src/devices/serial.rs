@@ -3,7 +3,8 @@
 //! COM1: vm-superio's 16550A on a PIO range, with the console behind it.
 //!
 //! Output goes out byte by byte on the vCPU thread that wrote it, so the guest waits when the
-//! console does; a guest whose end has been told waits no longer ([`ConsoleOut`]). Input comes
+//! console does; a guest whose end has been told waits no longer ([`ConsoleOut`]), and an end of its
+//! own is told when all that it wrote is out ([`EndSignal::before_own_end`]). Input comes
 //! from the main thread through [`SerialPort::enqueue`], which takes what the 64-byte FIFO has room
 //! for; when the guest has emptied the FIFO, [`SerialPort::drained`] becomes readable.
 //!
@@ -306,6 +307,12 @@ where
         if self.held.fetch_sub(1, Ordering::SeqCst) == 1 && self.pending.load(Ordering::SeqCst) {
             self.flush();
         }
+    }
+
+    fn sync(&self) {
+        // Its lock waits for who has taken bytes and not brought them out; what nobody has taken yet,
+        // though it may be held, goes with it.
+        self.flush();
     }
 }
 

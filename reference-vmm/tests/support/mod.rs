@@ -66,6 +66,9 @@ pub struct Vmm {
     args: Vec<OsString>,
     stdin: Input,
     stdout: Output,
+    stderr: Option<OwnedFd>,
+    /// `RLIMIT_FSIZE`.
+    file_size: Option<u64>,
     limit: Duration,
     kernel: Option<tempfile::TempPath>,
 }
@@ -109,6 +112,8 @@ impl Vmm {
             args: Vec::new(),
             stdin: Input::Null,
             stdout: Output::Captured,
+            stderr: None,
+            file_size: None,
             limit: WATCHDOG,
             kernel: None,
         };
@@ -157,6 +162,18 @@ impl Vmm {
         self
     }
 
+    /// Stderr goes here and is not captured.
+    pub fn stderr_file(mut self, file: impl Into<OwnedFd>) -> Self {
+        self.stderr = Some(file.into());
+        self
+    }
+
+    /// The longest file that it may write.
+    pub fn file_size(mut self, bytes: u64) -> Self {
+        self.file_size = Some(bytes);
+        self
+    }
+
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
@@ -167,6 +184,25 @@ impl Vmm {
         use std::os::unix::process::CommandExt;
         let mut command = Command::new(binary());
         command.args(&self.args).stderr(Stdio::piped());
+        if let Some(bytes) = self.file_size {
+            let limit = libc::rlimit {
+                rlim_cur: bytes,
+                rlim_max: bytes,
+            };
+            // SAFETY: setrlimit and signal are async-signal-safe.
+            unsafe {
+                command.pre_exec(move || {
+                    libc::signal(libc::SIGXFSZ, libc::SIG_DFL);
+                    match libc::setrlimit(libc::RLIMIT_FSIZE, &limit) {
+                        0 => Ok(()),
+                        _ => Err(std::io::Error::last_os_error()),
+                    }
+                });
+            }
+        }
+        if let Some(file) = self.stderr {
+            command.stderr(file);
+        }
         // A job that a shell started in the background ignores SIGINT and SIGQUIT, and so would the
         // VMM that inherits it (as it should: `nohup` works so). These tests send them.
         // SAFETY: signal is async-signal-safe.
@@ -198,7 +234,10 @@ impl Vmm {
             .spawn()
             .unwrap_or_else(|e| panic!("{}: {e}", binary().display()));
         let stdout = child.stdout.take().map(Collector::start);
-        let stderr = Collector::start(child.stderr.take().expect("piped"));
+        let stderr = match child.stderr.take() {
+            Some(pipe) => Collector::start(pipe),
+            None => Collector::start(std::io::empty()),
+        };
         let stdin = child.stdin.take();
         let words: Vec<_> = self.args.iter().map(|arg| arg.to_string_lossy()).collect();
         Running {
@@ -279,6 +318,29 @@ impl Running {
             .collect();
         names.sort();
         names
+    }
+
+    /// Waits until the thread of this name sleeps, and is seen to many times, or the process has ended.
+    pub fn wait_until_idle(&self, name: &str) {
+        let mut seen = 0;
+        while seen < 200 {
+            assert!(Instant::now() < self.deadline, "{name} never slept");
+            let state = tasks(self.pid())
+                .into_iter()
+                .find(|(_, task)| task == name)
+                .and_then(|(tid, _)| {
+                    let path = format!("/proc/{}/task/{tid}/stat", self.pid());
+                    std::fs::read_to_string(path).ok()
+                })
+                .and_then(|stat| stat.rsplit(") ").next()?.chars().next());
+            let ended = ends_before(self.pid(), Instant::now());
+            seen = match state {
+                Some('S') => seen + 1,
+                _ if ended => return,
+                _ => 0,
+            };
+            std::thread::yield_now();
+        }
     }
 
     /// Peak resident memory, KiB.
