@@ -82,23 +82,21 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 let outcome = self
                     .io
                     .pio_read_repeated(PioAddress(port), size.into(), data);
-                let _ = answer(
-                    &mut self.io,
-                    &self.shared.stopping,
-                    outcome,
-                    Wait::Read(data),
-                );
+                let wait = Wait::Read(data);
+                let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
+                if outcome == Outcome::Deferred {
+                    return Some(Stop::Ended);
+                }
             }
             Exit::PioOut { port, size, data } => {
                 let outcome = self
                     .io
                     .pio_write_repeated(PioAddress(port), size.into(), data);
-                let _ = answer(
-                    &mut self.io,
-                    &self.shared.stopping,
-                    outcome,
-                    Wait::Write(data),
-                );
+                let wait = Wait::Write(data);
+                let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
+                if outcome == Outcome::Deferred {
+                    return Some(Stop::Ended);
+                }
                 let ring = |vm: &Arc<VmFd>| MappedRing::new(vm, vcpu.fd());
                 self.shared.console.after_write(&self.shared.bus, ring);
             }
@@ -106,12 +104,18 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 let outcome = self.io.mmio_read(MmioAddress(addr.0), data);
                 let wait = Wait::Read(data);
                 let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
+                if outcome == Outcome::Deferred {
+                    return Some(Stop::Ended);
+                }
                 self.check_memory(vcpu, addr, outcome, false);
             }
             Exit::MmioWrite { addr, data } => {
                 let outcome = self.io.mmio_write(MmioAddress(addr.0), data);
                 let wait = Wait::Write(data);
                 let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
+                if outcome == Outcome::Deferred {
+                    return Some(Stop::Ended);
+                }
                 self.check_memory(vcpu, addr, outcome, true);
             }
             Exit::Hlt => return Some(Stop::Halted),
@@ -143,7 +147,7 @@ impl<P: PolledOutput + 'static> Handler<P> {
         outcome: Outcome,
         write: bool,
     ) {
-        if outcome.is_answered() || outcome == Outcome::Deferred {
+        if outcome.is_answered() {
             return;
         }
         let found = self.memory.enter().translate(addr);
@@ -220,7 +224,7 @@ enum Wait<'a> {
 }
 
 /// What became of an access in the end: the answer to a deferred one is waited for, until the machine
-/// stops. It does not enter the guest again then, so the guest never sees what is missing.
+/// stops. It is `Deferred` still then, and the vCPU halts: the guest never sees what is missing.
 #[inline]
 fn answer(
     io: &mut Dispatcher,

@@ -206,6 +206,28 @@ impl Memory {
             .map(drop)
     }
 
+    /// Refuses to make present what the host has not: ordinary memory that cannot be had is no error of
+    /// a system call, the kernel kills a process for it.
+    ///
+    /// # Errors
+    /// [`ConfigError::Memory`], with the host's number (`MemAvailable` of `/proc/meminfo`; a host that
+    /// does not say is not asked further).
+    pub fn check_available(&self) -> Result<(), ConfigError> {
+        if !self.prefault || self.hugepages.is_some() {
+            return Ok(());
+        }
+        let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        match available(&meminfo) {
+            Some(available) if self.size > available => Err(ConfigError::Memory {
+                given: self.size,
+                why: format!(
+                    "prefault makes all of it present, and this host has {available} to give"
+                ),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// `size` bytes of such memory; untouched, and not more than reserved, if `present` does not say
     /// that what has to be present is made so.
     fn backing(&self, size: u64, present: bool) -> Backing {
@@ -228,6 +250,15 @@ impl Memory {
         let threads = threads.min(MAX_PREFAULT_THREADS);
         backing.prefault(NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN))
     }
+}
+
+/// `MemAvailable` of `/proc/meminfo`, in bytes.
+fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
 }
 
 impl Default for Memory {
@@ -442,6 +473,19 @@ mod tests {
 
     fn parsed(text: &str) -> Memory {
         text.parse().unwrap()
+    }
+
+    #[test]
+    fn what_the_host_has_to_give_is_read_in_bytes() {
+        let meminfo = "MemTotal:  100 kB\nMemAvailable:      23 kB\nBuffers: 1 kB\n";
+        assert_eq!(available(meminfo), Some(23 << 10));
+        for text in [
+            "",
+            "MemAvailable: x kB",
+            "MemAvailable: 18446744073709551615 kB",
+        ] {
+            assert_eq!(available(text), None, "{text}");
+        }
     }
 
     #[test]

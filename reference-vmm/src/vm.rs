@@ -241,6 +241,7 @@ impl Machine {
         let new_slots = config.memory.slots(&ram, acpi.is_some());
         let refused = config.memory.check_host(&new_slots);
         refused.map_err(BuildError::HostMemory)?;
+        config.memory.check_available()?;
 
         // 2. to 4. The VM and its memory, with CPUID asked for meanwhile.
         srcu::prepare();

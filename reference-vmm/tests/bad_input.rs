@@ -182,6 +182,7 @@ fn impossible_options_of_memory_are_refused_with_what_to_do() {
         // What only the host knows, and still before anything is made.
         ("64T,hugepages=2M", &["huge pages of 2 MiB"]),
         ("512M,numa=1023", &["NUMA node 1023"]),
+        ("64T,prefault", &["70368744177664", "prefault", "to give"]),
     ] {
         refused(&format!("--memory {memory}"), needles);
     }

@@ -180,7 +180,9 @@ impl Backing {
     }
 
     /// The same, all of it made present when it is mapped, by this many threads: the guest has no page faults later, and
-    /// a host without the memory says so now. Private files are read in and not copied. It takes time: about half a
+    /// a pool of huge pages or a node that has not enough says so now. (Of ordinary memory Linux says so to nobody: it
+    /// kills a process, perhaps this one, so ask `/proc/meminfo` for `MemAvailable` first.) Private files are read in and
+    /// not copied. It takes time: about half a
     /// second for each GiB and thread in pages of 4 KiB (measured).
     #[must_use]
     pub const fn prefault(mut self, threads: NonZeroUsize) -> Self {
