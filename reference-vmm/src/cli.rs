@@ -115,6 +115,8 @@ Options:
   --irqchip KIND           kernel (PIC, IOAPIC, local APICs), split (local APICs alone: no pin
                            interrupts yet) or none (one vCPU) [kernel]
   --pit                    An i8254 timer, for guests that calibrate by it
+  --coalesce-console       Serial output of a guest that polls may stay in KVM for up to 10 ms, and
+                           costs fewer exits
   --debug-exit[=PORT]      QEMU's isa-debug-exit [0xf4]: the guest writes V there, and the
                            exit status is (V << 1) | 1
   --config FILE            Read the above from a JSON file first: {\"kernel\": \"bzImage\",
@@ -214,6 +216,9 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                     _ => Err("--irqchip is kernel, split or none"),
                 })?;
                 changes.push(Box::new(move |config| config.irqchip = kind));
+            }
+            Long("coalesce-console") => {
+                changes.push(Box::new(|config| config.coalesce_console = true));
             }
             Long("pit") => changes.push(Box::new(|config| config.pit = true)),
             Long("debug-exit") => {

@@ -61,6 +61,10 @@ pub struct Config {
     /// Base port of an isa-debug-exit device.
     #[serde(default)]
     pub debug_exit: Option<u16>,
+    /// The output of a guest that polls its serial port may be kept in KVM for a moment, which spares
+    /// exits, where the host has that: [`coalesce`](crate::devices::coalesce).
+    #[serde(default)]
+    pub coalesce_console: bool,
     /// The KVM device.
     #[serde(default = "default_kvm")]
     pub kvm: PathBuf,
@@ -164,6 +168,7 @@ impl Config {
             irqchip: Irqchip::default(),
             pit: false,
             debug_exit: None,
+            coalesce_console: false,
             kvm: default_kvm(),
         }
     }

@@ -326,6 +326,9 @@ impl Machine {
             source: io::ErrorKind::InvalidInput.into(),
         })?;
         let console = Coalescing::new(vm.fd().clone(), com1.clone(), transmit);
+        if !config.coalesce_console {
+            console.leave_off();
+        }
         let parts = Parts {
             com1,
             power,

@@ -139,6 +139,12 @@ where
         }
     }
 
+    /// Never begins: every byte is an exit. To be called before the first vCPU runs.
+    pub fn leave_off(&self) {
+        // Relaxed: the vCPUs' threads are made later.
+        self.state.store(OFF, Ordering::Relaxed);
+    }
+
     /// To be called after each return of `KVM_RUN`, before its exit is dispatched: carries out what
     /// KVM has kept, as [`Dispatcher::before_exit`] does, and has the console get it in one piece.
     #[inline]
