@@ -189,6 +189,8 @@ impl Vmm {
                 rlim_cur: bytes,
                 rlim_max: bytes,
             };
+            // A measured binary's profile would be cut off by it too, and who reads profiles fails at that.
+            command.env("LLVM_PROFILE_FILE", "/dev/null");
             // SAFETY: setrlimit and signal are async-signal-safe.
             unsafe {
                 command.pre_exec(move || {
