@@ -12,9 +12,9 @@ use std::ffi::{CStr, OsStr, OsString, c_char, c_int};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 
-/// Blocks SIGUSR1, which would kill a process that has not taken over its signals yet. Opens `/dev/null` where descriptor 0, 1 or 2 is closed (or the next file opened would become the
-/// console), and has writes to a closed pipe, or past the largest file allowed, fail instead of killing the
-/// process.
+/// Opens `/dev/null` where descriptor 0, 1 or 2 is closed (or the next file opened would become the
+/// console), has writes to a closed pipe, or past the largest file allowed, fail instead of killing the
+/// process, and blocks SIGUSR1, which would kill one that has not taken over its signals yet.
 ///
 /// # Errors
 /// `/dev/null` cannot be opened.

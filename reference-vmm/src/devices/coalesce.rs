@@ -150,8 +150,8 @@ where
     #[inline]
     pub fn before_exit(&self, io: &mut Dispatcher) {
         // Acquire: pairs with the Release of the thread that has ended the zone and drained the ring.
-        // Whoever sees that it is ended sees what was in it carried out.
-        // Nobody holds the console's output together where there is none.
+        // Whoever sees that it is ended sees what was in it carried out. Nobody holds the console's output
+        // together where nothing was kept.
         if self.state.load(Ordering::Acquire) == ON && io.has_coalesced() {
             self.drain(io);
         }
@@ -204,13 +204,10 @@ where
                 Err(error) => return self.give_up(&error),
             }
         }
-        // One that has ended by itself is done but for its last instructions.
-        if let Some(thread) = shared.thread.take() {
-            drop(thread);
-        }
         let (this, bus) = (self.clone(), bus.clone());
         let thread = std::thread::Builder::new().name("com1-drain".into());
         match thread.spawn(move || this.serve(bus)) {
+            // In the place of one that has ended by itself, and is done but for its last instructions.
             Ok(thread) => shared.thread = Some(thread),
             Err(error) => self.give_up(&error),
         }
@@ -231,18 +228,10 @@ where
         let mut io = bus.dispatcher();
         let (mut seen, mut idle) = (bus.coalesced_writes(), 0);
         let next = loop {
-            let shared = self.shared();
-            if shared.stopped {
-                return self.leave(shared, zone);
+            if let Some(mut stopped) = self.stopped_in_a_tick() {
+                stopped.left = Some(zone);
+                return;
             }
-            let (shared, _) = self
-                .changed
-                .wait_timeout(shared, TICK)
-                .unwrap_or_else(PoisonError::into_inner);
-            if shared.stopped {
-                return self.leave(shared, zone);
-            }
-            drop(shared);
             // Before the drain, whose interrupt lets a guest with little to say take THRI back at once.
             let by_interrupt = self.port.is_interrupt_driven();
             self.drain(&mut io);
@@ -271,21 +260,23 @@ where
     /// KVM does not let go of the zone.
     fn keep_draining(&self, zone: CoalescedZone<H>, bus: &IoBus) {
         let mut io = bus.dispatcher();
-        let mut shared = self.shared();
-        while !shared.stopped {
-            drop(shared);
+        let mut stopped = loop {
             self.drain(&mut io);
-            shared = self.shared();
-            shared = match self.changed.wait_timeout(shared, TICK) {
-                Ok((shared, _)) => shared,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
-        }
-        self.leave(shared, zone);
+            if let Some(stopped) = self.stopped_in_a_tick() {
+                break stopped;
+            }
+        };
+        stopped.left = Some(zone);
     }
 
-    fn leave(&self, mut shared: MutexGuard<'_, Shared<H>>, zone: CoalescedZone<H>) {
-        shared.left = Some(zone);
+    /// Waits for a tick, or less if the machine stops: then what is shared, for the zone to be left in.
+    fn stopped_in_a_tick(&self) -> Option<MutexGuard<'_, Shared<H>>> {
+        let running = |shared: &mut Shared<H>| !shared.stopped;
+        let (shared, _) = self
+            .changed
+            .wait_timeout_while(self.shared(), TICK, running)
+            .unwrap_or_else(PoisonError::into_inner);
+        shared.stopped.then_some(shared)
     }
 
     /// Ends the thread, when no vCPU runs any more, and has what is left in the ring carried out.
