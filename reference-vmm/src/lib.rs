@@ -77,6 +77,7 @@ pub(crate) mod exits;
 pub mod logger;
 pub mod main_loop;
 pub mod memory;
+mod no_wait;
 pub mod process;
 pub mod run;
 pub mod signals;

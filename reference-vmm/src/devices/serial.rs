@@ -25,6 +25,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::coalesce::PolledOutput;
 use crate::end::EndSignal;
+use crate::no_wait::Way;
 use crate::timeline::{Event, timeline};
 
 /// The guest's console on a file of the host, stdout as a rule.
@@ -40,19 +41,6 @@ pub struct ConsoleOut {
     lost: bool,
 }
 
-/// How to write without blocking.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    /// A regular file: a write does not wait for a reader.
-    Plain,
-    /// The call itself is asked not to wait (`RWF_NOWAIT`: pipes and sockets from Linux 6.5 on). The
-    /// descriptor's own flag is no way: other processes share it.
-    NoWait,
-    /// A terminal, or an older kernel: there must be room before each write, of one byte, for how
-    /// much room there is nobody tells.
-    AskFirst,
-}
-
 impl ConsoleOut {
     /// Writes to a duplicate of `out`; gives up waiting once `end` has been told.
     ///
@@ -60,57 +48,33 @@ impl ConsoleOut {
     /// The errno of `dup(2)` or `fstat(2)`.
     pub fn new(out: impl AsFd, end: Arc<EndSignal>) -> io::Result<Self> {
         let out = File::from(out.as_fd().try_clone_to_owned()?);
-        let way = if out.metadata()?.is_file() {
-            Way::Plain
-        } else {
-            Way::NoWait
-        };
         Ok(ConsoleOut {
+            way: Way::of(&out)?,
             out,
             end,
-            way,
             lost: false,
         })
     }
+}
 
-    /// Waits until `out` has room, or the guest's end has been told: then false.
-    fn wait_for_room(&self) -> io::Result<bool> {
-        let fd = |fd, events| libc::pollfd {
-            fd,
-            events,
-            revents: 0,
-        };
-        let mut fds = [
-            fd(self.out.as_raw_fd(), libc::POLLOUT),
-            fd(self.end.as_raw_fd(), libc::POLLIN),
-        ];
-        // SAFETY: `fds` is two valid pollfds.
-        if unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // What there is room for is written even at the end. An error of `out` counts as room: the
-        // write says which.
-        Ok(fds[0].revents != 0)
+/// Waits until `out` has room, or the guest's end has been told: then false.
+fn wait_for_room(out: &File, end: &EndSignal) -> io::Result<bool> {
+    let fd = |fd, events| libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    };
+    let mut fds = [
+        fd(out.as_raw_fd(), libc::POLLOUT),
+        fd(end.as_raw_fd(), libc::POLLIN),
+    ];
+    // SAFETY: `fds` is two valid pollfds.
+    if unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {
+        return Err(io::Error::last_os_error());
     }
-
-    /// Writes what there is room for at once; `WouldBlock` if there is none.
-    fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self.way {
-            Way::Plain => return self.out.write(bytes),
-            Way::AskFirst => return self.out.write(bytes.get(..1).unwrap_or(bytes)),
-            Way::NoWait => {}
-        }
-        let iov = libc::iovec {
-            iov_base: bytes.as_ptr() as *mut _,
-            iov_len: bytes.len(),
-        };
-        // SAFETY: one valid iovec over `bytes`, which the call only reads; offset -1 is the file's
-        // own position.
-        match unsafe { libc::pwritev2(self.out.as_raw_fd(), &iov, 1, -1, libc::RWF_NOWAIT) } {
-            -1 => Err(io::Error::last_os_error()),
-            written => Ok(written as usize),
-        }
-    }
+    // What there is room for is written even at the end. An error of `out` counts as room: the
+    // write says which.
+    Ok(fds[0].revents != 0)
 }
 
 impl Write for ConsoleOut {
@@ -118,39 +82,13 @@ impl Write for ConsoleOut {
     /// still had to say is dropped then.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         timeline().mark(Event::FirstOutput);
-        loop {
-            let result = match self.way {
-                Way::AskFirst => match self.wait_for_room() {
-                    Ok(true) => self.write_now(bytes),
-                    Ok(false) => return Ok(bytes.len()),
-                    Err(e) => Err(e),
-                },
-                _ => self.write_now(bytes),
-            };
-            let Err(error) = result else { return result };
-            match (error.kind(), error.raw_os_error()) {
-                (io::ErrorKind::Interrupted, _) => {}
-                (io::ErrorKind::WouldBlock, _) => match self.wait_for_room() {
-                    Ok(true) => {}
-                    Ok(false) => return Ok(bytes.len()),
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    Err(e) => return Err(e),
-                },
-                // EINVAL: a kernel or a sandbox that does not know the flag.
-                (_, Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS))
-                    if self.way == Way::NoWait =>
-                {
-                    self.way = Way::AskFirst;
-                }
-                _ => {
-                    if !self.lost {
-                        log::error!("the console takes no more output, which is lost: {error}");
-                        self.lost = true;
-                    }
-                    return Err(error);
-                }
-            }
+        let room = || wait_for_room(&self.out, &self.end);
+        let written = self.way.write(&self.out, bytes, room);
+        if let (Err(error), false) = (&written, self.lost) {
+            log::error!("the console takes no more output, which is lost: {error}");
+            self.lost = true;
         }
+        Ok(written?.unwrap_or(bytes.len()))
     }
 
     fn flush(&mut self) -> io::Result<()> {
