@@ -76,49 +76,33 @@ impl<P: PolledOutput + 'static> Handler<P> {
         self.io.interrupter()
     }
 
-    fn access(&mut self, vcpu: &VcpuView<'_, VcpuFd>, exit: Exit<'_>) -> Option<Stop> {
+    fn access(&mut self, vcpu: &VcpuView<'_, VcpuFd>, exit: Exit<'_>) -> Result<(), Stop> {
         match exit {
             Exit::PioIn { port, size, data } => {
                 let outcome = self
                     .io
                     .pio_read_repeated(PioAddress(port), size.into(), data);
-                let wait = Wait::Read(data);
-                let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
-                if outcome == Outcome::Deferred {
-                    return Some(Stop::Ended);
-                }
+                let _ = self.settled(outcome, Wait::Read(data))?;
             }
             Exit::PioOut { port, size, data } => {
                 let outcome = self
                     .io
                     .pio_write_repeated(PioAddress(port), size.into(), data);
-                let wait = Wait::Write(data);
-                let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
-                if outcome == Outcome::Deferred {
-                    return Some(Stop::Ended);
-                }
+                let _ = self.settled(outcome, Wait::Write(data))?;
                 let ring = |vm: &Arc<VmFd>| MappedRing::new(vm, vcpu.fd());
                 self.shared.console.after_write(&self.shared.bus, ring);
             }
             Exit::MmioRead { addr, data } => {
                 let outcome = self.io.mmio_read(MmioAddress(addr.0), data);
-                let wait = Wait::Read(data);
-                let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
-                if outcome == Outcome::Deferred {
-                    return Some(Stop::Ended);
-                }
+                let outcome = self.settled(outcome, Wait::Read(data))?;
                 self.check_memory(vcpu, addr, outcome, false);
             }
             Exit::MmioWrite { addr, data } => {
                 let outcome = self.io.mmio_write(MmioAddress(addr.0), data);
-                let wait = Wait::Write(data);
-                let outcome = answer(&mut self.io, &self.shared.stopping, outcome, wait);
-                if outcome == Outcome::Deferred {
-                    return Some(Stop::Ended);
-                }
+                let outcome = self.settled(outcome, Wait::Write(data))?;
                 self.check_memory(vcpu, addr, outcome, true);
             }
-            Exit::Hlt => return Some(Stop::Halted),
+            Exit::Hlt => return Err(Stop::Halted),
             Exit::SystemEvent { kind, .. } => match kind {
                 kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => self.tell(GuestEnd::PoweredOff),
                 kvm_bindings::KVM_SYSTEM_EVENT_RESET => self.tell(GuestEnd::Reset),
@@ -133,7 +117,16 @@ impl<P: PolledOutput + 'static> Handler<P> {
             // Nothing of these was asked for.
             other => log::debug!("vCPU {}: {other:?}, which is ignored", vcpu.id()),
         }
-        None
+        Ok(())
+    }
+
+    /// What became of an access; where the machine stops before its answer comes, the vCPU halts.
+    #[inline]
+    fn settled(&mut self, outcome: Outcome, wait: Wait<'_>) -> Result<Outcome, Stop> {
+        match answer(&mut self.io, &self.shared.stopping, outcome, wait) {
+            Outcome::Deferred => Err(Stop::Ended),
+            outcome => Ok(outcome),
+        }
     }
 
     /// An access that no device answered at an address that is the guest's memory is either a write
@@ -182,27 +175,21 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
     fn exit(&mut self, vcpu: &VcpuView<'_, VcpuFd>, exit: Exit<'_>) -> Flow<Stop> {
         self.counters.count(kind(&exit));
         self.shared.console.before_exit(&mut self.io);
-        if let Some(stop) = self.access(vcpu, exit) {
-            return Flow::Stop(stop);
-        }
-        if self.shared.end.is_told() {
-            Flow::Stop(Stop::Ended)
-        } else {
-            Flow::Continue
+        match self.access(vcpu, exit) {
+            Err(stop) => Flow::Stop(stop),
+            Ok(()) if self.shared.end.is_told() => Flow::Stop(Stop::Ended),
+            Ok(()) => Flow::Continue,
         }
     }
 
     /// The only request there is: [`SHOW_REGISTERS`].
     fn requests(&mut self, vcpu: &VcpuView<'_, VcpuFd>, _: Requests) -> Flow<Stop> {
-        let (id, fd) = (vcpu.id(), vcpu.fd());
-        let registers = fd
-            .get_regs()
-            .and_then(|regs| fd.get_sregs().map(|sregs| RegisterDump { regs, sregs }));
+        let id = vcpu.id();
         // One write each, so that several vCPUs' do not mix. Stderr closed or full stops no guest.
-        let text = match registers {
+        let text = match vcpu.registers() {
             Ok(registers) => format!("reference-vmm: vCPU {id}:\n{registers}\n"),
-            Err(errno) => {
-                format!("reference-vmm: vCPU {id}: its registers cannot be read: {errno}\n")
+            Err(error) => {
+                format!("reference-vmm: vCPU {id}: its registers cannot be read: {error}\n")
             }
         };
         crate::stderr::write(text.as_bytes());

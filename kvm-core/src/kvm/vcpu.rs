@@ -22,6 +22,8 @@ use crate::arch::x86_64::{
 use crate::identity::VcpuId;
 use crate::kick::Doorbell;
 use crate::run::RunVcpu;
+#[cfg(target_arch = "x86_64")]
+use crate::run::VcpuView;
 
 /// `_IO(KVMIO, 0x80)`.
 const KVM_RUN: u64 = 0xae80;
@@ -112,8 +114,7 @@ impl RunVcpu for Vcpu {
 #[cfg(target_arch = "x86_64")]
 impl Vcpu {
     fn failed(&self, ioctl: &'static str) -> impl FnOnce(Errno) -> Error {
-        let id = self.id;
-        move |errno| Error::VcpuSetup { id, ioctl, errno }
+        failed(self.id, ioctl)
     }
 
     /// `KVM_SET_CPUID2`; see [`CpuidPlan`](crate::arch::x86_64::CpuidPlan).
@@ -173,11 +174,32 @@ impl Vcpu {
     /// # Errors
     /// [`Error::VcpuSetup`].
     pub fn registers(&self) -> Result<RegisterDump, Error> {
-        Ok(RegisterDump {
-            regs: self.fd.get_regs().map_err(self.failed("KVM_GET_REGS"))?,
-            sregs: self.sregs()?,
-        })
+        registers(self.id, &self.fd)
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl VcpuView<'_, VcpuFd> {
+    /// The vCPU's registers, to be shown. In an access exit they are those before the access.
+    ///
+    /// # Errors
+    /// [`Error::VcpuSetup`].
+    pub fn registers(&self) -> Result<RegisterDump, Error> {
+        registers(self.id(), self.fd())
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn registers(id: VcpuId, fd: &VcpuFd) -> Result<RegisterDump, Error> {
+    Ok(RegisterDump {
+        regs: fd.get_regs().map_err(failed(id, "KVM_GET_REGS"))?,
+        sregs: fd.get_sregs().map_err(failed(id, "KVM_GET_SREGS"))?,
+    })
+}
+
+#[cfg(target_arch = "x86_64")]
+fn failed(id: VcpuId, ioctl: &'static str) -> impl FnOnce(Errno) -> Error {
+    move |errno| Error::VcpuSetup { id, ioctl, errno }
 }
 
 #[cfg(target_arch = "x86_64")]
