@@ -154,28 +154,18 @@ impl Memory {
         for &(GuestAddress(start), size) in ram {
             let end = start.saturating_add(size);
             if start != 0 || !firmware {
-                add(start, end, self.backing(size, true), SlotFlags::NONE);
+                add(start, end, self.backing(size), SlotFlags::NONE);
                 continue;
             }
             let rom = layout::FIRMWARE;
-            add(
-                0,
-                rom.start,
-                ordinary.backing(rom.start, true),
-                SlotFlags::NONE,
-            );
+            add(0, rom.start, ordinary.backing(rom.start), SlotFlags::NONE);
             let image = Backing::anonymous(rom.end - rom.start);
             add(rom.start, rom.end, image, SlotFlags::READ_ONLY);
             let huge = self.hugepages.map_or(rom.end, HugePageSize::bytes).min(end);
             let small = huge.saturating_sub(rom.end);
-            add(
-                rom.end,
-                huge,
-                ordinary.backing(small, true),
-                SlotFlags::NONE,
-            );
+            add(rom.end, huge, ordinary.backing(small), SlotFlags::NONE);
             let rest = end.saturating_sub(huge);
-            add(huge, end, self.backing(rest, true), SlotFlags::NONE);
+            add(huge, end, self.backing(rest), SlotFlags::NONE);
         }
         slots
     }
@@ -191,19 +181,13 @@ impl Memory {
         if self.hugepages.is_none() && self.numa.is_none() {
             return Ok(());
         }
-        // All at once: they share the pool.
         let asked = slots.iter().filter(|slot| slot.flags == SlotFlags::NONE);
-        asked
-            .map(|slot| {
-                let huge = slot.backing.page_size() > layout::PAGE;
-                let memory = Memory {
-                    hugepages: self.hugepages.filter(|_| huge),
-                    ..*self
-                };
-                Mapping::new(&memory.backing(slot.backing.size(), false), slot.start)
-            })
-            .collect::<Result<Vec<_>, _>>()
-            .map(drop)
+        let map = |slot: &NewSlot| {
+            let untouched = slot.backing.clone().without_prefault();
+            Mapping::new(&untouched, slot.start)
+        };
+        // All at once: they share the pool.
+        asked.map(map).collect::<Result<Vec<_>, _>>().map(drop)
     }
 
     /// Refuses to make present what the host has not: ordinary memory that cannot be had is no error of
@@ -228,9 +212,8 @@ impl Memory {
         }
     }
 
-    /// `size` bytes of such memory; untouched, and not more than reserved, if `present` does not say
-    /// that what has to be present is made so.
-    fn backing(&self, size: u64, present: bool) -> Backing {
+    /// `size` bytes of such memory.
+    fn backing(&self, size: u64) -> Backing {
         let backing = match (self.hugepages, self.shared) {
             (None, false) => Backing::anonymous(size),
             (None, true) => Backing::memfd(size),
@@ -243,7 +226,7 @@ impl Memory {
             None => backing,
         };
         let must = self.hugepages.is_some() && self.numa.is_some();
-        if !present || !(self.prefault || must) {
+        if !(self.prefault || must) {
             return backing;
         }
         let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
@@ -290,7 +273,7 @@ impl FromStr for Memory {
                 Some("off") => Ok(false),
                 Some(_) => Err(wrong("on or off is wanted")),
             };
-            let (key, value) = match part.split_once('=') {
+            let (mut key, value) = match part.split_once('=') {
                 Some((key, value)) => (key, Some(value)),
                 None => (part, None),
             };
@@ -312,19 +295,16 @@ impl FromStr for Memory {
                     memory.numa = Some(node.map_err(|_| wrong("a node's number is wanted"))?);
                 }
                 // The size itself comes first.
-                (size, None) if index == 0 => memory.size = parse_size(size)?,
+                (size, None) if index == 0 => {
+                    memory.size = parse_size(size)?;
+                    key = "size";
+                }
                 _ => {
                     return Err(wrong(
                         "not one of shared, hugepages[=2M|1G], prefault, thp=always|never, numa=NODE",
                     ));
                 }
             }
-            let key = if index == 0 && value.is_none() && key.starts_with(|c: char| c.is_numeric())
-            {
-                "size"
-            } else {
-                key
-            };
             if seen.contains(&key) {
                 return Err(wrong("said twice"));
             }

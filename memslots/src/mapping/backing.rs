@@ -190,6 +190,13 @@ impl Backing {
         self
     }
 
+    /// The same, touched by nobody before the guest: for who only wants to know whether it can be had.
+    #[must_use]
+    pub const fn without_prefault(mut self) -> Self {
+        self.prefault = None;
+        self
+    }
+
     /// The same between two pages that nobody can touch, so that a run beyond its end, in this process or in a device
     /// that is given its addresses, is a SIGSEGV and not another mapping's contents. Costs one `mmap`, two pages of
     /// address space and no memory; and two more of the process's mappings, of which the kernel allows 65,530
