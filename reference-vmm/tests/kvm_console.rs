@@ -13,18 +13,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use guests::{boot, console, monitor};
 use serde_json::Value;
-use support::{Ended, Vmm, WATCHDOG, need_kvm};
+use support::{Ended, Vmm, WATCHDOG, in_lab, need_kvm};
 
 /// Enough that the zone is there long before the last byte: the bytes before it cost an exit each.
 const MUCH: usize = 20_000;
 
-/// In the lab every byte is an exit. Guests that write much by way of its emulated `kvm_amd`'s ring were seen to stand
-/// still or to triple-fault there (two boots of eleven); whose fault it is is not known.
-fn in_lab() -> bool {
-    std::env::var_os("REFERENCE_VMM_LAB").is_some()
-}
-
-/// The monitor with a guest, its output coalesced.
+/// The monitor with a guest, its output coalesced, but for the lab.
 fn coalescing(image: &[u8]) -> Vmm {
     need_kvm();
     let flag = (!in_lab()).then_some("--coalesce-console");

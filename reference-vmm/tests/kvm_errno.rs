@@ -19,7 +19,7 @@ use std::os::fd::OwnedFd;
 use guests::{boot, console, monitor};
 use support::pty::Pty;
 use support::tracer::{Call, Inject, Kind, Trace, trace};
-use support::{WATCHDOG, elf, long, need_kvm, not_one_line};
+use support::{WATCHDOG, elf, in_lab, long, need_kvm, not_one_line};
 
 /// What KVM and the kernel say when they refuse.
 const ERRNOS: [i32; 6] = [
@@ -230,8 +230,7 @@ fn each_ioctl_of_a_start_with_the_other_irqchips_may_be_refused() {
 #[test]
 fn a_zone_that_kvm_refuses_is_done_without() {
     let kernel = elf(console::polled64());
-    if std::env::var_os("REFERENCE_VMM_LAB").is_some() {
-        // See `in_lab` of kvm_console.rs.
+    if in_lab() {
         println!("NOT TRIED: coalescing in the lab");
         return;
     }

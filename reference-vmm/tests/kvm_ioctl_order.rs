@@ -10,7 +10,7 @@ mod support;
 
 use guests::{boot, console, monitor};
 use support::tracer::{Kind, Trace, trace};
-use support::{WATCHDOG, elf, need_kvm};
+use support::{WATCHDOG, elf, in_lab, need_kvm};
 
 /// What registers on KVM's I/O buses or replaces its routing table. A slot made after one of these
 /// waits for a grace period.
@@ -168,8 +168,7 @@ fn no_slot_is_deleted_one_by_one_at_the_end() {
 #[test]
 fn a_coalesced_zone_comes_from_a_thread_of_its_own_when_a_guest_has_written_much() {
     need_kvm();
-    if std::env::var_os("REFERENCE_VMM_LAB").is_some() {
-        // See `in_lab` of kvm_console.rs.
+    if in_lab() {
         println!("NOT TRIED: coalescing in the lab");
         return;
     }
