@@ -214,19 +214,7 @@ crate::blob! {
     /// others with INIT and SIPI through the x2APIC; each vCPU, the boot one too,
     /// writes a `.` to COM1, and the last one ends the guest with debug-exit value 0. Uses the
     /// page at 0x8000 for the trampoline and the one at 0x7f000 for its count.
-    smp64, "
-    .code64
-        mov esi, [rsi + 0x228]
-        xor ebx, ebx
-        xor eax, eax
-        cld
-    7:  lodsb
-        sub al, 0x30
-        cmp al, 9
-        ja 2f
-        imul ebx, ebx, 10
-        add ebx, eax
-        jmp 7b
+    smp64, concat!(".code64", crate::parts::command_line_number!(), "
     2:  mov dword ptr [0x7f000], ebx
         lea rsi, [rip + 6f]
         mov edi, 0x8000
@@ -273,5 +261,5 @@ crate::blob! {
         jmp 5b
     8:
     .code64
-    "
+    ")
 }

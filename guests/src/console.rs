@@ -22,19 +22,7 @@ crate::blob! {
     ///   writes what came back, what the latch's low byte reads as, and a newline; debug-exit value 0.
     ///
     /// A capital does the same some hundred thousand instructions after the last byte.
-    polled64, "
-    .code64
-        mov esi, [rsi + 0x228]
-        xor ebx, ebx
-        xor eax, eax
-        cld
-    7:  lodsb
-        sub al, 0x30
-        cmp al, 9
-        ja 2f
-        imul ebx, ebx, 10
-        add ebx, eax
-        jmp 7b
+    polled64, concat!(".code64", crate::parts::command_line_number!(), "
     2:  add al, 0x30
         mov ebp, eax
         mov edx, 0x3f8
@@ -135,28 +123,7 @@ crate::blob! {
         jmp 9b
 
     6:  mov esp, 0x40000
-        lea rax, [rip + 2f]
-        mov edi, 0x30240
-        mov [rdi], ax
-        mov cx, cs
-        mov [rdi + 2], cx
-        mov word ptr [rdi + 4], 0x8e00
-        shr rax, 16
-        mov [rdi + 6], ax
-        shr rax, 16
-        mov [rdi + 8], eax
-        mov dword ptr [rdi + 12], 0
-        lidt [rip + 3f]
-        mov al, 0x11
-        out 0x20, al
-        mov al, 0x20
-        out 0x21, al
-        mov al, 4
-        out 0x21, al
-        mov al, 1
-        out 0x21, al
-        mov al, 0xef
-        out 0x21, al
+    ", crate::parts::com1_interrupt!("2f", "3f"), "
         mov ebx, 16
         mov edx, 0x3fc
         mov al, 0x0b
@@ -180,7 +147,7 @@ crate::blob! {
         iretq
     3:  .word 0x24f
         .quad 0x30000
-    "
+    ")
 }
 
 crate::blob! {

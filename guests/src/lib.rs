@@ -4,14 +4,14 @@
 
 /// Assembles a guest into this binary's read-only data and makes a function that gives its bytes.
 macro_rules! blob {
-    ($(#[$doc:meta])* $name:ident, $code:literal) => {
+    ($(#[$doc:meta])* $name:ident, $($code:tt)+) => {
         core::arch::global_asm!(concat!(
             ".pushsection .rodata.guest_", stringify!($name), ", \"a\"\n",
             // Global, since an optimised build uses them from other units and crates.
             ".globl guest_", stringify!($name), "_start, guest_", stringify!($name), "_end\n",
             ".hidden guest_", stringify!($name), "_start, guest_", stringify!($name), "_end\n",
             "guest_", stringify!($name), "_start:\n",
-            $code,
+            $($code)+,
             "\nguest_", stringify!($name), "_end:\n",
             ".code64\n.popsection\n",
         ));
@@ -42,6 +42,7 @@ pub mod io;
 pub mod irq;
 pub mod monitor;
 mod page_writer;
+mod parts;
 pub mod vcpu;
 
 pub use page_writer::{PAGE_WRITER_PORT, PAGE_WRITER_STOP, page_writer};

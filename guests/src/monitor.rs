@@ -18,31 +18,10 @@ crate::blob! {
     /// Says \"ready\" and a newline, and echoes what comes in on COM1 when the port's interrupt
     /// says so: IRQ 4 through the PIC, vector 0x24, asleep in HLT meanwhile. A `q` ends it with
     /// debug-exit value 0x10 (status 0x21). The IDT is at 0x30000, the stack below 0x40000.
-    echo_irq64, "
+    echo_irq64, concat!("
     .code64
         mov esp, 0x40000
-        lea rax, [rip + 5f]
-        mov edi, 0x30240
-        mov [rdi], ax
-        mov cx, cs
-        mov [rdi + 2], cx
-        mov word ptr [rdi + 4], 0x8e00
-        shr rax, 16
-        mov [rdi + 6], ax
-        shr rax, 16
-        mov [rdi + 8], eax
-        mov dword ptr [rdi + 12], 0
-        lidt [rip + 6f]
-        mov al, 0x11
-        out 0x20, al
-        mov al, 0x20
-        out 0x21, al
-        mov al, 4
-        out 0x21, al
-        mov al, 1
-        out 0x21, al
-        mov al, 0xef
-        out 0x21, al
+    ", crate::parts::com1_interrupt!("5f", "6f"), "
         mov edx, 0x3fc
         mov al, 0x0b
         out dx, al
@@ -76,7 +55,7 @@ crate::blob! {
     6:  .word 0x24f
         .quad 0x30000
     8:  .ascii \"ready\\n\"
-    "
+    ")
 }
 
 crate::blob! {
