@@ -66,8 +66,9 @@ struct Subscriber<'a> {
     stopping: Option<i32>,
 }
 
-/// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers; the first SIGTERM presses the power button and gives
-/// the guest `shutdown_timeout` to react; any other stop signal, or a second one, ends at once.
+/// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers; the first SIGTERM
+/// presses the power button and gives the guest `shutdown_timeout` to react; any other stop signal, or
+/// a second one, ends at once.
 ///
 /// `terminal` says that stdin is a terminal, on which the console's escapes are taken out.
 ///

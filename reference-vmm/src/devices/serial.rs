@@ -8,7 +8,7 @@
 //! from the main thread through [`SerialPort::enqueue`], which takes what the 64-byte FIFO has room
 //! for; when the guest has emptied the FIFO, [`SerialPort::drained`] becomes readable.
 //!
-//! A guest that polls the port and writes much has its output coalesced: [`coalesce`](super::coalesce)
+//! A guest that polls the port and writes much may have its output coalesced: [`coalesce`](super::coalesce)
 //! says when, and why the port's registers do not show it.
 
 use std::fs::File;

@@ -138,15 +138,17 @@ impl Machine {
         ))
     }
 
-    /// How QEMU ended, if it has, and the end of what the console said.
-    pub(crate) fn last_words(mut self) -> String {
-        // Its end of the port closes a moment before the process is gone.
-        let soon = Instant::now() + Duration::from_secs(1);
-        let mut ended = None;
-        while ended.is_none() && Instant::now() < soon {
-            ended = self.qemu.try_wait().ok().flatten();
-            thread::yield_now();
-        }
+    /// How QEMU ended, if it does so within `patience`, and the end of what the console said. (Its end of the port closes
+    /// a moment before the process is gone.)
+    pub(crate) fn last_words(mut self, patience: Duration) -> String {
+        let deadline = Instant::now() + patience;
+        let ended = loop {
+            let ended = self.qemu.try_wait().ok().flatten();
+            if ended.is_some() || Instant::now() >= deadline {
+                break ended;
+            }
+            thread::sleep(Duration::from_millis(10));
+        };
         self.end();
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         let words = String::from_utf8_lossy(&log).trim_end().to_owned();

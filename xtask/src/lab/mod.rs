@@ -235,12 +235,12 @@ pub(crate) fn run_with(options: &Options, argv: &[OsString], mut sink: Sink) -> 
                 drop(raw);
                 return Err(Failure::new(format!(
                     "the lab's machine ended before the command did ({error}); its console's last words:\n{}",
-                    machine.last_words()
+                    machine.last_words(Duration::from_secs(1))
                 )));
             }
             Err(RecvTimeoutError::Timeout) => {
                 drop(raw);
-                let words = machine.last_words();
+                let words = machine.last_words(Duration::ZERO);
                 return Err(Failure::new(format!(
                     "the time limit of {} s has passed (--timeout sets it){}{words}",
                     options.time_limit.as_secs(),

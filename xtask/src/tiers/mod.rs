@@ -348,14 +348,11 @@ fn in_lab(
         let _ = fs::remove_file(&list);
         match status {
             Ok(_) if outcomes.len() == programs.len() => {}
-            Ok(status) => outcomes.push(Outcome::broken(
-                Tier::Lab,
-                &place,
-                &format!("the lab's runner ended with {status}"),
-            )),
-            Err(failure) => {
-                outcomes.push(Outcome::broken(Tier::Lab, &place, &failure.to_string()));
+            Ok(status) => {
+                let trouble = format!("the lab's runner ended with {status}");
+                outcomes.push(Outcome::broken(tier, &place, &trouble));
             }
+            Err(failure) => outcomes.push(Outcome::broken(tier, &place, &failure.to_string())),
         }
         all.extend(outcomes);
     }
