@@ -195,7 +195,19 @@ impl Dispatcher {
     /// `data` is made all ones before a device is asked, and again if it declined.
     #[inline(always)]
     pub fn read(&mut self, bus: BusKind, address: u64, data: &mut [u8]) -> Outcome {
-        fill_with_ones(data);
+        if fill_with_ones(data) {
+            self.access(bus, address, data)
+        } else {
+            self.long_read(bus, address, data)
+        }
+    }
+
+    /// A read of more than eight bytes. Out of line, and the last thing that [`read`](Self::read)
+    /// does, so that its call of `memset` costs the others no register.
+    #[cold]
+    #[inline(never)]
+    fn long_read(&mut self, bus: BusKind, address: u64, data: &mut [u8]) -> Outcome {
+        wipe(data);
         self.access(bus, address, data)
     }
 
@@ -266,17 +278,7 @@ impl Dispatcher {
             // Dropped after the guard: what the guard's leaving drops must not wait for accesses.
             let _inside = Inside::enter();
             let tables = self.reader.enter();
-            match tables.observers() {
-                None => {
-                    let cookie = self.cookies.of(bus, address);
-                    search(tables.bus(bus), cookie, address, data)
-                }
-                Some(observers) => {
-                    let cookies = &mut self.cookies;
-                    let bytes = data.bytes();
-                    observe::search(&tables, observers, cookies, &[bus], address, bytes)
-                }
-            }
+            search(&tables, bus.alone(), &mut self.cookies, address, data)
         };
         self.outcome(found, bus, address, direction, len)
     }
@@ -287,28 +289,11 @@ impl Dispatcher {
         let found = {
             let _inside = Inside::enter();
             let tables = self.reader.enter();
-            match tables.observers() {
-                None => {
-                    let mut offer = |bus: BusKind| {
-                        let cookie = self.cookies.of(bus, address);
-                        search(tables.bus(bus), cookie, address, data)
-                    };
-                    let fast = match tables.bus(BusKind::FastMmio).is_empty() {
-                        true => Found::Unclaimed,
-                        false => offer(BusKind::FastMmio),
-                    };
-                    match fast {
-                        Found::Unclaimed => offer(BusKind::Mmio),
-                        found => found,
-                    }
-                }
-                Some(observers) => {
-                    let buses = [BusKind::FastMmio, BusKind::Mmio];
-                    let cookies = &mut self.cookies;
-                    let bytes = Bytes::Write(data);
-                    observe::search(&tables, observers, cookies, &buses, address, bytes)
-                }
-            }
+            let buses: &[BusKind] = match tables.bus(BusKind::FastMmio).is_empty() {
+                true => BusKind::Mmio.alone(),
+                false => &[BusKind::FastMmio, BusKind::Mmio],
+            };
+            search(&tables, buses, &mut self.cookies, address, data)
         };
         self.outcome(found, BusKind::Mmio, address, Direction::Write, data.len())
     }
@@ -403,8 +388,7 @@ impl<'d> Data<'d> for &'d mut [u8] {
     fn ask(&mut self, entry: &Entry, at: At) -> Answer {
         let answer = entry.device.read(at, self);
         if !matches!(answer, Answer::Accepted) {
-            unlikely();
-            self.fill(0xff);
+            wipe(self);
         }
         answer
     }
@@ -479,38 +463,57 @@ pub(crate) enum Found {
     Deferred(Deferral),
 }
 
-/// Asks the devices that hold the access, in order, until one takes it.
+/// Asks the devices that hold the access, in order, until one takes it: those of the first of
+/// `buses` first.
 #[inline(always)]
 fn search<'d>(
-    table: &Table<Entry>,
-    cookie: &mut u16,
+    tables: &Tables,
+    buses: &[BusKind],
+    cookies: &mut Cookies,
     address: u64,
     mut data: impl Data<'d>,
 ) -> Found {
-    match table.at_cookie(usize::from(*cookie), address, data.len()) {
-        // No other row holds the access, so this device's word is final.
-        Some(row) => match offer(row, address, |entry, at| data.ask(entry, at)) {
-            Answer::Accepted => Found::Answered,
-            Answer::Declined => Found::Unclaimed,
-            Answer::Deferred(deferral) => Found::Deferred(deferral),
-        },
-        None => {
-            unlikely();
-            search_on(table, cookie, address, data)
+    // The short way is for an access that one bus is asked, and nobody looks on at: no row of a
+    // table under observation is at a cookie.
+    if let [bus] = *buses {
+        let cookie = usize::from(*cookies.of(bus, address));
+        if let Some(row) = tables.bus(bus).at_cookie(cookie, address, data.len()) {
+            // No other row holds the access, so this device's word is final.
+            return match offer(row, address, |entry, at| data.ask(entry, at)) {
+                Answer::Accepted => Found::Answered,
+                Answer::Declined => Found::Unclaimed,
+                Answer::Deferred(deferral) => Found::Deferred(deferral),
+            };
         }
     }
+    unlikely();
+    search_on(tables, buses, cookies, address, data)
 }
 
 /// The search proper. Out of line, so that a repeat carries nothing of it.
 #[inline(never)]
 fn search_on<'d>(
-    table: &Table<Entry>,
-    cookie: &mut u16,
+    tables: &Tables,
+    buses: &[BusKind],
+    cookies: &mut Cookies,
     address: u64,
     mut data: impl Data<'d>,
 ) -> Found {
-    let len = data.len();
-    search_with(table, cookie, address, len, |entry, at| data.ask(entry, at))
+    if let Some(observers) = tables.observers() {
+        let bytes = data.bytes();
+        return observe::search(tables, observers, cookies, buses, address, bytes);
+    }
+    for bus in buses {
+        let len = data.len();
+        let cookie = cookies.of(*bus, address);
+        let found = search_with(tables.bus(*bus), cookie, address, len, |entry, at| {
+            data.ask(entry, at)
+        });
+        if !matches!(found, Found::Unclaimed) {
+            return found;
+        }
+    }
+    Found::Unclaimed
 }
 
 /// The search without the cookie, which is set to who was found; `ask` asks a device.
@@ -545,16 +548,32 @@ fn offer(row: &Row<Entry>, address: u64, ask: impl FnOnce(&Entry, At) -> Answer)
 #[cold]
 pub(crate) fn unlikely() {}
 
-/// All ones, without a call to `memset` for the lengths that guests use.
-#[inline]
-fn fill_with_ones(data: &mut [u8]) {
-    if let Ok(byte) = <&mut [u8; 1]>::try_from(&mut *data) {
-        *byte = [0xff; 1];
-    } else if let Ok(long) = <&mut [u8; 4]>::try_from(&mut *data) {
-        *long = [0xff; 4];
-    } else if let Ok(quad) = <&mut [u8; 8]>::try_from(&mut *data) {
-        *quad = [0xff; 8];
-    } else {
-        data.fill(0xff);
+#[cold]
+#[inline(never)]
+fn wipe(data: &mut [u8]) {
+    data.fill(0xff);
+}
+
+/// Makes up to eight bytes all ones, which is what guests read; of more, none, and answers false.
+#[inline(always)]
+fn fill_with_ones(data: &mut [u8]) -> bool {
+    const ONES: [u8; 4] = [0xff; 4];
+    if data.len() > 2 * ONES.len() {
+        return false;
     }
+    if let Some(first) = data.first_chunk_mut::<4>() {
+        *first = ONES;
+        // Over the first where they meet.
+        if let Some(last) = data.last_chunk_mut::<4>() {
+            *last = ONES;
+        }
+        return true;
+    }
+    if let Some(first) = data.first_chunk_mut::<2>() {
+        *first = [0xff; 2];
+    }
+    if let Some(last) = data.last_mut() {
+        *last = 0xff;
+    }
+    true
 }

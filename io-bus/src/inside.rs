@@ -3,65 +3,65 @@
 //! Whether this thread is inside an access right now.
 //!
 //! A device that unregisters something from inside an access must not wait for accesses to end: its
-//! own would never. The count is the thread's and not a bus's, because waiting for *any* bus from
+//! own would never. The flag is the thread's and not a bus's, because waiting for *any* bus from
 //! inside an access can close a circle of two threads, each in a device of one bus and waiting for
 //! the other.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
 
+use crate::dispatcher::unlikely;
+
 #[cfg(not(loom))]
 thread_local! {
-    /// How many accesses are on this thread's stack: a device may itself dispatch to another.
-    static DEPTH: Cell<u32> = const { Cell::new(0) };
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
 #[cfg(loom)]
 loom::thread_local! {
-    static DEPTH: Cell<u32> = Cell::new(0);
+    static INSIDE: Cell<bool> = Cell::new(false);
 }
 
-#[inline]
-fn depth() -> u32 {
-    DEPTH.with(Cell::get)
-}
-
-#[inline]
-fn set_depth(depth: u32) {
-    DEPTH.with(|cell| cell.set(depth));
-}
-
-/// Counts as one access on this thread until it is dropped, by unwinding too.
+/// Counts as an access on this thread until it is dropped, by unwinding too.
 pub(crate) struct Inside {
-    /// The depth before. Kept, so that leaving stores without loading what entering has just stored:
-    /// two loads that wait for a store are a third of an access.
-    before: u32,
+    /// Whether no other encloses it: a device may itself dispatch to another. A flag and a branch,
+    /// where a depth that is counted up and down would have each access wait for the one before it:
+    /// what is stored here depends on nothing that was loaded.
+    outermost: bool,
     _thread: PhantomData<*const ()>,
 }
 
 impl Inside {
-    #[inline]
+    #[inline(always)]
     pub(crate) fn enter() -> Self {
-        let before = depth();
-        set_depth(before.wrapping_add(1));
+        let outermost = !is_inside_access();
+        if outermost {
+            INSIDE.with(|inside| inside.set(true));
+        } else {
+            unlikely();
+        }
         Self {
-            before,
+            outermost,
             _thread: PhantomData,
         }
     }
 }
 
 impl Drop for Inside {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
-        // Accesses end in the reverse of the order in which they began.
-        set_depth(self.before);
+        if self.outermost {
+            INSIDE.with(|inside| inside.set(false));
+        } else {
+            unlikely();
+        }
     }
 }
 
 /// Whether the calling thread is inside a device's answer to an access, on any bus.
 ///
 /// Then [`Registration::unregister`](crate::Registration::unregister) and its like do not wait.
+#[inline]
 pub fn is_inside_access() -> bool {
-    depth() != 0
+    INSIDE.with(Cell::get)
 }

@@ -55,6 +55,17 @@ impl BusKind {
     pub(crate) const fn index(self) -> usize {
         self as usize
     }
+
+    /// A list of this bus alone.
+    #[inline]
+    pub(crate) const fn alone(self) -> &'static [BusKind] {
+        match self {
+            BusKind::Mmio => &[BusKind::Mmio],
+            BusKind::Pio => &[BusKind::Pio],
+            BusKind::CcwNotify => &[BusKind::CcwNotify],
+            BusKind::FastMmio => &[BusKind::FastMmio],
+        }
+    }
 }
 
 impl fmt::Display for BusKind {

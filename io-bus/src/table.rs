@@ -45,7 +45,7 @@ pub(crate) struct Row<D> {
     last: u64,
     /// The range's size if no other row shares an address with it, so that who it holds needs no
     /// search for others; otherwise 0. 0 also for all of the address space, which needs more bits,
-    /// and 1 for an exact address.
+    /// and where cookies are not to be used; 1 for an exact address.
     alone: u64,
     /// Index of the first row that could hold an access at this row's base or later.
     window: u32,
@@ -84,6 +84,8 @@ pub(crate) struct Table<D> {
     /// The bases of `rows`, apart, so that a search touches eight a cache line.
     bases: Arc<[u64]>,
     rows: Arc<[Row<D>]>,
+    /// Whether every access is searched for: no row is at a cookie.
+    searched: bool,
 }
 
 impl<D> Clone for Table<D> {
@@ -91,6 +93,7 @@ impl<D> Clone for Table<D> {
         Self {
             bases: Arc::clone(&self.bases),
             rows: Arc::clone(&self.rows),
+            searched: self.searched,
         }
     }
 }
@@ -100,6 +103,7 @@ impl<D> Default for Table<D> {
         Self {
             bases: Arc::new([]),
             rows: Arc::new([]),
+            searched: false,
         }
     }
 }
@@ -171,14 +175,14 @@ impl<D: Clone> Table<D> {
         let mut rows = Vec::with_capacity(self.rows.len() + 1);
         rows.extend(self.rows.iter().cloned());
         rows.push(Row::new(id, range, device));
-        Self::build(rows)
+        Self::build(rows, self.searched)
     }
 
     /// The table without the row `id`, or `None` if there is none.
     pub(crate) fn without(&self, id: RowId) -> Option<Self> {
         self.find(id)?;
         let rest = self.rows.iter().filter(|row| row.id != id);
-        Some(Self::build(rest.cloned().collect()))
+        Some(Self::build(rest.cloned().collect(), self.searched))
     }
 
     /// The table with the row `id` at another range, or `None` if there is none. It keeps its age.
@@ -186,22 +190,19 @@ impl<D: Clone> Table<D> {
         let mut rows = self.rows.to_vec();
         let row = rows.iter_mut().find(|row| row.id == id)?;
         *row = Row::new(id, range, row.device.clone());
-        Some(Self::build(rows))
+        Some(Self::build(rows, self.searched))
     }
 
-    /// The same rows with other contents.
-    pub(crate) fn map(&self, mut content: impl FnMut(&D) -> D) -> Self {
+    /// The same rows with other contents, with or without cookies.
+    pub(crate) fn map(&self, searched: bool, mut content: impl FnMut(&D) -> D) -> Self {
         let rows = self.rows.iter().map(|row| Row {
             device: content(&row.device),
             ..row.clone()
         });
-        Self {
-            bases: Arc::clone(&self.bases),
-            rows: rows.collect(),
-        }
+        Self::build(rows.collect(), searched)
     }
 
-    fn build(mut rows: Vec<Row<D>>) -> Self {
+    fn build(mut rows: Vec<Row<D>>, searched: bool) -> Self {
         rows.sort_by_key(|row| (row.base, row.last, row.id));
 
         // `window` never goes back from one row to the next: what ended before this base has ended
@@ -218,7 +219,7 @@ impl<D: Clone> Table<D> {
             rows[index].window = window as u32;
             let alone =
                 reach.is_none_or(|reach| reach < base) && next.is_none_or(|next| next > last);
-            rows[index].alone = match alone {
+            rows[index].alone = match alone && !searched {
                 true => (last - base).wrapping_add(1),
                 false => 0,
             };
@@ -228,6 +229,7 @@ impl<D: Clone> Table<D> {
         Self {
             bases: rows.iter().map(|row| row.base).collect(),
             rows: rows.into(),
+            searched,
         }
     }
 }
@@ -378,6 +380,29 @@ mod tests {
             .map(|(_, r)| *r.device())
             .collect();
         assert_eq!(order, "bac");
+    }
+
+    #[test]
+    fn under_observation_no_row_is_at_a_cookie() {
+        let range = |base| IoRange::new(base, 4).unwrap();
+        let cookies = |table: &Table<u64>| -> Vec<bool> {
+            let at = |n| table.at_cookie(n as usize, n * 8, 1).is_some();
+            (0..table.len() as u64).map(at).collect()
+        };
+        let mut table = Table::default();
+        for n in 0..3 {
+            table = table.with(RowId(n), range(n * 8), n);
+        }
+        assert_eq!(cookies(&table), [true; 3]);
+
+        let watched = table.map(true, |n| *n);
+        assert_eq!(cookies(&watched), [false; 3]);
+        let changed = watched
+            .with(RowId(3), range(24), 3)
+            .moved(RowId(0), range(4))
+            .and_then(|table| table.without(RowId(1)));
+        assert_eq!(cookies(&changed.unwrap()), [false; 3]);
+        assert_eq!(cookies(&watched.map(false, |n| *n)), [true; 3]);
     }
 
     #[test]

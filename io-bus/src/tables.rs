@@ -35,7 +35,7 @@ pub(crate) struct Tables {
     /// The next registration's name. It lives in the published value because writers are serialised
     /// there.
     next_id: u64,
-    /// The one field that an access looks at to learn that nobody looks on.
+    /// Looked at by an access that is searched for, and while there are any, each one is.
     observers: Option<Arc<Observers>>,
 }
 
@@ -83,30 +83,35 @@ impl Tables {
 
     /// The tables with fresh counters everywhere, or with none.
     pub(crate) fn counting(&self, on: bool) -> Self {
-        let mut next = self.clone();
-        for table in &mut next.buses {
-            *table = table.map(|entry| Entry {
-                device: Arc::clone(&entry.device),
-                counters: on.then(Arc::default),
-            });
-        }
         let counters = on.then(Arc::default);
         let hook = self.observers().and_then(|o| o.hook.clone());
-        next.observe(Observers { counters, hook });
-        next
+        self.observed(Observers { counters, hook }, |_| on.then(Arc::default))
     }
 
     /// The tables with another hook, or none.
     pub(crate) fn traced(&self, hook: Option<Arc<dyn Trace>>) -> Self {
-        let mut next = self.clone();
         let counters = self.observers().and_then(|o| o.counters.clone());
-        next.observe(Observers { counters, hook });
-        next
+        let observers = Observers { counters, hook };
+        self.observed(observers, |entry| entry.counters.clone())
     }
 
-    fn observe(&mut self, observers: Observers) {
+    /// The tables under other observers. While there are any, every access is searched for: the
+    /// cookie's way, which is short because it asks for nothing, would not tell them.
+    fn observed(
+        &self,
+        observers: Observers,
+        counters: impl Fn(&Entry) -> Option<Arc<RangeCounters>>,
+    ) -> Self {
         let any = observers.counters.is_some() || observers.hook.is_some();
-        self.observers = any.then(|| Arc::new(observers));
+        let mut next = self.clone();
+        for table in &mut next.buses {
+            *table = table.map(any, |entry| Entry {
+                device: Arc::clone(&entry.device),
+                counters: counters(entry),
+            });
+        }
+        next.observers = any.then(|| Arc::new(observers));
+        next
     }
 }
 

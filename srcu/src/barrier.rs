@@ -52,7 +52,7 @@ impl Barrier {
     #[inline(always)]
     pub(crate) fn light(self) {
         match self {
-            Self::Symmetric => fence(Ordering::SeqCst),
+            Self::Symmetric => full_fence(),
             Self::Asymmetric => crate::sync::compiler_fence(Ordering::SeqCst),
         }
     }
@@ -66,6 +66,13 @@ impl Barrier {
             imp::interrupt_all();
         }
     }
+}
+
+/// Out of line: beside a fence a call costs nothing, and the readers that need none jump over nothing.
+#[cold]
+#[inline(never)]
+fn full_fence() {
+    fence(Ordering::SeqCst);
 }
 
 #[cfg(all(target_os = "linux", not(loom), not(miri)))]

@@ -48,14 +48,11 @@ pub(crate) struct Slot {
 /// A reader's own side of its [`Slot`].
 pub(crate) struct Membership {
     slot: Arc<Slot>,
-    /// What this reader last stored.
-    word: u64,
+    /// The ticket of the last enter, without `INSIDE`: what its leave stores. Leaving does not write it, so that one
+    /// access waits for nothing that the one before it has stored late.
+    ticket: u64,
     barrier: Barrier,
 }
-
-/// The word of an enter.
-#[derive(Clone, Copy)]
-pub(crate) struct Entered(u64);
 
 /// What happens when a grace period is over.
 pub(crate) enum Payload {
@@ -101,34 +98,30 @@ pub(crate) struct Domain {
 
 impl Membership {
     /// Makes this reader count as inside. On return, whatever was published before the last grace period that does not
-    /// wait for this reader is visible to it. The answer is for [`leave`](Self::leave): its caller has it in a register,
-    /// where a load from here would wait for the store below.
+    /// wait for this reader is visible to it.
+    ///
+    /// If the previous guard was forgotten (`mem::forget`), this is also its end: its borrow is over, and the word is
+    /// another now. Who waits for it is told at the next leave.
     #[inline]
-    pub(crate) fn enter(&mut self, domain: &Domain) -> Entered {
-        if self.word & INSIDE != 0 {
-            self.leave_forgotten(domain);
-        }
-        // INSIDE is clear: one addition sets it and takes the next ticket.
-        let word = self.word.wrapping_add(TICKET + INSIDE);
-        self.word = word;
+    pub(crate) fn enter(&mut self) {
+        let ticket = self.ticket.wrapping_add(TICKET);
+        self.ticket = ticket;
         // Release: pairs with the Acquire of `is_over`. Whoever sees this word knows that the previous guard is left,
         // and what was read through it must have happened before what is done about it. (A later plain store does not
         // carry on the release sequence of the leave, and its light barrier orders nothing on weaker processors.)
-        self.slot.word.store(word, Ordering::Release);
+        self.slot.word.store(ticket | INSIDE, Ordering::Release);
         // Pairs with the first heavy barrier of `inside`: of the store above and the caller's load of the table's
         // pointer on this side, and the store of that pointer and the load of this word on the other, at least one load
         // sees the other side's store. So either the writer waits for us or we see the new table.
         self.barrier.light();
-        Entered(word)
     }
 
-    /// Makes this reader, which has `entered` last, count as outside, and if that was waited for, reclaims and wakes.
+    /// Makes this reader count as outside, and if that was waited for, reclaims and wakes.
     #[inline]
-    pub(crate) fn leave(&mut self, entered: Entered, domain: &Domain) {
-        let (slot, word) = (&*self.slot, entered.0 & !INSIDE);
-        self.word = word;
+    pub(crate) fn leave(&self, domain: &Domain) {
+        let slot = &*self.slot;
         // Release: what was read through the guard happens before whoever sees this word (`is_over`, `inside`).
-        slot.word.store(word, Ordering::Release);
+        slot.word.store(self.ticket, Ordering::Release);
         // Pairs with the second heavy barrier of `inside`: of the store above and the load below on this side, and the
         // store of PENDING and the load of this word (`is_over`) on the other, at least one load sees the other side's
         // store. So either we see that we are waited for, or the writer sees that it need not wait.
@@ -139,16 +132,11 @@ impl Membership {
         }
     }
 
-    /// The previous guard was forgotten (`mem::forget`): its borrow is over, so it has left.
-    #[cold]
-    fn leave_forgotten(&mut self, domain: &Domain) {
-        self.leave(Entered(self.word), domain);
-    }
-
-    /// As `leave`, if a forgotten guard left it undone; then takes the reader out of the list.
-    pub(crate) fn unregister(&mut self, domain: &Domain) {
-        if self.word & INSIDE != 0 {
-            self.leave_forgotten(domain);
+    /// Leaves, if a guard was forgotten; then takes the reader out of the list.
+    pub(crate) fn unregister(&self, domain: &Domain) {
+        // Relaxed: nobody else writes it.
+        if self.slot.word.load(Ordering::Relaxed) & INSIDE != 0 {
+            self.leave(domain);
         }
         lock(&domain.registry)
             .slots
@@ -210,10 +198,10 @@ impl Domain {
         self.register_at(0)
     }
 
-    /// A new reader whose ticket starts at `word` (`INSIDE` clear).
-    pub(crate) fn register_at(&self, word: u64) -> Membership {
+    /// A new reader whose tickets go on from `ticket` (`INSIDE` clear).
+    pub(crate) fn register_at(&self, ticket: u64) -> Membership {
         let slot = Arc::new(Slot {
-            word: AtomicU64::new(word),
+            word: AtomicU64::new(ticket),
             pending: AtomicBool::new(false),
         });
         // A grace period that begins after this sees the slot; one that began before is none of this reader's
@@ -221,7 +209,7 @@ impl Domain {
         lock(&self.registry).slots.push(Arc::clone(&slot));
         Membership {
             slot,
-            word,
+            ticket,
             barrier: self.barrier,
         }
     }
@@ -403,10 +391,10 @@ mod tests {
         for _ in 0..3 {
             let before = domain.begin();
             assert!(before.is_over());
-            let entered = reader.enter(&domain);
+            reader.enter();
             let during = domain.begin();
             assert!(!during.is_over());
-            reader.leave(entered, &domain);
+            reader.leave(&domain);
             assert!(during.is_over());
         }
         reader.unregister(&domain);

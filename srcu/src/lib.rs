@@ -57,8 +57,8 @@
 //!   `KVM_RUN`: a vCPU asleep in the guest keeps nothing alive.
 //! - What is dropped or run at the end of a grace period is dropped or run on whichever thread ends it, a vCPU's
 //!   perhaps. Keep destructors short, or send the work elsewhere from there.
-//! - A panic inside a guard leaves. A guard that is forgotten counts as inside until its reader enters again or goes;
-//!   a writer that waits for it waits so long, and nothing worse happens.
+//! - A panic inside a guard leaves. A guard that is forgotten counts as inside until its reader enters again or goes,
+//!   and who sleeps for it is woken at that reader's next leave; nothing worse happens.
 //! - Numbers do not run out in practice: a reader enters 2^63 times before its word repeats, and the generation has 64
 //!   bits; both wrap without harm unless somebody slept through a whole turn.
 //!

@@ -3,7 +3,7 @@
 //! The published table itself: the pointer that readers load, and the writers' side around it.
 
 use crate::barrier::Barrier;
-use crate::domain::{Domain, Entered, Grace, Membership, Payload};
+use crate::domain::{Domain, Grace, Membership, Payload};
 use crate::sync::{AtomicPtr, AtomicU64, Mutex, Ordering, lock};
 use std::convert::Infallible;
 use std::fmt;
@@ -55,12 +55,12 @@ pub struct Reader<T: Send + Sync + 'static> {
 /// A reader that is inside: the table as it was at [`Reader::enter`], unchanged until this is dropped.
 ///
 /// Holds back the reclaiming of whatever is replaced meanwhile, so keep it short; a vCPU thread holds none across
-/// `KVM_RUN`. A guard that is forgotten (`mem::forget`) counts as inside until its reader enters again or is dropped.
+/// `KVM_RUN`. A guard that is forgotten (`mem::forget`) counts as inside until its reader enters again or is dropped;
+/// who sleeps for it is woken when that reader leaves next.
 pub struct Guard<'a, T: Send + Sync + 'static> {
     reader: &'a mut Reader<T>,
     // Not a reference: the table may be freed the moment that we have left, while this struct still exists.
     node: NonNull<Node<T>>,
-    entered: Entered,
 }
 
 /// A counted reference to one published table, for the control plane: may be held for as long as you like, and keeps
@@ -202,17 +202,13 @@ impl<T: Send + Sync + 'static> Reader<T> {
     /// `&mut self`: one guard at a time, so a reader cannot be inside twice.
     #[inline]
     pub fn enter(&mut self) -> Guard<'_, T> {
-        let entered = self.membership.enter(&self.shared.domain);
+        self.membership.enter();
         // Acquire: pairs with the Release store of `update`. After the barrier in `Membership::enter`, for the reason
         // given there.
         let current = self.shared.head.current.load(Ordering::Acquire);
         // SAFETY: `current` is only ever set from an `Arc`'s pointer, which is not null.
         let node = unsafe { NonNull::new_unchecked(current) };
-        Guard {
-            reader: self,
-            node,
-            entered,
-        }
+        Guard { reader: self, node }
     }
 
     /// As [`Published::generation`], outside a guard: whether a cached answer is worth keeping. Never blocks.
@@ -262,9 +258,7 @@ impl<T: Send + Sync + 'static> Deref for Guard<'_, T> {
 impl<T: Send + Sync + 'static> Drop for Guard<'_, T> {
     #[inline]
     fn drop(&mut self) {
-        self.reader
-            .membership
-            .leave(self.entered, &self.reader.shared.domain);
+        self.reader.membership.leave(&self.reader.shared.domain);
     }
 }
 

@@ -220,6 +220,21 @@ fn a_guard_that_was_forgotten_ends_when_its_reader_goes() {
 }
 
 #[test]
+fn who_sleeps_for_a_forgotten_guard_is_woken_at_its_readers_next_leave() {
+    model(|| {
+        let published = Arc::new(Published::new(Tracked::new(0)));
+        let mut reader = published.reader();
+        let thread = thread::spawn(move || {
+            std::mem::forget(reader.enter());
+            reader.enter().read();
+            reader
+        });
+        published.publish(Tracked::new(1)).wait();
+        drop(thread.join().unwrap());
+    });
+}
+
+#[test]
 fn a_generation_leads_to_its_table_or_a_later_one() {
     model(|| {
         let published = Arc::new(Published::new(0));
