@@ -5,7 +5,7 @@
 //!
 //! apt is told of other places for its lists and archives by options; the host's configuration (proxies, other
 //! people's settings) is still read. The host's own dpkg status says which libraries are here already, so only
-//! what is missing is downloaded.
+//! what is missing is downloaded; a program from another release comes with every library it has.
 
 use std::ffi::OsString;
 use std::fs;
@@ -27,7 +27,12 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 pub(crate) struct Apt {
     root: PathBuf,
+    /// The host's release.
     codename: String,
+    /// The releases to look in, each with its updates and backports.
+    releases: Vec<String>,
+    /// Which packages count as installed.
+    status: PathBuf,
 }
 
 /// One version of a package that the archive has.
@@ -41,6 +46,29 @@ impl Apt {
     /// Opens the private root, and fetches the archive's lists where they are missing or old.
     pub(crate) fn open(root: PathBuf) -> Result<Apt> {
         let codename = host::debian_codename()?;
+        let mut releases = vec![codename.clone()];
+        if codename != KERNEL_RELEASE {
+            releases.push(KERNEL_RELEASE.into());
+        }
+        let status = "/var/lib/dpkg/status".into();
+        Self::fetch(root, codename, releases, status)
+    }
+
+    /// As [`open`](Self::open), but for one release, whichever the host has, and as if nothing were installed: what is
+    /// unpacked from it needs nothing of the host.
+    pub(crate) fn open_apart(root: PathBuf, release: &str) -> Result<Apt> {
+        let status = root.join("status");
+        fs::create_dir_all(&root).context(|| format!("{} cannot be made", root.display()))?;
+        fs::write(&status, "").context(|| format!("{} cannot be written", status.display()))?;
+        Self::fetch(root, host::debian_codename()?, vec![release.into()], status)
+    }
+
+    fn fetch(
+        root: PathBuf,
+        codename: String,
+        releases: Vec<String>,
+        status: PathBuf,
+    ) -> Result<Apt> {
         for program in ["apt-get", "apt-cache", "dpkg-deb"] {
             if host::find_program(program).is_none() {
                 return Err(Failure::new(format!(
@@ -48,7 +76,12 @@ impl Apt {
                 )));
             }
         }
-        let apt = Apt { root, codename };
+        let apt = Apt {
+            root,
+            codename,
+            releases,
+            status,
+        };
         for dir in [
             "parts",
             "preferences",
@@ -93,12 +126,8 @@ impl Apt {
                 "Types: deb\nURIs: {uri}\nSuites: {suites}\nComponents: main\nArchitectures: amd64\n{signed}\n"
             )
         };
-        let mut releases = vec![self.codename.as_str()];
-        if self.codename != KERNEL_RELEASE {
-            releases.push(KERNEL_RELEASE);
-        }
         let mut text = String::new();
-        for release in releases {
+        for release in &self.releases {
             if release == "sid" {
                 text += &stanza(&main, "sid");
             } else {
@@ -127,7 +156,7 @@ impl Apt {
             self.root.join("preferences"),
         ));
         options.extend(place("Dir::State", self.root.join("state")));
-        options.extend(place("Dir::State::status", "/var/lib/dpkg/status".into()));
+        options.extend(place("Dir::State::status", self.status.clone()));
         options.extend(place("Dir::Cache", self.root.join("cache")));
         for fixed in [
             "Acquire::Languages=none",
@@ -226,15 +255,6 @@ impl Apt {
         self.run("apt-get", &args)?;
         step.end();
         unpack_all(&archives, into)
-    }
-
-    /// Debian's name for the backports to this host's release.
-    pub(crate) fn backports(&self) -> String {
-        format!("{}-backports", self.codename)
-    }
-
-    pub(crate) fn codename(&self) -> &str {
-        &self.codename
     }
 }
 

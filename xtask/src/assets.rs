@@ -15,8 +15,14 @@ use crate::host;
 use crate::kernel_image;
 use crate::ui::{Step, say};
 
-/// QEMU's first version whose emulation of several CPUs carries the newer kernels.
-const QEMU_MAJOR: u32 = 10;
+/// The first QEMU, major and minor, whose emulated CPU loses no interrupt at a nested guest's exit. Before, every exit
+/// changed the word of pending interrupts without the lock that whoever raises one holds, and a timer's or another CPU's
+/// interrupt that came at that moment was gone: once in some fifty boots the guest, or the whole lab machine, stood still
+/// (qemu-devel, 20250829153115.1590048-2-pbonzini@redhat.com).
+const QEMU_LEAST: (u32, u32) = (10, 2);
+
+/// The release of Debian whose backports have it.
+const QEMU_RELEASE: &str = "trixie";
 
 /// Debian's flavours of kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,29 +100,33 @@ pub(crate) struct Qemu {
 impl Qemu {
     /// The command, with its libraries and firmware folders set.
     pub(crate) fn command(&self) -> Command {
-        let mut command = Command::new(&self.program);
-        if let Some(prefix) = &self.prefix {
-            command.env("LD_LIBRARY_PATH", library_path(prefix));
-            for base in [prefix.as_path(), Path::new("/")] {
-                for dir in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
-                    command.arg("-L").arg(base.join(dir));
-                }
-            }
+        let Some(prefix) = &self.prefix else {
+            return Command::new(&self.program);
+        };
+        // By its own loader: it is from another release than the host perhaps, and so is its C library.
+        let mut command = Command::new(prefix.join("usr/lib64/ld-linux-x86-64.so.2"));
+        command
+            .arg("--library-path")
+            .arg(library_path(prefix))
+            .arg(&self.program);
+        for dir in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
+            command.arg("-L").arg(prefix.join(dir));
         }
         command
     }
 
-    /// Its major version, if it runs at all.
-    fn major(&self) -> Option<u32> {
+    /// Its version, if it runs at all: major and minor.
+    fn version(&self) -> Option<(u32, u32)> {
         let output = self.command().arg("--version").output().ok()?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        text.split_once("version ")?
-            .1
-            .split('.')
-            .next()?
-            .parse()
-            .ok()
+        parse_version(&String::from_utf8_lossy(&output.stdout))
     }
+}
+
+/// Of `QEMU emulator version 11.1.3 (Debian …)`, major and minor.
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.split_once("version ")?.1.split('.');
+    let mut number = || numbers.next()?.parse().ok();
+    Some((number()?, number()?))
 }
 
 /// A zstd that can be run.
@@ -166,7 +176,9 @@ impl Assets {
                         .context(|| format!("{} cannot be removed", dir.display()))?;
                 }
             }
-            Apt::forget_lists(&assets.root.join("apt"));
+            for root in ["apt", "apt-qemu"] {
+                Apt::forget_lists(&assets.root.join(root));
+            }
         }
         Ok(assets)
     }
@@ -230,46 +242,40 @@ impl Assets {
         fs::remove_dir_all(dir).context(|| format!("{} cannot be removed", dir.display()))
     }
 
-    /// QEMU 10 or newer: the host's own, or one unpacked into the cache.
+    /// A QEMU that is new enough: the host's own, or one unpacked into the cache with all its libraries.
     pub(crate) fn qemu(&self) -> Result<Qemu> {
         if let Some(program) = host::find_program("qemu-system-x86_64") {
             let own = Qemu {
                 program,
                 prefix: None,
             };
-            if own.major().is_some_and(|major| major >= QEMU_MAJOR) {
+            if own.version().is_some_and(|version| version >= QEMU_LEAST) {
                 return Ok(own);
             }
         }
-        for attempt in 0..2 {
-            let prefix = self.part("tools/qemu", |dir| {
-                let apt = self.apt()?;
-                let backports = apt.backports();
-                // From trixie on, the release itself has it.
-                let release = (apt.codename() == "bookworm").then_some(backports.as_str());
-                apt.unpack_closure(&["qemu-system-x86"], release, dir)
-            })?;
-            let qemu = Qemu {
-                program: prefix.join("usr/bin/qemu-system-x86_64"),
-                prefix: Some(prefix.clone()),
-            };
-            match qemu.major() {
-                Some(major) if major >= QEMU_MAJOR => return Ok(qemu),
-                Some(major) => {
-                    self.discard(&prefix)?;
-                    return Err(Failure::new(format!(
-                        "Debian's archive offers QEMU {major} to this host, and the lab needs {QEMU_MAJOR} or newer: does \
-                         this host's mirror carry the backports?"
-                    )));
-                }
-                // The host has lost a library since: resolve what it needs once more.
-                None if attempt == 0 => self.discard(&prefix)?,
-                None => {}
+        let prefix = self.part("tools/qemu-apart", |dir| {
+            let apt = Apt::open_apart(self.root.join("apt-qemu"), QEMU_RELEASE)?;
+            let backports = format!("{QEMU_RELEASE}-backports");
+            apt.unpack_closure(&["qemu-system-x86"], Some(&backports), dir)
+        })?;
+        let qemu = Qemu {
+            program: prefix.join("usr/bin/qemu-system-x86_64"),
+            prefix: Some(prefix.clone()),
+        };
+        match qemu.version() {
+            Some(version) if version >= QEMU_LEAST => Ok(qemu),
+            Some((major, minor)) => {
+                self.discard(&prefix)?;
+                let (least_major, least_minor) = QEMU_LEAST;
+                Err(Failure::new(format!(
+                    "Debian's {QEMU_RELEASE}-backports offers QEMU {major}.{minor}, and the lab needs {least_major}.{least_minor} \
+                     or newer: does this host's mirror carry the backports?"
+                )))
             }
+            None => Err(Failure::new(
+                "the QEMU in the cache does not start: `cargo xtask lab --refresh -- true` makes it again",
+            )),
         }
-        Err(Failure::new(
-            "the QEMU in the cache does not start: `cargo xtask lab --refresh -- true` makes it again",
-        ))
     }
 
     /// A static busybox.
@@ -423,4 +429,17 @@ pub(crate) fn fingerprint(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_qemu_s_version_is_read() {
+        let text = "QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)\nCopyright\n";
+        assert_eq!(parse_version(text), Some((11, 1)));
+        assert!(parse_version("QEMU emulator version 10.0.2 (Debian)").unwrap() < QEMU_LEAST);
+        assert_eq!(parse_version("no such file"), None);
+    }
 }
