@@ -17,18 +17,12 @@ use memslots::{
     PunchError, SlotFlags, fake::FakeHost,
 };
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 
 const PAGE: HugePageSize = HugePageSize::MIB_2;
 const SIZE: u64 = 2 * PAGE.bytes();
-
-/// The pool is the host's, and the tests of this file count its pages.
-fn alone() -> MutexGuard<'static, ()> {
-    static POOL: Mutex<()> = Mutex::new(());
-    POOL.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Whether there are pages for the test; says so if not.
 fn has_pages(pages: u64) -> bool {
@@ -50,7 +44,7 @@ fn backings() -> [Backing; 4] {
 
 #[test]
 fn pages_are_reserved_when_mapped_and_given_back_when_unmapped() {
-    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    let _pool = pool::Overcommit::raise(2);
     if !has_pages(2) {
         return;
     }
@@ -115,7 +109,7 @@ fn a_pool_of_gigantic_pages_that_is_empty_is_shown() {
 
 #[test]
 fn a_slot_of_huge_pages_is_memory_to_both_sides_and_its_page_size_is_told() {
-    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    let _pool = pool::Overcommit::raise(2);
     if !has_pages(2) {
         return;
     }
@@ -145,7 +139,7 @@ fn a_slot_of_huge_pages_is_memory_to_both_sides_and_its_page_size_is_told() {
 
 #[test]
 fn huge_pages_are_brought_whole_and_zeros_are_copied() {
-    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    let _pool = pool::Overcommit::raise(2);
     if !has_pages(2) {
         return;
     }
@@ -211,7 +205,7 @@ fn huge_pages_are_brought_whole_and_zeros_are_copied() {
 
 #[test]
 fn a_private_view_of_a_file_of_huge_pages_is_not_given_back_as_it_would_show_the_file() {
-    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    let _pool = pool::Overcommit::raise(2);
     if !has_pages(2) {
         return;
     }
