@@ -258,10 +258,11 @@ fn parts_of<'a, B>(
         let start = region.extent().start().0;
         let here = address..end.min(region.extent().guest_range().end);
         let page_size = region.page_size();
-        // Pages are counted from the slot's start: the host's memory begins with a whole one.
+        // The host's pages: a slot of a part of a mapping may begin or end within one.
+        let host = region.extent().host_start().0 as u64;
         let unaligned = [here.start, here.end]
             .into_iter()
-            .find(|address| !(address - start).is_multiple_of(page_size));
+            .find(|address| !(address - start + host).is_multiple_of(page_size));
         if let Some(address) = unaligned {
             return Err(PunchError::Unaligned {
                 slot,

@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use memslots::{Backing, Gfn, Memslots, Slot, SlotFlags};
+use memslots::{Backing, Gfn, Mapping, Memslots, NewSlot, Slot, SlotFlags};
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryError};
 
@@ -65,6 +65,13 @@ impl Machine {
 
     fn data(&self, backing: Backing, flags: SlotFlags) -> Slot {
         self.memslots.create(DATA_AT, backing, flags).unwrap()
+    }
+
+    /// Where the guest's data segment begins from now on.
+    fn data_at(&self, address: GuestAddress) {
+        let mut sregs = self.vcpu.get_sregs().unwrap();
+        (sregs.ds.base, sregs.ds.selector) = (address.0, (address.0 >> 4) as u16);
+        self.vcpu.set_sregs(&sregs).unwrap();
     }
 
     /// Runs to the guest's next event. An MMIO read is answered with `answer`.
@@ -162,4 +169,51 @@ fn a_read_only_slot_is_read_by_the_guest_and_its_writes_are_exits() {
         machine.memslots.snapshot().read_obj::<u8>(DATA_AT).unwrap(),
         5
     );
+}
+
+#[test]
+fn a_read_only_slot_and_a_writable_one_are_cut_from_one_mapping() {
+    let (rom_at, ram_at) = (GuestAddress(0x3_0000), DATA_AT);
+    for backing in [Backing::anonymous(0x3000), Backing::memfd(0x3000)] {
+        let mut machine = Machine::new();
+        let whole = Arc::new(Mapping::new(&backing, GuestAddress(0)).unwrap());
+        let slot = |start, offset, flags| NewSlot {
+            start,
+            backing: Backing::part(&whole, offset, 0x1000),
+            flags,
+        };
+        let slots = machine.memslots.create_all([
+            slot(ram_at, 0, SlotFlags::NONE),
+            slot(rom_at, 0x1000, SlotFlags::READ_ONLY),
+        ]);
+        let mut slots = slots.unwrap();
+        let loader = machine.memslots.snapshot();
+        loader.write_obj(5u8, rom_at).unwrap();
+        loader.write_obj(70u8, ram_at).unwrap();
+        let device = machine.memslots.ram();
+        device.memory().write_obj(6u8, rom_at).unwrap_err();
+
+        assert_eq!(machine.run(0), Event::Sent(71));
+        machine.data_at(rom_at);
+        // What was under way with the old segment ends first.
+        assert_eq!(machine.run(0), Event::MmioWrite(rom_at.0, 6));
+        assert_eq!(machine.run(0), Event::Sent(5));
+
+        // One slot more over what is RAM already: what the guest writes there, the ROM shows, and takes no write itself.
+        let high = GuestAddress(0x50_0000);
+        let shadow = slot(high, 0, SlotFlags::READ_ONLY);
+        slots.extend(machine.memslots.create_all([shadow]).unwrap());
+        machine.data_at(high);
+        assert_eq!(machine.run(0), Event::MmioWrite(high.0, 72));
+        assert_eq!(machine.run(0), Event::Sent(71));
+        machine.data_at(ram_at);
+        assert_eq!(machine.run(0), Event::Sent(72));
+        assert_eq!(device.memory().read_obj::<u8>(high).unwrap(), 72);
+
+        // One goes, and the others have their memory as before.
+        drop((slots.remove(0), loader, whole));
+        machine.data_at(high);
+        assert_eq!(machine.run(0), Event::MmioWrite(high.0, 73));
+        assert_eq!(machine.run(0), Event::Sent(72));
+    }
 }

@@ -13,22 +13,17 @@ use memslots::uffd::{
     Cause, Event, FaultKind, Features, Messages, Modes, RegisterError, Uffd, Wake,
 };
 use memslots::{
-    Backing, HugePageSize, HugePool, MapError, Mapping, MemoryKind, Memslots, PAGE_SIZE,
+    Backing, HugePageSize, HugePool, MapError, Mapping, MemoryKind, Memslots, NewSlot, PAGE_SIZE,
     PunchError, SlotFlags, fake::FakeHost,
 };
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::ops::Range;
+use std::sync::Arc;
 use std::thread;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryRegion};
 
 const PAGE: HugePageSize = HugePageSize::MIB_2;
 const SIZE: u64 = 2 * PAGE.bytes();
-
-/// The pool is the host's, and the tests of this file count its pages.
-fn alone() -> MutexGuard<'static, ()> {
-    static POOL: Mutex<()> = Mutex::new(());
-    POOL.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Whether there are pages for the test; says so if not.
 fn has_pages(pages: u64) -> bool {
@@ -50,7 +45,7 @@ fn backings() -> [Backing; 4] {
 
 #[test]
 fn pages_are_reserved_when_mapped_and_given_back_when_unmapped() {
-    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    let _pool = pool::Overcommit::raise(2);
     if !has_pages(2) {
         return;
     }
@@ -115,7 +110,7 @@ fn a_pool_of_gigantic_pages_that_is_empty_is_shown() {
 
 #[test]
 fn a_slot_of_huge_pages_is_memory_to_both_sides_and_its_page_size_is_told() {
-    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    let _pool = pool::Overcommit::raise(2);
     if !has_pages(2) {
         return;
     }
@@ -145,7 +140,7 @@ fn a_slot_of_huge_pages_is_memory_to_both_sides_and_its_page_size_is_told() {
 
 #[test]
 fn huge_pages_are_brought_whole_and_zeros_are_copied() {
-    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    let _pool = pool::Overcommit::raise(2);
     if !has_pages(2) {
         return;
     }
@@ -210,8 +205,68 @@ fn huge_pages_are_brought_whole_and_zeros_are_copied() {
 }
 
 #[test]
+fn a_huge_page_is_cut_into_a_read_only_slot_and_ram_and_only_a_whole_one_is_given_back() {
+    let _pool = pool::Overcommit::raise(2);
+    if !has_pages(2) {
+        return;
+    }
+    // The firmware at the end of the first page, as at the end of the first 4 GiB; RAM before it, and behind it.
+    let firmware = PAGE.bytes() - 0x1_0000..PAGE.bytes();
+    for backing in [
+        Backing::hugetlb(SIZE, PAGE),
+        Backing::hugetlb_memfd(SIZE, PAGE),
+    ] {
+        let vm = Arc::new(Kvm::new().unwrap().create_vm().unwrap());
+        let memslots = Memslots::new(vm);
+        let whole = Arc::new(Mapping::new(&backing, GuestAddress(0)).unwrap());
+        let slot = |range: &Range<u64>, flags| NewSlot {
+            start: GuestAddress(range.start),
+            backing: Backing::part(&whole, range.start, range.end - range.start),
+            flags,
+        };
+        let slots = memslots.create_all([
+            slot(&(0..firmware.start), SlotFlags::NONE),
+            slot(&firmware, SlotFlags::READ_ONLY),
+            slot(&(PAGE.bytes()..SIZE), SlotFlags::NONE),
+        ]);
+        let slots = slots.unwrap();
+        let (snapshot, ram) = (memslots.snapshot(), memslots.ram());
+        let at = GuestAddress(firmware.start);
+        snapshot.write_obj(7u64, at).unwrap();
+        ram.memory().write_obj(8u64, at).unwrap_err();
+        ram.memory()
+            .write_obj(9u64, GuestAddress(SIZE - 8))
+            .unwrap();
+        let region = snapshot.find(at).unwrap();
+        assert_eq!(
+            (region.page_size(), region.mapping().kind()),
+            (PAGE.bytes(), whole.kind())
+        );
+        let punch =
+            |range: Range<u64>| ram.punch(&[GuestAddress(range.start)..GuestAddress(range.end)]);
+        let part_of_a_page = punch(0..firmware.start).unwrap_err();
+        assert!(
+            matches!(part_of_a_page, PunchError::Unaligned { address, .. } if address == at.0),
+            "{part_of_a_page}"
+        );
+        assert_eq!(punch(PAGE.bytes()..SIZE).unwrap(), PAGE.bytes());
+        assert_eq!(snapshot.read_obj::<u64>(GuestAddress(SIZE - 8)).unwrap(), 0);
+        assert_eq!(snapshot.read_obj::<u64>(at).unwrap(), 7);
+        let uffd = Uffd::open(Features::NONE, Features::NONE).unwrap();
+        let refused = uffd.register_all(region.mapping(), Modes::MISSING);
+        assert!(matches!(refused, Err(RegisterError::Range { .. })));
+        let last = slots[2].extent().start();
+        let mapping = snapshot.find(last).unwrap().mapping();
+        drop(uffd.register_all(mapping, Modes::MISSING).unwrap());
+        let threads = NonZeroUsize::MIN;
+        assert!(region.mapping().prefault(0..0, threads).is_err());
+        mapping.prefault(0..PAGE.bytes(), threads).unwrap();
+    }
+}
+
+#[test]
 fn a_private_view_of_a_file_of_huge_pages_is_not_given_back_as_it_would_show_the_file() {
-    let (_alone, _pool) = (alone(), pool::Overcommit::raise(2));
+    let _pool = pool::Overcommit::raise(2);
     if !has_pages(2) {
         return;
     }

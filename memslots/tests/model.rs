@@ -6,10 +6,11 @@
 
 use memslots::fake::FakeHost;
 use memslots::{
-    Backing, Change, Gfn, GuestMemfdRange, Hva, HvaError, Limits, MAX_PAGES, MemoryRegion,
+    Backing, Change, Gfn, GuestMemfdRange, Hva, HvaError, Limits, MAX_PAGES, Mapping, MemoryRegion,
     Memslots, PAGE_SIZE, PrivateRanges, Refusal, Slot, SlotFlags, SlotId, SlotMap, ram_layout,
 };
 use proptest::prelude::*;
+use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions};
 
 /// KVM's rules again, by hand, over a list.
@@ -132,6 +133,8 @@ enum Step {
         page: u64,
         pages: u64,
         read_only: bool,
+        /// From which page of the mapping that several slots are cut from; else it has memory of its own.
+        part: Option<u64>,
     },
     Remove(usize),
     Relocate(usize, u64),
@@ -140,8 +143,8 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Step> {
     prop_oneof![
-        4 => (0..64u64, 1..9u64, any::<bool>())
-            .prop_map(|(page, pages, read_only)| Step::Create { page, pages, read_only }),
+        4 => (0..64u64, 1..9u64, any::<bool>(), proptest::option::of(0..12u64))
+            .prop_map(|(page, pages, read_only, part)| Step::Create { page, pages, read_only, part }),
         1 => (0..8usize).prop_map(Step::Remove),
         1 => (0..8usize, 0..64u64).prop_map(|(slot, page)| Step::Relocate(slot, page)),
         1 => (0..8usize, any::<bool>()).prop_map(|(slot, on)| Step::Log(slot, on)),
@@ -207,9 +210,16 @@ fn compare(memslots: &Memslots, slots: &[Slot], host: &FakeHost) {
             table.gfn_to_hva_prot(Gfn(page)).ok(),
             hva.map(|host| (host, !read_only))
         );
-        if let Some((id, host, _)) = expected {
+        if let Some((_, host, _)) = expected {
+            // Slots of one mapping may share it: the lowest guest address has it then.
+            let sharing = slots.iter().filter_map(|slot| {
+                let address = slot.extent().guest_address(host)?;
+                Some((address.0, slot.extent().id()))
+            });
+            let (address, id) = sharing.min().unwrap();
+            let address = GuestAddress(address);
             assert_eq!(table.hva_to_gpa(host), Some((id, address)));
-            assert_eq!(table.hva_to_gfn(host), Some(Gfn(page)));
+            assert_eq!(table.hva_to_gfn(host), Some(Gfn::containing(address)));
         }
         assert_eq!(
             view.check_range(address, 8, Permissions::Read),
@@ -249,12 +259,16 @@ proptest! {
         let host = FakeHost::new(8);
         let memslots = Memslots::new(host.clone());
         let mut slots: Vec<Slot> = Vec::new();
+        let shared = Arc::new(Mapping::new(&Backing::anonymous(12 << 12), GuestAddress(0)).unwrap());
         for step in steps {
             let before = memslots.generation();
             let done = match step {
-                Step::Create { page, pages, read_only } => {
+                Step::Create { page, pages, read_only, part } => {
                     let flags = SlotFlags::NONE.with(SlotFlags::READ_ONLY, read_only);
-                    let backing = Backing::anonymous(pages << 12);
+                    let backing = match part {
+                        None => Backing::anonymous(pages << 12),
+                        Some(part) => Backing::part(&shared, part << 12, pages.min(12 - part) << 12),
+                    };
                     memslots.create(GuestAddress(page << 12), backing, flags).map(|slot| slots.push(slot)).is_ok()
                 }
                 Step::Remove(index) if index < slots.len() => slots.remove(index).remove().is_ok(),
@@ -275,6 +289,7 @@ proptest! {
         drop(slots);
         prop_assert!(host.slots().is_empty());
         prop_assert_eq!(memslots.available(), 8);
+        prop_assert_eq!(Arc::strong_count(&shared), 1);
     }
 
     #[test]

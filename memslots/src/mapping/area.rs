@@ -20,9 +20,8 @@ pub(super) enum Area {
         length: usize,
         system: &'static dyn System,
     },
-    External {
-        _owner: Arc<dyn Any + Send + Sync>,
-    },
+    /// Another's, which this keeps.
+    Kept { _owner: Arc<dyn Any + Send + Sync> },
 }
 
 /// A mapping whose numbers are in order.
@@ -50,13 +49,17 @@ impl Plan {
         match huge {
             // Not reserved, but for huge pages: of those the touch of a missing one would be a SIGBUS.
             None => flags |= libc::MAP_NORESERVE,
-            Some(page_size) if hugetlb::known_missing(page_size) => {
-                return Err(MapError::NoHugePageSize { page_size });
+            Some(page_size) => {
+                if let Some(available) = hugetlb::missing(page_size) {
+                    return Err(MapError::NoHugePageSize {
+                        page_size,
+                        available,
+                    });
+                }
+                if flags & libc::MAP_ANONYMOUS != 0 {
+                    flags |= libc::MAP_HUGETLB | page_size.flag() as i32;
+                }
             }
-            Some(page) if flags & libc::MAP_ANONYMOUS != 0 => {
-                flags |= libc::MAP_HUGETLB | page.flag() as i32;
-            }
-            Some(_) => {}
         }
         Ok(Self {
             size,
@@ -282,7 +285,7 @@ impl Drop for Area {
             return;
         };
         // SAFETY: mapped by us with this length, unmapped by nobody else, and no slice of it is left: slices borrow
-        // from the region that owns this. No slot refers to it: `Memslots` deletes a slot before it lets go of its
+        // from the region that owns this, and parts of it own it too. No slot refers to it: `Memslots` deletes a slot before it lets go of its
         // region, and never lets go of one that could not be deleted. No userfaultfd has it: a registration keeps its
         // mapping.
         if let Err(errno) = unsafe { system.munmap(*base, *length) } {

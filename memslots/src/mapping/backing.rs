@@ -2,7 +2,7 @@
 
 //! [`Backing`]: what memory is to be behind a slot, as a value. Nothing is mapped before a slot is made of it.
 
-use super::{HugePageSize, MapError, NumaPolicy, numa};
+use super::{HugePageSize, MapError, Mapping, NumaPolicy};
 use crate::{Hva, Mechanism, MemoryKind, PAGE_SIZE};
 use std::any::Any;
 use std::fmt;
@@ -19,6 +19,7 @@ use std::sync::Arc;
 /// | [`file_private`](Self::file_private) | the page cache's until written | no | what it writes |
 /// | [`file_shared`](Self::file_shared) | the page cache's | yes | it is no clone: writes are the file's |
 /// | [`hugetlb`](Self::hugetlb), [`hugetlb_memfd`](Self::hugetlb_memfd) | reserved when mapped | the second | all |
+/// | [`part`](Self::part) | the mapping's | as it is | as it is |
 /// | [`external`](Self::external) | the consumer's | as it is | as it is |
 ///
 /// ```
@@ -60,6 +61,10 @@ pub(super) enum Source {
         file: Arc<File>,
         offset: u64,
         shared: bool,
+    },
+    Part {
+        mapping: Arc<Mapping>,
+        offset: u64,
     },
     External {
         start: Hva,
@@ -154,6 +159,39 @@ impl Backing {
         Self::new(source, size)
     }
 
+    /// `size` bytes of `mapping` from `offset`, both multiples of [`PAGE_SIZE`] (and not more, even of huge pages): what
+    /// several slots are cut from one [`Mapping`] with, each with flags of its own. The mapping goes with the last of
+    /// them, and is of the same kind and in the same pages for each.
+    ///
+    /// So the firmware in the last 64 KiB of a page of 1 GiB is a read-only slot, and what is below it is RAM:
+    /// ```
+    /// use memslots::{Backing, Mapping, Memslots, NewSlot, SlotFlags, fake::FakeHost};
+    /// use std::sync::Arc;
+    /// use vm_memory::GuestAddress;
+    ///
+    /// let memory = Arc::new(Mapping::new(&Backing::anonymous(1 << 20), GuestAddress(0))?);
+    /// let rom = (1 << 20) - (64 << 10);
+    /// let memslots = Memslots::new(FakeHost::new(8));
+    /// let slot = |start, size, flags| NewSlot {
+    ///     start: GuestAddress(start), backing: Backing::part(&memory, start, size), flags,
+    /// };
+    /// let slots = memslots.create_all([
+    ///     slot(0, rom, SlotFlags::NONE),
+    ///     slot(rom, 64 << 10, SlotFlags::READ_ONLY),
+    /// ])?;
+    /// assert_eq!(slots[0].extent().host_range().end, slots[1].extent().host_start().0);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    /// A huge page serves both translations only where the guest address and the offset are congruent modulo its size,
+    /// and only a whole one that lies in one slot can be punched, registered with a userfaultfd, or prefaulted. Nothing
+    /// keeps parts of different slots from having bytes in common: each slot has a dirty log, a bitmap and permissions of
+    /// its own, and none hears of what is written through another. What else can be chosen of a backing is asked for of
+    /// these bytes of the mapping, except for guard pages, which it has or has not.
+    pub fn part(mapping: &Arc<Mapping>, offset: u64, size: u64) -> Self {
+        let mapping = Arc::clone(mapping);
+        Self::new(Source::Part { mapping, offset }, size)
+    }
+
     /// `size` bytes that the consumer has mapped at `start` (both multiples of the page size), and that `owner` keeps
     /// mapped: it is dropped when nobody uses the memory any more.
     ///
@@ -237,23 +275,22 @@ impl Backing {
 
     /// The size in bytes of the pages that it asks for. A file on a hugetlbfs has that one's, which only
     /// [`Mapping::page_size`](crate::Mapping::page_size) tells.
-    pub const fn page_size(&self) -> u64 {
+    pub fn page_size(&self) -> u64 {
         match &self.source {
             Source::Anonymous { huge: Some(page) } | Source::Memfd { huge: Some(page) } => {
                 page.bytes()
             }
+            Source::Part { mapping, .. } => mapping.page_size(),
             _ => PAGE_SIZE,
         }
     }
 }
 
-/// The same kind; files and external mappings, the same one.
 impl Backing {
-    /// Whether what is asked for goes with memory of this kind, on this host.
+    /// Whether what is asked for goes with memory of this kind.
     pub(super) fn check_choices(&self, kind: MemoryKind) -> Result<(), MapError> {
-        if let Some(policy) = &self.numa {
+        if self.numa.is_some() {
             kind.check(Mechanism::Numa)?;
-            policy.binding(numa::host_nodes().as_deref())?;
         }
         if self.huge_pages == HugePages::Advise {
             kind.check(Mechanism::TransparentHugePages)?;
@@ -265,6 +302,7 @@ impl Backing {
     }
 }
 
+/// The same kind; files, mappings and external ones, the same one.
 impl PartialEq for Source {
     fn eq(&self, other: &Self) -> bool {
         match (self, other) {
@@ -282,6 +320,16 @@ impl PartialEq for Source {
                     shared: shared_b,
                 },
             ) => Arc::ptr_eq(a, b) && (at_a, shared_a) == (at_b, shared_b),
+            (
+                Self::Part {
+                    mapping: a,
+                    offset: at_a,
+                },
+                Self::Part {
+                    mapping: b,
+                    offset: at_b,
+                },
+            ) => Arc::ptr_eq(a, b) && at_a == at_b,
             (Self::External { start: a, owner: x }, Self::External { start: b, owner: y }) => {
                 a == b && Arc::ptr_eq(x, y)
             }
@@ -306,6 +354,11 @@ impl fmt::Debug for Source {
             } => f
                 .debug_struct(if *shared { "FileShared" } else { "FilePrivate" })
                 .field("file", file)
+                .field("offset", offset)
+                .finish(),
+            Self::Part { mapping, offset } => f
+                .debug_struct("Part")
+                .field("mapping", mapping)
                 .field("offset", offset)
                 .finish(),
             Self::External { start, .. } => f.debug_tuple("External").field(start).finish(),

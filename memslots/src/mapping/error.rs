@@ -2,7 +2,7 @@
 
 //! [`MapError`]: why there is no mapping, with the numbers.
 
-use super::{HugePageSize, HugePool};
+use super::{HugePageSize, HugePool, hugetlb};
 use crate::{Errno, Unsupported};
 use std::ops::Range;
 use thiserror::Error;
@@ -46,6 +46,16 @@ pub enum MapError {
         /// The file's length, in bytes.
         length: u64,
     },
+    /// The mapping ends before the part of it.
+    #[error("{size:#x} bytes from offset {offset:#x} of a mapping that has {length:#x}")]
+    BeyondMapping {
+        /// The offset asked for, in bytes.
+        offset: u64,
+        /// The size asked for, in bytes.
+        size: u64,
+        /// The mapping's length, in bytes.
+        length: u64,
+    },
     /// A shared mapping of a file that was opened for reading only: what a loader writes could not go there.
     #[error(
         "a shared mapping of a file that is open for reading only: open it for writing, or map it private \
@@ -53,10 +63,15 @@ pub enum MapError {
     )]
     NotWritable,
     /// The kernel has no huge pages of this size.
-    #[error("the kernel has no huge pages of {page_size}: {} is missing", page_size.directory())]
+    #[error(
+        "this host has no huge pages of {page_size}; it has {}",
+        hugetlb::list(available)
+    )]
     NoHugePageSize {
         /// The size asked for.
         page_size: HugePageSize,
+        /// The sizes that it has pools of.
+        available: Vec<HugePageSize>,
     },
     /// The pool of huge pages is too small.
     #[error("{wanted} huge pages of {page_size} wanted, {}", HugePool::describe(*pool, *page_size))]
@@ -85,6 +100,9 @@ pub enum MapError {
     /// Guard pages around a mapping that is not ours to surround.
     #[error("guard pages around a mapping of the consumer's own: it must bring them")]
     GuardedExternal,
+    /// Guard pages around a part of a mapping.
+    #[error("guard pages around a part of a mapping: the mapping itself is to have them")]
+    GuardedPart,
     /// Not all of it could be made present beforehand.
     #[error("{populated:#x} of {size:#x} bytes were made present, then: {errno}")]
     Prefault {

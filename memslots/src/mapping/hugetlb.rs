@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Where the kernel shows its pools.
 const POOLS: &str = "/sys/kernel/mm/hugepages";
@@ -30,6 +30,23 @@ impl HugePageSize {
         } else {
             None
         }
+    }
+
+    /// The sizes that the host has pools of, the least first: they may be empty, as [`HugePool::of_host`] tells. None
+    /// without hugetlb pages, or without sysfs.
+    pub fn of_host() -> Vec<Self> {
+        let pools = fs::read_dir(POOLS).into_iter().flatten().flatten();
+        let mut sizes: Vec<_> = pools
+            .filter_map(|pool| Self::of_directory(pool.file_name().to_str()?))
+            .collect();
+        sizes.sort_unstable();
+        sizes
+    }
+
+    /// Whose directory has this name, as `hugepages-2048kB`.
+    fn of_directory(name: &str) -> Option<Self> {
+        let kib = name.strip_prefix("hugepages-")?.strip_suffix("kB")?;
+        Self::new(kib.parse::<u64>().ok()?.checked_mul(1 << 10)?)
     }
 
     /// In bytes.
@@ -117,9 +134,21 @@ impl HugePool {
     }
 }
 
-/// Whether sysfs is there to say that a page size is not.
-pub(super) fn known_missing(page_size: HugePageSize) -> bool {
-    Path::new(POOLS).is_dir() && !PathBuf::from(page_size.directory()).is_dir()
+/// If sysfs is there and says that the host has no pages of this size: those that it has.
+pub(super) fn missing(page_size: HugePageSize) -> Option<Vec<HugePageSize>> {
+    let is_missing = Path::new(POOLS).is_dir() && !Path::new(&page_size.directory()).is_dir();
+    is_missing.then(HugePageSize::of_host)
+}
+
+/// Sizes for a message.
+pub(super) fn list(sizes: &[HugePageSize]) -> String {
+    match sizes {
+        [] => "none of any size".to_owned(),
+        sizes => {
+            let sizes: Vec<_> = sizes.iter().map(HugePageSize::to_string).collect();
+            sizes.join(", ")
+        }
+    }
 }
 
 #[cfg(test)]
@@ -139,6 +168,24 @@ mod tests {
         assert_eq!(text(1 << 30).as_deref(), Some("1 GiB"));
         assert_eq!(HugePageSize::MIB_2.flag(), libc::MAP_HUGE_2MB as u32);
         assert_eq!(HugePageSize::GIB_1.flag(), libc::MAP_HUGE_1GB as u32);
+    }
+
+    #[test]
+    fn a_pools_directory_tells_its_size() {
+        assert_eq!(
+            HugePageSize::of_directory("hugepages-2048kB"),
+            Some(HugePageSize::MIB_2)
+        );
+        for name in ["hugepages-3kB", "hugepages-x", "hugepages-2048", "2048kB"] {
+            assert_eq!(HugePageSize::of_directory(name), None, "{name}");
+        }
+        for size in HugePageSize::of_host() {
+            assert_eq!(missing(size), None, "{size}");
+        }
+        assert_eq!(
+            list(&[HugePageSize::MIB_2, HugePageSize::GIB_1]),
+            "2 MiB, 1 GiB"
+        );
     }
 
     #[test]

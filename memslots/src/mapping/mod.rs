@@ -21,6 +21,7 @@ pub use numa::NumaPolicy;
 use crate::{Errno, Hva, MemoryKind, PAGE_SIZE};
 use area::{Area, Plan};
 use backing::Source;
+use numa::Binding;
 use prefault::Work;
 use std::fmt;
 use std::fs::File;
@@ -48,6 +49,7 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 /// | memfd, file from 2 MiB | 2 to 4 more, to lie in the guest's phase | 1 |
 /// | hugetlb | 1 (a memfd: 4) | 1 |
 /// | any, guarded | 2 more | 3 |
+/// | part of a mapping | 0 | 0 |
 ///
 /// and one call more for each piece of advice. A process may have 65,530 of those mappings (`vm.max_map_count`).
 pub struct Mapping {
@@ -88,6 +90,11 @@ impl Mapping {
         if size == 0 {
             return Err(MapError::Empty);
         }
+        // Read once: what is checked here is what is bound to.
+        let binding = match &backing.numa {
+            Some(policy) => Some(policy.binding(system.numa_nodes().as_deref())?),
+            None => None,
+        };
         let mapping = match &backing.source {
             Source::Anonymous { huge } => {
                 let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -111,6 +118,7 @@ impl Mapping {
                 offset,
                 shared,
             } => Self::plan_file(backing, file, *offset, *shared)?.map(system, guest)?,
+            Source::Part { mapping, offset } => Self::part(system, backing, mapping, *offset)?,
             Source::External { start, owner } => {
                 if backing.guarded {
                     return Err(MapError::GuardedExternal);
@@ -122,7 +130,7 @@ impl Mapping {
                 let size = usize::try_from(size).map_err(|_| too_large.clone())?;
                 start.0.checked_add(size).ok_or(too_large)?;
                 Self {
-                    _area: Area::External {
+                    _area: Area::Kept {
                         _owner: Arc::clone(owner),
                     },
                     start: start.0 as *mut u8,
@@ -134,8 +142,44 @@ impl Mapping {
                 }
             }
         };
-        mapping.arrange(backing)?;
+        mapping.arrange(backing, binding.as_ref())?;
         Ok(mapping)
+    }
+
+    /// What `backing` is of `whole`, from `offset` on.
+    fn part(
+        system: &'static dyn System,
+        backing: &Backing,
+        whole: &Arc<Self>,
+        offset: u64,
+    ) -> Result<Self, MapError> {
+        let (size, length) = (backing.size, whole.size());
+        if backing.guarded {
+            return Err(MapError::GuardedPart);
+        }
+        check_aligned("size", size, PAGE_SIZE)?;
+        check_aligned("offset", offset, PAGE_SIZE)?;
+        backing.check_choices(whole.kind)?;
+        if offset.checked_add(size).is_none_or(|end| end > length) {
+            return Err(MapError::BeyondMapping {
+                offset,
+                size,
+                length,
+            });
+        }
+        let file = whole.file.as_ref();
+        Ok(Self {
+            _area: Area::Kept {
+                _owner: Arc::clone(whole) as _,
+            },
+            start: whole.start.wrapping_add(offset as usize),
+            size: size as usize,
+            page_size: whole.page_size,
+            kind: whole.kind,
+            file: file
+                .map(|file| FileOffset::from_arc(Arc::clone(file.arc()), file.start() + offset)),
+            system,
+        })
     }
 
     /// Looks at the file that is to be mapped.
@@ -190,9 +234,9 @@ impl Mapping {
     }
 
     /// All that is asked for beyond the mapping itself.
-    fn arrange(&self, backing: &Backing) -> Result<(), MapError> {
-        if let Some(policy) = &backing.numa {
-            self.bind(policy)?;
+    fn arrange(&self, backing: &Backing, binding: Option<&Binding>) -> Result<(), MapError> {
+        if let Some(binding) = binding {
+            self.bind(binding)?;
         }
         match backing.huge_pages {
             HugePages::Host => {}
@@ -233,14 +277,12 @@ impl Mapping {
             .map_err(|errno| MapError::Call { call, size, errno })
     }
 
-    fn bind(&self, policy: &NumaPolicy) -> Result<(), MapError> {
-        let host = numa::host_nodes();
-        let binding = policy.binding(host.as_deref())?;
+    fn bind(&self, binding: &Binding) -> Result<(), MapError> {
         // SAFETY: as for advice; a policy changes no contents.
-        let bound = unsafe { self.system.mbind(self.start.cast(), self.size, &binding) };
+        let bound = unsafe { self.system.mbind(self.start.cast(), self.size, binding) };
         match bound {
             // A kernel without NUMA has one node, and that is what was checked for.
-            Err(Errno(libc::ENOSYS)) if host.is_none() => Ok(()),
+            Err(Errno(libc::ENOSYS)) if !binding.host_has_nodes => Ok(()),
             result => result.map_err(|errno| MapError::Call {
                 call: "mbind",
                 size: self.size(),
@@ -257,6 +299,8 @@ impl Mapping {
     /// [`MapError::Prefault`] says how much is there; [`MapError::Unaligned`], [`MapError::TooLarge`] and
     /// [`MapError::Backwards`] for a range that is none of this mapping.
     pub fn prefault(&self, range: Range<u64>, threads: NonZeroUsize) -> Result<(), MapError> {
+        // A part of a mapping may begin within a page.
+        check_aligned("host address", self.start as u64, self.page_size)?;
         check_aligned("start", range.start, self.page_size)?;
         check_aligned("end", range.end, self.page_size)?;
         let last = range.start.max(range.end);

@@ -4,7 +4,6 @@
 
 use super::MapError;
 use std::collections::BTreeSet;
-use std::fs;
 
 /// `MPOL_…` of linux/mempolicy.h.
 const MPOL_PREFERRED: i32 = 1;
@@ -34,6 +33,8 @@ pub(super) struct Binding {
     pub mode: i32,
     /// One bit a node.
     pub nodes: Vec<libc::c_ulong>,
+    /// Whether the host lists nodes at all.
+    pub host_has_nodes: bool,
 }
 
 impl NumaPolicy {
@@ -74,13 +75,12 @@ impl NumaPolicy {
             Self::Preferred(_) => MPOL_PREFERRED,
             Self::Interleave(_) => MPOL_INTERLEAVE,
         };
-        Ok(Binding { mode, nodes })
+        Ok(Binding {
+            mode,
+            nodes,
+            host_has_nodes: host.is_some(),
+        })
     }
-}
-
-/// The nodes with memory as sysfs lists them; `None` on a host without NUMA (or without sysfs).
-pub(super) fn host_nodes() -> Option<String> {
-    fs::read_to_string("/sys/devices/system/node/has_memory").ok()
 }
 
 /// A list such as `0-1,3`. What is none of its forms is left out.

@@ -5,7 +5,7 @@
 use super::numa::Binding;
 use crate::Errno;
 use std::ffi::{c_int, c_void};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
@@ -43,6 +43,9 @@ pub(super) trait System: Sync {
         length: usize,
         binding: &Binding,
     ) -> Result<(), Errno>;
+
+    /// The NUMA nodes with memory as sysfs lists them; `None` on a host without NUMA (or without sysfs).
+    fn numa_nodes(&self) -> Option<String>;
 
     fn memfd_create(&self, flags: u32) -> Result<File, Errno>;
 
@@ -137,6 +140,10 @@ impl System for Kernel {
         } else {
             Ok(())
         }
+    }
+
+    fn numa_nodes(&self) -> Option<String> {
+        fs::read_to_string("/sys/devices/system/node/has_memory").ok()
     }
 
     fn memfd_create(&self, flags: u32) -> Result<File, Errno> {

@@ -32,6 +32,8 @@ struct State {
     squat: usize,
     /// Its pages.
     squatters: Vec<usize>,
+    /// So often it was asked for its NUMA nodes.
+    nodes_read: usize,
     /// A kernel before 4.17, to which the address of a `MAP_FIXED_NOREPLACE` is a wish.
     old: bool,
 }
@@ -111,6 +113,11 @@ impl System for Refusing {
         self.call("mbind")?;
         // SAFETY: the caller's promise.
         unsafe { Kernel.mbind(start, length, binding) }
+    }
+
+    fn numa_nodes(&self) -> Option<String> {
+        self.lock().nodes_read += 1;
+        Kernel.numa_nodes()
     }
 
     fn memfd_create(&self, flags: u32) -> Result<File, Errno> {
@@ -268,7 +275,33 @@ fn numbers_that_do_not_fit_are_named_before_any_call() {
     );
     assert!(refused(Backing::file_private(file(0x1000), !0xfff, 0x1000)).contains("of a file"));
     let size = HugePageSize::new(32 << 20).unwrap();
-    assert!(refused(Backing::hugetlb(32 << 20, size)).contains("hugepages-32768kB is missing"));
+    let sizes: Vec<_> = HugePageSize::of_host()
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(
+        refused(Backing::hugetlb(32 << 20, size)),
+        format!(
+            "this host has no huge pages of 32 MiB; it has {}",
+            sizes.join(", ")
+        )
+    );
+    let whole = Mapping::new(&Backing::anonymous(0x4000), GuestAddress(0)).map(Arc::new);
+    let part = |offset, size| Backing::part(whole.as_ref().unwrap(), offset, size);
+    assert_eq!(
+        refused(part(0x3000, 0x2000)),
+        "0x2000 bytes from offset 0x3000 of a mapping that has 0x4000"
+    );
+    assert!(refused(part(!0xfff, 0x1000)).contains("of a mapping that has 0x4000"));
+    assert_eq!(
+        refused(part(0x800, 0x1000)),
+        "the offset 0x800 is not a multiple of the page size 0x1000"
+    );
+    assert_eq!(
+        refused(part(0, 0x1800)),
+        "the size 0x1800 is not a multiple of the page size 0x1000"
+    );
+    assert!(refused(part(0, 0x1000).guarded()).contains("the mapping itself"));
     assert!(system.lock().calls.is_empty());
 }
 
@@ -593,8 +626,14 @@ fn a_numa_policy_is_what_the_kernel_has_and_a_node_that_is_not_there_is_named() 
         NumaPolicy::Interleave(vec![0]),
     ] {
         let backing = Backing::anonymous(1 << 20).guarded().numa(policy.clone());
-        let mapping = Mapping::new(&backing, GuestAddress(0)).unwrap();
-        if numa::host_nodes().is_none() {
+        let system = Refusing::leak();
+        let mapping = Mapping::made_by(system, &backing, GuestAddress(0)).unwrap();
+        assert_eq!(
+            system.lock().nodes_read,
+            1,
+            "what is checked is what is bound"
+        );
+        if Kernel.numa_nodes().is_none() {
             continue;
         }
         let (mut mode, mut nodes) = (0i32, [0 as libc::c_ulong; 16]);
@@ -648,6 +687,55 @@ fn choices_that_do_not_go_with_the_memory_name_the_pair() {
     assert!(
         system.lock().calls.is_empty(),
         "known before the first call"
+    );
+}
+
+#[test]
+fn parts_are_the_mappings_own_bytes_and_keep_it() {
+    for backing in [Backing::anonymous(0x4000), Backing::memfd(0x4000)] {
+        let system = Refusing::leak();
+        let whole = Arc::new(Mapping::made_by(system, &backing, GuestAddress(0)).unwrap());
+        let calls = system.lock().calls.len();
+        let of = |mapping: &Arc<Mapping>, offset, size| {
+            let backing = Backing::part(mapping, offset, size);
+            assert_eq!(backing, Backing::part(mapping, offset, size));
+            assert_ne!(backing, Backing::part(mapping, 0x3000, size));
+            assert_eq!(backing.page_size(), mapping.page_size());
+            Arc::new(Mapping::made_by(system, &backing, GuestAddress(0)).unwrap())
+        };
+        let part = of(&whole, 0x1000, 0x2000);
+        let inner = of(&part, 0x1000, 0x1000);
+        assert_eq!(system.lock().calls.len(), calls, "nothing is mapped for it");
+        assert_eq!(part.host().0, whole.host().0 + 0x1000);
+        assert_eq!(
+            (inner.host().0, inner.size()),
+            (whole.host().0 + 0x2000, 0x1000)
+        );
+        assert_eq!((inner.kind(), inner.page_size()), (whole.kind(), PAGE_SIZE));
+        let at = |mapping: &Mapping| mapping.file().map(FileOffset::start);
+        assert_eq!(at(&inner), at(&whole).map(|start| start + 0x2000));
+        write(&inner, 5, 9);
+        assert_eq!((read(&whole, 0x2005), read(&part, 0x1005)), (9, 9));
+        drop((whole, part));
+        assert_eq!((read(&inner, 5), system.lock().mapped), (9, 0x4000));
+        drop(inner);
+        assert_eq!(system.lock().mapped, 0);
+    }
+}
+
+#[test]
+fn what_is_chosen_of_a_part_is_asked_for_of_its_bytes() {
+    let whole = Arc::new(Mapping::new(&Backing::memfd(0x4000), GuestAddress(0)).unwrap());
+    let backing = Backing::part(&whole, 0x1000, 0x2000);
+    let part = Mapping::new(&backing.prefault(threads(1)), GuestAddress(0)).unwrap();
+    assert_eq!((resident(&part), resident(&whole)), (2, 2));
+    let refused = Mapping::new(
+        &Backing::part(&whole, 0, 0x1000).mergeable(),
+        GuestAddress(0),
+    );
+    assert!(
+        matches!(refused, Err(MapError::Unsupported(_))),
+        "{refused:?}"
     );
 }
 

@@ -78,8 +78,14 @@ impl Registration {
         modes: Modes,
     ) -> Result<Self, RegisterError> {
         let (page_size, size) = (mapping.page_size(), mapping.size());
-        let whole = range.start.is_multiple_of(page_size) && range.end.is_multiple_of(page_size);
-        if !whole || range.start >= range.end || range.end > size {
+        // A mapping that is a part of another may begin within a page.
+        let host = mapping.host().0 as u64;
+        let is_page = |offset: u64| host.wrapping_add(offset).is_multiple_of(page_size);
+        if !is_page(range.start)
+            || !is_page(range.end)
+            || range.start >= range.end
+            || range.end > size
+        {
             let Range { start, end } = range;
             return Err(RegisterError::Range {
                 start,
