@@ -136,8 +136,8 @@ The guest's console is on stdin and stdout, everything else on stderr. On a term
 stops the guest and Ctrl-A Ctrl-A types one Ctrl-A. SIGTERM presses the guest's power button and
 stops it after the timeout, or at once if the guest has no ACPI; a second one, SIGINT, SIGHUP and
 SIGQUIT stop it at once. SIGUSR1 shows where each vCPU is: its registers, on stderr.
-What the guest wrote before its end is waited for; a signal that stops it cuts that short. A signal
-that comes while memory is made present is served when that is done.
+What the guest wrote before its end is waited for; a signal that stops it cuts that short. While
+memory is made present, before the guest starts, SIGTERM also stops it at once.
 
 Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor failed; 2 the
 arguments or the configuration were wrong; 3 the guest crashed (its registers are shown), or said

@@ -20,7 +20,7 @@ use std::num::NonZeroUsize;
 use std::str::FromStr;
 
 use memslots::{
-    Backing, HugePageSize, HugePages, MapError, Mapping, NewSlot, NumaPolicy, SlotFlags,
+    Backing, HugePageSize, HugePages, MapError, Mapping, NewSlot, NumaPolicy, SlotFlags, SlotTable,
 };
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
@@ -39,6 +39,10 @@ const MIN_SIZE: u64 = 2 << 20;
 /// More threads than this do not make memory present any faster: they wait for each other in the
 /// kernel.
 const MAX_PREFAULT_THREADS: usize = 16;
+
+/// What is made present between two looks at whether to go on: a quarter of a second's work for one
+/// thread, beside which the threads' start is nothing.
+const PREFAULT_PIECE: u64 = 256 << 20;
 
 /// Guest memory: how much, and of what.
 ///
@@ -182,10 +186,7 @@ impl Memory {
             return Ok(());
         }
         let asked = slots.iter().filter(|slot| slot.flags == SlotFlags::NONE);
-        let map = |slot: &NewSlot| {
-            let untouched = slot.backing.clone().without_prefault();
-            Mapping::new(&untouched, slot.start)
-        };
+        let map = |slot: &NewSlot| Mapping::new(&slot.backing, slot.start);
         // All at once: they share the pool.
         asked.map(map).collect::<Result<Vec<_>, _>>().map(drop)
     }
@@ -221,18 +222,66 @@ impl Memory {
             (Some(page), true) => Backing::hugetlb_memfd(size, page),
         };
         let backing = backing.huge_pages(self.thp);
-        let backing = match self.numa {
+        match self.numa {
             Some(node) => backing.numa(NumaPolicy::Bind(vec![node])),
             None => backing,
-        };
+        }
+    }
+
+    /// Makes all of `table` present that this memory wants so, and not its read-only slots. Before each
+    /// piece `go_on` is asked; where it says no, that is the end.
+    ///
+    /// # Errors
+    /// [`MapError::Prefault`], with how far it came in the slot.
+    pub fn make_present(
+        &self,
+        table: &SlotTable,
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<(), MapError> {
         let must = self.hugepages.is_some() && self.numa.is_some();
         if !(self.prefault || must) {
-            return backing;
+            return Ok(());
         }
-        let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let threads = threads.min(MAX_PREFAULT_THREADS);
-        backing.prefault(NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN))
+        let writable = table.regions().filter(|region| !region.is_read_only());
+        for mapping in writable.map(|region| region.mapping()) {
+            if !present(mapping, PREFAULT_PIECE, &mut go_on)? {
+                break;
+            }
+        }
+        Ok(())
     }
+}
+
+/// Makes a mapping present, `piece` after `piece`; false if `go_on` ended it.
+fn present(
+    mapping: &Mapping,
+    piece: u64,
+    go_on: &mut impl FnMut() -> bool,
+) -> Result<bool, MapError> {
+    let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let most = NonZeroUsize::new(MAX_PREFAULT_THREADS).unwrap_or(NonZeroUsize::MIN);
+    let piece = piece.next_multiple_of(mapping.page_size());
+    let size = mapping.size();
+    let mut start = 0;
+    while start < size {
+        if !go_on() {
+            return Ok(false);
+        }
+        let end = start.saturating_add(piece).min(size);
+        let populated = mapping.prefault(start..end, threads.min(most));
+        populated.map_err(|error| match error {
+            MapError::Prefault {
+                populated, errno, ..
+            } => MapError::Prefault {
+                populated: start + populated,
+                size,
+                errno,
+            },
+            other => other,
+        })?;
+        start = end;
+    }
+    Ok(true)
 }
 
 /// `MemAvailable` of `/proc/meminfo`, in bytes.
@@ -466,6 +515,38 @@ mod tests {
         ] {
             assert_eq!(available(text), None, "{text}");
         }
+    }
+
+    /// The pages of a mapping that are present.
+    fn resident(mapping: &Mapping) -> usize {
+        let mut pages = vec![0u8; (mapping.size() / 4096) as usize];
+        let size = mapping.size() as usize;
+        // SAFETY: a mapping of that size, with a byte for each of its pages.
+        let seen = unsafe { libc::mincore(mapping.host().0 as *mut _, size, pages.as_mut_ptr()) };
+        assert_eq!(seen, 0);
+        pages.iter().filter(|page| **page & 1 != 0).count()
+    }
+
+    #[test]
+    fn making_present_ends_at_a_piece_when_it_is_told_to() {
+        let backing = Backing::anonymous(40 << 12).huge_pages(HugePages::Never);
+        let mapping = Mapping::new(&backing, GuestAddress(0)).unwrap();
+        let piece = 16 << 12;
+        let (mut asked, stop_at) = (0, 2);
+        let mut go_on = || {
+            asked += 1;
+            asked < stop_at
+        };
+        assert!(!present(&mapping, piece, &mut go_on).unwrap());
+        assert_eq!((asked, resident(&mapping)), (2, 16));
+        // The last piece is a short one.
+        let mut asked = 0;
+        let mut go_on = || {
+            asked += 1;
+            true
+        };
+        assert!(present(&mapping, piece, &mut go_on).unwrap());
+        assert_eq!((asked, resident(&mapping)), (3, 40));
     }
 
     #[test]

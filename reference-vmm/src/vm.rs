@@ -104,6 +104,12 @@ pub enum BuildError {
     /// Guest memory could not be made.
     #[error("cannot make the guest's memory")]
     Memory(#[from] memslots::Error),
+    /// Not all of guest memory could be made present.
+    #[error("cannot make the guest's memory present")]
+    Prefault(#[source] memslots::MapError),
+    /// The end was told while the machine was built.
+    #[error("the machine was ended before it was built")]
+    Ended,
     /// The guest's memory would end above what the host's processor can address. Found before anything
     /// was made.
     #[error(
@@ -213,7 +219,8 @@ struct Parts {
 
 impl Machine {
     /// Builds what `config` describes, with the serial console's output on `console` and its end
-    /// told to `end`. Blocks for the reading of the kernel and the initrd.
+    /// told to `end`. Blocks for the reading of the kernel and the initrd, and until memory is present
+    /// that is to be so: [`build_watched`](Self::build_watched) can end that.
     ///
     /// # Errors
     /// [`BuildError`]; nothing is left behind.
@@ -221,6 +228,21 @@ impl Machine {
         config: &Config,
         console: impl AsFd,
         end: &Arc<EndSignal>,
+    ) -> Result<Self, BuildError> {
+        Self::build_watched(config, console, end, || {})
+    }
+
+    /// [`build`](Self::build), and while memory is made present `watch` is called, several times a second
+    /// or before each huge page. An `end` that is told meanwhile, by it or by another thread, ends the
+    /// building.
+    ///
+    /// # Errors
+    /// [`BuildError`], of which [`BuildError::Ended`] is no failure; nothing is left behind.
+    pub fn build_watched(
+        config: &Config,
+        console: impl AsFd,
+        end: &Arc<EndSignal>,
+        watch: impl Fn(),
     ) -> Result<Self, BuildError> {
         config.validate()?;
 
@@ -265,6 +287,16 @@ impl Machine {
         let memslots = Memslots::new(setup.fd().clone());
         let slots = memslots.create_all(new_slots)?;
         let memory = memslots.snapshot();
+        // Before anything is written there: a huge page that its node has not is a SIGBUS at a touch.
+        let go_on = || {
+            watch();
+            !end.is_told()
+        };
+        let present = config.memory.make_present(&memory, go_on);
+        present.map_err(BuildError::Prefault)?;
+        if end.is_told() {
+            return Err(BuildError::Ended);
+        }
         plan.load(&*memory, &mut kernel, &mut initrds)?;
         if let Some(acpi) = &acpi {
             boot::write_all(&*memory, &acpi.writes)?;

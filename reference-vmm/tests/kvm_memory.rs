@@ -114,6 +114,35 @@ fn prefaulted_memory_is_present_and_other_memory_is_not() {
     }
 }
 
+/// The largest that any process was that this one has waited for, KiB.
+fn peak_rss_of_children() -> i64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the call writes a rusage, and zeroes are one already.
+    let usage = unsafe {
+        let told = libc::getrusage(libc::RUSAGE_CHILDREN, usage.as_mut_ptr());
+        assert_eq!(told, 0);
+        usage.assume_init()
+    };
+    usage.ru_maxrss
+}
+
+#[test]
+fn a_signal_ends_the_making_present_and_the_guest_never_runs() {
+    need_kvm();
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let vmm = Vmm::boot(boot::hello64()).words("--memory 512M,prefault");
+        let ended = vmm.pending(signal).output();
+        ended.expect_status(0).expect_stdout("").expect_silence();
+        // No other test here makes as much present.
+        let peak = peak_rss_of_children();
+        assert!(peak < 256 << 10, "{peak} KiB were resident");
+    }
+    // What asks for registers stops nothing.
+    let vmm = Vmm::boot(boot::hello64()).words("--debug-exit --memory 64M,prefault");
+    let ended = vmm.pending(libc::SIGUSR1).output();
+    ended.expect_status(1).expect_stdout("hello\n");
+}
+
 #[test]
 fn transparent_huge_pages_and_a_numa_node_are_taken() {
     for memory in [
