@@ -13,10 +13,12 @@
 //!
 //! A slot is one kind of memory, so the firmware's cuts the low memory in two, and a huge page that it
 //! would lie in is made of ordinary ones: the first 2 MiB, which KVM could not map as one page anyway.
+//! So it is with shared memory and transparent huge pages, which a memfd has at multiples of their size.
 //! A guest with 1 GiB pages keeps them, and has its firmware in RAM that it can write.
 
 use std::fmt;
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::str::FromStr;
 
 use memslots::{
@@ -28,6 +30,7 @@ use vm_memory::GuestAddress;
 
 use crate::arch::layout;
 use crate::config::{ConfigError, parse_size};
+use crate::host_memory::Transparent;
 
 /// x86-64 has at most 52 bits of physical address; what this host's KVM takes may be less, and only
 /// KVM can tell.
@@ -165,7 +168,12 @@ impl Memory {
             add(0, rom.start, ordinary.backing(rom.start), SlotFlags::NONE);
             let image = Backing::anonymous(rom.end - rom.start);
             add(rom.start, rom.end, image, SlotFlags::READ_ONLY);
-            let huge = self.hugepages.map_or(rom.end, HugePageSize::bytes).min(end);
+            let huge = match self.hugepages {
+                Some(page) => page.bytes(),
+                None if self.shared && self.thp != HugePages::Never => HugePageSize::MIB_2.bytes(),
+                None => rom.end,
+            };
+            let huge = huge.min(end);
             let small = huge.saturating_sub(rom.end);
             add(rom.end, huge, ordinary.backing(small), SlotFlags::NONE);
             let rest = end.saturating_sub(huge);
@@ -189,6 +197,26 @@ impl Memory {
         let map = |slot: &NewSlot| Mapping::new(&slot.backing, slot.start);
         // All at once: they share the pool.
         asked.map(map).collect::<Result<Vec<_>, _>>().map(drop)
+    }
+
+    /// How to tell that `thp=always` has no effect, which is no error: the host, as its sysfs says, gives
+    /// such memory no transparent huge pages. `None` where it does, and where they were not asked for.
+    pub fn thp_obstacle(&self, sysfs: &Path) -> Option<String> {
+        if self.thp != HugePages::Advise {
+            return None;
+        }
+        let host = Transparent::read(sysfs);
+        let (kind, setting) = match self.shared {
+            false => ("private", host.private),
+            true => ("shared", host.shared),
+        };
+        // A kernel without such a file has none to give, and refuses the advice by itself.
+        let setting = setting?;
+        let (file, word) = setting.obstacle()?;
+        let file = file.display();
+        Some(format!(
+            "thp=always has no effect on {kind} memory here: {file} is {word:?}"
+        ))
     }
 
     /// Refuses to make present what the host has not: ordinary memory that cannot be had is no error of
@@ -550,6 +578,35 @@ mod tests {
     }
 
     #[test]
+    fn a_wish_for_transparent_huge_pages_without_effect_is_told_with_the_setting() {
+        let sysfs = tempfile::tempdir().unwrap();
+        let folder = sysfs.path().join("kernel/mm/transparent_hugepage");
+        let told = |memory: &str| parsed(memory).thp_obstacle(sysfs.path());
+        // A kernel without them.
+        assert_eq!(told("1G,thp=always"), None);
+        std::fs::create_dir_all(&folder).unwrap();
+        let set = |name: &str, words: &str| std::fs::write(folder.join(name), words).unwrap();
+        let (private, shared) = ("1G,thp=always", "1G,shared,thp=always");
+        set("enabled", "always madvise [never]");
+        set("shmem_enabled", "always [advise] never");
+        let text = told(private).unwrap();
+        assert!(text.contains("private memory"), "{text}");
+        assert!(
+            text.ends_with("transparent_hugepage/enabled is \"never\""),
+            "{text}"
+        );
+        for memory in [shared, "1G", "1G,thp=never", "1G,shared"] {
+            assert_eq!(told(memory), None, "{memory}");
+        }
+        set("enabled", "always [madvise] never");
+        set("shmem_enabled", "always advise [never]");
+        let text = told(shared).unwrap();
+        assert!(text.contains("shared memory"), "{text}");
+        assert!(text.ends_with("/shmem_enabled is \"never\""), "{text}");
+        assert_eq!(told(private), None);
+    }
+
+    #[test]
     fn text_has_a_size_and_options_in_any_order() {
         let memory = Memory::new(512 << 20);
         assert_eq!(parsed("512M"), memory);
@@ -674,6 +731,15 @@ mod tests {
             shape("2M,hugepages=2M", true),
             with(&[(MIB, MIB, 4096, false)])
         );
+        // Where a huge page of the guest would begin, one of the memfd does.
+        for memory in ["128M,shared", "128M,shared,thp=always"] {
+            assert_eq!(
+                shape(memory, true),
+                with(&[(MIB, MIB, 4096, false), (two, 126 * MIB, 4096, false)])
+            );
+        }
+        let never = shape("128M,shared,thp=never", true);
+        assert_eq!(never, with(&[(MIB, 127 * MIB, 4096, false)]));
         let gib = 1 << 30;
         assert_eq!(shape("2G,hugepages=1G", true), [(0, 2 << 30, gib, false)]);
     }

@@ -35,6 +35,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -62,6 +63,7 @@ use crate::devices::rtc::Rtc;
 use crate::devices::serial::{ConsoleOut, SerialPort};
 use crate::end::EndSignal;
 use crate::exits::{self, Handler, SHOW_REGISTERS, run_vcpu};
+use crate::host_memory::SYSFS;
 use crate::main_loop::GuestSide;
 use crate::stats::{ExitCounters, Named, Stats};
 
@@ -273,6 +275,9 @@ impl Machine {
         let refused = config.memory.check_host(&new_slots);
         refused.map_err(BuildError::HostMemory)?;
         config.memory.check_available()?;
+        if let Some(told) = config.memory.thp_obstacle(Path::new(SYSFS)) {
+            log::warn!("{told}");
+        }
 
         // 2. to 4. The VM and its memory, with CPUID asked for meanwhile.
         srcu::prepare();

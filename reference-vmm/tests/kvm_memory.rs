@@ -11,9 +11,10 @@
 mod support;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use guests::{boot, console};
+use reference_vmm::host_memory::{SYSFS, Transparent};
 use serde_json::Value;
 use support::{Ended, Vmm, need_kvm};
 
@@ -159,6 +160,25 @@ fn transparent_huge_pages_and_a_numa_node_are_taken() {
             continue;
         }
         ended.expect_status(1).expect_stdout("WW\n");
+    }
+}
+
+#[test]
+fn transparent_huge_pages_that_cannot_be_had_are_told_in_one_line() {
+    need_kvm();
+    let host = Transparent::read(Path::new(SYSFS));
+    for (memory, setting) in [
+        ("64M,thp=always", &host.private),
+        ("64M,shared,thp=always", &host.shared),
+    ] {
+        let vmm = Vmm::boot(boot::hello64()).words("--debug-exit --memory");
+        let ended = vmm.arg(memory).output();
+        let Some(setting) = setting else { continue };
+        ended.expect_status(1).expect_stdout("hello\n");
+        match setting.obstacle() {
+            None => ended.expect_silence(),
+            Some((file, word)) => ended.expect_line(&["no effect", file.to_str().unwrap(), word]),
+        };
     }
 }
 
