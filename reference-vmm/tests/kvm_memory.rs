@@ -57,6 +57,8 @@ fn a_guest_cannot_change_its_firmware() {
         ended.expect_status(1).expect_stdout("RR\n");
         let stats = stats(&ended);
         assert_eq!(stats["read-only-writes"], 2, "{stats}");
+        // And nowhere else.
+        assert_eq!(stats["unclaimed"], Value::Array(vec![]), "{stats}");
         let firmware: Vec<_> = slots(&stats).into_iter().filter(|slot| slot.4).collect();
         assert_eq!(firmware.len(), 1, "{stats}");
         assert_eq!(
