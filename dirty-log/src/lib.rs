@@ -56,7 +56,7 @@
 //! # Ok::<(), dirty_log::Error>(())
 //! ```
 //!
-//! `examples/tiny_vm.rs` is a whole VM in a page: a guest writes, a harvest tells where.
+//! `examples/harvest_vm.rs` is a whole VM in a page: a guest writes, a harvest tells where.
 //!
 //! # Header map
 //! What became of the identifiers of Linux's `include/linux/kvm_host.h` (3.17) that this crate

@@ -60,7 +60,7 @@
 //! # }
 //! ```
 //!
-//! `examples/tiny_vm.rs` is a whole virtual machine of `kvm-ioctls` and this crate.
+//! `examples/bus_vm.rs` is a whole virtual machine of `kvm-ioctls` and this crate.
 //!
 //! # Who answers
 //!

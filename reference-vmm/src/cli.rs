@@ -81,6 +81,7 @@ pub const HELP: &str = "\
 A microVM monitor for KVM.
 
 Usage: reference-vmm run --kernel FILE [OPTIONS]
+       reference-vmm run --config FILE [OPTIONS]
        reference-vmm doctor [--json]
 
 Commands:
@@ -100,6 +101,7 @@ pub const RUN_HELP: &str = "\
 Boot a guest with its serial console on this terminal.
 
 Usage: reference-vmm run --kernel FILE [OPTIONS]
+       reference-vmm run --config FILE [OPTIONS]
 
 Options:
   --kernel FILE            Kernel image: bzImage, ELF (64-bit Linux or PVH) or multiboot 1
@@ -120,7 +122,8 @@ Options:
   --debug-exit[=PORT]      QEMU's isa-debug-exit [0xf4]: the guest writes V there, and the
                            exit status is (V << 1) | 1
   --config FILE            Read the above from a JSON file first: {\"kernel\": \"bzImage\",
-                           \"memory\": \"1G\", \"cpus\": 2}; flags then override it
+                           \"memory\": \"1G\", \"cpus\": 2}. What is on the command line as well counts there
+                           alone, wherever it stands; the kernel may be on either
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --kvm PATH               KVM device [/dev/kvm]
   --stats[=json]           Say on stderr at the end what the guest did: exits, accesses to each
@@ -133,8 +136,8 @@ The guest's console is on stdin and stdout, everything else on stderr. On a term
 stops the guest and Ctrl-A Ctrl-A types one Ctrl-A. SIGTERM presses the guest's power button and
 stops it after the timeout, or at once if the guest has no ACPI; a second one, SIGINT, SIGHUP and
 SIGQUIT stop it at once. SIGUSR1 shows where each vCPU is: its registers, on stderr.
-What the guest wrote before its end is waited for; a signal that stops it cuts that short. A signal
-that comes while memory is made present is served when that is done.
+What the guest wrote before its end is waited for; a signal that stops it cuts that short. While
+memory is made present, before the guest starts, SIGTERM also stops it at once.
 
 Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor failed; 2 the
 arguments or the configuration were wrong; 3 the guest crashed (its registers are shown), or said
@@ -186,7 +189,6 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     // Flags override the file wherever it stands among them, so they are kept until it is read.
     let mut file = None;
     let mut changes: Vec<Edit> = Vec::new();
-    let mut kernel = None;
     let mut initrd = Vec::new();
     let (mut timeline, mut log, mut shutdown_timeout) = (false, log::LevelFilter::Warn, 10);
     let mut stats = None;
@@ -194,7 +196,10 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help(RUN_HELP)),
             Long("config") => file = Some(PathBuf::from(parser.value()?)),
-            Long("kernel") => kernel = Some(PathBuf::from(parser.value()?)),
+            Long("kernel") => {
+                let path = PathBuf::from(parser.value()?);
+                changes.push(Box::new(move |config| config.kernel = path));
+            }
             Long("initrd") => initrd.push(PathBuf::from(parser.value()?)),
             Long("cmdline") => {
                 let text = parser.value()?.string()?;
@@ -256,16 +261,9 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
             other => return Err(other.unexpected().into()),
         }
     }
-    let mut config = match (file, kernel) {
-        (Some(file), kernel) => {
-            let mut config = Config::from_file(&file)?;
-            if let Some(kernel) = kernel {
-                config.kernel = kernel;
-            }
-            config
-        }
-        (None, Some(kernel)) => Config::new(kernel),
-        (None, None) => return Err(ConfigError::NoKernel.into()),
+    let mut config = match file {
+        Some(file) => Config::from_file(&file)?,
+        None => Config::new(""),
     };
     if !initrd.is_empty() {
         config.initrd = initrd;
@@ -373,6 +371,24 @@ mod tests {
             config(&["--kernel", "k", "--config", path]).kernel,
             PathBuf::from("k")
         );
+    }
+
+    #[test]
+    fn the_kernel_may_be_on_the_command_line_alone() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(br#"{"cpus": 2}"#).unwrap();
+        let path = file.path().to_str().unwrap();
+        let expected = Config {
+            cpus: 2,
+            ..Config::new("k")
+        };
+        for args in [
+            ["--kernel", "k", "--config", path],
+            ["--config", path, "--kernel", "k"],
+        ] {
+            assert_eq!(config(&args), expected);
+        }
+        assert!(refused(&["run", "--config", path]).contains("--kernel"));
     }
 
     #[test]

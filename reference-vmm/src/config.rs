@@ -37,7 +37,8 @@ pub enum Irqchip {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Config {
-    /// The kernel image: bzImage, ELF or multiboot 1.
+    /// The kernel image: bzImage, ELF or multiboot 1. A file may leave it to the command line.
+    #[serde(default)]
     pub kernel: PathBuf,
     /// The initial RAM disk; with multiboot the modules, in order.
     #[serde(default, deserialize_with = "one_or_many")]
@@ -114,7 +115,7 @@ pub enum ConfigError {
     #[error("{0:?} is not a size; write bytes, or a number with K, M, G or T, such as 512M")]
     Size(String),
     /// No kernel was named.
-    #[error("no kernel: --kernel FILE names the image to boot")]
+    #[error("no kernel: --kernel FILE names the image to boot, or \"kernel\" in the --config file")]
     NoKernel,
     /// Too few or too many vCPUs.
     #[error("{0} vCPUs: a VM has 1 to {MAX_CPUS}")]
@@ -173,8 +174,8 @@ impl Config {
         }
     }
 
-    /// Reads a JSON object with the fields of [`Config`], in kebab-case: `kernel` must be there,
-    /// the others have the defaults of [`new`](Self::new). `memory` is a number of bytes, text as for
+    /// Reads a JSON object with the fields of [`Config`], in kebab-case: those that are not there have the
+    /// defaults of [`new`](Self::new), and without a `kernel` somebody else has to name it. `memory` is a number of bytes, text as for
     /// `--memory`, or an object ([`Memory`]); `initrd` is a path or a list of them.
     ///
     /// # Errors
@@ -200,10 +201,16 @@ impl Config {
                 len,
             });
         }
-        serde_json::from_slice(&text).map_err(|source| ConfigError::Json {
+        let json = |source| ConfigError::Json {
             path: path.to_owned(),
             source,
-        })
+        };
+        // A list of the fields' values in their order would be one to serde.
+        if text.trim_ascii_start().starts_with(b"[") {
+            let wanted = "a list, and an object is wanted";
+            return Err(json(serde::de::Error::custom(wanted)));
+        }
+        serde_json::from_slice(&text).map_err(json)
     }
 
     /// Checks every value that can be checked without a host.
@@ -390,7 +397,10 @@ mod tests {
         };
         assert_eq!(config.unwrap(), expected);
         assert_eq!(parse(r#"{"kernel": "k"}"#).unwrap(), Config::new("k"));
-        assert!(parse("{}").unwrap_err().to_string().contains("kernel"));
+        // Without a kernel it is a file still, and no machine.
+        let none = parse("{}").unwrap();
+        assert_eq!(none, Config::new(""));
+        assert!(matches!(none.validate(), Err(ConfigError::NoKernel)));
         assert!(
             parse(r#"{"kernel": "k", "cpu": 2}"#)
                 .unwrap_err()

@@ -74,6 +74,7 @@ pub mod devices;
 pub mod doctor;
 pub mod end;
 pub(crate) mod exits;
+pub mod host_memory;
 pub mod logger;
 pub mod main_loop;
 pub mod memory;

@@ -13,14 +13,16 @@
 //!
 //! A slot is one kind of memory, so the firmware's cuts the low memory in two, and a huge page that it
 //! would lie in is made of ordinary ones: the first 2 MiB, which KVM could not map as one page anyway.
+//! So it is with shared memory and transparent huge pages, which a memfd has at multiples of their size.
 //! A guest with 1 GiB pages keeps them, and has its firmware in RAM that it can write.
 
 use std::fmt;
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::str::FromStr;
 
 use memslots::{
-    Backing, HugePageSize, HugePages, MapError, Mapping, NewSlot, NumaPolicy, SlotFlags,
+    Backing, HugePageSize, HugePages, MapError, Mapping, NewSlot, NumaPolicy, SlotFlags, SlotTable,
 };
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
@@ -28,6 +30,7 @@ use vm_memory::GuestAddress;
 
 use crate::arch::layout;
 use crate::config::{ConfigError, parse_size};
+use crate::host_memory::Transparent;
 
 /// x86-64 has at most 52 bits of physical address; what this host's KVM takes may be less, and only
 /// KVM can tell.
@@ -39,6 +42,10 @@ const MIN_SIZE: u64 = 2 << 20;
 /// More threads than this do not make memory present any faster: they wait for each other in the
 /// kernel.
 const MAX_PREFAULT_THREADS: usize = 16;
+
+/// What is made present between two looks at whether to go on: a quarter of a second's work for one
+/// thread, beside which the threads' start is nothing.
+const PREFAULT_PIECE: u64 = 256 << 20;
 
 /// Guest memory: how much, and of what.
 ///
@@ -161,7 +168,12 @@ impl Memory {
             add(0, rom.start, ordinary.backing(rom.start), SlotFlags::NONE);
             let image = Backing::anonymous(rom.end - rom.start);
             add(rom.start, rom.end, image, SlotFlags::READ_ONLY);
-            let huge = self.hugepages.map_or(rom.end, HugePageSize::bytes).min(end);
+            let huge = match self.hugepages {
+                Some(page) => page.bytes(),
+                None if self.shared && self.thp != HugePages::Never => HugePageSize::MIB_2.bytes(),
+                None => rom.end,
+            };
+            let huge = huge.min(end);
             let small = huge.saturating_sub(rom.end);
             add(rom.end, huge, ordinary.backing(small), SlotFlags::NONE);
             let rest = end.saturating_sub(huge);
@@ -182,12 +194,29 @@ impl Memory {
             return Ok(());
         }
         let asked = slots.iter().filter(|slot| slot.flags == SlotFlags::NONE);
-        let map = |slot: &NewSlot| {
-            let untouched = slot.backing.clone().without_prefault();
-            Mapping::new(&untouched, slot.start)
-        };
+        let map = |slot: &NewSlot| Mapping::new(&slot.backing, slot.start);
         // All at once: they share the pool.
         asked.map(map).collect::<Result<Vec<_>, _>>().map(drop)
+    }
+
+    /// How to tell that `thp=always` has no effect, which is no error: the host, as its sysfs says, gives
+    /// such memory no transparent huge pages. `None` where it does, and where they were not asked for.
+    pub fn thp_obstacle(&self, sysfs: &Path) -> Option<String> {
+        if self.thp != HugePages::Advise {
+            return None;
+        }
+        let host = Transparent::read(sysfs);
+        let (kind, setting) = match self.shared {
+            false => ("private", host.private),
+            true => ("shared", host.shared),
+        };
+        // A kernel without such a file has none to give, and refuses the advice by itself.
+        let setting = setting?;
+        let (file, word) = setting.obstacle()?;
+        let file = file.display();
+        Some(format!(
+            "thp=always has no effect on {kind} memory here: {file} is {word:?}"
+        ))
     }
 
     /// Refuses to make present what the host has not: ordinary memory that cannot be had is no error of
@@ -221,18 +250,66 @@ impl Memory {
             (Some(page), true) => Backing::hugetlb_memfd(size, page),
         };
         let backing = backing.huge_pages(self.thp);
-        let backing = match self.numa {
+        match self.numa {
             Some(node) => backing.numa(NumaPolicy::Bind(vec![node])),
             None => backing,
-        };
+        }
+    }
+
+    /// Makes all of `table` present that this memory wants so, and not its read-only slots. Before each
+    /// piece `go_on` is asked; where it says no, that is the end.
+    ///
+    /// # Errors
+    /// [`MapError::Prefault`], with how far it came in the slot.
+    pub fn make_present(
+        &self,
+        table: &SlotTable,
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<(), MapError> {
         let must = self.hugepages.is_some() && self.numa.is_some();
         if !(self.prefault || must) {
-            return backing;
+            return Ok(());
         }
-        let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let threads = threads.min(MAX_PREFAULT_THREADS);
-        backing.prefault(NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN))
+        let writable = table.regions().filter(|region| !region.is_read_only());
+        for mapping in writable.map(|region| region.mapping()) {
+            if !present(mapping, PREFAULT_PIECE, &mut go_on)? {
+                break;
+            }
+        }
+        Ok(())
     }
+}
+
+/// Makes a mapping present, `piece` after `piece`; false if `go_on` ended it.
+fn present(
+    mapping: &Mapping,
+    piece: u64,
+    go_on: &mut impl FnMut() -> bool,
+) -> Result<bool, MapError> {
+    let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let most = NonZeroUsize::new(MAX_PREFAULT_THREADS).unwrap_or(NonZeroUsize::MIN);
+    let piece = piece.next_multiple_of(mapping.page_size());
+    let size = mapping.size();
+    let mut start = 0;
+    while start < size {
+        if !go_on() {
+            return Ok(false);
+        }
+        let end = start.saturating_add(piece).min(size);
+        let populated = mapping.prefault(start..end, threads.min(most));
+        populated.map_err(|error| match error {
+            MapError::Prefault {
+                populated, errno, ..
+            } => MapError::Prefault {
+                populated: start + populated,
+                size,
+                errno,
+            },
+            other => other,
+        })?;
+        start = end;
+    }
+    Ok(true)
 }
 
 /// `MemAvailable` of `/proc/meminfo`, in bytes.
@@ -468,6 +545,67 @@ mod tests {
         }
     }
 
+    /// The pages of a mapping that are present.
+    fn resident(mapping: &Mapping) -> usize {
+        let mut pages = vec![0u8; (mapping.size() / 4096) as usize];
+        let size = mapping.size() as usize;
+        // SAFETY: a mapping of that size, with a byte for each of its pages.
+        let seen = unsafe { libc::mincore(mapping.host().0 as *mut _, size, pages.as_mut_ptr()) };
+        assert_eq!(seen, 0);
+        pages.iter().filter(|page| **page & 1 != 0).count()
+    }
+
+    #[test]
+    fn making_present_ends_at_a_piece_when_it_is_told_to() {
+        let backing = Backing::anonymous(40 << 12).huge_pages(HugePages::Never);
+        let mapping = Mapping::new(&backing, GuestAddress(0)).unwrap();
+        let piece = 16 << 12;
+        let (mut asked, stop_at) = (0, 2);
+        let mut go_on = || {
+            asked += 1;
+            asked < stop_at
+        };
+        assert!(!present(&mapping, piece, &mut go_on).unwrap());
+        assert_eq!((asked, resident(&mapping)), (2, 16));
+        // The last piece is a short one.
+        let mut asked = 0;
+        let mut go_on = || {
+            asked += 1;
+            true
+        };
+        assert!(present(&mapping, piece, &mut go_on).unwrap());
+        assert_eq!((asked, resident(&mapping)), (3, 40));
+    }
+
+    #[test]
+    fn a_wish_for_transparent_huge_pages_without_effect_is_told_with_the_setting() {
+        let sysfs = tempfile::tempdir().unwrap();
+        let folder = sysfs.path().join("kernel/mm/transparent_hugepage");
+        let told = |memory: &str| parsed(memory).thp_obstacle(sysfs.path());
+        // A kernel without them.
+        assert_eq!(told("1G,thp=always"), None);
+        std::fs::create_dir_all(&folder).unwrap();
+        let set = |name: &str, words: &str| std::fs::write(folder.join(name), words).unwrap();
+        let (private, shared) = ("1G,thp=always", "1G,shared,thp=always");
+        set("enabled", "always madvise [never]");
+        set("shmem_enabled", "always [advise] never");
+        let text = told(private).unwrap();
+        assert!(text.contains("private memory"), "{text}");
+        assert!(
+            text.ends_with("transparent_hugepage/enabled is \"never\""),
+            "{text}"
+        );
+        for memory in [shared, "1G", "1G,thp=never", "1G,shared"] {
+            assert_eq!(told(memory), None, "{memory}");
+        }
+        set("enabled", "always [madvise] never");
+        set("shmem_enabled", "always advise [never]");
+        let text = told(shared).unwrap();
+        assert!(text.contains("shared memory"), "{text}");
+        assert!(text.ends_with("/shmem_enabled is \"never\""), "{text}");
+        assert_eq!(told(private), None);
+    }
+
     #[test]
     fn text_has_a_size_and_options_in_any_order() {
         let memory = Memory::new(512 << 20);
@@ -593,6 +731,15 @@ mod tests {
             shape("2M,hugepages=2M", true),
             with(&[(MIB, MIB, 4096, false)])
         );
+        // Where a huge page of the guest would begin, one of the memfd does.
+        for memory in ["128M,shared", "128M,shared,thp=always"] {
+            assert_eq!(
+                shape(memory, true),
+                with(&[(MIB, MIB, 4096, false), (two, 126 * MIB, 4096, false)])
+            );
+        }
+        let never = shape("128M,shared,thp=never", true);
+        assert_eq!(never, with(&[(MIB, 127 * MIB, 4096, false)]));
         let gib = 1 << 30;
         assert_eq!(shape("2G,hugepages=1G", true), [(0, 2 << 30, gib, false)]);
     }

@@ -61,7 +61,19 @@ fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
     // Before any thread exists, so that all of them inherit the mask.
     let stop_signals = Signals::take_over().map_err(host("take over the stop signals"))?;
     let end = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
-    let machine = Machine::build(&options.config, std::io::stdout(), &end)?;
+    // What stops a guest ends its building as well. Registers there are none to show yet.
+    let stop = |signal| end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
+    let watch = || {
+        let stops = |signal: &i32| *signal != signals::SHOW_REGISTERS;
+        std::iter::from_fn(|| stop_signals.next())
+            .filter(stops)
+            .for_each(stop);
+    };
+    let built = Machine::build_watched(&options.config, std::io::stdout(), &end, watch);
+    let machine = match (built, end.get()) {
+        (Err(BuildError::Ended), Some(end)) => return Ok((end.clone(), None)),
+        (built, _) => built?,
+    };
     if options.stats.is_some() {
         machine.count_accesses();
     }

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use io_bus::{BusKind, IoBus, IoRange};
 use memslots::SlotTable;
 use serde::Serialize;
+use vm_memory::GuestAddress;
 
 /// What a vCPU came out of the guest for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,7 +148,7 @@ pub struct UnclaimedStats {
     pub bus: String,
     /// How many accesses.
     pub accesses: u64,
-    /// The address or port of the last of them.
+    /// The address or port of the last of them; `None` where a write to read-only memory came later.
     pub last_address: Option<u64>,
 }
 
@@ -181,8 +182,8 @@ pub struct Stats {
     pub read_only_writes: u64,
     /// Each device, bus by bus in order of address; empty where accesses are not counted.
     pub devices: Vec<DeviceStats>,
-    /// Each bus on which there was an access that nobody answered; writes to read-only memory are
-    /// among them.
+    /// Each bus on which there was an access that nobody answered. Writes to read-only memory, which no
+    /// device answers either, are not among them.
     pub unclaimed: Vec<UnclaimedStats>,
     /// Guest memory, by address.
     pub slots: Vec<SlotStats>,
@@ -222,12 +223,23 @@ impl Stats {
                     written_bytes: range.written_bytes,
                 });
             }
-            let met = stats.unclaimed.iter().filter(|bus| bus.accesses > 0);
-            unclaimed.extend(met.map(|bus| UnclaimedStats {
-                bus: bus.bus.to_string(),
-                accesses: bus.accesses,
-                last_address: bus.last_address,
+            unclaimed.extend(stats.unclaimed.iter().map(|bus| {
+                // The bus saw the writes to read-only memory first, and no device took them.
+                let elsewhere = match bus.bus {
+                    BusKind::Mmio => read_only_writes,
+                    _ => 0,
+                };
+                let is_rom = |at: &u64| {
+                    let region = slots.find(GuestAddress(*at));
+                    region.is_some_and(|region| region.is_read_only())
+                };
+                UnclaimedStats {
+                    bus: bus.bus.to_string(),
+                    accesses: bus.accesses.saturating_sub(elsewhere),
+                    last_address: bus.last_address.filter(|at| elsewhere == 0 || !is_rom(at)),
+                }
             }));
+            unclaimed.retain(|bus: &UnclaimedStats| bus.accesses > 0);
         }
         let slots = slots.regions().map(|region| {
             let extent = region.extent();
@@ -260,30 +272,32 @@ impl Stats {
 impl fmt::Display for Stats {
     /// Tables, each with a line that says what it is. Numbers are decimal, addresses hexadecimal.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "exits      {:>10}{}", "total", ExitTitles)?;
-        for (vcpu, exits) in self.exits.iter().enumerate() {
-            write!(f, "  {:<9}{:>10}", format!("vcpu{vcpu}"), exits.total())?;
-            for (_, count) in exits.columns() {
-                write!(f, "{count:>12}")?;
-            }
-            f.write_char('\n')?;
+        let titles = Exits::default().columns().map(|(name, _)| name);
+        let titles = ["exits", "total"].into_iter().chain(titles);
+        let mut exits = vec![titles.map(str::to_owned).collect()];
+        for (vcpu, counts) in self.exits.iter().enumerate() {
+            let numbers = counts.columns().map(|(_, count)| count.to_string());
+            let first = [format!("  vcpu{vcpu}"), counts.total().to_string()];
+            exits.push(first.into_iter().chain(numbers).collect());
         }
-        writeln!(f, "writes without an exit  {:>8}", self.coalesced_writes)?;
-        writeln!(f, "writes to read-only memory {:>5}", self.read_only_writes)?;
+        table(f, &exits)?;
+        writeln!(f, "writes without an exit: {}", self.coalesced_writes)?;
+        writeln!(f, "writes to read-only memory: {}", self.read_only_writes)?;
+
+        let titles = ["devices", "at", "reads", "bytes", "writes", "bytes"];
+        let mut devices = vec![titles.map(str::to_owned).to_vec()];
+        devices.extend(self.devices.iter().map(|device| {
+            vec![
+                format!("  {}", device.device),
+                format!("{} {:#x}..={:#x}", device.bus, device.base, device.last),
+                device.reads.to_string(),
+                device.read_bytes.to_string(),
+                device.writes.to_string(),
+                device.written_bytes.to_string(),
+            ]
+        }));
         if !self.devices.is_empty() {
-            writeln!(
-                f,
-                "{:<38}{:>18}{:>10}{:>12}{:>10}{:>12}",
-                "devices", "at", "reads", "bytes", "writes", "bytes"
-            )?;
-        }
-        for device in &self.devices {
-            let at = format!("{} {:#x}..={:#x}", device.bus, device.base, device.last);
-            writeln!(
-                f,
-                "  {:<32}{at:>22}{:>10}{:>12}{:>10}{:>12}",
-                device.device, device.reads, device.read_bytes, device.writes, device.written_bytes
-            )?;
+            table(f, &devices)?;
         }
         for bus in &self.unclaimed {
             write!(f, "nobody answered on {}: {}", bus.bus, bus.accesses)?;
@@ -292,44 +306,51 @@ impl fmt::Display for Stats {
                 None => f.write_char('\n')?,
             }
         }
-        writeln!(f, "memory")?;
-        for slot in &self.slots {
-            writeln!(
-                f,
-                "  slot {:<3} {:#014x}{:>16} bytes, {}, pages of {} KiB{}",
-                slot.id,
-                slot.start,
-                slot.size,
-                slot.backing,
-                slot.page_size >> 10,
-                if slot.read_only { ", read-only" } else { "" }
-            )?;
-        }
-        Ok(())
+
+        let titles = ["memory", "at", "bytes", "KiB a page"];
+        let mut slots = vec![titles.map(str::to_owned).to_vec()];
+        slots.extend(self.slots.iter().map(|slot| {
+            let read_only = if slot.read_only { ", read-only" } else { "" };
+            vec![
+                format!("  slot {}: {}{read_only}", slot.id, slot.backing),
+                format!("{:#x}", slot.start),
+                slot.size.to_string(),
+                (slot.page_size >> 10).to_string(),
+            ]
+        }));
+        table(f, &slots)
     }
 }
 
-/// The head of the columns.
-struct ExitTitles;
-
-impl fmt::Display for ExitTitles {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (name, _) in Exits::default().columns() {
-            write!(f, "{name:>12}")?;
+/// Rows of one length, each column as wide as its widest cell: the first to the left, the others to the
+/// right.
+fn table(f: &mut fmt::Formatter<'_>, rows: &[Vec<String>]) -> fmt::Result {
+    let mut widths = vec![0; rows.first().map_or(0, Vec::len)];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
         }
-        Ok(())
     }
+    for row in rows {
+        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            match column {
+                0 => write!(f, "{cell:<width$}")?,
+                _ => write!(f, "  {cell:>width$}")?,
+            }
+        }
+        f.write_char('\n')?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use io_bus::{PioAddress, PioRange};
+    use io_bus::{MmioAddress, PioAddress, PioRange};
     use memslots::fake::FakeHost;
     use memslots::{Backing, Memslots, SlotFlags};
     use std::sync::Arc;
     use vm_device::DevicePio;
-    use vm_memory::GuestAddress;
 
     struct Quiet;
     impl DevicePio for Quiet {
@@ -358,12 +379,10 @@ mod tests {
         counters[1].count(ExitKind::PioIn);
         counters[1].count(ExitKind::Hlt);
         counters[1].count(ExitKind::Hlt);
-        counters[0].count_read_only_write();
         let names: [Named; 1] = [("clock", BusKind::Pio, range.into())];
         let stats = Stats::collect(&counters, &bus, &names, &memslots.snapshot());
         assert_eq!(stats.exits[0].total(), 0);
         assert_eq!((stats.exits[1].pio_in, stats.exits[1].hlt), (1, 2));
-        assert_eq!(stats.read_only_writes, 1);
         assert_eq!(stats.devices[0].device, "clock");
         assert_eq!((stats.devices[0].reads, stats.devices[0].writes), (0, 1));
         assert_eq!(stats.devices[0].written_bytes, 2);
@@ -384,6 +403,91 @@ mod tests {
         assert_eq!(json["devices"][0]["written-bytes"], 2);
         assert_eq!(json["slots"][0]["size"], 0x2_0000);
         drop(rom);
+    }
+
+    #[test]
+    fn a_write_to_read_only_memory_counts_there_alone() {
+        let bus = IoBus::new();
+        bus.count(true);
+        let memslots = Memslots::new(FakeHost::new(8));
+        let rom = GuestAddress(0xe_0000);
+        let backing = Backing::anonymous(0x2_0000);
+        let _rom = memslots.create(rom, backing, SlotFlags::READ_ONLY).unwrap();
+        let counters = [ExitCounters::default()];
+        let mut io = bus.dispatcher();
+        let mut write = |address: u64, rom: bool| {
+            assert!(!io.mmio_write(MmioAddress(address), &[0]).is_answered());
+            if rom {
+                counters[0].count_read_only_write();
+            }
+            Stats::collect(&counters, &bus, &[], &memslots.snapshot())
+        };
+        let stats = write(rom.0, true);
+        assert_eq!((stats.read_only_writes, stats.unclaimed), (1, vec![]));
+        let unclaimed = |accesses, last_address| UnclaimedStats {
+            bus: BusKind::Mmio.to_string(),
+            accesses,
+            last_address,
+        };
+        let stats = write(0xd000_0000, false);
+        assert_eq!(stats.unclaimed, [unclaimed(1, Some(0xd000_0000))]);
+        let stats = write(rom.0 + 8, true);
+        assert_eq!(stats.read_only_writes, 2);
+        assert_eq!(stats.unclaimed, [unclaimed(1, None)]);
+    }
+
+    #[test]
+    fn columns_line_up_whatever_is_in_them() {
+        let device = |device, base, reads| DeviceStats {
+            device,
+            bus: "MMIO".into(),
+            base,
+            last: base + 0xfff,
+            reads,
+            writes: 1,
+            read_bytes: 2,
+            written_bytes: 3,
+        };
+        let slot = |id, backing: &str, read_only| SlotStats {
+            id,
+            start: 1 << id,
+            size: 1 << id,
+            read_only,
+            backing: backing.into(),
+            page_size: 4096,
+        };
+        let stats = Stats {
+            exits: vec![Exits::default(); 12],
+            coalesced_writes: u64::MAX,
+            read_only_writes: 0,
+            devices: vec![
+                device("a", 0, 0),
+                device(
+                    "a µ-controller whose name is longer than all others",
+                    1 << 51,
+                    u64::MAX,
+                ),
+            ],
+            unclaimed: vec![],
+            slots: vec![
+                slot(1, "memory", false),
+                slot(40, "shared hugetlb pages", true),
+            ],
+        };
+        let text = stats.to_string();
+        let lines: Vec<&str> = text.lines().collect();
+        for (title, rows) in [("exits", 12), ("devices", 2), ("memory", 2)] {
+            let at = lines
+                .iter()
+                .position(|line| line.starts_with(title))
+                .unwrap();
+            let table = &lines[at..=at + rows];
+            let width = |line: &&str| line.chars().count();
+            assert!(
+                table.iter().all(|line| width(line) == width(&table[0])),
+                "{text}"
+            );
+        }
     }
 
     #[test]

@@ -18,7 +18,8 @@
 //! 2. **Readers' barriers** are made free (`srcu::prepare`) while the process has one thread: with two,
 //!    the kernel waits for a grace period of its own.
 //! 3. **CPUID** is asked for on a thread of its own while the rest goes on: KVM's slowest answer, and
-//!    the vCPUs are the first to need it.
+//!    the vCPUs are the first to need it. Only a guest with so much memory that the processor's address
+//!    bits may not reach waits for it at once: making such memory would take far longer.
 //! 4. **Memory slots** before anything that registers on KVM's buses: a slot made after the
 //!    in-kernel irqchip waits for a grace period. The firmware's is one of them, read-only
 //!    ([`memory`](crate::memory)): where there are ACPI tables, for elsewhere there is no firmware.
@@ -34,6 +35,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -61,6 +63,7 @@ use crate::devices::rtc::Rtc;
 use crate::devices::serial::{ConsoleOut, SerialPort};
 use crate::end::EndSignal;
 use crate::exits::{self, Handler, SHOW_REGISTERS, run_vcpu};
+use crate::host_memory::SYSFS;
 use crate::main_loop::GuestSide;
 use crate::stats::{ExitCounters, Named, Stats};
 
@@ -103,15 +106,27 @@ pub enum BuildError {
     /// Guest memory could not be made.
     #[error("cannot make the guest's memory")]
     Memory(#[from] memslots::Error),
-    /// The guest's memory would end above what the host's processor can address.
-    #[error("the guest's memory ends at {end:#x}, and this host's guests have {bits} address bits")]
+    /// Not all of guest memory could be made present.
+    #[error("cannot make the guest's memory present")]
+    Prefault(#[source] memslots::MapError),
+    /// The end was told while the machine was built.
+    #[error("the machine was ended before it was built")]
+    Ended,
+    /// The guest's memory would end above what the host's processor can address. Found before anything
+    /// was made.
+    #[error(
+        "{given} bytes of memory would end at {end:#x}, and a guest of this host has {bits} address bits: \
+         they end at {:#x}", 1u128 << bits
+    )]
     AddressBits {
-        /// End of the memory.
+        /// The memory asked for.
+        given: u64,
+        /// Its end, with the hole below 4 GiB.
         end: u64,
         /// Width of guest physical addresses on this host.
         bits: u32,
     },
-    /// More vCPUs than the host's KVM takes.
+    /// More vCPUs than the host's KVM takes. Found before anything was made.
     #[error("{asked} vCPUs: this host's KVM takes at most {most}")]
     Cpus {
         /// Configured.
@@ -168,7 +183,9 @@ impl BuildError {
                 | MapError::NoHugePages { .. }
                 | MapError::NoSuchNode { .. },
             ) => 2,
-            BuildError::Boot(_)
+            BuildError::AddressBits { .. }
+            | BuildError::Cpus { .. }
+            | BuildError::Boot(_)
             | BuildError::Layout(_)
             | BuildError::Config(_)
             | BuildError::Acpi(_) => 2,
@@ -204,7 +221,8 @@ struct Parts {
 
 impl Machine {
     /// Builds what `config` describes, with the serial console's output on `console` and its end
-    /// told to `end`. Blocks for the reading of the kernel and the initrd.
+    /// told to `end`. Blocks for the reading of the kernel and the initrd, and until memory is present
+    /// that is to be so: [`build_watched`](Self::build_watched) can end that.
     ///
     /// # Errors
     /// [`BuildError`]; nothing is left behind.
@@ -212,6 +230,21 @@ impl Machine {
         config: &Config,
         console: impl AsFd,
         end: &Arc<EndSignal>,
+    ) -> Result<Self, BuildError> {
+        Self::build_watched(config, console, end, || {})
+    }
+
+    /// [`build`](Self::build), and while memory is made present `watch` is called, several times a second
+    /// or before each huge page. An `end` that is told meanwhile, by it or by another thread, ends the
+    /// building.
+    ///
+    /// # Errors
+    /// [`BuildError`], of which [`BuildError::Ended`] is no failure; nothing is left behind.
+    pub fn build_watched(
+        config: &Config,
+        console: impl AsFd,
+        end: &Arc<EndSignal>,
+        watch: impl Fn(),
     ) -> Result<Self, BuildError> {
         config.validate()?;
 
@@ -242,15 +275,33 @@ impl Machine {
         let refused = config.memory.check_host(&new_slots);
         refused.map_err(BuildError::HostMemory)?;
         config.memory.check_available()?;
+        if let Some(told) = config.memory.thp_obstacle(Path::new(SYSFS)) {
+            log::warn!("{told}");
+        }
 
         // 2. to 4. The VM and its memory, with CPUID asked for meanwhile.
         srcu::prepare();
         let kvm = Arc::new(Kvm::open_at(&config.kvm)?);
-        let cpuid = CpuidBase::ask(&kvm, config.irqchip)?;
+        let most = kvm.capabilities().max_vcpus();
+        if config.cpus > most {
+            let asked = config.cpus;
+            return Err(BuildError::Cpus { asked, most });
+        }
+        let cpuid = CpuidBase::ask(&kvm, config.irqchip)?.early_for(&ram)?;
         let setup = kvm.create_vm()?;
         let memslots = Memslots::new(setup.fd().clone());
         let slots = memslots.create_all(new_slots)?;
         let memory = memslots.snapshot();
+        // Before anything is written there: a huge page that its node has not is a SIGBUS at a touch.
+        let go_on = || {
+            watch();
+            !end.is_told()
+        };
+        let present = config.memory.make_present(&memory, go_on);
+        present.map_err(BuildError::Prefault)?;
+        if end.is_told() {
+            return Err(BuildError::Ended);
+        }
         plan.load(&*memory, &mut kernel, &mut initrds)?;
         if let Some(acpi) = &acpi {
             boot::write_all(&*memory, &acpi.writes)?;
@@ -261,13 +312,6 @@ impl Machine {
         drop((memory, kernel, initrds));
 
         // 5. The irqchip.
-        let most = setup.capabilities().max_vcpus();
-        if config.cpus > most {
-            return Err(BuildError::Cpus {
-                asked: config.cpus,
-                most,
-            });
-        }
         setup.set_tss_address(layout::TSS_ADDR)?;
         let irqchip = Irqchip::create(setup.fd(), irqchip_kind(config))?;
         let routing = Routing::new(setup.fd().clone(), &irqchip);
@@ -277,8 +321,7 @@ impl Machine {
         // limit. SIGURG of these: one that comes from elsewhere does no harm and never did.
         let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
         let vm = setup.kick_signal(kick).finish();
-        let cpuid = cpuid.answer()?;
-        cpuid.check_memory(&ram)?;
+        let cpuid = cpuid.answer(&ram)?;
         let vcpus = (0..config.cpus)
             .map(|index| {
                 let vcpu = vm.create_vcpu(VcpuId(index))?;
@@ -509,18 +552,61 @@ struct CpuidBase {
     tsc_deadline: bool,
 }
 
-/// The answer to be, on its way.
-struct CpuidQuestion(JoinHandle<Result<CpuidBase, kvm_core::Error>>);
+/// The answer, or where it is on its way.
+enum CpuidQuestion {
+    Asked(JoinHandle<Result<CpuidBase, BuildError>>),
+    Answered(CpuidBase),
+}
 
 impl CpuidQuestion {
-    fn answer(self) -> Result<CpuidBase, BuildError> {
-        match self.0.join() {
-            Ok(answer) => Ok(answer?),
-            Err(_) => Err(BuildError::Process {
-                what: "ask for the host's CPUID",
-                source: io::Error::other("its thread panicked"),
-            }),
+    /// Waits for the answer now where this RAM is more than any processor can be relied on to address.
+    fn early_for(self, ram: &[(GuestAddress, u64)]) -> Result<Self, BuildError> {
+        match end_of(ram) > 1 << LEAST_ADDRESS_BITS {
+            true => Ok(CpuidQuestion::Answered(self.answer(ram)?)),
+            false => Ok(self),
         }
+    }
+
+    /// Waits for the answer. Refuses RAM that the guest's processors could not address: KVM itself takes
+    /// any slot, and the guest would meet the hole much later.
+    fn answer(self, ram: &[(GuestAddress, u64)]) -> Result<CpuidBase, BuildError> {
+        let cpuid = match self {
+            CpuidQuestion::Answered(cpuid) => cpuid,
+            CpuidQuestion::Asked(thread) => thread.join().unwrap_or_else(|_| {
+                Err(BuildError::Process {
+                    what: "ask for the host's CPUID",
+                    source: io::Error::other("its thread panicked"),
+                })
+            })?,
+        };
+        let (end, bits) = (end_of(ram), address_bits(cpuid.supported.as_slice()));
+        if bits < u64::BITS && end > 1 << bits {
+            let given = ram.iter().map(|(_, len)| len).sum();
+            return Err(BuildError::AddressBits { given, end, bits });
+        }
+        Ok(cpuid)
+    }
+}
+
+/// Where RAM ends.
+fn end_of(ram: &[(GuestAddress, u64)]) -> u64 {
+    let ends = ram.iter().map(|(start, len)| start.0.saturating_add(*len));
+    ends.max().unwrap_or(0)
+}
+
+/// What x86-64 processors have at least, and one has that does not say.
+const LEAST_ADDRESS_BITS: u32 = 36;
+
+/// Width of guest physical addresses: the processor's, or what of it KVM can map, where it says so (its
+/// page tables may have a level less than the processor's widest address wants).
+fn address_bits(supported: &[kvm_bindings::kvm_cpuid_entry2]) -> u32 {
+    let leaf = supported.iter().find(|leaf| leaf.function == 0x8000_0008);
+    let Some(leaf) = leaf else {
+        return LEAST_ADDRESS_BITS;
+    };
+    match (leaf.eax & 0xff, leaf.eax >> 16 & 0xff) {
+        (bits, 0) => bits,
+        (bits, mappable) => bits.min(mappable),
     }
 }
 
@@ -544,27 +630,7 @@ impl CpuidBase {
             what: "start a thread for CPUID",
             source,
         })?;
-        Ok(CpuidQuestion(thread))
-    }
-
-    /// Refuses memory that the guest's processors could not address: KVM itself takes any slot, and
-    /// the guest would meet the hole much later.
-    fn check_memory(&self, ram: &[(GuestAddress, u64)]) -> Result<(), BuildError> {
-        let bits = self
-            .supported
-            .as_slice()
-            .iter()
-            .find(|leaf| leaf.function == 0x8000_0008)
-            .map_or(36, |leaf| leaf.eax & 0xff);
-        let end = ram
-            .iter()
-            .map(|(start, len)| start.0 + len)
-            .max()
-            .unwrap_or(0);
-        if bits < 64 && end > 1 << bits {
-            return Err(BuildError::AddressBits { end, bits });
-        }
-        Ok(())
+        Ok(CpuidQuestion::Asked(thread))
     }
 
     /// CPUID, MSRs and local interrupt pins of a vCPU.
@@ -695,3 +761,55 @@ fn register_devices(
 }
 
 type Port = Arc<dyn vm_device::DevicePio + Send + Sync>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_bindings::kvm_cpuid_entry2;
+
+    fn leaf(eax: u32) -> [kvm_cpuid_entry2; 2] {
+        let leaf = |function, eax| kvm_cpuid_entry2 {
+            function,
+            eax,
+            ..Default::default()
+        };
+        [leaf(1, 0xff), leaf(0x8000_0008, eax)]
+    }
+
+    #[test]
+    fn address_bits_are_the_fewer_of_the_processors_and_those_that_kvm_maps() {
+        assert_eq!(address_bits(&leaf(0x3027)), 39);
+        assert_eq!(address_bits(&leaf(0x30_3934)), 48);
+        assert_eq!(address_bits(&leaf(0x34_3930)), 48);
+        assert_eq!(address_bits(&leaf(0)[..1]), LEAST_ADDRESS_BITS);
+    }
+
+    #[test]
+    fn memory_above_the_address_bits_is_refused_with_all_the_numbers() {
+        let check = |bits, size| {
+            let base = CpuidBase {
+                supported: kvm_bindings::CpuId::from_entries(&leaf(bits)).unwrap(),
+                tsc_deadline: false,
+            };
+            let ram = memslots::ram_layout(size, layout::MMIO_HOLE).unwrap();
+            let question = CpuidQuestion::Answered(base).early_for(&ram)?;
+            question.answer(&ram).map(drop)
+        };
+        let gib = 1 << 30;
+        check(39, 511 * gib).unwrap();
+        check(36, gib).unwrap();
+        let error = check(39, 512 * gib).unwrap_err();
+        assert_eq!(error.exit_status(), 2);
+        let text = error.to_string();
+        for needle in [
+            "549755813888 bytes",
+            "0x8040000000",
+            "39 address bits",
+            "0x8000000000",
+        ] {
+            assert!(text.contains(needle), "{text}");
+        }
+        // An odd one is found out later.
+        assert!(check(32, 8 * gib).is_err());
+    }
+}

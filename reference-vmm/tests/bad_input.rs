@@ -389,8 +389,8 @@ fn a_bad_configuration_file_is_refused_with_its_path() {
     };
     refused(b"", "");
     refused(b"{", "");
-    refused(b"[]", "");
-    refused(b"{}", "kernel");
+    refused(b"[]", "object");
+    refused(br#" ["k"]"#, "object");
     refused(b"\xff\xfe", "");
     refused(br#"{"kernel": 1}"#, "");
     refused(br#"{"kernel": "k", "cpu": 2}"#, "`cpu`");
@@ -412,6 +412,7 @@ fn a_bad_configuration_file_is_refused_with_its_path() {
         .expect_line(&["/dev/zero", "1048577"]);
     // What is valid JSON and cannot be is refused as on the command line.
     for (text, needle) in [
+        ("{}", "--kernel"),
         (r#"{"kernel": "k", "cpus": 0}"#, "0 vCPUs"),
         (r#"{"kernel": "k", "memory": 0}"#, "0 bytes"),
         (r#"{"kernel": "", "cpus": 1}"#, "--kernel"),
@@ -420,6 +421,19 @@ fn a_bad_configuration_file_is_refused_with_its_path() {
         let config = file(text.as_bytes());
         let ended = Vmm::command(["run", "--config"]).arg(&config).output();
         ended.expect_status(2).expect_line(&[needle]);
+    }
+}
+
+#[test]
+fn a_kernel_beside_a_configuration_file_counts() {
+    let kernel = elf(boot::hello64());
+    for text in [
+        r#"{"cpus": 2}"#,
+        r#"{"cpus": 2, "kernel": "/no/such/kernel"}"#,
+    ] {
+        let config = file(text.as_bytes());
+        let ended = run(&kernel).arg("--config").arg(&config).output();
+        ended.expect_status(1).expect_line(&[NO_KVM]);
     }
 }
 

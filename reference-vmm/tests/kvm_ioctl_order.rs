@@ -90,6 +90,33 @@ fn readers_barriers_are_made_free_before_there_is_a_second_thread() {
 }
 
 #[test]
+fn memory_that_no_guest_of_this_host_can_address_is_refused_before_there_is_a_vm() {
+    need_kvm();
+    let kernel = elf(boot::hello64());
+    // `--memory` itself ends at 2^51 bytes.
+    let bits = std::arch::x86_64::__cpuid(0x8000_0008).eax & 0xff;
+    if bits > 51 {
+        return println!("NOT TRIED: this host has {bits} address bits");
+    }
+    let size = (1u64 << bits).to_string();
+    let args = [
+        "run",
+        "--memory",
+        &size,
+        "--kernel",
+        kernel.to_str().unwrap(),
+    ];
+    let trace = trace(&args, None, &[], WATCHDOG);
+    assert_eq!(trace.status.code(), Some(2), "{trace}");
+    assert!(trace.stderr.contains(&size), "{trace}");
+    let bits = format!("{bits} address bits");
+    assert!(trace.stderr.contains(&bits), "{trace}");
+    for late in ["KVM_CREATE_VM", "KVM_SET_USER_MEMORY_REGION"] {
+        assert!(trace.positions(late).is_empty(), "{trace}");
+    }
+}
+
+#[test]
 fn the_irqchip_comes_before_the_first_vcpu() {
     for words in IRQCHIPS {
         // Without local APICs there is one vCPU.

@@ -11,9 +11,10 @@
 mod support;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use guests::{boot, console};
+use reference_vmm::host_memory::{SYSFS, Transparent};
 use serde_json::Value;
 use support::{Ended, Vmm, need_kvm};
 
@@ -56,6 +57,8 @@ fn a_guest_cannot_change_its_firmware() {
         ended.expect_status(1).expect_stdout("RR\n");
         let stats = stats(&ended);
         assert_eq!(stats["read-only-writes"], 2, "{stats}");
+        // And nowhere else.
+        assert_eq!(stats["unclaimed"], Value::Array(vec![]), "{stats}");
         let firmware: Vec<_> = slots(&stats).into_iter().filter(|slot| slot.4).collect();
         assert_eq!(firmware.len(), 1, "{stats}");
         assert_eq!(
@@ -114,6 +117,35 @@ fn prefaulted_memory_is_present_and_other_memory_is_not() {
     }
 }
 
+/// The largest that any process was that this one has waited for, KiB.
+fn peak_rss_of_children() -> i64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the call writes a rusage, and zeroes are one already.
+    let usage = unsafe {
+        let told = libc::getrusage(libc::RUSAGE_CHILDREN, usage.as_mut_ptr());
+        assert_eq!(told, 0);
+        usage.assume_init()
+    };
+    usage.ru_maxrss
+}
+
+#[test]
+fn a_signal_ends_the_making_present_and_the_guest_never_runs() {
+    need_kvm();
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let vmm = Vmm::boot(boot::hello64()).words("--memory 512M,prefault");
+        let ended = vmm.pending(signal).output();
+        ended.expect_status(0).expect_stdout("").expect_silence();
+        // No other test here makes as much present.
+        let peak = peak_rss_of_children();
+        assert!(peak < 256 << 10, "{peak} KiB were resident");
+    }
+    // What asks for registers stops nothing.
+    let vmm = Vmm::boot(boot::hello64()).words("--debug-exit --memory 64M,prefault");
+    let ended = vmm.pending(libc::SIGUSR1).output();
+    ended.expect_status(1).expect_stdout("hello\n");
+}
+
 #[test]
 fn transparent_huge_pages_and_a_numa_node_are_taken() {
     for memory in [
@@ -130,6 +162,25 @@ fn transparent_huge_pages_and_a_numa_node_are_taken() {
             continue;
         }
         ended.expect_status(1).expect_stdout("WW\n");
+    }
+}
+
+#[test]
+fn transparent_huge_pages_that_cannot_be_had_are_told_in_one_line() {
+    need_kvm();
+    let host = Transparent::read(Path::new(SYSFS));
+    for (memory, setting) in [
+        ("64M,thp=always", &host.private),
+        ("64M,shared,thp=always", &host.shared),
+    ] {
+        let vmm = Vmm::boot(boot::hello64()).words("--debug-exit --memory");
+        let ended = vmm.arg(memory).output();
+        let Some(setting) = setting else { continue };
+        ended.expect_status(1).expect_stdout("hello\n");
+        match setting.obstacle() {
+            None => ended.expect_silence(),
+            Some((file, word)) => ended.expect_line(&["no effect", file.to_str().unwrap(), word]),
+        };
     }
 }
 

@@ -4,14 +4,14 @@
 
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::assets::{Assets, Flavour, Series};
 use crate::cargo;
-use crate::failure::{Context, Failure, Result};
+use crate::failure::{Context, Failure, Result, STATUS_USAGE};
 use crate::guest_image;
 use crate::host::{self, KvmKind};
 use crate::lab;
@@ -25,18 +25,21 @@ Boots a stock Debian kernel under reference-vmm, to a shell on this terminal (Ct
 is no terminal, the guest reports what it sees and powers off. Where this host has no hardware KVM, all of it happens
 in the lab. The timeline of the boot follows on stderr.
 
-Usage: cargo xtask boot [OPTIONS]
+Usage: cargo xtask boot [OPTIONS] [-- OPTIONS OF reference-vmm run]
 
   --kernel FILE        another kernel image than Debian's
   --initrd FILE        another initramfs than the one made here
   --cpus N             the guest's CPUs (1)
   --memory SIZE        its memory, such as 512M or 6G (256M), and what `reference-vmm run --help` lists behind it
                        (huge pages are the lab's to have: cargo xtask lab -- sh -c 'echo 300 >/proc/sys/vm/nr_hugepages; …')
+  --stats[=json]       what the guest did, on stderr at the end, as `reference-vmm run` says it
   --cmdline TEXT       added to the kernel's command line (ignore_loglevel shows all that it says)
   --full               Debian's full kernel instead of the cloud one
   --release 6.1|6.12   the kernel's series (6.1)
   --vmm FILE           another program than the reference-vmm of this tree
-  --lab                in the lab, even where this host could do without";
+  --lab                in the lab, even where this host could do without
+
+What the options ask of reference-vmm is tried first: a wrong one is told before anything is downloaded or started.";
 
 /// `cargo xtask boot`.
 pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
@@ -50,24 +53,27 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     let mut series = Series::V6_1;
     let mut vmm = None;
     let mut force_lab = false;
+    let mut passed_on: Vec<OsString> = Vec::new();
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
             Long("kernel") => kernel = Some(existing(parser.value()?)?),
             Long("initrd") => initrd = Some(existing(parser.value()?)?),
-            Long("cpus") => {
-                cpus = parser.value()?.string()?;
-                // The VMM would say so too, after the lab's whole start.
-                if !cpus.parse().is_ok_and(|n: u32| (1..=255).contains(&n)) {
-                    return Err(Failure::usage(format!("--cpus {cpus}: 1 to 255")));
-                }
-            }
+            Long("cpus") => cpus = parser.value()?.string()?,
             Long("memory") => memory = parser.value()?.string()?,
             Long("cmdline") => added = parser.value()?.string()?,
             Long("full") => flavour = Flavour::Full,
             Long("release") => series = Series::parse(&parser.value()?.string()?)?,
             Long("vmm") => vmm = Some(existing(parser.value()?)?),
             Long("lab") => force_lab = true,
+            Long("stats") => passed_on.push(match parser.optional_value() {
+                Some(form) => format!("--stats={}", form.string()?).into(),
+                None => "--stats".into(),
+            }),
+            Value(word) => {
+                passed_on.push(word);
+                passed_on.extend(parser.raw_args()?);
+            }
             Short('h') | Long("help") => {
                 println!("{USAGE}");
                 return Ok(0);
@@ -75,6 +81,27 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             other => return Err(other.unexpected().into()),
         }
     }
+    let interactive = io::stdin().is_terminal();
+    // From notices up: the kernel's first line and its last are notices or worse, and in the lab a character of the
+    // console costs about a millisecond.
+    let mut cmdline = String::from("console=ttyS0 loglevel=6");
+    if interactive {
+        cmdline.push_str(" guest.then=shell");
+    }
+    if !added.is_empty() {
+        cmdline.push(' ');
+        cmdline.push_str(&added);
+    }
+    let mut machine: Vec<OsString> = vec!["--cmdline".into(), cmdline.into()];
+    machine.extend(["--memory".into(), memory.clone().into()]);
+    machine.extend(["--cpus".into(), cpus.into()]);
+    machine.extend(passed_on);
+    let vmm = match vmm {
+        Some(file) => file,
+        None => cargo::reference_vmm()?,
+    };
+    try_options(&vmm, &machine)?;
+
     let assets = Assets::open(false)?;
     let mut stock = Vec::new();
     let kernel = match kernel {
@@ -90,22 +117,6 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         Some(file) => file,
         None => guest_image::initrd(&assets, &stock)?,
     };
-    let vmm = match vmm {
-        Some(file) => file,
-        None => cargo::reference_vmm()?,
-    };
-    let interactive = io::stdin().is_terminal();
-    // From notices up: the kernel's first line and its last are notices or worse, and in the lab a character of the
-    // console costs about a millisecond.
-    let mut cmdline = String::from("console=ttyS0 loglevel=6");
-    if interactive {
-        cmdline.push_str(" guest.then=shell");
-    }
-    if !added.is_empty() {
-        cmdline.push(' ');
-        cmdline.push_str(&added);
-    }
-
     let mut argv: Vec<OsString> = vec![
         vmm.into(),
         "run".into(),
@@ -113,18 +124,8 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         "--kernel".into(),
         kernel.into(),
     ];
-    argv.extend([
-        "--initrd".into(),
-        initrd.into(),
-        "--cmdline".into(),
-        cmdline.into(),
-    ]);
-    argv.extend([
-        "--memory".into(),
-        memory.clone().into(),
-        "--cpus".into(),
-        cpus.into(),
-    ]);
+    argv.extend(["--initrd".into(), initrd.into()]);
+    argv.extend(machine);
 
     let (kind, reason) = host::kvm();
     if kind == KvmKind::Hardware && !force_lab {
@@ -145,10 +146,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     let options = lab::Options {
         stdin: true,
         // The guest's memory, and as much again as the lab itself wants.
-        memory_mib: lab::parse_memory(memory.split(',').next().unwrap_or_default())
-            .unwrap_or(1024)
-            .clamp(1024, 64 << 10)
-            + 1024,
+        memory_mib: guest_mib(&memory).clamp(1024, 64 << 10) + 1024,
         time_limit: if interactive {
             Duration::from_secs(7 * 24 * 3600)
         } else {
@@ -157,6 +155,47 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         ..lab::Options::default()
     };
     lab::run(&options, &inside)
+}
+
+/// Asks the VMM whether these options are right, as it would say so itself after the lab's whole start: with a kernel
+/// that is not there it says nothing else of right ones. What only the machine with the KVM knows comes later.
+fn try_options(vmm: &Path, options: &[OsString]) -> Result<()> {
+    const NO_KERNEL: &str = "/no/such/kernel/only-the-options-are-tried";
+    let tried = Command::new(vmm)
+        .args(["run", "--kernel", NO_KERNEL])
+        .args(options)
+        .stdin(Stdio::null())
+        .output()
+        .context(|| format!("{} does not start", vmm.display()))?;
+    let told = String::from_utf8_lossy(&tried.stderr);
+    if tried.status.code() != Some(STATUS_USAGE) || told.contains(NO_KERNEL) {
+        return Ok(());
+    }
+    let told = told.trim_end();
+    Err(Failure::usage(
+        told.strip_prefix("reference-vmm: ").unwrap_or(told),
+    ))
+}
+
+/// The size in what follows `--memory`, in MiB: bytes or with a unit, first or as `size=`. 256, its default, where there
+/// is none; what is wrong the VMM has said.
+fn guest_mib(memory: &str) -> u32 {
+    let parts = || memory.split(',');
+    let size = parts().find_map(|part| part.strip_prefix("size="));
+    let size = size.or(parts().next()).unwrap_or_default();
+    let digits = size.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = size.split_at(digits);
+    let shift = match unit.bytes().next().map(|unit| unit.to_ascii_lowercase()) {
+        Some(b'k') => 10,
+        Some(b'm') => 20,
+        Some(b'g') => 30,
+        Some(b't') => 40,
+        _ => 0,
+    };
+    let bytes = number
+        .parse()
+        .map(|number: u128| number.saturating_mul(1 << shift));
+    bytes.map_or(256, |bytes| u32::try_from(bytes >> 20).unwrap_or(u32::MAX))
 }
 
 fn existing(file: OsString) -> Result<PathBuf> {
@@ -267,6 +306,38 @@ fn seen_on_console(mut stdout: impl Read, mut out: impl Write, begun: Instant) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_labs_size_follows_the_guests_in_each_form() {
+        for (memory, mib) in [
+            ("512M", 512),
+            ("6g,hugepages=2M,shared", 6 << 10),
+            ("1GiB", 1 << 10),
+            ("shared,size=2G", 2 << 10),
+            ("1073741824,prefault", 1 << 10),
+            ("524288K", 512),
+            ("1T", 1 << 20),
+            ("thp=always", 256),
+        ] {
+            assert_eq!(guest_mib(memory), mib, "{memory}");
+        }
+    }
+
+    #[test]
+    fn wrong_options_are_told_as_the_vmm_tells_them_and_right_ones_are_not() {
+        // A VMM that takes one CPU.
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let vmm = folder.path().join("vmm");
+        let script = "#!/bin/sh\n[ \"$*\" = \"run --kernel $3 --cpus 1\" ] && echo reference-vmm: no $3 >&2 && exit 2\n\
+                      echo reference-vmm: what is $5 >&2; exit 2\n";
+        std::fs::write(&vmm, script).unwrap();
+        std::fs::set_permissions(&vmm, std::fs::Permissions::from_mode(0o755)).unwrap();
+        try_options(&vmm, &["--cpus".into(), "1".into()]).unwrap();
+        let refused = try_options(&vmm, &["--cpus".into(), "many".into()]).unwrap_err();
+        assert_eq!(refused.to_string(), "what is many");
+        assert_eq!(refused.status(), STATUS_USAGE);
+    }
 
     #[test]
     fn the_vmms_moments_are_told_from_its_messages() {

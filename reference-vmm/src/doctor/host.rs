@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use kvm_core::{Kvm, OpenError};
 use memslots::uffd::{Features, Uffd};
 
+use crate::host_memory::{HostMemory, SYSFS};
+
 /// Where KVM's device is, unless a path is given.
 const USUAL_PATH: &str = "/dev/kvm";
 
@@ -62,6 +64,8 @@ pub struct Host {
     pub kernel: String,
     /// The features of `userfaultfd` for faults of KVM itself, or why there is none.
     pub userfaultfd: Result<u64, String>,
+    /// What guest memory can be made of.
+    pub memory: HostMemory,
     /// Why KVM cannot be used, and what to do; empty where it can.
     pub problem: Vec<String>,
 }
@@ -96,6 +100,7 @@ pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
         userfaultfd: Uffd::open(Features::NONE, Features::NONE)
             .map(|uffd| uffd.available().bits())
             .map_err(|error| error.to_string()),
+        memory: HostMemory::read(Path::new(SYSFS)),
         problem,
     };
     (host, opened.ok())

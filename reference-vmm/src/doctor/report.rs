@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::capabilities::{Capability, Need};
 use super::checks::{Check, Verdict};
 use super::host::{Host, Kind};
+use crate::host_memory::{HostMemory, Node, Pool, Setting};
 
 /// All that the doctor found out.
 #[derive(Debug)]
@@ -38,6 +39,8 @@ impl Report {
     /// one changes its meaning.
     pub fn to_json(&self) -> String {
         let host = &self.host;
+        let memory = &host.memory;
+        let word = |setting: &Option<Setting>| setting.as_ref().map(|setting| setting.word.clone());
         let (userfaultfd, features) = match &host.userfaultfd {
             Ok(features) => (Value::Null, json!(features)),
             Err(reason) => (json!(reason), Value::Null),
@@ -53,6 +56,21 @@ impl Report {
                 "kernel": host.kernel,
                 "userfaultfd_features": features,
                 "userfaultfd_problem": userfaultfd,
+                "huge_pages": memory.pools.iter().map(|pool| json!({
+                    "page_size": pool.page_size.bytes(),
+                    "pages": pool.pages,
+                    "free": pool.free,
+                    "reserved": pool.reserved,
+                })).collect::<Vec<_>>(),
+                "transparent_huge_pages": {
+                    "enabled": word(&memory.transparent.private),
+                    "shmem_enabled": word(&memory.transparent.shared),
+                },
+                "numa_nodes": memory.nodes.iter().map(|node| json!({
+                    "node": node.number,
+                    "bytes": node.total,
+                    "free": node.free,
+                })).collect::<Vec<_>>(),
                 "problem": host.problem,
             },
             "capabilities": self.capabilities.iter().map(|cap| json!({
@@ -118,6 +136,7 @@ impl Report {
             Ok(features) => writeln!(f, "  userfaultfd  yes, features {features:#x}")?,
             Err(why) => writeln!(f, "  userfaultfd  no: {why}")?,
         }
+        show_memory(&host.memory, f)?;
         for (index, line) in host.problem.iter().enumerate() {
             writeln!(
                 f,
@@ -165,9 +184,43 @@ impl Report {
     }
 }
 
+/// What guest memory can be made of: what the options of `--memory` would find.
+fn show_memory(memory: &HostMemory, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let pool = |pool: &Pool| {
+        let (size, pages, free) = (pool.page_size, pool.pages, pool.free);
+        match pool.reserved {
+            0 => format!("{free} of {pages} free of {size}"),
+            reserved => format!("{free} of {pages} free of {size} ({reserved} of those reserved)"),
+        }
+    };
+    let node = |node: &Node| {
+        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+        let (number, free, total) = (node.number, gib(node.free), gib(node.total));
+        format!("{number} ({free:.1} of {total:.1} GiB free)")
+    };
+    let joined = |words: Vec<String>| match words.is_empty() {
+        true => "none to be seen".to_owned(),
+        false => words.join(", "),
+    };
+    let word = |setting: &Option<Setting>| match setting {
+        Some(setting) => setting.word.clone(),
+        None => "none".to_owned(),
+    };
+    let (pools, nodes) = (memory.pools.iter().map(pool), memory.nodes.iter().map(node));
+    writeln!(f, "  huge pages   {}", joined(pools.collect()))?;
+    writeln!(
+        f,
+        "  THP          enabled {}, shmem_enabled {}",
+        word(&memory.transparent.private),
+        word(&memory.transparent.shared)
+    )?;
+    writeln!(f, "  NUMA nodes   {}", joined(nodes.collect()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host_memory::Transparent;
 
     fn report(verdict: Verdict) -> Report {
         Report {
@@ -178,6 +231,27 @@ mod tests {
                 modules: vec!["kvm".into()],
                 kernel: "6.1".into(),
                 userfaultfd: Err("not\tallowed".into()),
+                memory: HostMemory {
+                    pools: vec![Pool {
+                        page_size: memslots::HugePageSize::MIB_2,
+                        pages: 16,
+                        free: 12,
+                        reserved: 2,
+                    }],
+                    transparent: Transparent {
+                        private: Some(Setting {
+                            file: "/sys/enabled".into(),
+                            word: "madvise".into(),
+                            sizes: Vec::new(),
+                        }),
+                        shared: None,
+                    },
+                    nodes: vec![Node {
+                        number: 3,
+                        total: 16 << 30,
+                        free: 4 << 30,
+                    }],
+                },
                 problem: Vec::new(),
             },
             capabilities: vec![Capability {
@@ -203,9 +277,23 @@ mod tests {
         let json: Value = serde_json::from_str(&report.to_json()).unwrap();
         assert_eq!(json["host"]["kvm"], "/dev/\"kvm\"\n");
         assert_eq!(json["host"]["userfaultfd_problem"], "not\tallowed");
+        assert_eq!(json["host"]["huge_pages"][0]["page_size"], 2 << 20);
+        assert_eq!(json["host"]["huge_pages"][0]["free"], 12);
+        let thp = &json["host"]["transparent_huge_pages"];
+        assert_eq!(thp["enabled"], "madvise");
+        assert_eq!(thp["shmem_enabled"], Value::Null);
+        assert_eq!(json["host"]["numa_nodes"][0]["node"], 3);
+        assert_eq!(json["host"]["numa_nodes"][0]["bytes"], 16u64 << 30);
         assert_eq!(json["checks"][0]["micros"], 9.25);
         assert_eq!(json["capabilities"][0]["present"], true);
         let text = report.to_string();
+        for line in [
+            "  huge pages   12 of 16 free of 2 MiB (2 of those reserved)\n",
+            "  THP          enabled madvise, shmem_enabled none\n",
+            "  NUMA nodes   3 (4.0 of 16.0 GiB free)\n",
+        ] {
+            assert!(text.contains(line), "{line:?} is not in {text}");
+        }
         assert!(
             text.contains("  ok           pio               9.2 µs  an access (io-bus)"),
             "{text}"

@@ -76,6 +76,7 @@ pub struct Vmm {
     stderr: Option<OwnedFd>,
     /// `RLIMIT_FSIZE`.
     file_size: Option<u64>,
+    pending: Option<i32>,
     limit: Duration,
     kernel: Option<tempfile::TempPath>,
 }
@@ -121,6 +122,7 @@ impl Vmm {
             stdout: Output::Captured,
             stderr: None,
             file_size: None,
+            pending: None,
             limit: WATCHDOG,
             kernel: None,
         };
@@ -181,6 +183,12 @@ impl Vmm {
         self
     }
 
+    /// This signal has been sent before it begins, and waits until it is asked for.
+    pub fn pending(mut self, signal: i32) -> Self {
+        self.pending = Some(signal);
+        self
+    }
+
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
@@ -222,6 +230,19 @@ impl Vmm {
                 }
                 Ok(())
             });
+        }
+        if let Some(signal) = self.pending {
+            // SAFETY: the calls are async-signal-safe, and the set is initialised before it is used.
+            unsafe {
+                command.pre_exec(move || {
+                    let mut set = std::mem::MaybeUninit::uninit();
+                    libc::sigemptyset(set.as_mut_ptr());
+                    libc::sigaddset(set.as_mut_ptr(), signal);
+                    libc::sigprocmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
+                    libc::kill(libc::getpid(), signal);
+                    Ok(())
+                });
+            }
         }
         match self.stdin {
             Input::Null => command.stdin(Stdio::null()),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! A VM in a page: a real-mode guest writes into three of its pages and halts; a harvest says which
-//! ones. `cargo run -p dirty-log --example tiny_vm` (needs /dev/kvm).
+//! ones. `cargo run -p dirty-log --example harvest_vm` (needs /dev/kvm).
 
 use std::error::Error;
 

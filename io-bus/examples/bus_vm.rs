@@ -2,7 +2,7 @@
 
 //! A whole virtual machine of `kvm-ioctls` and `io-bus`: a port that prints, and an MMIO counter.
 //!
-//! `cargo run -p io-bus --example tiny_vm`, on any host whose /dev/kvm you may open.
+//! `cargo run -p io-bus --example bus_vm`, on any host whose /dev/kvm you may open.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
