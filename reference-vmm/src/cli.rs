@@ -117,8 +117,8 @@ Options:
   --irqchip KIND           kernel (PIC, IOAPIC, local APICs), split (local APICs alone: no pin
                            interrupts yet) or none (one vCPU) [kernel]
   --pit                    An i8254 timer, for guests that calibrate by it
-  --coalesce-console       Serial output of a guest that polls may stay in KVM for up to 10 ms, and
-                           costs fewer exits
+  --coalesce-console=off   Serial output of a guest that polls does not stay in KVM for up to 10 ms,
+                           and each byte costs an exit [on]
   --debug-exit[=PORT]      QEMU's isa-debug-exit [0xf4]: the guest writes V there, and the
                            exit status is (V << 1) | 1
   --config FILE            Read the above from a JSON file first: {\"kernel\": \"bzImage\",
@@ -223,7 +223,15 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.irqchip = kind));
             }
             Long("coalesce-console") => {
-                changes.push(Box::new(|config| config.coalesce_console = true));
+                let on = match parser.optional_value() {
+                    None => true,
+                    Some(word) => word.parse_with(|word| match word {
+                        "on" => Ok(true),
+                        "off" => Ok(false),
+                        _ => Err("--coalesce-console is on or off"),
+                    })?,
+                };
+                changes.push(Box::new(move |config| config.coalesce_console = on));
             }
             Long("pit") => changes.push(Box::new(|config| config.pit = true)),
             Long("debug-exit") => {
@@ -350,6 +358,13 @@ mod tests {
             config(&["--kernel", "k", "--debug-exit=0x501"]).debug_exit,
             Some(0x501)
         );
+        for (flag, on) in [
+            ("--coalesce-console=off", false),
+            ("--coalesce-console=on", true),
+            ("--coalesce-console", true),
+        ] {
+            assert_eq!(config(&["--kernel", "k", flag]).coalesce_console, on);
+        }
     }
 
     #[test]
@@ -402,6 +417,7 @@ mod tests {
             (&["run", "--kernel", "k", "--memory", "8EB"], "8EB"),
             (&["run", "--kernel", "k", "--irqchip", "apic"], "apic"),
             (&["run", "--kernel", "k", "--debug-exit=0x10000"], "0x10000"),
+            (&["run", "--kernel", "k", "--coalesce-console=no"], "no"),
             (&["run", "--kernel", "k", "--frob"], "--frob"),
             (&["run", "--kernel", "k", "extra"], "extra"),
             (&["run", "--kernel"], "--kernel"),

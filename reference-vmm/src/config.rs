@@ -64,7 +64,7 @@ pub struct Config {
     pub debug_exit: Option<u16>,
     /// The output of a guest that polls its serial port may be kept in KVM for a moment, which spares
     /// exits, where the host has that: [`coalesce`](crate::devices::coalesce).
-    #[serde(default)]
+    #[serde(default = "yes")]
     pub coalesce_console: bool,
     /// The KVM device.
     #[serde(default = "default_kvm")]
@@ -73,6 +73,10 @@ pub struct Config {
 
 fn default_cmdline() -> String {
     "console=ttyS0".to_owned()
+}
+
+const fn yes() -> bool {
+    true
 }
 
 fn default_cpus() -> u32 {
@@ -169,7 +173,7 @@ impl Config {
             irqchip: Irqchip::default(),
             pit: false,
             debug_exit: None,
-            coalesce_console: false,
+            coalesce_console: true,
             kvm: default_kvm(),
         }
     }

@@ -19,7 +19,7 @@ use std::os::fd::OwnedFd;
 use guests::{boot, console, monitor};
 use support::pty::Pty;
 use support::tracer::{Call, Inject, Kind, Trace, trace};
-use support::{WATCHDOG, elf, in_lab, long, need_kvm, not_one_line};
+use support::{WATCHDOG, elf, long, need_kvm, not_one_line};
 
 /// What KVM and the kernel say when they refuse.
 const ERRNOS: [i32; 6] = [
@@ -230,11 +230,7 @@ fn each_ioctl_of_a_start_with_the_other_irqchips_may_be_refused() {
 #[test]
 fn a_zone_that_kvm_refuses_is_done_without() {
     let kernel = elf(console::polled64());
-    if in_lab() {
-        println!("NOT TRIED: coalescing in the lab");
-        return;
-    }
-    let args = "--debug-exit --coalesce-console --cmdline 2000e";
+    let args = "--debug-exit --cmdline 2000e";
     let scenario = Scenario::new(&kernel, args, b"");
     assert_eq!(scenario.good.stdout, console::pattern(2000));
     let zone = |call: &&Call| call.kind == Kind::kvm("KVM_REGISTER_COALESCED_MMIO");

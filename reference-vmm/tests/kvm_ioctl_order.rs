@@ -10,7 +10,7 @@ mod support;
 
 use guests::{boot, console, monitor};
 use support::tracer::{Kind, Trace, trace};
-use support::{WATCHDOG, elf, in_lab, need_kvm};
+use support::{WATCHDOG, elf, need_kvm};
 
 /// What registers on KVM's I/O buses or replaces its routing table. A slot made after one of these
 /// waits for a grace period.
@@ -195,15 +195,10 @@ fn no_slot_is_deleted_one_by_one_at_the_end() {
 #[test]
 fn a_coalesced_zone_comes_from_a_thread_of_its_own_when_a_guest_has_written_much() {
     need_kvm();
-    if in_lab() {
-        println!("NOT TRIED: coalescing in the lab");
-        return;
-    }
     let kernel = elf(console::polled64());
     let kernel = kernel.to_str().unwrap();
     for (much, zones, ends) in [("255e", 0, 0), ("20000e", 1, 0), ("20000i", 1, 1)] {
-        let run = ["run", "--debug-exit", "--coalesce-console"];
-        let args = [&run[..], &["--kernel", kernel, "--cmdline", much]].concat();
+        let args = ["run", "--debug-exit", "--kernel", kernel, "--cmdline", much];
         let trace = trace(&args, None, &[], WATCHDOG);
         assert_eq!(trace.status.code(), Some(1), "{trace}");
         let kind = Kind::kvm("KVM_REGISTER_COALESCED_MMIO");

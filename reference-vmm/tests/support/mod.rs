@@ -35,13 +35,6 @@ pub fn binary() -> PathBuf {
         .map_or_else(|| env!("CARGO_BIN_EXE_reference-vmm").into(), PathBuf::from)
 }
 
-/// Whether this host is the lab's emulated machine. The output of guests is not coalesced there: stock kernels that wrote by
-/// way of its `kvm_amd`'s ring were seen to stand still or to triple-fault (two boots of eleven); whose fault it is is not
-/// known.
-pub fn in_lab() -> bool {
-    std::env::var_os("REFERENCE_VMM_LAB").is_some()
-}
-
 /// Whether the long forms of the tests were asked for.
 pub fn long() -> bool {
     std::env::var_os("LONG_TESTS").is_some_and(|value| value != "0")
