@@ -81,22 +81,11 @@ fn no_complaints(ended: &Ended) {
 /// Boots to the power-off, and checks what the guest says of its machine.
 fn boots(kernel: &str, cpus: u32, memory: &str, mib: u64) {
     let begun = Instant::now();
-    let boot = || {
-        let ended = linux(kernel, "")
-            .args(["--cpus", &cpus.to_string(), "--memory", memory])
-            .start()
-            .wait_or_hang()?;
-        match ended.stderr.contains("triple fault") {
-            true => Err(ended.to_string()),
-            false => Ok(ended),
-        }
-    };
-    // About one boot in a hundred stands still in this emulated host, a vCPU of it running and the others halted, or dies
-    // of a triple fault. Whether that is QEMU's doing is not known, so it is told, and it must not happen twice.
-    let ended = boot().unwrap_or_else(|how| {
-        println!("{kernel}, {cpus} vCPUs, {memory}: DIED, and is tried once more. {how}");
-        boot().unwrap_or_else(|how| panic!("the second boot died too: {how}"))
-    });
+    let ended = linux(kernel, "")
+        .args(["--cpus", &cpus.to_string(), "--memory", memory])
+        .start()
+        .wait_or_hang()
+        .unwrap_or_else(|hang| panic!("{kernel}, {cpus} vCPUs, {memory}: {hang}"));
     ended.expect_status(0).expect_silence();
     println!(
         "{kernel}, {cpus} vCPUs, {memory}: {:.1} s",

@@ -330,8 +330,7 @@ fn in_lab(
         cwd: Some(host::workspace()),
         ..lab::Options::default()
     };
-    // A machine each: guests that boot Linux were seen to stand still or to triple-fault, one in ten to thirty, only where
-    // the kvm tier had run in the same machine before.
+    // A machine each: what a tier leaves behind in its machine is no other tier's.
     let mut all = Vec::new();
     for (tier, programs) in [(Tier::Kvm, kvm), (Tier::Lab, lab)] {
         if programs.is_empty() {
