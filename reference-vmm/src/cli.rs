@@ -93,7 +93,8 @@ Options:
   -V, --version  Show the version
 
 Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor failed;
-2 the arguments or the configuration were wrong; 3 the guest crashed.
+2 the arguments or the configuration were wrong, or ask for what this host has not; 3 the guest
+crashed.
 ";
 
 /// `reference-vmm run --help`.
@@ -140,8 +141,8 @@ What the guest wrote before its end is waited for; a signal that stops it cuts t
 memory is made present, before the guest starts, SIGTERM also stops it at once.
 
 Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor failed; 2 the
-arguments or the configuration were wrong; 3 the guest crashed (its registers are shown), or said
-through pvpanic that its kernel panicked.
+arguments or the configuration were wrong, or ask for what this host has not; 3 the guest crashed
+(its registers are shown), or said through pvpanic that its kernel panicked.
 ";
 
 /// `reference-vmm doctor --help`.

@@ -449,17 +449,10 @@ impl<'de> Visitor<'de> for MemoryVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Memory, A::Error> {
         let fields = Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
-        let hugepages = match fields.hugepages {
-            Some(bytes) => Some(HugePageSize::new(bytes).ok_or_else(|| {
-                let why = "hugepages is a page's size, such as \"2M\" or \"1G\"";
-                de::Error::custom(format!("{bytes}: {why}"))
-            })?),
-            None => None,
-        };
         Ok(Memory {
             size: fields.size,
             shared: fields.shared,
-            hugepages,
+            hugepages: fields.hugepages,
             prefault: fields.prefault,
             thp: match fields.thp {
                 None => HugePages::Host,
@@ -480,7 +473,7 @@ struct Fields {
     #[serde(default)]
     shared: bool,
     #[serde(default, deserialize_with = "page_size")]
-    hugepages: Option<u64>,
+    hugepages: Option<HugePageSize>,
     #[serde(default)]
     prefault: bool,
     #[serde(default)]
@@ -509,18 +502,22 @@ enum Page {
     Text(String),
 }
 
-fn page_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
-    let wrong = "hugepages is on, off, or a page's size, such as \"2M\" or \"1G\"";
-    match Page::deserialize(deserializer).map_err(|_| de::Error::custom(wrong))? {
-        Page::Switch(Some(true)) => Ok(Some(HugePageSize::MIB_2.bytes())),
-        Page::Switch(_) => Ok(None),
-        Page::Bytes(bytes) => Ok(Some(bytes)),
+fn page_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<HugePageSize>, D::Error> {
+    let wanted = "hugepages is on, off, or a page's size, such as \"2M\" or \"1G\"";
+    let page = Page::deserialize(deserializer).map_err(|_| de::Error::custom(wanted))?;
+    let bytes = match page {
+        Page::Switch(Some(true)) => return Ok(Some(HugePageSize::MIB_2)),
+        Page::Switch(_) => return Ok(None),
+        Page::Bytes(bytes) => bytes,
         Page::Text(text) => match text.as_str() {
-            "on" => Ok(Some(HugePageSize::MIB_2.bytes())),
-            "off" => Ok(None),
-            size => parse_size(size).map(Some).map_err(de::Error::custom),
+            "on" => return Ok(Some(HugePageSize::MIB_2)),
+            "off" => return Ok(None),
+            size => parse_size(size).map_err(de::Error::custom)?,
         },
-    }
+    };
+    let page = HugePageSize::new(bytes);
+    let page = page.ok_or_else(|| de::Error::custom(format!("{bytes}: {wanted}")))?;
+    Ok(Some(page))
 }
 
 #[cfg(test)]
