@@ -81,11 +81,20 @@ fn no_complaints(ended: &Ended) {
 /// Boots to the power-off, and checks what the guest says of its machine.
 fn boots(kernel: &str, cpus: u32, memory: &str, mib: u64) {
     let begun = Instant::now();
-    let ended = linux(kernel, "")
-        .args(["--cpus", &cpus.to_string(), "--memory", memory])
-        .start()
-        .wait_or_hang()
-        .unwrap_or_else(|hang| panic!("{kernel}, {cpus} vCPUs, {memory}: {hang}"));
+    let boot = || {
+        linux(kernel, "")
+            .args(["--cpus", &cpus.to_string(), "--memory", memory])
+            .start()
+            .wait_or_hang()
+            .unwrap_or_else(|hang| panic!("{kernel}, {cpus} vCPUs, {memory}: {hang}"))
+    };
+    let mut ended = boot();
+    if ended.stderr.contains("triple fault") {
+        // Seen in one of some forty boots in the lab's emulated machine, coalesced or not. Whose fault it is is not known,
+        // so its registers are told, and it must not happen twice.
+        println!("{kernel}, {cpus} vCPUs, {memory}: DIED, and is tried once more. {ended}");
+        ended = boot();
+    }
     ended.expect_status(0).expect_silence();
     println!(
         "{kernel}, {cpus} vCPUs, {memory}: {:.1} s",
