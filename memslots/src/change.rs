@@ -9,6 +9,7 @@
 //!   the last snapshot have let go. What KVM refuses to delete stays in the book, and mapped.
 
 use crate::book::{Book, Edit, Entry, Reconciled, Shown, Transaction};
+use crate::classify::place;
 use crate::inner::{Inner, Owner};
 use crate::listener::{Panic, Prepared, Registered, commit, first};
 use crate::{
@@ -20,6 +21,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
+use vm_memory::GuestAddress;
 
 /// Why nothing is published.
 enum Quiet<R> {
@@ -165,8 +167,10 @@ impl<B: SlotBitmap> Inner<B> {
                 prepared.abort();
                 let left = left
                     .into_iter()
-                    .map(|(id, left)| Unrestored {
+                    .map(|(id, left, range)| Unrestored {
                         id,
+                        start: GuestAddress(range.start),
+                        size: range.end - range.start,
                         left,
                         errno: unrestored.get(&id).copied().unwrap_or(Errno(0)),
                     })
@@ -200,6 +204,7 @@ impl<B: SlotBitmap> Inner<B> {
                     let error = Error::Kvm {
                         change: *change,
                         region: *region,
+                        old: book.slots.get(region.id).copied().map(Box::new),
                         step: number + 1,
                         steps: calls.len(),
                         source,
@@ -227,7 +232,8 @@ impl<B: SlotBitmap> Inner<B> {
                     book.slots.commit(&region);
                 }
                 Err(errno) => {
-                    log::error!("{} could not be put back: {errno}", region.id);
+                    let which = place(region.id, region.start, region.size);
+                    log::error!("{which} could not be put back: {errno}");
                     unrestored.insert(region.id, errno);
                 }
             }

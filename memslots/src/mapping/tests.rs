@@ -465,7 +465,8 @@ fn a_file_open_for_reading_is_mapped_private_only() {
         &Backing::file_shared(Arc::clone(&file), 0, 0x1000),
         GuestAddress(0),
     );
-    assert_eq!(shared.unwrap_err(), MapError::NotWritable);
+    let (offset, size) = (0, 0x1000);
+    assert_eq!(shared.unwrap_err(), MapError::NotWritable { offset, size });
     let private = Mapping::new(&Backing::file_private(file, 0, 0x1000), GuestAddress(0)).unwrap();
     write(&private, 1, 4);
     assert_eq!((read(&private, 0), read(&private, 1)), (3, 4));
