@@ -69,8 +69,8 @@ pub enum MapError {
     },
     /// The kernel has no huge pages of this size.
     #[error(
-        "this host has no huge pages of {page_size}; it has {}",
-        hugetlb::list(available)
+        "this host has huge pages of {}, and not of {page_size}: {} is missing",
+        hugetlb::list(available), page_size.directory()
     )]
     NoHugePageSize {
         /// The size asked for.

@@ -282,7 +282,8 @@ fn numbers_that_do_not_fit_are_named_before_any_call() {
     assert_eq!(
         refused(Backing::hugetlb(32 << 20, size)),
         format!(
-            "this host has no huge pages of 32 MiB; it has {}",
+            "this host has huge pages of {}, and not of 32 MiB: \
+             /sys/kernel/mm/hugepages/hugepages-32768kB is missing",
             sizes.join(", ")
         )
     );
