@@ -9,6 +9,7 @@ use crate::{
     SlotFlags, SlotId, SlotMap, SlotShape,
 };
 use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// One slot's memory, and what is known of it.
@@ -230,8 +231,8 @@ impl<B> Book<B> {
             match (edit, in_kvm) {
                 (Edit::New(mut entry), Some(_)) => {
                     (entry.place, entry.owned) = (Place::KvmOnly, false);
+                    left.push((id, Left::Stays, entry.region.extent().guest_range()));
                     self.entries.insert(id, entry);
-                    left.push((id, Left::Stays));
                 }
                 (Edit::New(entry), None) => gone.push(entry),
                 (_, in_kvm) => {
@@ -242,7 +243,7 @@ impl<B> Book<B> {
                     match in_kvm {
                         None if entry.place != Place::HereOnly => {
                             entry.place = Place::HereOnly;
-                            left.push((id, Left::Missing));
+                            left.push((id, Left::Missing, entry.region.extent().guest_range()));
                             if let Some(was) = was {
                                 shown.gone.push(id);
                                 changes.push(SlotChange::Removed(was));
@@ -258,7 +259,7 @@ impl<B> Book<B> {
                             };
                             let region = Arc::new(entry.region.changed(extent, now.flags));
                             entry.region = Arc::clone(&region);
-                            left.push((id, Left::Changed));
+                            left.push((id, Left::Changed, region.extent().guest_range()));
                             if entry.place != Place::KvmOnly {
                                 entry.place = Place::Both;
                                 if was.is_some() {
@@ -284,7 +285,7 @@ impl<B> Book<B> {
 /// What a change has left that failed and could not be taken back.
 pub(crate) struct Reconciled<B> {
     /// The slots that are not as before.
-    pub(crate) left: Vec<(SlotId, Left)>,
+    pub(crate) left: Vec<(SlotId, Left, Range<u64>)>,
     /// What listeners are told of it.
     pub(crate) changes: Vec<SlotChange<B>>,
     pub(crate) shown: Shown<B>,

@@ -9,8 +9,9 @@
 //!   the last snapshot have let go. What KVM refuses to delete stays in the book, and mapped.
 
 use crate::book::{Book, Edit, Entry, Reconciled, Shown, Transaction};
+use crate::classify::place;
 use crate::inner::{Inner, Owner};
-use crate::listener::{Panic, Prepared, Registered, commit};
+use crate::listener::{Panic, Prepared, Registered, commit, first};
 use crate::{
     Change, Errno, Error, LayoutChange, MemoryRegion, SlotBitmap, SlotChange, SlotExtent, SlotId,
     SlotTable, Unrestored,
@@ -20,6 +21,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
+use vm_memory::GuestAddress;
 
 /// Why nothing is published.
 enum Quiet<R> {
@@ -28,16 +30,19 @@ enum Quiet<R> {
     Failed(Error),
 }
 
-/// What comes out of a change that is published: its result, and a listener's panic that waits for its end.
-type Outcome<R> = (Result<R, Error>, Option<Panic>);
+/// What a change comes to that readers see: the next table, and its result.
+type Outcome<B, R> = (SlotTable<B>, Result<R, Error>);
 
 /// What a change has no use for any more, or not yet. Its drop may run code of consumers (the drop of a listener, of the
-/// owner of external memory, of a bitmap), which may change slots in its turn: it comes when no lock is held.
+/// owner of external memory, of a bitmap, of what a panic carries), which may change slots in its turn: it comes when no
+/// lock is held.
 struct Leftovers<B> {
     transaction: Transaction<B>,
     listeners: Vec<Registered<B>>,
     changes: [Vec<SlotChange<B>>; 2],
     entries: Vec<Entry<B>>,
+    /// Of listeners.
+    panics: Vec<Panic>,
 }
 
 /// A call that failed, and what was not taken back after it.
@@ -81,6 +86,7 @@ impl<B: SlotBitmap> Inner<B> {
             listeners: Vec::new(),
             changes: [Vec::new(), Vec::new()],
             entries: Vec::new(),
+            panics: Vec::new(),
         };
         // The writers' lock of `table` first, then the book's: the only order there is.
         let done = self.table.update(|table| {
@@ -90,12 +96,14 @@ impl<B: SlotBitmap> Inner<B> {
             }
             self.make(table, &mut left, result)
         });
+        let panics = std::mem::take(&mut left.panics);
         drop(left);
-        match done {
-            Ok(((Ok(result), panic), grace)) => Ok((result, grace, panic)),
-            Ok(((Err(_), Some(panic)), _)) => resume_unwind(panic),
-            Ok(((Err(error), None), _)) | Err(Quiet::Failed(error)) => Err(error),
-            Err(Quiet::Done(result)) => Ok((result, self.table.grace(), None)),
+        let panic = first(panics);
+        match (done, panic) {
+            (Ok((Ok(result), grace)), panic) => Ok((result, grace, panic)),
+            (Err(Quiet::Done(result)), panic) => Ok((result, self.table.grace(), panic)),
+            (Ok((Err(_), _)) | Err(Quiet::Failed(_)), Some(panic)) => resume_unwind(panic),
+            (Ok((Err(error), _)) | Err(Quiet::Failed(error)), None) => Err(error),
         }
     }
 
@@ -104,12 +112,13 @@ impl<B: SlotBitmap> Inner<B> {
         table: &SlotTable<B>,
         left: &mut Leftovers<B>,
         result: R,
-    ) -> Result<(SlotTable<B>, Outcome<R>), Quiet<R>> {
+    ) -> Result<Outcome<B, R>, Quiet<R>> {
         let Leftovers {
             transaction: Transaction { calls, edits },
             listeners,
             changes: [changes, undone],
             entries,
+            panics,
         } = left;
         *listeners = self.listeners();
         if !listeners.is_empty() {
@@ -121,7 +130,7 @@ impl<B: SlotBitmap> Inner<B> {
             false => listeners.as_slice(),
         };
         let _calling = (!listeners.is_empty()).then(|| self.call_listeners());
-        let prepared = Prepared::all(listeners, LayoutChange::new(changes))
+        let prepared = Prepared::all(listeners, LayoutChange::new(changes), panics)
             .map_err(|source| Quiet::Failed(Error::Vetoed { source }))?;
 
         let mut book = self.lock();
@@ -130,23 +139,21 @@ impl<B: SlotBitmap> Inner<B> {
                 let new: Vec<SlotId> = edits.iter().filter_map(Edit::new_id).collect();
                 let shown = book.commit(std::mem::take(edits), entries);
                 drop(book);
-                let panic = prepared.commit();
-                if panic.is_some() {
+                prepared.commit();
+                if !panics.is_empty() {
                     // Nobody will get a handle to them: they are a part of the layout, as kept ones are.
                     let mut book = self.lock();
                     new.into_iter().for_each(|id| book.keep(id));
                 }
                 match shown.is_empty() {
-                    true if panic.is_none() => Err(Quiet::Done(result)),
-                    _ => Ok((next(table, shown), (Ok(result), panic))),
+                    true => Err(Quiet::Done(result)),
+                    false => Ok((next(table, shown), Ok(result))),
                 }
             }
             Err(Failure { error, unrestored }) if unrestored.is_empty() => {
                 drop(book);
-                match prepared.abort() {
-                    Some(panic) => resume_unwind(panic),
-                    None => Err(Quiet::Failed(error)),
-                }
+                prepared.abort();
+                Err(Quiet::Failed(error))
             }
             Err(Failure { error, unrestored }) => {
                 let Reconciled {
@@ -157,11 +164,13 @@ impl<B: SlotBitmap> Inner<B> {
                 drop(book);
                 *undone = changes;
                 // A panic waits until it is published what KVM has.
-                let panic = prepared.abort();
+                prepared.abort();
                 let left = left
                     .into_iter()
-                    .map(|(id, left)| Unrestored {
+                    .map(|(id, left, range)| Unrestored {
                         id,
+                        start: GuestAddress(range.start),
+                        size: range.end - range.start,
                         left,
                         errno: unrestored.get(&id).copied().unwrap_or(Errno(0)),
                     })
@@ -174,13 +183,10 @@ impl<B: SlotBitmap> Inner<B> {
                     },
                 };
                 if shown.is_empty() {
-                    return match panic {
-                        Some(panic) => resume_unwind(panic),
-                        None => Err(Quiet::Failed(error)),
-                    };
+                    return Err(Quiet::Failed(error));
                 }
-                let later = commit(listeners, LayoutChange::new(undone));
-                Ok((next(table, shown), (Err(error), panic.or(later))))
+                commit(listeners, LayoutChange::new(undone), panics);
+                Ok((next(table, shown), Err(error)))
             }
         }
     }
@@ -198,6 +204,7 @@ impl<B: SlotBitmap> Inner<B> {
                     let error = Error::Kvm {
                         change: *change,
                         region: *region,
+                        old: book.slots.get(region.id).copied().map(Box::new),
                         step: number + 1,
                         steps: calls.len(),
                         source,
@@ -225,7 +232,8 @@ impl<B: SlotBitmap> Inner<B> {
                     book.slots.commit(&region);
                 }
                 Err(errno) => {
-                    log::error!("{} could not be put back: {errno}", region.id);
+                    let which = place(region.id, region.start, region.size);
+                    log::error!("{which} could not be put back: {errno}");
                     unrestored.insert(region.id, errno);
                 }
             }

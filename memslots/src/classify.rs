@@ -98,32 +98,48 @@ pub struct Limits {
 #[non_exhaustive]
 pub enum Refusal {
     /// Flags that KVM does not know, or not in this call.
-    #[error("{id}: flags {flags:?} are not known to this call")]
+    #[error("{}: flags {flags:?} are not known to this call", at(*id, *start, *size))]
     Flags {
         /// The slot.
         id: SlotId,
+        /// The first guest address asked for.
+        start: GuestAddress,
+        /// The size asked for, in bytes.
+        size: u64,
         /// The flags asked for.
         flags: SlotFlags,
     },
     /// A number that is not a multiple of [`PAGE_SIZE`].
-    #[error("{id}: the {what} {value:#x} is not a multiple of the page size {PAGE_SIZE:#x}")]
+    #[error(
+        "{}: the {what} {value:#x} is not a multiple of the page size {PAGE_SIZE:#x}",
+        at(*id, *start, *size)
+    )]
     Unaligned {
         /// The slot.
         id: SlotId,
+        /// The first guest address asked for.
+        start: GuestAddress,
+        /// The size asked for, in bytes.
+        size: u64,
         /// Which number.
         what: &'static str,
         /// Its value.
         value: u64,
     },
     /// The host addresses are not user space's.
-    #[error("{id}: {size:#x} bytes from the host address {host} are not in user space")]
+    #[error(
+        "{}: {size:#x} bytes from the host address {host} are not in user space",
+        at(*id, *start, *size)
+    )]
     HostRange {
         /// The slot.
         id: SlotId,
+        /// The first guest address asked for.
+        start: GuestAddress,
+        /// The size asked for, in bytes.
+        size: u64,
         /// The first host address.
         host: Hva,
-        /// The size in bytes.
-        size: u64,
     },
     /// No slot can have this id.
     #[error("{id}: KVM has {} address spaces of {} slots here", limits.address_spaces, limits.slots)]
@@ -134,7 +150,7 @@ pub enum Refusal {
         limits: Limits,
     },
     /// The guest addresses wrap around.
-    #[error("{id}: {size:#x} bytes from guest address {:#x} wrap around the end of the address space", start.0)]
+    #[error("{size:#x} bytes from guest address {:#x} wrap around the end of the address space", start.0)]
     Wraps {
         /// The slot.
         id: SlotId,
@@ -144,10 +160,14 @@ pub enum Refusal {
         size: u64,
     },
     /// More than [`MAX_PAGES`].
-    #[error("{id}: {pages} pages are more than a slot can have ({MAX_PAGES})")]
+    #[error("{}: {pages} pages are more than a slot can have ({MAX_PAGES})", at(*id, *start, *size))]
     TooManyPages {
         /// The slot.
         id: SlotId,
+        /// The first guest address asked for.
+        start: GuestAddress,
+        /// The size asked for, in bytes.
+        size: u64,
         /// The pages asked for.
         pages: u64,
     },
@@ -158,15 +178,19 @@ pub enum Refusal {
         id: SlotId,
     },
     /// An existing slot's size, host address or read-only flag is to change: delete it and create another.
-    #[error("{id}: the {what} of an existing slot cannot change")]
+    #[error("{}: the {what} of an existing slot cannot change", at(*id, *start, *size))]
     Fixed {
         /// The slot.
         id: SlotId,
+        /// The first guest address asked for.
+        start: GuestAddress,
+        /// The size asked for, in bytes.
+        size: u64,
         /// Which of its properties.
         what: &'static str,
     },
     /// Another slot of the same address space has some of these guest addresses.
-    #[error("{id}: {size:#x} bytes from guest address {:#x} overlap {with}", start.0)]
+    #[error("{} overlap {}", at(*id, *start, *size), place(*with, *with_start, *with_size))]
     Overlap {
         /// The slot.
         id: SlotId,
@@ -176,40 +200,59 @@ pub enum Refusal {
         size: u64,
         /// The other slot.
         with: SlotId,
+        /// Its first guest address.
+        with_start: GuestAddress,
+        /// Its size in bytes.
+        with_size: u64,
     },
     /// A slot with a guest_memfd is as it was made until it is deleted: it cannot move, and its flags cannot change.
-    #[error("{id}: a slot with a guest_memfd can only be deleted, not changed")]
+    #[error("{}: a slot with a guest_memfd can only be deleted, not changed", at(*id, *start, *size))]
     GuestMemfdFixed {
         /// The slot.
         id: SlotId,
+        /// The first guest address asked for.
+        start: GuestAddress,
+        /// The size asked for, in bytes.
+        size: u64,
     },
     /// The slot's private memory would not lie within its guest_memfd.
     #[error(
-        "{id}: {size:#x} bytes from offset {:#x} are not within a guest_memfd of {:#x} bytes",
-        memory.offset, memory.file_size
+        "{}: {size:#x} bytes from offset {:#x} are not within a guest_memfd of {:#x} bytes",
+        at(*id, *start, *size), memory.offset, memory.file_size
     )]
     GuestMemfdRange {
         /// The slot.
         id: SlotId,
-        /// The size in bytes.
+        /// The first guest address asked for.
+        start: GuestAddress,
+        /// The size asked for, in bytes.
         size: u64,
         /// Where in which file.
         memory: GuestMemfdRange,
     },
     /// Another slot has some of these bytes of the guest_memfd.
-    #[error("{id}: {size:#x} bytes from offset {:#x} of the guest_memfd are in part {with}'s", memory.offset)]
+    #[error(
+        "{}: {size:#x} bytes from offset {:#x} of the guest_memfd are in part those of {}",
+        at(*id, *start, *size), memory.offset, place(*with, *with_start, *with_size)
+    )]
     GuestMemfdBound {
         /// The slot.
         id: SlotId,
-        /// The size in bytes.
+        /// The first guest address asked for.
+        start: GuestAddress,
+        /// The size asked for, in bytes.
         size: u64,
         /// Where in which file.
         memory: GuestMemfdRange,
         /// The other slot.
         with: SlotId,
+        /// Its first guest address.
+        with_start: GuestAddress,
+        /// Its size in bytes.
+        with_size: u64,
     },
     /// Beyond what the host's MMU code can map.
-    #[error("{id}: {size:#x} bytes from guest address {:#x} go beyond {last_gfn}, the last of this host", start.0)]
+    #[error("{} go beyond {last_gfn}, the last of this host", at(*id, *start, *size))]
     BeyondLastGfn {
         /// The slot.
         id: SlotId,
@@ -220,6 +263,20 @@ pub enum Refusal {
         /// The host's last frame.
         last_gfn: Gfn,
     },
+}
+
+/// A slot by its guest addresses, which is how a user knows it, and by its id, which is how KVM does.
+pub(crate) fn place(id: SlotId, start: GuestAddress, size: u64) -> String {
+    match size {
+        // Nothing but the id means anything in a deletion.
+        0 => id.to_string(),
+        size => format!("{:#x}..{:#x} ({id})", start.0, start.0.saturating_add(size)),
+    }
+}
+
+fn at(id: SlotId, start: GuestAddress, size: u64) -> String {
+    let what = if size == 0 { "" } else { "guest addresses " };
+    format!("{what}{}", place(id, start, size))
 }
 
 impl Refusal {
@@ -283,7 +340,12 @@ pub fn classify(
         SlotFlags::LOG_DIRTY_PAGES | SlotFlags::READ_ONLY
     };
     if !known.contains(flags) {
-        return Err(Refusal::Flags { id, flags });
+        return Err(Refusal::Flags {
+            id,
+            start,
+            size,
+            flags,
+        });
     }
     let numbers = [
         ("size", size),
@@ -292,7 +354,13 @@ pub fn classify(
     ];
     for (what, value) in numbers {
         if !value.is_multiple_of(PAGE_SIZE) {
-            return Err(Refusal::Unaligned { id, what, value });
+            return Err(Refusal::Unaligned {
+                id,
+                start,
+                size,
+                what,
+                value,
+            });
         }
     }
     // The kernel's `access_ok`, as far as every host agrees on it: the upper half is the kernel's. The exact end of
@@ -301,15 +369,31 @@ pub fn classify(
         .checked_add(size)
         .is_none_or(|end| end >= 1 << 63)
     {
-        return Err(Refusal::HostRange { id, host, size });
+        return Err(Refusal::HostRange {
+            id,
+            start,
+            size,
+            host,
+        });
     }
     if let (true, Some(memory)) = (private, guest_memfd) {
         let (what, value) = ("guest_memfd offset", memory.offset);
         if !value.is_multiple_of(PAGE_SIZE) {
-            return Err(Refusal::Unaligned { id, what, value });
+            return Err(Refusal::Unaligned {
+                id,
+                start,
+                size,
+                what,
+                value,
+            });
         }
         if value.checked_add(size).is_none() {
-            return Err(Refusal::GuestMemfdRange { id, size, memory });
+            return Err(Refusal::GuestMemfdRange {
+                id,
+                start,
+                size,
+                memory,
+            });
         }
     }
     if u32::from(id.address_space()) >= limits.address_spaces
@@ -326,7 +410,12 @@ pub fn classify(
     }
     let pages = size >> PAGE_SHIFT;
     if pages > MAX_PAGES {
-        return Err(Refusal::TooManyPages { id, pages });
+        return Err(Refusal::TooManyPages {
+            id,
+            start,
+            size,
+            pages,
+        });
     }
     let Some(old) = old else {
         return if size == 0 {
@@ -340,7 +429,7 @@ pub fn classify(
     }
     // Even one that describes the slot as it is.
     if private {
-        return Err(Refusal::GuestMemfdFixed { id });
+        return Err(Refusal::GuestMemfdFixed { id, start, size });
     }
     let fixed = [
         ("host address", host == old.host),
@@ -353,7 +442,12 @@ pub fn classify(
     ];
     for (what, same) in fixed {
         if !same {
-            return Err(Refusal::Fixed { id, what });
+            return Err(Refusal::Fixed {
+                id,
+                start,
+                size,
+                what,
+            });
         }
     }
     Ok(match (start == old.start, flags == old.flags) {

@@ -2,7 +2,10 @@
 
 //! [`enum@Error`]: why the slots are not as they were asked to be.
 
-use crate::{Change, Errno, MapError, MemoryRegion, PrivateRange, Refusal, SlotId, Veto};
+use crate::classify::place;
+use crate::{
+    Change, Errno, MapError, MemoryRegion, PrivateRange, Refusal, SlotId, SlotShape, Veto,
+};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -64,7 +67,7 @@ pub enum Error {
         limit: u32,
     },
     /// The host gave no memory.
-    #[error("no mapping of {size:#x} bytes for guest address {:#x}", start.0)]
+    #[error("no mapping of {size:#x} bytes for guest address {:#x}: {source}", start.0)]
     Map {
         /// Where in the guest it was to be.
         start: GuestAddress,
@@ -79,7 +82,7 @@ pub enum Error {
     )]
     NoGuestMemfd,
     /// The host made no guest_memfd.
-    #[error("no guest_memfd of {size:#x} bytes")]
+    #[error("no guest_memfd of {size:#x} bytes: {source}")]
     GuestMemfd {
         /// The size asked for, in bytes.
         size: u64,
@@ -99,7 +102,7 @@ pub enum Error {
         changes: u64,
     },
     /// A [`ChangeListener`](crate::ChangeListener) refused; KVM was not asked, and the listeners before it were told.
-    #[error("a listener refused the change")]
+    #[error("a listener refused the change: {source}")]
     Vetoed {
         /// Its reason.
         source: Veto,
@@ -109,14 +112,16 @@ pub enum Error {
     InListener,
     /// KVM refused.
     #[error(
-        "KVM did not {change} {}, {:#x} bytes at guest address {:#x} (step {step} of {steps})",
-        region.id, region.size, region.start.0
+        "KVM did not {change} {} in step {step} of {steps}: {source}",
+        request(region, old.as_deref())
     )]
     Kvm {
         /// What was to be done.
         change: Change,
         /// The request.
         region: MemoryRegion,
+        /// The slot as it was, if it was there.
+        old: Option<Box<SlotShape>>,
         /// Which of the calls it was, counted from 1.
         step: usize,
         /// How many calls there were to be.
@@ -126,11 +131,15 @@ pub enum Error {
     },
     /// A change failed, and then not all that had been done before it could be taken back. What KVM has is what readers
     /// see now, but for slots that [stay](Left::Stays); no memory is lost, and the next layout puts it right.
-    #[error("{cause}; and then {} could not be taken back", list(left))]
+    #[error(
+        "a failed change could not be taken back: {}; it failed because {cause}",
+        list(left)
+    )]
     Undo {
         /// The slots that are not as they were.
         left: Vec<Unrestored>,
         /// The first failure.
+        #[source]
         cause: Box<Error>,
     },
 }
@@ -140,6 +149,10 @@ pub enum Error {
 pub struct Unrestored {
     /// Which.
     pub id: SlotId,
+    /// Its first guest address: where it is, or, of one that is missing, was.
+    pub start: GuestAddress,
+    /// Its size in bytes.
+    pub size: u64,
     /// How it is now.
     pub left: Left,
     /// What KVM answered when it was to be put back.
@@ -160,6 +173,16 @@ pub enum Left {
     Changed,
 }
 
+/// The slot of a request that was refused: where it was and where it was to be, of a deletion the former alone.
+fn request(region: &MemoryRegion, old: Option<&SlotShape>) -> String {
+    let new = place(region.id, region.start, region.size);
+    match old {
+        Some(old) if region.size == 0 => place(region.id, old.start, old.size),
+        Some(old) if old.start != region.start => format!("{:#x} to {new}", old.start.0),
+        _ => new,
+    }
+}
+
 fn list(left: &[Unrestored]) -> String {
     let one = |slot: &Unrestored| {
         let how = match slot.left {
@@ -167,7 +190,8 @@ fn list(left: &[Unrestored]) -> String {
             Left::Missing => "is missing",
             Left::Changed => "is changed",
         };
-        format!("{} ({how}: {})", slot.id, slot.errno)
+        let which = place(slot.id, slot.start, slot.size);
+        format!("{which} {how} ({})", slot.errno)
     };
     left.iter().map(one).collect::<Vec<_>>().join(", ")
 }

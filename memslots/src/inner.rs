@@ -4,6 +4,7 @@
 //! share: and what each of them asks for, made into a [`Transaction`]. How that is carried out is `change.rs`.
 
 use crate::book::{Book, Edit, Entry, Place, Transaction, deletion, request, shape};
+use crate::classify::place;
 use crate::guest_memfd::Binding;
 use crate::ids::{IdClaim, Ids};
 use crate::listener::{Panic, Registered};
@@ -128,8 +129,13 @@ impl<B: SlotBitmap> Inner<B> {
             source,
         })?;
         let host = mapping.host();
-        let extent = SlotExtent::claimed(claim, start, size, host)
-            .map_err(|_| Refusal::HostRange { id, host, size })?;
+        let extent =
+            SlotExtent::claimed(claim, start, size, host).map_err(|_| Refusal::HostRange {
+                id,
+                start,
+                size,
+                host,
+            })?;
         let guest_memfd = slot.guest_memfd.clone();
         let region = Region::new(extent, slot.flags(), mapping, guest_memfd);
         Ok(Arc::new(region))
@@ -249,6 +255,8 @@ fn moved(extent: &SlotExtent, start: GuestAddress) -> Result<SlotExtent, Refusal
             None => Refusal::Wraps { id, start, size },
             Some(_) => Refusal::Unaligned {
                 id,
+                start,
+                size,
                 what: "guest address",
                 value: start.0,
             },
@@ -356,7 +364,9 @@ impl<B: SlotBitmap> Drop for Inner<B> {
             let shape = self.lock().slots.get(id).copied();
             match shape.map(|shape| self.call(&deletion(id, &shape))) {
                 Some(Err(error)) => {
-                    log::error!("{id} was not deleted ({error}): its memory stays mapped");
+                    let extent = region.extent();
+                    let which = place(id, extent.start(), extent.size());
+                    log::error!("{which} was not deleted, and its memory stays mapped: {error}");
                     // The guest may run on and use it.
                     std::mem::forget((region, guest_memfd));
                 }

@@ -229,8 +229,8 @@
 //! the contents are read through a [`Snapshot`]. Ids are not part of it: they are given anew.
 //!
 //! # Backings, and what works on which
-//! [`Backing`] says what is behind a slot: anonymous memory, a memfd, a file, hugetlb pages, a mapping of the
-//! consumer's own; from which NUMA nodes, prefaulted, between guard pages, left out of core dumps. What cannot be is
+//! [`Backing`] says what is behind a slot: anonymous memory, a memfd, a file, hugetlb pages, a [part](Backing::part) of
+//! a [`Mapping`] that several slots are cut from, a mapping of the consumer's own; from which NUMA nodes, prefaulted, between guard pages, left out of core dumps. What cannot be is
 //! refused before anything is made or mapped, with the numbers. [`MemoryKind::support`] is the table of which
 //! [`Mechanism`] works on which memory, checked against the kernel; what a VM will want later (a pager, a snapshot, a
 //! dirty log) is to be asked of it when the VM is configured. With the feature `uffd` the module of that name has the
@@ -245,7 +245,8 @@
 //!   flag changes, and where a failed plan brings a deleted slot back.
 //! - Which pages of a guest_memfd slot are private is not kept here (`KVM_SET_MEMORY_ATTRIBUTES` is the caller's).
 //! - A publication among tens of thousands of slots costs some 40 µs beside KVM's own milliseconds; the README has the
-//!   figures. Memory that a caller gives to two slots at once makes lookups by host address look at each slot.
+//!   figures. Memory that two slots have at once makes lookups by host address look at each slot, and what is written
+//!   through one of them is no news to the other's dirty log or bitmap.
 //! - An invalidation that has ended is noticed by whoever derived anything before it, whatever the range, as in the
 //!   kernel.
 //! - Whoever truncates a file that is behind a slot turns touches of it into SIGBUS; memfds made here are sealed against

@@ -8,7 +8,7 @@ use crate::Region;
 use crate::inner::Owner;
 use std::any::Any;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -122,7 +122,7 @@ impl<'a, B> LayoutChange<'a, B> {
 ///
 /// A panic in prepare unwinds through the change, with the same effect as a refusal. One in abort or commit is held up
 /// until every listener has been told and what has become of the change is published, and goes on then (the first, if
-/// there are several). Of a change that is made, slots whose handles it so keeps from the caller are a part of the
+/// there are several; what the others carry is dropped first, when no lock is held any more). Of a change that is made, slots whose handles it so keeps from the caller are a part of the
 /// [layout](crate::Memslots::layout).
 ///
 /// A [`Slot`](crate::Slot) that is dropped in a listener's call goes when the change at hand is over, before that returns.
@@ -192,8 +192,14 @@ impl<B> Registered<B> {
     }
 }
 
-/// A listener's panic, caught.
+/// A listener's panic, caught. Its drop may run code of consumers, and so does not happen here, where a lock is held:
+/// who calls listeners keeps them in a list, and goes on with the first.
 pub(crate) type Panic = Box<dyn Any + Send>;
+
+/// The panic to go on with: the first, when the others have been let go of. With no lock held.
+pub(crate) fn first(panics: Vec<Panic>) -> Option<Panic> {
+    panics.into_iter().next()
+}
 
 /// Listeners that are prepared for a change. Dropped before the commit, in a panic, they abort.
 pub(crate) struct Prepared<'a, B> {
@@ -201,6 +207,8 @@ pub(crate) struct Prepared<'a, B> {
     change: LayoutChange<'a, B>,
     /// So many of them, from the first, are prepared.
     count: usize,
+    /// What is caught.
+    panics: &'a mut Vec<Panic>,
 }
 
 impl<'a, B> Prepared<'a, B> {
@@ -208,68 +216,61 @@ impl<'a, B> Prepared<'a, B> {
     pub(crate) fn all(
         listeners: &'a [Registered<B>],
         change: LayoutChange<'a, B>,
+        panics: &'a mut Vec<Panic>,
     ) -> Result<Self, Veto> {
         let mut prepared = Self {
             listeners,
             change,
             count: 0,
+            panics,
         };
         for registered in listeners {
             if registered.is_alive()
                 && let Err(veto) = registered.listener.prepare(&change)
             {
-                return match prepared.abort() {
-                    Some(panic) => resume_unwind(panic),
-                    None => Err(veto),
-                };
+                prepared.abort();
+                return Err(veto);
             }
             prepared.count += 1;
         }
         Ok(prepared)
     }
 
-    /// The first panic comes back, when all have been told.
-    pub(crate) fn abort(mut self) -> Option<Panic> {
-        self.tell_abort()
+    pub(crate) fn abort(self) {
+        drop(self);
     }
 
-    fn tell_abort(&mut self) -> Option<Panic> {
-        let prepared = self.listeners.iter().take(std::mem::take(&mut self.count));
-        let alive = prepared.rev().filter(|registered| registered.is_alive());
-        tell(alive, |listener| listener.abort(&self.change))
-    }
-
-    /// The first panic comes back, when all have been told.
-    pub(crate) fn commit(mut self) -> Option<Panic> {
+    pub(crate) fn commit(mut self) {
         self.count = 0;
-        commit(self.listeners, self.change)
+        commit(self.listeners, self.change, self.panics);
     }
 }
 
 impl<B> Drop for Prepared<'_, B> {
     fn drop(&mut self) {
-        // One panic is on its way already.
-        drop(self.tell_abort());
+        let prepared = self.listeners.iter().take(self.count);
+        let alive = prepared.rev().filter(|registered| registered.is_alive());
+        tell(alive, |listener| listener.abort(&self.change), self.panics);
     }
 }
 
-/// Tells all of them of a change that is made. The first panic comes back.
-pub(crate) fn commit<B>(listeners: &[Registered<B>], change: LayoutChange<'_, B>) -> Option<Panic> {
+/// Tells all of them of a change that is made.
+pub(crate) fn commit<B>(
+    listeners: &[Registered<B>],
+    change: LayoutChange<'_, B>,
+    panics: &mut Vec<Panic>,
+) {
     let alive = listeners.iter().filter(|registered| registered.is_alive());
-    tell(alive, |listener| listener.commit(&change))
+    tell(alive, |listener| listener.commit(&change), panics);
 }
 
 fn tell<'a, B: 'a>(
     listeners: impl Iterator<Item = &'a Registered<B>>,
     call: impl Fn(&dyn ChangeListener<B>),
-) -> Option<Panic> {
-    let mut panic = None;
+    panics: &mut Vec<Panic>,
+) {
     for registered in listeners {
         // What the listener leaves broken is its own; ours is whole.
-        let told = catch_unwind(AssertUnwindSafe(|| call(&*registered.listener)));
-        if let Err(payload) = told {
-            panic.get_or_insert(payload);
-        }
+        panics.extend(catch_unwind(AssertUnwindSafe(|| call(&*registered.listener))).err());
     }
-    panic
 }

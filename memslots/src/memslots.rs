@@ -6,7 +6,7 @@
 use crate::book::{Book, Edit, Entry, Transaction, request};
 use crate::ids::Ids;
 use crate::inner::{Inner, Owner};
-use crate::listener::{Listening, Panic, Prepared, Registered};
+use crate::listener::{Listening, Prepared, Registered, first};
 use crate::{
     Backing, Change, ChangeListener, Error, GuestMemfd, GuestRam, Layout, LayoutChange, LayoutSlot,
     Limits, NewSlot, Plan, PrivateRanges, Refusal, SetMemoryRegion, Slot, SlotBitmap, SlotExtent,
@@ -235,26 +235,28 @@ impl<B: SlotBitmap> Memslots<B> {
             alive: Arc::new(AtomicBool::new(true)),
         };
         let alive = Arc::clone(&registered.alive);
-        let told: Result<Option<Panic>, Error> = inner.exclusively(|table| {
+        let mut panics = Vec::new();
+        let told = inner.exclusively(|table| {
             let _calling = inner.call_listeners();
             let changes = Inner::replay(table);
             let one = std::slice::from_ref(&registered);
-            let panic = match Prepared::all(one, LayoutChange::new(&changes)) {
+            match Prepared::all(one, LayoutChange::new(&changes), &mut panics) {
                 Ok(prepared) => prepared.commit(),
                 Err(source) => return Err(Error::Vetoed { source }),
-            };
-            if panic.is_none() {
+            }
+            if panics.is_empty() {
                 let mut listeners = inner
                     .listeners
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner);
                 listeners.push(registered.clone());
             }
-            Ok(panic)
+            Ok(())
         });
-        if let Some(panic) = told? {
+        if let Some(panic) = first(panics) {
             resume_unwind(panic);
         }
+        told?;
         Ok(Listening::new(Arc::clone(inner) as _, alive))
     }
 

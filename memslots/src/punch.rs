@@ -72,7 +72,8 @@ pub enum PunchError {
     /// The host refused. What was asked for before this range is given back; where it refused for the slot's guest_memfd,
     /// which comes second, the user mapping of this range too.
     #[error(
-        "{call} of {size:#x} bytes at guest address {start:#x} in {slot}; {done:#x} bytes were given back before"
+        "{call} of {size:#x} bytes at guest address {start:#x} in {slot}, after {done:#x} bytes that were given back: \
+         {source}"
     )]
     Host {
         /// The system call.

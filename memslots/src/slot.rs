@@ -2,6 +2,7 @@
 
 //! [`Slot`]: the handle that owns a slot. Dropped, the slot goes.
 
+use crate::classify::place;
 use crate::inner::Owner;
 use crate::{Error, SlotExtent, SlotFlags};
 use srcu::Grace;
@@ -23,7 +24,7 @@ pub struct Slot {
 
 /// A slot that could not be deleted: here it is again, unchanged.
 #[derive(Debug, Error)]
-#[error("{} was not deleted", slot.extent().id())]
+#[error("{} was not deleted: {reason}", place(slot.extent().id(), slot.extent().start(), slot.extent().size()))]
 pub struct RemoveError {
     /// The slot.
     pub slot: Slot,

@@ -115,17 +115,19 @@ impl SlotMap {
         } = request;
         let change = classify(self.get(id), request, &self.limits)?;
         if matches!(change, Change::Create | Change::Move) {
-            if let Some(with) = self.overlap(id, start.0, size) {
+            if let Some((with, there)) = self.overlap(id, start.0, size) {
                 return Err(Refusal::Overlap {
                     id,
                     start,
                     size,
                     with,
+                    with_start: there.start,
+                    with_size: there.size,
                 });
             }
             // After the overlap, as in KVM.
             if let Some(memory) = binding(request) {
-                self.check_binding(id, size, memory)?;
+                self.check_binding(request, memory)?;
             }
             if Gfn::containing(GuestAddress(start.0 + (size - 1))) > self.limits.last_gfn {
                 return Err(Refusal::BeyondLastGfn {
@@ -197,11 +199,23 @@ impl SlotMap {
         }
     }
 
-    /// The rules of `kvm_gmem_bind` for a slot `id` of `size` bytes (> 0).
-    fn check_binding(&self, id: SlotId, size: u64, memory: GuestMemfdRange) -> Result<(), Refusal> {
+    /// The rules of `kvm_gmem_bind` for a slot of more than 0 bytes.
+    fn check_binding(
+        &self,
+        request: &MemoryRegion,
+        memory: GuestMemfdRange,
+    ) -> Result<(), Refusal> {
+        let &MemoryRegion {
+            id, start, size, ..
+        } = request;
         let end = memory.offset.checked_add(size);
         let Some(end) = end.filter(|end| *end <= memory.file_size) else {
-            return Err(Refusal::GuestMemfdRange { id, size, memory });
+            return Err(Refusal::GuestMemfdRange {
+                id,
+                start,
+                size,
+                memory,
+            });
         };
         // Bindings of one file do not overlap each other, so the last that begins before the end tells.
         let last = self
@@ -215,16 +229,19 @@ impl SlotMap {
         {
             return Err(Refusal::GuestMemfdBound {
                 id,
+                start,
                 size,
                 memory,
                 with,
+                with_start: shape.start,
+                with_size: shape.size,
             });
         }
         Ok(())
     }
 
     /// A slot other than `id`, of the same address space, that has a part of `start..start + size` (`size` > 0).
-    fn overlap(&self, id: SlotId, start: u64, size: u64) -> Option<SlotId> {
+    fn overlap(&self, id: SlotId, start: u64, size: u64) -> Option<(SlotId, &SlotShape)> {
         let space = id.address_space();
         // Slots do not overlap each other, so only the last two that begin before the end can reach into the range:
         // the last, or, if that one is `id` itself, the one before it.
@@ -234,8 +251,8 @@ impl SlotMap {
             .filter(|(_, other)| **other != id)
             .take(1)
             .find_map(|((_, from), other)| {
-                let other_size = self.by_id.get(other)?.size;
-                (from + other_size > start).then_some(*other)
+                let there = self.by_id.get(other)?;
+                (from + there.size > start).then_some((*other, there))
             })
     }
 }

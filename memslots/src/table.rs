@@ -20,14 +20,15 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 /// as a loader needs it; devices take [`CheckedMemory`](crate::CheckedMemory), or [`checked`](Self::checked). Whoever
 /// holds it keeps the memory of its slots mapped, even of those deleted since.
 ///
-/// A lookup, by guest address, id or host address, is a binary search over keys that lie side by side. Tables share
-/// what did not change from one to the next.
+/// A lookup, by guest address, id or host address, takes two steps however many slots there are, unless they lie in
+/// crowds far from each other: then a binary search goes on in the crowd. Tables share what did not change from one to
+/// the next.
 pub struct SlotTable<B = ()> {
     by_guest: Ordered<Entry, Arc<Region<B>>>,
     /// Id to guest address.
     by_id: Ordered<u64>,
-    /// Host address to guest address. `None` once two slots have shared host memory, as memory that a caller brings
-    /// along may: then every slot is looked at.
+    /// Host address to guest address. `None` once two slots have shared host memory, as parts of one mapping and memory
+    /// that a caller brings along may: then every slot is looked at.
     by_host: Option<Ordered<u64>>,
     /// Like no other table's of this process; 0 for those without slots.
     serial: u64,
@@ -206,8 +207,9 @@ impl<B> SlotTable<B> {
         Ok((found.host, found.writable))
     }
 
-    /// Which guest address a host address is, and in which slot. A binary search; where slots share host memory (which a
-    /// caller may bring along), each slot is looked at, and the lowest guest address answers.
+    /// Which guest address a host address is, and in which slot. Two lookups; where slots share host memory
+    /// ([parts](crate::Backing::part) of one mapping, or what a caller brings along), each slot is looked at, and the
+    /// lowest guest address answers.
     pub fn hva_to_gpa(&self, host: Hva) -> Option<(SlotId, GuestAddress)> {
         let extent = match &self.by_host {
             Some(index) => {

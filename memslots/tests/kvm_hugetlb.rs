@@ -252,14 +252,32 @@ fn a_huge_page_is_cut_into_a_read_only_slot_and_ram_and_only_a_whole_one_is_give
         assert_eq!(punch(PAGE.bytes()..SIZE).unwrap(), PAGE.bytes());
         assert_eq!(snapshot.read_obj::<u64>(GuestAddress(SIZE - 8)).unwrap(), 0);
         assert_eq!(snapshot.read_obj::<u64>(at).unwrap(), 7);
+
+        // As long as a page, and none: from the middle of one to the middle of the next.
+        let half = GuestAddress(PAGE.bytes() / 2);
+        let middle = memslots.create(
+            GuestAddress(1 << 30),
+            Backing::part(&whole, half.0, PAGE.bytes()),
+            SlotFlags::NONE,
+        );
+        let middle = middle.unwrap().keep().guest_range();
+        let snapshot = memslots.snapshot();
+        let no_page = snapshot.find(GuestAddress(middle.start)).unwrap();
+        let refused = punch(middle.clone()).unwrap_err();
+        assert!(
+            matches!(refused, PunchError::Unaligned { address, .. } if address == middle.start),
+            "{refused}"
+        );
+        let threads = NonZeroUsize::MIN;
         let uffd = Uffd::open(Features::NONE, Features::NONE).unwrap();
-        let refused = uffd.register_all(region.mapping(), Modes::MISSING);
-        assert!(matches!(refused, Err(RegisterError::Range { .. })));
+        for mapping in [region.mapping(), no_page.mapping()] {
+            let refused = uffd.register_all(mapping, Modes::MISSING);
+            assert!(matches!(refused, Err(RegisterError::Range { .. })));
+            mapping.prefault(0..0, threads).unwrap_err();
+        }
         let last = slots[2].extent().start();
         let mapping = snapshot.find(last).unwrap().mapping();
         drop(uffd.register_all(mapping, Modes::MISSING).unwrap());
-        let threads = NonZeroUsize::MIN;
-        assert!(region.mapping().prefault(0..0, threads).is_err());
         mapping.prefault(0..PAGE.bytes(), threads).unwrap();
     }
 }

@@ -231,7 +231,10 @@ fn a_veto_by_the_second_takes_back_the_first_and_kvm_is_not_asked() {
     );
     world.second.refuses.store(true, Ordering::Relaxed);
     let error = world.change().unwrap_err();
-    assert_eq!(error.to_string(), "a listener refused the change");
+    assert_eq!(
+        error.to_string(),
+        "a listener refused the change: no more pinned pages"
+    );
     let Error::Vetoed { source } = error else {
         panic!("{error}")
     };

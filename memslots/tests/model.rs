@@ -362,40 +362,40 @@ fn every_refusal_says_its_numbers() {
     let cases = [
         (
             private(3, 0x2_0000, 0x1000),
-            "slot 3: a slot with a guest_memfd can only be deleted, not changed",
+            "guest addresses 0x20000..0x22000 (slot 3): a slot with a guest_memfd can only be deleted, not changed",
         ),
         (
             private(2, 0x2_0000, 0x800),
-            "slot 2: the guest_memfd offset 0x800 is not a multiple of the page size 0x1000",
+            "guest addresses 0x20000..0x22000 (slot 2): the guest_memfd offset 0x800 is not a multiple of the page size 0x1000",
         ),
         (
             private(2, 0x2_0000, 0x3000),
-            "slot 2: 0x2000 bytes from offset 0x3000 are not within a guest_memfd of 0x4000 bytes",
+            "guest addresses 0x20000..0x22000 (slot 2): 0x2000 bytes from offset 0x3000 are not within a guest_memfd of 0x4000 bytes",
         ),
         (
             private(2, 0x2_0000, 0x2000),
-            "slot 2: 0x2000 bytes from offset 0x2000 of the guest_memfd are in part slot 3's",
+            "guest addresses 0x20000..0x22000 (slot 2): 0x2000 bytes from offset 0x2000 of the guest_memfd are in part those of 0x10000..0x12000 (slot 3)",
         ),
         (
             MemoryRegion {
                 flags: SlotFlags::GUEST_MEMFD,
                 ..good
             },
-            "slot 1: flags GUEST_MEMFD are not known to this call",
+            "guest addresses 0x4000..0x6000 (slot 1): flags GUEST_MEMFD are not known to this call",
         ),
         (
             MemoryRegion {
                 size: 0x2001,
                 ..good
             },
-            "slot 1: the size 0x2001 is not a multiple of the page size 0x1000",
+            "guest addresses 0x4000..0x6001 (slot 1): the size 0x2001 is not a multiple of the page size 0x1000",
         ),
         (
             MemoryRegion {
                 size: 0x3000,
                 ..good
             },
-            "slot 1: the size of an existing slot cannot change",
+            "guest addresses 0x4000..0x7000 (slot 1): the size of an existing slot cannot change",
         ),
         (
             MemoryRegion {
@@ -416,7 +416,7 @@ fn every_refusal_says_its_numbers() {
                 id: SlotId(2),
                 ..good
             },
-            "slot 2: 0x2000 bytes from guest address 0x4000 overlap slot 1",
+            "guest addresses 0x4000..0x6000 (slot 2) overlap 0x4000..0x6000 (slot 1)",
         ),
         (
             MemoryRegion {
@@ -431,14 +431,14 @@ fn every_refusal_says_its_numbers() {
                 host: Hva(1 << 63),
                 ..good
             },
-            "slot 1: 0x2000 bytes from the host address 0x8000000000000000 are not in user space",
+            "guest addresses 0x4000..0x6000 (slot 1): 0x2000 bytes from the host address 0x8000000000000000 are not in user space",
         ),
         (
             MemoryRegion {
                 start: GuestAddress(0x0fff_f000),
                 ..good
             },
-            "slot 1: 0x2000 bytes from guest address 0xffff000 go beyond gfn 0xffff, the last of this host",
+            "guest addresses 0xffff000..0x10001000 (slot 1) go beyond gfn 0xffff, the last of this host",
         ),
     ];
     for (request, message) in cases {

@@ -229,7 +229,7 @@ proptest! {
         for failing in 0..steps {
             host.fail(failing, Errno(errno));
             let error = memslots.set_layout(&after).unwrap_err();
-            let named = format!("(step {} of {steps})", failing + 1);
+            let named = format!("in step {} of {steps}: ", failing + 1);
             prop_assert!(error.to_string().contains(&named), "{}", error);
             prop_assert_eq!(&everything(&host, &memslots), &there);
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a change of the slots sets free (memory, deferred closures) is let go of with no lock held, so it may change
+//! What a change of the slots sets free (memory, deferred closures, what panics carry) is let go of with no lock held, so it may change
 //! slots in its turn.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -11,6 +11,7 @@ use memslots::{
     NewSlot, NumaPolicy, PAGE_SIZE, PrivateRanges, Slot, SlotFlags, Veto,
 };
 use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
@@ -229,4 +230,91 @@ fn new_memory_of_a_change_that_fails_is_let_go_of_with_no_lock_held() {
         }
         assert_eq!(memslots.snapshot().regions().len(), 0);
     });
+}
+
+/// What a panic carries: its drop makes a slot.
+struct Payload(Memslots, mpsc::Sender<Result<Slot, Error>>);
+
+impl Drop for Payload {
+    fn drop(&mut self) {
+        let slot = new(9, Backing::anonymous(PAGE_SIZE));
+        let made = self.0.create_all([slot]);
+        let made = made.map(|mut slots| slots.remove(0));
+        self.1.send(made).unwrap();
+    }
+}
+
+/// Panics once, and refuses once, as it is told.
+#[derive(Default)]
+struct Panicking {
+    panics_in: Mutex<Option<(&'static str, Payload)>>,
+    refuses: AtomicBool,
+}
+
+impl Panicking {
+    fn called(&self, what: &'static str) {
+        let payload = self
+            .panics_in
+            .lock()
+            .unwrap()
+            .take_if(|(call, _)| *call == what);
+        if let Some((_, payload)) = payload {
+            std::panic::panic_any(payload);
+        }
+    }
+}
+
+impl ChangeListener for Panicking {
+    fn prepare(&self, _: &LayoutChange<'_>) -> Result<(), Veto> {
+        self.called("prepare");
+        match self.refuses.swap(false, Ordering::Relaxed) {
+            true => Err("refused".into()),
+            false => Ok(()),
+        }
+    }
+    fn commit(&self, _: &LayoutChange<'_>) {
+        self.called("commit");
+    }
+    fn abort(&self, _: &LayoutChange<'_>) {
+        self.called("abort");
+    }
+}
+
+#[test]
+fn what_panics_of_listeners_carry_is_let_go_of_with_no_lock_held() {
+    // The calls that two listeners panic in, whether a third one refuses, and whether KVM does.
+    for (calls, refuses, fails) in [
+        (["commit", "commit"], false, false),
+        (["abort", "abort"], true, false),
+        (["abort", "abort"], false, true),
+        (["abort", "prepare"], false, false),
+    ] {
+        within_reason(move || {
+            let host = FakeHost::new(8);
+            let memslots = Memslots::new(host.clone());
+            let (tell, told) = mpsc::channel();
+            let panicking = calls.map(|_| Arc::new(Panicking::default()));
+            let _listening = panicking
+                .each_ref()
+                .map(|one| memslots.listen(Arc::clone(one) as _).unwrap());
+            let last = Arc::new(Panicking::default());
+            let _last = memslots.listen(Arc::clone(&last) as _).unwrap();
+            last.refuses.store(refuses, Ordering::Relaxed);
+            for (one, call) in panicking.iter().zip(calls) {
+                let payload = Payload(memslots.clone(), tell.clone());
+                *one.panics_in.lock().unwrap() = Some((call, payload));
+            }
+            if fails {
+                host.fail(0, Errno(libc::EIO));
+            }
+            let change = || memslots.create_all([new(0, Backing::anonymous(PAGE_SIZE))]);
+            let first = catch_unwind(AssertUnwindSafe(change)).err().unwrap();
+            // The second's is gone, the first's goes on.
+            let made = told.try_recv().unwrap();
+            assert_eq!(made.unwrap().extent().start(), GuestAddress(9 * PAGE_SIZE));
+            assert!(told.try_recv().is_err());
+            drop(first);
+            drop(told.try_recv().unwrap().unwrap());
+        });
+    }
 }

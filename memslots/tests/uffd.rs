@@ -113,6 +113,7 @@ fn a_refusal_at_any_step_of_opening_is_an_error() {
         || {
             Err(OpenError::Denied {
                 errno: Errno(libc::EPERM),
+                device: Errno(libc::EACCES),
             })
         },
         Features::NONE,
@@ -124,6 +125,8 @@ fn a_refusal_at_any_step_of_opening_is_an_error() {
         "CAP_SYS_PTRACE",
         "/dev/userfaultfd",
         "vm.unprivileged_userfaultfd=1",
+        &Errno(libc::EPERM).to_string(),
+        &Errno(libc::EACCES).to_string(),
     ] {
         assert!(denied.contains(remedy), "{denied}");
     }
@@ -264,9 +267,21 @@ fn a_mode_is_added_in_one_call_that_names_the_old_ones_too() {
 fn a_role_has_one_borrower_and_a_registration_ends_after_its_roles() {
     let world = World::new();
     let registration = world.register(Modes::MISSING);
-    assert_eq!(registration.lend_protect().unwrap_err(), LendError::NoMode);
+    let range = registration.host_range();
+    let range = format!("{:#x}..{:#x}", range.start, range.end);
+    let refused = registration.lend_protect().unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        format!(
+            "who protects {range} needs one of WRITE_PROTECT | ASYNC_WRITE_PROTECT, and it is registered for MISSING"
+        )
+    );
     let fill = registration.lend_fill().unwrap();
-    assert_eq!(registration.lend_fill().unwrap_err(), LendError::Lent);
+    let refused = registration.lend_fill().unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        format!("who fills {range} is somebody else already")
+    );
     let back = registration.unregister().unwrap_err();
     assert_eq!(back.reason, UnregisterReason::Lent);
     drop(fill);
@@ -554,7 +569,8 @@ fn a_protection_that_could_not_be_ended_is_as_it_was_and_can_be_ended_later() {
         assert_eq!(world.fake.asleep(), [world.at(1)]);
         assert_eq!(world.fake.page(world.at(0)), Some(true));
         // It is still lent, and what comes is still protected.
-        assert_eq!(registration.lend_protect().unwrap_err(), LendError::Lent);
+        let refused = registration.lend_protect().unwrap_err();
+        assert!(matches!(refused, LendError::Lent { .. }), "{refused}");
         fill.zero(2 * P..3 * P, Wake::Now).unwrap();
         assert_eq!(world.fake.page(world.at(2)), Some(true));
         error.role.end().unwrap();

@@ -10,6 +10,7 @@ use memslots::{
     Backing, Errno, Error, Left, MemoryRegion, Memslots, NewSlot, PAGE_SIZE, PrivateRanges,
     Refusal, SetMemoryRegion, Slot, SlotExtent, SlotFlags, SlotId, SlotShape, Unrestored,
 };
+use std::error::Error as _;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use vm_memory::{Bytes, GuestAddress};
@@ -283,11 +284,22 @@ fn an_undo_that_fails_says_what_is_left_and_keeps_its_memory_and_its_id() {
         .memslots
         .create_all([anonymous(1 << 20, 1), anonymous(2 << 20, 1)])
         .unwrap_err();
+    let (enomem, eio) = (Errno(libc::ENOMEM), Errno(libc::EIO));
+    let cause = format!("KVM did not create 0x200000..0x201000 (slot 3) in step 2 of 2: {enomem}");
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "a failed change could not be taken back: 0x100000..0x101000 (slot 2) stays ({eio}); it failed because {cause}"
+        )
+    );
+    assert_eq!(error.source().unwrap().to_string(), cause);
     let Error::Undo { left, cause } = error else {
         panic!("{error}")
     };
     let stays = Unrestored {
         id: SlotId(2),
+        start: GuestAddress(1 << 20),
+        size: PAGE_SIZE,
         left: Left::Stays,
         errno: Errno(libc::EIO),
     };

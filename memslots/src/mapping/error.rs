@@ -58,14 +58,19 @@ pub enum MapError {
     },
     /// A shared mapping of a file that was opened for reading only: what a loader writes could not go there.
     #[error(
-        "a shared mapping of a file that is open for reading only: open it for writing, or map it private \
-         (with a read-only slot nothing is copied)"
+        "a shared mapping of {size:#x} bytes from offset {offset:#x} of a file that is open for reading only: open it \
+         for writing, or map it private (with a read-only slot nothing is copied)"
     )]
-    NotWritable,
+    NotWritable {
+        /// The offset asked for, in bytes.
+        offset: u64,
+        /// The size asked for, in bytes.
+        size: u64,
+    },
     /// The kernel has no huge pages of this size.
     #[error(
-        "this host has no huge pages of {page_size}; it has {}",
-        hugetlb::list(available)
+        "this host has huge pages of {}, and not of {page_size}: {} is missing",
+        hugetlb::list(available), page_size.directory()
     )]
     NoHugePageSize {
         /// The size asked for.
@@ -112,6 +117,7 @@ pub enum MapError {
         size: u64,
         /// What the kernel said: `ENOMEM`, no memory (or none on the bound nodes, or in the cgroup); `EHWPOISON`, a
         /// page with a hardware error; `EFAULT`, a file that ends early or hugetlb pages that are not there.
+        #[source]
         errno: Errno,
     },
     /// Any other refusal.
@@ -122,6 +128,7 @@ pub enum MapError {
         /// The size, in bytes.
         size: u64,
         /// What it said.
+        #[source]
         errno: Errno,
     },
 }

@@ -143,7 +143,7 @@ pub(super) fn missing(page_size: HugePageSize) -> Option<Vec<HugePageSize>> {
 /// Sizes for a message.
 pub(super) fn list(sizes: &[HugePageSize]) -> String {
     match sizes {
-        [] => "none of any size".to_owned(),
+        [] => "no size".to_owned(),
         sizes => {
             let sizes: Vec<_> = sizes.iter().map(HugePageSize::to_string).collect();
             sizes.join(", ")
@@ -186,6 +186,7 @@ mod tests {
             list(&[HugePageSize::MIB_2, HugePageSize::GIB_1]),
             "2 MiB, 1 GiB"
         );
+        assert_eq!(list(&[]), "no size");
     }
 
     #[test]

@@ -228,7 +228,7 @@ impl Mapping {
             });
         }
         if shared && !sys::is_writable(file).map_err(call("fcntl(F_GETFL)"))? {
-            return Err(MapError::NotWritable);
+            return Err(MapError::NotWritable { offset, size });
         }
         Ok(plan)
     }

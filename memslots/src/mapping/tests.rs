@@ -282,7 +282,8 @@ fn numbers_that_do_not_fit_are_named_before_any_call() {
     assert_eq!(
         refused(Backing::hugetlb(32 << 20, size)),
         format!(
-            "this host has no huge pages of 32 MiB; it has {}",
+            "this host has huge pages of {}, and not of 32 MiB: \
+             /sys/kernel/mm/hugepages/hugepages-32768kB is missing",
             sizes.join(", ")
         )
     );
@@ -465,7 +466,8 @@ fn a_file_open_for_reading_is_mapped_private_only() {
         &Backing::file_shared(Arc::clone(&file), 0, 0x1000),
         GuestAddress(0),
     );
-    assert_eq!(shared.unwrap_err(), MapError::NotWritable);
+    let (offset, size) = (0, 0x1000);
+    assert_eq!(shared.unwrap_err(), MapError::NotWritable { offset, size });
     let private = Mapping::new(&Backing::file_private(file, 0, 0x1000), GuestAddress(0)).unwrap();
     write(&private, 1, 4);
     assert_eq!((read(&private, 0), read(&private, 1)), (3, 4));

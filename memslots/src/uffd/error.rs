@@ -2,7 +2,7 @@
 
 //! Why there is no userfaultfd, or none for a range.
 
-use super::Features;
+use super::{Features, Modes};
 use crate::{Errno, Mechanism, MemoryKind, Unsupported};
 use std::ops::Range;
 use thiserror::Error;
@@ -16,12 +16,15 @@ pub enum OpenError {
     NotThere,
     /// This process may have one for user-mode faults at most, which never hears of KVM's.
     #[error(
-        "no userfaultfd that hears of KVM's page faults ({errno}): run with CAP_SYS_PTRACE, or let this user open \
-         /dev/userfaultfd, or set sysctl vm.unprivileged_userfaultfd=1"
+        "no userfaultfd that hears of KVM's page faults: run with CAP_SYS_PTRACE, or let this user open \
+         /dev/userfaultfd, or set sysctl vm.unprivileged_userfaultfd=1 (the system call: {errno}; the device: {device})"
     )]
     Denied {
         /// What the system call said.
         errno: Errno,
+        /// What the device said.
+        #[source]
+        device: Errno,
     },
     /// A descriptor that was made for user-mode faults alone (`UFFD_USER_MODE_ONLY`): a guest's touch of a missing page
     /// would fail, and not wait.
@@ -43,6 +46,7 @@ pub enum OpenError {
         /// Which call.
         call: &'static str,
         /// What it said.
+        #[source]
         errno: Errno,
     },
 }
@@ -52,7 +56,9 @@ pub enum OpenError {
 #[non_exhaustive]
 pub enum RegisterError {
     /// No mode was asked for.
-    #[error("a registration without a mode")]
+    #[error(
+        "a registration without a mode: it is for missing pages, minor faults or write-protection"
+    )]
     NoMode,
     /// The range is not within the mapping, or empty, or not of whole pages.
     #[error(
@@ -111,18 +117,36 @@ pub enum RegisterError {
         /// The addresses asked for.
         range: Range<usize>,
         /// What the kernel said.
+        #[source]
         errno: Errno,
     },
 }
 
 /// A role that could not be lent.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LendError {
     /// Someone has it.
-    #[error("the role is lent already")]
-    Lent,
+    #[error("who {role} {:#x}..{:#x} is somebody else already", range.start, range.end)]
+    Lent {
+        /// What the role does.
+        role: &'static str,
+        /// The registration's addresses.
+        range: Range<usize>,
+    },
     /// The registration has not the mode that it takes.
-    #[error("the registration has not the mode that the role takes")]
-    NoMode,
+    #[error(
+        "who {role} {:#x}..{:#x} needs one of {wanted:?}, and it is registered for {modes:?}",
+        range.start, range.end
+    )]
+    NoMode {
+        /// What the role does.
+        role: &'static str,
+        /// The registration's addresses.
+        range: Range<usize>,
+        /// The modes of which it takes one.
+        wanted: Modes,
+        /// Those that there are.
+        modes: Modes,
+    },
 }

@@ -114,7 +114,10 @@ impl fmt::Debug for Modes {
             .iter()
             .filter(|(mode, ..)| self.contains(*mode))
             .map(|(_, name, _)| *name);
-        f.debug_set().entries(names).finish()
+        match names.collect::<Vec<_>>().join(" | ").as_str() {
+            "" => f.write_str("NONE"),
+            names => f.write_str(names),
+        }
     }
 }
 

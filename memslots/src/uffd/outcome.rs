@@ -20,6 +20,7 @@ pub struct OpError {
     /// How much was, from the start. It stays done, and who waited for those pages is awake.
     pub done: u64,
     /// Why it stopped there.
+    #[source]
     pub cause: Cause,
 }
 

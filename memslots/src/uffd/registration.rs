@@ -176,13 +176,23 @@ impl Registration {
     }
 
     fn lend(&self, role: u8, one_of: Modes) -> Result<(), LendError> {
-        if !self.modes().intersects(one_of) {
-            return Err(LendError::NoMode);
+        let (what, range) = (
+            if role == FILL { "fills" } else { "protects" },
+            self.host_range(),
+        );
+        let modes = self.modes();
+        if !modes.intersects(one_of) {
+            return Err(LendError::NoMode {
+                role: what,
+                range,
+                wanted: one_of,
+                modes,
+            });
         }
         // Pairs with the one in `Registered::take_back`.
         match self.registered.lent.fetch_or(role, Ordering::AcqRel) & role {
             0 => Ok(()),
-            _ => Err(LendError::Lent),
+            _ => Err(LendError::Lent { role: what, range }),
         }
     }
 

@@ -38,7 +38,11 @@ impl Kernel {
         match errno.0 {
             libc::ENOSYS => Err(OpenError::NotThere),
             libc::EPERM | libc::EACCES => {
-                Self::from_device().map_err(|_| OpenError::Denied { errno })
+                Self::from_device().map_err(|error| OpenError::Denied {
+                    errno,
+                    // An error of the system, which has a number.
+                    device: Errno(error.raw_os_error().unwrap_or(libc::EIO)),
+                })
             }
             _ => Err(OpenError::Call {
                 call: "userfaultfd",
