@@ -203,7 +203,7 @@ fn what_the_host_has_not_is_told_with_numbers_before_anything_is_made() {
     // More than any host has: 64 TiB.
     refused("64T,hugepages=2M", &["huge pages of 2 MiB", "nr_hugepages"]);
     refused("64T,hugepages=1G", &["of 1 GiB"]);
-    refused("64M,hugepages=64K", &["no huge pages of 64 KiB", "it has"]);
+    refused("64M,hugepages=64K", &["not of 64 KiB", "hugepages-64kB"]);
 }
 
 /// Huge pages reserved for a test, and given back.
