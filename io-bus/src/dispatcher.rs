@@ -473,7 +473,7 @@ fn search<'d>(
     address: u64,
     mut data: impl Data<'d>,
 ) -> Found {
-    // The short way is for an access that one bus is asked, and nobody looks on at: no row of a
+    // The shortest way is for an access that one bus is asked, and nobody looks on at: no row of a
     // table under observation is at a cookie.
     if let [bus] = *buses {
         let cookie = usize::from(*cookies.of(bus, address));
@@ -506,6 +506,20 @@ fn search_on<'d>(
     for bus in buses {
         let len = data.len();
         let cookie = cookies.of(*bus, address);
+        // One bus has been asked by its cookie already; two have not.
+        let row = match buses {
+            [_] => None,
+            _ => tables
+                .bus(*bus)
+                .at_cookie(usize::from(*cookie), address, len),
+        };
+        if let Some(row) = row {
+            match offer(row, address, |entry, at| data.ask(entry, at)) {
+                Answer::Accepted => return Found::Answered,
+                Answer::Declined => continue,
+                Answer::Deferred(deferral) => return Found::Deferred(deferral),
+            }
+        }
         let found = search_with(tables.bus(*bus), cookie, address, len, |entry, at| {
             data.ask(entry, at)
         });

@@ -103,8 +103,8 @@
 //!
 //! - [`IoBus::count`] turns counters on, one set a range, and [`IoBus::stats`] reads them, with what
 //!   nobody took, and where. [`IoBus::trace`] installs a hook that sees every access as it ended.
-//! - Off, both cost the one branch that asks whether anybody looks on: no counter exists, and no
-//!   access writes to anything that another thread reads but its own cache line of the tables'.
+//! - Off, both cost an access that is searched for the one branch that asks whether anybody looks on,
+//!   and a repeated one nothing: no counter exists, and no access writes to anything that another thread reads but its own cache line of the tables'.
 //!
 //! # Concurrency contract
 //!

@@ -279,6 +279,13 @@ fn a_huge_page_is_cut_into_a_read_only_slot_and_ram_and_only_a_whole_one_is_give
         let mapping = snapshot.find(last).unwrap().mapping();
         drop(uffd.register_all(mapping, Modes::MISSING).unwrap());
         mapping.prefault(0..PAGE.bytes(), threads).unwrap();
+
+        // Pages are counted from the host's: in a part that begins in the middle of one, a whole one begins there too.
+        let rest = Backing::part(&whole, half.0, SIZE - half.0);
+        let rest = Mapping::new(&rest, GuestAddress(2 << 30)).unwrap();
+        rest.prefault(half.0..half.0 + PAGE.bytes(), threads)
+            .unwrap();
+        rest.prefault(0..PAGE.bytes(), threads).unwrap_err();
     }
 }
 

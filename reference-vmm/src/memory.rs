@@ -288,6 +288,9 @@ fn present(
 ) -> Result<bool, MapError> {
     let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let most = NonZeroUsize::new(MAX_PREFAULT_THREADS).unwrap_or(NonZeroUsize::MIN);
+    let threads = threads.min(most);
+    // A page for each thread at least: of 1 GiB, one would keep one thread busy.
+    let piece = piece.max(mapping.page_size().saturating_mul(threads.get() as u64));
     let piece = piece.next_multiple_of(mapping.page_size());
     let size = mapping.size();
     let mut start = 0;
@@ -296,7 +299,7 @@ fn present(
             return Ok(false);
         }
         let end = start.saturating_add(piece).min(size);
-        let populated = mapping.prefault(start..end, threads.min(most));
+        let populated = mapping.prefault(start..end, threads);
         populated.map_err(|error| match error {
             MapError::Prefault {
                 populated, errno, ..

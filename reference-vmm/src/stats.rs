@@ -200,6 +200,8 @@ impl Stats {
         names: &[Named],
         slots: &SlotTable,
     ) -> Self {
+        // First: of a write, the bus counts before its vCPU does, so none to read-only memory is taken for another.
+        let accesses = bus.stats();
         let mut exits = Vec::new();
         let mut read_only_writes = 0;
         for counters in vcpus {
@@ -207,7 +209,7 @@ impl Stats {
             read_only_writes += counters.read_only_writes();
         }
         let (mut devices, mut unclaimed) = (Vec::new(), Vec::new());
-        if let Some(stats) = bus.stats() {
+        if let Some(stats) = accesses {
             for range in stats.ranges {
                 let named = names
                     .iter()

@@ -340,7 +340,8 @@ impl Grace {
     ///
     /// # Deadlock
     /// Never returns when called inside a guard of the same table by the thread that holds it, or when two threads wait
-    /// in this way for each other from inside. Code that can run inside an access uses [`defer`](Self::defer) or
+    /// in this way for each other from inside; nor when it waits for a guard that was forgotten, and the next one of that
+    /// reader waits for this. Code that can run inside an access uses [`defer`](Self::defer) or
     /// [`is_over`](Self::is_over) instead.
     pub fn wait(self) {
         if self.is_over() {

@@ -164,8 +164,10 @@ const NO_KERNEL: &str = "/no/such/kernel/only-the-options-are-tried";
 /// the machine with the KVM knows comes later.
 fn try_options(vmm: &Path, options: &[OsString]) -> Result<()> {
     let tried = Command::new(vmm)
-        .args(["run", "--kernel", NO_KERNEL])
+        .arg("run")
         .args(options)
+        // Last, so that it counts: what is tried must not start a guest.
+        .args(["--kernel", NO_KERNEL])
         .stdin(Stdio::null())
         .output()
         .context(|| format!("{} does not start", vmm.display()))?;

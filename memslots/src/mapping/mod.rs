@@ -291,18 +291,22 @@ impl Mapping {
         }
     }
 
-    /// Makes a part of it present, by this many threads: `range` in bytes from the start. Its ends are multiples of
-    /// the page size. Whoever uses the memory at the same time is not disturbed. Blocks until it is done; where a
+    /// Makes a part of it present, by this many threads: `range` in bytes from the start. Its ends are ends of pages
+    /// on the host. Whoever uses the memory at the same time is not disturbed. Blocks until it is done; where a
     /// userfaultfd serves the memory's faults, until that has served them.
     ///
     /// # Errors
     /// [`MapError::Prefault`] says how much is there; [`MapError::Unaligned`], [`MapError::TooLarge`] and
     /// [`MapError::Backwards`] for a range that is none of this mapping.
     pub fn prefault(&self, range: Range<u64>, threads: NonZeroUsize) -> Result<(), MapError> {
-        // A part of a mapping may begin within a page.
-        check_aligned("host address", self.start as u64, self.page_size)?;
-        check_aligned("start", range.start, self.page_size)?;
-        check_aligned("end", range.end, self.page_size)?;
+        // Pages are the host's: a part of a mapping may begin within one.
+        let host = |offset: u64| (self.start as u64).saturating_add(offset);
+        check_aligned(
+            "host address of the start",
+            host(range.start),
+            self.page_size,
+        )?;
+        check_aligned("host address of the end", host(range.end), self.page_size)?;
         let last = range.start.max(range.end);
         if last > self.size() {
             return Err(MapError::TooLarge { size: last });
