@@ -61,12 +61,11 @@ crate::blob! {
     "
 }
 
-crate::blob! {
-    /// 32-bit flat protected mode without paging: enables its local APIC and reports vectors 0x50
-    /// and 0x51. Brings its GDT (code 0x08, data 0x10). Uses memory below 0x8000. Its handlers
-    /// throw their frames away and go back to the idle loop: KVM's interpreter has no `iret` outside
-    /// real mode.
-    apic, "
+/// The guests of the local APIC, with something to do before interrupts are enabled.
+macro_rules! with_apic {
+    ($setup:literal) => {
+        concat!(
+            "
     .code32
         mov esp, 0x8000
         lgdt [0x1100]
@@ -76,6 +75,9 @@ crate::blob! {
         mov dword ptr [0x2000 + 0x51 * 8], 0x00081160
         mov dword ptr [0x2000 + 0x51 * 8 + 4], 0x8e00
         mov dword ptr [0xfee000f0], 0x1ff   // spurious vector 0xff, APIC enabled
+    ",
+            $setup,
+            "
         out 0x80, al
         sti
     2:  out 0x82, al
@@ -103,4 +105,29 @@ crate::blob! {
         sti
         jmp 2b
     "
+        )
+    };
+}
+
+crate::blob! {
+    /// 32-bit flat protected mode without paging: enables its local APIC and reports vectors 0x50
+    /// and 0x51. Brings its GDT (code 0x08, data 0x10). Uses memory below 0x8000. Its handlers
+    /// throw their frames away and go back to the idle loop: KVM's interpreter has no `iret` outside
+    /// real mode.
+    apic, with_apic!("")
+}
+
+crate::blob! {
+    /// The same, and it programs the IOAPIC at 0xfec00000: pin 4 edge-triggered as vector 0x50, pin
+    /// 5 level-triggered as 0x51, both to APIC 0.
+    ioapic, with_apic!("
+        mov dword ptr [0xfec00000], 0x19    // pin 4, destination
+        mov dword ptr [0xfec00010], 0
+        mov dword ptr [0xfec00000], 0x18
+        mov dword ptr [0xfec00010], 0x50
+        mov dword ptr [0xfec00000], 0x1b    // pin 5
+        mov dword ptr [0xfec00010], 0
+        mov dword ptr [0xfec00000], 0x1a
+        mov dword ptr [0xfec00010], 0x8051
+    ")
 }
