@@ -131,3 +131,48 @@ crate::blob! {
         mov dword ptr [0xfec00010], 0x8051
     ")
 }
+
+/// Where [`accessor`] asks what to do, three times: the address, the value, and the width in bytes
+/// of a write, or of a read plus [`READ`].
+pub const ASK: u16 = 0x83;
+/// Where [`accessor`] says what it read, after a read.
+pub const ANSWER: u16 = 0x84;
+/// Makes an access of [`accessor`] a read.
+pub const READ: u32 = 0x10;
+
+crate::blob! {
+    /// 32-bit flat protected mode without paging, interrupts disabled: enables its local APIC, and
+    /// accesses memory as it is told at [`ASK`], with 1, 2 or 4 bytes.
+    accessor, "
+    .code32
+        mov dword ptr [0xfee000f0], 0x1ff
+    2:  in eax, 0x83
+        mov ebx, eax
+        in eax, 0x83
+        mov ecx, eax
+        in eax, 0x83
+        cmp eax, 1
+        je 3f
+        cmp eax, 2
+        je 4f
+        cmp eax, 4
+        je 5f
+        cmp eax, 0x11
+        je 6f
+        cmp eax, 0x12
+        je 7f
+        mov eax, [ebx]
+        jmp 8f
+    3:  mov [ebx], cl
+        jmp 2b
+    4:  mov [ebx], cx
+        jmp 2b
+    5:  mov [ebx], ecx
+        jmp 2b
+    6:  movzx eax, byte ptr [ebx]
+        jmp 8f
+    7:  movzx eax, word ptr [ebx]
+    8:  out 0x84, eax
+        jmp 2b
+    "
+}

@@ -196,9 +196,9 @@
 //!
 //! - x86-64 has the rules, the default table and the ioctls; the entries of other architectures are
 //!   data.
-//! - An irqfd on a pin of the split IOAPIC is an edge that passes it by: no remote IRR, no count. For
-//!   a level-triggered pin take a [`PinLine`](ioapic::PinLine); resampling eventfds are the in-kernel
-//!   irqchip's.
+//! - An irqfd on a pin of the split IOAPIC is an edge that passes it by: no remote IRR, no count;
+//!   one written just before the pin is unmasked may arrive after it. For a level-triggered pin
+//!   take a [`PinLine`](ioapic::PinLine); resampling eventfds are the in-kernel irqchip's.
 //! - KVM reports no EOI of an edge-triggered pin, so ack notifiers are for level-triggered ones.
 //! - A level-triggered message that no APIC took (all of its destinations disabled) is sent again at
 //!   the next level, access or EOI of its pin, as KVM's IOAPIC does it, not when an APIC is enabled.

@@ -154,10 +154,11 @@ fn a_pin_with_an_irqfd_is_routed_while_it_is_unmasked() {
     assert_eq!(rig.host.take_calls(), [], "polarity is in no message");
     rig.write(4, 0x41 | MASKED);
     assert_eq!(rig.host.take_calls(), [Call::SetGsiRouting(0)]);
-    drop((source, gsi));
+    drop(source);
     assert_eq!(rig.host.take_calls(), [Call::DetachIrqfd(Gsi(4))]);
     rig.write(4, 0x41);
     assert_eq!(rig.host.take_calls(), [], "no irqfd, no commit");
+    drop(gsi);
 
     // The next owner of the pin finds the guest's route, not an empty one.
     let gsi = rig.routing.reserve(Gsi(4)).unwrap();
@@ -205,6 +206,8 @@ fn a_level_that_fails_to_arrive_changes_nothing_whichever_ioctl_fails() {
         assert!(rig.ioapic.take_error().is_none(), "the caller was told");
         assert_eq!(line.set(true).unwrap(), TAKEN);
         assert!(rig.entry(5).remote_irr());
+        line.set(false).unwrap();
+        assert_eq!(rig.ioapic.state().lines, 0, "one source, not two");
     }
 }
 
@@ -313,6 +316,24 @@ fn notifiers_come_and_go_at_any_time_and_from_inside() {
 }
 
 #[test]
+fn a_notifier_that_another_removed_is_not_called() {
+    let rig = rig();
+    rig.write(5, 0x51 | LEVEL);
+    let second = Arc::new(Mutex::new(None));
+    let remove = {
+        let second = Arc::clone(&second);
+        move || drop(second.lock().unwrap().take())
+    };
+    let _first = rig.ioapic.register_ack_notifier(Gsi(5), remove).unwrap();
+    let never = rig
+        .ioapic
+        .register_ack_notifier(Gsi(5), || panic!("it is no more"));
+    *second.lock().unwrap() = Some(never.unwrap());
+    rig.ioapic.eoi(0x51);
+    assert!(rig.ioapic.has_ack_notifier(Gsi(5)));
+}
+
+#[test]
 fn mask_notifiers_are_told_of_changes_alone() {
     let rig = rig();
     let told = Arc::new(Mutex::new(Vec::new()));
@@ -362,9 +383,10 @@ fn an_unregistered_notifier_is_not_under_way_any_more() {
         while rig.ioapic.has_ack_notifier(Gsi(5)) {
             thread::yield_now();
         }
-        assert!(!remover.is_finished());
+        let waits = !remover.is_finished();
         go_on.send(()).unwrap();
         assert_eq!(remover.join().unwrap(), 1);
+        assert!(waits);
     });
 }
 
@@ -413,6 +435,28 @@ fn a_restored_chip_goes_on_where_it_was() {
     assert_eq!(new.ioapic.state(), before);
     new.ioapic.reset();
     assert_eq!(new.entry(6), Redirection::RESET);
+}
+
+#[test]
+fn an_eoi_that_is_outstanding_is_committed_for_lines_that_were_there_before() {
+    let rig = rig();
+    rig.write(5, 0x51 | LEVEL);
+    let gsi = rig.routing.reserve(Gsi(5)).unwrap();
+    let line = rig.ioapic.line(&gsi).unwrap();
+    line.set(true).unwrap();
+    let state = rig.ioapic.state();
+
+    let new = self::rig();
+    let gsi = new.routing.reserve(Gsi(5)).unwrap();
+    let _line = new.ioapic.line(&gsi).unwrap();
+    new.ioapic.restore(&state).unwrap();
+    assert_eq!(new.host.take_calls(), []);
+    new.host.fail_after(0, libc::ENOMEM);
+    let refused = new.ioapic.redeliver();
+    assert!(matches!(refused, Err(Error::SetRouting { .. })));
+    new.host.take_calls();
+    new.ioapic.redeliver().unwrap();
+    assert_eq!(new.host.take_calls(), [Call::SetGsiRouting(1)]);
 }
 
 #[test]

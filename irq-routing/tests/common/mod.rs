@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use guests::irq::{IDLE, LOAD, READY, VECTOR};
+use guests::irq::{ANSWER, ASK, IDLE, LOAD, READ, READY, VECTOR};
 use irq_routing::ioapic::{IOAPIC_BASE, IOAPIC_LEN, SplitIoapic};
 use irq_routing::{Irqchip, IrqchipKind, Routing};
 use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
@@ -90,6 +90,34 @@ impl Machine {
     /// The port of the next exit.
     pub fn next_port(&mut self) -> u16 {
         self.next_io().0
+    }
+
+    /// Lets `guests::irq::accessor` write a number of bytes.
+    pub fn write_mmio(&mut self, address: u64, bytes: u32, value: u32) {
+        self.tell([address as u32, value, bytes]);
+    }
+
+    /// Lets it read.
+    pub fn read_mmio(&mut self, address: u64, bytes: u32) -> u32 {
+        self.tell([address as u32, 0, bytes + READ]);
+        match self.vcpu.run().unwrap() {
+            VcpuExit::IoOut(ANSWER, data) => u32::from_le_bytes(data.try_into().unwrap()),
+            other => panic!("an answer was to come: {other:?}"),
+        }
+    }
+
+    /// Lets it come back for more, so that what it was told is done.
+    pub fn settle_mmio(&mut self) {
+        self.read_mmio(LOAD, 4);
+    }
+
+    fn tell(&mut self, words: [u32; 3]) {
+        for word in words {
+            match self.vcpu.run().unwrap() {
+                VcpuExit::IoIn(ASK, data) => data.copy_from_slice(&word.to_le_bytes()),
+                other => panic!("the guest was to ask: {other:?}"),
+            }
+        }
     }
 
     /// Runs until a port is accessed: which, and what was written.
