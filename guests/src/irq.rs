@@ -61,12 +61,11 @@ crate::blob! {
     "
 }
 
-crate::blob! {
-    /// 32-bit flat protected mode without paging: enables its local APIC and reports vectors 0x50
-    /// and 0x51. Brings its GDT (code 0x08, data 0x10). Uses memory below 0x8000. Its handlers
-    /// throw their frames away and go back to the idle loop: KVM's interpreter has no `iret` outside
-    /// real mode.
-    apic, "
+/// The guests of the local APIC, with something to do before interrupts are enabled.
+macro_rules! with_apic {
+    ($setup:literal) => {
+        concat!(
+            "
     .code32
         mov esp, 0x8000
         lgdt [0x1100]
@@ -76,6 +75,9 @@ crate::blob! {
         mov dword ptr [0x2000 + 0x51 * 8], 0x00081160
         mov dword ptr [0x2000 + 0x51 * 8 + 4], 0x8e00
         mov dword ptr [0xfee000f0], 0x1ff   // spurious vector 0xff, APIC enabled
+    ",
+            $setup,
+            "
         out 0x80, al
         sti
     2:  out 0x82, al
@@ -101,6 +103,76 @@ crate::blob! {
         mov dword ptr [0xfee000b0], 0
         mov esp, 0x8000
         sti
+        jmp 2b
+    "
+        )
+    };
+}
+
+crate::blob! {
+    /// 32-bit flat protected mode without paging: enables its local APIC and reports vectors 0x50
+    /// and 0x51. Brings its GDT (code 0x08, data 0x10). Uses memory below 0x8000. Its handlers
+    /// throw their frames away and go back to the idle loop: KVM's interpreter has no `iret` outside
+    /// real mode.
+    apic, with_apic!("")
+}
+
+crate::blob! {
+    /// The same, and it programs the IOAPIC at 0xfec00000: pin 4 edge-triggered as vector 0x50, pin
+    /// 5 level-triggered as 0x51, both to APIC 0.
+    ioapic, with_apic!("
+        mov dword ptr [0xfec00000], 0x19    // pin 4, destination
+        mov dword ptr [0xfec00010], 0
+        mov dword ptr [0xfec00000], 0x18
+        mov dword ptr [0xfec00010], 0x50
+        mov dword ptr [0xfec00000], 0x1b    // pin 5
+        mov dword ptr [0xfec00010], 0
+        mov dword ptr [0xfec00000], 0x1a
+        mov dword ptr [0xfec00010], 0x8051
+    ")
+}
+
+/// Where [`accessor`] asks what to do, three times: the address, the value, and the width in bytes
+/// of a write, or of a read plus [`READ`].
+pub const ASK: u16 = 0x83;
+/// Where [`accessor`] says what it read, after a read.
+pub const ANSWER: u16 = 0x84;
+/// Makes an access of [`accessor`] a read.
+pub const READ: u32 = 0x10;
+
+crate::blob! {
+    /// 32-bit flat protected mode without paging, interrupts disabled: enables its local APIC, and
+    /// accesses memory as it is told at [`ASK`], with 1, 2 or 4 bytes.
+    accessor, "
+    .code32
+        mov dword ptr [0xfee000f0], 0x1ff
+    2:  in eax, 0x83
+        mov ebx, eax
+        in eax, 0x83
+        mov ecx, eax
+        in eax, 0x83
+        cmp eax, 1
+        je 3f
+        cmp eax, 2
+        je 4f
+        cmp eax, 4
+        je 5f
+        cmp eax, 0x11
+        je 6f
+        cmp eax, 0x12
+        je 7f
+        mov eax, [ebx]
+        jmp 8f
+    3:  mov [ebx], cl
+        jmp 2b
+    4:  mov [ebx], cx
+        jmp 2b
+    5:  mov [ebx], ecx
+        jmp 2b
+    6:  movzx eax, byte ptr [ebx]
+        jmp 8f
+    7:  movzx eax, word ptr [ebx]
+    8:  out 0x84, eax
         jmp 2b
     "
 }

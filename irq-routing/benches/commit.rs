@@ -8,8 +8,9 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use irq_routing::{GsiHandle, Irqchip, IrqchipKind, Msi, Routing};
-use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry};
+use irq_routing::ioapic::SplitIoapic;
+use irq_routing::{Gsi, GsiHandle, Irqchip, IrqchipKind, Msi, Routing};
+use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_msi};
 use kvm_ioctls::{Kvm, VmFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -123,5 +124,43 @@ fn irqfd(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, commit, irqfd);
+fn ioapic(c: &mut Criterion) {
+    let (vm, irqchip) = vm();
+    let routing = Routing::new(&vm, &irqchip);
+    let ioapic = SplitIoapic::new(&routing).unwrap();
+    let gsis = [4, 5].map(|pin| routing.reserve(Gsi(pin)).unwrap());
+    // Pin 4 edge-triggered, pin 5 level-triggered.
+    for (pin, low) in [(4, 0x50u32), (5, 0x8051)] {
+        ioapic.write(0x00, &[0x10 + 2 * pin]);
+        ioapic.write(0x10, &low.to_le_bytes());
+    }
+    // Never run: its APIC is disabled, and the message ends there.
+    let _vcpu = vm.create_vcpu(0).unwrap();
+    let mut group = c.benchmark_group("ioapic");
+    group.bench_function("KVM_SIGNAL_MSI alone", |b| {
+        let msi = kvm_msi {
+            address_lo: 0xfee0_0000,
+            data: 0x50,
+            ..Default::default()
+        };
+        b.iter(|| vm.signal_msi(msi).unwrap());
+    });
+    let [edge, level] = [0, 1].map(|at| ioapic.line(&gsis[at]).unwrap());
+    group.bench_function("pulse of an edge pin", |b| b.iter(|| edge.pulse().unwrap()));
+    group.bench_function("pulse of a level pin", |b| {
+        b.iter(|| level.pulse().unwrap())
+    });
+    group.bench_function("the guest masks and unmasks a pin", |b| {
+        b.iter(|| {
+            ioapic.write(0x10, &0x1_8051u32.to_le_bytes());
+            ioapic.write(0x10, &0x8051u32.to_le_bytes());
+        });
+    });
+    group.bench_function("EOI of a pin whose line is low", |b| {
+        b.iter(|| ioapic.eoi(black_box(0x51)))
+    });
+    group.finish();
+}
+
+criterion_group!(benches, commit, irqfd, ioapic);
 criterion_main!(benches);

@@ -10,8 +10,9 @@ use thiserror::Error;
 
 use crate::gsi::Gsi;
 use crate::host::Errno;
+use crate::irqchip::IrqchipKind;
 use crate::route::Msi;
-use crate::rules::RouteError;
+use crate::rules::{IOAPIC_PINS, RouteError};
 
 /// What went wrong with the table or with something attached to it. The call that returns it
 /// changed nothing.
@@ -86,6 +87,13 @@ pub enum Error {
         #[source]
         source: Errno,
     },
+    /// The VM's irqchip is not a split one with a reserved GSI for each pin of an IOAPIC in user
+    /// space.
+    #[error("an IOAPIC in user space needs a split irqchip with {IOAPIC_PINS} pins, not {0:?}")]
+    NotSplit(IrqchipKind),
+    /// The GSI is no pin of the IOAPIC.
+    #[error("{0} is no pin of the IOAPIC, which has {IOAPIC_PINS}")]
+    NoPin(Gsi),
     /// `KVM_SIGNAL_MSI` failed.
     #[error("KVM_SIGNAL_MSI of {:#x} to {:#x} failed", msi.data, msi.address)]
     SignalMsi {

@@ -130,6 +130,7 @@ impl<H: AttachIrqfd> Irqfd<H> {
         match self.parts.detach() {
             Ok(()) => {
                 self.attached = false;
+                self.parts.routing.detached(&self.parts.gsi);
                 let parts = Arc::clone(&self.parts);
                 Ok(DetachedIrqfd { parts })
             }
@@ -144,6 +145,7 @@ impl<H: AttachIrqfd> Drop for Irqfd<H> {
             // KVM refuses this only for what is no eventfd, which was not attached. And if it did:
             // the eventfd is closed next, and KVM detaches one whose last descriptor is closed.
             let _ = self.parts.detach();
+            self.parts.routing.detached(&self.parts.gsi);
         }
     }
 }
@@ -208,11 +210,14 @@ impl<H: AttachIrqfd> Parts<H> {
 
 impl<H: SetGsiRouting + AttachIrqfd> Parts<H> {
     fn attach(&self) -> Result<(), Error> {
-        self.routing.settle(&self.gsi)?;
+        self.routing.attaching(&self.gsi)?;
         let gsi = self.gsi.gsi();
         let host = self.routing.host();
         host.attach_irqfd(&self.fd, self.resample.as_ref(), gsi)
-            .map_err(|source| Error::Attach { gsi, source })
+            .map_err(|source| {
+                self.routing.detached(&self.gsi);
+                Error::Attach { gsi, source }
+            })
     }
 }
 

@@ -81,10 +81,24 @@ impl<H: SignalMsi> Routing<H> {
     }
 }
 
+/// What a device holds to set the level of its interrupt, whichever controller it leads to: a
+/// [`Line`] or a [`LineSource`](crate::LineSource) of the in-kernel irqchip, a
+/// [`PinLine`](crate::ioapic::PinLine) of the split one.
+pub trait LevelSource: Send + Sync {
+    /// Sets the level, and says what became of a rise.
+    ///
+    /// # Errors
+    ///
+    /// What the host answered; the level is then what it was.
+    fn set(&self, level: bool) -> Result<Arrival, Error>;
+}
+
 /// A line to a GSI, set by calls. Dropped while high, it is lowered.
 ///
 /// All lines of one GSI are one input for KVM (`KVM_USERSPACE_IRQ_SOURCE_ID`): the last call
-/// decides. Sources that are ORed on one line are planned.
+/// decides. [`Line::share`] makes it one that several sources hold high. With the split irqchip a
+/// pin's route is a message, which a line can send once and KVM does not hold: there the lines are
+/// those of the [`SplitIoapic`](crate::ioapic::SplitIoapic).
 #[derive(Debug)]
 pub struct Line<H: SetIrqLine> {
     routing: Routing<H>,
@@ -122,6 +136,15 @@ impl<H: SetIrqLine> Line<H> {
         &self.gsi
     }
 
+    /// Lowers it if it is high.
+    pub(crate) fn lower(&self) -> Result<(), Error> {
+        let mut high = self.high();
+        if *high {
+            self.put(&mut high, false)?;
+        }
+        Ok(())
+    }
+
     fn put(&self, high: &mut bool, level: bool) -> Result<Arrival, Error> {
         let gsi = self.gsi.gsi();
         let status = self.routing.host().set_irq_line(gsi, level);
@@ -135,13 +158,16 @@ impl<H: SetIrqLine> Line<H> {
     }
 }
 
+impl<H: SetIrqLine + Send + Sync> LevelSource for Line<H> {
+    fn set(&self, level: bool) -> Result<Arrival, Error> {
+        Line::set(self, level)
+    }
+}
+
 impl<H: SetIrqLine> Drop for Line<H> {
     fn drop(&mut self) {
-        let mut high = self.high();
-        if *high {
-            // KVM has no reason to refuse a level that it took before; there is no one to tell if
-            // it did.
-            let _ = self.put(&mut high, false);
-        }
+        // KVM has no reason to refuse a level that it took before; there is no one to tell if it
+        // did.
+        let _ = self.lower();
     }
 }

@@ -24,7 +24,7 @@ use crate::error::Error;
 use crate::gsi::{Gsi, GsiPool};
 use crate::host::SetGsiRouting;
 use crate::irqchip::{Irqchip, IrqchipKind};
-use crate::route::{ChipPin, Route};
+use crate::route::{ChipPin, Msi, Route};
 use crate::rules::{IOAPIC_PINS, Rules};
 use crate::table::Table;
 
@@ -40,9 +40,6 @@ pub struct Routing<H> {
 #[derive(Debug)]
 struct Shared {
     rules: Rules,
-    /// What KVM installed when it made the irqchip, and what a GSI goes back to when its owner
-    /// drops it.
-    default: Table,
     /// Held across `KVM_SET_GSI_ROUTING`: commits have one order, the kernel's.
     /// Order: `writer` before `committed`.
     writer: Mutex<Writer>,
@@ -55,6 +52,12 @@ struct Shared {
 struct Writer {
     pool: GsiPool,
     wanted: Arc<Table>,
+    /// What a GSI goes back to when its owner drops it: what KVM installed when it made the irqchip,
+    /// and the pins' messages where the irqchip is split and has an IOAPIC.
+    default: Table,
+    /// How many irqfds are attached to each pin of a split irqchip: to those, a change of the pin's
+    /// route is visible at once.
+    attached: Vec<u32>,
 }
 
 /// Whether a commit asked anything of the kernel.
@@ -83,14 +86,19 @@ impl<H: SetGsiRouting> Routing<H> {
             IrqchipKind::Kernel { .. } => Table::x86_default(),
             IrqchipKind::None | IrqchipKind::Split { .. } => Table::new(),
         };
+        let pins = match rules.irqchip {
+            IrqchipKind::Split { pins } => pins.min(rules.limit),
+            IrqchipKind::None | IrqchipKind::Kernel { .. } => 0,
+        };
         let wanted = Arc::new(default.clone());
         let shared = Shared {
             rules,
-            default,
             committed: Mutex::new(Arc::clone(&wanted)),
             writer: Mutex::new(Writer {
                 pool: GsiPool::new(rules.limit),
                 wanted,
+                default,
+                attached: vec![0; pins as usize],
             }),
         };
         Self {
@@ -131,17 +139,69 @@ impl<H: SetGsiRouting> Routing<H> {
 
     /// Makes sure that KVM's route for this GSI is the wanted one, before something raises it.
     pub(crate) fn settle(&self, gsi: &GsiHandle) -> Result<(), Error> {
-        self.own(gsi)?;
-        if self.irqchip() == IrqchipKind::None {
-            return Err(Error::NoIrqchip);
+        self.raisable(gsi)?;
+        self.settle_in(&self.shared.writer(), gsi.gsi())
+    }
+
+    /// The same for an irqfd that is about to be attached. Until [`Routing::detached`], changes of a
+    /// split irqchip's pin are committed at once.
+    pub(crate) fn attaching(&self, gsi: &GsiHandle) -> Result<(), Error> {
+        self.raisable(gsi)?;
+        let mut writer = self.shared.writer();
+        self.settle_in(&writer, gsi.gsi())?;
+        // Still under the lock: a pin that is masked from now on knows of the irqfd.
+        if let Some(count) = writer.attached.get_mut(gsi.gsi().0 as usize) {
+            *count += 1;
         }
-        let writer = self.shared.writer();
-        let settled = writer.wanted.agrees_on(&self.table(), gsi.gsi());
-        if !settled {
+        Ok(())
+    }
+
+    /// Routes a pin of the split irqchip's IOAPIC and makes sure that KVM has it, before its message
+    /// is sent: KVM reports the EOIs of what it finds in the table.
+    pub(crate) fn settle_pin(&self, pin: Gsi, route: Msi) -> Result<(), Error> {
+        let mut writer = self.shared.writer();
+        self.set_pin(&mut writer, pin, Some(route))?;
+        self.settle_in(&writer, pin)
+    }
+
+    /// Routes a pin of the split irqchip's IOAPIC, or not, and leaves the commit to whoever needs
+    /// it, unless an irqfd is attached to the pin.
+    pub(crate) fn route_pin(&self, pin: Gsi, route: Option<Msi>) -> Result<(), Error> {
+        let mut writer = self.shared.writer();
+        self.set_pin(&mut writer, pin, route)?;
+        let attached = writer.attached.get(pin.0 as usize);
+        if attached.is_some_and(|&irqfds| irqfds > 0) {
+            self.settle_in(&writer, pin)?;
+        }
+        Ok(())
+    }
+
+    fn set_pin(&self, writer: &mut Writer, pin: Gsi, route: Option<Msi>) -> Result<(), Error> {
+        let route = route.map(Route::Msi);
+        if writer.wanted.map_gsi(pin).eq(route) && writer.default.map_gsi(pin).eq(route) {
+            return Ok(());
+        }
+        let wanted = Arc::make_mut(&mut writer.wanted);
+        wanted.replace(&self.shared.rules, pin, route.as_slice())?;
+        writer.default.copy_from(wanted, pin);
+        Ok(())
+    }
+
+    /// The writer's lock is held.
+    fn settle_in(&self, writer: &Writer, gsi: Gsi) -> Result<(), Error> {
+        if !writer.wanted.agrees_on(&self.table(), gsi) {
             // Deferred changes of other GSIs go with it: one grace period for all of them.
             self.write(&writer.pool, &writer.wanted)?;
         }
         Ok(())
+    }
+
+    fn raisable(&self, gsi: &GsiHandle) -> Result<(), Error> {
+        self.own(gsi)?;
+        match self.irqchip() {
+            IrqchipKind::None => Err(Error::NoIrqchip),
+            IrqchipKind::Kernel { .. } | IrqchipKind::Split { .. } => Ok(()),
+        }
     }
 
     /// Gives the kernel a table, if anyone could see that it did. Called with the writer's lock
@@ -166,7 +226,7 @@ impl<H: SetGsiRouting> Routing<H> {
         Ok(Committed::Written { entries })
     }
 
-    fn own(&self, gsi: &GsiHandle) -> Result<(), Error> {
+    pub(crate) fn own(&self, gsi: &GsiHandle) -> Result<(), Error> {
         if Arc::ptr_eq(&self.shared, &gsi.lease.shared) {
             Ok(())
         } else {
@@ -204,7 +264,8 @@ impl<H> Routing<H> {
     }
 
     /// A GSI by its number: the pin that a PC's device has by tradition. Its route is the irqchip's
-    /// default one, in KVM already, so this asks nothing of the kernel.
+    /// default one, in KVM already, or what a [`SplitIoapic`](crate::ioapic::SplitIoapic) makes of
+    /// the pin; this asks nothing of the kernel.
     ///
     /// # Errors
     ///
@@ -237,6 +298,14 @@ impl<H> Routing<H> {
     /// The VM.
     pub fn host(&self) -> &H {
         &self.host
+    }
+
+    /// An irqfd that was attached is no more.
+    pub(crate) fn detached(&self, gsi: &GsiHandle) {
+        let mut writer = self.shared.writer();
+        if let Some(count) = writer.attached.get_mut(gsi.gsi().0 as usize) {
+            *count -= 1;
+        }
     }
 
     fn lease(&self, gsi: Gsi) -> GsiHandle {
@@ -286,9 +355,15 @@ struct Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let mut writer = self.shared.writer();
-        writer.pool.free(self.gsi);
-        if !writer.wanted.agrees_on(&self.shared.default, self.gsi) {
-            Arc::make_mut(&mut writer.wanted).copy_from(&self.shared.default, self.gsi);
+        let Writer {
+            pool,
+            wanted,
+            default,
+            ..
+        } = &mut *writer;
+        pool.free(self.gsi);
+        if !wanted.agrees_on(default, self.gsi) {
+            Arc::make_mut(wanted).copy_from(default, self.gsi);
         }
     }
 }
@@ -329,7 +404,8 @@ impl<'a, H> Change<'a, H> {
         self.push(gsi, Edit::Unroute);
     }
 
-    /// Gives the GSI back the route that the irqchip's default table has for it.
+    /// Gives the GSI back the route that the irqchip's default table has for it, or its IOAPIC in
+    /// user space.
     pub fn reset(&mut self, gsi: &'a GsiHandle) {
         self.push(gsi, Edit::Reset);
     }
@@ -376,7 +452,7 @@ impl<H: SetGsiRouting> Change<'_, H> {
             let table = Arc::make_mut(&mut next);
             for (handle, edit) in edits {
                 routing.own(handle)?;
-                routing.shared.edit(table, handle.gsi(), edit)?;
+                edit.apply(&routing.shared.rules, &writer.default, table, handle.gsi())?;
             }
         }
         let done = then(routing, &writer.pool, &next)?;
@@ -385,16 +461,22 @@ impl<H: SetGsiRouting> Change<'_, H> {
     }
 }
 
-impl Shared {
-    fn edit(&self, table: &mut Table, gsi: Gsi, edit: Edit) -> Result<(), Error> {
-        match edit {
-            Edit::Route(route) => table.replace(&self.rules, gsi, &[route])?,
+impl Edit {
+    fn apply(
+        self,
+        rules: &Rules,
+        default: &Table,
+        table: &mut Table,
+        gsi: Gsi,
+    ) -> Result<(), Error> {
+        match self {
+            Edit::Route(route) => table.replace(rules, gsi, &[route])?,
             Edit::AddPin(pin) => {
                 let route = Route::Pin(pin);
-                table.insert(&self.rules, crate::route::Entry { gsi, route })?;
+                table.insert(rules, crate::route::Entry { gsi, route })?;
             }
             Edit::Unroute => table.clear(gsi),
-            Edit::Reset => table.copy_from(&self.default, gsi),
+            Edit::Reset => table.copy_from(default, gsi),
         }
         Ok(())
     }

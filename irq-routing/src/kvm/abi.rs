@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Entries as KVM's ABI has them, both ways: every kind that `struct kvm_irq_routing_entry` can
-//! hold.
+//! What KVM's ABI has for it, both ways: entries of every kind that `struct kvm_irq_routing_entry`
+//! can hold, and the state of an IOAPIC.
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI,
     KVM_IRQ_ROUTING_S390_ADAPTER, KVM_IRQ_ROUTING_XEN_EVTCHN, KVM_MSI_VALID_DEVID,
-    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1 as Payload, kvm_irq_routing_hv_sint,
+    kvm_ioapic_state, kvm_ioapic_state__bindgen_ty_1 as RedirectionBits, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1 as Payload, kvm_irq_routing_hv_sint,
     kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1 as MsiDevice,
     kvm_irq_routing_s390_adapter, kvm_irq_routing_xen_evtchn,
 };
 use thiserror::Error;
 
 use crate::gsi::Gsi;
+use crate::ioapic::{IOAPIC_BASE, IoapicState, IoapicStateError, Redirection};
 use crate::route::{Chip, ChipPin, Entry, HvSint, Msi, Route, S390Adapter, XenEvtchn};
 
 /// Why an entry of KVM's form is none of ours. KVM refuses both as well.
@@ -170,5 +172,45 @@ pub unsafe fn from_kvm(entry: &kvm_irq_routing_entry) -> Result<Entry, AbiError>
     Ok(Entry {
         gsi: Gsi(entry.gsi),
         route,
+    })
+}
+
+/// The state of an IOAPIC in KVM's form, for `KVM_SET_IRQCHIP` in a VM whose IOAPIC is KVM's.
+///
+/// KVM delivers at once what `irr` says; the high lines of edge-triggered pins were delivered when
+/// they rose and are left out.
+pub fn ioapic_to_kvm(state: &IoapicState) -> kvm_ioapic_state {
+    let pins = (0..).zip(state.redirections);
+    let levels = pins.filter(|&(_, bits)| Redirection::from_bits(bits, true).is_level());
+    let levels = levels.fold(0, |set, (pin, _)| set | 1u32 << pin);
+    kvm_ioapic_state {
+        base_address: IOAPIC_BASE,
+        ioregsel: state.ioregsel.into(),
+        id: state.id.into(),
+        irr: state.lines & levels,
+        pad: 0,
+        redirtbl: state.redirections.map(|bits| RedirectionBits { bits }),
+    }
+}
+
+/// The state of KVM's IOAPIC (`KVM_GET_IRQCHIP`) for one in user space. Where KVM's was
+/// (`base_address`) is not the chip's to know, but its bus's.
+///
+/// # Errors
+///
+/// [`IoapicStateError`] for what no register can hold;
+/// [`restore`](crate::ioapic::SplitIoapic::restore) looks at the rest.
+pub fn ioapic_from_kvm(state: &kvm_ioapic_state) -> Result<IoapicState, IoapicStateError> {
+    let select = u8::try_from(state.ioregsel);
+    let id = u8::try_from(state.id);
+    Ok(IoapicState {
+        ioregsel: select.map_err(|_| IoapicStateError::Select(state.ioregsel))?,
+        id: id.map_err(|_| IoapicStateError::Id(state.id))?,
+        lines: state.irr,
+        redirections: state.redirtbl.map(|entry| {
+            // SAFETY: both members of the union are eight bytes of integers without padding, so
+            // whichever was set, all of it is.
+            unsafe { entry.bits }
+        }),
     })
 }

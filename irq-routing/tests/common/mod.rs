@@ -6,7 +6,8 @@
 
 use std::sync::Arc;
 
-use guests::irq::{IDLE, LOAD, READY, VECTOR};
+use guests::irq::{ANSWER, ASK, IDLE, LOAD, READ, READY, VECTOR};
+use irq_routing::ioapic::{IOAPIC_BASE, IOAPIC_LEN, SplitIoapic};
 use irq_routing::{Irqchip, IrqchipKind, Routing};
 use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -22,6 +23,10 @@ pub fn kvm() -> Kvm {
 pub struct Machine {
     pub vm: Arc<VmFd>,
     pub routing: Routing<Arc<VmFd>>,
+    /// Answers at its place on the bus, if there is one.
+    pub ioapic: Option<SplitIoapic<Arc<VmFd>>>,
+    /// The EOIs that were given to it.
+    pub eois: usize,
     vcpu: VcpuFd,
     // Freed after the vCPU and, as far as this test holds it, the VM.
     _ram: Box<Ram>,
@@ -70,6 +75,8 @@ impl Machine {
         Self {
             vm,
             routing,
+            ioapic: None,
+            eois: 0,
             vcpu,
             _ram: ram,
         }
@@ -77,17 +84,65 @@ impl Machine {
 
     /// Runs until the guest is about to enable interrupts.
     pub fn ready(&mut self) {
-        match self.vcpu.run().unwrap() {
-            VcpuExit::IoOut(READY, _) => {}
-            other => panic!("the guest should have been ready: {other:?}"),
-        }
+        assert_eq!(self.next_io().0, READY, "the guest should have been ready");
     }
 
     /// The port of the next exit.
     pub fn next_port(&mut self) -> u16 {
+        self.next_io().0
+    }
+
+    /// Lets `guests::irq::accessor` write a number of bytes.
+    pub fn write_mmio(&mut self, address: u64, bytes: u32, value: u32) {
+        self.tell([address as u32, value, bytes]);
+    }
+
+    /// Lets it read.
+    pub fn read_mmio(&mut self, address: u64, bytes: u32) -> u32 {
+        self.tell([address as u32, 0, bytes + READ]);
         match self.vcpu.run().unwrap() {
-            VcpuExit::IoOut(port, _) | VcpuExit::IoIn(port, _) => port,
-            other => panic!("a port was to be accessed: {other:?}"),
+            VcpuExit::IoOut(ANSWER, data) => u32::from_le_bytes(data.try_into().unwrap()),
+            other => panic!("an answer was to come: {other:?}"),
+        }
+    }
+
+    /// Lets it come back for more, so that what it was told is done.
+    pub fn settle_mmio(&mut self) {
+        self.read_mmio(LOAD, 4);
+    }
+
+    fn tell(&mut self, words: [u32; 3]) {
+        for word in words {
+            match self.vcpu.run().unwrap() {
+                VcpuExit::IoIn(ASK, data) => data.copy_from_slice(&word.to_le_bytes()),
+                other => panic!("the guest was to ask: {other:?}"),
+            }
+        }
+    }
+
+    /// Runs until a port is accessed: which, and what was written.
+    fn next_io(&mut self) -> (u16, u8) {
+        let offset = |address: u64| {
+            let offset = address.wrapping_sub(IOAPIC_BASE);
+            assert!(offset < IOAPIC_LEN, "nothing is at {address:#x}");
+            offset
+        };
+        loop {
+            match (self.vcpu.run().unwrap(), &self.ioapic) {
+                (VcpuExit::IoOut(port, data), _) => return (port, data[0]),
+                (VcpuExit::IoIn(port, _), _) => return (port, 0),
+                (VcpuExit::MmioRead(address, data), Some(ioapic)) => {
+                    ioapic.read(offset(address), data);
+                }
+                (VcpuExit::MmioWrite(address, data), Some(ioapic)) => {
+                    ioapic.write(offset(address), data);
+                }
+                (VcpuExit::IoapicEoi(vector), Some(ioapic)) => {
+                    ioapic.eoi(vector);
+                    self.eois += 1;
+                }
+                (other, _) => panic!("an exit that this guest has not: {other:?}"),
+            }
         }
     }
 
@@ -103,10 +158,10 @@ impl Machine {
 
     fn idle_until(&mut self, exits: usize) -> Option<u8> {
         for _ in 0..exits {
-            match self.vcpu.run().unwrap() {
-                VcpuExit::IoOut(IDLE, _) => {}
-                VcpuExit::IoOut(VECTOR, data) => return Some(data[0]),
-                other => panic!("an exit that this guest has not: {other:?}"),
+            match self.next_io() {
+                (IDLE, _) => {}
+                (VECTOR, vector) => return Some(vector),
+                other => panic!("a port that this guest has not: {other:x?}"),
             }
         }
         None

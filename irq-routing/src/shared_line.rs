@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Several sources on one line of the in-kernel irqchip: devices that share a level-triggered
+//! interrupt.
+//!
+//! KVM ORs the sources that are its own (`kvm_request_irq_source_id`) and takes all of user space
+//! for one of them, so that the last call decides. Here user space's sources are ORed first.
+
+#![forbid(unsafe_code)]
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::Error;
+use crate::host::SetIrqLine;
+use crate::line::{Arrival, LevelSource, Line};
+use crate::routing::GsiHandle;
+
+/// A [`Line`] that is high while any of its sources is. Clones are the same line.
+#[derive(Debug)]
+pub struct SharedLine<H: SetIrqLine> {
+    inner: Arc<Inner<H>>,
+}
+
+#[derive(Debug)]
+struct Inner<H: SetIrqLine> {
+    line: Line<H>,
+    /// How many sources are high. Held across the ioctl, so that what KVM was told last is what it
+    /// says.
+    high: Mutex<usize>,
+}
+
+impl<H: SetIrqLine> Line<H> {
+    /// Makes the line one with any number of sources. It is lowered first if it is high.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Line`], with the line, still high.
+    pub fn share(self) -> Result<SharedLine<H>, (Self, Error)> {
+        if let Err(error) = self.lower() {
+            return Err((self, error));
+        }
+        let high = Mutex::new(0);
+        let inner = Arc::new(Inner { line: self, high });
+        Ok(SharedLine { inner })
+    }
+}
+
+impl<H: SetIrqLine> SharedLine<H> {
+    /// One more source, low. Asks nothing of the kernel.
+    pub fn source(&self) -> LineSource<H> {
+        LineSource {
+            line: self.clone(),
+            high: Mutex::new(false),
+        }
+    }
+
+    /// The GSI.
+    pub fn gsi(&self) -> &GsiHandle {
+        self.inner.line.gsi()
+    }
+}
+
+impl<H: SetIrqLine> Clone for SharedLine<H> {
+    fn clone(&self) -> Self {
+        let inner = Arc::clone(&self.inner);
+        Self { inner }
+    }
+}
+
+/// One source of a [`SharedLine`]. Dropped while high, it is lowered.
+#[derive(Debug)]
+pub struct LineSource<H: SetIrqLine> {
+    line: SharedLine<H>,
+    // Locked before the line's.
+    high: Mutex<bool>,
+}
+
+impl<H: SetIrqLine> LineSource<H> {
+    /// Sets the source's level. Each rise is told to KVM, which says what became of it; a fall only
+    /// when no other source holds the line high, and is else [`Arrival::Delivered`] to one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Line`]; the source's level is what it was.
+    pub fn set(&self, level: bool) -> Result<Arrival, Error> {
+        let mut high = self.high.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut count = self.line.inner.high();
+        let others = *count - usize::from(*high);
+        let arrival = if level || others == 0 {
+            self.line.inner.line.set(level)?
+        } else {
+            Arrival::Delivered { to: 1 }
+        };
+        *count = others + usize::from(level);
+        *high = level;
+        Ok(arrival)
+    }
+
+    /// The line.
+    pub fn line(&self) -> &SharedLine<H> {
+        &self.line
+    }
+}
+
+impl<H: SetIrqLine> Inner<H> {
+    fn high(&self) -> MutexGuard<'_, usize> {
+        self.high.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<H: SetIrqLine + Send + Sync> LevelSource for LineSource<H> {
+    fn set(&self, level: bool) -> Result<Arrival, Error> {
+        LineSource::set(self, level)
+    }
+}
+
+impl<H: SetIrqLine> Drop for LineSource<H> {
+    fn drop(&mut self) {
+        let high = *self.high.lock().unwrap_or_else(PoisonError::into_inner);
+        if high && self.set(false).is_err() {
+            // KVM has no reason to refuse a level that it took before. If it did, this source is
+            // no longer one all the same: the next change of the line lowers it.
+            *self.line.inner.high() -= 1;
+        }
+    }
+}
