@@ -99,7 +99,7 @@ fn memory_is_let_go_of_with_no_lock_held() {
 #[test]
 fn a_deferred_closure_may_change_slots_whoever_runs_it() {
     let rounds = if std::env::var_os("LONG_TESTS").is_some() {
-        400_000u64
+        100_000u64
     } else {
         4_000
     };
