@@ -11,8 +11,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
 /// `MADV_POPULATE_READ` and `MADV_POPULATE_WRITE`, Linux 5.14.
-const POPULATE_READ: i32 = 22;
-const POPULATE_WRITE: i32 = 23;
+pub(super) const POPULATE_READ: i32 = 22;
+pub(super) const POPULATE_WRITE: i32 = 23;
 
 /// What one thread takes at a time: small enough to share the work and to say how far it went, large enough that the
 /// calls cost nothing beside it.
