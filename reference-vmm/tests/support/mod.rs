@@ -414,6 +414,7 @@ impl Running {
     /// Kills it; what it had said, where its threads were, and its vCPUs' registers.
     fn give_up(&mut self, why: &str) -> String {
         let threads = describe_threads(self.pid());
+        let before = timer_interrupts();
         // Twice: a loop shows itself by staying where it is. A process that has ended answers neither.
         for _ in 0..2 {
             let answers = self.stderr.count("RIP ");
@@ -422,8 +423,13 @@ impl Running {
             self.stderr.wait_for_more("RIP ", answers, soon);
         }
         let _ = self.child.as_mut().expect("running").kill();
+        let after = timer_interrupts();
         let ended = self.collect();
-        format!("{why}; its threads then:\n{threads}{ended}")
+        format!(
+            "{why}; its threads then:\n{threads}the host's timer interrupts, CPU by CPU, then {before}, later {after}\n\
+             the last that the host's kernel said:\n{}{ended}",
+            kernel_log()
+        )
     }
 }
 
@@ -502,13 +508,14 @@ impl std::fmt::Display for Ended {
             (_, Some(signal)) => writeln!(f, "was killed by signal {signal}")?,
             _ => writeln!(f, "ended: {:?}", self.status)?,
         }
+        // The monitor's own words first: a log that is cut off is cut off at its end.
+        writeln!(f, "--- stderr\n{}", tail(&self.stderr, 6000))?;
         writeln!(
             f,
-            "--- stdout ({} bytes)\n{}",
+            "--- stdout ({} bytes)\n{}---",
             self.stdout.len(),
-            tail(&self.text())
-        )?;
-        writeln!(f, "--- stderr\n{}---", tail(&self.stderr))
+            tail(&self.text(), 2000)
+        )
     }
 }
 
@@ -539,8 +546,8 @@ pub fn not_one_line(stderr: &str) -> Option<&'static str> {
 }
 
 /// The end of a text: enough to see what went wrong.
-fn tail(text: &str) -> &str {
-    let mut at = text.len().saturating_sub(6000);
+fn tail(text: &str, length: usize) -> &str {
+    let mut at = text.len().saturating_sub(length);
     while !text.is_char_boundary(at) {
         at += 1;
     }
@@ -669,6 +676,32 @@ fn tasks(pid: libc::pid_t) -> Vec<(String, String)> {
         ))
     })
     .collect()
+}
+
+/// How many timer interrupts each CPU of the host had: a CPU that runs a guest and gets none has lost its timer.
+fn timer_interrupts() -> String {
+    let all = std::fs::read_to_string("/proc/interrupts").unwrap_or_default();
+    let line = all
+        .lines()
+        .find_map(|line| line.trim_start().strip_prefix("LOC:"));
+    let counts = line.and_then(|line| line.split("Local").next());
+    counts.unwrap_or("unknown").trim().to_owned()
+}
+
+/// The last lines of the host's kernel log, where we may read it.
+fn kernel_log() -> String {
+    /// `SYSLOG_ACTION_READ_ALL` of syslog(2).
+    const READ_ALL: i32 = 3;
+    let mut log = vec![0_u8; 1 << 18];
+    // SAFETY: the buffer is as long as said.
+    let length = unsafe { libc::klogctl(READ_ALL, log.as_mut_ptr().cast(), log.len() as i32) };
+    log.truncate(usize::try_from(length).unwrap_or(0));
+    let log = String::from_utf8_lossy(&log);
+    let lines: Vec<_> = log.lines().collect();
+    lines[lines.len().saturating_sub(8)..]
+        .iter()
+        .flat_map(|line| ["  ", line, "\n"])
+        .collect()
 }
 
 /// Where each thread of a process is: for the message of a run that hangs.

@@ -163,9 +163,9 @@ impl fmt::Display for Trace {
         writeln!(
             f,
             "--- stdout\n{}",
-            super::tail(&String::from_utf8_lossy(&self.stdout))
+            super::tail(&String::from_utf8_lossy(&self.stdout), 2000)
         )?;
-        writeln!(f, "--- stderr\n{}---", super::tail(&self.stderr))
+        writeln!(f, "--- stderr\n{}---", super::tail(&self.stderr, 6000))
     }
 }
 

@@ -41,7 +41,7 @@ impl Machine {
         let (ours, theirs) = UnixStream::pair().context(|| "no socket pair".into())?;
 
         let mut command = qemu.command();
-        let accel = match options.icount {
+        let accel = match options.icount || options.one_thread {
             true => "tcg,thread=single",
             false => "tcg,thread=multi",
         };

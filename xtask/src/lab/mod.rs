@@ -50,6 +50,7 @@ Usage: cargo xtask lab [OPTIONS] -- COMMAND…
   --kernel 6.12|6.1   the machine's kernel (6.12)
   --memory SIZE       its memory, such as 512M or 4G (2G)
   --cpus N            its CPUs (2)
+  --one-thread        its CPUs take turns on one thread of this host, instead of a thread each: slower, and steadier
   --icount            its clock counts instructions: one CPU, slower, and the same times in every run
   --timeout SECONDS   the time limit, the machine's start included (600)
   --env NAME=VALUE    set for COMMAND; may be repeated. PATH, HOME, CARGO*, RUST* and the like are passed on anyway
@@ -65,6 +66,8 @@ pub(crate) struct Options {
     pub(crate) kernel: Series,
     pub(crate) memory_mib: u32,
     pub(crate) cpus: u32,
+    /// Whether the machine's CPUs take turns on one thread.
+    pub(crate) one_thread: bool,
     pub(crate) icount: bool,
     pub(crate) time_limit: Duration,
     pub(crate) env: Vec<OsString>,
@@ -83,6 +86,7 @@ impl Default for Options {
             kernel: Series::V6_12,
             memory_mib: 2048,
             cpus: 2,
+            one_thread: false,
             icount: false,
             time_limit: Duration::from_secs(600),
             env: Vec::new(),
@@ -109,6 +113,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             Long("kernel") => options.kernel = Series::parse(&parser.value()?.string()?)?,
             Long("memory") => options.memory_mib = parse_memory(&parser.value()?.string()?)?,
             Long("cpus") => options.cpus = parse_cpus(&parser.value()?.string()?)?,
+            Long("one-thread") => options.one_thread = true,
             Long("icount") => options.icount = true,
             Long("timeout") => options.time_limit = Duration::from_secs(parser.value()?.parse()?),
             Long("env") => options.env.push(parser.value()?),
