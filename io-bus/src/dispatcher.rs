@@ -463,6 +463,18 @@ pub(crate) enum Found {
     Deferred(Deferral),
 }
 
+impl From<Answer> for Found {
+    /// What one device's word is where no other is asked.
+    #[inline(always)]
+    fn from(answer: Answer) -> Self {
+        match answer {
+            Answer::Accepted => Found::Answered,
+            Answer::Declined => Found::Unclaimed,
+            Answer::Deferred(deferral) => Found::Deferred(deferral),
+        }
+    }
+}
+
 /// Asks the devices that hold the access, in order, until one takes it: those of the first of
 /// `buses` first.
 #[inline(always)]
@@ -479,11 +491,7 @@ fn search<'d>(
         let cookie = usize::from(*cookies.of(bus, address));
         if let Some(row) = tables.bus(bus).at_cookie(cookie, address, data.len()) {
             // No other row holds the access, so this device's word is final.
-            return match offer(row, address, |entry, at| data.ask(entry, at)) {
-                Answer::Accepted => Found::Answered,
-                Answer::Declined => Found::Unclaimed,
-                Answer::Deferred(deferral) => Found::Deferred(deferral),
-            };
+            return offer(row, address, |entry, at| data.ask(entry, at)).into();
         }
     }
     unlikely();
@@ -513,16 +521,11 @@ fn search_on<'d>(
                 .bus(*bus)
                 .at_cookie(usize::from(*cookie), address, len),
         };
-        if let Some(row) = row {
-            match offer(row, address, |entry, at| data.ask(entry, at)) {
-                Answer::Accepted => return Found::Answered,
-                Answer::Declined => continue,
-                Answer::Deferred(deferral) => return Found::Deferred(deferral),
-            }
-        }
-        let found = search_with(tables.bus(*bus), cookie, address, len, |entry, at| {
-            data.ask(entry, at)
-        });
+        let ask = |entry: &Entry, at| data.ask(entry, at);
+        let found = match row {
+            Some(row) => offer(row, address, ask).into(),
+            None => search_with(tables.bus(*bus), cookie, address, len, ask),
+        };
         if !matches!(found, Found::Unclaimed) {
             return found;
         }
@@ -540,13 +543,11 @@ pub(crate) fn search_with(
     mut ask: impl FnMut(&Entry, At) -> Answer,
 ) -> Found {
     for (index, row) in table.candidates(address, len) {
-        let found = match offer(row, address, &mut ask) {
-            Answer::Accepted => Found::Answered,
-            Answer::Declined => continue,
-            Answer::Deferred(deferral) => Found::Deferred(deferral),
-        };
-        *cookie = index as u16;
-        return found;
+        let found = offer(row, address, &mut ask).into();
+        if !matches!(found, Found::Unclaimed) {
+            *cookie = index as u16;
+            return found;
+        }
     }
     Found::Unclaimed
 }

@@ -220,6 +220,7 @@ mod irqchip;
 mod irqfd;
 #[cfg(all(feature = "kvm", target_arch = "x86_64"))]
 pub mod kvm;
+mod level;
 mod line;
 mod route;
 mod routing;

@@ -6,11 +6,10 @@
 
 #![forbid(unsafe_code)]
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use crate::error::Error;
 use crate::host::{SetGsiRouting, SetIrqLine, SignalMsi};
 use crate::irqchip::IrqchipKind;
+use crate::level::Level;
 use crate::route::Msi;
 use crate::routing::{GsiHandle, Routing};
 
@@ -59,7 +58,7 @@ impl<H: SetGsiRouting + SetIrqLine + Clone> Routing<H> {
         Ok(Line {
             routing: self.clone(),
             gsi: gsi.clone(),
-            high: Mutex::new(false),
+            level: Level::default(),
         })
     }
 }
@@ -103,8 +102,7 @@ pub trait LevelSource: Send + Sync {
 pub struct Line<H: SetIrqLine> {
     routing: Routing<H>,
     gsi: GsiHandle,
-    // Held across the ioctl, so that what it says is what KVM was told last.
-    high: Mutex<bool>,
+    level: Level,
 }
 
 impl<H: SetIrqLine> Line<H> {
@@ -115,7 +113,7 @@ impl<H: SetIrqLine> Line<H> {
     ///
     /// [`Error::Line`].
     pub fn set(&self, level: bool) -> Result<Arrival, Error> {
-        self.put(&mut self.high(), level)
+        self.level.set(level, |_, level| self.tell(level))
     }
 
     /// Raises and lowers: one edge. Of an edge-triggered pin the interrupt stays; a level-triggered
@@ -125,10 +123,7 @@ impl<H: SetIrqLine> Line<H> {
     ///
     /// [`Error::Line`]; if lowering failed, the line is high.
     pub fn pulse(&self) -> Result<Arrival, Error> {
-        let mut high = self.high();
-        let arrival = self.put(&mut high, true)?;
-        self.put(&mut high, false)?;
-        Ok(arrival)
+        self.level.pulse(|_, level| self.tell(level))
     }
 
     /// The GSI.
@@ -138,23 +133,14 @@ impl<H: SetIrqLine> Line<H> {
 
     /// Lowers it if it is high.
     pub(crate) fn lower(&self) -> Result<(), Error> {
-        let mut high = self.high();
-        if *high {
-            self.put(&mut high, false)?;
-        }
-        Ok(())
+        self.level.lower(|_, level| self.tell(level))
     }
 
-    fn put(&self, high: &mut bool, level: bool) -> Result<Arrival, Error> {
+    fn tell(&self, level: bool) -> Result<Arrival, Error> {
         let gsi = self.gsi.gsi();
         let status = self.routing.host().set_irq_line(gsi, level);
         let status = status.map_err(|source| Error::Line { gsi, level, source })?;
-        *high = level;
         Ok(Arrival::of_line(status))
-    }
-
-    fn high(&self) -> MutexGuard<'_, bool> {
-        self.high.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::Error;
 use crate::host::SetIrqLine;
+use crate::level::Level;
 use crate::line::{Arrival, LevelSource, Line};
 use crate::routing::GsiHandle;
 
@@ -50,7 +51,7 @@ impl<H: SetIrqLine> SharedLine<H> {
     pub fn source(&self) -> LineSource<H> {
         LineSource {
             line: self.clone(),
-            high: Mutex::new(false),
+            level: Level::default(),
         }
     }
 
@@ -71,8 +72,8 @@ impl<H: SetIrqLine> Clone for SharedLine<H> {
 #[derive(Debug)]
 pub struct LineSource<H: SetIrqLine> {
     line: SharedLine<H>,
-    // Locked before the line's.
-    high: Mutex<bool>,
+    // Locked before the line's count.
+    level: Level,
 }
 
 impl<H: SetIrqLine> LineSource<H> {
@@ -83,22 +84,24 @@ impl<H: SetIrqLine> LineSource<H> {
     ///
     /// [`Error::Line`]; the source's level is what it was.
     pub fn set(&self, level: bool) -> Result<Arrival, Error> {
-        let mut high = self.high.lock().unwrap_or_else(PoisonError::into_inner);
+        self.level.set(level, |was, level| self.tell(was, level))
+    }
+
+    /// The line.
+    pub fn line(&self) -> &SharedLine<H> {
+        &self.line
+    }
+
+    fn tell(&self, was: bool, level: bool) -> Result<Arrival, Error> {
         let mut count = self.line.inner.high();
-        let others = *count - usize::from(*high);
+        let others = *count - usize::from(was);
         let arrival = if level || others == 0 {
             self.line.inner.line.set(level)?
         } else {
             Arrival::Delivered { to: 1 }
         };
         *count = others + usize::from(level);
-        *high = level;
         Ok(arrival)
-    }
-
-    /// The line.
-    pub fn line(&self) -> &SharedLine<H> {
-        &self.line
     }
 }
 
@@ -116,8 +119,11 @@ impl<H: SetIrqLine + Send + Sync> LevelSource for LineSource<H> {
 
 impl<H: SetIrqLine> Drop for LineSource<H> {
     fn drop(&mut self) {
-        let high = *self.high.lock().unwrap_or_else(PoisonError::into_inner);
-        if high && self.set(false).is_err() {
+        if self
+            .level
+            .lower(|was, level| self.tell(was, level))
+            .is_err()
+        {
             // KVM has no reason to refuse a level that it took before. If it did, this source is
             // no longer one all the same: the next change of the line lowers it.
             *self.line.inner.high() -= 1;

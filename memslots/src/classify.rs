@@ -347,21 +347,25 @@ pub fn classify(
             flags,
         });
     }
+    let aligned = |what, value: u64| {
+        if value.is_multiple_of(PAGE_SIZE) {
+            return Ok(());
+        }
+        Err(Refusal::Unaligned {
+            id,
+            start,
+            size,
+            what,
+            value,
+        })
+    };
     let numbers = [
         ("size", size),
         ("guest address", start.0),
         ("host address", host.0 as u64),
     ];
     for (what, value) in numbers {
-        if !value.is_multiple_of(PAGE_SIZE) {
-            return Err(Refusal::Unaligned {
-                id,
-                start,
-                size,
-                what,
-                value,
-            });
-        }
+        aligned(what, value)?;
     }
     // The kernel's `access_ok`, as far as every host agrees on it: the upper half is the kernel's. The exact end of
     // user space is the host's (47 or 56 bits); mmap gives nothing beyond it.
@@ -377,17 +381,8 @@ pub fn classify(
         });
     }
     if let (true, Some(memory)) = (private, guest_memfd) {
-        let (what, value) = ("guest_memfd offset", memory.offset);
-        if !value.is_multiple_of(PAGE_SIZE) {
-            return Err(Refusal::Unaligned {
-                id,
-                start,
-                size,
-                what,
-                value,
-            });
-        }
-        if value.checked_add(size).is_none() {
+        aligned("guest_memfd offset", memory.offset)?;
+        if memory.offset.checked_add(size).is_none() {
             return Err(Refusal::GuestMemfdRange {
                 id,
                 start,

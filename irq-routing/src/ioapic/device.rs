@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::line::PinLine;
 use super::notifier::{Notifier, Notifiers};
+use super::redirection::MSI_LEVEL;
 use super::{Ioapic, IoapicState, IoapicStateError, PINS, PinMessages, Redirection, Written};
 use crate::error::Error;
 use crate::gsi::Gsi;
@@ -28,9 +29,6 @@ use crate::line::Arrival;
 use crate::route::Msi;
 use crate::routing::{GsiHandle, Routing};
 use crate::rules::IOAPIC_PINS;
-
-/// Bit 15 of a message's data.
-const LEVEL: u32 = 1 << 15;
 
 /// The IOAPIC of a VM with [`IrqchipKind::Split`]. Clones are the same chip.
 ///
@@ -358,7 +356,7 @@ struct Messages<'a, H> {
 
 impl<H: SetGsiRouting + SignalMsi> Messages<'_, H> {
     fn try_send(&self, pin: u32, msi: Msi) -> Result<Arrival, Error> {
-        if msi.data & LEVEL != 0 {
+        if msi.data & MSI_LEVEL != 0 {
             self.routing.settle_pin(Gsi(pin), msi)?;
         }
         self.routing.signal_msi(msi)

@@ -4,11 +4,10 @@
 
 #![forbid(unsafe_code)]
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use super::SplitIoapic;
 use crate::error::Error;
 use crate::host::{SetGsiRouting, SignalMsi};
+use crate::level::Level;
 use crate::line::{Arrival, LevelSource};
 use crate::routing::GsiHandle;
 
@@ -18,7 +17,7 @@ use crate::routing::GsiHandle;
 pub struct PinLine<H: SetGsiRouting + SignalMsi + Clone> {
     ioapic: SplitIoapic<H>,
     gsi: GsiHandle,
-    high: Mutex<bool>,
+    level: Level,
 }
 
 impl<H: SetGsiRouting + SignalMsi + Clone> PinLine<H> {
@@ -26,7 +25,7 @@ impl<H: SetGsiRouting + SignalMsi + Clone> PinLine<H> {
         Self {
             ioapic,
             gsi,
-            high: Mutex::new(false),
+            level: Level::default(),
         }
     }
 
@@ -46,7 +45,7 @@ impl<H: SetGsiRouting + SignalMsi + Clone> PinLine<H> {
     /// [`Error::SignalMsi`]; as [`Change::commit`](crate::Change::commit). The source's level is
     /// then what it was.
     pub fn set(&self, level: bool) -> Result<Arrival, Error> {
-        self.put(&mut self.high(), level)
+        self.level.set(level, |was, level| self.tell(was, level))
     }
 
     /// Raises and lowers: one edge, if no other source holds the line high.
@@ -55,10 +54,7 @@ impl<H: SetGsiRouting + SignalMsi + Clone> PinLine<H> {
     ///
     /// As [`PinLine::set`]; lowering does not fail.
     pub fn pulse(&self) -> Result<Arrival, Error> {
-        let mut high = self.high();
-        let arrival = self.put(&mut high, true)?;
-        self.put(&mut high, false)?;
-        Ok(arrival)
+        self.level.pulse(|was, level| self.tell(was, level))
     }
 
     /// The GSI, which is the pin.
@@ -66,15 +62,8 @@ impl<H: SetGsiRouting + SignalMsi + Clone> PinLine<H> {
         &self.gsi
     }
 
-    fn put(&self, high: &mut bool, level: bool) -> Result<Arrival, Error> {
-        let pin = self.gsi.gsi().0;
-        let arrival = self.ioapic.set_source(pin, *high, level)?;
-        *high = level;
-        Ok(arrival)
-    }
-
-    fn high(&self) -> MutexGuard<'_, bool> {
-        self.high.lock().unwrap_or_else(PoisonError::into_inner)
+    fn tell(&self, was: bool, level: bool) -> Result<Arrival, Error> {
+        self.ioapic.set_source(self.gsi.gsi().0, was, level)
     }
 }
 
@@ -96,10 +85,7 @@ impl<H: SetGsiRouting + SignalMsi + Clone> vm_superio::Trigger for PinLine<H> {
 
 impl<H: SetGsiRouting + SignalMsi + Clone> Drop for PinLine<H> {
     fn drop(&mut self) {
-        let mut high = self.high();
-        if *high {
-            // Lowering sends nothing, so it does not fail.
-            let _ = self.put(&mut high, false);
-        }
+        // Lowering sends nothing, so it does not fail.
+        let _ = self.level.lower(|was, level| self.tell(was, level));
     }
 }

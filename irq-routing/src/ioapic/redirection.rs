@@ -8,8 +8,8 @@ use std::fmt;
 
 use crate::route::Msi;
 
-/// What a guest can write: vector, delivery mode, destination mode,
-/// polarity, trigger mode, mask, destination).
+/// What a guest can write: vector, delivery mode, destination mode, polarity, trigger mode, mask,
+/// destination.
 const WRITABLE: u64 = 0xff00_0000_0001_afff;
 /// Bits 8 to 14 of the destination, where the guest was told of them.
 const EXTENDED: u64 = 0x00fe_0000_0000_0000;
@@ -18,7 +18,8 @@ const LEVEL: u64 = 1 << 15;
 const MASKED: u64 = 1 << 16;
 
 const MSI_BASE: u64 = 0xfee0_0000;
-const MSI_LEVEL: u32 = 1 << 15;
+/// Bit 15 of a message's data: it is of a level-triggered interrupt.
+pub(super) const MSI_LEVEL: u32 = 1 << 15;
 
 /// An entry of the redirection table (82093AA datasheet, 3.2.4, `IOREDTBL`; KVM's
 /// `kvm_ioapic_redirect_entry`).
