@@ -78,7 +78,8 @@ pub enum MapError {
         /// The sizes that it has pools of.
         available: Vec<HugePageSize>,
     },
-    /// The pool of huge pages is too small.
+    /// The pool of huge pages is too small. (Where it is not, or the process may map no more, `ENOMEM` is a
+    /// [`MapError::Call`].)
     #[error("{wanted} huge pages of {page_size} wanted, {}", HugePool::describe(*pool, *page_size))]
     NoHugePages {
         /// The page size.

@@ -372,6 +372,43 @@ fn each_call_refused_leaves_nothing_mapped() {
     }
 }
 
+#[test]
+fn the_pool_is_blamed_only_where_there_is_room_for_the_pages() {
+    let page = HugePageSize::MIB_2;
+    if HugePool::of_host(page).is_none() {
+        return eprintln!("this host has no pages of 2 MiB");
+    }
+    // More than any pool has.
+    let size = 16 << 40;
+    for backing in [
+        Backing::hugetlb(size, page),
+        Backing::hugetlb_memfd(size, page),
+        Backing::hugetlb(size, page).guarded(),
+    ] {
+        let system = Refusing::leak();
+        let error = Mapping::made_by(system, &backing, GuestAddress(0)).unwrap_err();
+        assert!(
+            matches!(error, MapError::NoHugePages { wanted, .. } if wanted == size >> 21),
+            "{error}"
+        );
+        assert_eq!(system.lock().mapped, 0);
+        // What was tried last is whether anything of that size can be mapped.
+        let probe = system.lock().calls.iter().rposition(|call| *call == "mmap");
+        let probe = probe.unwrap();
+        // Under RLIMIT_AS or vm.max_map_count both are refused.
+        let system = Refusing::leak();
+        system.lock().refuse.insert(probe, Errno(libc::ENOMEM));
+        let error = Mapping::made_by(system, &backing, GuestAddress(0)).unwrap_err();
+        let expected = MapError::Call {
+            call: "mmap",
+            size,
+            errno: Errno(libc::ENOMEM),
+        };
+        assert_eq!(error, expected);
+        assert_eq!(system.lock().mapped, 0);
+    }
+}
+
 /// What another thread has mapped meanwhile is still there, and its own.
 fn squatters_are_left_alone(system: &Refusing) {
     let squatters = std::mem::take(&mut system.lock().squatters);
