@@ -80,7 +80,11 @@ pub enum MapError {
     },
     /// The pool of huge pages is too small. (Where it is not, or the process may map no more, `ENOMEM` is a
     /// [`MapError::Call`].)
-    #[error("{wanted} huge pages of {page_size} wanted, {}", HugePool::describe(*pool, *page_size))]
+    #[error(
+        "{wanted} huge page{} of {page_size} wanted, {}",
+        if *wanted == 1 { "" } else { "s" },
+        HugePool::describe(*pool, *page_size)
+    )]
     NoHugePages {
         /// The page size.
         page_size: HugePageSize,
