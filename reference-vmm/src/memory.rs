@@ -31,7 +31,7 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use vm_memory::GuestAddress;
 
 use crate::arch::layout;
-use crate::config::{ConfigError, parse_size};
+use crate::config::{ConfigError, Size, field, object, parse_size};
 use crate::host_memory::Transparent;
 
 /// x86-64 has at most 52 bits of physical address; what this host's KVM takes may be less, and only
@@ -431,6 +431,7 @@ impl FromStr for Memory {
                     let node = node.parse();
                     memory.numa = Some(node.map_err(|_| wrong("a node's number is wanted"))?);
                 }
+                ("numa", None) => return Err(wrong("a node's number is wanted: numa=NODE")),
                 // The size itself comes first.
                 (size, None) if index == 0 => {
                     memory.size = parse_size(size)?;
@@ -508,38 +509,28 @@ impl<'de> Visitor<'de> for MemoryVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Memory, A::Error> {
-        let fields = Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
-        Ok(Memory {
-            size: fields.size,
-            shared: fields.shared,
-            hugepages: fields.hugepages,
-            prefault: fields.prefault,
-            thp: match fields.thp {
-                None => HugePages::Host,
-                Some(Thp::Always) => HugePages::Advise,
-                Some(Thp::Never) => HugePages::Never,
-            },
-            numa: fields.numa,
-        })
+        const KEYS: &[&str] = &["size", "shared", "hugepages", "prefault", "thp", "numa"];
+        let mut memory = Memory::default();
+        object(map, KEYS, |key, map| {
+            match key {
+                "size" => memory.size = field::<Size, A>(map, key)?.0,
+                "shared" => memory.shared = field(map, key)?,
+                "hugepages" => memory.hugepages = field::<Page, A>(map, key)?.0,
+                "prefault" => memory.prefault = field(map, key)?,
+                "thp" => {
+                    memory.thp = match field(map, key)? {
+                        None => HugePages::Host,
+                        Some(Thp::Always) => HugePages::Advise,
+                        Some(Thp::Never) => HugePages::Never,
+                    }
+                }
+                "numa" => memory.numa = field(map, key)?,
+                _ => return Ok(false),
+            }
+            Ok(true)
+        })?;
+        Ok(memory)
     }
-}
-
-/// The object form.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct Fields {
-    #[serde(default = "default_size", deserialize_with = "crate::config::size")]
-    size: u64,
-    #[serde(default)]
-    shared: bool,
-    #[serde(default, deserialize_with = "page_size")]
-    hugepages: Option<HugePageSize>,
-    #[serde(default)]
-    prefault: bool,
-    #[serde(default)]
-    thp: Option<Thp>,
-    #[serde(default)]
-    numa: Option<u32>,
 }
 
 #[derive(Deserialize)]
@@ -549,35 +540,45 @@ enum Thp {
     Never,
 }
 
-fn default_size() -> u64 {
-    Memory::default().size
-}
-
 /// A page's size, or what the text form takes beside it: on and off.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Page {
-    Switch(Option<bool>),
-    Bytes(u64),
-    Text(String),
+struct Page(Option<HugePageSize>);
+
+impl<'de> Deserialize<'de> for Page {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(PageVisitor)
+    }
 }
 
-fn page_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<HugePageSize>, D::Error> {
-    let wanted = "hugepages is on, off, or a page's size, such as \"2M\" or \"1G\"";
-    let page = Page::deserialize(deserializer).map_err(|_| de::Error::custom(wanted))?;
-    let bytes = match page {
-        Page::Switch(Some(true)) => return Ok(Some(HugePageSize::MIB_2)),
-        Page::Switch(_) => return Ok(None),
-        Page::Bytes(bytes) => bytes,
-        Page::Text(text) => match text.as_str() {
-            "on" => return Ok(Some(HugePageSize::MIB_2)),
-            "off" => return Ok(None),
-            size => parse_size(size).map_err(de::Error::custom)?,
-        },
-    };
-    let page = HugePageSize::new(bytes);
-    let page = page.ok_or_else(|| de::Error::custom(format!("{bytes}: {wanted}")))?;
-    Ok(Some(page))
+struct PageVisitor;
+
+impl Visitor<'_> for PageVisitor {
+    type Value = Page;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("on, off, or a page's size, such as \"2M\" or \"1G\"")
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<Page, E> {
+        Ok(Page(None))
+    }
+
+    fn visit_bool<E: de::Error>(self, on: bool) -> Result<Page, E> {
+        Ok(Page(on.then_some(HugePageSize::MIB_2)))
+    }
+
+    fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Page, E> {
+        let page = HugePageSize::new(bytes);
+        let wrong = || E::invalid_value(de::Unexpected::Unsigned(bytes), &self);
+        page.ok_or_else(wrong).map(|page| Page(Some(page)))
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Page, E> {
+        match text {
+            "on" => self.visit_bool(true),
+            "off" => self.visit_bool(false),
+            size => self.visit_u64(parse_size(size).map_err(E::custom)?),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -703,7 +704,7 @@ mod tests {
             ("512M,hugepages=big", "\"big\""),
             ("512M,thp", "always or never"),
             ("512M,thp=madvise", "always or never"),
-            ("512M,numa", "numa"),
+            ("512M,numa", "a node's number is wanted"),
             ("512M,numa=x", "\"numa=x\""),
             ("512M,1G", "\"1G\""),
             ("512M,size=1G", "twice"),
@@ -735,7 +736,10 @@ mod tests {
             ("true", "a size is"),
             ("\"lots\"", "lots"),
             (r#"{"size": "lots"}"#, "lots"),
-            (r#"{"hugepages": 3}"#, "3: hugepages is"),
+            (
+                r#"{"hugepages": 3}"#,
+                "hugepages: invalid value: integer `3`",
+            ),
             (r#"{"thp": "madvise"}"#, "madvise"),
             (r#"{"share": true}"#, "`share`"),
         ] {

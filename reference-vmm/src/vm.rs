@@ -250,7 +250,9 @@ impl Machine {
         config.validate()?;
 
         // 1. Files and numbers.
-        let mut kernel = Image::open(ImageKind::Kernel, &config.kernel)?;
+        let kernel = config.kernel.as_deref();
+        let kernel = kernel.ok_or(config::ConfigError::NoKernel)?;
+        let mut kernel = Image::open(ImageKind::Kernel, kernel)?;
         let mut initrds = config
             .initrd
             .iter()
