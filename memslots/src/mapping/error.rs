@@ -7,7 +7,8 @@ use crate::{Errno, Unsupported};
 use std::ops::Range;
 use thiserror::Error;
 
-/// Why a [`Backing`](crate::Backing) could not be mapped. Nothing is left mapped then.
+/// Why a [`Backing`](crate::Backing) could not be mapped. Nothing is left mapped then. (A mapping of which it was to be
+/// a [part](crate::Backing::part), or the consumer's own, is as it was but for what had been chosen of those bytes.)
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MapError {

@@ -791,6 +791,25 @@ fn what_is_chosen_of_a_part_is_asked_for_of_its_bytes() {
 }
 
 #[test]
+fn of_a_part_that_is_refused_the_mapping_keeps_its_contents_and_what_was_chosen_before() {
+    let system = Refusing::leak();
+    let whole = Mapping::made_by(system, &Backing::anonymous(0x4000), GuestAddress(0)).unwrap();
+    let whole = Arc::new(whole);
+    write(&whole, 0x1000, 7);
+    let calls = system.lock().calls.len();
+    system.lock().refuse.insert(calls + 1, Errno(libc::ENOMEM));
+    let part = Backing::part(&whole, 0x1000, 0x1000);
+    let backing = part.without_core_dump().without_fork();
+    let refused = Mapping::made_by(system, &backing, GuestAddress(0)).unwrap_err();
+    assert!(refused.to_string().contains("DONTFORK"), "{refused}");
+    assert_eq!((read(&whole, 0x1000), system.lock().mapped), (7, 0x4000));
+    let flags = |at: usize| vm_flags(whole.host().0 + at);
+    let has = |at, flag: &str| flags(at).iter().any(|word| word == flag);
+    assert!(has(0x1000, "dd") && !has(0x1000, "dc"));
+    assert!(!has(0, "dd") && !has(0x2000, "dd"));
+}
+
+#[test]
 fn an_external_mapping_is_used_as_it_is_and_its_owner_dropped_last() {
     let owner = Arc::new(Mapping::new(&Backing::anonymous(0x2000), GuestAddress(0)).unwrap());
     let (start, weak) = (owner.host(), Arc::downgrade(&owner));
