@@ -221,7 +221,7 @@ fn what_the_host_has_not_is_told_with_numbers_before_anything_is_made() {
             continue;
         };
         // Above 4 GiB, so that it is in two slots.
-        let gib = (pool.available() * page.bytes() >> 30) + 6;
+        let gib = ((pool.available() * page.bytes()) >> 30) + 6;
         let pages = (gib << 30) / page.bytes() - outside;
         let wanted = format!("{pages} huge pages of {page} wanted");
         refused(
