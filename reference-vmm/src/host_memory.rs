@@ -8,6 +8,7 @@
 //! that is there and cannot be read is left out too, and [`Files`] tells of it.
 
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -69,6 +70,19 @@ pub struct Node {
     pub total: u64,
     /// Bytes of it that nobody uses, not even as a cache.
     pub free: u64,
+}
+
+/// How much memory the host has in all, in bytes. One system call and no file, for every start asks.
+pub fn total() -> Option<u64> {
+    let mut info = MaybeUninit::<libc::sysinfo>::zeroed();
+    // SAFETY: the call writes a sysinfo, and zeroes are one already.
+    let info = unsafe {
+        if libc::sysinfo(info.as_mut_ptr()) != 0 {
+            return None;
+        }
+        info.assume_init()
+    };
+    info.totalram.checked_mul(info.mem_unit.into())
 }
 
 /// Reads the kernel's files, and remembers the first one that it could not read though it is there: for
@@ -306,6 +320,22 @@ mod tests {
             [node(2, 16 << 10, 0), node(10, 8 << 10, 4 << 10)]
         );
         assert_eq!(memory.transparent, Transparent::default());
+    }
+
+    #[test]
+    fn the_hosts_memory_is_the_one_that_it_shows() {
+        let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
+        let line = meminfo
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:"));
+        let kib: u64 = line
+            .unwrap()
+            .trim()
+            .trim_end_matches("kB")
+            .trim()
+            .parse()
+            .unwrap();
+        assert_eq!(total(), Some(kib << 10));
     }
 
     #[test]

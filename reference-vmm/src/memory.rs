@@ -32,7 +32,7 @@ use vm_memory::GuestAddress;
 
 use crate::arch::layout;
 use crate::config::{ConfigError, Size, field, object, parse_size};
-use crate::host_memory::Transparent;
+use crate::host_memory::{self, Transparent};
 
 /// x86-64 has at most 52 bits of physical address; what this host's KVM takes may be less, and only
 /// KVM can tell.
@@ -261,7 +261,7 @@ impl Memory {
     /// How to tell that there is so much of it that even a guest that touches nothing may be too large for
     /// the host, which is no error: KVM keeps something for each page. `None` where there is not.
     pub fn excess(&self) -> Option<String> {
-        self.excess_of(of_meminfo(&meminfo(), "MemTotal:")?)
+        self.excess_of(host_memory::total()?)
     }
 
     fn excess_of(&self, total: u64) -> Option<String> {
@@ -284,7 +284,8 @@ impl Memory {
         if !self.prefault || self.hugepages.is_some() {
             return Ok(());
         }
-        match of_meminfo(&meminfo(), "MemAvailable:") {
+        let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        match available(&meminfo) {
             Some(available) if self.size > available => Err(ConfigError::Memory {
                 given: self.size,
                 why: format!(
@@ -369,14 +370,11 @@ fn present(
     Ok(true)
 }
 
-/// `/proc/meminfo`; of a host that does not show it, nothing.
-fn meminfo() -> String {
-    std::fs::read_to_string("/proc/meminfo").unwrap_or_default()
-}
-
-/// A line of `/proc/meminfo`, in bytes.
-fn of_meminfo(meminfo: &str, name: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
+/// `MemAvailable` of `/proc/meminfo`, in bytes.
+fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -593,14 +591,13 @@ mod tests {
     #[test]
     fn what_the_host_has_to_give_is_read_in_bytes() {
         let meminfo = "MemTotal:  100 kB\nMemAvailable:      23 kB\nBuffers: 1 kB\n";
-        assert_eq!(of_meminfo(meminfo, "MemAvailable:"), Some(23 << 10));
-        assert_eq!(of_meminfo(meminfo, "MemTotal:"), Some(100 << 10));
+        assert_eq!(available(meminfo), Some(23 << 10));
         for text in [
             "",
             "MemAvailable: x kB",
             "MemAvailable: 18446744073709551615 kB",
         ] {
-            assert_eq!(of_meminfo(text, "MemAvailable:"), None, "{text}");
+            assert_eq!(available(text), None, "{text}");
         }
     }
 
