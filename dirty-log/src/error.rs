@@ -38,10 +38,15 @@ pub enum Error {
         source: io::Error,
     },
     /// No memory for the buffer that the kernel writes into.
-    #[error("mapping a dirty-log buffer of {bytes} bytes: {source}")]
+    #[error(
+        "mapping a dirty-log buffer of {bytes} bytes, which with its guard takes {mapped} of address space: {source}"
+    )]
     Buffer {
         /// The buffer's size.
         bytes: u64,
+        /// What was to be mapped: with the guard behind it, which is address space alone and for every
+        /// buffer as large as the largest one.
+        mapped: u64,
         /// What `mmap` or `mprotect` said.
         source: io::Error,
     },

@@ -212,6 +212,7 @@ pub struct FakeVcpu {
     access_pending: bool,
     attach: Option<i32>,
     clock: Option<i32>,
+    waits: usize,
 }
 
 impl FakeVcpu {
@@ -230,6 +231,7 @@ impl FakeVcpu {
             access_pending: false,
             attach: None,
             clock: None,
+            waits: 0,
         }
     }
 
@@ -244,6 +246,13 @@ impl FakeVcpu {
     #[must_use]
     pub fn kvmclock_ctrl_fails(mut self, errno: i32) -> Self {
         self.clock = Some(errno);
+        self
+    }
+
+    /// It waits for INIT until it has said `EAGAIN` so many times: an AP that is woken.
+    #[must_use]
+    pub fn waits_for_init(mut self, wakes: usize) -> Self {
+        self.waits = wakes;
         self
     }
 
@@ -330,5 +339,11 @@ impl RunVcpu for FakeVcpu {
     fn kvmclock_ctrl(&mut self) -> Result<(), Errno> {
         lock(&self.state.signal).log.clock += 1;
         self.clock.map_or(Ok(()), |errno| Err(Errno::new(errno)))
+    }
+
+    fn waits_for_init(&mut self) -> bool {
+        // Asked once for each EAGAIN; the last wake is by INIT.
+        self.waits = self.waits.saturating_sub(1);
+        self.waits > 0
     }
 }

@@ -15,8 +15,25 @@
 //!                                                 └─► Stop(value) ─► Halt
 //! ```
 //!
-//! The loop is generic over [`RunVcpu`], the four calls that it makes: a KVM vCPU is one
+//! The loop is generic over [`RunVcpu`], the calls that it makes: a KVM vCPU is one
 //! implementation, the scripted one of `fake` (feature `test-utilities`) another.
+//!
+//! # `EAGAIN`
+//!
+//! `KVM_RUN` says it for two reasons, and they want opposite answers:
+//!
+//! - A vCPU that waits for INIT (`KVM_MP_STATE_UNINITIALIZED`: an AP that the guest has not started)
+//!   was woken. Each wake is one `EAGAIN`, and nothing is wrong, however many there are: an NMI that
+//!   the guest sends to such an AP stays pending and wakes it at every entry. The wake by INIT itself
+//!   is the last one.
+//! - KVM cannot start a worker thread of the VM, which it does at the first `KVM_RUN` (the one that
+//!   recovers huge pages; Linux 6.13 and later): the user or the cgroup may have no more threads.
+//!   Each `KVM_RUN` tries again, so one that is tried for ever spins and runs no guest.
+//!
+//! Telling them apart takes the vCPU's state, which [`RunVcpu::waits_for_init`] gives. An `EAGAIN` of a
+//! vCPU that waits is no refusal. Of one that does not, one may be the wake by INIT; [`MAX_REFUSALS`]
+//! of them, with no other answer of `KVM_RUN` in between, are [`HaltReason::Refused`]. (`EINTR` is
+//! another answer: KVM looks at signals and at `immediate_exit` only once it has its thread.)
 
 use std::convert::Infallible;
 use std::fmt;
@@ -35,6 +52,10 @@ const EAGAIN: i32 = 11;
 const EFAULT: i32 = 14;
 const EINVAL: i32 = 22;
 const EHWPOISON: i32 = 133;
+
+/// So many times in succession `KVM_RUN` may say `EAGAIN` to a vCPU that waits for nothing. One is
+/// KVM's way to start an AP; a shortage that is over at once is given the others.
+const MAX_REFUSALS: u32 = 16;
 
 /// What the run loop asks of a vCPU.
 ///
@@ -72,6 +93,13 @@ pub trait RunVcpu: Send {
     /// # Errors
     /// The errno of the ioctl; `EINVAL` is that of a guest without kvm-clock.
     fn kvmclock_ctrl(&mut self) -> Result<(), Errno>;
+
+    /// Whether the vCPU waits for another to start it (`KVM_MP_STATE_UNINITIALIZED`), in which case
+    /// `EAGAIN` of [`RunVcpu::run`] is no refusal. Asked after each `EAGAIN`. A vCPU that never
+    /// waits so, as one without a local APIC in the kernel, says no.
+    fn waits_for_init(&mut self) -> bool {
+        false
+    }
 }
 
 /// What a handler wants next.
@@ -177,6 +205,9 @@ pub enum HaltReason<S> {
     Undecodable(DecodeError),
     /// `KVM_RUN` failed.
     RunFailed(Errno),
+    /// `KVM_RUN` says `EAGAIN` again and again to a vCPU that waits for nothing: KVM cannot start a
+    /// thread of its own for the VM. It can be run again once threads can be had.
+    Refused,
     /// The thread could not be made the vCPU's ([`RunVcpu::attach`]).
     StartFailed(Errno),
 }
@@ -200,6 +231,12 @@ impl<S: fmt::Debug> fmt::Display for HaltReason<S> {
             }
             Self::Undecodable(error) => write!(f, "an exit that cannot be: {error}"),
             Self::RunFailed(errno) => write!(f, "KVM_RUN failed: {errno}"),
+            Self::Refused => write!(
+                f,
+                "KVM_RUN fails again and again ({}): KVM cannot start a thread of its own for the VM; \
+                 the user's limit of processes (ulimit -u), or the cgroup's (pids.max), is too low",
+                Errno::new(EAGAIN)
+            ),
             Self::StartFailed(errno) => write!(f, "the thread cannot run a vCPU: {errno}"),
         }
     }
@@ -228,11 +265,17 @@ impl<V, H, S: fmt::Debug> fmt::Debug for Halt<V, H, S> {
 pub struct Runner<V> {
     vcpu: V,
     member: Member,
+    /// `EAGAIN`s in succession of a vCPU that waits for nothing.
+    refusals: u32,
 }
 
 impl<V: RunVcpu> Runner<V> {
     pub(crate) fn new(vcpu: V, member: Member) -> Self {
-        Self { vcpu, member }
+        Self {
+            vcpu,
+            member,
+            refusals: 0,
+        }
     }
 
     /// The vCPU's number.
@@ -260,7 +303,7 @@ impl<V: RunVcpu> Runner<V> {
             Ok(never) => match never {},
             Err(reason) => reason,
         };
-        let Self { vcpu, member } = self;
+        let Self { vcpu, member, .. } = self;
         log::debug!("{}: {}", member.identity(), HaltReason::describe(&reason));
         drop(member);
         Err(Halt {
@@ -279,6 +322,7 @@ impl<V: RunVcpu> Runner<V> {
             return Err(HaltReason::Stopped);
         }
         let mut access_pending = false;
+        self.refusals = 0;
         loop {
             let id = self.vcpu.id();
             handler.before_entry(&VcpuView {
@@ -303,13 +347,17 @@ impl<V: RunVcpu> Runner<V> {
         let result = self.vcpu.run();
         self.member.gate().leave();
         *access_pending = false;
+        if matches!(&result, Err(errno) if errno.errno() == EAGAIN) {
+            return self.refused();
+        }
+        self.refusals = 0;
         let id = self.vcpu.id();
         let (area, fd) = self.vcpu.exit_area();
         let exit = match result {
             Ok(()) => Exit::decode(area).map_err(HaltReason::Undecodable)?,
             Err(errno) => match errno.errno() {
-                // A kick or a signal; or an AP that was woken from its wait for SIPI.
-                EINTR | EAGAIN => return Ok(()),
+                // A kick or a signal.
+                EINTR => return Ok(()),
                 EFAULT | EHWPOISON => match Exit::decode(area) {
                     Ok(exit @ Exit::MemoryFault { .. }) => exit,
                     _ => return Err(HaltReason::RunFailed(errno)),
@@ -340,6 +388,19 @@ impl<V: RunVcpu> Runner<V> {
             }
         }
         Ok(())
+    }
+
+    /// `KVM_RUN` said `EAGAIN`; the module's doc says what that may be.
+    fn refused<S>(&mut self) -> Result<(), HaltReason<S>> {
+        if self.vcpu.waits_for_init() {
+            self.refusals = 0;
+            return Ok(());
+        }
+        self.refusals += 1;
+        match self.refusals < MAX_REFUSALS {
+            true => Ok(()),
+            false => Err(HaltReason::Refused),
+        }
     }
 
     fn serve<H: ExitHandler<V::Fd>>(
@@ -427,6 +488,7 @@ impl<S> HaltReason<S> {
             .to_string(),
             Self::Undecodable(e) => HaltReason::<()>::Undecodable(*e).to_string(),
             Self::RunFailed(e) => HaltReason::<()>::RunFailed(*e).to_string(),
+            Self::Refused => HaltReason::<()>::Refused.to_string(),
             Self::StartFailed(e) => HaltReason::<()>::StartFailed(*e).to_string(),
         }
     }

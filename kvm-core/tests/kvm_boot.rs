@@ -145,11 +145,19 @@ fn a_missing_or_wrong_device_is_an_error_that_says_what_to_do() {
     let missing = Kvm::open_at("/nonexistent/kvm").unwrap_err();
     let text = missing.to_string();
     assert!(
-        text.contains("/nonexistent/kvm") && text.contains("modprobe"),
+        text.contains("/nonexistent/kvm") && text.contains("usually /dev/kvm"),
         "{text}"
     );
+    // What is said of the host is said where it is the host's device that is not there.
+    assert!(!text.contains("modprobe"), "{text}");
+    let absent = OpenError::Open {
+        path: "/dev/kvm".into(),
+        errno: kvm_core::Errno::new(libc::ENOENT),
+    };
+    assert!(absent.to_string().contains("modprobe"), "{absent}");
     let wrong = Kvm::open_at("/dev/null").unwrap_err();
     assert!(matches!(wrong, OpenError::ApiVersion { .. }), "{wrong}");
+    assert!(wrong.to_string().contains("/dev/null is no KVM device"));
     let null = std::fs::File::open("/dev/null").unwrap();
     assert!(Kvm::from_fd(null.into()).is_err());
     let kvm = std::fs::File::options()

@@ -225,7 +225,7 @@ fn any_errno_at_any_ioctl_ends_the_vcpu_alone_and_hangs_nobody() {
                 set.spawn("sound", running(1), ignore).unwrap();
                 set.pause().unwrap().resume();
                 if matches!(errno, 4 | 11) {
-                    // EINTR and EAGAIN: it goes round, and runs the guest.
+                    // EINTR, or one EAGAIN: it goes round, and runs the guest.
                     while state.log().guest == 0 && !broken.is_finished() {
                         thread::yield_now();
                     }
@@ -262,6 +262,40 @@ fn any_errno_at_any_ioctl_ends_the_vcpu_alone_and_hangs_nobody() {
             set.stop().unwrap();
         }
     });
+}
+
+#[test]
+fn a_kvm_that_never_runs_the_vcpu_is_told_and_an_ap_that_is_woken_is_not_one() {
+    let run = |vcpu: FakeVcpu| {
+        let runner = set().enroll(vcpu).unwrap();
+        let Err(halt) = runner.run(|_: &VcpuView<'_, ()>, exit: Exit<'_>| match exit {
+            Exit::Hlt => Flow::Stop(()),
+            _ => Flow::Continue,
+        });
+        (halt.reason, halt.vcpu.steps_left())
+    };
+    let again = |times: usize| vec![Step::Errno(11); times];
+    let with = |steps: Vec<Step>| FakeVcpu::new(VcpuId(0), steps);
+    // No worker thread for KVM: EAGAIN for ever, which is found soon.
+    let (reason, left) = run(with(again(10_000)));
+    assert_eq!(reason, HaltReason::Refused);
+    assert!(left > 9_900, "{left}");
+    let text = reason.to_string();
+    for needle in ["KVM_RUN", "ulimit -u", "pids.max"] {
+        assert!(text.contains(needle), "{text}");
+    }
+    // A shortage that ends; and one that comes again after KVM has run.
+    let short = [again(10), vec![Step::pio_out(1, 1, &[0])]].concat();
+    let steps = [&*short, &short, &[Step::hlt()]].concat();
+    assert_eq!(run(with(steps)), (HaltReason::Handler(()), 0));
+    // A signal gets through only where KVM has its thread.
+    let short = [again(10), vec![Step::Errno(4)]].concat();
+    let steps = [&*short, &short, &[Step::hlt()]].concat();
+    assert_eq!(run(with(steps)), (HaltReason::Handler(()), 0));
+    // An AP with an NMI pending: a wake at each entry until INIT, none after it.
+    let steps = [again(10_000), vec![Step::hlt()]].concat();
+    let ap = with(steps).waits_for_init(10_000);
+    assert_eq!(run(ap), (HaltReason::Handler(()), 0));
 }
 
 #[test]

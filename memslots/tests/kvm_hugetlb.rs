@@ -66,8 +66,9 @@ fn pages_are_reserved_when_mapped_and_given_back_when_unmapped() {
         .unwrap_err();
         assert!(matches!(error, MapError::NoHugePages { .. }), "{error}");
         let text = error.to_string();
+        let plural = if wanted == 1 { "" } else { "s" };
         let start = format!(
-            "{wanted} huge pages of 2 MiB wanted, {} to be had",
+            "{wanted} huge page{plural} of 2 MiB wanted, {} to be had",
             wanted - 1
         );
         assert!(text.starts_with(&start), "{text}");
@@ -93,8 +94,9 @@ fn a_pool_of_gigantic_pages_that_is_empty_is_shown() {
         Backing::hugetlb_memfd(wanted << 30, page),
     ] {
         let error = Mapping::new(&backing, GuestAddress(0)).unwrap_err();
+        let plural = if wanted == 1 { "" } else { "s" };
         let start = format!(
-            "{wanted} huge pages of 1 GiB wanted, {} to be had",
+            "{wanted} huge page{plural} of 1 GiB wanted, {} to be had",
             pool.available()
         );
         assert!(error.to_string().starts_with(&start), "{error}");
@@ -272,7 +274,8 @@ fn a_huge_page_is_cut_into_a_read_only_slot_and_ram_and_only_a_whole_one_is_give
         let uffd = Uffd::open(Features::NONE, Features::NONE).unwrap();
         for mapping in [region.mapping(), no_page.mapping()] {
             let refused = uffd.register_all(mapping, Modes::MISSING);
-            assert!(matches!(refused, Err(RegisterError::Range { .. })));
+            let at = mapping.host();
+            assert!(matches!(refused, Err(RegisterError::Range { host, .. }) if host == at));
             mapping.prefault(0..0, threads).unwrap_err();
         }
         let last = slots[2].extent().start();

@@ -150,6 +150,12 @@ fn ranges_that_are_none_of_the_mapping_are_refused_without_a_call() {
             .register(&world.memory, range, Modes::MISSING)
             .unwrap_err();
         assert!(matches!(error, RegisterError::Range { .. }), "{error}");
+        // Where it lies decides which pages are whole.
+        let host = world.memory.host();
+        assert!(
+            error.to_string().ends_with(&format!("at {host}")),
+            "{error}"
+        );
     }
     let error = world
         .uffd

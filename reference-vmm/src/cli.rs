@@ -4,11 +4,12 @@
 //! said in a file or by a program as well.
 
 use std::ffi::OsString;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use lexopt::prelude::*;
 
-use crate::config::{Config, ConfigError, Irqchip};
+use crate::config::{Config, ConfigError, Irqchip, MAX_CPUS, check_path};
 use crate::memory::Memory;
 
 /// What the user asked for.
@@ -61,12 +62,24 @@ pub enum UsageError {
     #[error("{0}")]
     Args(#[from] lexopt::Error),
     /// A value that is no number where one is wanted.
-    #[error("{flag} {}: a whole number from 0 to {} is wanted", value.display(), u32::MAX)]
+    #[error("{flag} {value:?}: a whole number from {least} to {most} is wanted")]
     Number {
         /// The flag.
         flag: &'static str,
         /// What it was given.
         value: OsString,
+        /// The least that it may be.
+        least: u32,
+        /// The most.
+        most: u32,
+    },
+    /// A flag's value makes no sense.
+    #[error("{flag}: {source}")]
+    Flag {
+        /// The flag.
+        flag: &'static str,
+        /// What is wrong with its value.
+        source: ConfigError,
     },
     /// A value that parses and cannot be.
     #[error("{0}")]
@@ -170,8 +183,8 @@ where
 {
     let mut parser = lexopt::Parser::from_iter(args);
     match parser.next()? {
-        Some(Short('h') | Long("help")) => Ok(Command::Help(HELP)),
-        Some(Short('V') | Long("version")) => Ok(Command::Version),
+        Some(Short('h') | Long("help")) => alone(parser, Command::Help(HELP)),
+        Some(Short('V') | Long("version")) => alone(parser, Command::Version),
         Some(Value(command)) if command == "run" => run(parser),
         Some(Value(command)) if command == "doctor" => doctor(parser),
         Some(Value(command)) => Err(UsageError::Command(format!(
@@ -180,6 +193,14 @@ where
         ))),
         Some(other) => Err(other.unexpected().into()),
         None => Err(UsageError::Command("no command; try --help".into())),
+    }
+}
+
+/// What stands by itself.
+fn alone(mut parser: lexopt::Parser, command: Command) -> Result<Command, UsageError> {
+    match parser.next()? {
+        None => Ok(command),
+        Some(other) => Err(other.unexpected().into()),
     }
 }
 
@@ -196,10 +217,14 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help(RUN_HELP)),
-            Long("config") => file = Some(PathBuf::from(parser.value()?)),
+            Long("config") => {
+                let path = PathBuf::from(parser.value()?);
+                check_path("--config", &path)?;
+                file = Some(path);
+            }
             Long("kernel") => {
                 let path = PathBuf::from(parser.value()?);
-                changes.push(Box::new(move |config| config.kernel = path));
+                changes.push(Box::new(move |config| config.kernel = Some(path)));
             }
             Long("initrd") => initrd.push(PathBuf::from(parser.value()?)),
             Long("cmdline") => {
@@ -207,11 +232,14 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.cmdline = text));
             }
             Long("memory") => {
-                let memory: Memory = parser.value()?.string()?.parse()?;
+                let flag = "--memory";
+                let wrong = |source| UsageError::Flag { flag, source };
+                let memory: Memory = parser.value()?.string()?.parse().map_err(wrong)?;
                 changes.push(Box::new(move |config| config.memory = memory));
             }
             Long("cpus") => {
-                let cpus = number("--cpus", parser.value()?)?;
+                // What is a number and not one of these is refused with the rest of the machine.
+                let cpus = number("--cpus", parser.value()?, 1..=MAX_CPUS)?;
                 changes.push(Box::new(move |config| config.cpus = cpus));
             }
             Long("irqchip") => {
@@ -258,7 +286,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 });
             }
             Long("shutdown-timeout") => {
-                shutdown_timeout = number("--shutdown-timeout", parser.value()?)?;
+                shutdown_timeout = number("--shutdown-timeout", parser.value()?, 0..=u32::MAX)?;
             }
             Long("log") => {
                 log = parser.value()?.parse_with(|level| {
@@ -272,7 +300,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     }
     let mut config = match file {
         Some(file) => Config::from_file(&file)?,
-        None => Config::new(""),
+        None => Config::default(),
     };
     if !initrd.is_empty() {
         config.initrd = initrd;
@@ -296,16 +324,30 @@ fn doctor(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help(DOCTOR_HELP)),
             Long("json") => json = true,
-            Long("kvm") => kvm = parser.value()?.into(),
+            Long("kvm") => {
+                kvm = parser.value()?.into();
+                check_path("--kvm", &kvm)?;
+            }
             other => return Err(other.unexpected().into()),
         }
     }
     Ok(Command::Doctor { json, kvm })
 }
 
-fn number(flag: &'static str, value: OsString) -> Result<u32, UsageError> {
+/// `range` is only told.
+fn number(
+    flag: &'static str,
+    value: OsString,
+    range: RangeInclusive<u32>,
+) -> Result<u32, UsageError> {
     let number = value.to_str().and_then(|text| text.parse().ok());
-    number.ok_or(UsageError::Number { flag, value })
+    let (least, most) = range.into_inner();
+    number.ok_or(UsageError::Number {
+        flag,
+        value,
+        least,
+        most,
+    })
 }
 
 fn parse_port(text: &str) -> Result<u16, &'static str> {
@@ -313,7 +355,7 @@ fn parse_port(text: &str) -> Result<u16, &'static str> {
         Some(hex) => u16::from_str_radix(hex, 16),
         None => text.parse(),
     };
-    port.map_err(|_| "a port is a number from 0 to 0xffff")
+    port.map_err(|_| "--debug-exit is a port, a number from 0 to 0xffff")
 }
 
 #[cfg(test)]
@@ -385,7 +427,7 @@ mod tests {
         );
         assert_eq!(
             config(&["--kernel", "k", "--config", path]).kernel,
-            PathBuf::from("k")
+            Some(PathBuf::from("k"))
         );
     }
 
@@ -413,7 +455,30 @@ mod tests {
             (&["run"][..], "--kernel"),
             (&["run", "--kernel", "k", "--cpus", "0"], "0 vCPUs"),
             (&["run", "--kernel", "k", "--cpus", "-1"], "-1"),
-            (&["run", "--kernel", "k", "--cpus", "many"], "--cpus many"),
+            (
+                &["run", "--kernel", "k", "--cpus", "many"],
+                "--cpus \"many\": a whole number from 1 to 255",
+            ),
+            (
+                &["run", "--kernel", "k", "--cpus="],
+                "--cpus \"\": a whole number from 1 to 255",
+            ),
+            (
+                &["run", "--kernel", "k", "--memory", "x"],
+                "--memory: \"x\" is not a size",
+            ),
+            (
+                &["run", "--kernel", "k", "--debug-exit=x"],
+                "\"x\": --debug-exit",
+            ),
+            (&["run", "--kernel", "k", "--initrd="], "--initrd \"\""),
+            (&["run", "--kernel", "k", "--kvm="], "--kvm \"\""),
+            (&["run", "--kernel="], "--kernel \"\""),
+            (&["run", "--config="], "--config \"\""),
+            (&["doctor", "--kvm="], "--kvm \"\""),
+            (&["--version", "x"], "\"x\""),
+            (&["-V", "--json"], "--json"),
+            (&["--help", "run"], "\"run\""),
             (&["run", "--kernel", "k", "--memory", "0"], "0 bytes"),
             (&["run", "--kernel", "k", "--memory", "8EB"], "8EB"),
             (&["run", "--kernel", "k", "--irqchip", "apic"], "apic"),

@@ -3,11 +3,13 @@
 //! What a VM is to be: plain data, from the command line or a JSON file, checked as a whole before
 //! anything is created.
 
+use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use crate::devices::power::DebugExit;
 use crate::devices::{FIXED_PORTS, KERNEL_PORTS};
@@ -34,57 +36,31 @@ pub enum Irqchip {
 }
 
 /// A virtual machine's configuration.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The kernel image: bzImage, ELF or multiboot 1. A file may leave it to the command line.
-    #[serde(default)]
-    pub kernel: PathBuf,
+    /// The kernel image: bzImage, ELF or multiboot 1. There is no machine without one, but a file may
+    /// leave it to the command line.
+    pub kernel: Option<PathBuf>,
     /// The initial RAM disk; with multiboot the modules, in order.
-    #[serde(default, deserialize_with = "one_or_many")]
     pub initrd: Vec<PathBuf>,
     /// The kernel's command line.
-    #[serde(default = "default_cmdline")]
     pub cmdline: String,
     /// Guest memory: 256 MiB of ordinary pages by default.
-    #[serde(default)]
     pub memory: Memory,
     /// Number of vCPUs.
-    #[serde(default = "default_cpus")]
     pub cpus: u32,
     /// Interrupt controllers.
-    #[serde(default)]
     pub irqchip: Irqchip,
     /// An i8254 timer in the kernel, for guests without ACPI that calibrate by it. Needs
     /// `irqchip: kernel`.
-    #[serde(default)]
     pub pit: bool,
     /// Base port of an isa-debug-exit device.
-    #[serde(default)]
     pub debug_exit: Option<u16>,
     /// The output of a guest that polls its serial port may be kept in KVM for a moment, which spares
     /// exits, where the host has that: [`coalesce`](crate::devices::coalesce).
-    #[serde(default = "yes")]
     pub coalesce_console: bool,
     /// The KVM device.
-    #[serde(default = "default_kvm")]
     pub kvm: PathBuf,
-}
-
-fn default_cmdline() -> String {
-    "console=ttyS0".to_owned()
-}
-
-const fn yes() -> bool {
-    true
-}
-
-fn default_cpus() -> u32 {
-    1
-}
-
-fn default_kvm() -> PathBuf {
-    "/dev/kvm".into()
 }
 
 /// A configuration that cannot be; the process ends with status 2.
@@ -121,6 +97,12 @@ pub enum ConfigError {
     /// No kernel was named.
     #[error("no kernel: --kernel FILE names the image to boot, or \"kernel\" in the --config file")]
     NoKernel,
+    /// A file without a name.
+    #[error("{flag} \"\": a file's path is wanted")]
+    EmptyPath {
+        /// What was to name it.
+        flag: &'static str,
+    },
     /// Too few or too many vCPUs.
     #[error("{0} vCPUs: a VM has 1 to {MAX_CPUS}")]
     Cpus(u32),
@@ -165,16 +147,8 @@ impl Config {
     /// The default machine around `kernel`: 1 vCPU, 256 MiB, in-kernel irqchip, serial console.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Config {
-            kernel: kernel.into(),
-            initrd: Vec::new(),
-            cmdline: default_cmdline(),
-            memory: Memory::default(),
-            cpus: default_cpus(),
-            irqchip: Irqchip::default(),
-            pit: false,
-            debug_exit: None,
-            coalesce_console: true,
-            kvm: default_kvm(),
+            kernel: Some(kernel.into()),
+            ..Config::default()
         }
     }
 
@@ -222,8 +196,11 @@ impl Config {
     /// # Errors
     /// The first value that cannot be, with what it may be.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if self.kernel.as_os_str().is_empty() {
-            return Err(ConfigError::NoKernel);
+        let kernel = self.kernel.as_ref().ok_or(ConfigError::NoKernel)?;
+        let kernel = [("--kernel", kernel), ("--kvm", &self.kvm)].into_iter();
+        let initrds = self.initrd.iter().map(|path| ("--initrd", path));
+        for (flag, path) in kernel.chain(initrds) {
+            check_path(flag, path)?;
         }
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(ConfigError::Cpus(self.cpus));
@@ -242,6 +219,32 @@ impl Config {
             return Err(ConfigError::Pit);
         }
         Ok(())
+    }
+}
+
+/// Refuses a path that names nothing, where the kernel would only say that it is not there.
+pub(crate) fn check_path(flag: &'static str, path: &Path) -> Result<(), ConfigError> {
+    match path.as_os_str().is_empty() {
+        true => Err(ConfigError::EmptyPath { flag }),
+        false => Ok(()),
+    }
+}
+
+impl Default for Config {
+    /// The machine of [`Config::new`], without a kernel yet.
+    fn default() -> Self {
+        Config {
+            kernel: None,
+            initrd: Vec::new(),
+            cmdline: "console=ttyS0".to_owned(),
+            memory: Memory::default(),
+            cpus: 1,
+            irqchip: Irqchip::default(),
+            pit: false,
+            debug_exit: None,
+            coalesce_console: true,
+            kvm: "/dev/kvm".into(),
+        }
     }
 }
 
@@ -292,35 +295,136 @@ pub fn parse_size(text: &str) -> Result<u64, ConfigError> {
     number.checked_mul(1 << shift).ok_or_else(bad)
 }
 
-pub(crate) fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(
-        untagged,
-        expecting = "a size is a number of bytes, or text such as \"512M\""
-    )]
-    enum Size {
-        Bytes(u64),
-        Text(String),
+/// The value of `key`; of what is wrong with it, the error says where it is.
+pub(crate) fn field<'de, T, A>(map: &mut A, key: &str) -> Result<T, A::Error>
+where
+    T: Deserialize<'de>,
+    A: MapAccess<'de>,
+{
+    let value = map.next_value();
+    value.map_err(|error| de::Error::custom(format_args!("{key}: {error}")))
+}
+
+/// Reads an object, key by key with its value by [`field`]; `read` says no where there is no such key.
+pub(crate) fn object<'de, A: MapAccess<'de>>(
+    mut map: A,
+    keys: &'static [&'static str],
+    mut read: impl FnMut(&str, &mut A) -> Result<bool, A::Error>,
+) -> Result<(), A::Error> {
+    let mut seen: Vec<String> = Vec::new();
+    while let Some(key) = map.next_key::<String>()? {
+        if seen.contains(&key) {
+            return Err(de::Error::custom(format_args!("{key} is there twice")));
+        }
+        if !read(&key, &mut map)? {
+            return Err(de::Error::unknown_field(&key, keys));
+        }
+        seen.push(key);
     }
-    match Size::deserialize(deserializer)? {
-        Size::Bytes(bytes) => Ok(bytes),
-        Size::Text(text) => parse_size(&text).map_err(serde::de::Error::custom),
+    Ok(())
+}
+
+impl<'de> Deserialize<'de> for Config {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(ConfigVisitor)
     }
 }
 
-fn one_or_many<'de, D: serde::Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Vec<PathBuf>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "initrd is a path or a list of paths")]
-    enum Paths {
-        One(PathBuf),
-        Many(Vec<PathBuf>),
+struct ConfigVisitor;
+
+impl<'de> Visitor<'de> for ConfigVisitor {
+    type Value = Config;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
     }
-    Ok(match Paths::deserialize(deserializer)? {
-        Paths::One(path) => vec![path],
-        Paths::Many(paths) => paths,
-    })
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Config, A::Error> {
+        const KEYS: &[&str] = &[
+            "kernel",
+            "initrd",
+            "cmdline",
+            "memory",
+            "cpus",
+            "irqchip",
+            "pit",
+            "debug-exit",
+            "coalesce-console",
+            "kvm",
+        ];
+        let mut config = Config::default();
+        object(map, KEYS, |key, map| {
+            match key {
+                "kernel" => config.kernel = field(map, key)?,
+                "initrd" => config.initrd = field::<Paths, A>(map, key)?.0,
+                "cmdline" => config.cmdline = field(map, key)?,
+                "memory" => config.memory = field(map, key)?,
+                "cpus" => config.cpus = field(map, key)?,
+                "irqchip" => config.irqchip = field(map, key)?,
+                "pit" => config.pit = field(map, key)?,
+                "debug-exit" => config.debug_exit = field(map, key)?,
+                "coalesce-console" => config.coalesce_console = field(map, key)?,
+                "kvm" => config.kvm = field(map, key)?,
+                _ => return Ok(false),
+            }
+            Ok(true)
+        })?;
+        Ok(config)
+    }
+}
+
+/// A size, as a number of bytes or as text.
+pub(crate) struct Size(pub(crate) u64);
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SizeVisitor;
+        impl Visitor<'_> for SizeVisitor {
+            type Value = Size;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of bytes, or text such as \"512M\"")
+            }
+
+            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Size, E> {
+                Ok(Size(bytes))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
+                parse_size(text).map(Size).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(SizeVisitor)
+    }
+}
+
+/// One path or several.
+struct Paths(Vec<PathBuf>);
+
+impl<'de> Deserialize<'de> for Paths {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PathsVisitor;
+        impl<'de> Visitor<'de> for PathsVisitor {
+            type Value = Paths;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a path or a list of paths")
+            }
+
+            fn visit_str<E: de::Error>(self, path: &str) -> Result<Paths, E> {
+                Ok(Paths(vec![path.into()]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Paths, A::Error> {
+                let mut paths = Vec::new();
+                while let Some(path) = seq.next_element()? {
+                    paths.push(path);
+                }
+                Ok(Paths(paths))
+            }
+        }
+        deserializer.deserialize_any(PathsVisitor)
+    }
 }
 
 #[cfg(test)]
@@ -368,7 +472,10 @@ mod tests {
             assert!(message.contains(needle), "{message:?} has no {needle:?}");
         };
         Config::new("vmlinux").validate().unwrap();
-        refused(|c| c.kernel = "".into(), "--kernel");
+        refused(|c| c.kernel = None, "--kernel");
+        refused(|c| c.kernel = Some("".into()), "--kernel \"\"");
+        refused(|c| c.kvm = "".into(), "--kvm \"\"");
+        refused(|c| c.initrd = vec!["i".into(), "".into()], "--initrd \"\"");
         refused(|c| c.cpus = 0, "0 vCPUs");
         refused(|c| c.cpus = 256, "256 vCPUs");
         refused(
@@ -403,7 +510,7 @@ mod tests {
         assert_eq!(parse(r#"{"kernel": "k"}"#).unwrap(), Config::new("k"));
         // Without a kernel it is a file still, and no machine.
         let none = parse("{}").unwrap();
-        assert_eq!(none, Config::new(""));
+        assert_eq!(none, Config::default());
         assert!(matches!(none.validate(), Err(ConfigError::NoKernel)));
         assert!(
             parse(r#"{"kernel": "k", "cpu": 2}"#)
@@ -411,6 +518,54 @@ mod tests {
                 .to_string()
                 .contains("`cpu`")
         );
-        assert!(parse(r#"{"kernel": "k", "memory": "lots"}"#).is_err());
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_file_is_told_with_its_key_and_its_value() {
+        for (text, needles) in [
+            (
+                r#"{"kernel": 1}"#,
+                &["kernel: ", "`1`", "line 1 column 12"][..],
+            ),
+            (r#"{"initrd": 5}"#, &["initrd: ", "`5`", "a path or a list"]),
+            (r#"{"initrd": ["i", 5]}"#, &["initrd: ", "`5`"]),
+            (r#"{"cpus": "two"}"#, &["cpus: ", "\"two\""]),
+            (r#"{"cpus": 4294967296}"#, &["cpus: ", "`4294967296`"]),
+            (
+                r#"{"irqchip": "apic"}"#,
+                &["irqchip: ", "`apic`", "`split`"],
+            ),
+            (r#"{"pit": 1}"#, &["pit: ", "`1`"]),
+            (r#"{"debug-exit": 65536}"#, &["debug-exit: ", "`65536`"]),
+            (
+                r#"{"coalesce-console": "on"}"#,
+                &["coalesce-console: ", "\"on\""],
+            ),
+            (r#"{"memory": "lots"}"#, &["memory: ", "\"lots\""]),
+            (r#"{"memory": -1}"#, &["memory: ", "`-1`"]),
+            (r#"{"memory": {"size": "x"}}"#, &["memory: size: ", "\"x\""]),
+            (
+                r#"{"memory": {"size": []}}"#,
+                &["memory: size: ", "sequence"],
+            ),
+            (r#"{"memory": {"shared": 5}}"#, &["memory: shared: ", "`5`"]),
+            (
+                r#"{"memory": {"hugepages": 3}}"#,
+                &["memory: hugepages: ", "`3`"],
+            ),
+            (r#"{"memory": {"thp": "on"}}"#, &["memory: thp: ", "`on`"]),
+            (r#"{"memory": {"numa": -1}}"#, &["memory: numa: ", "`-1`"]),
+            (r#"{"pit": true, "pit": true}"#, &["pit", "twice"]),
+        ] {
+            let error = serde_json::from_str::<Config>(text).unwrap_err();
+            let error = error.to_string();
+            for needle in needles {
+                assert!(
+                    error.contains(needle),
+                    "{text}: {error:?} has no {needle:?}"
+                );
+            }
+            assert_eq!(error.matches(" at line ").count(), 1, "{error}");
+        }
     }
 }

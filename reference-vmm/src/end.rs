@@ -7,7 +7,7 @@
 //! told wins, later ones are dropped, because a guest that writes to its reset register and then
 //! triple-faults has been reset.
 
-use std::fmt::{self, Write};
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::OnceLock;
@@ -138,7 +138,7 @@ impl AsRawFd for EndSignal {
 
 /// An error with its sources on one line. A source whose words the message has already at its end
 /// is not said again: crates differ in whether they put it there. Control characters, which a path
-/// may have, are escaped: a terminal obeys them.
+/// may have, are escaped: a terminal obeys them. Of what is too long to be read the middle is left out.
 #[derive(Clone, Copy, Debug)]
 pub struct Chain<'a>(pub &'a dyn std::error::Error);
 
@@ -154,16 +154,29 @@ impl fmt::Display for Chain<'_> {
             }
             source = error.source();
         }
+        let mut escaped = String::with_capacity(line.len());
         for c in line.chars() {
-            if c.is_control() {
-                write!(f, "{}", c.escape_default())?;
-            } else {
-                f.write_char(c)?;
+            match c.is_control() {
+                true => escaped.extend(c.escape_default()),
+                false => escaped.push(c),
             }
         }
-        Ok(())
+        let left_out = escaped.chars().count().saturating_sub(HEAD + TAIL);
+        if left_out == 0 {
+            return f.write_str(&escaped);
+        }
+        let at = |chars| escaped.char_indices().nth(chars).map_or(0, |(at, _)| at);
+        let (head, tail) = (at(HEAD), at(HEAD + left_out));
+        let parts = (escaped.get(..head), escaped.get(tail..));
+        let (head, tail) = (parts.0.unwrap_or_default(), parts.1.unwrap_or_default());
+        write!(f, "{head}[… {left_out} characters …]{tail}")
     }
 }
+
+/// Characters that are said of a line that is longer than both: a value in it is at its beginning, and
+/// what is wrong with it before or behind that.
+const HEAD: usize = 300;
+const TAIL: usize = 300;
 
 #[cfg(test)]
 mod tests {
@@ -192,6 +205,18 @@ mod tests {
         let expected = "outer: Operation not permitted (os error 1)";
         assert_eq!(Chain(&Outer::Repeats(errno())).to_string(), expected);
         assert_eq!(Chain(&Outer::Leaves(errno())).to_string(), expected);
+    }
+
+    #[test]
+    fn what_nobody_would_read_to_its_end_is_cut() {
+        let error = |x: usize| io::Error::other(format!("\"{}\" is no size", "€".repeat(x)));
+        let fits = error(587);
+        assert_eq!(Chain(&fits).to_string(), fits.to_string());
+        let text = Chain(&error(1 << 20)).to_string();
+        assert!(text.starts_with("\"€€€"), "{text}");
+        assert!(text.ends_with("€€€\" is no size"), "{text}");
+        assert!(text.contains("[… 1047989 characters …]"), "{text}");
+        assert!(text.chars().count() < 700);
     }
 
     #[test]

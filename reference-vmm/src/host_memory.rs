@@ -4,10 +4,13 @@
 //! pages, when transparent huge pages serve, its NUMA nodes.
 //!
 //! `doctor` shows it; [`memory`](crate::memory) warns by it of a wish that has no effect. Nothing here
-//! fails: a file that is not there (a kernel without the feature, a jail without sysfs) is left out.
+//! fails: a file that is not there (a kernel without the feature, a jail without sysfs) is left out. One
+//! that is there and cannot be read is left out too, and [`Files`] tells of it.
 
-use std::fs;
+use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use memslots::HugePageSize;
 
@@ -69,13 +72,68 @@ pub struct Node {
     pub free: u64,
 }
 
+/// How much memory the host has in all, in bytes. One system call and no file, for every start asks.
+pub fn total() -> Option<u64> {
+    let mut info = MaybeUninit::<libc::sysinfo>::zeroed();
+    // SAFETY: the call writes a sysinfo, and zeroes are one already.
+    let info = unsafe {
+        if libc::sysinfo(info.as_mut_ptr()) != 0 {
+            return None;
+        }
+        info.assume_init()
+    };
+    info.totalram.checked_mul(info.mem_unit.into())
+}
+
+/// Reads the kernel's files, and remembers the first one that it could not read though it is there: for
+/// want of a descriptor, perhaps.
+#[derive(Debug, Default)]
+pub struct Files {
+    unread: RefCell<Option<String>>,
+}
+
+impl Files {
+    /// The first that could not be read, and why.
+    pub fn unread(&self) -> Option<String> {
+        self.unread.borrow().clone()
+    }
+
+    /// A file's text; `None` if it is not there, or not to be read.
+    pub fn text(&self, file: &Path) -> Option<String> {
+        self.note(file, fs::read_to_string(file))
+    }
+
+    /// What is in a folder; nothing if it is not there, or not to be read.
+    pub fn folder(&self, folder: &Path) -> Vec<fs::DirEntry> {
+        let entries = fs::read_dir(folder).and_then(Iterator::collect);
+        self.note(folder, entries).unwrap_or_default()
+    }
+
+    fn note<T>(&self, path: &Path, read: io::Result<T>) -> Option<T> {
+        match read {
+            Ok(read) => return Some(read),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                let mut unread = self.unread.borrow_mut();
+                unread.get_or_insert_with(|| format!("{}: {error}", path.display()));
+            }
+        }
+        None
+    }
+}
+
 impl HostMemory {
     /// Reads what the sysfs mounted at `sysfs` says.
     pub fn read(sysfs: &Path) -> Self {
+        Self::read_by(&Files::default(), sysfs)
+    }
+
+    /// The same, and `files` has what could not be read.
+    pub fn read_by(files: &Files, sysfs: &Path) -> Self {
         HostMemory {
-            pools: pools(&sysfs.join("kernel/mm/hugepages")),
-            transparent: Transparent::read(sysfs),
-            nodes: nodes(&sysfs.join("devices/system/node")),
+            pools: pools(files, &sysfs.join("kernel/mm/hugepages")),
+            transparent: Transparent::read_by(files, sysfs),
+            nodes: nodes(files, &sysfs.join("devices/system/node")),
         }
     }
 }
@@ -83,22 +141,26 @@ impl HostMemory {
 impl Transparent {
     /// Reads what the sysfs mounted at `sysfs` says.
     pub fn read(sysfs: &Path) -> Self {
+        Self::read_by(&Files::default(), sysfs)
+    }
+
+    fn read_by(files: &Files, sysfs: &Path) -> Self {
         let folder = sysfs.join("kernel/mm/transparent_hugepage");
         Transparent {
-            private: Setting::read(&folder, "enabled"),
-            shared: Setting::read(&folder, "shmem_enabled"),
+            private: Setting::read(files, &folder, "enabled"),
+            shared: Setting::read(files, &folder, "shmem_enabled"),
         }
     }
 }
 
 impl Setting {
-    fn read(folder: &Path, name: &str) -> Option<Self> {
+    fn read(files: &Files, folder: &Path, name: &str) -> Option<Self> {
         let file = folder.join(name);
-        let word = chosen(&file)?;
-        let sizes = numbered(folder, "hugepages-", "kB").into_iter();
+        let word = chosen(files, &file)?;
+        let sizes = numbered(files, folder, "hugepages-", "kB").into_iter();
         let own = sizes.filter_map(|(_, folder)| {
             let file = folder.join(name);
-            chosen(&file).map(|word| (file, word))
+            chosen(files, &file).map(|word| (file, word))
         });
         Some(Setting {
             word,
@@ -126,15 +188,9 @@ impl Setting {
     }
 }
 
-fn pools(folder: &Path) -> Vec<Pool> {
+fn pools(files: &Files, folder: &Path) -> Vec<Pool> {
     let pool = |(kib, folder): (u64, PathBuf)| {
-        let number = |name: &str| {
-            fs::read_to_string(folder.join(name))
-                .ok()?
-                .trim()
-                .parse()
-                .ok()
-        };
+        let number = |name: &str| files.text(&folder.join(name))?.trim().parse().ok();
         Some(Pool {
             page_size: HugePageSize::new(kib.checked_mul(1024)?)?,
             pages: number("nr_hugepages")?,
@@ -142,13 +198,13 @@ fn pools(folder: &Path) -> Vec<Pool> {
             reserved: number("resv_hugepages")?,
         })
     };
-    let folders = numbered(folder, "hugepages-", "kB").into_iter();
+    let folders = numbered(files, folder, "hugepages-", "kB").into_iter();
     folders.filter_map(pool).collect()
 }
 
-fn nodes(folder: &Path) -> Vec<Node> {
+fn nodes(files: &Files, folder: &Path) -> Vec<Node> {
     let node = |(number, folder): (u64, PathBuf)| {
-        let meminfo = fs::read_to_string(folder.join("meminfo")).ok()?;
+        let meminfo = files.text(&folder.join("meminfo"))?;
         // "Node 0 MemTotal:       16869588 kB"
         let bytes = |name: &str| {
             let value = meminfo.lines().find_map(|line| line.split_once(name))?.1;
@@ -161,20 +217,21 @@ fn nodes(folder: &Path) -> Vec<Node> {
             free: bytes("MemFree:")?,
         })
     };
-    let nodes = numbered(folder, "node", "").into_iter().filter_map(node);
+    let nodes = numbered(files, folder, "node", "");
+    let nodes = nodes.into_iter().filter_map(node);
     nodes.filter(|node| node.total > 0).collect()
 }
 
 /// The word in brackets: `always [madvise] never`.
-fn chosen(file: &Path) -> Option<String> {
-    let text = fs::read_to_string(file).ok()?;
+fn chosen(files: &Files, file: &Path) -> Option<String> {
+    let text = files.text(file)?;
     let (_, rest) = text.split_once('[')?;
     Some(rest.split_once(']')?.0.to_owned())
 }
 
 /// What of a folder has a name with a number between these, by number.
-fn numbered(folder: &Path, before: &str, after: &str) -> Vec<(u64, PathBuf)> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+fn numbered(files: &Files, folder: &Path, before: &str, after: &str) -> Vec<(u64, PathBuf)> {
+    let entries = files.folder(folder).into_iter();
     let number = |entry: fs::DirEntry| {
         let name = entry.file_name().into_string().ok()?;
         let number = name.strip_prefix(before)?.strip_suffix(after)?;
@@ -266,9 +323,45 @@ mod tests {
     }
 
     #[test]
+    fn the_hosts_memory_is_the_one_that_it_shows() {
+        let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
+        let line = meminfo
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:"));
+        let kib: u64 = line
+            .unwrap()
+            .trim()
+            .trim_end_matches("kB")
+            .trim()
+            .parse()
+            .unwrap();
+        assert_eq!(total(), Some(kib << 10));
+    }
+
+    #[test]
     fn a_host_that_shows_nothing_has_nothing() {
         let root = sysfs(&[]);
-        assert_eq!(HostMemory::read(root.path()), HostMemory::default());
+        let files = Files::default();
+        let memory = HostMemory::read_by(&files, root.path());
+        assert_eq!((memory, files.unread()), (HostMemory::default(), None));
+    }
+
+    #[test]
+    fn what_is_there_and_cannot_be_read_is_remembered() {
+        // A folder in a file's place, and a file in a folder's.
+        let root = sysfs(&[
+            ("kernel/mm/transparent_hugepage/enabled/x", ""),
+            ("devices/system/node", ""),
+        ]);
+        let files = Files::default();
+        let memory = HostMemory::read_by(&files, root.path());
+        assert_eq!(memory, HostMemory::default());
+        let unread = files.unread().unwrap();
+        assert!(
+            unread.contains("transparent_hugepage/enabled: "),
+            "{unread}"
+        );
+        assert!(unread.contains("directory"), "{unread}");
     }
 
     /// What stands in the way of a setting with this general word and these of sizes: the file's path

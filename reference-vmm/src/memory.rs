@@ -14,7 +14,8 @@
 //! A slot is one kind of memory, so the firmware's cuts the low memory in two, and a huge page that it
 //! would lie in is made of ordinary ones: the first 2 MiB, which KVM could not map as one page anyway.
 //! So it is with shared memory and transparent huge pages, which a memfd has at multiples of their size.
-//! A guest with 1 GiB pages keeps them, and has its firmware in RAM that it can write.
+//! A guest with 1 GiB pages keeps them, and has its firmware in RAM that it can write. What is above
+//! 4 GiB is in slots of 4 TiB, for KVM takes fewer than 8 TiB in one.
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -22,19 +23,31 @@ use std::path::Path;
 use std::str::FromStr;
 
 use memslots::{
-    Backing, HugePageSize, HugePages, MapError, Mapping, NewSlot, NumaPolicy, SlotFlags, SlotTable,
+    Backing, HugePageSize, HugePages, HugePool, MapError, Mapping, NewSlot, NumaPolicy, SlotFlags,
+    SlotTable,
 };
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use vm_memory::GuestAddress;
 
 use crate::arch::layout;
-use crate::config::{ConfigError, parse_size};
-use crate::host_memory::Transparent;
+use crate::config::{ConfigError, Size, field, object, parse_size};
+use crate::host_memory::{self, Transparent};
 
 /// x86-64 has at most 52 bits of physical address; what this host's KVM takes may be less, and only
 /// KVM can tell.
 const MAX_ADDRESS_BITS: u32 = 52;
+
+/// The largest slot. KVM takes 2³¹ − 1 pages, 4 KiB less than twice this.
+const MAX_SLOT: u64 = 4 << 40;
+
+/// What KVM keeps for each page of a slot from its making on, where it keeps page tables of its own
+/// (software KVM, nested guests): measured.
+const KVM_BYTES_A_PAGE: u64 = 9;
+
+/// A guest with so many times the host's memory is told to be one: of it KVM's
+/// [own memory](KVM_BYTES_A_PAGE) is 2 % of the host's. Less than that is a plain overcommitment.
+const EXCESS: u64 = 8;
 
 /// The smallest guest: the first MiB is the PC's low memory, and a kernel needs a place above it.
 const MIN_SIZE: u64 = 2 << 20;
@@ -144,40 +157,46 @@ impl Memory {
     pub fn slots(&self, ram: &[(GuestAddress, u64)], firmware: bool) -> Vec<NewSlot> {
         let firmware = firmware && self.can_have_firmware_slot();
         let mut slots = Vec::with_capacity(ram.len() + 3);
-        let mut add = |start: u64, end: u64, backing: Backing, flags| {
-            if start < end {
-                let start = GuestAddress(start);
+        let mut add = |mut start: u64, end: u64, backing: &dyn Fn(u64) -> Backing, flags| {
+            while start < end {
+                let size = (end - start).min(MAX_SLOT);
+                let backing = backing(size);
                 slots.push(NewSlot {
-                    start,
+                    start: GuestAddress(start),
                     backing,
                     flags,
                 });
+                start += size;
             }
         };
         let ordinary = Memory {
             hugepages: None,
             ..*self
         };
+        let ordinary = |size| ordinary.backing(size);
+        let all = |size| self.backing(size);
         for &(GuestAddress(start), size) in ram {
             let end = start.saturating_add(size);
             if start != 0 || !firmware {
-                add(start, end, self.backing(size), SlotFlags::NONE);
+                add(start, end, &all, SlotFlags::NONE);
                 continue;
             }
             let rom = layout::FIRMWARE;
-            add(0, rom.start, ordinary.backing(rom.start), SlotFlags::NONE);
-            let image = Backing::anonymous(rom.end - rom.start);
-            add(rom.start, rom.end, image, SlotFlags::READ_ONLY);
+            add(0, rom.start, &ordinary, SlotFlags::NONE);
+            add(
+                rom.start,
+                rom.end,
+                &Backing::anonymous,
+                SlotFlags::READ_ONLY,
+            );
             let huge = match self.hugepages {
                 Some(page) => page.bytes(),
                 None if self.shared && self.thp != HugePages::Never => HugePageSize::MIB_2.bytes(),
                 None => rom.end,
             };
             let huge = huge.min(end);
-            let small = huge.saturating_sub(rom.end);
-            add(rom.end, huge, ordinary.backing(small), SlotFlags::NONE);
-            let rest = end.saturating_sub(huge);
-            add(huge, end, self.backing(rest), SlotFlags::NONE);
+            add(rom.end, huge, &ordinary, SlotFlags::NONE);
+            add(huge, end, &all, SlotFlags::NONE);
         }
         slots
     }
@@ -187,8 +206,9 @@ impl Memory {
     /// NUMA nodes.
     ///
     /// # Errors
-    /// [`MapError`], with the pool's numbers or the nodes that there are. (Another process may still
-    /// take the pages a moment later; then the VM's memory is refused.)
+    /// [`MapError`], with the nodes that there are, or how many huge pages all of the slots want and
+    /// the numbers of the pool, none of them taken. (Another process may still take the pages a moment
+    /// later; then the VM's memory is refused.)
     pub fn check_host(&self, slots: &[NewSlot]) -> Result<(), MapError> {
         if self.hugepages.is_none() && self.numa.is_none() {
             return Ok(());
@@ -196,7 +216,26 @@ impl Memory {
         let asked = slots.iter().filter(|slot| slot.flags == SlotFlags::NONE);
         let map = |slot: &NewSlot| Mapping::new(&slot.backing, slot.start);
         // All at once: they share the pool.
-        asked.map(map).collect::<Result<Vec<_>, _>>().map(drop)
+        let mapped = asked.map(map).collect::<Result<Vec<_>, _>>().map(drop);
+        mapped.map_err(|error| match error {
+            // Of the slot that failed alone, and with the pages of those before it reserved.
+            MapError::NoHugePages { page_size, .. } => MapError::NoHugePages {
+                page_size,
+                wanted: self.huge_pages_of(slots),
+                pool: HugePool::of_host(page_size),
+            },
+            other => other,
+        })
+    }
+
+    /// How many huge pages these slots are of.
+    fn huge_pages_of(&self, slots: &[NewSlot]) -> u64 {
+        let Some(page) = self.hugepages.map(HugePageSize::bytes) else {
+            return 0;
+        };
+        let backings = slots.iter().map(|slot| &slot.backing);
+        let huge = backings.filter(|backing| backing.page_size() == page);
+        huge.map(|backing| backing.size() / page).sum()
     }
 
     /// How to tell that `thp=always` has no effect, which is no error: the host, as its sysfs says, gives
@@ -217,6 +256,22 @@ impl Memory {
         Some(format!(
             "thp=always has no effect on {kind} memory here: {file} is {word:?}"
         ))
+    }
+
+    /// How to tell that there is so much of it that even a guest that touches nothing may be too large for
+    /// the host, which is no error: KVM keeps something for each page. `None` where there is not.
+    pub fn excess(&self) -> Option<String> {
+        self.excess_of(host_memory::total()?)
+    }
+
+    fn excess_of(&self, total: u64) -> Option<String> {
+        let size = self.size;
+        let kvms = size / layout::PAGE * KVM_BYTES_A_PAGE;
+        (size / EXCESS > total).then(|| {
+            format!(
+                "{size} bytes of memory, and this host has {total}: KVM alone may take {kvms} for a guest of that size"
+            )
+        })
     }
 
     /// Refuses to make present what the host has not: ordinary memory that cannot be had is no error of
@@ -374,6 +429,7 @@ impl FromStr for Memory {
                     let node = node.parse();
                     memory.numa = Some(node.map_err(|_| wrong("a node's number is wanted"))?);
                 }
+                ("numa", None) => return Err(wrong("a node's number is wanted: numa=NODE")),
                 // The size itself comes first.
                 (size, None) if index == 0 => {
                     memory.size = parse_size(size)?;
@@ -451,38 +507,28 @@ impl<'de> Visitor<'de> for MemoryVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Memory, A::Error> {
-        let fields = Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
-        Ok(Memory {
-            size: fields.size,
-            shared: fields.shared,
-            hugepages: fields.hugepages,
-            prefault: fields.prefault,
-            thp: match fields.thp {
-                None => HugePages::Host,
-                Some(Thp::Always) => HugePages::Advise,
-                Some(Thp::Never) => HugePages::Never,
-            },
-            numa: fields.numa,
-        })
+        const KEYS: &[&str] = &["size", "shared", "hugepages", "prefault", "thp", "numa"];
+        let mut memory = Memory::default();
+        object(map, KEYS, |key, map| {
+            match key {
+                "size" => memory.size = field::<Size, A>(map, key)?.0,
+                "shared" => memory.shared = field(map, key)?,
+                "hugepages" => memory.hugepages = field::<Page, A>(map, key)?.0,
+                "prefault" => memory.prefault = field(map, key)?,
+                "thp" => {
+                    memory.thp = match field(map, key)? {
+                        None => HugePages::Host,
+                        Some(Thp::Always) => HugePages::Advise,
+                        Some(Thp::Never) => HugePages::Never,
+                    }
+                }
+                "numa" => memory.numa = field(map, key)?,
+                _ => return Ok(false),
+            }
+            Ok(true)
+        })?;
+        Ok(memory)
     }
-}
-
-/// The object form.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct Fields {
-    #[serde(default = "default_size", deserialize_with = "crate::config::size")]
-    size: u64,
-    #[serde(default)]
-    shared: bool,
-    #[serde(default, deserialize_with = "page_size")]
-    hugepages: Option<HugePageSize>,
-    #[serde(default)]
-    prefault: bool,
-    #[serde(default)]
-    thp: Option<Thp>,
-    #[serde(default)]
-    numa: Option<u32>,
 }
 
 #[derive(Deserialize)]
@@ -492,35 +538,45 @@ enum Thp {
     Never,
 }
 
-fn default_size() -> u64 {
-    Memory::default().size
-}
-
 /// A page's size, or what the text form takes beside it: on and off.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Page {
-    Switch(Option<bool>),
-    Bytes(u64),
-    Text(String),
+struct Page(Option<HugePageSize>);
+
+impl<'de> Deserialize<'de> for Page {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(PageVisitor)
+    }
 }
 
-fn page_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<HugePageSize>, D::Error> {
-    let wanted = "hugepages is on, off, or a page's size, such as \"2M\" or \"1G\"";
-    let page = Page::deserialize(deserializer).map_err(|_| de::Error::custom(wanted))?;
-    let bytes = match page {
-        Page::Switch(Some(true)) => return Ok(Some(HugePageSize::MIB_2)),
-        Page::Switch(_) => return Ok(None),
-        Page::Bytes(bytes) => bytes,
-        Page::Text(text) => match text.as_str() {
-            "on" => return Ok(Some(HugePageSize::MIB_2)),
-            "off" => return Ok(None),
-            size => parse_size(size).map_err(de::Error::custom)?,
-        },
-    };
-    let page = HugePageSize::new(bytes);
-    let page = page.ok_or_else(|| de::Error::custom(format!("{bytes}: {wanted}")))?;
-    Ok(Some(page))
+struct PageVisitor;
+
+impl Visitor<'_> for PageVisitor {
+    type Value = Page;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("on, off, or a page's size, such as \"2M\" or \"1G\"")
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<Page, E> {
+        Ok(Page(None))
+    }
+
+    fn visit_bool<E: de::Error>(self, on: bool) -> Result<Page, E> {
+        Ok(Page(on.then_some(HugePageSize::MIB_2)))
+    }
+
+    fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Page, E> {
+        let page = HugePageSize::new(bytes);
+        let wrong = || E::invalid_value(de::Unexpected::Unsigned(bytes), &self);
+        page.ok_or_else(wrong).map(|page| Page(Some(page)))
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Page, E> {
+        match text {
+            "on" => self.visit_bool(true),
+            "off" => self.visit_bool(false),
+            size => self.visit_u64(parse_size(size).map_err(E::custom)?),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -645,7 +701,7 @@ mod tests {
             ("512M,hugepages=big", "\"big\""),
             ("512M,thp", "always or never"),
             ("512M,thp=madvise", "always or never"),
-            ("512M,numa", "numa"),
+            ("512M,numa", "a node's number is wanted"),
             ("512M,numa=x", "\"numa=x\""),
             ("512M,1G", "\"1G\""),
             ("512M,size=1G", "twice"),
@@ -677,7 +733,10 @@ mod tests {
             ("true", "a size is"),
             ("\"lots\"", "lots"),
             (r#"{"size": "lots"}"#, "lots"),
-            (r#"{"hugepages": 3}"#, "3: hugepages is"),
+            (
+                r#"{"hugepages": 3}"#,
+                "hugepages: invalid value: integer `3`",
+            ),
             (r#"{"thp": "madvise"}"#, "madvise"),
             (r#"{"share": true}"#, "`share`"),
         ] {
@@ -706,6 +765,53 @@ mod tests {
             (start, backing.size(), backing.page_size(), read_only)
         };
         slots.iter().map(one).collect()
+    }
+
+    #[test]
+    fn a_guest_far_larger_than_the_host_is_told_with_what_kvm_takes() {
+        let gib = 1 << 30;
+        for (memory, told) in [("184G", false), ("185G", true), ("4T", true)] {
+            let text = parsed(memory).excess_of(23 * gib);
+            assert_eq!(text.is_some(), told, "{memory}");
+        }
+        let text = parsed("4T").excess_of(23 * gib).unwrap();
+        for number in ["4398046511104", "24696061952", "9663676416"] {
+            assert!(text.contains(number), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_slot_is_never_larger_than_kvm_takes() {
+        let tib = 1 << 40;
+        for memory in ["9T", "16T,hugepages=1G", "512T,shared", "9T,hugepages=2M"] {
+            for firmware in [false, true] {
+                let slots = shape(memory, firmware);
+                let sizes = slots.iter().map(|slot| slot.1);
+                assert!(sizes.clone().all(|size| size / 4096 < 1 << 31), "{slots:?}");
+                assert_eq!(sizes.sum::<u64>(), parsed(memory).size);
+            }
+        }
+        let high = shape("9T", false).into_iter().skip(1);
+        let starts: Vec<_> = high.map(|slot| slot.0).collect();
+        let four = 4u64 << 30;
+        assert_eq!(starts, [four, four + 4 * tib, four + 8 * tib]);
+        // One is as before.
+        assert_eq!(shape("4T", false).len(), 2);
+    }
+
+    #[test]
+    fn huge_pages_are_counted_over_all_slots() {
+        for (memory, firmware, pages) in [
+            ("4G,hugepages=2M", true, 2047),
+            ("4G,hugepages=2M", false, 2048),
+            ("4G,hugepages=1G", true, 4),
+            ("4G", true, 0),
+        ] {
+            let memory = parsed(memory);
+            let ram = memslots::ram_layout(memory.size, layout::MMIO_HOLE).unwrap();
+            let slots = memory.slots(&ram, firmware);
+            assert_eq!(memory.huge_pages_of(&slots), pages, "{memory}");
+        }
     }
 
     #[test]
@@ -773,7 +879,7 @@ mod tests {
         /// Whatever is asked for, the slots are the RAM, without gap or overlap.
         #[test]
         fn the_slots_are_all_of_the_ram(
-            mib in 2u64..8 << 10,
+            mib in prop_oneof![2u64..8 << 10, 2u64..64 << 20],
             page in prop::option::of(prop::sample::select(vec![2u64 << 20, 1 << 30])),
             shared in any::<bool>(),
             firmware in any::<bool>(),

@@ -71,7 +71,10 @@ fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
     };
     let built = Machine::build_watched(&options.config, std::io::stdout(), &end, watch);
     let machine = match (built, end.get()) {
-        (Err(BuildError::Ended), Some(end)) => return Ok((end.clone(), None)),
+        (Err(BuildError::Ended), Some(end)) => {
+            let none = options.stats.map(|_| Stats::none(options.config.cpus));
+            return Ok((end.clone(), none));
+        }
         (built, _) => built?,
     };
     if options.stats.is_some() {

@@ -171,7 +171,7 @@ pub struct SlotStats {
 }
 
 /// A snapshot of the numbers. While the guest runs each is right for some moment of the call.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Stats {
     /// Each vCPU's exits, by its number.
@@ -193,6 +193,14 @@ pub struct Stats {
 pub type Named = (&'static str, BusKind, IoRange);
 
 impl Stats {
+    /// Those of a machine that was ended before it was built: nothing that its vCPUs did, and no memory.
+    pub fn none(vcpus: u32) -> Self {
+        Stats {
+            exits: (0..vcpus).map(|_| Exits::default()).collect(),
+            ..Stats::default()
+        }
+    }
+
     /// Reads all counters.
     pub fn collect<'a>(
         vcpus: impl IntoIterator<Item = &'a ExitCounters>,

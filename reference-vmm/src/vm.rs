@@ -19,7 +19,8 @@
 //!    the kernel waits for a grace period of its own.
 //! 3. **CPUID** is asked for on a thread of its own while the rest goes on: KVM's slowest answer, and
 //!    the vCPUs are the first to need it. Only a guest with so much memory that the processor's address
-//!    bits may not reach waits for it at once: making such memory would take far longer.
+//!    bits may not reach waits for it at once: making such memory would take far longer. Only then the
+//!    host is asked for what it may not have, huge pages and nodes.
 //! 4. **Memory slots** before anything that registers on KVM's buses: a slot made after the
 //!    in-kernel irqchip waits for a grace period. The firmware's is one of them, read-only
 //!    ([`memory`](crate::memory)): where there are ACPI tables, for elsewhere there is no firmware.
@@ -249,7 +250,9 @@ impl Machine {
         config.validate()?;
 
         // 1. Files and numbers.
-        let mut kernel = Image::open(ImageKind::Kernel, &config.kernel)?;
+        let kernel = config.kernel.as_deref();
+        let kernel = kernel.ok_or(config::ConfigError::NoKernel)?;
+        let mut kernel = Image::open(ImageKind::Kernel, kernel)?;
         let mut initrds = config
             .initrd
             .iter()
@@ -272,22 +275,27 @@ impl Machine {
         )?;
         // A slot for the firmware where there is any.
         let new_slots = config.memory.slots(&ram, acpi.is_some());
+
+        // 2. and 3. What KVM takes at all, with CPUID asked for while the rest goes on.
+        srcu::prepare();
+        let kvm = match ask_kvm(config, &ram) {
+            // A wish that cannot be is told where there is no KVM as well.
+            Err(error @ BuildError::Open(_)) => Err(error),
+            asked => Ok(asked?),
+        };
+        // What the host has, and after what KVM takes: more huge pages do not help a guest that could
+        // not address them.
         let refused = config.memory.check_host(&new_slots);
         refused.map_err(BuildError::HostMemory)?;
         config.memory.check_available()?;
-        if let Some(told) = config.memory.thp_obstacle(Path::new(SYSFS)) {
+        let (kvm, cpuid) = kvm?;
+        let sysfs = Path::new(SYSFS);
+        let told = [config.memory.thp_obstacle(sysfs), config.memory.excess()];
+        for told in told.into_iter().flatten() {
             log::warn!("{told}");
         }
 
-        // 2. to 4. The VM and its memory, with CPUID asked for meanwhile.
-        srcu::prepare();
-        let kvm = Arc::new(Kvm::open_at(&config.kvm)?);
-        let most = kvm.capabilities().max_vcpus();
-        if config.cpus > most {
-            let asked = config.cpus;
-            return Err(BuildError::Cpus { asked, most });
-        }
-        let cpuid = CpuidBase::ask(&kvm, config.irqchip)?.early_for(&ram)?;
+        // 4. The VM and its memory.
         let setup = kvm.create_vm()?;
         let memslots = Memslots::new(setup.fd().clone());
         let slots = memslots.create_all(new_slots)?;
@@ -544,6 +552,21 @@ impl GuestSide for Running {
             self.set.request_all(request);
         }
     }
+}
+
+/// Opens KVM, and asks it for what decides whether there can be such a machine at all.
+fn ask_kvm(
+    config: &Config,
+    ram: &[(GuestAddress, u64)],
+) -> Result<(Arc<Kvm>, CpuidQuestion), BuildError> {
+    let kvm = Arc::new(Kvm::open_at(&config.kvm)?);
+    let most = kvm.capabilities().max_vcpus();
+    if config.cpus > most {
+        let asked = config.cpus;
+        return Err(BuildError::Cpus { asked, most });
+    }
+    let cpuid = CpuidBase::ask(&kvm, config.irqchip)?.early_for(ram)?;
+    Ok((kvm, cpuid))
 }
 
 /// What this host's processors can be for a guest.

@@ -83,6 +83,9 @@ fn commands_and_flags_that_do_not_exist_are_named() {
         (&["run", "--frob"], "--frob"),
         (&["run", "-x"], "-x"),
         (&["run", "--kernel", "k", "extra"], "extra"),
+        (&["--version", "extra"], "extra"),
+        (&["--help", "extra"], "extra"),
+        (&["run", "--config="], "--config \"\""),
         (&["run", "--kernel", "k", "--irqchip", "apic"], "apic"),
         (&["run", "--kernel", "k", "--log", "loud"], "loud"),
         (
@@ -392,11 +395,15 @@ fn a_bad_configuration_file_is_refused_with_its_path() {
     refused(b"[]", "object");
     refused(br#" ["k"]"#, "object");
     refused(b"\xff\xfe", "");
-    refused(br#"{"kernel": 1}"#, "");
+    refused(br#"{"kernel": 1}"#, "kernel: ");
     refused(br#"{"kernel": "k", "cpu": 2}"#, "`cpu`");
     refused(br#"{"kernel": "k", "memory": "lots"}"#, "lots");
-    refused(br#"{"kernel": "k", "memory": -1}"#, "a size is");
-    refused(br#"{"kernel": "k", "initrd": 5}"#, "initrd is");
+    refused(br#"{"kernel": "k", "memory": -1}"#, "memory: ");
+    // Of what is long the middle is left out, and the place is told.
+    let long = format!(r#"{{"kernel": "k", "memory": "{}"}}"#, "x".repeat(1 << 19));
+    refused(long.as_bytes(), "characters …]");
+    refused(long.as_bytes(), "at line 1 column");
+    refused(br#"{"kernel": "k", "initrd": 5}"#, "initrd: ");
     refused(br#"{"kernel": "k", "cpus": 4294967296}"#, "4294967296");
     refused(br#"{"kernel": "k", "kernel": "k"}"#, "kernel");
     refused("[".repeat(100_000).as_bytes(), "");

@@ -92,3 +92,30 @@ fn the_text_has_a_line_for_each_check_and_the_json_the_same() {
         }
     }
 }
+
+#[test]
+fn without_descriptors_it_says_what_it_could_not_read() {
+    use std::os::unix::process::CommandExt;
+    let program = env!("CARGO_BIN_EXE_reference-vmm");
+    let mut command = Command::new(program);
+    // KVM gets the last descriptor.
+    // SAFETY: setrlimit is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            let limit = libc::rlimit {
+                rlim_cur: 4,
+                rlim_max: 4,
+            };
+            match libc::setrlimit(libc::RLIMIT_NOFILE, &limit) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        });
+    }
+    let output = command.arg("doctor").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("  not read     "), "{text}");
+    assert!(text.contains("Too many open files"), "{text}");
+    assert!(!text.contains("none to be seen"), "{text}");
+}

@@ -252,6 +252,30 @@ fn a_kvm_run_that_was_interrupted_goes_on() {
 }
 
 #[test]
+fn a_kvm_run_that_is_refused_for_ever_is_told() {
+    need_kvm();
+    let kernel = elf(boot::hello64());
+    let kernel_path = kernel.display().to_string();
+    let inject = |nth| Inject {
+        kind: Kind::kvm("KVM_RUN"),
+        nth,
+        errno: libc::EAGAIN,
+    };
+    // As where KVM may start no thread of its own.
+    let inject: Vec<_> = (0..1000).map(inject).collect();
+    for words in ["--cpus=1", "--irqchip=none"] {
+        let args = ["run", "--kernel", &kernel_path, "--debug-exit", words].map(str::to_owned);
+        let (trace, _) = Scenario::run_with(&args, b"", &inject);
+        assert_eq!(trace.hung, None, "{trace}");
+        assert_eq!(trace.status.code(), Some(1), "{trace}");
+        assert_eq!(not_one_line(&trace.stderr), None, "{trace}");
+        for needle in ["vCPU 0", "KVM_RUN", "ulimit -u", "pids.max"] {
+            assert!(trace.stderr.contains(needle), "{trace}");
+        }
+    }
+}
+
+#[test]
 fn an_interrupt_that_cannot_be_sent_does_not_leave_the_guest_waiting() {
     let kernel = elf(monitor::echo_irq64());
     let scenario = Scenario::new(&kernel, "--debug-exit", b"hello q");

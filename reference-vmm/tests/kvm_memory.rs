@@ -14,6 +14,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use guests::{boot, console};
+use memslots::{HugePageSize, HugePool};
 use reference_vmm::host_memory::{SYSFS, Transparent};
 use serde_json::Value;
 use support::{Ended, Vmm, need_kvm};
@@ -132,10 +133,24 @@ fn peak_rss_of_children() -> i64 {
 #[test]
 fn a_signal_ends_the_making_present_and_the_guest_never_runs() {
     need_kvm();
-    for signal in [libc::SIGTERM, libc::SIGINT] {
+    for (signal, words) in [
+        (libc::SIGTERM, ""),
+        (libc::SIGINT, ""),
+        (libc::SIGTERM, "--stats=json --cpus 2"),
+    ] {
         let vmm = Vmm::boot(boot::hello64()).words("--memory 512M,prefault");
-        let ended = vmm.pending(signal).output();
-        ended.expect_status(0).expect_stdout("").expect_silence();
+        let ended = vmm.words(words).pending(signal).output();
+        ended.expect_status(0).expect_stdout("");
+        match words {
+            "" => ended.expect_silence(),
+            // What was asked for is said, and that is nothing.
+            _ => {
+                let stats = stats(&ended);
+                assert_eq!(stats["exits"].as_array().unwrap().len(), 2, "{ended}");
+                assert_eq!(stats["exits"][0]["pio-out"], 0, "{ended}");
+                &ended
+            }
+        };
         // No other test here makes as much present.
         let peak = peak_rss_of_children();
         assert!(peak < 256 << 10, "{peak} KiB were resident");
@@ -200,9 +215,20 @@ fn what_the_host_has_not_is_told_with_numbers_before_anything_is_made() {
         "1023G,numa=1023",
         &["NUMA node 1023", "nodes that have are"],
     );
-    // More than any host has: 64 TiB.
-    refused("64T,hugepages=2M", &["huge pages of 2 MiB", "nr_hugepages"]);
-    refused("64T,hugepages=1G", &["of 1 GiB"]);
+    // More than the host has, by the whole machine's count: the first 2 MiB are ordinary ones.
+    for (page, outside) in [(HugePageSize::MIB_2, 1), (HugePageSize::GIB_1, 0)] {
+        let Some(pool) = HugePool::of_host(page) else {
+            continue;
+        };
+        // Above 4 GiB, so that it is in two slots.
+        let gib = ((pool.available() * page.bytes()) >> 30) + 6;
+        let pages = (gib << 30) / page.bytes() - outside;
+        let wanted = format!("{pages} huge pages of {page} wanted");
+        refused(
+            &format!("{gib}G,hugepages={}", page.bytes()),
+            &[&wanted, "to be had", "nr_hugepages"],
+        );
+    }
     refused("64M,hugepages=64K", &["not of 64 KiB", "hugepages-64kB"]);
 }
 

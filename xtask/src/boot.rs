@@ -39,7 +39,8 @@ Usage: cargo xtask boot [OPTIONS] [-- OPTIONS OF reference-vmm run]
   --vmm FILE           another program than the reference-vmm of this tree
   --lab                in the lab, even where this host could do without
 
-What the options ask of reference-vmm is tried first: a wrong one is told before anything is downloaded or started.";
+What the options ask of reference-vmm is tried first: a wrong one is told before anything is downloaded or started, and
+where it is plainly wrong, before anything is built.";
 
 /// `cargo xtask boot`.
 pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
@@ -59,15 +60,27 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         match arg {
             Long("kernel") => kernel = Some(existing(parser.value()?)?),
             Long("initrd") => initrd = Some(existing(parser.value()?)?),
-            Long("cpus") => cpus = parser.value()?.string()?,
-            Long("memory") => memory = parser.value()?.string()?,
+            Long("cpus") => {
+                cpus = parser.value()?.string()?;
+                plausible_cpus(&cpus)?;
+            }
+            Long("memory") => {
+                memory = parser.value()?.string()?;
+                plausible_memory(&memory)?;
+            }
             Long("cmdline") => added = parser.value()?.string()?,
             Long("full") => flavour = Flavour::Full,
             Long("release") => series = Series::parse(&parser.value()?.string()?)?,
             Long("vmm") => vmm = Some(existing(parser.value()?)?),
             Long("lab") => force_lab = true,
             Long("stats") => passed_on.push(match parser.optional_value() {
-                Some(form) => format!("--stats={}", form.string()?).into(),
+                Some(form) if form == "json" || form == "text" => {
+                    format!("--stats={}", form.string()?).into()
+                }
+                Some(form) => {
+                    let told = format!("--stats={form:?}: json or text is wanted");
+                    return Err(Failure::usage(told));
+                }
                 None => "--stats".into(),
             }),
             Value(word) => {
@@ -159,6 +172,31 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
 
 /// A kernel that is not there: with it the VMM says nothing else of right options.
 const NO_KERNEL: &str = "/no/such/kernel/only-the-options-are-tried";
+
+/// What of `--cpus` can be told without the VMM, which may have to be built first.
+fn plausible_cpus(cpus: &str) -> Result<()> {
+    match cpus.parse() {
+        Ok(1..=255_u32) => Ok(()),
+        _ => Err(Failure::usage(format!(
+            "--cpus {cpus:?}: a whole number from 1 to 255 is wanted"
+        ))),
+    }
+}
+
+/// And of `--memory`: a size, and words that are options.
+fn plausible_memory(memory: &str) -> Result<()> {
+    const OPTIONS: [&str; 6] = ["size", "shared", "hugepages", "prefault", "thp", "numa"];
+    for (index, part) in memory.split(',').enumerate() {
+        let key = part.split('=').next().unwrap_or_default();
+        let is_size = index == 0 && part.starts_with(|first: char| first.is_ascii_digit());
+        if !is_size && !OPTIONS.contains(&key) {
+            return Err(Failure::usage(format!(
+                "--memory {memory:?}: {part:?} is no size, such as 512M, and no option of memory"
+            )));
+        }
+    }
+    Ok(())
+}
 
 /// Asks the VMM whether these options are right, which it would say itself only after the lab's whole start. What only
 /// the machine with the KVM knows comes later.
@@ -327,6 +365,37 @@ mod tests {
             ("thp=always", 256),
         ] {
             assert_eq!(guest_mib(memory), mib, "{memory}");
+        }
+    }
+
+    #[test]
+    fn what_is_plainly_wrong_is_refused_before_anything_is_built() {
+        let refused = |words: &str| {
+            let words = words.split_whitespace().map(OsString::from);
+            let failure = command(words.collect()).unwrap_err();
+            assert_eq!(failure.status(), STATUS_USAGE, "{failure}");
+            failure.to_string()
+        };
+        for (words, told) in [
+            ("--cpus 0", "--cpus \"0\""),
+            ("--cpus=", "--cpus \"\""),
+            ("--cpus two", "1 to 255"),
+            ("--memory x", "\"x\" is no size"),
+            ("--memory 1G,huge", "\"huge\""),
+            ("--memory=", "\"\" is no size"),
+            ("--stats=xml", "\"xml\""),
+            ("--frob", "--frob"),
+        ] {
+            let failure = refused(words);
+            assert!(failure.contains(told), "{words}: {failure}");
+        }
+        for memory in [
+            "512M",
+            "size=1G,shared",
+            "thp=always",
+            "6G,hugepages,numa=0",
+        ] {
+            plausible_memory(memory).unwrap();
         }
     }
 

@@ -53,12 +53,17 @@ impl LogBuffer {
     /// refuses the mapping.
     pub fn new(pages: u64) -> Result<Self, Error> {
         let bytes = dirty_bitmap_bytes(pages);
-        let failed = |source| Error::Buffer { bytes, source };
+        let data = bytes.next_multiple_of(PAGE_SIZE);
+        let mapped = data + GUARD;
+        let failed = |source| Error::Buffer {
+            bytes,
+            mapped,
+            source,
+        };
         if pages > MAX_PAGES {
             return Err(failed(io::Error::from_raw_os_error(libc::EINVAL)));
         }
-        let data = bytes.next_multiple_of(PAGE_SIZE);
-        let mapped = (data + GUARD) as usize;
+        let mapped = mapped as usize;
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice.
         let base = unsafe {
             libc::mmap(
@@ -162,5 +167,20 @@ mod tests {
             Err(Error::Buffer { .. })
         ));
         assert!(LogBuffer::new(u64::MAX).is_err());
+    }
+
+    #[test]
+    fn what_is_refused_is_told_with_the_guard() {
+        let error = LogBuffer::new(u64::MAX).unwrap_err();
+        let Error::Buffer { bytes, mapped, .. } = error else {
+            panic!("{error}");
+        };
+        assert_eq!(
+            (bytes, mapped - bytes),
+            (1 << 61, GUARD),
+            "whole pages of words"
+        );
+        let text = error.to_string();
+        assert!(text.contains(&mapped.to_string()), "{text}");
     }
 }

@@ -25,7 +25,7 @@ const INTERRUPTIONS: usize = 64;
 #[non_exhaustive]
 pub enum OpenError {
     /// The device could not be opened.
-    #[error("cannot open {}: {errno}: {}", path.display(), advice(*errno))]
+    #[error("cannot open {}: {errno}: {}", path.display(), advice(path, *errno))]
     Open {
         /// What was opened.
         path: PathBuf,
@@ -33,7 +33,7 @@ pub enum OpenError {
         errno: Errno,
     },
     /// It opened, but is no KVM, or one of another age.
-    #[error("{} speaks KVM API version {found}, {API_VERSION} is needed: is it the KVM device?", path.display())]
+    #[error("{}", wrong_api(path, *found))]
     ApiVersion {
         /// What was opened.
         path: PathBuf,
@@ -42,8 +42,21 @@ pub enum OpenError {
     },
 }
 
-fn advice(errno: Errno) -> &'static str {
+fn wrong_api(path: &Path, found: i32) -> String {
+    let path = path.display();
+    match found {
+        ..0 => format!(
+            "{path} is no KVM device: it has no answer to KVM_GET_API_VERSION; KVM's is usually {DEV_KVM}"
+        ),
+        _ => format!("{path} speaks KVM API version {found}, and {API_VERSION} is needed"),
+    }
+}
+
+fn advice(path: &Path, errno: Errno) -> &'static str {
     match errno.errno() {
+        libc::ENOENT | libc::ENOTDIR if path != Path::new(DEV_KVM) => {
+            "there is no such device; KVM's is usually /dev/kvm"
+        }
         libc::ENOENT => {
             "the host offers no KVM here; load kvm_intel or kvm_amd (modprobe), switch virtualization on \
              in the firmware or in the outer hypervisor (nested), and pass the device into a container"

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 #[cfg(target_arch = "x86_64")]
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_sregs};
+use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_mp_state};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno::Error as Errno;
 
@@ -107,6 +108,12 @@ impl RunVcpu for Vcpu {
 
     fn kvmclock_ctrl(&mut self) -> Result<(), Errno> {
         self.fd.kvmclock_ctrl()
+    }
+
+    fn waits_for_init(&mut self) -> bool {
+        // x86's name for it; other architectures have a state `STOPPED` and say no `EAGAIN` in it.
+        let waits = |state: kvm_mp_state| state.mp_state == KVM_MP_STATE_UNINITIALIZED;
+        self.fd.get_mp_state().is_ok_and(waits)
     }
 }
 

@@ -184,7 +184,7 @@ impl Plan {
     /// As [`System::mmap`].
     unsafe fn call(
         &self,
-        system: &dyn System,
+        system: &'static dyn System,
         at: Option<*mut c_void>,
         length: usize,
     ) -> Result<*mut c_void, MapError> {
@@ -205,18 +205,55 @@ impl Plan {
             file,
         };
         // SAFETY: the caller's promise.
-        unsafe { system.mmap(request) }.map_err(|errno| match self.huge {
-            Some(page_size) if errno == Errno(libc::ENOMEM) => MapError::NoHugePages {
-                page_size,
-                wanted: size / page_size.bytes(),
-                pool: HugePool::of_host(page_size),
-            },
-            _ => MapError::Call {
-                call: "mmap",
-                size,
-                errno,
-            },
+        let refused = match unsafe { system.mmap(request) } {
+            Ok(base) => return Ok(base),
+            Err(errno) => errno,
+        };
+        match self.huge {
+            Some(page_size) if refused == Errno(libc::ENOMEM) => {
+                let wanted = size / page_size.bytes();
+                // Read first: it is the more fleeting of the two.
+                let pool = HugePool::of_host(page_size);
+                let has_them = pool.is_some_and(|pool| pool.ready() >= wanted);
+                if !has_them && has_room(system, length) {
+                    return Err(MapError::NoHugePages {
+                        page_size,
+                        wanted,
+                        pool,
+                    });
+                }
+            }
+            _ => {}
+        }
+        Err(MapError::Call {
+            call: "mmap",
+            size,
+            errno: refused,
         })
+    }
+}
+
+/// Whether this process may map so much at all: of what `ENOMEM` means, too much address space (`RLIMIT_AS`) and too
+/// many mappings (`vm.max_map_count`) hold for memory without pages as well.
+fn has_room(system: &'static dyn System, length: usize) -> bool {
+    let request = MapRequest {
+        at: None,
+        length,
+        protection: libc::PROT_NONE,
+        flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        file: None,
+    };
+    // SAFETY: a new mapping, anywhere.
+    match unsafe { system.mmap(request) } {
+        Ok(base) => {
+            drop(Area::Own {
+                base,
+                length,
+                system,
+            });
+            true
+        }
+        Err(_) => false,
     }
 }
 

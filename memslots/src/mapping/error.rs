@@ -7,7 +7,8 @@ use crate::{Errno, Unsupported};
 use std::ops::Range;
 use thiserror::Error;
 
-/// Why a [`Backing`](crate::Backing) could not be mapped. Nothing is left mapped then.
+/// Why a [`Backing`](crate::Backing) could not be mapped. Nothing is left mapped then. (A mapping of which it was to be
+/// a [part](crate::Backing::part), or the consumer's own, is as it was but for what had been chosen of those bytes.)
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MapError {
@@ -78,8 +79,13 @@ pub enum MapError {
         /// The sizes that it has pools of.
         available: Vec<HugePageSize>,
     },
-    /// The pool of huge pages is too small.
-    #[error("{wanted} huge pages of {page_size} wanted, {}", HugePool::describe(*pool, *page_size))]
+    /// The pool of huge pages is too small. (Where it is not, or the process may map no more, `ENOMEM` is a
+    /// [`MapError::Call`].)
+    #[error(
+        "{wanted} huge page{} of {page_size} wanted, {}",
+        if *wanted == 1 { "" } else { "s" },
+        HugePool::describe(*pool, *page_size)
+    )]
     NoHugePages {
         /// The page size.
         page_size: HugePageSize,

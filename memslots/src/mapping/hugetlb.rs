@@ -109,10 +109,14 @@ impl HugePool {
         })
     }
 
+    /// How many pages there are for a mapping made now, without a surplus one.
+    pub(super) const fn ready(&self) -> u64 {
+        self.free.saturating_sub(self.reserved)
+    }
+
     /// How many pages a mapping made now could get, if the host has the memory for the surplus ones among them.
     pub const fn available(&self) -> u64 {
-        self.free
-            .saturating_sub(self.reserved)
+        self.ready()
             .saturating_add(self.overcommit.saturating_sub(self.surplus))
     }
 
@@ -198,14 +202,14 @@ mod tests {
             surplus: 1,
             overcommit: 4,
         };
-        assert_eq!(pool.available(), 6);
+        assert_eq!((pool.ready(), pool.available()), (3, 6));
         let odd = HugePool {
             free: 1,
             reserved: 3,
             surplus: 9,
             ..HugePool::default()
         };
-        assert_eq!(odd.available(), 0);
+        assert_eq!((odd.ready(), odd.available()), (0, 0));
     }
 
     #[test]

@@ -271,14 +271,15 @@ impl Mapping {
 
     fn advise(&self, call: &'static str, advice: i32) -> Result<(), MapError> {
         let size = self.size();
-        // SAFETY: the range is our own mapping, or one that its owner gave to the guest; none of the advice above changes
-        // its contents.
+        // SAFETY: the range is our own mapping; or a part of one, which `_area` keeps mapped and whose other parts may
+        // have bytes in common with it; or one that its owner gave to the guest, and keeps. None of the advice above
+        // changes what anybody reads there: it is about the pages behind it, about core dumps and about children.
         unsafe { self.system.madvise(self.start.cast(), self.size, advice) }
             .map_err(|errno| MapError::Call { call, size, errno })
     }
 
     fn bind(&self, binding: &Binding) -> Result<(), MapError> {
-        // SAFETY: as for advice; a policy changes no contents.
+        // SAFETY: as for advice. A policy is about pages that come later; without a flag none that is there moves.
         let bound = unsafe { self.system.mbind(self.start.cast(), self.size, binding) };
         match bound {
             // A kernel without NUMA has one node, and that is what was checked for.

@@ -31,12 +31,12 @@ pub(super) trait System: Sync {
     unsafe fn munmap(&self, start: *mut c_void, length: usize) -> Result<(), Errno>;
 
     /// # Safety
-    /// The range is the caller's own, and the advice takes no contents away.
+    /// The range is mapped, and stays so during the call; the advice takes no contents away from who else uses it.
     unsafe fn madvise(&self, start: *mut c_void, length: usize, advice: c_int)
     -> Result<(), Errno>;
 
     /// # Safety
-    /// The range is the caller's own.
+    /// The range is mapped, and stays so during the call. (A policy takes no contents away.)
     unsafe fn mbind(
         &self,
         start: *mut c_void,

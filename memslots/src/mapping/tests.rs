@@ -372,6 +372,43 @@ fn each_call_refused_leaves_nothing_mapped() {
     }
 }
 
+#[test]
+fn the_pool_is_blamed_only_where_there_is_room_for_the_pages() {
+    let page = HugePageSize::MIB_2;
+    if HugePool::of_host(page).is_none() {
+        return eprintln!("this host has no pages of 2 MiB");
+    }
+    // More than any pool has.
+    let size = 16 << 40;
+    for backing in [
+        Backing::hugetlb(size, page),
+        Backing::hugetlb_memfd(size, page),
+        Backing::hugetlb(size, page).guarded(),
+    ] {
+        let system = Refusing::leak();
+        let error = Mapping::made_by(system, &backing, GuestAddress(0)).unwrap_err();
+        assert!(
+            matches!(error, MapError::NoHugePages { wanted, .. } if wanted == size >> 21),
+            "{error}"
+        );
+        assert_eq!(system.lock().mapped, 0);
+        // What was tried last is whether anything of that size can be mapped.
+        let probe = system.lock().calls.iter().rposition(|call| *call == "mmap");
+        let probe = probe.unwrap();
+        // Under RLIMIT_AS or vm.max_map_count both are refused.
+        let system = Refusing::leak();
+        system.lock().refuse.insert(probe, Errno(libc::ENOMEM));
+        let error = Mapping::made_by(system, &backing, GuestAddress(0)).unwrap_err();
+        let expected = MapError::Call {
+            call: "mmap",
+            size,
+            errno: Errno(libc::ENOMEM),
+        };
+        assert_eq!(error, expected);
+        assert_eq!(system.lock().mapped, 0);
+    }
+}
+
 /// What another thread has mapped meanwhile is still there, and its own.
 fn squatters_are_left_alone(system: &Refusing) {
     let squatters = std::mem::take(&mut system.lock().squatters);
@@ -751,6 +788,25 @@ fn what_is_chosen_of_a_part_is_asked_for_of_its_bytes() {
         matches!(refused, Err(MapError::Unsupported(_))),
         "{refused:?}"
     );
+}
+
+#[test]
+fn of_a_part_that_is_refused_the_mapping_keeps_its_contents_and_what_was_chosen_before() {
+    let system = Refusing::leak();
+    let whole = Mapping::made_by(system, &Backing::anonymous(0x4000), GuestAddress(0)).unwrap();
+    let whole = Arc::new(whole);
+    write(&whole, 0x1000, 7);
+    let calls = system.lock().calls.len();
+    system.lock().refuse.insert(calls + 1, Errno(libc::ENOMEM));
+    let part = Backing::part(&whole, 0x1000, 0x1000);
+    let backing = part.without_core_dump().without_fork();
+    let refused = Mapping::made_by(system, &backing, GuestAddress(0)).unwrap_err();
+    assert!(refused.to_string().contains("DONTFORK"), "{refused}");
+    assert_eq!((read(&whole, 0x1000), system.lock().mapped), (7, 0x4000));
+    let flags = |at: usize| vm_flags(whole.host().0 + at);
+    let has = |at, flag: &str| flags(at).iter().any(|word| word == flag);
+    assert!(has(0x1000, "dd") && !has(0x1000, "dc"));
+    assert!(!has(0, "dd") && !has(0x2000, "dd"));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Why there is no userfaultfd, or none for a range.
 
 use super::{Features, Modes};
-use crate::{Errno, Mechanism, MemoryKind, Unsupported};
+use crate::{Errno, Hva, Mechanism, MemoryKind, Unsupported};
 use std::ops::Range;
 use thiserror::Error;
 
@@ -62,7 +62,7 @@ pub enum RegisterError {
     NoMode,
     /// The range is not within the mapping, or empty, or not of whole pages.
     #[error(
-        "{start:#x}..{end:#x} is no range of whole pages ({page_size:#x} bytes) of a mapping of {size:#x} bytes"
+        "{start:#x}..{end:#x} is no range of whole pages ({page_size:#x} bytes) of a mapping of {size:#x} bytes at {host}"
     )]
     Range {
         /// Its start, in bytes from the mapping's.
@@ -73,6 +73,8 @@ pub enum RegisterError {
         page_size: u64,
         /// The mapping's size.
         size: u64,
+        /// Its address. Pages are whole in the host: a [part](crate::Backing::part) of a mapping may begin within one.
+        host: Hva,
     },
     /// The memory does not have what was asked for.
     #[error(transparent)]

@@ -92,6 +92,7 @@ impl Registration {
                 end,
                 page_size,
                 size,
+                host: mapping.host(),
             });
         }
         let start = mapping.host().0;

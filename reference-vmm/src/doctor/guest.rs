@@ -342,7 +342,7 @@ impl Guest {
     pub fn answer(&self) -> Result<u32, Trouble> {
         match self.said.recv_timeout(ANSWER_LIMIT) {
             Ok(Said::Word(word)) => Ok(word),
-            Ok(Said::Halted(why)) => Err(Trouble::Failed(format!("the guest stopped: {why}"))),
+            Ok(Said::Halted(why)) => Err(Trouble::Failed(format!("its vCPU halted: {why}"))),
             Err(RecvTimeoutError::Timeout) => Err(Trouble::Failed(format!(
                 "no answer from the guest in {ANSWER_LIMIT:?}"
             ))),

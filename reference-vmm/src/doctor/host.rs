@@ -2,14 +2,12 @@
 
 //! Which of the three kinds of host this is, and what its user can do about it.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use kvm_core::{Kvm, OpenError};
 use memslots::uffd::{Features, Uffd};
 
-use crate::host_memory::{HostMemory, SYSFS};
+use crate::host_memory::{Files, HostMemory, SYSFS};
 
 /// Where KVM's device is, unless a path is given.
 const USUAL_PATH: &str = "/dev/kvm";
@@ -44,7 +42,7 @@ impl Kind {
                 "guests are interpreted, about a million instructions a second; for a stock Linux: \
                  cargo xtask boot"
             }
-            Kind::None => "guests can run in the lab only: cargo xtask boot",
+            Kind::None => "without KVM, guests run in the lab only: cargo xtask boot",
         }
     }
 }
@@ -66,16 +64,19 @@ pub struct Host {
     pub userfaultfd: Result<u64, String>,
     /// What guest memory can be made of.
     pub memory: HostMemory,
+    /// The first file that could not be read though it is there, and why: what would be empty of the
+    /// above may not be.
+    pub unread: Option<String>,
     /// Why KVM cannot be used, and what to do; empty where it can.
     pub problem: Vec<String>,
 }
 
 /// Looks at the host, and opens its KVM if it can be opened.
 pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
-    let cpu_flag = fs::read_to_string("/proc/cpuinfo")
-        .ok()
-        .and_then(|text| cpu_flag(&text));
-    let modules = modules();
+    let files = Files::default();
+    let cpuinfo = files.text(Path::new("/proc/cpuinfo"));
+    let cpu_flag = cpuinfo.and_then(|text| cpu_flag(&text));
+    let modules = modules(&files);
     let opened = Kvm::open_at(kvm_path);
     let kind = match (&opened, cpu_flag) {
         (Err(_), _) => Kind::None,
@@ -86,7 +87,7 @@ pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
         Ok(_) => Vec::new(),
         Err(error) => {
             let mut problem = vec![reason(error)];
-            problem.extend(advice(kvm_path, Path::new(USUAL_PATH), cpu_flag, &modules));
+            problem.extend(advice(error, Path::new(USUAL_PATH), cpu_flag, &modules));
             problem
         }
     };
@@ -95,12 +96,14 @@ pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
         kind,
         cpu_flag,
         modules,
-        kernel: fs::read_to_string("/proc/sys/kernel/osrelease")
-            .map_or_else(|_| "unknown".into(), |release| release.trim().into()),
+        kernel: files
+            .text(Path::new("/proc/sys/kernel/osrelease"))
+            .map_or_else(|| "unknown".into(), |release| release.trim().into()),
         userfaultfd: Uffd::open(Features::NONE, Features::NONE)
             .map(|uffd| uffd.available().bits())
             .map_err(|error| error.to_string()),
-        memory: HostMemory::read(Path::new(SYSFS)),
+        memory: HostMemory::read_by(&files, Path::new(SYSFS)),
+        unread: files.unread(),
         problem,
     };
     (host, opened.ok())
@@ -114,8 +117,8 @@ fn cpu_flag(cpuinfo: &str) -> Option<&'static str> {
         .find(|flag| flags.split_whitespace().any(|word| word == *flag))
 }
 
-fn modules() -> Vec<String> {
-    let names = fs::read_dir("/sys/module").into_iter().flatten().flatten();
+fn modules(files: &Files) -> Vec<String> {
+    let names = files.folder(Path::new("/sys/module")).into_iter();
     let mut names: Vec<String> = names
         .filter_map(|entry| entry.file_name().into_string().ok())
         .filter(|name| name.starts_with("kvm"))
@@ -138,28 +141,33 @@ fn reason(error: &OpenError) -> String {
 
 /// What to do where KVM cannot be opened, the likeliest first.
 fn advice(
-    kvm_path: &Path,
+    error: &OpenError,
     usual: &Path,
     cpu_flag: Option<&str>,
     modules: &[String],
 ) -> Vec<String> {
     let mut advice = Vec::new();
     let back_end = modules.iter().find(|module| module.starts_with("kvm_"));
-    match fs::metadata(kvm_path) {
-        Ok(_) => advice.push(format!(
+    let (path, errno) = match error {
+        OpenError::Open { path, errno } => (path, errno.errno()),
+        OpenError::ApiVersion { path, .. } => (path, 0),
+        _ => return advice,
+    };
+    // The wrong file says nothing about this host.
+    if path != usual && usual.exists() && !matches!(errno, libc::EMFILE | libc::ENFILE) {
+        return vec![format!("there is a {}: use that", usual.display())];
+    }
+    match errno {
+        libc::EACCES | libc::EPERM => advice.push(format!(
             "if it is this user who may not open it: sudo usermod -aG kvm $USER, and log in again \
              (ls -l {} says whose it is)",
-            kvm_path.display()
+            path.display()
         )),
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {}
-        Err(_) if kvm_path != usual && usual.exists() => {
-            advice.push(format!("there is a {}: use that", usual.display()));
-        }
-        Err(_) => advice.push(match (back_end, cpu_flag) {
+        libc::ENOENT => advice.push(match (back_end, cpu_flag) {
             (Some(module), _) => format!(
                 "{module} is loaded: in a container, pass {} in; else sudo modprobe -r {module} \
                  and load it again, and see dmesg",
-                kvm_path.display()
+                usual.display()
             ),
             (None, Some("vmx")) => "the processor has VMX: sudo modprobe kvm_intel".into(),
             (None, Some(_)) => "the processor has SVM: sudo modprobe kvm_amd".into(),
@@ -168,6 +176,8 @@ fn advice(
                              machine runs under"
                 .into(),
         }),
+        // The error says itself what can be done.
+        _ => {}
     }
     advice.push(
         "without KVM, everything runs in the lab, a machine that QEMU emulates: cargo xtask boot, \
@@ -192,21 +202,37 @@ mod tests {
     }
 
     #[test]
-    fn advice_fits_what_was_found_and_always_ends_with_the_lab() {
+    fn advice_fits_what_was_found_and_ends_with_the_lab_where_there_is_no_other_device() {
         let missing = Path::new("/no/such/device");
-        let first = |flag, modules: &[&str]| {
+        let error = |path: &str, errno| OpenError::Open {
+            path: path.into(),
+            errno: kvm_core::Errno::new(errno),
+        };
+        let first = |errno, flag, modules: &[&str]| {
             let modules: Vec<String> = modules.iter().map(|name| (*name).to_owned()).collect();
-            let advice = advice(missing, missing, flag, &modules);
+            let advice = advice(&error("/no/such/device", errno), missing, flag, &modules);
             assert!(advice.last().unwrap().contains("cargo xtask lab"));
             advice[0].clone()
         };
-        assert!(first(Some("vmx"), &["kvm"]).contains("modprobe kvm_intel"));
-        assert!(first(Some("svm"), &[]).contains("modprobe kvm_amd"));
-        assert!(first(Some("svm"), &["kvm", "kvm_amd"]).contains("container"));
-        assert!(first(None, &[]).contains("firmware"));
-        let elsewhere = advice(missing, Path::new("/dev/null"), None, &[]);
-        assert_eq!(elsewhere[0], "there is a /dev/null: use that");
-        let there = advice(Path::new("/dev/null"), missing, None, &[]);
-        assert!(there[0].contains("usermod"));
+        let absent = libc::ENOENT;
+        assert!(first(absent, Some("vmx"), &["kvm"]).contains("modprobe kvm_intel"));
+        assert!(first(absent, Some("svm"), &[]).contains("modprobe kvm_amd"));
+        assert!(first(absent, Some("svm"), &["kvm", "kvm_amd"]).contains("container"));
+        assert!(first(absent, None, &[]).contains("firmware"));
+        assert!(first(libc::EACCES, None, &[]).contains("usermod"));
+        // What has nothing to do with users and modules.
+        for errno in [libc::EMFILE, libc::EBUSY, libc::EIO] {
+            assert!(first(errno, Some("vmx"), &[]).contains("cargo xtask lab"));
+        }
+        // Another file than KVM's, where that is there.
+        let usual = Path::new("/dev/null");
+        let other = OpenError::ApiVersion {
+            path: "/dev/zero".into(),
+            found: -1,
+        };
+        for error in [other, error("/nope", absent), error("/root", libc::EACCES)] {
+            let advice = advice(&error, usual, Some("vmx"), &[]);
+            assert_eq!(advice, ["there is a /dev/null: use that"]);
+        }
     }
 }

@@ -71,6 +71,7 @@ impl Report {
                     "bytes": node.total,
                     "free": node.free,
                 })).collect::<Vec<_>>(),
+                "unread": host.unread,
                 "problem": host.problem,
             },
             "capabilities": self.capabilities.iter().map(|cap| json!({
@@ -121,14 +122,22 @@ impl Report {
     fn show_host(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let host = &self.host;
         writeln!(f, "Host")?;
+        // What is empty for want of a file that could not be read is not said to be none.
+        let none = |words: &'static str| match host.unread {
+            Some(_) => "not read",
+            None => words,
+        };
+        let unread = host.unread.as_deref().unwrap_or_default();
         let seen = match host.cpu_flag {
             Some(flag) => format!("{flag} in /proc/cpuinfo"),
+            // Read first of all, so it is the first that was not.
+            None if unread.starts_with("/proc/cpuinfo") => "not read".into(),
             None => "neither vmx nor svm in /proc/cpuinfo".into(),
         };
         writeln!(f, "  KVM          {} ({seen})", host.kind.name())?;
         writeln!(f, "               {}", host.kind.meaning())?;
         let modules = match host.modules.is_empty() {
-            true => "no module to be seen".into(),
+            true => none("no module to be seen").into(),
             false => host.modules.join(", "),
         };
         writeln!(f, "  kernel       {}; {modules}", host.kernel)?;
@@ -136,7 +145,10 @@ impl Report {
             Ok(features) => writeln!(f, "  userfaultfd  yes, features {features:#x}")?,
             Err(why) => writeln!(f, "  userfaultfd  no: {why}")?,
         }
-        show_memory(&host.memory, f)?;
+        show_memory(&host.memory, none, f)?;
+        if let Some(unread) = &host.unread {
+            writeln!(f, "  not read     {unread}")?;
+        }
         for (index, line) in host.problem.iter().enumerate() {
             writeln!(
                 f,
@@ -185,7 +197,11 @@ impl Report {
 }
 
 /// What guest memory can be made of: what the options of `--memory` would find.
-fn show_memory(memory: &HostMemory, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+fn show_memory(
+    memory: &HostMemory,
+    none: impl Fn(&'static str) -> &'static str,
+    f: &mut fmt::Formatter<'_>,
+) -> fmt::Result {
     let pool = |pool: &Pool| {
         let (size, pages, free) = (pool.page_size, pool.pages, pool.free);
         match pool.reserved {
@@ -199,12 +215,12 @@ fn show_memory(memory: &HostMemory, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         format!("{number} ({free:.1} of {total:.1} GiB free)")
     };
     let joined = |words: Vec<String>| match words.is_empty() {
-        true => "none to be seen".to_owned(),
+        true => none("none to be seen").to_owned(),
         false => words.join(", "),
     };
     let word = |setting: &Option<Setting>| match setting {
         Some(setting) => setting.word.clone(),
-        None => "none".to_owned(),
+        None => none("none").to_owned(),
     };
     let (pools, nodes) = (memory.pools.iter().map(pool), memory.nodes.iter().map(node));
     writeln!(f, "  huge pages   {}", joined(pools.collect()))?;
@@ -252,6 +268,7 @@ mod tests {
                         free: 4 << 30,
                     }],
                 },
+                unread: None,
                 problem: Vec::new(),
             },
             capabilities: vec![Capability {
@@ -299,6 +316,29 @@ mod tests {
             "{text}"
         );
         assert!(text.ends_with("this host is well\n"));
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_not_said_to_be_none() {
+        let mut report = report(Verdict::Ok { micros: 1.0 });
+        report.host.memory = HostMemory::default();
+        assert!(report.to_string().contains("NUMA nodes   none to be seen"));
+        let unread = "/sys/devices/system/node: Too many open files";
+        report.host.unread = Some(unread.to_owned());
+        let text = report.to_string();
+        for line in [
+            "  huge pages   not read\n",
+            "  THP          enabled not read, shmem_enabled not read\n",
+            "  NUMA nodes   not read\n",
+            &format!("  not read     {unread}\n"),
+        ] {
+            assert!(text.contains(line), "{line:?} is not in {text}");
+        }
+        assert!(text.contains("neither vmx nor svm"), "{text}");
+        let json: Value = serde_json::from_str(&report.to_json()).unwrap();
+        assert_eq!(json["host"]["unread"], unread);
+        report.host.unread = Some("/proc/cpuinfo: EMFILE".into());
+        assert!(report.to_string().contains("(not read)"));
     }
 
     #[test]

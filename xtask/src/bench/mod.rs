@@ -5,7 +5,7 @@
 mod boot;
 mod startup;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 
 use crate::failure::{Failure, Result};
 pub(crate) use boot::{RUN_COMMAND, run_command};
@@ -30,7 +30,10 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     while let Some(arg) = parser.next()? {
         match arg {
             Value(word) if what.is_none() => what = Some(word.string()?),
-            Long("runs" | "rounds") => count = Some(parser.value()?.parse::<usize>()?.max(1)),
+            Long(flag @ ("runs" | "rounds")) => {
+                let flag = flag.to_owned();
+                count = Some(times(&flag, &parser.value()?)?);
+            }
             Short('h') | Long("help") => {
                 println!("{USAGE}");
                 return Ok(0);
@@ -45,6 +48,16 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             "cargo xtask bench startup, or cargo xtask bench boot",
         )),
     }
+}
+
+/// How often something is measured: at least once.
+fn times(flag: &str, value: &OsStr) -> Result<usize> {
+    let number = value.to_str().and_then(|text| text.parse().ok());
+    number.filter(|number| *number > 0).ok_or_else(|| {
+        Failure::usage(format!(
+            "--{flag} {value:?}: a whole number is wanted, and at least 1"
+        ))
+    })
 }
 
 /// The middle of some measurements, and the ranks around it that nine tenths and one tenth lie under.
@@ -62,6 +75,17 @@ fn ranks(values: &mut [f64]) -> (f64, f64, f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_is_measured_no_times() {
+        let ask = |value: &str| command(vec!["startup".into(), format!("--runs={value}").into()]);
+        for value in ["0", "x", "", "-1"] {
+            let failure = ask(value).unwrap_err();
+            assert_eq!(failure.status(), crate::failure::STATUS_USAGE);
+            let told = format!("--runs {value:?}: ");
+            assert!(failure.to_string().starts_with(&told), "{failure}");
+        }
+    }
 
     #[test]
     fn the_middle_is_the_middle() {
