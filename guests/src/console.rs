@@ -142,8 +142,7 @@ crate::blob! {
         mov edx, 0x3f8
         mov al, 0x21
         out dx, al
-        mov al, 0x20
-        out 0x20, al
+    ", crate::parts::end_of_interrupt!(), "
         iretq
     3:  .word 0x24f
         .quad 0x30000

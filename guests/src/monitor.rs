@@ -16,8 +16,8 @@ crate::blob! {
 
 crate::blob! {
     /// Says \"ready\" and a newline, and echoes what comes in on COM1 when the port's interrupt
-    /// says so: IRQ 4 through the PIC, vector 0x24, asleep in HLT meanwhile. A `q` ends it with
-    /// debug-exit value 0x10 (status 0x21). The IDT is at 0x30000, the stack below 0x40000.
+    /// says so: GSI 4 through the IOAPIC, vector 0x24, asleep in HLT meanwhile. A `q` ends it
+    /// with debug-exit value 0x10 (status 0x21). Uses memory from 0x30000 to 0x40000.
     echo_irq64, concat!("
     .code64
         mov esp, 0x40000
@@ -49,8 +49,7 @@ crate::blob! {
         jne 5b
         mov al, 0x10
         out 0xf4, al
-    4:  mov al, 0x20
-        out 0x20, al
+    4:  ", crate::parts::end_of_interrupt!(), "
         iretq
     6:  .word 0x24f
         .quad 0x30000

@@ -23,8 +23,10 @@ macro_rules! command_line_number {
 }
 pub(crate) use command_line_number;
 
-/// COM1's interrupt, IRQ 4 through the PIC, as vector 0x24: the IDT at 0x30000 with a gate to the label `$handler`, the
-/// IDT's register from the label `$idtr`, the PIC set up, all other pins masked. Uses `rax`, `rcx` and `rdi`.
+/// COM1's interrupt, GSI 4 through the IOAPIC, as vector 0x24, edge-triggered: the IDT at 0x30000 with a gate to the
+/// label `$handler`, the IDT's register from the label `$idtr`, both APICs mapped by a page directory at 0x32000, the
+/// local one enabled. For a guest whose tables map less than 3 GiB. Uses `rax`, `rcx` and `rdi`; leaves the local
+/// APIC's address in `rbp`, for [`end_of_interrupt`].
 macro_rules! com1_interrupt {
     ($handler:literal, $idtr:literal) => {
         concat!(
@@ -44,18 +46,38 @@ macro_rules! com1_interrupt {
         lidt [rip + ",
             $idtr,
             "]
-        mov al, 0x11
-        out 0x20, al
-        mov al, 0x20
+        mov al, 0xff                        // no pin of a PIC, where there is one
         out 0x21, al
-        mov al, 4
-        out 0x21, al
-        mov al, 1
-        out 0x21, al
-        mov al, 0xef
-        out 0x21, al
+        out 0xa1, al
+        mov rcx, cr3
+        mov rdi, [rcx]
+        and rdi, -4096
+        mov qword ptr [rdi + 24], 0x32003   // the fourth GiB
+        mov edi, 0x32000
+        mov eax, 0xfec0009b                 // 2 MiB each, uncached
+        mov [rdi + 502 * 8], rax
+        mov eax, 0xfee0009b
+        mov [rdi + 503 * 8], rax
+        mov cr3, rcx
+        mov ebp, 0xfee00000
+        mov dword ptr [rbp + 0xf0], 0x1ff
+        mov edi, 0xfec00000
+        mov dword ptr [rdi], 0x19
+        mov dword ptr [rdi + 0x10], 0
+        mov dword ptr [rdi], 0x18
+        mov dword ptr [rdi + 0x10], 0x24
     "
         )
     };
 }
 pub(crate) use com1_interrupt;
+
+/// The end of an interrupt, where [`com1_interrupt`] was.
+macro_rules! end_of_interrupt {
+    () => {
+        "
+        mov dword ptr [rbp + 0xb0], 0
+    "
+    };
+}
+pub(crate) use end_of_interrupt;

@@ -128,9 +128,9 @@ Options:
                              thp=always|never   transparent huge pages [as the host is set]
                              numa=NODE          from this node of the host alone
   --cpus N                 Number of vCPUs, 1 to 255 [1]
-  --irqchip KIND           kernel (PIC, IOAPIC, local APICs), split (local APICs alone: no pin
-                           interrupts yet) or none (one vCPU) [kernel]
-  --pit                    An i8254 timer, for guests that calibrate by it
+  --irqchip KIND           split (local APICs in KVM, the IOAPIC in the monitor, no PIC), kernel (all
+                           three in KVM) or none (one vCPU, no ACPI) [split]
+  --pit                    An i8254 timer, for guests that calibrate by it; with --irqchip kernel
   --coalesce-console=off   Serial output of a guest that polls does not stay in KVM for up to 10 ms,
                            and each byte costs an exit [on]
   --debug-exit[=PORT]      QEMU's isa-debug-exit [0xf4]: the guest writes V there, and the

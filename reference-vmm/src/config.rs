@@ -25,11 +25,11 @@ const MAX_CONFIG_FILE: u64 = 1 << 20;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Irqchip {
-    /// PIC, IOAPIC and local APICs in the kernel: what Linux guests run on for now.
-    #[default]
+    /// PIC, IOAPIC and local APICs in the kernel.
     Kernel,
-    /// Local APICs in the kernel, no pin controller: a guest has MSIs and inter-processor
-    /// interrupts, and the serial port is polled.
+    /// Local APICs in the kernel, the IOAPIC in the monitor, and no PIC: a machine that is made and
+    /// ended without a grace period of KVM's.
+    #[default]
     Split,
     /// No interrupt controller: for bare-metal guests with one purpose.
     None,
@@ -144,7 +144,7 @@ pub enum ConfigError {
 }
 
 impl Config {
-    /// The default machine around `kernel`: 1 vCPU, 256 MiB, in-kernel irqchip, serial console.
+    /// The default machine around `kernel`: 1 vCPU, 256 MiB, split irqchip, serial console.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Config {
             kernel: Some(kernel.into()),

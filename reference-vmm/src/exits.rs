@@ -25,6 +25,7 @@ use vm_device::bus::{MmioAddress, PioAddress};
 use vm_memory::GuestAddress;
 
 use crate::devices::coalesce::{Coalescing, PolledOutput};
+use crate::devices::ioapic::Ioapic;
 use crate::end::{EndSignal, GuestEnd};
 use crate::stats::{ExitCounters, ExitKind};
 use crate::timeline::{Event, timeline};
@@ -34,6 +35,8 @@ pub(crate) struct Shared<P> {
     pub(crate) bus: IoBus,
     pub(crate) memslots: Memslots,
     pub(crate) console: Arc<Coalescing<Arc<VmFd>, P>>,
+    /// The IOAPIC of the split irqchip.
+    pub(crate) ioapic: Option<Arc<Ioapic<Arc<VmFd>>>>,
     pub(crate) end: Arc<EndSignal>,
     /// The vCPUs are being stopped: nobody waits for a deferred answer any more.
     pub(crate) stopping: Arc<AtomicBool>,
@@ -101,6 +104,11 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 let outcome = self.io.mmio_write(MmioAddress(addr.0), data);
                 let outcome = self.settled(outcome, Wait::Write(data))?;
                 self.check_memory(vcpu, addr, outcome, true);
+            }
+            Exit::IoapicEoi { vector } => {
+                if let Some(ioapic) = &self.shared.ioapic {
+                    ioapic.eoi(vector);
+                }
             }
             Exit::Hlt => return Err(Stop::Halted),
             Exit::SystemEvent { kind, .. } => match kind {

@@ -3,7 +3,7 @@
 //! Guest memory: what `--memory` asks for, and the slots that it becomes.
 //!
 //! ```text
-//!   irqchip kernel (ACPI)                  other guests
+//!   with an irqchip (ACPI)                 without
 //!   0        ordinary pages  ┐             0   ┐
 //!   FIRMWARE read-only slot  │ 2 MiB           │ one slot
 //!   1 MiB    the rest        ┘                 ┘

@@ -42,14 +42,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use io_bus::{BusKind, Interrupter, IoBus, IoRange, Registration};
-use irq_routing::{Gsi, IrqSource, Irqchip, IrqchipKind, Pit, Routing};
+use irq_routing::ioapic::{IOAPIC_LEN, SplitIoapic};
+use irq_routing::{Gsi, Irqchip, IrqchipKind, Pit, Routing};
 use kvm_core::arch::x86_64::{
     BootState, CpuidError, CpuidPlan, LongModeTables, TablesError, boot_msrs, gdt,
 };
 use kvm_core::{KickSignal, Kvm, Vcpu, VcpuId, VcpuSet, Vm};
 use kvm_ioctls::VmFd;
 use memslots::{Memslots, Slot};
-use vm_device::bus::{PioAddress, PioRange};
+use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
 use vm_memory::GuestAddress;
 
 use crate::arch::boot::{self, BootConfig, BootError, Image, ImageKind};
@@ -58,7 +59,8 @@ use crate::config::{self, Config};
 use crate::devices::FIXED_PORTS;
 use crate::devices::acpi_power::AcpiPower;
 use crate::devices::coalesce::{Coalescing, PolledOutput};
-use crate::devices::interrupt::Interrupt;
+use crate::devices::interrupt::{Interrupt, Wire};
+use crate::devices::ioapic::Ioapic;
 use crate::devices::power::{DebugExit, I8042, Pvpanic};
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::{ConsoleOut, SerialPort};
@@ -69,8 +71,8 @@ use crate::main_loop::GuestSide;
 use crate::stats::{ExitCounters, Named, Stats};
 
 type Host = Arc<VmFd>;
-type Com1 = SerialPort<Interrupt<IrqSource<Host>>, ConsoleOut>;
-type Power = AcpiPower<Interrupt<IrqSource<Host>>>;
+type Com1 = SerialPort<Interrupt<Wire<Host>>, ConsoleOut>;
+type Power = AcpiPower<Interrupt<Wire<Host>>>;
 
 /// A VM could not be built or started.
 #[derive(Debug, thiserror::Error)]
@@ -209,6 +211,8 @@ struct Parts {
     power: Arc<Power>,
     /// Before the bus: its zone is one of the bus's.
     console: Arc<Coalescing<Host, Com1>>,
+    /// With the split irqchip.
+    ioapic: Option<Arc<Ioapic<Host>>>,
     /// Kept for their drop, which takes the devices off the bus.
     _registrations: Vec<Registration>,
     /// What is on it, by name.
@@ -260,7 +264,7 @@ impl Machine {
             .collect::<Result<Vec<_>, _>>()?;
         let ram = memslots::ram_layout(config.memory.size, layout::MMIO_HOLE)?;
         // A guest without pin interrupts could not use what the tables describe.
-        let acpi = (config.irqchip == config::Irqchip::Kernel)
+        let acpi = (config.irqchip != config::Irqchip::None)
             .then(|| acpi::tables(&acpi::AcpiConfig::new(config.cpus)))
             .transpose()?;
         let plan = boot::plan(
@@ -342,11 +346,21 @@ impl Machine {
             .collect::<Result<Vec<_>, BuildError>>()?;
 
         // 7. Devices.
+        let chip = match config.irqchip {
+            config::Irqchip::Split => Some(SplitIoapic::new(&routing).map_err(|source| {
+                let device = "the IOAPIC";
+                BuildError::Interrupt { device, source }
+            })?),
+            _ => None,
+        };
         let interrupt = |device, gsi| {
-            let gsi = routing
-                .reserve(Gsi(gsi))
-                .map_err(|source| BuildError::Interrupt { device, source })?;
-            Ok::<_, BuildError>(Interrupt::new(device, routing.source(&gsi), end.clone()))
+            let refused = |source| BuildError::Interrupt { device, source };
+            let gsi = routing.reserve(Gsi(gsi)).map_err(refused)?;
+            let wire = match &chip {
+                Some(chip) => Wire::Pin(chip.line(&gsi).map_err(refused)?),
+                None => Wire::Eventfd(routing.source(&gsi)),
+            };
+            Ok::<_, BuildError>(Interrupt::new(device, wire, end.clone()))
         };
         let out = ConsoleOut::new(console, end.clone()).map_err(|source| BuildError::Process {
             what: "duplicate stdout",
@@ -369,7 +383,13 @@ impl Machine {
         });
         let power = Arc::new(Power::new(end.clone(), interrupt("ACPI", layout::GED_GSI)?));
         let bus = IoBus::new();
-        let (registrations, names) = register_devices(&bus, config, &com1, &power, end)?;
+        let (mut registrations, mut names) = register_devices(&bus, config, &com1, &power, end)?;
+        let ioapic = chip.map(|chip| Arc::new(Ioapic::new(chip, end.clone())));
+        if let Some(ioapic) = &ioapic {
+            let (registration, name) = register_ioapic(&bus, ioapic)?;
+            registrations.push(registration);
+            names.push(name);
+        }
         // Only the transmit register; nothing is asked of KVM before a guest writes much.
         let transmit = PioRange::new(PioAddress(layout::COM1_PORT), 1).map(IoRange::from);
         let transmit = transmit.map_err(|_| BuildError::Process {
@@ -384,6 +404,7 @@ impl Machine {
             com1,
             power,
             console,
+            ioapic,
             _registrations: registrations,
             names,
             bus,
@@ -417,6 +438,7 @@ impl Machine {
             bus: parts.bus.clone(),
             memslots: parts.memslots.clone(),
             console: parts.console.clone(),
+            ioapic: parts.ioapic.clone(),
             end: end.clone(),
             stopping: stopping.clone(),
         });
@@ -662,7 +684,8 @@ impl CpuidBase {
             id: vcpu.id(),
             cpus: config.cpus,
             tsc_deadline: self.tsc_deadline,
-            arat: None,
+            // Without a PIT the timer of a sleeping processor is its own.
+            arat: (config.irqchip != config::Irqchip::None).then_some(true),
         };
         let cpuid = plan.apply(self.supported.as_slice())?;
         vcpu.set_cpuid(&cpuid)?;
@@ -784,6 +807,23 @@ fn register_devices(
 }
 
 type Port = Arc<dyn vm_device::DevicePio + Send + Sync>;
+
+fn register_ioapic(
+    bus: &IoBus,
+    ioapic: &Arc<Ioapic<Host>>,
+) -> Result<(Registration, Named), BuildError> {
+    let device = "the IOAPIC";
+    let base = MmioAddress(layout::IOAPIC_ADDR.0);
+    let range = MmioRange::new(base, IOAPIC_LEN).map_err(|_| BuildError::Process {
+        what: "name the IOAPIC's registers",
+        source: io::ErrorKind::InvalidInput.into(),
+    })?;
+    let model: Arc<dyn vm_device::DeviceMmio + Send + Sync> = ioapic.clone();
+    let registration = bus
+        .register_mmio(range, model)
+        .map_err(|source| BuildError::Bus { device, source })?;
+    Ok((registration, (device, BusKind::Mmio, range.into())))
+}
 
 #[cfg(test)]
 mod tests {

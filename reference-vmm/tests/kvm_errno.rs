@@ -209,7 +209,7 @@ fn kvm_rule(call: &Call, errno: i32) -> Allowed {
 #[test]
 fn each_ioctl_of_a_start_may_be_refused() {
     let kernel = elf(boot::hello64());
-    let words = "--debug-exit --cpus 2 --pit --memory 6G";
+    let words = "--debug-exit --cpus 2 --irqchip kernel --pit --memory 6G";
     let scenario = Scenario::new(&kernel, words, b"");
     assert_eq!(scenario.good.stdout, b"hello\n");
     let messages = scenario.refuse(scenario.calls().filter(is_kvm), &ERRNOS, kvm_rule);
@@ -278,14 +278,14 @@ fn a_kvm_run_that_is_refused_for_ever_is_told() {
 #[test]
 fn an_interrupt_that_cannot_be_sent_does_not_leave_the_guest_waiting() {
     let kernel = elf(monitor::echo_irq64());
-    let scenario = Scenario::new(&kernel, "--debug-exit", b"hello q");
-    assert_eq!(scenario.good.stdout, b"ready\nhello q");
-    let how = |call: &&Call| {
-        ["KVM_IRQFD", "KVM_IRQ_LINE", "KVM_IRQ_LINE_STATUS"]
-            .map(Kind::kvm)
-            .contains(&call.kind)
-    };
-    scenario.refuse(scenario.calls().filter(how), &ERRNOS, kvm_rule);
+    for (irqchip, sends) in [("split", "KVM_SIGNAL_MSI"), ("kernel", "KVM_IRQFD")] {
+        let words = format!("--debug-exit --irqchip {irqchip}");
+        let scenario = Scenario::new(&kernel, &words, b"hello q");
+        assert_eq!(scenario.good.stdout, b"ready\nhello q");
+        let how = |call: &&Call| call.kind == Kind::kvm(sends);
+        assert!(scenario.calls().any(|call| how(&call)), "{irqchip}");
+        scenario.refuse(scenario.calls().filter(how), &ERRNOS, kvm_rule);
+    }
 }
 
 #[test]

@@ -59,7 +59,7 @@ const IRQCHIPS: [&str; 4] = [
 fn memory_slots_come_before_whatever_uses_kvms_buses() {
     for words in IRQCHIPS {
         // 6 GiB has two slots, and firmware cuts the first in three: all come first.
-        let firmware = if words.contains("kernel") { 2 } else { 0 };
+        let firmware = if words.contains("none") { 0 } else { 2 };
         for (memory, ranges) in [(" --memory 128M", 1), (" --memory 6G", 2)] {
             let trace = run(&format!("{words}{memory}"));
             let slots = trace.positions("KVM_SET_USER_MEMORY_REGION").len()
@@ -174,29 +174,30 @@ fn a_guest_that_needs_no_interrupt_costs_no_routing_no_irqfd_and_no_ioeventfd() 
 }
 
 #[test]
-fn an_irqfd_is_attached_at_the_first_interrupt_and_no_routes_are_set() {
+fn an_interrupt_costs_no_routes_and_an_irqfd_only_where_kvm_has_the_pin() {
     need_kvm();
     let kernel = elf(monitor::echo_irq64());
-    let args = ["run", "--debug-exit", "--kernel", kernel.to_str().unwrap()];
-    let (reader, writer) = std::io::pipe().unwrap();
-    std::io::Write::write_all(&mut { writer }, b"hello q").unwrap();
-    let trace = trace(&args, Some(reader.into()), &[], WATCHDOG);
-    assert_eq!(trace.status.code(), Some(0x21), "{trace}");
-    assert!(
-        trace.positions("KVM_SET_GSI_ROUTING").is_empty(),
-        "{}",
-        listing(&trace)
-    );
-    assert!(
-        trace.positions("KVM_IOEVENTFD").is_empty(),
-        "{}",
-        listing(&trace)
-    );
-    assert!(
-        trace.positions("KVM_IRQFD").len() <= 1,
-        "{}",
-        listing(&trace)
-    );
+    for (irqchip, irqfds, messages) in [("split", 0..=0, 1..=8), ("kernel", 1..=1, 0..=0)] {
+        let mut args = vec!["run", "--debug-exit", "--irqchip", irqchip, "--kernel"];
+        args.push(kernel.to_str().unwrap());
+        let (reader, writer) = std::io::pipe().unwrap();
+        std::io::Write::write_all(&mut { writer }, b"hello q").unwrap();
+        let trace = trace(&args, Some(reader.into()), &[], WATCHDOG);
+        assert_eq!(trace.status.code(), Some(0x21), "{trace}");
+        let count = |name| trace.positions(name).len();
+        for (name, wanted) in [
+            ("KVM_SET_GSI_ROUTING", 0..=0),
+            ("KVM_IOEVENTFD", 0..=0),
+            ("KVM_IRQFD", irqfds),
+            ("KVM_SIGNAL_MSI", messages),
+        ] {
+            assert!(
+                wanted.contains(&count(name)),
+                "{irqchip}: {name}\n{}",
+                listing(&trace)
+            );
+        }
+    }
 }
 
 #[test]
@@ -243,7 +244,7 @@ fn what_need_not_be_repeated_is_done_once() {
                 // How long the list is, then the list.
                 "KVM_GET_MSR_INDEX_LIST" | "KVM_GET_SUPPORTED_CPUID" => 2,
                 // One a slot.
-                "KVM_SET_USER_MEMORY_REGION" if words.contains("kernel") => 3,
+                "KVM_SET_USER_MEMORY_REGION" if !words.contains("none") => 3,
                 _ => 1,
             };
             assert!(

@@ -78,13 +78,11 @@ fn a_guest_cannot_change_its_firmware() {
 
 #[test]
 fn a_guest_without_firmware_has_plain_memory() {
-    for irqchip in ["split", "none"] {
-        let ended = run("256M", &format!("--irqchip {irqchip}"));
-        ended.expect_status(1).expect_stdout("WW\n");
-        let stats = stats(&ended);
-        assert_eq!(stats["read-only-writes"], 0, "{stats}");
-        assert_eq!(slots(&stats).len(), 1, "{stats}");
-    }
+    let ended = run("256M", "--irqchip none");
+    ended.expect_status(1).expect_stdout("WW\n");
+    let stats = stats(&ended);
+    assert_eq!(stats["read-only-writes"], 0, "{stats}");
+    assert_eq!(slots(&stats).len(), 1, "{stats}");
 }
 
 #[test]
@@ -169,7 +167,7 @@ fn transparent_huge_pages_and_a_numa_node_are_taken() {
         "64M,numa=0",
         "64M,shared,numa=0,prefault",
     ] {
-        let ended = run(memory, "--irqchip split");
+        let ended = run(memory, "--irqchip none");
         // A kernel without transparent huge pages says so.
         if ended.status.code() == Some(1) && ended.stdout.is_empty() {
             assert!(memory.contains("thp=always"), "{ended}");
@@ -289,7 +287,7 @@ fn huge_pages_of_2_mib_serve_all_but_the_first_two_mib() {
         assert_eq!((huge[0].0, huge[0].1), (2 << 20, 30 << 20), "{slots:?}");
         assert_eq!(huge[0].2, backing);
         // No firmware, and so all of it.
-        let ended = run(memory, "--irqchip split");
+        let ended = run(memory, "--irqchip none");
         ended.expect_status(1).expect_stdout("WW\n");
     }
 }

@@ -176,7 +176,7 @@ fn every_kind_of_irqchip_runs_a_guest() {
         "--irqchip none",
         "--irqchip split",
         "--irqchip kernel",
-        "--pit",
+        "--irqchip kernel --pit",
     ] {
         let ended = Vmm::run(&kernel).words(flags).arg("--debug-exit").output();
         ended

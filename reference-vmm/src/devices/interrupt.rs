@@ -5,6 +5,9 @@
 use std::error::Error;
 use std::sync::Arc;
 
+use irq_routing::IrqSource;
+use irq_routing::host::{AttachIrqfd, SetGsiRouting, SignalMsi};
+use irq_routing::ioapic::PinLine;
 use vm_superio::Trigger;
 
 use crate::end::{EndSignal, GuestEnd};
@@ -45,6 +48,26 @@ where
             );
             self.end.tell(GuestEnd::Failed(what));
         })
+    }
+}
+
+/// Where a device's edges go.
+#[derive(Debug)]
+pub enum Wire<H: AttachIrqfd + SetGsiRouting + SignalMsi + Clone> {
+    /// To a controller in KVM, by an irqfd; or nowhere, if there is none.
+    Eventfd(IrqSource<H>),
+    /// To a pin of the IOAPIC in the monitor.
+    Pin(PinLine<H>),
+}
+
+impl<H: AttachIrqfd + SetGsiRouting + SignalMsi + Clone> Trigger for Wire<H> {
+    type E = irq_routing::Error;
+
+    fn trigger(&self) -> Result<(), irq_routing::Error> {
+        match self {
+            Wire::Eventfd(source) => source.trigger(),
+            Wire::Pin(line) => line.pulse().map(drop),
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 pub mod acpi_power;
 pub mod coalesce;
 pub mod interrupt;
+pub mod ioapic;
 pub mod power;
 pub mod rtc;
 pub mod serial;
