@@ -377,18 +377,12 @@ impl Running {
     }
 
     /// Waits for its end. The watchdog kills what is too late, and the test fails.
-    pub fn wait(self) -> Ended {
-        self.wait_or_hang().unwrap_or_else(|hang| panic!("{hang}"))
-    }
-
-    /// Waits for its end; where it does not come in time, kills it and tells where it was.
-    pub fn wait_or_hang(mut self) -> Result<Ended, String> {
+    pub fn wait(mut self) -> Ended {
         let child = self.child.as_ref().expect("running");
-        if ends_before(child.id() as libc::pid_t, self.deadline) {
-            Ok(self.collect())
-        } else {
-            Err(self.give_up("did not end"))
+        if !ends_before(child.id() as libc::pid_t, self.deadline) {
+            self.fail("did not end");
         }
+        self.collect()
     }
 
     fn collect(&mut self) -> Ended {

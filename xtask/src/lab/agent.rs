@@ -12,6 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use super::wire::{Frame, Job, PORT};
 use crate::failure::{Context, Failure, Result};
@@ -27,6 +28,7 @@ pub(crate) fn command() -> Result<i32> {
             .context(|| "the port cannot be shared".into())?,
     ));
     send(&to_host, &Frame::Ready)?;
+    tell_of_life(Arc::clone(&to_host));
     let job = loop {
         match Frame::receive(&mut from_host)
             .context(|| "the host's side of the port is broken".into())?
@@ -49,6 +51,15 @@ pub(crate) fn command() -> Result<i32> {
     loop {
         thread::park(); // the first process must not end
     }
+}
+
+/// So that the host can tell a machine that stands still from a command that is quiet.
+fn tell_of_life(to_host: Port) {
+    thread::spawn(move || {
+        while send(&to_host, &Frame::Alive).is_ok() {
+            thread::sleep(Duration::from_secs(1));
+        }
+    });
 }
 
 fn send(port: &Port, frame: &Frame) -> Result<()> {

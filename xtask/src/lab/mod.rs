@@ -40,6 +40,10 @@ pub(crate) const AGENT_COMMAND: &str = "lab-agent";
 /// The exit status when the time limit has passed, as `timeout` has it.
 pub(crate) const STATUS_TIME_LIMIT: i32 = 124;
 
+/// A machine from which nothing has come for so long stands still: its agent says every second that it runs. (An
+/// emulated machine does so, seldom; with `--icount` its seconds are longer than ours.)
+const SILENCE: Duration = Duration::from_secs(120);
+
 const USAGE: &str = "\
 Runs COMMAND as root in an emulated machine whose /dev/kvm is kvm_amd with nested paging, on the host's own tree
 (read-only under an overlay in memory), in the same folder. Its output comes as it is written; its exit status is
@@ -166,6 +170,7 @@ fn parse_cpus(text: &str) -> Result<u32> {
 /// What reaches the main thread while a command runs.
 enum Event {
     Ready,
+    Alive,
     Exit(i32),
     Lost(io::Error),
 }
@@ -210,8 +215,10 @@ pub(crate) fn run_with(options: &Options, argv: &[OsString], mut sink: Sink) -> 
     let mut to_lab = port;
     let mut raw = None;
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
+        let now = Instant::now();
+        let left = deadline.saturating_duration_since(now).min(SILENCE);
         match happened.recv_timeout(left) {
+            Ok(Event::Alive) => {}
             Ok(Event::Ready) => {
                 let terminal =
                     options.stdin && io::stdin().is_terminal() && io::stdout().is_terminal();
@@ -245,17 +252,21 @@ pub(crate) fn run_with(options: &Options, argv: &[OsString], mut sink: Sink) -> 
             }
             Err(RecvTimeoutError::Timeout) => {
                 drop(raw);
-                let words = machine.last_words(Duration::ZERO);
-                return Err(Failure::new(format!(
-                    "the time limit of {} s has passed (--timeout sets it){}{words}",
-                    options.time_limit.as_secs(),
-                    if words.is_empty() {
-                        ""
-                    } else {
-                        "; the lab's console said last:\n"
-                    },
-                ))
-                .with_status(STATUS_TIME_LIMIT));
+                let mut words = machine.last_words(Duration::ZERO);
+                if !words.is_empty() {
+                    words = format!("; the lab's console said last:\n{words}");
+                }
+                if Instant::now() < deadline {
+                    let silence = SILENCE.as_secs();
+                    let what = format!(
+                        "the lab's machine stands still: nothing came from it for {silence} s{words}"
+                    );
+                    return Err(Failure::new(what));
+                }
+                let limit = options.time_limit.as_secs();
+                let what =
+                    format!("the time limit of {limit} s has passed (--timeout sets it){words}");
+                return Err(Failure::new(what).with_status(STATUS_TIME_LIMIT));
             }
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(Failure::new("the lab's listener ended"));
@@ -277,11 +288,12 @@ fn listen(mut from_lab: UnixStream, sink: &mut Sink, events: &mpsc::Sender<Event
                 continue;
             }
             Ok(Frame::Ready) => Event::Ready,
+            Ok(Frame::Alive) => Event::Alive,
             Ok(Frame::Exit(status)) => Event::Exit(status),
             Ok(_) => continue,
             Err(error) => Event::Lost(error),
         };
-        let last = !matches!(event, Event::Ready);
+        let last = !matches!(event, Event::Ready | Event::Alive);
         if events.send(event).is_err() || last {
             return;
         }

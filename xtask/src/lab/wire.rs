@@ -28,6 +28,8 @@ pub(crate) enum Frame {
     Stderr(Vec<u8>),
     /// Agent: the command's exit status. Nothing follows.
     Exit(i32),
+    /// Agent, every second: the machine runs.
+    Alive,
 }
 
 /// A command and what it runs with.
@@ -53,6 +55,7 @@ impl Frame {
             Frame::Stdout(bytes) => (4, bytes.clone()),
             Frame::Stderr(bytes) => (5, bytes.clone()),
             Frame::Exit(status) => (6, status.to_le_bytes().to_vec()),
+            Frame::Alive => (7, Vec::new()),
         };
         let mut frame = vec![kind];
         frame.extend_from_slice(&u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
@@ -94,6 +97,7 @@ impl Frame {
             6 => Frame::Exit(i32::from_le_bytes(
                 body.try_into().map_err(|_| malformed())?,
             )),
+            7 => Frame::Alive,
             _ => return Err(malformed()),
         })
     }
@@ -172,6 +176,7 @@ mod tests {
             Frame::Window(1, 65535),
             Frame::Stdout(vec![0; 100_000]),
             Frame::Stderr(b"x".to_vec()),
+            Frame::Alive,
             Frame::Exit(-1),
         ];
         let mut bytes = Vec::new();

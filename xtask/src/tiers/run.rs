@@ -43,6 +43,10 @@ pub(crate) struct Outcome {
     pub(crate) seconds: f64,
     /// Why the program did not end as a test harness does.
     pub(crate) trouble: Option<String>,
+    /// The tests that failed.
+    pub(crate) failures: Vec<String>,
+    /// Those that failed in one machine and were run again in the next.
+    pub(crate) again: Vec<String>,
 }
 
 impl Outcome {
@@ -61,6 +65,33 @@ impl Outcome {
             ignored: 0,
             seconds: 0.0,
             trouble: Some(trouble.into()),
+            failures: Vec::new(),
+            again: Vec::new(),
+        }
+    }
+
+    /// What is to be run again of a program that failed: these tests, or (none) all of it.
+    pub(crate) fn left(&self) -> &[String] {
+        match &self.trouble {
+            None if self.failures.len() as u64 == self.failed => &self.failures,
+            _ => &[],
+        }
+    }
+
+    /// This, after what was [`left`](Outcome::left) has been run again.
+    pub(crate) fn followed_by(self, next: Outcome) -> Outcome {
+        let all = self.left().is_empty();
+        let mut again = self.again;
+        again.extend(match all {
+            true => vec!["all of it".to_owned()],
+            false => self.failures,
+        });
+        Outcome {
+            passed: next.passed + if all { 0 } else { self.passed },
+            ignored: self.ignored.max(next.ignored),
+            seconds: self.seconds + next.seconds,
+            again,
+            ..next
         }
     }
 
@@ -68,6 +99,7 @@ impl Outcome {
         json!({
             "tier": self.tier.name(), "place": self.place, "name": self.name, "passed": self.passed,
             "failed": self.failed, "ignored": self.ignored, "seconds": self.seconds, "trouble": self.trouble,
+            "failures": self.failures, "again": self.again,
         })
     }
 
@@ -81,11 +113,18 @@ impl Outcome {
             ignored: value["ignored"].as_u64()?,
             seconds: value["seconds"].as_f64()?,
             trouble: value["trouble"].as_str().map(str::to_owned),
+            failures: strings(&value["failures"]),
+            again: strings(&value["again"]),
         })
     }
 
     /// Takes in a line of a harness's output.
     fn count(&mut self, line: &str) -> bool {
+        if let Some(test) = line.trim().strip_prefix("test ")
+            && let Some(test) = test.strip_suffix(" ... FAILED")
+        {
+            self.failures.push(test.to_owned());
+        }
         let Some(counts) = counts(line) else {
             return false;
         };
@@ -94,6 +133,12 @@ impl Outcome {
         self.ignored += counts[2];
         true
     }
+}
+
+fn strings(list: &Value) -> Vec<String> {
+    let list = list.as_array().into_iter().flatten();
+    list.filter_map(|text| text.as_str().map(str::to_owned))
+        .collect()
 }
 
 /// Passed, failed and ignored of a `test result:` line.
@@ -156,7 +201,7 @@ impl Suite {
 }
 
 /// `io-bus unit tests`, `io-bus kvm_x`.
-fn name_of(program: &Program) -> String {
+pub(crate) fn name_of(program: &Program) -> String {
     match program.kind.as_str() {
         "test" => format!("{} {}", program.package, program.target),
         "bin" => format!("{} unit tests (program)", program.package),
@@ -276,16 +321,17 @@ pub(crate) fn documentation(packages: &[&str]) -> Result<Outcome> {
 pub(crate) struct List(Value);
 
 impl List {
-    pub(crate) fn of(parts: &[(Tier, &[Program])], place: &str) -> List {
-        let mut programs = Vec::new();
-        for (tier, of_tier) in parts {
-            for program in *of_tier {
-                programs.push(json!({
+    /// Of each program these tests; where there are none, all.
+    pub(crate) fn of(tier: Tier, programs: &[(&Program, &[String])], place: &str) -> List {
+        let programs: Vec<_> = programs
+            .iter()
+            .map(|(program, tests)| {
+                json!({
                     "tier": tier.name(), "package": program.package, "dir": program.package_dir,
-                    "target": program.target, "kind": program.kind, "file": program.file,
-                }));
-            }
-        }
+                    "target": program.target, "kind": program.kind, "file": program.file, "tests": tests,
+                })
+            })
+            .collect();
         List(json!({ "place": place, "programs": programs }))
     }
 
@@ -305,13 +351,13 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     let list: Value =
         serde_json::from_str(&text).context(|| format!("{} is no list", file.display()))?;
     let place = list["place"].as_str().unwrap_or("the lab");
-    let programs: Vec<(Tier, Program)> = list["programs"]
+    let programs: Vec<(Tier, Program, Vec<String>)> = list["programs"]
         .as_array()
         .into_iter()
         .flatten()
         .filter_map(program_of)
         .collect();
-    for (index, (tier, program)) in programs.iter().enumerate() {
+    for (index, (tier, program, tests)) in programs.iter().enumerate() {
         let name = name_of(program);
         println!(
             "xtask: [{}/{}] {} tests in {place}: {name}",
@@ -325,6 +371,10 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             // Times are told and never asserted; and so is a guest that had to be started again.
             args.push("--show-output".into());
         }
+        if !tests.is_empty() {
+            args.push("--exact".into());
+            args.extend(tests.iter().cloned());
+        }
         let suite = Suite {
             tier: *tier,
             place: place.into(),
@@ -336,7 +386,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     Ok(0)
 }
 
-fn program_of(value: &Value) -> Option<(Tier, Program)> {
+fn program_of(value: &Value) -> Option<(Tier, Program, Vec<String>)> {
     let text = |key: &str| value[key].as_str().map(str::to_owned);
     let program = Program {
         package: text("package")?,
@@ -346,7 +396,8 @@ fn program_of(value: &Value) -> Option<(Tier, Program)> {
         test: true,
         file: text("file")?.into(),
     };
-    Some((Tier::parse(&text("tier")?).ok()?, program))
+    let tier = Tier::parse(&text("tier")?).ok()?;
+    Some((tier, program, strings(&value["tests"])))
 }
 
 /// Runs the lab's runner: its output is passed on, the outcomes taken out of it.
@@ -403,7 +454,45 @@ mod tests {
     fn an_outcome_survives_the_way_out_of_the_lab() {
         let mut outcome = Outcome::broken(Tier::Kvm, "the lab", "signal 6");
         outcome.seconds = 1.5;
+        outcome.failures = vec!["a::b".into()];
+        outcome.again = vec!["c".into()];
         assert_eq!(Outcome::from_json(&outcome.to_json()), Some(outcome));
+    }
+
+    #[test]
+    fn what_failed_is_known_by_name_and_counts_as_its_second_run_has_it() {
+        let run = |lines: &str| {
+            let mut outcome = Outcome {
+                trouble: None,
+                ..Outcome::broken(Tier::Lab, "the lab", "")
+            };
+            for line in lines.lines() {
+                outcome.count(line);
+            }
+            outcome
+        };
+        let first = run("test a ... ok\ntest b ... FAILED\n\
+             test result: FAILED. 1 passed; 1 failed; 2 ignored; 0 measured");
+        assert_eq!(first.left(), ["b"]);
+        let good = "test b ... ok\ntest result: ok. 1 passed; 0 failed; 0 ignored; 0 measured";
+        let both = first.clone().followed_by(run(good));
+        assert!(both.is_good());
+        assert_eq!((both.passed, both.failed, both.ignored), (2, 0, 2));
+        assert_eq!(both.again, ["b"]);
+        let bad =
+            "test b ... FAILED\ntest result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured";
+        let both = first.clone().followed_by(run(bad));
+        assert_eq!((both.passed, both.failed), (1, 1));
+        // One that was ended is run as a whole, and counts as a whole.
+        let ended = Outcome {
+            trouble: Some("ended by signal 9".into()),
+            ..first
+        };
+        assert!(ended.left().is_empty());
+        let all = "test result: ok. 2 passed; 0 failed; 2 ignored; 0 measured";
+        let both = ended.followed_by(run(all));
+        assert!(both.is_good());
+        assert_eq!((both.passed, both.again.len()), (2, 1));
     }
 
     #[test]

@@ -49,6 +49,15 @@ fn text(outcomes: &[Outcome], waived: &[Tier], total: Duration) -> String {
     for tier in waived {
         text += &format!("{:<6} waived\n", tier.name());
     }
+    for outcome in outcomes.iter().filter(|o| !o.again.is_empty()) {
+        text += &format!(
+            "run again in a new machine: {} ({}, {}): {}\n",
+            outcome.name,
+            outcome.tier.name(),
+            outcome.place,
+            outcome.again.join(" ")
+        );
+    }
     let bad: Vec<_> = outcomes.iter().filter(|o| !o.is_good()).collect();
     for outcome in &bad {
         let why = outcome
