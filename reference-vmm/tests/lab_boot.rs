@@ -142,6 +142,33 @@ pairwise! {
 
 #[test]
 #[ignore = "needs the lab: cargo xtask test"]
+fn linux_has_the_same_interrupts_on_both_irqchips() {
+    let _turn = alone();
+    for kernel in ["vmlinuz-cloud-6.1", "vmlinuz-6.12"] {
+        let pins = ["split", "kernel"].map(|irqchip| {
+            let ended = linux(kernel, "quiet")
+                .args(["--cpus", "2", "--irqchip", irqchip])
+                .output();
+            ended.expect_status(0).expect_silence();
+            no_complaints(&ended);
+            let text = ended.text();
+            let pins = text
+                .lines()
+                .filter_map(|line| line.trim_end().strip_prefix("guest: pin "));
+            pins.map(str::to_owned).collect::<Vec<_>>()
+        });
+        assert_eq!(pins[0], pins[1], "{kernel}");
+        for device in ["4-edge ttyS0", "9-edge ACPI:Ged"] {
+            assert!(
+                pins[0].iter().any(|pin| pin == device),
+                "{kernel}: {pins:?}"
+            );
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs the lab: cargo xtask test"]
 fn reboot_ends_the_monitor_with_status_0() {
     let _turn = alone();
     let ended = linux("vmlinuz-cloud-6.1", "quiet guest.then=reboot").output();

@@ -33,6 +33,7 @@ echo "guest: online $(cat /sys/devices/system/cpu/online)"
 echo "guest: memory $(sed -n 's/^MemTotal: *//p' /proc/meminfo)"
 echo "guest: clocksource $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 echo "guest: cmdline $(cat /proc/cmdline)"
+sed -n 's/.*IO-APIC  *\([^ ]*\)  */guest: pin \1 /p' /proc/interrupts
 read -r up _ </proc/uptime
 echo "guest: uptime $up"
 
