@@ -109,8 +109,8 @@
 //! # Concurrency contract
 //!
 //! - Call [`srcu::prepare`] first thing in `main`, before the process has a second thread. The tables
-//!   are published through `srcu`, which registers the process for `membarrier(2)` once: 0.4 µs while
-//!   there is one thread, 7 to 23 ms later on, in the first [`IoBus::new`].
+//!   are published through `srcu`, which registers the process for `membarrier(2)` once: microseconds
+//!   while there is one thread, 10 ms and more later on, in the first [`IoBus::new`].
 //! - Each thread that dispatches owns a [`Dispatcher`]. An access takes no lock, waits for nobody
 //!   and allocates nothing; two dispatchers share no cache line that either writes. The row that
 //!   answered last for a page (for eight ports) is found again without a search, however many

@@ -95,7 +95,7 @@ A microVM monitor for KVM.
 
 Usage: reference-vmm run --kernel FILE [OPTIONS]
        reference-vmm run --config FILE [OPTIONS]
-       reference-vmm doctor [--json]
+       reference-vmm doctor [--json] [--kvm PATH]
 
 Commands:
   run      Boot a guest with its serial console on this terminal
@@ -106,8 +106,8 @@ Options:
   -V, --version  Show the version
 
 Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor failed;
-2 the arguments or the configuration were wrong, or ask for what this host has not; 3 the guest
-crashed.
+2 the arguments or the configuration were wrong, or ask for what this host has not (huge pages
+that it lacks, for example); 3 the guest crashed; with --debug-exit also what the guest chose.
 ";
 
 /// `reference-vmm run --help`.
@@ -153,16 +153,22 @@ SIGQUIT stop it at once. SIGUSR1 shows where each vCPU is: its registers, on std
 What the guest wrote before its end is waited for; a signal that stops it cuts that short. While
 memory is made present, before the guest starts, SIGTERM also stops it at once.
 
+A guest that only halts is not over: with an irqchip the monitor waits for it until it is stopped.
+Where KVM is a software one (`reference-vmm doctor` says so), a stock Linux shows nothing for many
+minutes, or ends with an internal error of KVM; `cargo xtask boot` boots it in the lab instead.
+
 Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor failed; 2 the
-arguments or the configuration were wrong, or ask for what this host has not; 3 the guest crashed
-(its registers are shown), or said through pvpanic that its kernel panicked.
+arguments or the configuration were wrong, or ask for what this host has not (huge pages that it
+lacks, for example); 3 the guest crashed (its registers are shown), or said through pvpanic that its
+kernel panicked. With --debug-exit the guest chooses an odd one, which may be 1 or 3: statuses 1 and
+3 of the monitor's own come with a line on stderr.
 ";
 
 /// `reference-vmm doctor --help`.
 pub const DOCTOR_HELP: &str = "\
 Say what this host's KVM offers, and try it with a guest of the monitor's own.
 
-Usage: reference-vmm doctor [--json]
+Usage: reference-vmm doctor [--json] [--kvm PATH]
 
 Options:
   --json      One JSON document instead of lines

@@ -307,10 +307,19 @@ pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
             }
         }
         HaltReason::Shutdown => crash(&"triple fault"),
-        HaltReason::InternalError(error) => crash(&error),
+        HaltReason::InternalError(error) => crash(&advised(&error)),
         HaltReason::FailEntry { .. } | HaltReason::Unknown { .. } => crash(&Describe(&reason)),
         other => end.tell(GuestEnd::Failed(format!("vCPU {id}: {}", Describe(&other)))),
     }
+}
+
+/// An internal error of KVM, and what its user can do: most often this KVM interprets guests, and a stock
+/// Linux is beyond it.
+fn advised(error: &dyn std::fmt::Display) -> String {
+    format!(
+        "{error}\n`reference-vmm doctor` says whether this host's KVM is a software one, which interprets guests; a \
+         stock Linux boots in the lab there: `cargo xtask boot`"
+    )
 }
 
 /// Whether these are the registers of a vCPU at its reset vector.
@@ -398,6 +407,15 @@ mod tests {
             assert_eq!(vcpu.join().unwrap(), Outcome::Deferred);
             assert!(completion.is_abandoned());
         });
+    }
+
+    #[test]
+    fn an_internal_error_of_kvm_points_to_the_doctor_and_the_lab() {
+        let text = advised(&"KVM internal error 1");
+        assert!(text.starts_with("KVM internal error 1\n"), "{text}");
+        for needle in ["`reference-vmm doctor`", "`cargo xtask boot`"] {
+            assert!(text.contains(needle), "{text}");
+        }
     }
 
     #[test]

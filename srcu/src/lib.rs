@@ -66,8 +66,9 @@
 //! - Readers execute no fence and no locked instruction. A publication makes one `membarrier(2)` call (a second one if
 //!   it finds a reader inside), which interrupts every CPU that runs a thread of this process at that moment, a vCPU in
 //!   the guest included: one exit for each.
-//! - The process registers for this once, which takes 0.4 µs while it has one thread and a grace period of the kernel
-//!   (7 to 23 ms) later on: call [`prepare`] first thing in `main`, before the first other thread is started.
+//! - The process registers for this once, which takes microseconds while it has one thread and a grace period of the
+//!   kernel (10 ms and more) later on; `examples/prepare.rs` measures both. So call [`prepare`] first thing in `main`,
+//!   before the first other thread is started.
 //! - Where the kernel has no such call or a seccomp filter forbids it, readers and writers pay a fence each, for the
 //!   life of the process; [`Published::with_fences`] has it so by choice. A filter that is installed *later* must let
 //!   `membarrier` pass: a writer that cannot make its readers' barriers happen can not go on soundly, and aborts.
@@ -101,9 +102,9 @@ pub use published::{Guard, Published, Reader, Snapshot};
 /// Makes the barriers of readers free, if the host can (Linux 4.14, and no seccomp filter against `membarrier(2)`);
 /// tells whether they are. The first call decides for the life of the process, the others ask.
 ///
-/// The first [`Published::new`] does it if nobody has. But registering waits for a grace period of the kernel, some
-/// 7 to 23 ms, in a process of several threads, and for nothing (0.4 µs) in one of one: so call it first thing in
-/// `main`, before the first other thread is started.
+/// The first [`Published::new`] does it if nobody has. But registering waits for a grace period of the kernel, 10 ms
+/// and more, in a process of several threads, and for nothing in one of one: so call it first thing in `main`, before
+/// the first other thread is started.
 pub fn prepare() -> bool {
     barrier::Barrier::choose() == barrier::Barrier::Asymmetric
 }

@@ -322,9 +322,9 @@ impl Drop for Area {
             return;
         };
         // SAFETY: mapped by us with this length, unmapped by nobody else, and no slice of it is left: slices borrow
-        // from the region that owns this, and parts of it own it too. No slot refers to it: `Memslots` deletes a slot before it lets go of its
-        // region, and never lets go of one that could not be deleted. No userfaultfd has it: a registration keeps its
-        // mapping.
+        // from the region that owns this, and parts of it own it too. No slot refers to it: `Memslots` deletes a slot
+        // before it lets go of its region, and never lets go of one that could not be deleted. No userfaultfd has it:
+        // a registration keeps its mapping.
         if let Err(errno) = unsafe { system.munmap(*base, *length) } {
             log::error!("munmap of {length:#x} bytes: {errno}");
         }

@@ -184,12 +184,12 @@ impl Backing {
     /// ```
     /// A huge page serves both translations only where the guest address and the offset are congruent modulo its size,
     /// and only a whole one that lies in one slot can be punched, registered with a userfaultfd, or prefaulted. Nothing
-    /// keeps parts of different slots from having bytes in common: each slot has a dirty log, a bitmap and permissions of
-    /// its own, and none hears of what is written through another, or punched: who lets slots have bytes in common
-    /// marks and invalidates them for all. What else can be chosen of a backing is asked for of
-    /// these bytes of the mapping, except for guard pages, which it has or has not. It stays with them when the slot is
-    /// gone; and where one of the calls is refused there is no slot, but what was chosen before it stays as well, for the
-    /// kernel does not tell what was before. None of it changes what the bytes contain.
+    /// keeps parts of different slots from having bytes in common: each slot has a dirty log, a bitmap and permissions
+    /// of its own, and none hears of what is written through another, or punched: who lets slots have bytes in common
+    /// marks and invalidates them for all. What else can be chosen of a backing is asked for of these bytes of the
+    /// mapping, except for guard pages, which it has or has not. It stays with them when the slot is gone; and where one
+    /// of the calls is refused there is no slot, but what was chosen before it stays as well, for the kernel does not
+    /// tell what was before. None of it changes what the bytes contain.
     pub fn part(mapping: &Arc<Mapping>, offset: u64, size: u64) -> Self {
         let mapping = Arc::clone(mapping);
         Self::new(Source::Part { mapping, offset }, size)

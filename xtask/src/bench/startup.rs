@@ -211,10 +211,15 @@ fn peak(argv: &[OsString]) -> Result<Option<u64>> {
     }
 }
 
+/// Two ranks of some measurements, each as a multiple of the floor's own.
+fn of_floor((low, middle): (f64, f64), floor: (f64, f64)) -> String {
+    format!("{:.2}×, {:.2}×", low / floor.0, middle / floor.1)
+}
+
 fn report(contenders: &mut [Contender], vmm: &Path, kvm: &str) -> Result<i32> {
     let ms = |values: &mut Vec<f64>| {
         let (low, middle, high) = ranks(values);
-        (middle, format!("{middle:>7.2} ({low:.2}–{high:.2})"))
+        ((low, middle), format!("{middle:>7.2} ({low:.2}–{high:.2})"))
     };
     println!("{kvm}");
     println!("milliseconds from exec: median (10th–90th percentile)\n");
@@ -222,11 +227,13 @@ fn report(contenders: &mut [Contender], vmm: &Path, kvm: &str) -> Result<i32> {
         "{:<32} {:>22} {:>22} {:>10}",
         "", "first byte", "end", "peak KiB"
     );
-    let mut middles = Vec::new();
+    let mut whole_ranks = Vec::new();
+    let mut first_ranks = Vec::new();
     for contender in contenders.iter_mut() {
         let (first, first_text) = ms(&mut contender.first);
         let (whole, whole_text) = ms(&mut contender.whole);
-        middles.push((first, whole));
+        first_ranks.push(first);
+        whole_ranks.push(whole);
         let first_text = if contender.speaks {
             first_text
         } else {
@@ -238,14 +245,15 @@ fn report(contenders: &mut [Contender], vmm: &Path, kvm: &str) -> Result<i32> {
             contender.name
         );
     }
-    println!();
+    println!("\ntimes its floor: 10th percentile, median\n");
+    println!("{:<32} {:>22} {:>22}", "", "first byte", "end");
     for (index, contender) in contenders.iter().enumerate() {
         if let Some(floor) = contender.floor {
             println!(
-                "{:<32} {:>5.2}× its floor to the first byte, {:>5.2}× to the end",
+                "{:<32} {:>22} {:>22}",
                 contender.name,
-                middles[index].0 / middles[floor].0,
-                middles[index].1 / middles[floor].1
+                of_floor(first_ranks[index], first_ranks[floor]),
+                of_floor(whole_ranks[index], whole_ranks[floor])
             );
         }
     }
@@ -254,4 +262,14 @@ fn report(contenders: &mut [Contender], vmm: &Path, kvm: &str) -> Result<i32> {
         .len();
     say(format!("{} has {} KiB", vmm.display(), size / 1024));
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_rank_is_held_against_the_floors_own() {
+        assert_eq!(of_floor((3.0, 5.0), (2.0, 10.0)), "1.50×, 0.50×");
+    }
 }
