@@ -194,7 +194,7 @@
 //!
 //! # Concurrency contract
 //! - Call `srcu::prepare` first thing in `main`, before the first other thread: what publishes the table registers the
-//!   process for `membarrier(2)` once, in 0.4 µs while there is one thread, in 7 to 23 ms later on.
+//!   process for `membarrier(2)` once, in microseconds while there is one thread, in milliseconds later on.
 //! - Changes to one [`Memslots`] exclude each other; each may wait some milliseconds for KVM (a grace period there).
 //! - Readers wait for none of them. [`Memslots::reader`] is the vCPU threads' way and takes no lock;
 //!   [`GuestRam::memory`](vm_memory::GuestAddressSpace::memory) and [`Memslots::snapshot`] take one for the cloning of

@@ -26,9 +26,10 @@
 //!    ([`memory`](crate::memory)): where there are ACPI tables, for elsewhere there is no firmware.
 //! 5. **The irqchip** before the first vCPU, as KVM demands it.
 //! 6. **vCPUs**, their CPUID, MSRs and registers.
-//! 7. **Devices**, which are user-space tables: no call to KVM. Their interrupts are irqfds that are
-//!    attached when they are first raised; no routing table is committed as long as it is KVM's
-//!    default. An ioeventfd would come here or later: with one, the VM's end waits as well. So does
+//! 7. **Devices**, which are user-space tables: no call to KVM. The split irqchip's IOAPIC is one of
+//!    them, and its edges are messages (`KVM_SIGNAL_MSI`), for which KVM waits for nothing. With the
+//!    in-kernel one interrupts are irqfds that are attached when they are first raised. In neither is
+//!    a routing table committed as long as no level-triggered pin is raised. An ioeventfd would come here or later: with one, the VM's end waits as well. So does
 //!    it with a coalesced zone, which comes when a guest has written much
 //!    ([`coalesce`](crate::devices::coalesce)).
 //!

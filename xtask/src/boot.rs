@@ -88,7 +88,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
                 passed_on.extend(parser.raw_args()?);
             }
             Short('h') | Long("help") => {
-                println!("{USAGE}");
+                crate::ui::show(USAGE);
                 return Ok(0);
             }
             other => return Err(other.unexpected().into()),

@@ -105,7 +105,7 @@ Usage: cargo xtask build";
 pub(crate) fn build_command(args: &[OsString]) -> Result<i32> {
     if let Some(arg) = args.first() {
         if arg == "--help" || arg == "-h" {
-            println!("{BUILD_USAGE}");
+            crate::ui::show(BUILD_USAGE);
             return Ok(0);
         }
         return Err(Failure::usage(format!("build takes no {}", arg.display())));

@@ -59,7 +59,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     if let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => {
-                println!("{USAGE}");
+                crate::ui::show(USAGE);
                 return Ok(0);
             }
             other => return Err(other.unexpected().into()),

@@ -58,7 +58,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             Long("seconds") => seconds = parser.value()?.parse()?,
             Long("list") => list = true,
             Short('h') | Long("help") => {
-                println!("{USAGE}");
+                crate::ui::show(USAGE);
                 return Ok(0);
             }
             Value(name) => names.push(name.string()?),

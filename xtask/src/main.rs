@@ -57,7 +57,7 @@ fn main() {
         Some("lab") => lab::command(rest),
         Some(lab::AGENT_COMMAND) => lab::agent::command(),
         None | Some("help" | "--help" | "-h") => {
-            println!("{USAGE}");
+            crate::ui::show(USAGE);
             Ok(0)
         }
         Some(_) => Err(Failure::usage(format!(

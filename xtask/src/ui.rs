@@ -2,7 +2,13 @@
 
 //! Progress on stderr, so that stdout stays the output of what was run.
 
+use std::io::{self, Write};
 use std::time::Instant;
+
+/// A text on stdout, for as much of which there is a reader.
+pub(crate) fn show(text: &str) {
+    let _ = writeln!(io::stdout(), "{text}");
+}
 
 /// One line about a step that has begun.
 pub(crate) fn say(text: impl AsRef<str>) {

@@ -35,7 +35,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
                 count = Some(times(&flag, &parser.value()?)?);
             }
             Short('h') | Long("help") => {
-                println!("{USAGE}");
+                crate::ui::show(USAGE);
                 return Ok(0);
             }
             other => return Err(other.unexpected().into()),

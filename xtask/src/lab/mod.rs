@@ -125,7 +125,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             Long("monitor") => options.monitor = Some(parser.value()?.string()?),
             Long("refresh") => options.refresh = true,
             Short('h') | Long("help") => {
-                println!("{USAGE}");
+                crate::ui::show(USAGE);
                 return Ok(0);
             }
             Value(word) => {
