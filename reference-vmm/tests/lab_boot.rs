@@ -32,7 +32,7 @@ fn lab_file(name: &str) -> PathBuf {
     path
 }
 
-/// Guests of several vCPUs on a lab of two: one at a time, or they wait for each other's spinlocks.
+/// Guests of several vCPUs on a lab of one CPU: one at a time, or they wait for each other's spinlocks.
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)

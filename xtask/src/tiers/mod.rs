@@ -12,6 +12,7 @@ use std::env;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::assets::Assets;
@@ -321,7 +322,6 @@ fn in_lab(
     let options = lab::Options {
         kernel: wanted.kernel,
         memory_mib: 4096,
-        cpus: 1,
         time_limit: Duration::from_secs(if env::var_os("LONG_TESTS").is_some() {
             4 * 3600
         } else {
@@ -332,14 +332,23 @@ fn in_lab(
         cwd: Some(host::workspace()),
         ..lab::Options::default()
     };
-    // A machine each: what a tier leaves behind in its machine is no other tier's.
-    let mut all = Vec::new();
-    for (tier, programs) in [(Tier::Kvm, kvm), (Tier::Lab, lab)] {
-        if !programs.is_empty() {
-            all.extend(in_machines(tier, programs, &place, &options)?);
-        }
+    // A machine each, of one CPU each, side by side: what a tier leaves behind in its machine is no other tier's.
+    if kvm.is_empty() || lab.is_empty() {
+        let (tier, programs) = match kvm.is_empty() {
+            true => (Tier::Lab, lab),
+            false => (Tier::Kvm, kvm),
+        };
+        return in_machines(tier, programs, &place, "", &options);
     }
-    Ok(all)
+    thread::scope(|scope| {
+        let lab = scope.spawn(|| in_machines(Tier::Lab, lab, &place, "lab | ", &options));
+        let mut all = in_machines(Tier::Kvm, kvm, &place, "kvm | ", &options)?;
+        match lab.join() {
+            Ok(outcomes) => all.extend(outcomes?),
+            Err(_) => return Err(Failure::new("the lab tier's thread panicked")),
+        }
+        Ok(all)
+    })
 }
 
 /// How many machines a tier may take in the lab.
@@ -355,9 +364,10 @@ fn in_machines(
     tier: Tier,
     programs: &[Program],
     place: &str,
+    label: &'static str,
     options: &lab::Options,
 ) -> Result<Vec<Outcome>> {
-    let file = list_file()?;
+    let file = list_file(tier)?;
     let mut done: Vec<Option<Outcome>> = vec![None; programs.len()];
     let mut trouble = None;
     for machine in 0..MACHINES {
@@ -368,7 +378,7 @@ fn in_machines(
             break;
         }
         if machine == 0 {
-            say(format!("{} test programs in {place} …", left.len()));
+            say(format!("{label}{} test programs in {place} …", left.len()));
         } else {
             say(format!(
                 "FAILED in {place}, and run again in a new machine:"
@@ -394,7 +404,7 @@ fn in_machines(
             .into_iter()
             .chain([list.clone().into_os_string()])
             .collect();
-        let (outcomes, status) = run::collect(options, &argv);
+        let (outcomes, status) = run::collect(options, &argv, label);
         let _ = fs::remove_file(&list);
         // They come in the list's order; the machine may have ended before the last.
         for (index, outcome) in left.iter().zip(outcomes) {
@@ -422,10 +432,11 @@ fn in_machines(
 }
 
 /// Where the list of programs is put for the lab to read: a name of this process's own.
-fn list_file() -> Result<PathBuf> {
+fn list_file(tier: Tier) -> Result<PathBuf> {
     let dir = host::workspace().join("target/xtask");
     fs::create_dir_all(&dir).context(|| format!("{} cannot be made", dir.display()))?;
-    Ok(dir.join(format!("lab-tests-{}.json", std::process::id())))
+    let name = format!("lab-tests-{}-{}.json", tier.name(), std::process::id());
+    Ok(dir.join(name))
 }
 
 #[cfg(test)]

@@ -365,7 +365,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             programs.len(),
             tier.name()
         );
-        // One at a time: two emulated CPUs and a few GiB are all there is.
+        // One at a time: an emulated CPU and a few GiB are all there is.
         let mut args = vec!["--include-ignored".into(), "--test-threads=1".into()];
         if *tier == Tier::Lab {
             // Times are told and never asserted; and so is a guest that had to be started again.
@@ -400,8 +400,12 @@ fn program_of(value: &Value) -> Option<(Tier, Program, Vec<String>)> {
     Some((tier, program, strings(&value["tests"])))
 }
 
-/// Runs the lab's runner: its output is passed on, the outcomes taken out of it.
-pub(crate) fn collect(options: &lab::Options, argv: &[OsString]) -> (Vec<Outcome>, Result<i32>) {
+/// Runs the lab's runner: its output is passed on, each line behind `label`, the outcomes taken out of it.
+pub(crate) fn collect(
+    options: &lab::Options,
+    argv: &[OsString],
+    label: &'static str,
+) -> (Vec<Outcome>, Result<i32>) {
     let outcomes = Arc::new(Mutex::new(Vec::new()));
     let noted = Arc::clone(&outcomes);
     let mut partial = Vec::new();
@@ -425,7 +429,10 @@ pub(crate) fn collect(options: &lab::Options, argv: &[OsString]) -> (Vec<Outcome
                     .push(outcome),
                 None => {
                     let mut out = io::stdout().lock();
-                    let _ = out.write_all(&line).and_then(|()| out.flush());
+                    let _ = out
+                        .write_all(label.as_bytes())
+                        .and_then(|()| out.write_all(&line))
+                        .and_then(|()| out.flush());
                 }
             }
         }
