@@ -49,3 +49,38 @@ impl<H: SetGsiRouting + SignalMsi + Clone> DeviceMmio for Ioapic<H> {
         self.check();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use irq_routing::fake::FakeHost;
+    use irq_routing::ioapic::IOAPIC_BASE;
+    use irq_routing::{Gsi, IrqchipKind, Routing};
+
+    #[test]
+    fn what_the_host_refuses_the_chip_ends_the_guest() {
+        let (host, irqchip) = FakeHost::with_irqchip(IrqchipKind::Split { pins: 24 });
+        let host = Arc::new(host);
+        let routing = Routing::new(host.clone(), &irqchip);
+        let chip = SplitIoapic::new(&routing).unwrap();
+        let line = chip.line(&routing.reserve(Gsi(9)).unwrap()).unwrap();
+        let end = Arc::new(EndSignal::new().unwrap());
+        let ioapic = Ioapic::new(chip, end.clone());
+        // Pin 9: level-triggered, vector 0x31.
+        for (offset, value) in [(0, 0x10 + 2 * 9), (0x10, 0x8031_u32)] {
+            ioapic.mmio_write(MmioAddress(IOAPIC_BASE), offset, &value.to_le_bytes());
+        }
+        line.set(true).unwrap();
+        assert!(!end.is_told());
+        // It is still up at its EOI, and is sent again.
+        host.fail_after(0, libc::ENOMEM);
+        ioapic.eoi(0x31);
+        let Some(GuestEnd::Failed(what)) = end.get() else {
+            panic!("{:?}", end.get())
+        };
+        assert!(
+            what.contains("IOAPIC") && what.contains("os error 12"),
+            "{what}"
+        );
+    }
+}
