@@ -12,12 +12,18 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::gsi::Gsi;
-use crate::host::{AttachIrqfd, CreateIrqchip, Errno, SetGsiRouting, SetIrqLine, SignalMsi};
-use crate::irqchip::{Irqchip, IrqchipKind, Pit};
+use crate::host::{
+    AccessIrqchip, AttachIrqfd, CreateIrqchip, Errno, SetGsiRouting, SetIrqLine, SignalMsi,
+};
+use crate::ioapic::IoapicState;
+use crate::irqchip::{
+    Irqchip, IrqchipKind, IrqchipPart, KernelIrqchipState, PicState, Pit, PitState,
+};
 use crate::route::Msi;
 use crate::rules::Rules;
 use crate::table::Table;
 
+const ENXIO: i32 = 6;
 const EEXIST: i32 = 17;
 const EINVAL: i32 = 22;
 const EBUSY: i32 = 16;
@@ -32,6 +38,10 @@ pub enum Call {
     CreatePit2,
     /// `KVM_CAP_SPLIT_IRQCHIP`.
     CreateSplitIrqchip,
+    /// `KVM_GET_IRQCHIP` or `KVM_GET_PIT2`.
+    GetState(IrqchipPart),
+    /// `KVM_SET_IRQCHIP` or `KVM_SET_PIT2`.
+    SetState(IrqchipPart),
     /// `KVM_SET_GSI_ROUTING` with this many entries.
     SetGsiRouting(usize),
     /// `KVM_IRQFD`.
@@ -49,6 +59,8 @@ pub enum Call {
 pub struct FakeVm {
     /// The controllers made.
     pub irqchip: IrqchipKind,
+    /// What they know, if they are in the kernel.
+    pub chips: KernelIrqchipState,
     /// The table.
     pub table: Table,
     /// The attached eventfds, by descriptor, and the GSI of each.
@@ -150,6 +162,19 @@ impl FakeHost {
         }
     }
 
+    fn chips(&self, call: Call) -> Result<MutexGuard<'_, State>, Errno> {
+        let state = self.call(call)?;
+        let (Call::GetState(part) | Call::SetState(part)) = call else {
+            return Ok(state);
+        };
+        match state.vm.irqchip {
+            IrqchipKind::Kernel { pit } if part != IrqchipPart::Pit || pit != Pit::Absent => {
+                Ok(state)
+            }
+            _ => Err(Errno::new(ENXIO)),
+        }
+    }
+
     fn make(&self, call: Call, kind: IrqchipKind) -> Result<(), Errno> {
         let mut state = self.call(call)?;
         if state.vm.irqchip != IrqchipKind::None {
@@ -200,6 +225,47 @@ impl CreateIrqchip for FakeHost {
 
     fn create_split_irqchip(&self, pins: u32) -> Result<(), Errno> {
         self.make(Call::CreateSplitIrqchip, IrqchipKind::Split { pins })
+    }
+}
+
+const PICS: [IrqchipPart; 2] = [IrqchipPart::FirstPic, IrqchipPart::SecondPic];
+
+fn pic_part(pic: usize) -> Result<IrqchipPart, Errno> {
+    PICS.get(pic).copied().ok_or(Errno::new(ENXIO))
+}
+
+impl AccessIrqchip for FakeHost {
+    fn pic(&self, pic: usize) -> Result<PicState, Errno> {
+        let call = Call::GetState(pic_part(pic)?);
+        Ok(self.chips(call)?.vm.chips.pics[pic])
+    }
+
+    fn set_pic(&self, pic: usize, state: &PicState) -> Result<(), Errno> {
+        let call = Call::SetState(pic_part(pic)?);
+        self.chips(call)?.vm.chips.pics[pic] = *state;
+        Ok(())
+    }
+
+    fn ioapic(&self) -> Result<IoapicState, Errno> {
+        let call = Call::GetState(IrqchipPart::Ioapic);
+        Ok(self.chips(call)?.vm.chips.ioapic)
+    }
+
+    fn set_ioapic(&self, state: &IoapicState) -> Result<(), Errno> {
+        let call = Call::SetState(IrqchipPart::Ioapic);
+        self.chips(call)?.vm.chips.ioapic = *state;
+        Ok(())
+    }
+
+    fn pit(&self) -> Result<PitState, Errno> {
+        let call = Call::GetState(IrqchipPart::Pit);
+        Ok(self.chips(call)?.vm.chips.pit.unwrap_or_default())
+    }
+
+    fn set_pit(&self, state: &PitState) -> Result<(), Errno> {
+        let call = Call::SetState(IrqchipPart::Pit);
+        self.chips(call)?.vm.chips.pit = Some(*state);
+        Ok(())
     }
 }
 

@@ -189,8 +189,13 @@
 //! irqchip has its [`IoapicState`](ioapic::IoapicState) (serde with the feature `with-serde`), which
 //! [`kvm::abi`] turns into `kvm_ioapic_state` and back: the routes of its pins come from there and
 //! need not be saved. The order is restore, lines, local APICs,
-//! [`redeliver`](ioapic::SplitIoapic::redeliver), vCPUs. The state of the in-kernel PICs, IOAPIC and
-//! timer is planned.
+//! [`redeliver`](ioapic::SplitIoapic::redeliver), vCPUs.
+//!
+//! The PICs, the IOAPIC and the timer of the in-kernel irqchip have theirs by [`Irqchip::state`] and
+//! [`Irqchip::restore`]: an [`IrqchipState`], plain data again. There the order is table, local
+//! APICs, restore, lines, vCPUs: KVM's IOAPIC sends at once what is pending. As both IOAPICs have
+//! one state, a guest that uses no PIC and no timer can move from either kind of irqchip to the
+//! other.
 //!
 //! # Limits
 //!
@@ -232,7 +237,10 @@ mod table;
 pub use error::Error;
 pub use gsi::{Gsi, GsiPool};
 pub use host::Errno;
-pub use irqchip::{Irqchip, IrqchipError, IrqchipKind, Pit};
+pub use irqchip::{
+    Irqchip, IrqchipError, IrqchipKind, IrqchipPart, IrqchipState, IrqchipStateError,
+    KernelIrqchipState, PicState, Pit, PitChannelState, PitState,
+};
 pub use irqfd::{DetachedIrqfd, Irqfd};
 pub use line::{Arrival, LevelSource, Line};
 pub use route::{Chip, ChipPin, Entry, HvSint, Msi, Route, S390Adapter, XenEvtchn};
