@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A host for tests: it remembers what it was asked, keeps what a VM would keep, and fails on
-//! demand.
+//! A host for tests: it remembers what it was asked, keeps what a VM would keep, and fails or stands
+//! still on demand.
 
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -82,6 +82,66 @@ struct State {
     limit: u32,
     status: i32,
     fail: Option<(usize, i32)>,
+    hold: Option<Arc<Gate>>,
+}
+
+#[derive(Debug, Default)]
+struct Gate {
+    place: Mutex<Place>,
+    moved: Condvar,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Place {
+    /// No call has come.
+    #[default]
+    Outside,
+    /// One stands still.
+    Inside,
+    /// Whoever comes may pass.
+    Open,
+}
+
+impl Gate {
+    fn move_to(&self, place: Place) {
+        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = place;
+        self.moved.notify_all();
+    }
+
+    fn wait_for(&self, place: Place) {
+        let mut now = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        while *now < place {
+            now = self.moved.wait(now).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn pass(&self) {
+        let mut now = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        if *now == Place::Outside {
+            *now = Place::Inside;
+            self.moved.notify_all();
+        }
+        drop(now);
+        self.wait_for(Place::Open);
+    }
+}
+
+/// One call to a [`FakeHost`] that is to stand still, as if it waited for a grace period. Dropped,
+/// it lets the call go on.
+#[derive(Debug)]
+pub struct Hold(Arc<Gate>);
+
+impl Hold {
+    /// Waits until the call is there.
+    pub fn entered(&self) {
+        self.0.wait_for(Place::Inside);
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.move_to(Place::Open);
+    }
 }
 
 impl Default for FakeHost {
@@ -92,6 +152,7 @@ impl Default for FakeHost {
             limit: 4096,
             status: 1,
             fail: None,
+            hold: None,
         };
         Self {
             state: Mutex::new(state),
@@ -132,6 +193,13 @@ impl FakeHost {
         self.state().fail = Some((skip, errno));
     }
 
+    /// Lets the next call stand still, and no other.
+    pub fn hold_next(&self) -> Hold {
+        let gate = Arc::new(Gate::default());
+        self.state().hold = Some(Arc::clone(&gate));
+        Hold(gate)
+    }
+
     /// The calls since the last time, those that failed among them.
     pub fn take_calls(&self) -> Vec<Call> {
         std::mem::take(&mut self.state().calls)
@@ -149,6 +217,11 @@ impl FakeHost {
     fn call(&self, call: Call) -> Result<MutexGuard<'_, State>, Errno> {
         let mut state = self.state();
         state.calls.push(call);
+        if let Some(gate) = state.hold.take() {
+            drop(state);
+            gate.pass();
+            state = self.state();
+        }
         match state.fail {
             Some((0, errno)) => {
                 state.fail = None;

@@ -27,6 +27,7 @@ use crate::irqchip::{Irqchip, IrqchipKind};
 use crate::route::{ChipPin, Msi, Route};
 use crate::rules::{IOAPIC_PINS, Rules};
 use crate::table::Table;
+use crate::wait::Wait;
 
 /// The owner of a VM's routing table (`kvm->irq_routing`). Clones are the same table.
 ///
@@ -176,6 +177,17 @@ impl<H: SetGsiRouting> Routing<H> {
         Ok(())
     }
 
+    /// The committed table, if KVM's route for this GSI is the wanted one. Never waits.
+    pub(crate) fn try_settled(&self, gsi: Gsi) -> Result<Arc<Table>, Error> {
+        let writer = Wait::Never.lock(&self.shared.writer)?;
+        let committed = Wait::Never.lock(&self.shared.committed)?;
+        if writer.wanted.agrees_on(&committed, gsi) {
+            Ok(Arc::clone(&committed))
+        } else {
+            Err(Error::WouldBlock)
+        }
+    }
+
     fn set_pin(&self, writer: &mut Writer, pin: Gsi, route: Option<Msi>) -> Result<(), Error> {
         let route = route.map(Route::Msi);
         if writer.wanted.map_gsi(pin).eq(route) && writer.default.map_gsi(pin).eq(route) {
@@ -196,7 +208,7 @@ impl<H: SetGsiRouting> Routing<H> {
         Ok(())
     }
 
-    fn raisable(&self, gsi: &GsiHandle) -> Result<(), Error> {
+    pub(crate) fn raisable(&self, gsi: &GsiHandle) -> Result<(), Error> {
         self.own(gsi)?;
         match self.irqchip() {
             IrqchipKind::None => Err(Error::NoIrqchip),
