@@ -344,8 +344,8 @@ impl Shared {
 
 /// A GSI that is someone's. Clones share it (several devices on one level-triggered pin do); so do
 /// the irqfds and lines made from it. When the last is dropped the number is free again and its
-/// route the irqchip's default; that asks nothing of the kernel, but may wait for a commit that is
-/// under way.
+/// route the irqchip's default (or none, where others have filled the table meanwhile); that asks
+/// nothing of the kernel, but may wait for a commit that is under way.
 #[derive(Clone, Debug)]
 pub struct GsiHandle {
     lease: Arc<Lease>,
@@ -375,7 +375,13 @@ impl Drop for Lease {
         } = &mut *writer;
         pool.free(self.gsi);
         if !wanted.agrees_on(default, self.gsi) {
-            Arc::make_mut(wanted).copy_from(default, self.gsi);
+            let wanted = Arc::make_mut(wanted);
+            let rules = &self.shared.rules;
+            if wanted.copy_within(rules, default, self.gsi).is_err() {
+                // Others took the room of its default routes, and a table that is too full could
+                // never be committed.
+                wanted.clear(self.gsi);
+            }
         }
     }
 }
@@ -488,7 +494,7 @@ impl Edit {
                 table.insert(rules, crate::route::Entry { gsi, route })?;
             }
             Edit::Unroute => table.clear(gsi),
-            Edit::Reset => table.copy_from(default, gsi),
+            Edit::Reset => table.copy_within(rules, default, gsi)?,
         }
         Ok(())
     }
