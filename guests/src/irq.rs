@@ -132,6 +132,67 @@ crate::blob! {
     ")
 }
 
+/// Where [`counter`] counts: 32 bits a vector, at `COUNTS + 4 * vector`.
+pub const COUNTS: u64 = 0x9000;
+/// The first vector that [`counter`] counts.
+pub const COUNTED: u8 = 0x50;
+/// The first that it does not count any more but reports at [`VECTOR`].
+pub const REPORTED: u8 = 0x5f;
+
+crate::blob! {
+    /// As [`apic`], but it counts its vectors, [`COUNTED`] to below [`REPORTED`], in memory and sleeps in HLT meanwhile,
+    /// so that it needs no exit. A vector is counted before its EOI. Programs the IOAPIC: pin 20 edge-triggered as
+    /// vector 0x50, pin 21 level-triggered as 0x51, pins that lead to no PIC. Uses memory below 0xa000.
+    counter, "
+    .code32
+        mov esp, 0x8000
+        lgdt [0x1200]
+        lidt [0x1208]
+        mov edi, 0x2000 + 0x50 * 8
+        mov eax, 0x00081240
+    3:  mov [edi], eax
+        mov dword ptr [edi + 4], 0x8e00
+        add eax, 32
+        add edi, 8
+        cmp edi, 0x2000 + 0x60 * 8
+        jne 3b
+        mov dword ptr [0xfee000f0], 0x1ff
+        mov dword ptr [0xfec00000], 0x39    // pin 20, destination
+        mov dword ptr [0xfec00010], 0
+        mov dword ptr [0xfec00000], 0x38
+        mov dword ptr [0xfec00010], 0x50
+        mov dword ptr [0xfec00000], 0x3b    // pin 21
+        mov dword ptr [0xfec00010], 0
+        mov dword ptr [0xfec00000], 0x3a
+        mov dword ptr [0xfec00010], 0x8051
+        out 0x80, al
+    2:  sti
+        hlt
+        jmp 2b
+    .balign 512
+        .word 0x17              // GDTR
+        .long 0x1210
+        .word 0
+        .word 0x7ff             // IDTR
+        .long 0x2000
+        .word 0
+        .quad 0, 0x00cf9b000000ffff, 0x00cf93000000ffff
+    .balign 64
+    .irp vector, 0x50, 0x51, 0x52, 0x53, 0x54, 0x55, 0x56, 0x57, 0x58, 0x59, 0x5a, 0x5b, 0x5c, 0x5d, 0x5e
+    .balign 32
+        inc dword ptr [0x9000 + \\vector * 4]
+        mov dword ptr [0xfee000b0], 0       // EOI
+        jmp 4f
+    .endr
+    .balign 32
+        mov al, 0x5f
+        out 0x81, al
+        mov dword ptr [0xfee000b0], 0
+    4:  mov esp, 0x8000
+        jmp 2b
+    "
+}
+
 /// Where [`accessor`] asks what to do, three times: the address, the value, and the width in bytes
 /// of a write, or of a read plus [`READ`].
 pub const ASK: u16 = 0x83;

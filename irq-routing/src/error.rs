@@ -19,6 +19,13 @@ use crate::rules::{IOAPIC_PINS, RouteError};
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A `try_` call would have had to wait for a lock, or for a grace period of the kernel's. The
+    /// form without `try_` does so.
+    #[error("this cannot be done now without waiting")]
+    WouldBlock,
+    /// The GSI goes to a pin or elsewhere, where a message was wanted.
+    #[error("{0} is not routed to a message")]
+    NoMessage(Gsi),
     /// The VM has no irqchip in the kernel (`IrqchipKind::None`): nothing can be raised.
     #[error("the VM has no irqchip in the kernel, nothing can raise an interrupt")]
     NoIrqchip,

@@ -1,23 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A host for tests: it remembers what it was asked, keeps what a VM would keep, and fails on
-//! demand.
+//! A host for tests: it remembers what it was asked, keeps what a VM would keep, and fails or stands
+//! still on demand.
 
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::gsi::Gsi;
-use crate::host::{AttachIrqfd, CreateIrqchip, Errno, SetGsiRouting, SetIrqLine, SignalMsi};
-use crate::irqchip::{Irqchip, IrqchipKind, Pit};
+use crate::host::{
+    AccessIrqchip, AttachIrqfd, CreateIrqchip, Errno, SetGsiRouting, SetIrqLine, SignalMsi,
+};
+use crate::ioapic::IoapicState;
+use crate::irqchip::{
+    Irqchip, IrqchipKind, IrqchipPart, KernelIrqchipState, PicState, Pit, PitState,
+};
 use crate::route::Msi;
 use crate::rules::Rules;
 use crate::table::Table;
 
+const ENXIO: i32 = 6;
 const EEXIST: i32 = 17;
 const EINVAL: i32 = 22;
 const EBUSY: i32 = 16;
@@ -32,6 +38,10 @@ pub enum Call {
     CreatePit2,
     /// `KVM_CAP_SPLIT_IRQCHIP`.
     CreateSplitIrqchip,
+    /// `KVM_GET_IRQCHIP` or `KVM_GET_PIT2`.
+    GetState(IrqchipPart),
+    /// `KVM_SET_IRQCHIP` or `KVM_SET_PIT2`.
+    SetState(IrqchipPart),
     /// `KVM_SET_GSI_ROUTING` with this many entries.
     SetGsiRouting(usize),
     /// `KVM_IRQFD`.
@@ -49,6 +59,8 @@ pub enum Call {
 pub struct FakeVm {
     /// The controllers made.
     pub irqchip: IrqchipKind,
+    /// What they know, if they are in the kernel.
+    pub chips: KernelIrqchipState,
     /// The table.
     pub table: Table,
     /// The attached eventfds, by descriptor, and the GSI of each.
@@ -70,6 +82,66 @@ struct State {
     limit: u32,
     status: i32,
     fail: Option<(usize, i32)>,
+    hold: Option<Arc<Gate>>,
+}
+
+#[derive(Debug, Default)]
+struct Gate {
+    place: Mutex<Place>,
+    moved: Condvar,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Place {
+    /// No call has come.
+    #[default]
+    Outside,
+    /// One stands still.
+    Inside,
+    /// Whoever comes may pass.
+    Open,
+}
+
+impl Gate {
+    fn move_to(&self, place: Place) {
+        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = place;
+        self.moved.notify_all();
+    }
+
+    fn wait_for(&self, place: Place) {
+        let mut now = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        while *now < place {
+            now = self.moved.wait(now).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn pass(&self) {
+        let mut now = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        if *now == Place::Outside {
+            *now = Place::Inside;
+            self.moved.notify_all();
+        }
+        drop(now);
+        self.wait_for(Place::Open);
+    }
+}
+
+/// One call to a [`FakeHost`] that is to stand still, as if it waited for a grace period. Dropped,
+/// it lets the call go on.
+#[derive(Debug)]
+pub struct Hold(Arc<Gate>);
+
+impl Hold {
+    /// Waits until the call is there.
+    pub fn entered(&self) {
+        self.0.wait_for(Place::Inside);
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.move_to(Place::Open);
+    }
 }
 
 impl Default for FakeHost {
@@ -80,6 +152,7 @@ impl Default for FakeHost {
             limit: 4096,
             status: 1,
             fail: None,
+            hold: None,
         };
         Self {
             state: Mutex::new(state),
@@ -120,6 +193,13 @@ impl FakeHost {
         self.state().fail = Some((skip, errno));
     }
 
+    /// Lets the next call stand still, and no other.
+    pub fn hold_next(&self) -> Hold {
+        let gate = Arc::new(Gate::default());
+        self.state().hold = Some(Arc::clone(&gate));
+        Hold(gate)
+    }
+
     /// The calls since the last time, those that failed among them.
     pub fn take_calls(&self) -> Vec<Call> {
         std::mem::take(&mut self.state().calls)
@@ -137,6 +217,11 @@ impl FakeHost {
     fn call(&self, call: Call) -> Result<MutexGuard<'_, State>, Errno> {
         let mut state = self.state();
         state.calls.push(call);
+        if let Some(gate) = state.hold.take() {
+            drop(state);
+            gate.pass();
+            state = self.state();
+        }
         match state.fail {
             Some((0, errno)) => {
                 state.fail = None;
@@ -147,6 +232,19 @@ impl FakeHost {
                 Ok(state)
             }
             None => Ok(state),
+        }
+    }
+
+    fn chips(&self, call: Call) -> Result<MutexGuard<'_, State>, Errno> {
+        let state = self.call(call)?;
+        let (Call::GetState(part) | Call::SetState(part)) = call else {
+            return Ok(state);
+        };
+        match state.vm.irqchip {
+            IrqchipKind::Kernel { pit } if part != IrqchipPart::Pit || pit != Pit::Absent => {
+                Ok(state)
+            }
+            _ => Err(Errno::new(ENXIO)),
         }
     }
 
@@ -200,6 +298,47 @@ impl CreateIrqchip for FakeHost {
 
     fn create_split_irqchip(&self, pins: u32) -> Result<(), Errno> {
         self.make(Call::CreateSplitIrqchip, IrqchipKind::Split { pins })
+    }
+}
+
+const PICS: [IrqchipPart; 2] = [IrqchipPart::FirstPic, IrqchipPart::SecondPic];
+
+fn pic_part(pic: usize) -> Result<IrqchipPart, Errno> {
+    PICS.get(pic).copied().ok_or(Errno::new(ENXIO))
+}
+
+impl AccessIrqchip for FakeHost {
+    fn pic(&self, pic: usize) -> Result<PicState, Errno> {
+        let call = Call::GetState(pic_part(pic)?);
+        Ok(self.chips(call)?.vm.chips.pics[pic])
+    }
+
+    fn set_pic(&self, pic: usize, state: &PicState) -> Result<(), Errno> {
+        let call = Call::SetState(pic_part(pic)?);
+        self.chips(call)?.vm.chips.pics[pic] = *state;
+        Ok(())
+    }
+
+    fn ioapic(&self) -> Result<IoapicState, Errno> {
+        let call = Call::GetState(IrqchipPart::Ioapic);
+        Ok(self.chips(call)?.vm.chips.ioapic)
+    }
+
+    fn set_ioapic(&self, state: &IoapicState) -> Result<(), Errno> {
+        let call = Call::SetState(IrqchipPart::Ioapic);
+        self.chips(call)?.vm.chips.ioapic = *state;
+        Ok(())
+    }
+
+    fn pit(&self) -> Result<PitState, Errno> {
+        let call = Call::GetState(IrqchipPart::Pit);
+        Ok(self.chips(call)?.vm.chips.pit.unwrap_or_default())
+    }
+
+    fn set_pit(&self, state: &PitState) -> Result<(), Errno> {
+        let call = Call::SetState(IrqchipPart::Pit);
+        self.chips(call)?.vm.chips.pit = Some(*state);
+        Ok(())
     }
 }
 

@@ -20,7 +20,8 @@ pub use vmm_sys_util::errno::Error as Errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::gsi::Gsi;
-use crate::irqchip::IrqchipKind;
+use crate::ioapic::IoapicState;
+use crate::irqchip::{IrqchipKind, PicState, PitState};
 use crate::route::Msi;
 use crate::rules::Rules;
 use crate::table::Table;
@@ -37,6 +38,23 @@ pub trait CreateIrqchip {
     fn create_pit2(&self, speaker: bool) -> Result<(), Errno>;
     /// `KVM_ENABLE_CAP` of `KVM_CAP_SPLIT_IRQCHIP` with this many IOAPIC pins.
     fn create_split_irqchip(&self, pins: u32) -> Result<(), Errno>;
+}
+
+/// The state of the controllers that are KVM's: ENXIO from all of these in a VM that has no such
+/// one.
+pub trait AccessIrqchip {
+    /// `KVM_GET_IRQCHIP` of a PIC: 0 the first, 1 the second.
+    fn pic(&self, pic: usize) -> Result<PicState, Errno>;
+    /// `KVM_SET_IRQCHIP` of a PIC.
+    fn set_pic(&self, pic: usize, state: &PicState) -> Result<(), Errno>;
+    /// `KVM_GET_IRQCHIP` of the IOAPIC. EOVERFLOW where KVM was given what no register can hold.
+    fn ioapic(&self) -> Result<IoapicState, Errno>;
+    /// `KVM_SET_IRQCHIP` of the IOAPIC: sends what is pending.
+    fn set_ioapic(&self, state: &IoapicState) -> Result<(), Errno>;
+    /// `KVM_GET_PIT2`.
+    fn pit(&self) -> Result<PitState, Errno>;
+    /// `KVM_SET_PIT2`: the counters begin anew.
+    fn set_pit(&self, state: &PitState) -> Result<(), Errno>;
 }
 
 /// The VM's routing table.
@@ -91,6 +109,27 @@ macro_rules! through {
             }
             fn create_split_irqchip(&self, pins: u32) -> Result<(), Errno> {
                 (**self).create_split_irqchip(pins)
+            }
+        }
+
+        impl<T: AccessIrqchip + ?Sized> AccessIrqchip for $pointer {
+            fn pic(&self, pic: usize) -> Result<PicState, Errno> {
+                (**self).pic(pic)
+            }
+            fn set_pic(&self, pic: usize, state: &PicState) -> Result<(), Errno> {
+                (**self).set_pic(pic, state)
+            }
+            fn ioapic(&self) -> Result<IoapicState, Errno> {
+                (**self).ioapic()
+            }
+            fn set_ioapic(&self, state: &IoapicState) -> Result<(), Errno> {
+                (**self).set_ioapic(state)
+            }
+            fn pit(&self) -> Result<PitState, Errno> {
+                (**self).pit()
+            }
+            fn set_pit(&self, state: &PitState) -> Result<(), Errno> {
+                (**self).set_pit(state)
             }
         }
 

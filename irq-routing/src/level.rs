@@ -4,10 +4,11 @@
 
 #![forbid(unsafe_code)]
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use crate::error::Error;
 use crate::line::Arrival;
+use crate::wait::Wait;
 
 /// A source's level, low at first. It is held while the controller is told, so that what it says is what the controller
 /// was told last.
@@ -15,49 +16,35 @@ use crate::line::Arrival;
 pub(crate) struct Level(Mutex<bool>);
 
 impl Level {
+    /// Holds it, so that no other thread sets it meanwhile.
+    pub(crate) fn hold(&self, wait: Wait) -> Result<Held<'_>, Error> {
+        wait.lock(&self.0).map(Held)
+    }
+}
+
+/// A level that is this thread's to set.
+pub(crate) struct Held<'a>(MutexGuard<'a, bool>);
+
+impl Held<'_> {
     /// Sets it: `tell` takes the level from what it was to what it is to be. If that fails, it is what it was.
     pub(crate) fn set(
-        &self,
+        &mut self,
         level: bool,
         tell: impl FnOnce(bool, bool) -> Result<Arrival, Error>,
     ) -> Result<Arrival, Error> {
-        put(&mut self.high(), level, tell)
-    }
-
-    /// Raises it and lowers it; what became of the rise.
-    pub(crate) fn pulse(
-        &self,
-        tell: impl Fn(bool, bool) -> Result<Arrival, Error>,
-    ) -> Result<Arrival, Error> {
-        let mut high = self.high();
-        let arrival = put(&mut high, true, &tell)?;
-        put(&mut high, false, &tell)?;
+        let arrival = tell(*self.0, level)?;
+        *self.0 = level;
         Ok(arrival)
     }
 
     /// Lowers it if it is high.
     pub(crate) fn lower(
-        &self,
+        &mut self,
         tell: impl FnOnce(bool, bool) -> Result<Arrival, Error>,
     ) -> Result<(), Error> {
-        let mut high = self.high();
-        if *high {
-            put(&mut high, false, tell)?;
+        if *self.0 {
+            self.set(false, tell)?;
         }
         Ok(())
     }
-
-    fn high(&self) -> MutexGuard<'_, bool> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn put(
-    high: &mut bool,
-    level: bool,
-    tell: impl FnOnce(bool, bool) -> Result<Arrival, Error>,
-) -> Result<Arrival, Error> {
-    let arrival = tell(*high, level)?;
-    *high = level;
-    Ok(arrival)
 }

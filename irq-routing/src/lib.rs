@@ -139,7 +139,7 @@
 //! | `KVM_USERSPACE_IRQ_SOURCE_ID` | kernel: the one source that all [`Line`]s of a GSI share; [`SharedLine`] ORs several before it |
 //! | `KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID` | kernel: the source of [`Routing::irqfd_resample`] |
 //! | `kvm_set_irq` | [`LevelSource::set`], [`Line::pulse`], with an [`Arrival`]; in an IOAPIC here [`Ioapic::set_line`](ioapic::Ioapic::set_line) |
-//! | `kvm_set_irq_inatomic` | kernel: how an [`Irqfd`] with a message is delivered from the writer's context; [`Irqfd::trigger`] never blocks |
+//! | `kvm_set_irq_inatomic` | [`LevelSource::try_set`], [`Routing::try_signal`], [`IrqSource::try_trigger`]; kernel: how an [`Irqfd`] with a message is delivered from the writer's context |
 //! | `kvm_set_msi` | kernel: delivers a [`Route::Msi`] |
 //! | `kvm_send_userspace_msi` | [`Routing::signal_msi`] |
 //! | `kvm_vm_ioctl_irq_line` | [`host::SetIrqLine`] |
@@ -171,6 +171,22 @@
 //! calls on other threads. To drop a [`GsiHandle`] may wait for a commit, never for a guest. No
 //! lock is held while a caller's code runs, so nothing here can deadlock with it.
 //!
+//! # What never waits
+//!
+//! The `try_` forms ([`Line::try_set`], [`LineSource::try_set`],
+//! [`PinLine::try_set`](ioapic::PinLine::try_set), [`IrqSource::try_trigger`],
+//! [`Routing::try_signal`]) take no lock that another thread holds, commit nothing and attach nothing:
+//! where one of these would be needed they answer [`Error::WouldBlock`] and have changed nothing, as
+//! `kvm_set_irq_inatomic` does. [`Routing::signal_msi`] and [`Irqfd::trigger`] take no lock as they
+//! are. A thread that may not wait prepares before: [`IrqSource::enable`], [`Routing::flush`].
+//!
+//! What is left is one system call. `KVM_IRQ_LINE_STATUS` and `KVM_SIGNAL_MSI` read KVM's table
+//! under SRCU, which never waits, and take spinlocks of KVM's PICs and IOAPIC, held for as long as a
+//! look at their pins takes; a message with many destinations is a loop over the vCPUs. A write to an
+//! irqfd's eventfd takes the eventfd's spinlock, and KVM leaves to a worker what it cannot deliver
+//! there. None of them takes a mutex, waits for a grace period or for a guest; vCPUs are kicked and
+//! not waited for. (The thread can be preempted meanwhile, as anywhere.)
+//!
 //! # Threat model
 //!
 //! A guest chooses the address and data of its MSIs and may raise, mask and unmask as fast as it
@@ -189,8 +205,13 @@
 //! irqchip has its [`IoapicState`](ioapic::IoapicState) (serde with the feature `with-serde`), which
 //! [`kvm::abi`] turns into `kvm_ioapic_state` and back: the routes of its pins come from there and
 //! need not be saved. The order is restore, lines, local APICs,
-//! [`redeliver`](ioapic::SplitIoapic::redeliver), vCPUs. The state of the in-kernel PICs, IOAPIC and
-//! timer is planned.
+//! [`redeliver`](ioapic::SplitIoapic::redeliver), vCPUs.
+//!
+//! The PICs, the IOAPIC and the timer of the in-kernel irqchip have theirs by [`Irqchip::state`] and
+//! [`Irqchip::restore`]: an [`IrqchipState`], plain data again. There the order is table, local
+//! APICs, restore, lines, vCPUs: KVM's IOAPIC sends at once what is pending. As both IOAPICs have
+//! one state, a guest that uses no PIC and no timer can move from either kind of irqchip to the
+//! other.
 //!
 //! # Limits
 //!
@@ -228,11 +249,15 @@ mod rules;
 mod shared_line;
 mod source;
 mod table;
+mod wait;
 
 pub use error::Error;
 pub use gsi::{Gsi, GsiPool};
 pub use host::Errno;
-pub use irqchip::{Irqchip, IrqchipError, IrqchipKind, Pit};
+pub use irqchip::{
+    Irqchip, IrqchipError, IrqchipKind, IrqchipPart, IrqchipState, IrqchipStateError,
+    KernelIrqchipState, PicState, Pit, PitChannelState, PitState,
+};
 pub use irqfd::{DetachedIrqfd, Irqfd};
 pub use line::{Arrival, LevelSource, Line};
 pub use route::{Chip, ChipPin, Entry, HvSint, Msi, Route, S390Adapter, XenEvtchn};

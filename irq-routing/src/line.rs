@@ -10,8 +10,9 @@ use crate::error::Error;
 use crate::host::{SetGsiRouting, SetIrqLine, SignalMsi};
 use crate::irqchip::IrqchipKind;
 use crate::level::Level;
-use crate::route::Msi;
+use crate::route::{Msi, Route};
 use crate::routing::{GsiHandle, Routing};
+use crate::wait::Wait;
 
 /// What became of an interrupt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,8 +65,8 @@ impl<H: SetGsiRouting + SetIrqLine + Clone> Routing<H> {
 }
 
 impl<H: SignalMsi> Routing<H> {
-    /// Sends a message that needs no route and no GSI: one ioctl, no grace period. For what happens
-    /// rarely; an irqfd on a routed GSI is cheaper for what happens often.
+    /// Sends a message that needs no route and no GSI: one ioctl, no grace period, no lock. For what
+    /// happens rarely; an irqfd on a routed GSI is cheaper for what happens often.
     ///
     /// # Errors
     ///
@@ -80,6 +81,28 @@ impl<H: SignalMsi> Routing<H> {
     }
 }
 
+impl<H: SetGsiRouting + SignalMsi> Routing<H> {
+    /// Sends the message that a GSI is routed to, and never waits (`kvm_set_irq_inatomic`): no irqfd
+    /// is needed for it. [`Arrival::Masked`] from a GSI without a route. As an irqfd's, a message of
+    /// a pin of the split irqchip passes its IOAPIC by.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WouldBlock`] while a commit is under way and while the GSI's route is deferred,
+    /// until a commit ([`Routing::flush`]); [`Error::NoMessage`], [`Error::ForeignGsi`]; as
+    /// [`Routing::signal_msi`].
+    pub fn try_signal(&self, gsi: &GsiHandle) -> Result<Arrival, Error> {
+        self.raisable(gsi)?;
+        let table = self.try_settled(gsi.gsi())?;
+        // A message stands alone.
+        match table.map_gsi(gsi.gsi()).next() {
+            Some(Route::Msi(msi)) => self.signal_msi(msi),
+            Some(_) => Err(Error::NoMessage(gsi.gsi())),
+            None => Ok(Arrival::Masked),
+        }
+    }
+}
+
 /// What a device holds to set the level of its interrupt, whichever controller it leads to: a
 /// [`Line`] or a [`LineSource`](crate::LineSource) of the in-kernel irqchip, a
 /// [`PinLine`](crate::ioapic::PinLine) of the split one.
@@ -90,6 +113,14 @@ pub trait LevelSource: Send + Sync {
     ///
     /// What the host answered; the level is then what it was.
     fn set(&self, level: bool) -> Result<Arrival, Error>;
+
+    /// The same, and never waits (`kvm_set_irq_inatomic`): for a thread that has other things to do.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WouldBlock`] where [`set`](LevelSource::set) would wait for another thread or for
+    /// the kernel, and as there. The level is then what it was.
+    fn try_set(&self, level: bool) -> Result<Arrival, Error>;
 }
 
 /// A line to a GSI, set by calls. Dropped while high, it is lowered.
@@ -113,7 +144,16 @@ impl<H: SetIrqLine> Line<H> {
     ///
     /// [`Error::Line`].
     pub fn set(&self, level: bool) -> Result<Arrival, Error> {
-        self.level.set(level, |_, level| self.tell(level))
+        self.set_with(level, Wait::Allowed)
+    }
+
+    /// The same, and never waits for another thread that sets the line.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WouldBlock`], [`Error::Line`]; the level is what it was.
+    pub fn try_set(&self, level: bool) -> Result<Arrival, Error> {
+        self.set_with(level, Wait::Never)
     }
 
     /// Raises and lowers: one edge. Of an edge-triggered pin the interrupt stays; a level-triggered
@@ -123,7 +163,16 @@ impl<H: SetIrqLine> Line<H> {
     ///
     /// [`Error::Line`]; if lowering failed, the line is high.
     pub fn pulse(&self) -> Result<Arrival, Error> {
-        self.level.pulse(|_, level| self.tell(level))
+        self.pulse_with(Wait::Allowed)
+    }
+
+    /// The same, and never waits for another thread that sets the line.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WouldBlock`], and as [`Line::pulse`].
+    pub fn try_pulse(&self) -> Result<Arrival, Error> {
+        self.pulse_with(Wait::Never)
     }
 
     /// The GSI.
@@ -133,7 +182,21 @@ impl<H: SetIrqLine> Line<H> {
 
     /// Lowers it if it is high.
     pub(crate) fn lower(&self) -> Result<(), Error> {
-        self.level.lower(|_, level| self.tell(level))
+        let mut level = self.level.hold(Wait::Allowed)?;
+        level.lower(|_, level| self.tell(level))
+    }
+
+    pub(crate) fn set_with(&self, level: bool, wait: Wait) -> Result<Arrival, Error> {
+        self.level
+            .hold(wait)?
+            .set(level, |_, level| self.tell(level))
+    }
+
+    fn pulse_with(&self, wait: Wait) -> Result<Arrival, Error> {
+        let mut level = self.level.hold(wait)?;
+        let arrival = level.set(true, |_, level| self.tell(level))?;
+        level.set(false, |_, level| self.tell(level))?;
+        Ok(arrival)
     }
 
     fn tell(&self, level: bool) -> Result<Arrival, Error> {
@@ -147,6 +210,10 @@ impl<H: SetIrqLine> Line<H> {
 impl<H: SetIrqLine + Send + Sync> LevelSource for Line<H> {
     fn set(&self, level: bool) -> Result<Arrival, Error> {
         Line::set(self, level)
+    }
+
+    fn try_set(&self, level: bool) -> Result<Arrival, Error> {
+        Line::try_set(self, level)
     }
 }
 

@@ -27,6 +27,7 @@ use crate::irqchip::{Irqchip, IrqchipKind};
 use crate::route::{ChipPin, Msi, Route};
 use crate::rules::{IOAPIC_PINS, Rules};
 use crate::table::Table;
+use crate::wait::Wait;
 
 /// The owner of a VM's routing table (`kvm->irq_routing`). Clones are the same table.
 ///
@@ -176,6 +177,17 @@ impl<H: SetGsiRouting> Routing<H> {
         Ok(())
     }
 
+    /// The committed table, if KVM's route for this GSI is the wanted one. Never waits.
+    pub(crate) fn try_settled(&self, gsi: Gsi) -> Result<Arc<Table>, Error> {
+        let writer = Wait::Never.lock(&self.shared.writer)?;
+        let committed = Wait::Never.lock(&self.shared.committed)?;
+        if writer.wanted.agrees_on(&committed, gsi) {
+            Ok(Arc::clone(&committed))
+        } else {
+            Err(Error::WouldBlock)
+        }
+    }
+
     fn set_pin(&self, writer: &mut Writer, pin: Gsi, route: Option<Msi>) -> Result<(), Error> {
         let route = route.map(Route::Msi);
         if writer.wanted.map_gsi(pin).eq(route) && writer.default.map_gsi(pin).eq(route) {
@@ -196,7 +208,7 @@ impl<H: SetGsiRouting> Routing<H> {
         Ok(())
     }
 
-    fn raisable(&self, gsi: &GsiHandle) -> Result<(), Error> {
+    pub(crate) fn raisable(&self, gsi: &GsiHandle) -> Result<(), Error> {
         self.own(gsi)?;
         match self.irqchip() {
             IrqchipKind::None => Err(Error::NoIrqchip),
@@ -332,8 +344,8 @@ impl Shared {
 
 /// A GSI that is someone's. Clones share it (several devices on one level-triggered pin do); so do
 /// the irqfds and lines made from it. When the last is dropped the number is free again and its
-/// route the irqchip's default; that asks nothing of the kernel, but may wait for a commit that is
-/// under way.
+/// route the irqchip's default (or none, where others have filled the table meanwhile); that asks
+/// nothing of the kernel, but may wait for a commit that is under way.
 #[derive(Clone, Debug)]
 pub struct GsiHandle {
     lease: Arc<Lease>,
@@ -363,7 +375,13 @@ impl Drop for Lease {
         } = &mut *writer;
         pool.free(self.gsi);
         if !wanted.agrees_on(default, self.gsi) {
-            Arc::make_mut(wanted).copy_from(default, self.gsi);
+            let wanted = Arc::make_mut(wanted);
+            let rules = &self.shared.rules;
+            if wanted.copy_within(rules, default, self.gsi).is_err() {
+                // Others took the room of its default routes, and a table that is too full could
+                // never be committed.
+                wanted.clear(self.gsi);
+            }
         }
     }
 }
@@ -476,7 +494,7 @@ impl Edit {
                 table.insert(rules, crate::route::Entry { gsi, route })?;
             }
             Edit::Unroute => table.clear(gsi),
-            Edit::Reset => table.copy_from(default, gsi),
+            Edit::Reset => table.copy_within(rules, default, gsi)?,
         }
         Ok(())
     }

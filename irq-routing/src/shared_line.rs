@@ -8,13 +8,14 @@
 
 #![forbid(unsafe_code)]
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::error::Error;
 use crate::host::SetIrqLine;
 use crate::level::Level;
 use crate::line::{Arrival, LevelSource, Line};
 use crate::routing::GsiHandle;
+use crate::wait::Wait;
 
 /// A [`Line`] that is high while any of its sources is. Clones are the same line.
 #[derive(Debug)]
@@ -84,7 +85,16 @@ impl<H: SetIrqLine> LineSource<H> {
     ///
     /// [`Error::Line`]; the source's level is what it was.
     pub fn set(&self, level: bool) -> Result<Arrival, Error> {
-        self.level.set(level, |was, level| self.tell(was, level))
+        self.set_with(level, Wait::Allowed)
+    }
+
+    /// The same, and never waits for another thread that sets this source or the line.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WouldBlock`], [`Error::Line`]; the source's level is what it was.
+    pub fn try_set(&self, level: bool) -> Result<Arrival, Error> {
+        self.set_with(level, Wait::Never)
     }
 
     /// The line.
@@ -92,11 +102,16 @@ impl<H: SetIrqLine> LineSource<H> {
         &self.line
     }
 
-    fn tell(&self, was: bool, level: bool) -> Result<Arrival, Error> {
-        let mut count = self.line.inner.high();
+    fn set_with(&self, level: bool, wait: Wait) -> Result<Arrival, Error> {
+        let mut held = self.level.hold(wait)?;
+        held.set(level, |was, level| self.tell(was, level, wait))
+    }
+
+    fn tell(&self, was: bool, level: bool, wait: Wait) -> Result<Arrival, Error> {
+        let mut count = wait.lock(&self.line.inner.high)?;
         let others = *count - usize::from(was);
         let arrival = if level || others == 0 {
-            self.line.inner.line.set(level)?
+            self.line.inner.line.set_with(level, wait)?
         } else {
             Arrival::Delivered { to: 1 }
         };
@@ -105,28 +120,29 @@ impl<H: SetIrqLine> LineSource<H> {
     }
 }
 
-impl<H: SetIrqLine> Inner<H> {
-    fn high(&self) -> MutexGuard<'_, usize> {
-        self.high.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl<H: SetIrqLine + Send + Sync> LevelSource for LineSource<H> {
     fn set(&self, level: bool) -> Result<Arrival, Error> {
         LineSource::set(self, level)
+    }
+
+    fn try_set(&self, level: bool) -> Result<Arrival, Error> {
+        LineSource::try_set(self, level)
     }
 }
 
 impl<H: SetIrqLine> Drop for LineSource<H> {
     fn drop(&mut self) {
-        if self
-            .level
-            .lower(|was, level| self.tell(was, level))
-            .is_err()
+        let wait = Wait::Allowed;
+        let Ok(mut level) = self.level.hold(wait) else {
+            return;
+        };
+        let lowered = level.lower(|was, level| self.tell(was, level, wait));
+        // KVM has no reason to refuse a level that it took before. If it did, this source is no
+        // longer one all the same: the next change of the line lowers it.
+        if lowered.is_err()
+            && let Ok(mut high) = wait.lock(&self.line.inner.high)
         {
-            // KVM has no reason to refuse a level that it took before. If it did, this source is
-            // no longer one all the same: the next change of the line lowers it.
-            *self.line.inner.high() -= 1;
+            *high -= 1;
         }
     }
 }

@@ -63,6 +63,20 @@ impl<H: SetGsiRouting + AttachIrqfd + Clone> IrqSource<H> {
         }
     }
 
+    /// The same, and never waits (`kvm_set_irq_inatomic`): one write to the eventfd, once it is
+    /// attached.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WouldBlock`] before that: [`IrqSource::enable`] attaches. [`Error::EventFd`].
+    pub fn try_trigger(&self) -> Result<(), Error> {
+        match self.inner.irqfd.get() {
+            Some(irqfd) => irqfd.trigger(),
+            None if self.is_connected() => Err(Error::WouldBlock),
+            None => Ok(()),
+        }
+    }
+
     /// Attaches now instead of at the first interrupt: for a thread whose seccomp filter has no
     /// `eventfd2` and no `KVM_IRQFD`.
     ///

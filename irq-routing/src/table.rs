@@ -131,6 +131,16 @@ impl Table {
         self.put(gsi, other.target(gsi));
     }
 
+    /// The same, unless the table would have more entries than the host takes.
+    pub(crate) fn copy_within(
+        &mut self,
+        rules: &Rules,
+        other: &Table,
+        gsi: Gsi,
+    ) -> Result<(), RouteError> {
+        self.put_within(rules, gsi, other.target(gsi))
+    }
+
     /// Where a GSI goes (`kvm_irq_map_gsi`): nowhere, to pins of different chips, or to one other
     /// place.
     pub fn map_gsi(&self, gsi: Gsi) -> impl Iterator<Item = Route> {

@@ -5,61 +5,17 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod models;
+
 use irq_routing::ioapic::{Ioapic, IoapicState, IoapicStateError, Redirection, Written};
 use irq_routing::{Arrival, Msi};
+use models::ioapic::Model;
 use proptest::prelude::*;
 use proptest::sample::select;
 
 const SELECT: u64 = 0x00;
 const WINDOW: u64 = 0x10;
 const EOI: u64 = 0x40;
-
-/// One pin, as the datasheet tells of it.
-#[derive(Clone, Copy, Debug, Default)]
-struct Pin {
-    vector: u8,
-    mode: u8,
-    logical: bool,
-    active_low: bool,
-    level: bool,
-    masked: bool,
-    destination: u8,
-    line: bool,
-    remote_irr: bool,
-    /// The last try to send found no one.
-    refused: bool,
-    /// Of an edge-triggered pin: calls that found the line low, and what became of them.
-    rises: u64,
-    sent: u64,
-    dropped: u64,
-}
-
-impl Pin {
-    fn levels(&self) -> bool {
-        self.level && self.mode <= 1
-    }
-
-    fn bits(&self) -> u64 {
-        u64::from(self.vector)
-            | u64::from(self.mode) << 8
-            | u64::from(self.logical) << 11
-            | u64::from(self.active_low) << 13
-            | u64::from(self.remote_irr) << 14
-            | u64::from(self.level) << 15
-            | u64::from(self.masked) << 16
-            | u64::from(self.destination) << 56
-    }
-
-    fn message(&self) -> Msi {
-        let logical = if self.logical { 4 } else { 0 };
-        let trigger = if self.levels() { 0x8000 } else { 0 };
-        Msi {
-            address: 0xfee0_0000 + u64::from(self.destination) * 0x1000 + logical,
-            data: u32::from(self.vector) + u32::from(self.mode) * 0x100 + trigger,
-            devid: None,
-        }
-    }
-}
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
@@ -72,98 +28,6 @@ enum Op {
     /// Whether an APIC takes messages from now on.
     Listen(bool),
     SaveAndRestore,
-}
-
-struct Model {
-    pins: [Pin; 24],
-    listens: bool,
-    sent: Vec<(u32, Msi)>,
-}
-
-impl Model {
-    fn new() -> Self {
-        let pin = Pin {
-            masked: true,
-            ..Pin::default()
-        };
-        Self {
-            pins: [pin; 24],
-            listens: true,
-            sent: Vec::new(),
-        }
-    }
-
-    fn send(&mut self, at: u32) -> Arrival {
-        let pin = &mut self.pins[at as usize];
-        if pin.masked {
-            return Arrival::Masked;
-        }
-        if pin.remote_irr {
-            return Arrival::Coalesced;
-        }
-        self.sent.push((at, pin.message()));
-        pin.refused = !self.listens;
-        if pin.refused {
-            return Arrival::Masked;
-        }
-        pin.remote_irr = pin.levels();
-        Arrival::Delivered { to: 1 }
-    }
-
-    fn line(&mut self, at: u32, high: bool) -> Arrival {
-        let pin = &mut self.pins[at as usize];
-        let rises = high && !pin.line;
-        pin.line = high;
-        if !high {
-            return Arrival::Delivered { to: 1 };
-        }
-        if pin.levels() {
-            return self.send(at);
-        }
-        if !rises {
-            return Arrival::Coalesced;
-        }
-        let arrival = self.send(at);
-        let pin = &mut self.pins[at as usize];
-        pin.rises += 1;
-        match arrival {
-            Arrival::Delivered { .. } => pin.sent += 1,
-            _ => pin.dropped += 1,
-        }
-        arrival
-    }
-
-    fn changed(&mut self, at: u32) {
-        let pin = &mut self.pins[at as usize];
-        if !pin.levels() {
-            pin.remote_irr = false;
-        } else if pin.line {
-            self.send(at);
-        }
-    }
-
-    fn low(&mut self, at: u32, value: u32) {
-        let pin = &mut self.pins[at as usize];
-        pin.vector = value as u8;
-        pin.mode = (value >> 8 & 7) as u8;
-        pin.logical = value >> 11 & 1 != 0;
-        pin.active_low = value >> 13 & 1 != 0;
-        pin.level = value >> 15 & 1 != 0;
-        pin.masked = value >> 16 & 1 != 0;
-        self.changed(at);
-    }
-
-    fn eoi(&mut self, vector: u8) {
-        let ended = self.pins.map(|pin| pin.levels() && pin.vector == vector);
-        for (pin, ended) in self.pins.iter_mut().zip(ended) {
-            pin.remote_irr &= !ended;
-        }
-        for (at, ended) in (0..).zip(ended) {
-            if ended && self.pins[at as usize].line {
-                self.send(at);
-            }
-        }
-    }
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -260,13 +124,7 @@ proptest! {
                     prop_assert_eq!(other.state(), chip.state());
                     chip = other;
                     chip.redeliver(!0, &mut messages);
-                    for at in 0..24 {
-                        let pin = model.pins[at as usize];
-                        let pending = pin.levels() && pin.line && !pin.masked;
-                        if pending && !pin.remote_irr {
-                            model.send(at);
-                        }
-                    }
+                    model.redeliver();
                 }
             }
             prop_assert_eq!(&sent, &model.sent);

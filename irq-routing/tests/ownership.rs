@@ -135,6 +135,37 @@ fn a_change_can_add_remove_and_reset() {
 }
 
 #[test]
+fn a_pin_that_is_given_up_does_not_make_the_table_too_full() {
+    let (host, irqchip) = FakeHost::with_irqchip(KERNEL);
+    host.set_limit(60);
+    let routing = Routing::new(&host, &irqchip);
+    let pin = routing.reserve(Gsi(4)).unwrap();
+    let mut change = routing.change();
+    change.unroute(&pin);
+    change.commit().unwrap();
+    // 38 of the 40 default entries are left, and others take the rest of the room.
+    let others: Vec<_> = (0..22).map(|_| routing.allocate().unwrap()).collect();
+    let mut change = routing.change();
+    for gsi in &others {
+        change.route(gsi, msi(gsi.gsi().0));
+    }
+    assert_eq!(change.commit().unwrap(), Committed::Written { entries: 60 });
+    let mut change = routing.change();
+    change.reset(&pin);
+    let full = RouteError::TableFull {
+        gsi: Gsi(4),
+        limit: 60,
+    };
+    match change.commit() {
+        Err(Error::Route(error)) => assert_eq!(error, full),
+        other => panic!("{other:?}"),
+    }
+    drop(pin);
+    routing.route(&others[0], msi(0x99)).unwrap();
+    assert_eq!(host.vm().table.len(), 60, "what KVM takes");
+}
+
+#[test]
 fn numbers_are_refused_by_name() {
     let (host, irqchip) = FakeHost::with_irqchip(KERNEL);
     host.set_limit(26);

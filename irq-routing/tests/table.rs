@@ -4,12 +4,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod models;
+
 use std::collections::BTreeSet;
 
 use irq_routing::{
     Chip, ChipPin, Entry, Gsi, GsiPool, HvSint, IrqchipKind, Msi, Pit, Route, RouteError, Rules,
     S390Adapter, Table, XenEvtchn,
 };
+use models::table::Model;
 use proptest::prelude::*;
 
 const LIMIT: u32 = 40;
@@ -18,62 +21,6 @@ fn rules() -> Rules {
     let mut rules = Rules::new(IrqchipKind::Kernel { pit: Pit::Absent }, LIMIT);
     rules.hv_sint = true;
     rules
-}
-
-/// The kernel's rules, told as the kernel tells them: a list, looked through from the start.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Model(Vec<Entry>);
-
-impl Model {
-    fn insert(&mut self, new: Entry) -> bool {
-        let possible = match new.route {
-            Route::Pin(at) => match at.chip.0 {
-                0 | 1 => at.pin < 8,
-                2 => at.pin < 24,
-                _ => false,
-            },
-            Route::Msi(_) | Route::HvSint(_) => true,
-            _ => false,
-        };
-        let excluded = self.0.iter().filter(|old| old.gsi == new.gsi).any(|old| {
-            match (old.route, new.route) {
-                (Route::Pin(old), Route::Pin(new)) => old.chip == new.chip,
-                _ => true,
-            }
-        });
-        let taken = possible && !excluded && new.gsi.0 < LIMIT && self.0.len() < LIMIT as usize;
-        if taken {
-            self.0.push(new);
-            // By GSI, and of one GSI by chip, whatever the order of arrival.
-            self.0.sort();
-        }
-        taken
-    }
-
-    fn clear(&mut self, gsi: Gsi) {
-        self.0.retain(|entry| entry.gsi != gsi);
-    }
-
-    fn replace(&mut self, gsi: Gsi, routes: &[Route]) -> bool {
-        let mut next = self.clone();
-        next.clear(gsi);
-        // All conflicts first: a table that is too full is so for the whole, not for one entry.
-        let done = routes
-            .iter()
-            .all(|&route| next.insert(Entry { gsi, route }));
-        if done {
-            *self = next;
-        }
-        done
-    }
-
-    fn owner(&self, pin: ChipPin) -> Option<Gsi> {
-        let route = Route::Pin(pin);
-        self.0
-            .iter()
-            .rfind(|entry| entry.route == route)
-            .map(|entry| entry.gsi)
-    }
 }
 
 fn gsi() -> impl Strategy<Value = Gsi> {
@@ -118,7 +65,7 @@ proptest! {
 
     #[test]
     fn a_table_is_the_list_that_the_kernel_would_keep(steps in prop::collection::vec(step(), 1..120)) {
-        let (rules, mut table, mut model) = (rules(), Table::new(), Model::default());
+        let (rules, mut table, mut model) = (rules(), Table::new(), Model::new(LIMIT));
         for step in steps {
             let before = table.clone();
             let done = match step {
@@ -139,8 +86,8 @@ proptest! {
                 }
             };
             prop_assert!(done || table == before, "an error changes nothing");
-            prop_assert_eq!(table.entries().collect::<Vec<_>>(), &model.0[..]);
-            prop_assert_eq!(table.len(), model.0.len());
+            prop_assert_eq!(table.entries().collect::<Vec<_>>(), &model.entries[..]);
+            prop_assert_eq!(table.len(), model.entries.len());
             let changed: BTreeSet<Gsi> = table.differences(&before).collect();
             for gsi in (0..LIMIT + 2).map(Gsi) {
                 let of_gsi = |table: &Table| table.map_gsi(gsi).collect::<Vec<_>>();

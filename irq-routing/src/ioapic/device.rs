@@ -29,6 +29,7 @@ use crate::line::Arrival;
 use crate::route::Msi;
 use crate::routing::{GsiHandle, Routing};
 use crate::rules::IOAPIC_PINS;
+use crate::wait::Wait;
 
 /// The IOAPIC of a VM with [`IrqchipKind::Split`]. Clones are the same chip.
 ///
@@ -123,12 +124,43 @@ impl<H: SetGsiRouting + SignalMsi + Clone> SplitIoapic<H> {
         pin: u32,
         was_high: bool,
         high: bool,
+        wait: Wait,
     ) -> Result<Arrival, Error> {
-        let mut chip = self.chip();
+        let mut chip = wait.lock(&self.inner.chip)?;
+        self.set_source_in(&mut chip, pin, was_high, high, wait)
+    }
+
+    /// Raises one source and lowers it, with no EOI and no access in between. On an error it is what
+    /// it was.
+    pub(super) fn pulse_source(
+        &self,
+        pin: u32,
+        was_high: bool,
+        wait: Wait,
+    ) -> Result<Arrival, Error> {
+        let mut chip = wait.lock(&self.inner.chip)?;
+        let arrival = self.set_source_in(&mut chip, pin, was_high, true, wait)?;
+        // A fall sends nothing, so it does not fail.
+        self.set_source_in(&mut chip, pin, true, false, wait)?;
+        Ok(arrival)
+    }
+
+    /// The chip's lock is held.
+    fn set_source_in(
+        &self,
+        chip: &mut Chip,
+        pin: u32,
+        was_high: bool,
+        high: bool,
+        wait: Wait,
+    ) -> Result<Arrival, Error> {
         let Chip {
             ioapic, sources, ..
-        } = &mut *chip;
-        let mut messages = self.messages();
+        } = chip;
+        let mut messages = Messages {
+            wait,
+            ..self.messages()
+        };
         let line_was_high = ioapic.lines() & 1 << pin != 0;
         let count = &mut sources[pin as usize];
         match (was_high, high) {
@@ -268,6 +300,7 @@ impl<H: SetGsiRouting + SignalMsi + Clone> SplitIoapic<H> {
     fn messages(&self) -> Messages<'_, H> {
         Messages {
             routing: &self.inner.routing,
+            wait: Wait::Allowed,
             failed: None,
         }
     }
@@ -351,13 +384,23 @@ impl<H> SplitIoapic<H> {
 /// Sends by `KVM_SIGNAL_MSI`, and remembers the first error.
 struct Messages<'a, H> {
     routing: &'a Routing<H>,
+    /// Whether a route may be committed.
+    wait: Wait,
     failed: Option<Error>,
 }
 
 impl<H: SetGsiRouting + SignalMsi> Messages<'_, H> {
     fn try_send(&self, pin: u32, msi: Msi) -> Result<Arrival, Error> {
         if msi.data & MSI_LEVEL != 0 {
-            self.routing.settle_pin(Gsi(pin), msi)?;
+            match self.wait {
+                Wait::Allowed => self.routing.settle_pin(Gsi(pin), msi)?,
+                Wait::Never => {
+                    let table = self.routing.try_settled(Gsi(pin))?;
+                    if !table.map_gsi(Gsi(pin)).eq([msi.into()]) {
+                        return Err(Error::WouldBlock);
+                    }
+                }
+            }
         }
         self.routing.signal_msi(msi)
     }

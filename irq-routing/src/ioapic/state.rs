@@ -27,6 +27,26 @@ pub struct IoapicState {
     pub redirections: [u64; IOAPIC_PINS as usize],
 }
 
+/// The state after reset.
+impl Default for IoapicState {
+    fn default() -> Self {
+        Ioapic::new().state()
+    }
+}
+
+impl IoapicState {
+    /// Whether any IOAPIC could have it; which destinations there are is the VM's to say.
+    pub(crate) fn check(&self) -> Result<(), IoapicStateError> {
+        if self.id > 0xf {
+            return Err(IoapicStateError::Id(self.id.into()));
+        }
+        if self.lines >> IOAPIC_PINS != 0 {
+            return Err(IoapicStateError::Lines(self.lines));
+        }
+        Ok(())
+    }
+}
+
 /// Why a state is none of this chip's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -69,12 +89,7 @@ impl Ioapic {
     ///
     /// [`IoapicStateError`]; the chip is then what it was.
     pub fn restore(&mut self, state: &IoapicState) -> Result<(), IoapicStateError> {
-        if state.id > 0xf {
-            return Err(IoapicStateError::Id(state.id.into()));
-        }
-        if state.lines >> IOAPIC_PINS != 0 {
-            return Err(IoapicStateError::Lines(state.lines));
-        }
+        state.check()?;
         let mut redirections = [Redirection::RESET; PINS];
         for ((pin, entry), bits) in (0..).zip(&mut redirections).zip(state.redirections) {
             if Redirection::names_extended(bits) && !self.extended {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What KVM's ABI has for it, both ways: entries of every kind that `struct kvm_irq_routing_entry`
-//! can hold, and the state of an IOAPIC.
+//! can hold, and the states of a PIC, an IOAPIC and the timer.
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_HV_SINT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI,
@@ -9,12 +9,14 @@ use kvm_bindings::{
     kvm_ioapic_state, kvm_ioapic_state__bindgen_ty_1 as RedirectionBits, kvm_irq_routing_entry,
     kvm_irq_routing_entry__bindgen_ty_1 as Payload, kvm_irq_routing_hv_sint,
     kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1 as MsiDevice,
-    kvm_irq_routing_s390_adapter, kvm_irq_routing_xen_evtchn,
+    kvm_irq_routing_s390_adapter, kvm_irq_routing_xen_evtchn, kvm_pic_state, kvm_pit_channel_state,
+    kvm_pit_state2,
 };
 use thiserror::Error;
 
 use crate::gsi::Gsi;
 use crate::ioapic::{IOAPIC_BASE, IoapicState, IoapicStateError, Redirection};
+use crate::irqchip::{PicState, PitChannelState, PitState};
 use crate::route::{Chip, ChipPin, Entry, HvSint, Msi, Route, S390Adapter, XenEvtchn};
 
 /// Why an entry of KVM's form is none of ours. KVM refuses both as well.
@@ -177,17 +179,21 @@ pub unsafe fn from_kvm(entry: &kvm_irq_routing_entry) -> Result<Entry, AbiError>
 
 /// The state of an IOAPIC in KVM's form, for `KVM_SET_IRQCHIP` in a VM whose IOAPIC is KVM's.
 ///
-/// KVM delivers at once what `irr` says; the high lines of edge-triggered pins were delivered when
-/// they rose and are left out.
+/// KVM delivers at once what `irr` says and is not masked; the high lines of unmasked
+/// edge-triggered pins were delivered when they rose, or lost, and are left out.
 pub fn ioapic_to_kvm(state: &IoapicState) -> kvm_ioapic_state {
+    let waits = |bits| {
+        let entry = Redirection::from_bits(bits, true);
+        entry.is_level() || entry.is_masked()
+    };
     let pins = (0..).zip(state.redirections);
-    let levels = pins.filter(|&(_, bits)| Redirection::from_bits(bits, true).is_level());
-    let levels = levels.fold(0, |set, (pin, _)| set | 1u32 << pin);
+    let waiting = pins.filter(|&(_, bits)| waits(bits));
+    let waiting = waiting.fold(0, |set, (pin, _)| set | 1u32 << pin);
     kvm_ioapic_state {
         base_address: IOAPIC_BASE,
         ioregsel: state.ioregsel.into(),
         id: state.id.into(),
-        irr: state.lines & levels,
+        irr: state.lines & waiting,
         pad: 0,
         redirtbl: state.redirections.map(|bits| RedirectionBits { bits }),
     }
@@ -213,4 +219,93 @@ pub fn ioapic_from_kvm(state: &kvm_ioapic_state) -> Result<IoapicState, IoapicSt
             unsafe { entry.bits }
         }),
     })
+}
+
+/// The state of a PIC in KVM's form.
+pub fn pic_to_kvm(state: &PicState) -> kvm_pic_state {
+    kvm_pic_state {
+        last_irr: state.last_irr,
+        irr: state.irr,
+        imr: state.imr,
+        isr: state.isr,
+        priority_add: state.priority_add,
+        irq_base: state.irq_base,
+        read_reg_select: state.read_reg_select,
+        poll: state.poll,
+        special_mask: state.special_mask,
+        init_state: state.init_state,
+        auto_eoi: state.auto_eoi,
+        rotate_on_auto_eoi: state.rotate_on_auto_eoi,
+        special_fully_nested_mode: state.special_fully_nested_mode,
+        init4: state.init4,
+        elcr: state.elcr,
+        elcr_mask: state.elcr_mask,
+    }
+}
+
+/// The state of a PIC (`KVM_GET_IRQCHIP`).
+pub fn pic_from_kvm(state: &kvm_pic_state) -> PicState {
+    PicState {
+        last_irr: state.last_irr,
+        irr: state.irr,
+        imr: state.imr,
+        isr: state.isr,
+        priority_add: state.priority_add,
+        irq_base: state.irq_base,
+        read_reg_select: state.read_reg_select,
+        poll: state.poll,
+        special_mask: state.special_mask,
+        init_state: state.init_state,
+        auto_eoi: state.auto_eoi,
+        rotate_on_auto_eoi: state.rotate_on_auto_eoi,
+        special_fully_nested_mode: state.special_fully_nested_mode,
+        init4: state.init4,
+        elcr: state.elcr,
+        elcr_mask: state.elcr_mask,
+    }
+}
+
+/// The state of the timer in KVM's form.
+pub fn pit_to_kvm(state: &PitState) -> kvm_pit_state2 {
+    kvm_pit_state2 {
+        channels: state.channels.map(|state| kvm_pit_channel_state {
+            count: state.count,
+            latched_count: state.latched_count,
+            count_latched: state.count_latched,
+            status_latched: state.status_latched,
+            status: state.status,
+            read_state: state.read_state,
+            write_state: state.write_state,
+            write_latch: state.write_latch,
+            rw_mode: state.rw_mode,
+            mode: state.mode,
+            bcd: state.bcd,
+            gate: state.gate,
+            count_load_time: state.count_load_time,
+        }),
+        flags: state.flags,
+        reserved: [0; 9],
+    }
+}
+
+/// The state of the timer (`KVM_GET_PIT2`).
+pub fn pit_from_kvm(state: &kvm_pit_state2) -> PitState {
+    PitState {
+        channels: state.channels.map(|state| PitChannelState {
+            count: state.count,
+            latched_count: state.latched_count,
+            count_latched: state.count_latched,
+            status_latched: state.status_latched,
+            status: state.status,
+            read_state: state.read_state,
+            write_state: state.write_state,
+            write_latch: state.write_latch,
+            rw_mode: state.rw_mode,
+            mode: state.mode,
+            bcd: state.bcd,
+            gate: state.gate,
+            count_load_time: state.count_load_time,
+        }),
+        flags: state.flags,
+    }
 }

@@ -10,16 +10,20 @@ use std::ffi::c_ulong;
 
 use kvm_bindings::{
     KVM_CAP_HYPERV_SYNIC, KVM_CAP_IRQ_ROUTING, KVM_CAP_PIT2, KVM_CAP_SPLIT_IRQCHIP,
-    KVM_CAP_XEN_HVM, KVM_MSI_VALID_DEVID, KVM_PIT_SPEAKER_DUMMY, KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL,
-    KVMIO, KvmIrqRouting, kvm_enable_cap, kvm_irq_level, kvm_msi, kvm_pit_config,
+    KVM_CAP_XEN_HVM, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MSI_VALID_DEVID, KVM_PIT_SPEAKER_DUMMY, KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL, KVMIO,
+    KvmIrqRouting, kvm_enable_cap, kvm_irq_level, kvm_irqchip, kvm_msi, kvm_pit_config,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
 
 use crate::gsi::Gsi;
-use crate::host::{AttachIrqfd, CreateIrqchip, Errno, SetGsiRouting, SetIrqLine, SignalMsi};
-use crate::irqchip::IrqchipKind;
+use crate::host::{
+    AccessIrqchip, AttachIrqfd, CreateIrqchip, Errno, SetGsiRouting, SetIrqLine, SignalMsi,
+};
+use crate::ioapic::IoapicState;
+use crate::irqchip::{IrqchipKind, PicState, PitState};
 use crate::route::Msi;
 use crate::rules::Rules;
 use crate::table::Table;
@@ -33,7 +37,9 @@ const KVM_IRQ_LINE_STATUS: c_ulong = ioctl_expr(
 );
 
 const EPERM: i32 = 1;
+const ENXIO: i32 = 6;
 const ENOMEM: i32 = 12;
+const EOVERFLOW: i32 = 75;
 
 impl CreateIrqchip for VmFd {
     fn has_pit2(&self) -> bool {
@@ -65,6 +71,60 @@ impl CreateIrqchip for VmFd {
             args: [u64::from(pins), 0, 0, 0],
             ..Default::default()
         })
+    }
+}
+
+/// A chip of the in-kernel irqchip, zeroed.
+fn irqchip(chip_id: u32) -> kvm_irqchip {
+    kvm_irqchip {
+        chip_id,
+        ..Default::default()
+    }
+}
+
+fn pic_id(pic: usize) -> Result<u32, Errno> {
+    match pic {
+        0 => Ok(KVM_IRQCHIP_PIC_MASTER),
+        1 => Ok(KVM_IRQCHIP_PIC_SLAVE),
+        _ => Err(Errno::new(ENXIO)),
+    }
+}
+
+impl AccessIrqchip for VmFd {
+    fn pic(&self, pic: usize) -> Result<PicState, Errno> {
+        let mut chip = irqchip(pic_id(pic)?);
+        self.get_irqchip(&mut chip)?;
+        // SAFETY: a PIC's state is bytes, and all of the union was zeroed before KVM wrote to it.
+        Ok(abi::pic_from_kvm(&unsafe { chip.chip.pic }))
+    }
+
+    fn set_pic(&self, pic: usize, state: &PicState) -> Result<(), Errno> {
+        let mut chip = irqchip(pic_id(pic)?);
+        chip.chip.pic = abi::pic_to_kvm(state);
+        self.set_irqchip(&chip)
+    }
+
+    fn ioapic(&self) -> Result<IoapicState, Errno> {
+        let mut chip = irqchip(KVM_IRQCHIP_IOAPIC);
+        self.get_irqchip(&mut chip)?;
+        // SAFETY: an IOAPIC's state is integers, and all of the union was zeroed before KVM wrote
+        // to it.
+        let state = unsafe { chip.chip.ioapic };
+        abi::ioapic_from_kvm(&state).map_err(|_| Errno::new(EOVERFLOW))
+    }
+
+    fn set_ioapic(&self, state: &IoapicState) -> Result<(), Errno> {
+        let mut chip = irqchip(KVM_IRQCHIP_IOAPIC);
+        chip.chip.ioapic = abi::ioapic_to_kvm(state);
+        self.set_irqchip(&chip)
+    }
+
+    fn pit(&self) -> Result<PitState, Errno> {
+        Ok(abi::pit_from_kvm(&self.get_pit2()?))
+    }
+
+    fn set_pit(&self, state: &PitState) -> Result<(), Errno> {
+        self.set_pit2(&abi::pit_to_kvm(state))
     }
 }
 

@@ -5,8 +5,9 @@
 #![allow(dead_code)]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use guests::irq::{ANSWER, ASK, IDLE, LOAD, READ, READY, VECTOR};
+use guests::irq::{ANSWER, ASK, COUNTS, IDLE, LOAD, READ, READY, VECTOR};
 use irq_routing::ioapic::{IOAPIC_BASE, IOAPIC_LEN, SplitIoapic};
 use irq_routing::{Irqchip, IrqchipKind, Routing};
 use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
@@ -14,7 +15,25 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 /// A 64 KiB page-aligned piece of guest memory, at guest address 0.
 #[repr(align(4096))]
-struct Ram([u8; 0x10000]);
+pub struct Ram([AtomicU32; 0x4000]);
+
+impl Ram {
+    /// The memory with a guest in it.
+    fn holding(code: &[u8]) -> Self {
+        let ram = Self([const { AtomicU32::new(0) }; 0x4000]);
+        for (to, from) in ram.0[LOAD as usize / 4..].iter().zip(code.chunks(4)) {
+            let mut word = [0; 4];
+            word[..from.len()].copy_from_slice(from);
+            to.store(u32::from_le_bytes(word), Ordering::Relaxed);
+        }
+        ram
+    }
+
+    /// How many interrupts of a vector `guests::irq::counter` has counted.
+    pub fn counted(&self, vector: u8) -> u32 {
+        self.0[COUNTS as usize / 4 + usize::from(vector)].load(Ordering::Relaxed)
+    }
+}
 
 pub fn kvm() -> Kvm {
     Kvm::new().expect("/dev/kvm must be there and open: this test asks the real KVM")
@@ -29,7 +48,7 @@ pub struct Machine {
     pub eois: usize,
     vcpu: VcpuFd,
     // Freed after the vCPU and, as far as this test holds it, the VM.
-    _ram: Box<Ram>,
+    pub ram: Arc<Ram>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -41,14 +60,13 @@ pub enum Mode {
 impl Machine {
     pub fn new(kind: IrqchipKind, mode: Mode, code: &[u8]) -> Self {
         let vm = Arc::new(kvm().create_vm().unwrap());
-        let mut ram = Box::new(Ram([0; 0x10000]));
-        ram.0[LOAD as usize..][..code.len()].copy_from_slice(code);
+        let ram = Arc::new(Ram::holding(code));
         let region = kvm_userspace_memory_region {
-            memory_size: ram.0.len() as u64,
-            userspace_addr: ram.0.as_mut_ptr() as u64,
+            memory_size: size_of::<Ram>() as u64,
+            userspace_addr: ram.0.as_ptr() as u64,
             ..Default::default()
         };
-        // SAFETY: the memory lives as long as the machine, and the host does not touch it again.
+        // SAFETY: the memory lives as long as the machine, and the host looks at it by atomics alone.
         unsafe { vm.set_user_memory_region(region) }.unwrap();
         let irqchip = Irqchip::create(&vm, kind).unwrap();
         let routing = Routing::new(Arc::clone(&vm), &irqchip);
@@ -78,13 +96,21 @@ impl Machine {
             ioapic: None,
             eois: 0,
             vcpu,
-            _ram: ram,
+            ram,
         }
     }
 
     /// Runs until the guest is about to enable interrupts.
     pub fn ready(&mut self) {
         assert_eq!(self.next_io().0, READY, "the guest should have been ready");
+    }
+
+    /// Runs until the guest reports a vector, with no idle exits before it.
+    pub fn reported_vector(&mut self) -> u8 {
+        match self.next_io() {
+            (VECTOR, vector) => vector,
+            other => panic!("a port that this guest has not: {other:x?}"),
+        }
     }
 
     /// The port of the next exit.

@@ -1,12 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The interrupt controllers that KVM has for a VM: which, and making them.
+//! The interrupt controllers that KVM has for a VM: which, making them, and their state.
 
 #![forbid(unsafe_code)]
+
+mod pic;
+mod pit;
+mod state;
 
 use thiserror::Error;
 
 use crate::host::{CreateIrqchip, Errno};
+
+pub use pic::PicState;
+pub use pit::{PitChannelState, PitState};
+pub use state::{IrqchipPart, IrqchipState, IrqchipStateError, KernelIrqchipState};
 
 /// The 8254 timer that goes with the in-kernel irqchip.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -79,6 +87,7 @@ pub enum IrqchipError {
 }
 
 /// The interrupt controllers of one VM, made: what [`Routing`](crate::Routing) must know to begin.
+/// [`state`](Irqchip::state) and [`restore`](Irqchip::restore) are for snapshots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Irqchip {
     kind: IrqchipKind,
