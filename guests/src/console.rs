@@ -16,7 +16,7 @@ crate::blob! {
     /// - `t`: a triple fault, likewise; `p`: power-off by ACPI; `r`: a reset by the i8042.
     /// - `h`: \"end\" and a newline; then halts with interrupts off, for ever.
     /// - `i`: sixteen times `!`, one each time the port's interrupt says that its transmitter is
-    ///   empty, asleep in HLT meanwhile (IRQ 4 through the PIC, vector 0x24); debug-exit value 0. The
+    ///   empty, asleep in HLT meanwhile (GSI 4 through the IOAPIC, vector 0x24); debug-exit value 0. The
     ///   IDT is at 0x30000, the stack below 0x40000.
     /// - `d`: puts 0x5a into the divisor latch's low byte, sends `L` round the port's loop, and
     ///   writes what came back, what the latch's low byte reads as, and a newline; debug-exit value 0.

@@ -88,7 +88,9 @@ pub trait SetIrqLine {
 
 /// Messages without a route.
 pub trait SignalMsi {
-    /// `KVM_SIGNAL_MSI`: returns how many vCPUs got it.
+    /// `KVM_SIGNAL_MSI`: returns how many vCPUs got it. (KVM says that no vCPU has the id by a -1 that
+    /// leaves the system call as EPERM; one that a seccomp filter or a security module answers cannot
+    /// be told from it.)
     fn signal_msi(&self, msi: Msi) -> Result<i32, Errno>;
 }
 

@@ -192,8 +192,9 @@
 //! A guest chooses the address and data of its MSIs and may raise, mask and unmask as fast as it
 //! likes. Whatever it chooses is checked by [`Rules`] or refused by KVM with an error that leaves
 //! the table as it was; nothing here panics on it, and the table is bounded by the host's limit. A
-//! guest that rewrites its vectors in a loop makes its own vCPU wait for commits; to bound what
-//! that costs the host is the VMM's to do. Errors and counters of one device touch no other's GSI.
+//! guest that rewrites the vectors of level-triggered pins in a loop makes itself wait for commits,
+//! and whoever raises one of the chip's lines meanwhile, for the chip's lock is held; to bound what
+//! that costs the host is the VMM's to do, and a thread that must not wait has the `try_` forms. Errors and counters of one device touch no other's GSI.
 //! Accesses of any width and offset to the IOAPIC are answered; what fails on the guest's behalf is
 //! kept for [`SplitIoapic::take_error`](ioapic::SplitIoapic::take_error), one error at a time.
 //!

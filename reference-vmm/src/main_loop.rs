@@ -169,12 +169,16 @@ impl Subscriber<'_> {
             return self.guest.show_registers();
         }
         let name = signals::name(signal);
-        let stop = || self.end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
+        let end = self.end.clone();
+        let stop = || end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
         if signal != libc::SIGTERM || self.stopping.is_some() || self.shutdown_timeout.is_zero() {
             // First: the log's reader may be slow.
             stop();
             return log::info!("{name} stops the guest");
         }
+        // Before the button: its interrupt may wait for one of KVM's grace periods.
+        self.set_deadline(ops);
+        self.stopping = Some(signal);
         if !self.guest.press_power_button() {
             stop();
             return log::info!("{name} stops the guest, which has no ACPI");
@@ -183,7 +187,9 @@ impl Subscriber<'_> {
             "{name} pressed the power button; the guest has {} s to power off",
             self.shutdown_timeout.as_secs()
         );
-        self.stopping = Some(signal);
+    }
+
+    fn set_deadline(&mut self, ops: &mut EventOps<'_>) {
         let deadline = TimerFd::new().and_then(|mut timer| {
             timer.reset(self.shutdown_timeout, None)?;
             Ok(timer)

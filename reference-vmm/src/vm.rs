@@ -44,7 +44,7 @@ use std::thread::JoinHandle;
 
 use io_bus::{BusKind, Interrupter, IoBus, IoRange, Registration};
 use irq_routing::ioapic::{IOAPIC_LEN, SplitIoapic};
-use irq_routing::{Gsi, Irqchip, IrqchipKind, Pit, Routing};
+use irq_routing::{Gsi, Irqchip, IrqchipError, IrqchipKind, Pit, Routing};
 use kvm_core::arch::x86_64::{
     BootState, CpuidError, CpuidPlan, LongModeTables, TablesError, boot_msrs, gdt,
 };
@@ -140,7 +140,10 @@ pub enum BuildError {
     },
     /// The interrupt controllers could not be made.
     #[error(transparent)]
-    Irqchip(#[from] irq_routing::IrqchipError),
+    Irqchip(#[from] IrqchipError),
+    /// The host's KVM has no local APICs without the rest.
+    #[error("{0}; --irqchip kernel does without")]
+    NoSplitIrqchip(IrqchipError),
     /// An interrupt could not be had.
     #[error("no interrupt for {device}")]
     Interrupt {
@@ -326,7 +329,15 @@ impl Machine {
 
         // 5. The irqchip.
         setup.set_tss_address(layout::TSS_ADDR)?;
-        let irqchip = Irqchip::create(setup.fd(), irqchip_kind(config))?;
+        let irqchip =
+            Irqchip::create(setup.fd(), irqchip_kind(config)).map_err(|error| {
+                match (&error, config.irqchip) {
+                    (IrqchipError::Unsupported(_), config::Irqchip::Split) => {
+                        BuildError::NoSplitIrqchip(error)
+                    }
+                    _ => error.into(),
+                }
+            })?;
         let routing = Routing::new(setup.fd().clone(), &irqchip);
 
         // 6. vCPUs.

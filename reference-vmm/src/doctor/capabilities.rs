@@ -133,9 +133,9 @@ const TABLE: &[Row] = table! {
     "irq-routing" {
         KVM_CAP_IRQCHIP Required "interrupt controllers in the kernel"
         KVM_CAP_IRQ_ROUTING Required "how many GSI routes a VM can have"
-        KVM_CAP_IRQFD Required "an eventfd as an interrupt"
-        KVM_CAP_SPLIT_IRQCHIP Used "local APICs alone in the kernel"
-        KVM_CAP_SIGNAL_MSI Used "an MSI without a route"
+        KVM_CAP_IRQFD Used "an eventfd as an interrupt"
+        KVM_CAP_SPLIT_IRQCHIP Required "local APICs alone in the kernel"
+        KVM_CAP_SIGNAL_MSI Required "an MSI without a route"
         KVM_CAP_PIT2 Used "the i8254 timer in the kernel"
         KVM_CAP_PIT_STATE2 Optional "that timer across a snapshot"
         KVM_CAP_IRQFD_RESAMPLE Used "level-triggered irqfds"

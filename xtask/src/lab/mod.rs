@@ -25,6 +25,8 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,7 +39,7 @@ use wire::{Frame, Job};
 /// The command line's word for the agent: not for people.
 pub(crate) const AGENT_COMMAND: &str = "lab-agent";
 
-/// The exit status when the time limit has passed, as `timeout` has it.
+/// The exit status when the time limit has passed, as `timeout` has it, or the machine stands still.
 pub(crate) const STATUS_TIME_LIMIT: i32 = 124;
 
 /// A machine from which nothing has come for so long stands still: its agent says every second that it runs. (An
@@ -63,7 +65,7 @@ Usage: cargo xtask lab [OPTIONS] -- COMMAND…
   --monitor SOCKET    QEMU's monitor on a unix socket: `info registers -a` tells where a guest hangs
   --refresh           download everything again, as the archive has it today
 
-Exit status: COMMAND's; 124 the time limit has passed; 125 the lab itself failed; 126 or 127 COMMAND does not start.";
+Exit status: COMMAND's; 124 the time limit has passed, or the machine stands still; 125 the lab itself failed; 126 or 127 COMMAND does not start.";
 
 /// What a lab machine is to be.
 #[derive(Clone, Debug)]
@@ -211,16 +213,29 @@ pub(crate) fn run_with(options: &Options, argv: &[OsString], mut sink: Sink) -> 
     let from_lab = port
         .try_clone()
         .context(|| "the port cannot be shared".into())?;
-    thread::spawn(move || listen(from_lab, &mut sink, &events));
+    let passing_on = Arc::new(AtomicBool::new(false));
+    let passes_on = Arc::clone(&passing_on);
+    thread::spawn(move || listen(from_lab, &mut sink, &events, &passes_on));
 
     let mut to_lab = port;
     let mut raw = None;
+    let (mut ready, mut quiet) = (false, false);
     loop {
-        let now = Instant::now();
-        let left = deadline.saturating_duration_since(now).min(SILENCE);
-        match happened.recv_timeout(left) {
+        let mut left = deadline.saturating_duration_since(Instant::now());
+        if ready {
+            // Twice: this process may have been stopped itself.
+            left = left.min(SILENCE / 2);
+        }
+        let event = happened.recv_timeout(left);
+        let was_quiet = std::mem::replace(&mut quiet, event.is_err());
+        match event {
             Ok(Event::Alive) => {}
+            // Relaxed: a hint; whoever reads our output may take his time.
+            Err(RecvTimeoutError::Timeout)
+                if Instant::now() < deadline
+                    && (!was_quiet || passing_on.load(Ordering::Relaxed)) => {}
             Ok(Event::Ready) => {
+                ready = true;
                 let terminal =
                     options.stdin && io::stdin().is_terminal() && io::stdout().is_terminal();
                 let size = if terminal { terminal::size() } else { None };
@@ -262,7 +277,7 @@ pub(crate) fn run_with(options: &Options, argv: &[OsString], mut sink: Sink) -> 
                     let what = format!(
                         "the lab's machine stands still: nothing came from it for {silence} s{words}"
                     );
-                    return Err(Failure::new(what));
+                    return Err(Failure::new(what).with_status(STATUS_TIME_LIMIT));
                 }
                 let limit = options.time_limit.as_secs();
                 let what =
@@ -277,15 +292,25 @@ pub(crate) fn run_with(options: &Options, argv: &[OsString], mut sink: Sink) -> 
 }
 
 /// Hands on what the command writes, and reports the rest.
-fn listen(mut from_lab: UnixStream, sink: &mut Sink, events: &mpsc::Sender<Event>) {
+fn listen(
+    mut from_lab: UnixStream,
+    sink: &mut Sink,
+    events: &mpsc::Sender<Event>,
+    passing_on: &AtomicBool,
+) {
+    let mut pass_on = |stream, bytes: &[u8]| {
+        passing_on.store(true, Ordering::Relaxed);
+        sink(stream, bytes);
+        passing_on.store(false, Ordering::Relaxed);
+    };
     loop {
         let event = match Frame::receive(&mut from_lab) {
             Ok(Frame::Stdout(bytes)) => {
-                sink(Stream::Stdout, &bytes);
+                pass_on(Stream::Stdout, &bytes);
                 continue;
             }
             Ok(Frame::Stderr(bytes)) => {
-                sink(Stream::Stderr, &bytes);
+                pass_on(Stream::Stderr, &bytes);
                 continue;
             }
             Ok(Frame::Ready) => Event::Ready,

@@ -26,7 +26,7 @@ pub(crate) enum Frame {
     Stdout(Vec<u8>),
     /// Agent: bytes that the command wrote to stderr.
     Stderr(Vec<u8>),
-    /// Agent: the command's exit status. Nothing follows.
+    /// Agent: the command's exit status. No output follows.
     Exit(i32),
     /// Agent, every second: the machine runs.
     Alive,

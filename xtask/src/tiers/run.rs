@@ -80,7 +80,13 @@ impl Outcome {
 
     /// This, after what was [`left`](Outcome::left) has been run again.
     pub(crate) fn followed_by(self, next: Outcome) -> Outcome {
-        let all = self.left().is_empty();
+        let left = self.left().len() as u64;
+        let all = left == 0;
+        let run = next.passed + next.failed;
+        let trouble = match next.trouble {
+            None if !all && run != left => Some(format!("{run} of {left} tests were run again")),
+            trouble => trouble,
+        };
         let mut again = self.again;
         again.extend(match all {
             true => vec!["all of it".to_owned()],
@@ -90,6 +96,7 @@ impl Outcome {
             passed: next.passed + if all { 0 } else { self.passed },
             ignored: self.ignored.max(next.ignored),
             seconds: self.seconds + next.seconds,
+            trouble,
             again,
             ..next
         }
@@ -123,7 +130,8 @@ impl Outcome {
         if let Some(test) = line.trim().strip_prefix("test ")
             && let Some(test) = test.strip_suffix(" ... FAILED")
         {
-            self.failures.push(test.to_owned());
+            let name = test.strip_suffix(" - should panic").unwrap_or(test);
+            self.failures.push(name.to_owned());
         }
         let Some(counts) = counts(line) else {
             return false;
@@ -490,6 +498,12 @@ mod tests {
             "test b ... FAILED\ntest result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured";
         let both = first.clone().followed_by(run(bad));
         assert_eq!((both.passed, both.failed), (1, 1));
+        // What did not run is not good.
+        let none = "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured";
+        assert!(!first.clone().followed_by(run(none)).is_good());
+        let panics = run("test c - should panic ... FAILED\n\
+             test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured");
+        assert_eq!(panics.left(), ["c"]);
         // One that was ended is run as a whole, and counts as a whole.
         let ended = Outcome {
             trouble: Some("ended by signal 9".into()),

@@ -76,7 +76,11 @@ fn text(outcomes: &[Outcome], waived: &[Tier], total: Duration) -> String {
     } else {
         "not good"
     };
-    text += &format!("{verdict}, {:.0} s in all\n", total.as_secs_f64());
+    let again = match outcomes.iter().filter(|o| !o.again.is_empty()).count() {
+        0 => String::new(),
+        count => format!(", {count} of them in a second machine"),
+    };
+    text += &format!("{verdict}{again}, {:.0} s in all\n", total.as_secs_f64());
     text
 }
 

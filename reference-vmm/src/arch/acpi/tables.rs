@@ -118,7 +118,7 @@ pub(super) fn madt(cpus: u32) -> Vec<u8> {
             }
         }
     }
-    // Id 0, the in-kernel IOAPIC's value after reset; its pins are the GSIs from 0 on.
+    // Id 0, an IOAPIC's value after reset, KVM's and ours; its pins are the GSIs from 0 on.
     body.extend_from_slice(&[MADT_IOAPIC, 12, 0, 0]);
     body.extend_from_slice(&(layout::IOAPIC_ADDR.0 as u32).to_le_bytes());
     body.extend_from_slice(&0_u32.to_le_bytes());
