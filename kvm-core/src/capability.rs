@@ -108,6 +108,11 @@ impl<H: CheckExtension> Capabilities<H> {
         self.has(kvm::KVM_CAP_TSC_DEADLINE_TIMER)
     }
 
+    /// VMs and vCPUs have [`stats`](crate::stats) (Linux 5.14).
+    pub fn binary_stats(&self) -> bool {
+        self.has(kvm::KVM_CAP_BINARY_STATS_FD)
+    }
+
     /// Bytes of a vCPU's extended state; `None` on hosts where the old 4 KiB structure is all.
     pub fn xsave_bytes(&self) -> Option<NonZeroU32> {
         self.value(kvm::KVM_CAP_XSAVE2)
@@ -162,7 +167,8 @@ mod tests {
                 (caps.max_vcpus(), caps.max_vcpu_id(), caps.max_memslots()),
                 (4, 4, 32)
             );
-            assert!(!caps.immediate_exit() && caps.xsave_bytes().is_none());
+            assert!(!caps.immediate_exit() && !caps.binary_stats());
+            assert!(caps.xsave_bytes().is_none());
         }
     }
 }

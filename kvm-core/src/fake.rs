@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A vCPU without KVM, for tests: it plays a script, and fails where it is told to.
+//! A vCPU without KVM, for tests: it plays a script, and fails where it is told to; and statistics
+//! without KVM.
 //!
 //! [`FakeVcpu`] is a [`RunVcpu`] as KVM's own is, so a run loop, a handler or a whole monitor's
 //! lifecycle can be driven on it, with any exit and any errno, on a machine without `/dev/kvm`.
@@ -33,6 +34,7 @@ use crate::exit::EXIT_AREA_START;
 use crate::identity::VcpuId;
 use crate::kick::Doorbell;
 use crate::run::RunVcpu;
+pub use crate::stats::fake::{FakeStat, FakeStats};
 use crate::sync::{AtomicU8, Condvar, Mutex, Ordering, lock, wait};
 
 const EINTR: i32 = 4;

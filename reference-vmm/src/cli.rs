@@ -141,7 +141,8 @@ Options:
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --kvm PATH               KVM device [/dev/kvm]
   --stats[=json]           Say on stderr at the end what the guest did: exits, accesses to each
-                           device and to none, coalesced writes, memory
+                           device and to none, coalesced writes, memory, and what KVM
+                           itself counted that is not 0
   --timeline               Say on stderr at the end what happened when, in microseconds
   --log LEVEL              off, error, warn, info, debug or trace [warn]
   -h, --help               Show this help

@@ -75,6 +75,7 @@ pub mod doctor;
 pub mod end;
 pub(crate) mod exits;
 pub mod host_memory;
+pub mod kvm_stats;
 pub mod logger;
 pub mod main_loop;
 pub mod memory;

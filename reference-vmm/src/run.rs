@@ -70,7 +70,7 @@ fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
             .for_each(stop);
     };
     let built = Machine::build_watched(&options.config, std::io::stdout(), &end, watch);
-    let machine = match (built, end.get()) {
+    let mut machine = match (built, end.get()) {
         (Err(BuildError::Ended), Some(end)) => {
             let none = options.stats.map(|_| Stats::none(options.config.cpus));
             return Ok((end.clone(), none));
@@ -79,6 +79,9 @@ fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
     };
     if options.stats.is_some() {
         machine.count_accesses();
+        if let Err(error) = machine.read_kvm_statistics() {
+            log::warn!("the statistics are without KVM's own: {error}");
+        }
     }
     // Last before the guest speaks: what fails above is told on a terminal in its usual mode.
     let terminal = RawTerminal::enter().map_err(host("put the terminal into raw mode"))?;

@@ -4,7 +4,8 @@
 //!
 //! A vCPU's exits are counted always: each thread adds to a line of its own, which costs a
 //! nanosecond beside an exit's microseconds. Accesses by device are io-bus' own counters, which are
-//! off unless [`Machine::count_accesses`](crate::vm::Machine::count_accesses) turns them on.
+//! off unless [`Machine::count_accesses`](crate::vm::Machine::count_accesses) turns them on. KVM counts
+//! for itself ([`kvm_stats`](crate::kvm_stats)).
 
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,6 +14,8 @@ use io_bus::{BusKind, IoBus, IoRange};
 use memslots::SlotTable;
 use serde::Serialize;
 use vm_memory::GuestAddress;
+
+use crate::kvm_stats::KvmStats;
 
 /// What a vCPU came out of the guest for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,6 +190,8 @@ pub struct Stats {
     pub unclaimed: Vec<UnclaimedStats>,
     /// Guest memory, by address.
     pub slots: Vec<SlotStats>,
+    /// What KVM itself counted; `None` where it was not asked, or has no statistics.
+    pub kvm: Option<KvmStats>,
 }
 
 /// A device's name and where it was registered, for [`Stats::collect`].
@@ -269,6 +274,7 @@ impl Stats {
             devices,
             unclaimed,
             slots: slots.collect(),
+            kvm: None,
         }
     }
 
@@ -328,7 +334,10 @@ impl fmt::Display for Stats {
                 (slot.page_size >> 10).to_string(),
             ]
         }));
-        table(f, &slots)
+        table(f, &slots)?;
+
+        let mut kvm = self.kvm.iter().flat_map(KvmStats::tables);
+        kvm.try_for_each(|rows| table(f, &rows))
     }
 }
 
@@ -483,6 +492,7 @@ mod tests {
                 slot(1, "memory", false),
                 slot(40, "shared hugetlb pages", true),
             ],
+            kvm: None,
         };
         let text = stats.to_string();
         let lines: Vec<&str> = text.lines().collect();

@@ -38,8 +38,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use io_bus::{BusKind, Interrupter, IoBus, IoRange, Registration};
@@ -48,6 +48,7 @@ use irq_routing::{Gsi, Irqchip, IrqchipError, IrqchipKind, Pit, Routing};
 use kvm_core::arch::x86_64::{
     BootState, CpuidError, CpuidPlan, LongModeTables, TablesError, boot_msrs, gdt,
 };
+use kvm_core::stats::{StatsError, StatsFd};
 use kvm_core::{KickSignal, Kvm, Vcpu, VcpuId, VcpuSet, Vm};
 use kvm_ioctls::VmFd;
 use memslots::{Memslots, Slot};
@@ -68,6 +69,7 @@ use crate::devices::serial::{ConsoleOut, SerialPort};
 use crate::end::EndSignal;
 use crate::exits::{self, Handler, SHOW_REGISTERS, run_vcpu};
 use crate::host_memory::SYSFS;
+use crate::kvm_stats::{KvmReaders, KvmStats};
 use crate::main_loop::GuestSide;
 use crate::stats::{ExitCounters, Named, Stats};
 
@@ -206,6 +208,7 @@ pub struct Machine {
     parts: Parts,
     vcpus: Vec<Vcpu>,
     end: Arc<EndSignal>,
+    kvm_stats: Option<KvmReaders<StatsFd>>,
 }
 
 /// What lives as long as the guest. Fields are dropped in this order: devices first, which hold
@@ -428,6 +431,7 @@ impl Machine {
             parts,
             vcpus,
             end: end.clone(),
+            kvm_stats: None,
         })
     }
 
@@ -437,12 +441,27 @@ impl Machine {
         self.parts.bus.count(true);
     }
 
+    /// Has KVM's own numbers read as well: [`Running::stats`] shows them then. It takes a file descriptor
+    /// for the VM and one for each vCPU.
+    ///
+    /// # Errors
+    /// [`StatsError`]; the machine is what it was.
+    pub fn read_kvm_statistics(&mut self) -> Result<(), StatsError> {
+        self.kvm_stats = Some(KvmReaders::open(&self.parts.vm, &self.vcpus)?);
+        Ok(())
+    }
+
     /// Starts a thread for each vCPU, named `vcpu0` and so on.
     ///
     /// # Errors
     /// A thread cannot be started; those that were have been stopped again.
     pub fn start(self) -> Result<Running, BuildError> {
-        let Machine { parts, vcpus, end } = self;
+        let Machine {
+            parts,
+            vcpus,
+            end,
+            kvm_stats,
+        } = self;
         let set = VcpuSet::new(parts.vm.identity().clone());
         let live = Arc::new(AtomicUsize::new(vcpus.len()));
         let stopping = Arc::new(AtomicBool::new(false));
@@ -460,6 +479,7 @@ impl Machine {
             stopping,
             waits: Vec::with_capacity(vcpus.len()),
             counters: Vec::with_capacity(vcpus.len()),
+            kvm_stats: kvm_stats.map(Mutex::new),
             parts,
         };
         for vcpu in vcpus {
@@ -493,6 +513,7 @@ pub struct Running {
     /// Each vCPU's way out of a wait for a deferred answer.
     waits: Vec<Interrupter>,
     counters: Vec<Arc<ExitCounters>>,
+    kvm_stats: Option<Mutex<KvmReaders<StatsFd>>>,
     parts: Parts,
 }
 
@@ -513,14 +534,26 @@ impl Running {
     }
 
     /// What the guest has done so far, in numbers. Devices are among them if
-    /// [`Machine::count_accesses`] was called. Does not make a vCPU wait.
+    /// [`Machine::count_accesses`] was called, and KVM's own numbers if [`Machine::read_kvm_statistics`]
+    /// was. Does not make a vCPU wait.
     pub fn stats(&self) -> Stats {
-        Stats::collect(
+        let mut stats = Stats::collect(
             self.counters.iter().map(|counters| &**counters),
             &self.parts.bus,
             &self.parts.names,
             &self.parts.memslots.snapshot(),
-        )
+        );
+        stats.kvm = self.kvm_statistics();
+        stats
+    }
+
+    fn kvm_statistics(&self) -> Option<KvmStats> {
+        let readers = self.kvm_stats.as_ref()?.lock();
+        // One left by a panic has whole samples all the same.
+        let sample = readers.unwrap_or_else(PoisonError::into_inner).sample();
+        sample
+            .inspect_err(|error| log::warn!("the statistics are without KVM's own: {error}"))
+            .ok()
     }
 
     /// Stops the vCPUs and closes the VM, for a process that exits next: the rest is left to the
@@ -537,6 +570,8 @@ impl Running {
         // The mapping of the ring of coalesced writes holds the VM as well. The bus has it.
         self.parts.console.forget();
         self.parts.bus = IoBus::new();
+        // And so have KVM's files of statistics.
+        self.kvm_stats = None;
         let vm = self.parts.vm.fd().as_raw_fd();
         std::mem::forget(self);
         // SAFETY: what owns the descriptor has been forgotten, and the threads that shared it have

@@ -183,6 +183,15 @@ fn much_output_takes_fewer_exits_than_bytes() {
     }
 }
 
+fn kvm_counts() -> bool {
+    let kvm = kvm_core::Kvm::open().unwrap();
+    let counts = kvm.capabilities().binary_stats();
+    if !counts {
+        println!("NOT TRIED: this KVM has no KVM_CAP_BINARY_STATS_FD");
+    }
+    counts
+}
+
 #[test]
 fn the_numbers_are_shown_when_they_are_asked_for() {
     need_kvm();
@@ -198,7 +207,10 @@ fn the_numbers_are_shown_when_they_are_asked_for() {
         "PIO 0x3f8..=0x3ff",
         "debug-exit",
         "slot 0",
-    ] {
+    ]
+    .into_iter()
+    .chain(kvm_counts().then_some("KVM, of vcpu0"))
+    {
         assert!(ended.stderr.contains(needle), "{needle}: {ended}");
     }
     let ended = Vmm::boot(boot::smp64())
@@ -210,6 +222,25 @@ fn the_numbers_are_shown_when_they_are_asked_for() {
     assert_eq!(exits(&stats, "pio-out"), 4, "{stats}");
     assert_eq!(device(&stats, "the serial port")["written-bytes"], 3);
     assert_eq!(device(&stats, "debug-exit")["writes"], 1);
+    if kvm_counts() {
+        let of = |vcpu: usize| stats["kvm"]["vcpus"][vcpu].as_array().unwrap();
+        for vcpu in 0..3 {
+            let ours = &stats["exits"][vcpu];
+            let ours: u64 = ours
+                .as_object()
+                .unwrap()
+                .values()
+                .filter_map(Value::as_u64)
+                .sum();
+            let theirs = of(vcpu).iter().find(|one| one["name"] == "exits").unwrap();
+            // KVM counts those as well that it serves alone.
+            assert!(theirs["value"].as_u64() >= Some(ours), "{stats}");
+            assert!(of(vcpu).iter().all(|one| one["value"] != 0), "{stats}");
+        }
+        assert!(stats["kvm"]["vm"].is_array(), "{stats}");
+    } else {
+        assert_eq!(stats["kvm"], Value::Null);
+    }
     assert_eq!(stats["unclaimed"], Value::Array(Vec::new()), "{stats}");
     let size = |slot: &Value| slot["size"].as_u64().unwrap();
     let slots = stats["slots"].as_array().unwrap();

@@ -4,11 +4,13 @@
 
 mod mapping;
 mod signal;
+mod stats;
 mod system;
 mod vcpu;
 mod vm;
 
 pub use signal::{KickSignal, KickSignalError};
+pub use stats::StatsFd;
 pub use system::{Kvm, OpenError};
 pub use vcpu::Vcpu;
 pub use vm::{Error, Vm, VmSetup};

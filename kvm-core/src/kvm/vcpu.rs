@@ -14,6 +14,7 @@ use vmm_sys_util::errno::Error as Errno;
 
 use super::mapping::RunMapping;
 use super::signal::{KickSignal, ThreadDoorbell};
+use super::stats::StatsFd;
 #[cfg(target_arch = "x86_64")]
 use super::vm::Error;
 #[cfg(target_arch = "x86_64")]
@@ -25,6 +26,7 @@ use crate::kick::Doorbell;
 use crate::run::RunVcpu;
 #[cfg(target_arch = "x86_64")]
 use crate::run::VcpuView;
+use crate::stats::{GetStats, StatsError, StatsReader};
 
 /// `_IO(KVMIO, 0x80)`.
 const KVM_RUN: u64 = 0xae80;
@@ -69,6 +71,25 @@ impl Vcpu {
     /// interrupt. For interrupt controllers in user space.
     pub fn request_interrupt_window(&self, on: bool) {
         self.run.request_interrupt_window(on);
+    }
+
+    /// Opens KVM's statistics of the vCPU (`KVM_GET_STATS_FD`), and takes a first sample: before the
+    /// vCPU is enrolled. The reader is then sampled from any thread, while the vCPU runs.
+    ///
+    /// # Errors
+    /// [`StatsError`]; [`StatsError::Unsupported`] where
+    /// [`Capabilities::binary_stats`](crate::Capabilities::binary_stats) says no.
+    pub fn stats(&self) -> Result<StatsReader<StatsFd>, StatsError> {
+        StatsReader::open(self)
+    }
+}
+
+impl GetStats for Vcpu {
+    type File = StatsFd;
+
+    fn get_stats_fd(&self) -> Result<StatsFd, Errno> {
+        // The mapping is one of the vCPU's file, which holds the VM.
+        StatsFd::open(&self.fd, self.run.clone())
     }
 }
 

@@ -11,9 +11,11 @@ use vmm_sys_util::errno::Error as Errno;
 
 use super::mapping::RunMapping;
 use super::signal::{KickSignal, KickSignalError};
+use super::stats::StatsFd;
 use super::vcpu::Vcpu;
 use crate::capability::Capabilities;
 use crate::identity::{Identity, VcpuId};
+use crate::stats::{GetStats, StatsError, StatsReader};
 
 /// Why KVM refused something about a VM. Each says which call it was, and the errno.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -173,8 +175,8 @@ impl VmSetup {
     }
 }
 
-/// A VM (`struct kvm`). It lives for as long as this, its vCPUs or another holder of
-/// [`Vm::fd`] does.
+/// A VM (`struct kvm`). It lives for as long as this, its vCPUs, a reader of its statistics or another
+/// holder of [`Vm::fd`] does.
 #[derive(Debug)]
 pub struct Vm {
     fd: Arc<VmFd>,
@@ -217,5 +219,21 @@ impl Vm {
         let run = RunMapping::new(borrowed, self.fd.run_size())
             .map_err(|errno| Error::MapRun { id, errno })?;
         Ok(Vcpu::new(id, fd, Arc::new(run), signal))
+    }
+
+    /// Opens KVM's statistics of the VM (`KVM_GET_STATS_FD`), and takes a first sample. At any time.
+    ///
+    /// # Errors
+    /// [`StatsError`]; [`StatsError::Unsupported`] where [`Capabilities::binary_stats`] says no.
+    pub fn stats(&self) -> Result<StatsReader<StatsFd>, StatsError> {
+        StatsReader::open(self)
+    }
+}
+
+impl GetStats for Vm {
+    type File = StatsFd;
+
+    fn get_stats_fd(&self) -> Result<StatsFd, Errno> {
+        StatsFd::open(&self.fd, self.fd.clone())
     }
 }
