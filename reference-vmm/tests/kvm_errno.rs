@@ -415,3 +415,37 @@ fn the_other_calls_of_a_run_may_be_refused_too() {
     let calls = scenario.calls().filter(nice_to_have).filter(replaceable);
     scenario.refuse(calls, &errnos, |_, _| Allowed::EndOrGoOn);
 }
+
+#[test]
+fn statistics_that_kvm_does_not_give_are_done_without_and_that_is_told() {
+    need_kvm();
+    let kvm = kvm_core::Kvm::open().unwrap();
+    if !kvm.capabilities().binary_stats() {
+        return println!("NOT TRIED: this KVM has no KVM_CAP_BINARY_STATS_FD");
+    }
+    let kernel = elf(boot::hello64());
+    let path = kernel.display().to_string();
+    let args = ["run", "--kernel", &path, "--debug-exit", "--stats=json"].map(str::to_owned);
+    let kind = Kind::kvm("KVM_GET_STATS_FD");
+    // A host that has never heard of it, and a process without a descriptor left for the vCPU's.
+    for (nth, errno, says) in [
+        (0, libc::ENOTTY, "KVM_CAP_BINARY_STATS_FD"),
+        (1, libc::EMFILE, "Too many open files"),
+    ] {
+        let inject = Inject {
+            kind: kind.clone(),
+            nth,
+            errno,
+        };
+        let (trace, restored) = Scenario::run_with(&args, b"", &[inject]);
+        assert!(trace.injected, "{trace}");
+        assert!(restored && trace.hung.is_none(), "{trace}");
+        assert_eq!(trace.status.code(), Some(1), "{trace}");
+        let (line, json) = trace.stderr.trim_end().split_once('\n').unwrap();
+        assert!(
+            line.contains(says) && line.contains("without KVM's own"),
+            "{trace}"
+        );
+        assert!(json.ends_with(r#""kvm":null}"#), "{trace}");
+    }
+}
