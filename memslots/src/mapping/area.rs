@@ -135,21 +135,8 @@ impl Plan {
         let (length, size) = (place.length, self.size);
         let refused = |call| move |errno| MapError::Call { call, size, errno };
         for _ in 0..TRIES {
-            let request = MapRequest {
-                at: None,
-                length,
-                protection: libc::PROT_NONE,
-                flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                file: None,
-            };
-            // SAFETY: a new mapping, anywhere.
-            let base =
-                unsafe { system.mmap(request) }.map_err(refused("mmap (of address space)"))?;
-            let mut area = Area::Own {
-                base,
-                length,
-                system,
-            };
+            let reserved = Area::reserve(system, length);
+            let (mut area, base) = reserved.map_err(refused("mmap (of address space)"))?;
             let start = base.wrapping_byte_add(place.shift(base as usize));
             // SAFETY: `start` and the memory's size behind it lie in the reservation, which is ours and unused.
             unsafe { system.munmap(start, place.size) }
@@ -236,28 +223,29 @@ impl Plan {
 /// Whether this process may map so much at all: of what `ENOMEM` means, too much address space (`RLIMIT_AS`) and too
 /// many mappings (`vm.max_map_count`) hold for memory without pages as well.
 fn has_room(system: &'static dyn System, length: usize) -> bool {
-    let request = MapRequest {
-        at: None,
-        length,
-        protection: libc::PROT_NONE,
-        flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-        file: None,
-    };
-    // SAFETY: a new mapping, anywhere.
-    match unsafe { system.mmap(request) } {
-        Ok(base) => {
-            drop(Area::Own {
-                base,
-                length,
-                system,
-            });
-            true
-        }
-        Err(_) => false,
-    }
+    Area::reserve(system, length).is_ok()
 }
 
 impl Area {
+    /// Address space that nobody can touch, and where it begins.
+    fn reserve(system: &'static dyn System, length: usize) -> Result<(Self, *mut c_void), Errno> {
+        let request = MapRequest {
+            at: None,
+            length,
+            protection: libc::PROT_NONE,
+            flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            file: None,
+        };
+        // SAFETY: a new mapping, anywhere.
+        let base = unsafe { system.mmap(request) }?;
+        let area = Self::Own {
+            base,
+            length,
+            system,
+        };
+        Ok((area, base))
+    }
+
     /// What is before and what is behind `size` bytes from `start`, each by itself. What is between is not ours.
     fn around(self, start: *mut c_void, size: usize) -> [Option<Self>; 2] {
         let whole = ManuallyDrop::new(self);

@@ -93,8 +93,8 @@ pub const VIRTIO_MMIO: Range<u64> = 0xc000_0000..0xc010_0000;
 /// Size of one virtio-mmio device's registers: a page, so that each can be mapped or trapped alone.
 pub const VIRTIO_MMIO_SIZE: u64 = PAGE;
 
-/// The IOAPIC, where the 82093AA's data sheet and KVM's in-kernel model have it.
-pub const IOAPIC_ADDR: GuestAddress = GuestAddress(0xfec0_0000);
+/// The IOAPIC, where the 82093AA's data sheet has it, and both KVM's model and irq-routing's.
+pub const IOAPIC_ADDR: GuestAddress = GuestAddress(irq_routing::ioapic::IOAPIC_BASE);
 
 /// Pins of KVM's IOAPIC; they are GSI 0 and up.
 pub const IOAPIC_PINS: u32 = 24;

@@ -377,21 +377,6 @@ fn in_machines(
         if left.is_empty() {
             break;
         }
-        if machine == 0 {
-            say(format!("{label}{} test programs in {place} …", left.len()));
-        } else {
-            say(format!(
-                "FAILED in {place}, and run again in a new machine:"
-            ));
-            for index in &left {
-                let tests = done[*index].as_ref().map(Outcome::left).unwrap_or_default();
-                say(format!(
-                    "  {} {}",
-                    run::name_of(&programs[*index]),
-                    tests.join(" ")
-                ));
-            }
-        }
         let wanted: Vec<(&Program, &[String])> = left
             .iter()
             .map(|index| {
@@ -399,6 +384,17 @@ fn in_machines(
                 (&programs[*index], tests)
             })
             .collect();
+        if machine == 0 {
+            say(format!("{label}{} test programs in {place} …", left.len()));
+        } else {
+            say(format!(
+                "{label}FAILED in {place}, and run again in a new machine:"
+            ));
+            for (program, tests) in &wanted {
+                let name = run::name_of(program);
+                say(format!("{label}  {name} {}", tests.join(" ")));
+            }
+        }
         let list = run::List::of(tier, &wanted, place).write(&file)?;
         let argv: Vec<OsString> = cargo::inside_lab(RUN_COMMAND)
             .into_iter()
