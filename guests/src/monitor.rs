@@ -126,3 +126,68 @@ crate::blob! {
         jmp 7b
     "
 }
+
+/// How many bytes each vCPU of [`chorus64`] writes.
+pub const CHORUS_BYTES: usize = 3000;
+
+crate::blob! {
+    /// As many vCPUs as the command line's number says write [`CHORUS_BYTES`] bytes each to COM1, all at once: the
+    /// first one `A`s, each of the others a letter of its own. The last to be done ends the guest with debug-exit value
+    /// 0 (status 1). Starts the others by INIT and SIPI to all, through the x2APIC; vector 8.
+    chorus64, concat!(".code64", crate::parts::command_line_number!(), "
+    2:  mov dword ptr [0x7f000], ebx
+        mov byte ptr [0x7f004], 0x42
+        lea rsi, [rip + 6f]
+        mov edi, 0x8000
+        lea rcx, [rip + 8f]
+        sub ecx, esi
+        rep movsb
+        mov ecx, 0x1b
+        rdmsr
+        or eax, 0xc00
+        wrmsr
+        mov ecx, 0x80f
+        mov eax, 0x1ff
+        xor edx, edx
+        wrmsr
+        mov ecx, 0x830
+        mov eax, 0x000c4500
+        wrmsr
+        mov ebp, 10000
+    3:  dec ebp
+        jnz 3b
+        mov eax, 0x000c4608
+        wrmsr
+        mov edx, 0x3f8
+        mov al, 0x41
+        mov ecx, 3000
+    7:  out dx, al
+        dec ecx
+        jnz 7b
+        lock dec dword ptr [0x7f000]
+        jnz 4f
+        xor eax, eax
+        out 0xf4, al
+    4:  hlt
+        jmp 4b
+    6:
+    .code16
+        mov ax, 0x7f00
+        mov ds, ax
+        mov al, 1
+        lock xadd byte ptr ds:[4], al
+        mov dx, 0x3f8
+        mov cx, 3000
+    7:  out dx, al
+        dec cx
+        jnz 7b
+        lock dec dword ptr ds:[0]
+        jnz 5f
+        xor ax, ax
+        out 0xf4, al
+    5:  hlt
+        jmp 5b
+    8:
+    .code64
+    ")
+}

@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use guests::{boot, console, monitor};
 use serde_json::Value;
-use support::{Ended, Vmm, WATCHDOG, need_kvm};
+use support::{Ended, Running, Vmm, WATCHDOG, need_kvm};
 
 /// Enough that the zone is there long before the last byte: the bytes before it cost an exit each.
 const MUCH: usize = 20_000;
@@ -120,6 +120,44 @@ fn a_guest_that_ends_while_its_console_is_full_loses_nothing() {
             }
         }
     }
+}
+
+/// Four vCPUs and a pipe of one page that nobody reads until all of them wait for it.
+fn chorus() -> (Running, std::io::PipeReader) {
+    need_kvm();
+    let (reader, writer) = std::io::pipe().unwrap();
+    // SAFETY: plain numbers.
+    assert!(unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) } >= 4096);
+    let running = Vmm::boot(monitor::chorus64())
+        .words("--debug-exit --cpus 4 --cmdline 4")
+        .stdout_file(writer)
+        .start();
+    for vcpu in ["vcpu0", "vcpu1", "vcpu2", "vcpu3"] {
+        running.wait_until_idle(vcpu);
+    }
+    (running, reader)
+}
+
+#[test]
+fn vcpus_that_wait_together_for_a_full_console_lose_nothing() {
+    let (running, reader) = chorus();
+    let mut bytes = Vec::new();
+    File::from(OwnedFd::from(reader))
+        .read_to_end(&mut bytes)
+        .unwrap();
+    running.wait().expect_status(1);
+    bytes.sort_unstable();
+    let each: Vec<_> = bytes.chunk_by(u8::eq).map(|of| (of[0], of.len())).collect();
+    let count = monitor::CHORUS_BYTES;
+    assert_eq!(each, [b'A', b'B', b'C', b'D'].map(|letter| (letter, count)));
+}
+
+#[test]
+fn vcpus_that_wait_together_for_a_full_console_can_be_stopped() {
+    let (running, reader) = chorus();
+    running.signal(libc::SIGTERM);
+    running.wait().expect_status(0);
+    drop(reader);
 }
 
 #[test]
