@@ -278,7 +278,10 @@ impl Dispatcher {
             // Dropped after the guard: what the guard's leaving drops must not wait for accesses.
             let _inside = Inside::enter();
             let tables = self.reader.enter();
-            search(&tables, bus.alone(), &mut self.cookies, address, data)
+            match search(&tables, bus, &mut self.cookies, address, data) {
+                None => return Outcome::Answered,
+                Some(found) => found,
+            }
         };
         self.outcome(found, bus, address, direction, len)
     }
@@ -289,11 +292,15 @@ impl Dispatcher {
         let found = {
             let _inside = Inside::enter();
             let tables = self.reader.enter();
-            let buses: &[BusKind] = match tables.bus(BusKind::FastMmio).is_empty() {
-                true => BusKind::Mmio.alone(),
-                false => &[BusKind::FastMmio, BusKind::Mmio],
-            };
-            search(&tables, buses, &mut self.cookies, address, data)
+            if tables.bus(BusKind::FastMmio).is_empty() {
+                match search(&tables, BusKind::Mmio, &mut self.cookies, address, data) {
+                    None => return Outcome::Answered,
+                    Some(found) => found,
+                }
+            } else {
+                let both = &[BusKind::FastMmio, BusKind::Mmio];
+                search_on(&tables, both, &mut self.cookies, address, data)
+            }
         };
         self.outcome(found, BusKind::Mmio, address, Direction::Write, data.len())
     }
@@ -365,8 +372,18 @@ trait Data<'d> {
     fn len(&self) -> usize;
     fn direction(&self) -> Direction;
     fn bytes(self) -> Bytes<'d>;
-    /// Asks a device. What one that does not accept leaves in a read's data is wiped out.
+    /// Asks a device. One that does not accept may leave anything in a read's data.
     fn ask(&mut self, entry: &Entry, at: At) -> Answer;
+    /// Makes a read's data all ones.
+    fn wipe(&mut self);
+    /// As [`ask`](Self::ask), and wipes out what a device leaves that does not accept.
+    fn ask_and_wipe(&mut self, entry: &Entry, at: At) -> Answer {
+        let answer = self.ask(entry, at);
+        if !matches!(answer, Answer::Accepted) {
+            self.wipe();
+        }
+        answer
+    }
 }
 
 impl<'d> Data<'d> for &'d mut [u8] {
@@ -386,11 +403,11 @@ impl<'d> Data<'d> for &'d mut [u8] {
 
     #[inline]
     fn ask(&mut self, entry: &Entry, at: At) -> Answer {
-        let answer = entry.device.read(at, self);
-        if !matches!(answer, Answer::Accepted) {
-            wipe(self);
-        }
-        answer
+        entry.device.read(at, self)
+    }
+
+    fn wipe(&mut self) {
+        wipe(self);
     }
 }
 
@@ -413,6 +430,8 @@ impl<'d> Data<'d> for &'d [u8] {
     fn ask(&mut self, entry: &Entry, at: At) -> Answer {
         entry.device.write(at, self)
     }
+
+    fn wipe(&mut self) {}
 }
 
 /// An access's data where both directions go the same way.
@@ -450,8 +469,8 @@ impl Bytes<'_> {
 
     pub(crate) fn ask(&mut self, entry: &Entry, at: At) -> Answer {
         match self {
-            Bytes::Read(data) => data.ask(entry, at),
-            Bytes::Write(data) => data.ask(entry, at),
+            Bytes::Read(data) => data.ask_and_wipe(entry, at),
+            Bytes::Write(data) => data.ask_and_wipe(entry, at),
         }
     }
 }
@@ -475,30 +494,40 @@ impl From<Answer> for Found {
     }
 }
 
-/// Asks the devices that hold the access, in order, until one takes it: those of the first of
-/// `buses` first.
+/// Asks the devices of one bus that hold the access, in order, until one takes it. `None`: the one
+/// at the cookie has, so the caller can return from inside its guard, with nothing to carry out of it.
 #[inline(always)]
 fn search<'d>(
     tables: &Tables,
-    buses: &[BusKind],
+    bus: BusKind,
     cookies: &mut Cookies,
     address: u64,
     mut data: impl Data<'d>,
-) -> Found {
-    // The shortest way is for an access that one bus is asked, and nobody looks on at: no row of a
-    // table under observation is at a cookie.
-    if let [bus] = *buses {
-        let cookie = usize::from(*cookies.of(bus, address));
-        if let Some(row) = tables.bus(bus).at_cookie(cookie, address, data.len()) {
-            // No other row holds the access, so this device's word is final.
-            return offer(row, address, |entry, at| data.ask(entry, at)).into();
-        }
+) -> Option<Found> {
+    // The shortest way is for an access that nobody looks on at: no row of a table under observation
+    // is at a cookie.
+    let cookie = usize::from(*cookies.of(bus, address));
+    if let Some(row) = tables.bus(bus).at_cookie(cookie, address, data.len()) {
+        // No other row holds the access, so this device's word is final.
+        return match offer(row, address, |entry, at| data.ask(entry, at)) {
+            Answer::Accepted => None,
+            other => Some(not_accepted(other, data)),
+        };
     }
     unlikely();
-    search_on(tables, buses, cookies, address, data)
+    Some(search_on(tables, bus.alone(), cookies, address, data))
 }
 
-/// The search proper. Out of line, so that a repeat carries nothing of it.
+/// What a device that did not accept has left in a read's data is wiped out.
+#[cold]
+#[inline(never)]
+fn not_accepted<'d>(answer: Answer, mut data: impl Data<'d>) -> Found {
+    data.wipe();
+    answer.into()
+}
+
+/// The search proper, on several buses those of the first one first. Out of line, so that a repeat
+/// carries nothing of it.
 #[inline(never)]
 fn search_on<'d>(
     tables: &Tables,
@@ -521,7 +550,7 @@ fn search_on<'d>(
                 .bus(*bus)
                 .at_cookie(usize::from(*cookie), address, len),
         };
-        let ask = |entry: &Entry, at| data.ask(entry, at);
+        let ask = |entry: &Entry, at| data.ask_and_wipe(entry, at);
         let found = match row {
             Some(row) => offer(row, address, ask).into(),
             None => search_with(tables.bus(*bus), cookie, address, len, ask),
