@@ -387,17 +387,18 @@ impl<H: Copy, C: Clone> Leaves<H, C> {
         }
     }
 
-    /// Appends `new` in as many leaves as they need, together with the last leaf if one is enough for both.
+    /// Appends `new` in as many leaves as they need, of about equal size, so that the next entry does not split one
+    /// again. The last leaf that there is takes part if it and the first of the new ones would fit into one.
     fn push(&mut self, mut new: Vec<(u64, H, C)>) {
         if new.is_empty() {
             return;
         }
-        if self.has_room(new.len())
+        let first = new.len().div_ceil(new.len().div_ceil(LEAF));
+        if self.has_room(first)
             && let Some(last) = self.0.pop()
         {
             new.splice(0..0, entries(&last.leaf));
         }
-        // Of about equal size, so that the next entry does not split one again.
         let mut leaves = new.len().div_ceil(LEAF);
         let mut left = new.len();
         let mut new = new.into_iter();
@@ -518,6 +519,18 @@ mod tests {
                 map = next;
             }
         }
+    }
+
+    #[test]
+    fn a_leaf_that_is_split_shares_with_the_small_one_before_it() {
+        let keys = |keys: std::ops::Range<u64>| keys.map(|key| (key, 0, 0)).collect::<Vec<_>>();
+        // 50 and 50, then 20 and 50, then 20 and 70.
+        let map = Ordered::<u32, u32>::new().edited(&[], keys(0..100));
+        let gone: Vec<_> = (0..30).collect();
+        let map = map.edited(&gone, Vec::new()).edited(&[], keys(100..120));
+        is_sound(&map);
+        let lengths: Vec<_> = map.leaves.iter().map(|child| child.leaf.len()).collect();
+        assert_eq!(lengths, [45, 45]);
     }
 
     #[test]
