@@ -289,7 +289,10 @@ fn an_interrupt_that_cannot_be_sent_does_not_leave_the_guest_waiting() {
         assert_eq!(scenario.good.stdout, b"ready\nhello q");
         let how = |call: &&Call| call.kind == Kind::kvm(sends);
         assert!(scenario.calls().any(|call| how(&call)), "{irqchip}");
-        scenario.refuse(scenario.calls().filter(how), &ERRNOS, kvm_rule);
+        // The -1 by which KVM says that no vCPU took a message leaves the system call as EPERM: no refusal.
+        let says_nobody = |errno: &i32| sends == "KVM_SIGNAL_MSI" && *errno == libc::EPERM;
+        let errnos: Vec<_> = ERRNOS.into_iter().filter(|e| !says_nobody(e)).collect();
+        scenario.refuse(scenario.calls().filter(how), &errnos, kvm_rule);
     }
 }
 
