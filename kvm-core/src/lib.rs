@@ -118,6 +118,7 @@
 #![doc = include_str!("header_map.md")]
 #![deny(unsafe_code)]
 
+mod access;
 pub mod arch;
 mod capability;
 mod control;
@@ -135,6 +136,8 @@ mod run;
 pub mod stats;
 mod sync;
 
+#[cfg(target_arch = "x86_64")]
+pub use arch::x86_64::state;
 pub use capability::{Capabilities, CheckExtension};
 pub use control::{ControlError, Pause, VcpuSet};
 pub use exit::{
