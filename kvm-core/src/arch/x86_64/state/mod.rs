@@ -100,7 +100,7 @@ pub use registers::{
     CpuidLeaf, DebugRegisters, DescriptorTable, GeneralRegisters, Msr, OneRegister, Segment,
     SystemRegisters, Xcr,
 };
-pub use restore::Restored;
+pub use restore::{Restored, TscRestored};
 pub use version::{StateVersion, UnknownVersion};
 
 /// Bytes of a local APIC's page that have registers (`struct kvm_lapic_state`).

@@ -19,9 +19,22 @@ use super::{VcpuState, msr};
 pub struct Restored {
     /// MSRs that this host does not have, and whose value was 0: nothing is lost by leaving them out.
     pub skipped_msrs: Vec<u32>,
-    /// Whether the TSC was set by its offset. If not, its value was written, and KVM makes the counters
-    /// of vCPUs that are restored within a second of each other equal.
-    pub tsc_by_offset: bool,
+    /// What became of the time-stamp counter.
+    pub tsc: TscRestored,
+}
+
+/// What became of a restored vCPU's time-stamp counter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TscRestored {
+    /// Its offset was set.
+    Offset,
+    /// Its value was written, and KVM makes the counters of vCPUs that are restored within a second of
+    /// each other equal.
+    #[default]
+    Value,
+    /// KVM said yes, and the counter is where it was: the guest sees the host's, which may jump.
+    /// KVM's PVM back end does so.
+    HostsOwn,
 }
 
 /// What is known of the vCPU before the first piece is written.
@@ -53,7 +66,46 @@ impl StateHost {
         let lost = |msr: &&Msr| !self.has_msr(msr.index, state.mcg_cap);
         Ok(Restored {
             skipped_msrs: state.msrs.iter().filter(lost).map(|m| m.index).collect(),
-            tsc_by_offset: target.offset.is_some(),
+            tsc: self.tsc_restored(vcpu, state, passage, &target)?,
+        })
+    }
+
+    /// Looks where the counter is. Ten seconds lie between writing and reading at most, or this host is
+    /// too busy for its guest's timers anyway.
+    fn tsc_restored<V: AccessVcpu + ?Sized>(
+        &self,
+        vcpu: &V,
+        state: &VcpuState,
+        passage: &Passage,
+        target: &Target,
+    ) -> Result<TscRestored, RestoreError> {
+        let failed = |piece| move |errno| RestoreError::Failed { piece, errno };
+        if let Some(offset) = target.offset {
+            let now = vcpu.tsc_offset().map_err(failed(VcpuPiece::TscOffset))?;
+            let set = now == offset;
+            return Ok(if set {
+                TscRestored::Offset
+            } else {
+                TscRestored::HostsOwn
+            });
+        }
+        let mut now = [Msr {
+            index: msr::IA32_TSC,
+            value: 0,
+        }];
+        let Some(saved) = state.msr(msr::IA32_TSC) else {
+            return Ok(TscRestored::Value);
+        };
+        if vcpu.get_msrs(&mut now).map_err(failed(VcpuPiece::Msrs))? == 0 {
+            return Ok(TscRestored::HostsOwn);
+        }
+        let wanted = saved.wrapping_add(passage.elapsed_cycles(state.tsc_khz));
+        let apart = now[0].value.wrapping_sub(wanted) as i64;
+        let near = apart.unsigned_abs() <= u64::from(state.tsc_khz) * 10_000;
+        Ok(if near {
+            TscRestored::Value
+        } else {
+            TscRestored::HostsOwn
         })
     }
 
