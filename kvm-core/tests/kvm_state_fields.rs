@@ -168,7 +168,7 @@ fn system_registers_travel() {
     for (segment, n) in segments.into_iter().zip(1_u16..) {
         segment.base = u64::from(n) * 0x1_1000;
         segment.selector = n << 3;
-        segment.limit = 0xf_ffff + u32::from(n) * 0x10_0000 & !0xfff | 0xfff;
+        segment.limit = (0xf_ffff + u32::from(n) * 0x10_0000) | 0xfff;
         segment.g = 1;
         segment.db = 1;
         segment.avl = 1;
@@ -519,7 +519,7 @@ fn a_state_taken_in_the_middle_of_a_read_has_what_was_read_in_it() {
             let mask = if bytes == 1 { 0xff } else { 0xffff_ffff };
             assert_eq!(
                 state.registers.rax & mask,
-                count * 0x0101_0101 & mask,
+                (count * 0x0101_0101) & mask,
                 "{kind}"
             );
             assert_ne!(state.registers.rip, states[at - 1].1.registers.rip);

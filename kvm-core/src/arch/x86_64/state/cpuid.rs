@@ -15,7 +15,7 @@ const TSC_DEADLINE: u32 = 1 << 24;
 const MWAIT: u32 = 1 << 3;
 const DISABLE_MWAIT: u32 = 1;
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Register {
     Eax,
     Ebx,
@@ -86,7 +86,13 @@ impl StateHost {
         }
         for &(function, index, register, left_out) in FEATURES {
             let at = (function, index);
-            self.compare(guest, at, at, register, left_out | self.beyond_the_list(at))?;
+            self.compare(
+                guest,
+                at,
+                at,
+                register,
+                left_out | self.beyond_the_list(at, register),
+            )?;
         }
         // KVM's own features may stand behind another hypervisor's, 0x100 leaves apart.
         let mut bases = (KVM_LEAVES..KVM_LEAVES + 0x1_0000).step_by(0x100);
@@ -105,8 +111,8 @@ impl StateHost {
     }
 
     /// Bits that a guest may have although `KVM_GET_SUPPORTED_CPUID` leaves them out.
-    fn beyond_the_list(&self, at: (u32, u32)) -> u32 {
-        if at != (1, 0) {
+    fn beyond_the_list(&self, at: (u32, u32), register: Register) -> u32 {
+        if (at, register) != ((1, 0), Ecx) {
             return 0;
         }
         let deadline = if self.tsc_deadline { TSC_DEADLINE } else { 0 };
