@@ -20,7 +20,7 @@ use kvm_ioctls::VcpuFd;
 const ROUNDS_DONE: u32 = 200;
 const TICKS_AWAITED: u32 = 10;
 /// So many exits, and a tick should have come long ago.
-const PATIENCE: u32 = 3_000_000;
+const PATIENCE: u32 = 500_000;
 
 /// What the guest reads from its device: a number that follows from how often it has read.
 fn input(count: u32) -> u32 {

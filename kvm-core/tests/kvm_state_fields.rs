@@ -354,6 +354,36 @@ fn model_specific_registers_travel_those_that_no_list_has_too() {
 }
 
 #[test]
+fn machine_check_banks_travel_with_their_number() {
+    let mut state = with_cpuid().state();
+    if state.mcg_cap.is_none() {
+        return println!("NOT TRIED: this KVM has no machine check banks");
+    }
+    state.mcg_cap = Some(7);
+    state
+        .msrs
+        .retain(|msr| !(0x400 + 4 * 7..0x480).contains(&msr.index));
+    for msr in &mut state.msrs {
+        match msr.index {
+            0x400 => msr.value = u64::MAX,
+            0x402 => msr.value = 0xabcd_e000,
+            _ => {}
+        }
+    }
+    travels(&state);
+}
+
+#[test]
+fn a_frequency_of_the_time_stamp_counter_travels_where_it_can_be_scaled() {
+    let mut state = with_cpuid().state();
+    if !fresh().host.tsc_control {
+        return println!("NOT TRIED: this KVM has no KVM_CAP_TSC_CONTROL");
+    }
+    state.tsc_khz = state.tsc_khz / 10 * 9;
+    travels(&state);
+}
+
+#[test]
 fn the_offset_of_the_time_stamp_counter_is_set_where_the_hosts_counter_is_known() {
     let from = with_cpuid();
     let mut state = from.state();
