@@ -16,6 +16,8 @@
 //! that halts, fails or unwinds leaves through [`Member`]'s destructor, and one that was never
 //! started is not active; neither can leave a pause or a stop hanging.
 //!
+//! A parked thread does what it is asked (`access.rs`) and parks again.
+//!
 //! Lock order: `members`, then `state`. vCPU threads take `state` when they start, park, acknowledge
 //! and leave, and `members` when they leave; on the way from exit to entry they take none.
 

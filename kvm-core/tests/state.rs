@@ -10,7 +10,7 @@ use kvm_core::Errno;
 use kvm_core::state::fake::{FakeClock, FakeState};
 use kvm_core::state::{
     ClockError, ClockRestore, ClockState, Msr, Passage, Refusal, RestoreError, SaveError,
-    StateBytes, TscRestored, VcpuPiece, VcpuState, VmState,
+    TscRestored, VcpuPiece, VcpuState, VmState,
 };
 use proptest::prelude::*;
 use states::{fresh, host, state};
@@ -474,7 +474,7 @@ proptest! {
 #[cfg(feature = "with-serde")]
 mod form {
     use super::*;
-    use kvm_core::state::{Events, GeneralRegisters, StateVersion, SystemRegisters};
+    use kvm_core::state::{Events, GeneralRegisters, StateBytes, StateVersion, SystemRegisters};
 
     fn text(state: &VcpuState) -> String {
         serde_json::to_string(state).unwrap()

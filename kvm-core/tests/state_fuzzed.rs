@@ -19,5 +19,5 @@ fn any_bytes_are_a_state_or_are_refused() {
         ..ProptestConfig::with_cases(cases)
     };
     let input = proptest::collection::vec(any::<u8>(), 0..60);
-    proptest!(config, |(input in input)| states::run(&input));
+    proptest!(config, |(input in input)| states::text::run(&input));
 }

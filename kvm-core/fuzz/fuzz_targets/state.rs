@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Bytes as a saved state: `tests/states/mod.rs`, which `tests/state_fuzzed.rs` runs without libFuzzer.
+//! Bytes as a saved state: `tests/states/text.rs`, which `tests/state_fuzzed.rs` runs without libFuzzer.
 
 #![no_main]
 
@@ -9,4 +9,4 @@ use libfuzzer_sys::fuzz_target;
 #[path = "../../tests/states/mod.rs"]
 mod states;
 
-fuzz_target!(|input: &[u8]| states::run(input));
+fuzz_target!(|input: &[u8]| states::text::run(input));

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Bytes as a saved state: what `tests/state_fuzzed.rs` and the fuzz target `state` do with them. And any
-//! state, for property tests.
+//! A host, a state that it takes, and a vCPU to take it; and bytes as a state (`text.rs`).
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -10,10 +9,11 @@
     missing_docs
 )]
 
-use kvm_core::state::fake::{FakeClock, FakeState};
-use kvm_core::state::{
-    ClockRestore, CpuidLeaf, Msr, Passage, StateBytes, StateHost, VcpuState, VmState, Xcr,
-};
+#[cfg(feature = "with-serde")]
+pub mod text;
+
+use kvm_core::state::fake::FakeState;
+use kvm_core::state::{CpuidLeaf, Msr, OneRegister, StateBytes, StateHost, VcpuState, Xcr};
 
 /// A host that takes [`state`].
 pub fn host() -> StateHost {
@@ -74,7 +74,7 @@ pub fn state() -> VcpuState {
         tsc_offset: Some(77),
         mcg_cap: Some(1),
         nested: Some(StateBytes(vec![0; 128])),
-        one_registers: vec![kvm_core::state::OneRegister {
+        one_registers: vec![OneRegister {
             id: 0x2030_0003_0000_0000,
             value: 0x7ff0,
         }],
@@ -117,75 +117,4 @@ pub fn fresh() -> FakeState {
         msrs: like.msrs.iter().map(zero).collect(),
         ..Default::default()
     })
-}
-
-/// Whatever the bytes are, they are a state or none; a state is checked, restored and written again
-/// without a panic, and is the same when it is read again.
-#[cfg(feature = "with-serde")]
-pub fn run(input: &[u8]) {
-    decode(input);
-    decode(&edited(&serde_json::to_vec(&small()).unwrap(), input));
-    decode(&edited(
-        &serde_json::to_vec(&VmState::default()).unwrap(),
-        input,
-    ));
-}
-
-/// A state whose text is short.
-#[cfg(feature = "with-serde")]
-fn small() -> VcpuState {
-    let mut state = state();
-    state.xsave.0.truncate(580);
-    state.lapic = None;
-    state.msrs.truncate(3);
-    state.cpuid.truncate(4);
-    state.nested = Some(StateBytes(vec![9; 12]));
-    state
-}
-
-/// The text with edits: three bytes each, where and what.
-#[cfg(feature = "with-serde")]
-fn edited(text: &[u8], edits: &[u8]) -> Vec<u8> {
-    let mut text = text.to_vec();
-    for edit in edits.chunks_exact(3) {
-        let at = usize::from(edit[0]) << 8 | usize::from(edit[1]);
-        let at = at % text.len();
-        match edit[2] {
-            // Digits mostly, so that it stays a text; and some bytes gone, or doubled.
-            what @ 0..=199 => text[at] = b'0' + what % 10,
-            200..=219 => drop(text.remove(at)),
-            220..=239 => text.insert(at, text[at]),
-            what => text[at] = what,
-        }
-    }
-    text
-}
-
-#[cfg(feature = "with-serde")]
-fn decode(bytes: &[u8]) {
-    if let Ok(state) = serde_json::from_slice::<VcpuState>(bytes) {
-        let again = serde_json::to_vec(&state).unwrap();
-        assert_eq!(serde_json::from_slice::<VcpuState>(&again).unwrap(), state);
-        let host = host();
-        let vcpu = fresh();
-        let checked = host.check(&state);
-        let before = vcpu.state();
-        let passage = Passage {
-            elapsed: u64::MAX,
-            host_tsc: Some((state.tsc_khz.into(), 1)),
-        };
-        match host.restore(&vcpu, &state, &passage) {
-            Ok(_) => assert_eq!(checked, Ok(())),
-            Err(kvm_core::state::RestoreError::Refused(reason)) => {
-                let _ = reason.to_string();
-                assert_eq!(vcpu.state(), before);
-            }
-            Err(other) => drop(other.to_string()),
-        }
-    }
-    if let Ok(state) = serde_json::from_slice::<VmState>(bytes) {
-        for how in [ClockRestore::AsSaved, ClockRestore::Advanced] {
-            let _ = state.restore(&FakeClock::default(), how);
-        }
-    }
 }

@@ -69,7 +69,7 @@ impl StateHost {
 }
 
 /// The ioctls that read and write a vCPU's state. Implemented for `kvm_ioctls::VcpuFd`, and by
-/// [`fake::FakeState`](super::fake::FakeState).
+/// `fake::FakeState` (feature `test-utilities`).
 ///
 /// # Contract
 /// Each call is one ioctl but for [`AccessVcpu::one_registers`] (a list, and one for each), and one that
