@@ -43,6 +43,7 @@ pub mod irq;
 pub mod monitor;
 mod page_writer;
 mod parts;
+pub mod state;
 pub mod vcpu;
 
 pub use page_writer::{PAGE_WRITER_PORT, PAGE_WRITER_STOP, page_writer};

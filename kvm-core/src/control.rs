@@ -16,20 +16,25 @@
 //! that halts, fails or unwinds leaves through [`Member`]'s destructor, and one that was never
 //! started is not active; neither can leave a pause or a stop hanging.
 //!
+//! A parked thread does what it is asked (`access.rs`) and parks again.
+//!
 //! Lock order: `members`, then `state`. vCPU threads take `state` when they start, park, acknowledge
 //! and leave, and `members` when they leave; on the way from exit to entry they take none.
 
+use std::any::{Any, TypeId};
 use std::cell::Cell;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use crate::access::Tasks;
 use crate::identity::{Identity, VcpuId};
 use crate::kick::Gate;
 use crate::mode::GuestMode;
 use crate::request::{Request, Requests};
 use crate::run::{ExitHandler, Halt, RunVcpu, Runner};
-use crate::sync::{AtomicU64, Condvar, Mutex, Ordering, lock, thread_local, wait};
+use crate::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, lock, thread_local, wait};
 
 thread_local! {
     /// The set whose vCPU this thread is running, by address.
@@ -51,6 +56,15 @@ pub enum ControlError {
     /// A vCPU of this number is enrolled already.
     #[error("vCPU {0} is enrolled already")]
     AlreadyEnrolled(VcpuId),
+    /// The vCPU is enrolled, and no thread runs it: its `Runner` has it.
+    #[error("vCPU {0} is not started; use its Runner's vcpu_mut")]
+    NotStarted(VcpuId),
+    /// The vCPU left before it had done what it was asked: it was stopped, or ended.
+    #[error("vCPU {0} left its thread meanwhile")]
+    Left(VcpuId),
+    /// The vCPU is not of the kind that was asked for.
+    #[error("vCPU {0} has another type of descriptor than was asked for")]
+    OtherFd(VcpuId),
 }
 
 /// What a vCPU thread is to do, by the control state.
@@ -62,7 +76,7 @@ pub(crate) enum Verdict {
 }
 
 #[derive(Debug, Default)]
-struct State {
+pub(crate) struct State {
     /// Pauses that are held. The set runs at 0.
     pauses: usize,
     stopping: bool,
@@ -72,6 +86,10 @@ struct State {
     started: usize,
     /// Incremented by each who waits for acknowledgements, under the lock under which it then asks.
     epoch: u64,
+    /// The members inside `Runner::run`, by key.
+    pub(crate) threads: Vec<usize>,
+    /// What parked members are asked to do (`access.rs`).
+    pub(crate) tasks: Tasks,
 }
 
 impl State {
@@ -85,25 +103,34 @@ impl State {
 }
 
 /// One vCPU as the set knows it.
-struct Enrolled {
-    id: VcpuId,
+pub(crate) struct Enrolled {
+    pub(crate) id: VcpuId,
+    /// The type of its `RunVcpu::Fd`.
+    pub(crate) fd: TypeId,
     gate: Gate,
     /// The newest epoch acknowledged, or `u64::MAX` once the vCPU has left. Written under the state
     /// lock, so Relaxed.
     acknowledged: AtomicU64,
 }
 
-struct Control {
+pub(crate) struct Control {
     identity: Identity,
-    members: Mutex<Vec<Arc<Enrolled>>>,
-    state: Mutex<State>,
-    /// vCPU threads wait here for a pause to end.
-    resumed: Condvar,
+    pub(crate) members: Mutex<Vec<Arc<Enrolled>>>,
+    pub(crate) state: Mutex<State>,
+    /// vCPU threads wait here for a pause to end, or for a task.
+    pub(crate) resumed: Condvar,
     /// The control plane waits here for vCPU threads.
-    changed: Condvar,
+    pub(crate) changed: Condvar,
 }
 
 impl Control {
+    pub(crate) fn not_on_vcpu_thread(self: &Arc<Self>) -> Result<(), ControlError> {
+        if RUNNING.with(Cell::get) == Arc::as_ptr(self).addr() {
+            return Err(ControlError::OnVcpuThread);
+        }
+        Ok(())
+    }
+
     fn ask_all(&self, requests: Requests) {
         for member in lock(&self.members).iter() {
             member.gate.ask(requests);
@@ -159,6 +186,7 @@ impl VcpuSet {
         }
         let enrolled = Arc::new(Enrolled {
             id,
+            fd: TypeId::of::<V::Fd>(),
             gate: Gate::new(vcpu.doorbell()),
             acknowledged: AtomicU64::new(0),
         });
@@ -364,10 +392,7 @@ impl VcpuSet {
     }
 
     fn not_on_vcpu_thread(&self) -> Result<(), ControlError> {
-        if RUNNING.with(Cell::get) == Arc::as_ptr(&self.control).addr() {
-            return Err(ControlError::OnVcpuThread);
-        }
-        Ok(())
+        self.control.not_on_vcpu_thread()
     }
 }
 
@@ -381,7 +406,8 @@ impl std::fmt::Debug for VcpuSet {
     }
 }
 
-/// A pause that holds. Dropped, it ends, and with the last one the vCPUs run on.
+/// A pause that holds. Dropped, it ends, and with the last one the vCPUs run on. Meanwhile the vCPUs'
+/// state can be had ([`Pause::with_vcpu`], [`Pause::with_each`]).
 #[must_use = "the pause ends when it is dropped"]
 pub struct Pause {
     control: Arc<Control>,
@@ -390,6 +416,10 @@ pub struct Pause {
 impl Pause {
     /// Ends the pause: the same as dropping it, as a word. Does not wait for vCPUs to be in the guest.
     pub fn resume(self) {}
+
+    pub(crate) const fn control(&self) -> &Arc<Control> {
+        &self.control
+    }
 }
 
 impl Drop for Pause {
@@ -423,15 +453,16 @@ impl Member {
     }
 
     /// The thread begins: active at once, or when the pause that holds is over.
-    pub(crate) fn start(&mut self) -> Verdict {
+    ///
+    /// `fd` is what tasks get meanwhile.
+    pub(crate) fn start(&mut self, fd: &dyn Any) -> Verdict {
         let address = Arc::as_ptr(&self.control).addr();
         RUNNING.with(|running| running.set(address));
         let mut state = lock(&self.control.state);
         state.started += 1;
+        state.threads.push(self.key());
         self.started = true;
-        while state.verdict() == Verdict::Park {
-            state = wait(&self.control.resumed, state);
-        }
+        state = self.until_resumed(state, fd);
         state.active += 1;
         state.verdict()
     }
@@ -440,20 +471,49 @@ impl Member {
         lock(&self.control.state).verdict()
     }
 
-    /// Is not active until no pause holds. Never returns [`Verdict::Park`].
-    pub(crate) fn park(&self) -> Verdict {
+    /// Is not active until no pause holds. Never returns [`Verdict::Park`]. `fd` is what tasks get.
+    pub(crate) fn park(&self, fd: &dyn Any) -> Verdict {
         let mut state = lock(&self.control.state);
         if state.verdict() == Verdict::Park {
             state.active -= 1;
             if state.active == 0 {
                 self.control.changed.notify_all();
             }
-            while state.verdict() == Verdict::Park {
-                state = wait(&self.control.resumed, state);
-            }
+            state = self.until_resumed(state, fd);
             state.active += 1;
         }
         state.verdict()
+    }
+
+    /// Sleeps while a pause holds, but for the tasks that it is given (`access.rs`).
+    fn until_resumed<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        fd: &dyn Any,
+    ) -> MutexGuard<'a, State> {
+        while state.verdict() == Verdict::Park {
+            let Some((ticket, task)) = state.tasks.take(self.key()) else {
+                state = wait(&self.control.resumed, state);
+                continue;
+            };
+            drop(state);
+            let done = catch_unwind(AssertUnwindSafe(|| task(self.enrolled.id, fd)));
+            state = lock(&self.control.state);
+            state.tasks.strike_off(ticket);
+            self.control.changed.notify_all();
+            if let Err(panic) = done {
+                // The destructor takes a started member for an active one.
+                state.active += 1;
+                drop(state);
+                resume_unwind(panic);
+            }
+        }
+        state
+    }
+
+    /// What tells it from every other member that is alive.
+    fn key(&self) -> usize {
+        Arc::as_ptr(&self.enrolled).addr()
     }
 
     /// Requests were served, outside the guest.
@@ -478,6 +538,9 @@ impl Drop for Member {
         if self.started {
             state.active -= 1;
             state.started -= 1;
+            let key = self.key();
+            state.threads.retain(|thread| *thread != key);
+            state.tasks.strike_off_all_of(key);
             RUNNING.with(|running| running.set(0));
         }
         // One who waits for this vCPU's acknowledgement, or for the last to leave, must look again.

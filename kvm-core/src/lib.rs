@@ -61,7 +61,7 @@
 //! `mode.rs` (the guest modes and their table), `request.rs`, `kick.rs` (the protocol of the two, and
 //! why nothing is lost), `run.rs` (the loop), `control.rs` (all vCPUs together), `exit.rs` (the
 //! decoder), `stats/` (KVM's own statistics), `kvm/` (the ioctls, and all `unsafe`), `arch/` (CPUID,
-//! MSRs, registers, tables as data), `fake.rs` (a vCPU without KVM).
+//! MSRs, registers, tables as data; whole state), `access.rs` (what a paused vCPU is asked), `fake.rs` (a vCPU without KVM).
 //!
 //! # Concurrency
 //!
@@ -70,6 +70,8 @@
 //! - [`VcpuSet`] is the other side, for any thread. What waits there waits on a condition variable
 //!   for vCPU threads to pass a lock; there is no time-out, no sleep and no poll. Waiting for one's
 //!   own vCPU is refused with [`ControlError::OnVcpuThread`].
+//! - A paused vCPU is asked through its own thread ([`Pause::with_vcpu`]); who asks one that leaves
+//!   instead is told, and never left waiting (`access.rs` argues it).
 //! - A vCPU thread that halts, fails at its first ioctl or panics leaves its set on the way, and one
 //!   that was never started is not waited for; neither leaves a pause or a stop hanging.
 //! - From one exit to the next entry a vCPU thread takes no lock and makes no system call but
@@ -96,9 +98,47 @@
 //!
 //! # Saved and restored
 //!
-//! Nothing yet by this crate itself. A paused vCPU is in the right state for it: its access is
-//! completed (`KVM_RUN` with `immediate_exit`, until it says `EINTR`) and kvm-clock was told. Requests
-//! that are pending are not part of a guest's state.
+//! All that KVM knows of a vCPU is [`state::VcpuState`], and of a VM's clock [`state::VmState`]: plain
+//! data with named fields, serde's traits with the feature `with-serde`, and a version whose policy is
+//! [`state::StateVersion`]'s. Guest memory is memslots', the interrupt controllers are irq-routing's.
+//!
+//! A paused vCPU is in the right state for it: its access is completed (`KVM_RUN` with
+//! `immediate_exit`, until it says `EINTR`) and kvm-clock was told. Its own thread reads its state
+//! ([`Pause::with_vcpu`], [`Pause::with_each`] for all at once), so that nobody shares its descriptor.
+//! Requests that are pending are not part of a guest's state, nor is what a debugger has set.
+//!
+//! ```no_run
+//! # #[cfg(all(feature = "kvm", target_arch = "x86_64"))]
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # use kvm_core::state::ClockRestore;
+//! # use kvm_core::{Kvm, Vcpu, VcpuView, VcpuSet, RunVcpu};
+//! # let kvm = Kvm::open()?;
+//! # let vm = kvm.create_vm()?.finish();
+//! # let new_vm = kvm.create_vm()?.finish();
+//! # let set = VcpuSet::new(vm.identity().clone());
+//! let host = vm.state_host(&kvm)?;
+//! let pause = set.pause()?;
+//! let vcpus = pause.with_each(move |vcpu: &VcpuView<'_, <Vcpu as RunVcpu>::Fd>| vcpu.state(&host))?;
+//! let clock = vm.state()?;
+//! // …and guest memory, devices, interrupt controllers. Then, in a new VM with its memory in place:
+//! let host = new_vm.state_host(&kvm)?;
+//! let passage = new_vm.restore(&clock, ClockRestore::AsSaved)?;
+//! for (id, state) in vcpus {
+//!     let vcpu = new_vm.create_vcpu(id)?;
+//!     vcpu.restore(&host, &state?, &passage)?;
+//!     // …interrupt controllers, then set.enroll(vcpu) and its thread.
+//! }
+//! # Ok(())
+//! # }
+//! # #[cfg(not(all(feature = "kvm", target_arch = "x86_64")))]
+//! # fn main() {}
+//! ```
+//!
+//! A host that cannot take a state refuses it before it changes anything, and names what it lacks
+//! ([`state::Refusal`]): the CPUID leaf with its bits, the MSR with its value, the XSAVE component, the
+//! capability. What only KVM finds out names its piece ([`state::RestoreError`]), and the vCPU, with
+//! its VM, is thrown away. The orders of saving and restoring, and what each of their steps is for, are
+//! argued in [`state`].
 //!
 //! # Known limits
 //!
@@ -107,10 +147,15 @@
 //!   [`HaltReason`]s; a monitor that wants to mend such a vCPU takes it from the [`Halt`], and enrols
 //!   it again.
 //! - Halts that come to user space (no local APIC in the kernel) are the handler's; blocking with
-//!   adaptive polling is planned, as are NMI injection, whole state, guest debugging, in-kernel
+//!   adaptive polling is planned, as are NMI injection, guest debugging, in-kernel
 //!   devices, and a path for memory errors that arrive as MMIO inside a slot.
-//! - While a pause holds, a vCPU's registers are its thread's: read them before parking by a
-//!   [`Request`], until the planned access from the control plane is there.
+//! - A one-shot or periodic tick of the local APIC's timer that expired since the vCPU left the guest
+//!   is in no ioctl's answer: a periodic timer goes on, a one-shot one (which Linux uses where there is
+//!   no TSC deadline) is lost in a saved state. KVM shows no way to it.
+//! - Restoring believes KVM: a value that it takes and drops (its PVM back end drops paging outside long
+//!   mode, and the TSC, of which [`state::Restored`] tells) is not read again. State of Xen and Hyper-V
+//!   guests that has ioctls of its own, and that of confidential guests, is not saved.
+//! - On a host without `KVM_CAP_SREGS2` the PDPTRs of a guest in PAE paging come from its memory.
 //! - A real-time kick signal needs room in `RLIMIT_SIGPENDING` ([`KickSignal`]).
 //! - `Vcpu::fd` gives a `kvm_ioctls::VcpuFd`, whose `sync_regs` makes a reference to the whole of its
 //!   own mapping of `kvm_run` (rust-vmm/kvm 357, 373): do not call it while the vCPU can be kicked.
@@ -118,6 +163,7 @@
 #![doc = include_str!("header_map.md")]
 #![deny(unsafe_code)]
 
+mod access;
 pub mod arch;
 mod capability;
 mod control;
@@ -135,6 +181,8 @@ mod run;
 pub mod stats;
 mod sync;
 
+#[cfg(target_arch = "x86_64")]
+pub use arch::x86_64::state;
 pub use capability::{Capabilities, CheckExtension};
 pub use control::{ControlError, Pause, VcpuSet};
 pub use exit::{

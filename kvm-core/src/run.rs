@@ -64,8 +64,9 @@ const MAX_REFUSALS: u32 = 16;
 /// - [`RunVcpu::run`] returns `EINTR` without running guest code while the doorbell's
 ///   `immediate_exit` is set (having completed a pending access), and when the doorbell rings.
 pub trait RunVcpu: Send {
-    /// What a handler may use of the vCPU besides its exit: registers and the like.
-    type Fd: ?Sized;
+    /// What a handler, and who has paused it, may use of the vCPU besides its exit: registers and the
+    /// like.
+    type Fd: 'static;
 
     /// The vCPU's number in its VM.
     fn id(&self) -> VcpuId;
@@ -120,6 +121,10 @@ pub struct VcpuView<'a, F: ?Sized> {
 }
 
 impl<'a, F: ?Sized> VcpuView<'a, F> {
+    pub(crate) const fn new(id: VcpuId, fd: &'a F) -> Self {
+        Self { id, fd }
+    }
+
     /// The vCPU's number.
     #[must_use]
     pub const fn id(&self) -> VcpuId {
@@ -318,7 +323,7 @@ impl<V: RunVcpu> Runner<V> {
         handler: &mut H,
     ) -> Result<Infallible, HaltReason<H::Stop>> {
         self.vcpu.attach().map_err(HaltReason::StartFailed)?;
-        if self.member.start() == Verdict::Stop {
+        if self.member.start(self.vcpu.exit_area().1) == Verdict::Stop {
             return Err(HaltReason::Stopped);
         }
         let mut access_pending = false;
@@ -431,7 +436,7 @@ impl<V: RunVcpu> Runner<V> {
                 Verdict::Park => {
                     self.complete_access(handler, access_pending)?;
                     self.tell_the_clock();
-                    if self.member.park() == Verdict::Stop {
+                    if self.member.park(self.vcpu.exit_area().1) == Verdict::Stop {
                         return Err(HaltReason::Stopped);
                     }
                 }

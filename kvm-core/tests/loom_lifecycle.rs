@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 use kvm_core::fake::{FakeVcpu, Step};
 use kvm_core::{
-    Doorbell, Exit, ExitHandler, Flow, HaltReason, Identity, Request, Requests, RunVcpu, Runner,
-    VcpuId, VcpuSet, VcpuView,
+    ControlError, Doorbell, Exit, ExitHandler, Flow, HaltReason, Identity, Request, Requests,
+    RunVcpu, Runner, VcpuId, VcpuSet, VcpuView,
 };
 use loom::sync::Mutex;
 use loom::sync::atomic::{AtomicU32, Ordering};
@@ -152,6 +152,68 @@ fn a_stop_reaches_a_vcpu_that_is_parked() {
         set.stop().unwrap();
         vcpu.join().unwrap();
         drop(pause);
+    });
+}
+
+#[test]
+fn a_task_for_a_paused_vcpu_is_done_before_it_goes_on() {
+    model(3, || {
+        let (set, runner) = enrolled([]);
+        let vcpu = run_until_stopped(runner);
+        // Not waited for: the vCPU may be anywhere, and may not have begun.
+        let pause = set.begin_pause();
+        let done = Arc::new(AtomicU32::new(0));
+        let by_vcpu = done.clone();
+        let answer = pause.with_vcpu(VcpuId(0), move |_: &VcpuView<'_, ()>| {
+            by_vcpu.store(7, Ordering::Relaxed);
+            5
+        });
+        match answer {
+            Ok(answer) => assert_eq!((answer, done.load(Ordering::Relaxed)), (5, 7)),
+            Err(error) => assert_eq!(error, ControlError::NotStarted(VcpuId(0))),
+        }
+        drop(pause);
+        set.stop().unwrap();
+        vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn a_task_for_a_vcpu_that_leaves_is_done_or_refused_and_nobody_waits() {
+    model(3, || {
+        let (set, runner) = enrolled([Step::Errno(5)]);
+        let vcpu = thread::spawn(move || {
+            let Err(halt) = runner.run(carry_on);
+            assert!(matches!(
+                halt.reason,
+                HaltReason::RunFailed(_) | HaltReason::Stopped
+            ));
+        });
+        let pause = set.begin_pause();
+        match pause.with_vcpu(VcpuId(0), |_: &VcpuView<'_, ()>| 5) {
+            Ok(answer) => assert_eq!(answer, 5),
+            Err(error) => assert!(matches!(
+                error,
+                ControlError::NotStarted(_) | ControlError::Left(_) | ControlError::NoSuchVcpu(_)
+            )),
+        }
+        drop(pause);
+        vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn a_task_and_a_stop_at_once_leave_nobody_waiting() {
+    model(2, || {
+        let (set, runner) = enrolled([]);
+        let vcpu = run_until_stopped(runner);
+        let pause = set.begin_pause();
+        let other = set.clone();
+        let stopper = thread::spawn(move || other.begin_stop());
+        let _ = pause.with_vcpu(VcpuId(0), |_: &VcpuView<'_, ()>| 5);
+        stopper.join().unwrap();
+        drop(pause);
+        vcpu.join().unwrap();
     });
 }
 

@@ -4,6 +4,8 @@
 
 mod mapping;
 mod signal;
+#[cfg(target_arch = "x86_64")]
+mod state;
 mod stats;
 mod system;
 mod vcpu;

@@ -33,6 +33,12 @@ pub enum Error {
         /// What KVM said.
         errno: Errno,
     },
+    /// `KVM_GET_MSR_INDEX_LIST`.
+    #[error("KVM does not tell the MSRs that it has: {errno}")]
+    MsrList {
+        /// What KVM said.
+        errno: Errno,
+    },
     /// `KVM_SET_TSS_ADDR`.
     #[error("KVM refuses {:#x} for its three TSS pages (they must lie below 4 GiB): {errno}", address.0)]
     TssAddress {

@@ -60,6 +60,14 @@ impl Memory {
     }
 }
 
+impl Memory {
+    /// What is in guest memory, while no guest runs.
+    pub fn bytes(&self) -> Vec<u8> {
+        // SAFETY: the whole mapping; no vCPU runs, so nobody writes it.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), LEN) }.to_vec()
+    }
+}
+
 impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: our own mapping; the VM that used it is dropped before (field order in `Machine`).

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! x86-64: CPUID, boot MSRs, boot registers with their tables, local interrupt pins, register dump.
+//! x86-64: CPUID, boot MSRs, boot registers with their tables, local interrupt pins, register dump,
+//! and whole state.
 
 mod boot;
 mod cpuid;
 mod dump;
 mod lapic;
 mod msr;
+pub mod state;
 mod tables;
 
 pub use boot::{BootState, initial_fpu};

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A guest that is saved half way and finished in another VM says what one says that nobody disturbed.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+
+use common::{LOAD, Machine, kvm, long_tests, watchdog};
+use guests::state::{INPUT, INPUT_MMIO, RESULT, ROUND, ROUNDS, TICKS, WAITING};
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
+use kvm_core::arch::x86_64::{BootState, CpuidPlan};
+use kvm_core::state::{ClockRestore, StateHost, VcpuState, VmState};
+use kvm_core::{Exit, ExitHandler, Flow, Halt, HaltReason, Pause, Vcpu, VcpuId, VcpuSet, VcpuView};
+use kvm_ioctls::VcpuFd;
+
+const ROUNDS_DONE: u32 = 200;
+const TICKS_AWAITED: u32 = 10;
+/// So many exits, and a tick should have come long ago.
+const PATIENCE: u32 = 500_000;
+
+/// What the guest reads from its device: a number that follows from how often it has read.
+fn input(count: u32) -> u32 {
+    count.wrapping_mul(0x9e37_79b9) ^ count.rotate_left(7)
+}
+
+/// What a vCPU's device knows, which is saved with the vCPU.
+#[derive(Clone, Copy, Debug, Default)]
+struct DeviceState {
+    reads: u32,
+    result: Option<u32>,
+}
+
+/// What the test hears of.
+enum Event {
+    Paused(Pause),
+    Result,
+}
+
+/// The device of one vCPU, and when to pause.
+struct Device {
+    state: Arc<Mutex<DeviceState>>,
+    events: mpsc::Sender<Event>,
+    exits: u32,
+    waited: u32,
+    /// At this exit the VM is paused, by this set, and the pause sent to the test.
+    pause_at: Option<(u32, VcpuSet)>,
+}
+
+impl ExitHandler<VcpuFd> for Device {
+    type Stop = Infallible;
+
+    fn exit(&mut self, _: &VcpuView<'_, VcpuFd>, exit: Exit<'_>) -> Flow<Infallible> {
+        self.exits += 1;
+        if let Some((at, set)) = &self.pause_at
+            && *at == self.exits
+        {
+            self.events.send(Event::Paused(set.begin_pause())).unwrap();
+        }
+        match exit {
+            Exit::PioIn {
+                port: INPUT, data, ..
+            } => data.copy_from_slice(&self.read()),
+            Exit::MmioRead { addr, data } if addr.0 == INPUT_MMIO => {
+                data.copy_from_slice(&self.read());
+            }
+            Exit::PioOut { port: ROUND, .. } => {}
+            Exit::PioOut { port: WAITING, .. } => {
+                self.waited += 1;
+                assert!(self.waited < PATIENCE, "the guest's timer is dead");
+            }
+            Exit::PioOut {
+                port: RESULT, data, ..
+            } => {
+                // It halts next, with interrupts off, and stays there.
+                let result = u32::from_le_bytes(data.try_into().unwrap());
+                self.state.lock().unwrap().result = Some(result);
+                // Nobody hears of it any more where the VM was paused meanwhile.
+                let _ = self.events.send(Event::Result);
+            }
+            other => panic!("{other:?}"),
+        }
+        Flow::Continue
+    }
+}
+
+impl Device {
+    fn read(&self) -> [u8; 4] {
+        let mut state = self.state.lock().unwrap();
+        state.reads += 1;
+        input(state.reads).to_le_bytes()
+    }
+}
+
+/// All of a VM that is saved: in text, where there is serde.
+struct Saved {
+    vcpus: Vec<VcpuState>,
+    vm: VmState,
+    memory: Vec<u8>,
+    devices: Vec<DeviceState>,
+}
+
+#[cfg(feature = "with-serde")]
+fn through_text(state: (Vec<VcpuState>, VmState)) -> (Vec<VcpuState>, VmState) {
+    let text = serde_json::to_string(&state).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+#[cfg(not(feature = "with-serde"))]
+fn through_text(state: (Vec<VcpuState>, VmState)) -> (Vec<VcpuState>, VmState) {
+    state
+}
+
+type Thread = JoinHandle<Halt<Vcpu, Device, Infallible>>;
+
+struct Guest {
+    machine: Machine,
+    host: StateHost,
+    set: VcpuSet,
+    devices: Vec<Arc<Mutex<DeviceState>>>,
+    threads: Vec<Thread>,
+    events: mpsc::Receiver<Event>,
+}
+
+impl Guest {
+    /// Starts the guest from its beginning.
+    fn begin(vcpus: u32, pause_at: Option<u32>) -> Self {
+        let mut machine = Machine::with_irqchip(guests::state::checksum());
+        machine.memory.write(ROUNDS, &ROUNDS_DONE.to_le_bytes());
+        machine.memory.write(TICKS, &TICKS_AWAITED.to_le_bytes());
+        let made = (0..vcpus).map(|id| {
+            let vcpu = machine.vm.create_vcpu(VcpuId(id)).unwrap();
+            let plan = CpuidPlan {
+                id: VcpuId(id),
+                cpus: vcpus,
+                tsc_deadline: true,
+                arat: None,
+            };
+            let supported = kvm().supported_cpuid().unwrap();
+            vcpu.set_cpuid(&plan.apply(supported.as_slice()).unwrap())
+                .unwrap();
+            let mut state = BootState::real_mode(&vcpu.sregs().unwrap(), 0, LOAD);
+            state.regs.rbx = id.into();
+            vcpu.set_boot_state(&state).unwrap();
+            let mp_state = KVM_MP_STATE_RUNNABLE;
+            vcpu.fd().set_mp_state(kvm_mp_state { mp_state }).unwrap();
+            vcpu
+        });
+        let made = made.collect();
+        let devices = vec![DeviceState::default(); vcpus as usize];
+        Self::start(machine, made, &devices, pause_at)
+    }
+
+    /// Starts it from where it was saved.
+    fn restored(saved: &Saved, how: ClockRestore, pause_at: Option<u32>) -> Self {
+        let mut machine = Machine::with_irqchip(&[]);
+        machine.memory.write(0, &saved.memory);
+        let host = machine.vm.state_host(&kvm()).unwrap();
+        let passage = machine.vm.restore(&saved.vm, how).unwrap();
+        let made = saved.vcpus.iter().zip(0..).map(|(state, id)| {
+            let vcpu = machine.vm.create_vcpu(VcpuId(id)).unwrap();
+            let restored = vcpu.restore(&host, state, &passage).unwrap();
+            assert!(restored.skipped_msrs.is_empty(), "{restored:?}");
+            vcpu
+        });
+        let made = made.collect();
+        Self::start(machine, made, &saved.devices, pause_at)
+    }
+
+    fn start(
+        machine: Machine,
+        vcpus: Vec<Vcpu>,
+        devices: &[DeviceState],
+        pause_at: Option<u32>,
+    ) -> Self {
+        let host = machine.vm.state_host(&kvm()).unwrap();
+        let set = VcpuSet::new(machine.vm.identity().clone());
+        let devices: Vec<_> = devices.iter().map(|d| Arc::new(Mutex::new(*d))).collect();
+        let (send, events) = mpsc::channel();
+        // Paused until all have begun, so that the pause to come finds all.
+        let hold = set.begin_pause();
+        let start = |(vcpu, state): (Vcpu, &Arc<Mutex<DeviceState>>)| {
+            let at = pause_at.filter(|_| vcpu.id() == VcpuId(0));
+            let device = Device {
+                state: state.clone(),
+                events: send.clone(),
+                exits: 0,
+                waited: 0,
+                pause_at: at.map(|at| (at, set.clone())),
+            };
+            set.spawn("vcpu", vcpu, device).unwrap()
+        };
+        let threads: Vec<Thread> = vcpus.into_iter().zip(&devices).map(start).collect();
+        while hold.with_each(|_: &VcpuView<'_, VcpuFd>| ()).is_err() {
+            std::thread::yield_now();
+        }
+        drop(hold);
+        Self {
+            machine,
+            host,
+            set,
+            devices,
+            threads,
+            events,
+        }
+    }
+
+    fn paused(&self) -> Pause {
+        loop {
+            if let Event::Paused(pause) = self.events.recv().unwrap() {
+                return pause;
+            }
+        }
+    }
+
+    fn stop(&mut self) {
+        self.set.stop().unwrap();
+        for thread in self.threads.drain(..) {
+            assert_eq!(thread.join().unwrap().reason, HaltReason::Stopped);
+        }
+    }
+
+    /// Waits for the pause, saves everything, and throws the VM away.
+    fn save(mut self) -> Saved {
+        let pause = self.paused();
+        let host = self.host.clone();
+        let states = pause.with_each(move |vcpu: &VcpuView<'_, VcpuFd>| vcpu.state(&host));
+        let states: Vec<_> = states.unwrap().into_iter().map(|s| s.1.unwrap()).collect();
+        let vm = self.machine.vm.state().unwrap();
+        let (vcpus, vm) = through_text((states, vm));
+        let saved = Saved {
+            vcpus,
+            vm,
+            memory: self.machine.memory.bytes(),
+            devices: self.devices.iter().map(|d| *d.lock().unwrap()).collect(),
+        };
+        self.stop();
+        saved
+    }
+
+    /// Lets it run to its end: what each vCPU says.
+    fn finish(mut self) -> Vec<u32> {
+        let results = |guest: &Self| {
+            let result = |device: &Arc<Mutex<DeviceState>>| device.lock().unwrap().result;
+            guest.devices.iter().map(result).collect()
+        };
+        loop {
+            let results: Option<Vec<u32>> = results(&self);
+            if let Some(results) = results {
+                self.stop();
+                return results;
+            }
+            self.events.recv().unwrap();
+        }
+    }
+}
+
+/// Points spread over the guest's life, the same in every run.
+fn points(count: u32) -> impl Iterator<Item = u32> {
+    let mut seed = 0x2545_f491_u32;
+    (0..count).map(move |_| {
+        seed ^= seed << 13;
+        seed ^= seed >> 17;
+        seed ^= seed << 5;
+        1 + seed % (3 * ROUNDS_DONE - 2)
+    })
+}
+
+fn saved_and_finished(vcpus: u32, count: u32) {
+    watchdog(move || {
+        if !kvm().capabilities().tsc_deadline_timer() {
+            return println!("NOT TRIED: this KVM has no TSC-deadline timer");
+        }
+        let undisturbed = Guest::begin(vcpus, None).finish();
+        assert_eq!(undisturbed.len(), vcpus as usize);
+        assert!(vcpus < 2 || undisturbed[0] != undisturbed[1]);
+        for (at, n) in points(count).zip(0..) {
+            let how = [ClockRestore::AsSaved, ClockRestore::Advanced][n % 2];
+            let saved = Guest::begin(vcpus, Some(at)).save();
+            let finished = Guest::restored(&saved, how, None).finish();
+            assert_eq!(finished, undisturbed, "saved at exit {at}, {how:?}");
+        }
+    });
+}
+
+#[test]
+fn saved_at_any_point_and_finished_in_a_new_vm_a_guest_says_the_same() {
+    saved_and_finished(1, if long_tests() { 200 } else { 9 });
+}
+
+#[test]
+fn two_vcpus_saved_at_once_and_finished_in_a_new_vm_say_the_same() {
+    saved_and_finished(2, if long_tests() { 200 } else { 6 });
+}
+
+#[test]
+fn a_guest_may_be_saved_and_restored_many_times_in_its_life() {
+    watchdog(|| {
+        if !kvm().capabilities().tsc_deadline_timer() {
+            return println!("NOT TRIED: this KVM has no TSC-deadline timer");
+        }
+        let undisturbed = Guest::begin(1, None).finish();
+        let mut guest = Guest::begin(1, Some(50));
+        for _ in 0..8 {
+            let saved = guest.save();
+            guest = Guest::restored(&saved, ClockRestore::AsSaved, Some(60));
+        }
+        drop(guest.paused());
+        assert_eq!(guest.finish(), undisturbed);
+    });
+}
