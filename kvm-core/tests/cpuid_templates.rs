@@ -196,10 +196,7 @@ fn kvms_own_leaves_are_masked_moved_and_tell_the_time() {
     assert_eq!(find(&model, 0x4000_0100, 0).ebx, 0x4b4d_564b);
     assert_eq!(find(&model, 0x4000_0101, 0).eax, features.eax);
     let told = find(&model, 0x4000_0110, 0);
-    assert_eq!(
-        [told.eax, told.ebx, told.ecx],
-        [2_100_000, 1_000_000, 0]
-    );
+    assert_eq!([told.eax, told.ebx, told.ecx], [2_100_000, 1_000_000, 0]);
     assert!(
         model
             .iter()

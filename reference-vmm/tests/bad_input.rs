@@ -396,7 +396,13 @@ fn a_bad_configuration_file_is_refused_with_its_path() {
     refused(br#" ["k"]"#, "object");
     refused(b"\xff\xfe", "");
     refused(br#"{"kernel": 1}"#, "kernel: ");
-    refused(br#"{"kernel": "k", "cpu": 2}"#, "`cpu`");
+    refused(br#"{"kernel": "k", "colour": 2}"#, "`colour`");
+    refused(br#"{"kernel": "k", "cpu": 2}"#, "cpu: ");
+    refused(br#"{"kernel": "k", "cpu": "i486"}"#, "i486");
+    refused(
+        br#"{"kernel": "k", "cpus": {"count": 4, "dies": 2}}"#,
+        "`dies`",
+    );
     refused(br#"{"kernel": "k", "memory": "lots"}"#, "lots");
     refused(br#"{"kernel": "k", "memory": -1}"#, "memory: ");
     // Of what is long the middle is left out, and the place is told.

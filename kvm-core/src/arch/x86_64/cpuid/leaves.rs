@@ -111,7 +111,7 @@ impl Vendor {
     /// The vendor in leaf 0.
     #[must_use]
     pub fn of(leaves: &[kvm_cpuid_entry2]) -> Self {
-        match &vendor_name(leaves) {
+        match &vendor_bytes(leaves) {
             b"GenuineIntel" => Self::Intel,
             b"AuthenticAMD" | b"HygonGenuine" => Self::Amd,
             _ => Self::Other,
@@ -120,7 +120,7 @@ impl Vendor {
 }
 
 /// Leaf 0's name of the vendor: EBX, EDX, ECX.
-pub(super) fn vendor_name(leaves: &[kvm_cpuid_entry2]) -> [u8; 12] {
+fn vendor_bytes(leaves: &[kvm_cpuid_entry2]) -> [u8; 12] {
     let mut name = [0; 12];
     if let Some(leaf) = find(leaves, 0) {
         for (i, word) in [leaf.ebx, leaf.edx, leaf.ecx].into_iter().enumerate() {
@@ -128,6 +128,42 @@ pub(super) fn vendor_name(leaves: &[kvm_cpuid_entry2]) -> [u8; 12] {
         }
     }
     name
+}
+
+/// Leaf 0's name of the vendor, to be shown: bytes that are no ASCII are escaped.
+#[must_use]
+pub fn vendor_name(leaves: &[kvm_cpuid_entry2]) -> String {
+    vendor_bytes(leaves).escape_ascii().to_string()
+}
+
+/// Family, model and stepping (leaf 1), as they are spoken of: with their extensions added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Signature {
+    /// The family.
+    pub family: u32,
+    /// The model.
+    pub model: u32,
+    /// The stepping.
+    pub stepping: u32,
+}
+
+impl Signature {
+    /// The signature in leaf 1.
+    #[must_use]
+    pub fn of(leaves: &[kvm_cpuid_entry2]) -> Self {
+        let eax = Word::new(1, 0, Register::Eax).of(leaves);
+        let base = eax >> 8 & 0xf;
+        let (family, extended) = match base {
+            0xf => (base + (eax >> 20 & 0xff), true),
+            _ => (base, base == 6),
+        };
+        let high = if extended { eax >> 16 & 0xf } else { 0 };
+        Self {
+            family,
+            model: high << 4 | eax >> 4 & 0xf,
+            stepping: eax & 0xf,
+        }
+    }
 }
 
 /// Subleaf 0 of a leaf.

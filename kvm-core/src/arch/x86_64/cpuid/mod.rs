@@ -39,7 +39,7 @@ pub use bits::{BitPattern, BitPatternError};
 pub use diff::{Difference, differences};
 pub use features::{FEATURE_WORDS, Feature, FeatureKind, FeatureWord, bit_names, feature};
 pub use hypervisor::{HypervisorLeaves, HypervisorLeavesError, Timing};
-pub use leaves::{Register, Vendor, Word};
+pub use leaves::{Register, Signature, Vendor, Word, vendor_name};
 pub use levels::TopologyLevels;
 pub use template::{Edit, Template, TemplateError};
 pub use topology::{Place, Topology, TopologyError};
