@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Guests that ask their processor what the monitor wants to know. All are 16-bit real mode, entered
-//! with code and data segments at 0, a stack, and memory from 0 to 64 KiB.
+//! with code and data segments at 0, a stack, and memory from 0 to 64 KiB, but for what each says.
 
 crate::blob!(
     /// For ever: reads a leaf from port 0x10 and a subleaf from 0x12, executes CPUID, and writes EAX, EBX,
@@ -54,6 +54,19 @@ crate::blob!(
         wrmsr
         mov eax, ecx
         out 0x24, eax
+        jmp 1b
+    "
+);
+
+crate::blob!(
+    /// 64-bit, without an interrupt table: reads an MSR that no KVM has, and what comes of that is a
+    /// triple fault.
+    unknown_msr64,
+    "
+    .code64
+        mov ecx, 0x4b564dee
+        rdmsr
+    1:  hlt
         jmp 1b
     "
 );
