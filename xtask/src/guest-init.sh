@@ -37,18 +37,11 @@ echo "guest: memory $(sed -n 's/^MemTotal: *//p' /proc/meminfo)"
 echo "guest: clocksource $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 echo "guest: cmdline $(cat /proc/cmdline)"
 if [ -n "$cpus" ]; then
-    for cpu in /sys/devices/system/cpu/cpu[0-9]*; do
-        read -r package <"$cpu/topology/physical_package_id"
-        read -r threads <"$cpu/topology/thread_siblings_list"
-        read -r cores <"$cpu/topology/core_siblings_list"
-        echo "guest: cpu ${cpu##*/cpu} package $package threads $threads socket $cores"
-        for cache in "$cpu"/cache/index*; do
-            [ -r "$cache/level" ] || continue
-            read -r level <"$cache/level"
-            read -r shared <"$cache/shared_cpu_list"
-            echo "guest: cache ${cpu##*/cpu} level $level shared $shared"
-        done
-    done
+    (
+        cd /sys/devices/system/cpu || exit
+        grep -H . cpu[0-9]*/topology/physical_package_id cpu[0-9]*/topology/*_siblings_list \
+            cpu[0-9]*/cache/index*/level cpu[0-9]*/cache/index*/shared_cpu_list | sed 's/^/guest: sys /'
+    )
     awk -F '[\t ]*: ' '/^processor/ { n = $2 } /^siblings/ { s = $2 } /^cpu cores/ { c = $2 }
         /^apicid/ { print "guest: cpuinfo " n " apicid " $2 " siblings " s " cores " c }' /proc/cpuinfo
     sed -n 's/^flags[\t ]*: /guest: flags /p' /proc/cpuinfo | sed -n 1p
