@@ -60,8 +60,9 @@
 //!
 //! `mode.rs` (the guest modes and their table), `request.rs`, `kick.rs` (the protocol of the two, and
 //! why nothing is lost), `run.rs` (the loop), `control.rs` (all vCPUs together), `exit.rs` (the
-//! decoder), `stats/` (KVM's own statistics), `kvm/` (the ioctls, and all `unsafe`), `arch/` (CPUID,
-//! MSRs, registers, tables as data; whole state), `access.rs` (what a paused vCPU is asked), `fake.rs` (a vCPU without KVM).
+//! decoder), `stats/` (KVM's own statistics), `kvm/` (the ioctls, and all `unsafe`), `arch/` (CPUID with
+//! topologies and processor models, MSRs and their filter, registers, tables as data; whole state),
+//! `access.rs` (what a paused vCPU is asked), `fake.rs` (a vCPU without KVM).
 //!
 //! # Concurrency
 //!
@@ -156,6 +157,10 @@
 //!   mode, and the TSC, of which [`state::Restored`] tells) is not read again. State of Xen and Hyper-V
 //!   guests that has ioctls of its own, and that of confidential guests, is not saved.
 //! - On a host without `KVM_CAP_SREGS2` the PDPTRs of a guest in PAE paging come from its memory.
+//! - CPUID has three levels of topology: no dies, modules or hybrid cores; one NUMA node a socket. A
+//!   [`Template`](arch::x86_64::cpuid::Template) that says what a feature's leaves hold (PMU, SGX) is not
+//!   checked in them, and MSRs that tell features follow no template by themselves. A software KVM may
+//!   show its guests instructions that their list hides (`tests/kvm_cpuid.rs` says which).
 //! - A real-time kick signal needs room in `RLIMIT_SIGPENDING` ([`KickSignal`]).
 //! - `Vcpu::fd` gives a `kvm_ioctls::VcpuFd`, whose `sync_regs` makes a reference to the whole of its
 //!   own mapping of `kvm_run` (rust-vmm/kvm 357, 373): do not call it while the vCPU can be kicked.

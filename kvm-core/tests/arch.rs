@@ -9,8 +9,8 @@ use std::collections::HashSet;
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2, kvm_segment, kvm_sregs};
 use kvm_core::VcpuId;
 use kvm_core::arch::x86_64::{
-    BootState, CpuidError, CpuidPlan, LongModeTables, RegisterDump, TablesError, boot_msrs, gdt,
-    initial_fpu,
+    BootState, CpuidError, CpuidPlan, LongModeTables, RegisterDump, TablesError, Topology,
+    boot_msrs, gdt, initial_fpu,
 };
 use proptest::prelude::*;
 use vm_memory::GuestAddress;
@@ -70,7 +70,7 @@ fn host(name: &[u8; 12], noise: u32) -> Vec<kvm_cpuid_entry2> {
 fn plan(id: u32, cpus: u32) -> CpuidPlan {
     CpuidPlan {
         id: VcpuId(id),
-        cpus,
+        topology: Topology::flat(cpus).unwrap(),
         tsc_deadline: true,
         arat: None,
     }
@@ -154,15 +154,19 @@ proptest! {
             (prop_oneof![0_u32..0x20, 0x4000_0000_u32..0x4000_0004, 0x8000_0000_u32..0x8000_0027],
              0_u32..4, any::<[u32; 4]>()),
             0..300),
-        id: u32,
-        cpus: u32,
+        id in prop_oneof![0_u32..8, any::<u32>()],
+        cpus in prop_oneof![0_u32..8, any::<u32>()],
         arat: Option<bool>,
     ) {
         let host: Vec<_> = leaves.into_iter().map(|(f, i, r)| leaf(f, i, r)).collect();
-        let plan = CpuidPlan { id: VcpuId(id), cpus, tsc_deadline: false, arat };
+        let Ok(topology) = Topology::flat(cpus) else {
+            prop_assert!(cpus == 0 || cpus > 1 << 31);
+            return Ok(());
+        };
+        let plan = CpuidPlan { id: VcpuId(id), topology, tsc_deadline: false, arat };
         match plan.apply(&host) {
             Ok(cpuid) => {
-                prop_assert!(id < cpus && cpuid.as_slice().len() <= host.len() + 6);
+                prop_assert!(id < cpus && cpuid.as_slice().len() <= host.len() + 11);
                 for leaf in cpuid.as_slice() {
                     if leaf.function == 1 {
                         prop_assert_eq!(leaf.ecx >> 24 & 1, 0);

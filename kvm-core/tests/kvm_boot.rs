@@ -7,7 +7,7 @@ mod common;
 
 use common::{LOAD, Machine, kvm, watchdog};
 use kvm_core::arch::x86_64::{
-    BootState, CpuidPlan, LocalPin, LongModeTables, boot_msrs, initial_fpu, local_pin,
+    BootState, CpuidPlan, LocalPin, LongModeTables, Topology, boot_msrs, initial_fpu, local_pin,
 };
 use kvm_core::{Exit, Flow, HaltReason, Kvm, OpenError, Vcpu, VcpuId, VcpuSet, VcpuView};
 use vm_memory::GuestAddress;
@@ -49,7 +49,7 @@ fn a_64_bit_guest_runs_on_the_tables_and_registers_made_for_it() {
         let vcpu = machine.vm.create_vcpu(VcpuId(0)).unwrap();
         let plan = CpuidPlan {
             id: VcpuId(0),
-            cpus: 1,
+            topology: Topology::flat(1).unwrap(),
             tsc_deadline: false,
             arat: None,
         };
@@ -96,7 +96,7 @@ fn kvm_takes_the_cpuid_of_every_vcpu_and_the_boot_msrs() {
         let vcpu = machine.vm.create_vcpu(VcpuId(id)).unwrap();
         let plan = CpuidPlan {
             id: VcpuId(id),
-            cpus: 64,
+            topology: Topology::flat(64).unwrap(),
             tsc_deadline,
             arat: None,
         };

@@ -24,7 +24,7 @@ fn main() -> ExitCode {
     let config = Config {
         initrd: args.map(Into::into).collect(),
         memory: Memory::new(512 << 20),
-        cpus: 2,
+        cpus: 2.into(),
         debug_exit: Some(0xf4), // how the project's bare-metal guests end
         ..Config::new(kernel)
     };

@@ -7,9 +7,12 @@ use std::ffi::OsString;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+use kvm_core::arch::x86_64::cpuid::Template;
 use lexopt::prelude::*;
 
 use crate::config::{Config, ConfigError, Irqchip, MAX_CPUS, check_path};
+use crate::cpu_model::CpuModel;
+use crate::cpus::Cpus;
 use crate::memory::Memory;
 
 /// What the user asked for.
@@ -17,6 +20,15 @@ use crate::memory::Memory;
 pub enum Command {
     /// `run`: boot a guest.
     Run(Run),
+    /// `cpu`: which processors this host can be.
+    Cpu {
+        /// The model to compare with the host.
+        template: Template,
+        /// One JSON document instead of lines.
+        json: bool,
+        /// The KVM device.
+        kvm: PathBuf,
+    },
     /// `doctor`: what this host's KVM can do.
     Doctor {
         /// One JSON document instead of lines.
@@ -95,10 +107,12 @@ A microVM monitor for KVM.
 
 Usage: reference-vmm run --kernel FILE [OPTIONS]
        reference-vmm run --config FILE [OPTIONS]
+       reference-vmm cpu [--cpu MODEL] [--json] [--kvm PATH]
        reference-vmm doctor [--json] [--kvm PATH]
 
 Commands:
   run      Boot a guest with its serial console on this terminal
+  cpu      Say which processors this host can be for a guest, and what a model changes
   doctor   Say what this host's KVM offers, and try it
 
 Options:
@@ -127,7 +141,13 @@ Options:
                              prefault           all of it made present now
                              thp=always|never   transparent huge pages [as the host is set]
                              numa=NODE          from this node of the host alone
-  --cpus N                 Number of vCPUs, 1 to 255 [1]
+  --cpus N[,OPT]...        Number of vCPUs, 1 to 255 [1]. Options, which have to multiply to N:
+                             sockets=N          sockets of the machine [1]
+                             cores=N            cores of a socket [what makes up the number]
+                             threads=N          threads of a core [1]
+  --cpu MODEL              Which processor the guest sees [host]: host; x86-64-v1, -v2, -v3 or -v4, a
+                           level's instructions and no others; or FILE.json, a template.
+                           `reference-vmm cpu` says which the host can be
   --irqchip KIND           split (local APICs in KVM, the IOAPIC in the monitor, no PIC), kernel (all
                            three in KVM) or none (one vCPU, no ACPI) [split]
   --pit                    An i8254 timer, for guests that calibrate by it; with --irqchip kernel
@@ -165,6 +185,28 @@ kernel panicked. With --debug-exit the guest chooses an odd one, which may be 1 
 3 of the monitor's own come with a line on stderr.
 ";
 
+/// `reference-vmm cpu --help`.
+pub const CPU_HELP: &str = "\
+Say which processors this host can be for a guest, and what a model changes: the features that it hides or
+adds, by the names of /proc/cpuinfo.
+
+Usage: reference-vmm cpu [--cpu MODEL] [--json] [--kvm PATH]
+
+Options:
+  --cpu MODEL  As of `run`: host; x86-64-v1, -v2, -v3 or -v4; or FILE.json [host]
+  --json       One JSON document instead of lines
+  --kvm PATH   KVM device [/dev/kvm]
+  -h, --help   Show this help
+
+A template is a JSON object, all of whose fields may be left out:
+  {\"name\": \"fleet\", \"base\": \"x86-64-v2\", \"set\": [\"aes\"], \"clear\": [\"rdtscp\"],
+   \"registers\": [{\"leaf\": \"0x1\", \"subleaf\": 0, \"register\": \"eax\", \"value\": \"0x306f0\"},
+                 {\"leaf\": \"0x7\", \"register\": \"edx\", \"bits\": \"0bxx…x0xxxx\"}]}
+`base` is host or a level; `bits` are 32, bit 31 first: 1 sets, 0 clears, x leaves.
+
+Exit status: 0 the host can be this model; 2 it cannot, and what it lacks is named; 1 there is no KVM.
+";
+
 /// `reference-vmm doctor --help`.
 pub const DOCTOR_HELP: &str = "\
 Say what this host's KVM offers, and try it with a guest of the monitor's own.
@@ -194,8 +236,9 @@ where
         Some(Short('V') | Long("version")) => alone(parser, Command::Version),
         Some(Value(command)) if command == "run" => run(parser),
         Some(Value(command)) if command == "doctor" => doctor(parser),
+        Some(Value(command)) if command == "cpu" => cpu(parser),
         Some(Value(command)) => Err(UsageError::Command(format!(
-            "{} is not a command; the commands are run and doctor",
+            "{} is not a command; the commands are run, cpu and doctor",
             command.display()
         ))),
         Some(other) => Err(other.unexpected().into()),
@@ -245,9 +288,12 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.memory = memory));
             }
             Long("cpus") => {
-                // What is a number and not one of these is refused with the rest of the machine.
-                let cpus = number("--cpus", parser.value()?, 1..=MAX_CPUS)?;
+                let cpus = cpus(parser.value()?)?;
                 changes.push(Box::new(move |config| config.cpus = cpus));
+            }
+            Long("cpu") => {
+                let cpu = cpu_model(parser.value()?)?;
+                changes.push(Box::new(move |config| config.cpu = cpu));
             }
             Long("irqchip") => {
                 let kind = parser.value()?.parse_with(|kind| match kind {
@@ -341,6 +387,48 @@ fn doctor(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     Ok(Command::Doctor { json, kvm })
 }
 
+fn cpu(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
+    let (mut json, mut kvm, mut model) = (false, PathBuf::from("/dev/kvm"), CpuModel::default());
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Short('h') | Long("help") => return Ok(Command::Help(CPU_HELP)),
+            Long("json") => json = true,
+            Long("cpu") => model = cpu_model(parser.value()?)?,
+            Long("kvm") => {
+                kvm = parser.value()?.into();
+                check_path("--kvm", &kvm)?;
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    let template = model.template()?;
+    Ok(Command::Cpu {
+        template,
+        json,
+        kvm,
+    })
+}
+
+fn cpu_model(value: OsString) -> Result<CpuModel, UsageError> {
+    Ok(CpuModel::try_from(PathBuf::from(value))?)
+}
+
+/// The number of vCPUs, and behind it how they are arranged.
+fn cpus(value: OsString) -> Result<Cpus, UsageError> {
+    let (first, options) = match value.to_str().and_then(|text| text.split_once(',')) {
+        Some((first, options)) => (first.into(), Some(options.to_owned())),
+        None => (value, None),
+    };
+    // What is a number and not one of these is refused with the rest of the machine.
+    let mut cpus = Cpus::new(number("--cpus", first, 1..=MAX_CPUS)?);
+    let mut options = options.iter().flat_map(|options| options.split(','));
+    let flag = "--cpus";
+    options
+        .try_for_each(|option| cpus.option(option))
+        .map_err(|source| UsageError::Flag { flag, source })?;
+    Ok(cpus)
+}
+
 /// `range` is only told.
 fn number(
     flag: &'static str,
@@ -394,7 +482,7 @@ mod tests {
             initrd: vec!["a".into(), "b".into()],
             cmdline: "c".into(),
             memory: Memory::new(2 << 30),
-            cpus: 4,
+            cpus: 4.into(),
             irqchip: Irqchip::Split,
             debug_exit: Some(0xf4),
             kvm: "/k".into(),
@@ -427,7 +515,7 @@ mod tests {
         assert_eq!(
             got,
             Config {
-                cpus: 3,
+                cpus: 3.into(),
                 memory: Memory::new(1 << 30),
                 ..Config::new("from-file")
             }
@@ -444,7 +532,7 @@ mod tests {
         file.write_all(br#"{"cpus": 2}"#).unwrap();
         let path = file.path().to_str().unwrap();
         let expected = Config {
-            cpus: 2,
+            cpus: 2.into(),
             ..Config::new("k")
         };
         for args in [
@@ -512,7 +600,7 @@ mod tests {
         let source = include_str!("cli.rs");
         for (start, _) in source.match_indices("Long(\"") {
             let flag = source[start + 6..].split('"').next().unwrap();
-            let help = [HELP, RUN_HELP, DOCTOR_HELP].concat();
+            let help = [HELP, RUN_HELP, CPU_HELP, DOCTOR_HELP].concat();
             assert!(
                 flag.is_empty() || help.contains(&format!("--{flag}")),
                 "--{flag}"

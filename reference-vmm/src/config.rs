@@ -8,15 +8,21 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use kvm_core::arch::x86_64::Topology;
+use kvm_core::arch::x86_64::cpuid::UnknownBaseline;
 use serde::Deserialize;
-use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{self, DeserializeOwned, Deserializer, MapAccess, SeqAccess, Visitor};
 
+use crate::cpu_model::CpuModel;
+use crate::cpus::Cpus;
 use crate::devices::power::DebugExit;
 use crate::devices::{FIXED_PORTS, KERNEL_PORTS};
 use crate::memory::Memory;
 
-/// A vCPU's local APIC id is its index, and the 8-bit ids of xAPIC end at 254 (255 is broadcast).
-pub const MAX_CPUS: u32 = 255;
+/// A vCPU's number is its local APIC id, and the 8-bit ids of xAPIC end at 254 (255 is broadcast).
+pub const MAX_APIC_ID: u32 = 254;
+/// So many vCPUs have such an id.
+pub const MAX_CPUS: u32 = MAX_APIC_ID + 1;
 
 /// Longest JSON configuration read.
 const MAX_CONFIG_FILE: u64 = 1 << 20;
@@ -47,8 +53,10 @@ pub struct Config {
     pub cmdline: String,
     /// Guest memory: 256 MiB of ordinary pages by default.
     pub memory: Memory,
-    /// Number of vCPUs.
-    pub cpus: u32,
+    /// How many vCPUs, and how they are arranged: one by default.
+    pub cpus: Cpus,
+    /// Which processor the guest sees.
+    pub cpu: CpuModel,
     /// Interrupt controllers.
     pub irqchip: Irqchip,
     /// An i8254 timer in the kernel, for guests without ACPI that calibrate by it. Needs
@@ -106,6 +114,42 @@ pub enum ConfigError {
     /// Too few or too many vCPUs.
     #[error("{0} vCPUs: a VM has 1 to {MAX_CPUS}")]
     Cpus(u32),
+    /// An option of the vCPUs that is none, or has a value that it cannot have.
+    #[error("option {option:?}: {why}")]
+    CpusOption {
+        /// The option, as given.
+        option: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Sockets, cores and threads that do not multiply to the number of vCPUs.
+    #[error(
+        "{count} vCPUs are not {sockets} sockets of {cores} cores of {threads} threads: they are {}",
+        u128::from(*sockets) * u128::from(*cores) * u128::from(*threads)
+    )]
+    Topology {
+        /// vCPUs.
+        count: u32,
+        /// Sockets.
+        sockets: u32,
+        /// Cores of a socket.
+        cores: u32,
+        /// Threads of a core.
+        threads: u32,
+    },
+    /// A topology whose APIC ids the xAPIC has not.
+    #[error(
+        "{topology} reach APIC id {highest}, and the highest is {MAX_APIC_ID}: numbers that are powers of two leave no ids out"
+    )]
+    ApicIds {
+        /// The topology.
+        topology: Topology,
+        /// Its highest APIC id.
+        highest: u32,
+    },
+    /// A processor model that is none.
+    #[error("{0}, or a file whose name ends in .json or has a / in it")]
+    CpuModel(UnknownBaseline),
     /// Several vCPUs and nothing with which one could start another.
     #[error(
         "{0} vCPUs need --irqchip kernel or split: without local APICs the first one cannot start the others"
@@ -160,36 +204,7 @@ impl Config {
     /// # Errors
     /// The file cannot be read or is not such an object. [`validate`](Self::validate) is not called.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let read = |source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        };
-        let file = File::open(path).map_err(read)?;
-        let mut len = file.metadata().map_err(read)?.len();
-        let mut text = Vec::new();
-        if len <= MAX_CONFIG_FILE {
-            // A pipe or a device has no length beforehand, and /dev/zero no end.
-            file.take(MAX_CONFIG_FILE + 1)
-                .read_to_end(&mut text)
-                .map_err(read)?;
-            len = text.len() as u64;
-        }
-        if len > MAX_CONFIG_FILE {
-            return Err(ConfigError::TooLarge {
-                path: path.to_owned(),
-                len,
-            });
-        }
-        let json = |source| ConfigError::Json {
-            path: path.to_owned(),
-            source,
-        };
-        // A list of the fields' values in their order would be one to serde.
-        if text.trim_ascii_start().starts_with(b"[") {
-            let wanted = "a list, and an object is wanted";
-            return Err(json(serde::de::Error::custom(wanted)));
-        }
-        serde_json::from_slice(&text).map_err(json)
+        read_json(path)
     }
 
     /// Checks every value that can be checked without a host.
@@ -203,11 +218,9 @@ impl Config {
         for (flag, path) in kernel.chain(initrds) {
             check_path(flag, path)?;
         }
-        if !(1..=MAX_CPUS).contains(&self.cpus) {
-            return Err(ConfigError::Cpus(self.cpus));
-        }
-        if self.cpus > 1 && self.irqchip == Irqchip::None {
-            return Err(ConfigError::CpusWithoutApics(self.cpus));
+        let cpus = self.cpus.topology()?.cpus();
+        if cpus > 1 && self.irqchip == Irqchip::None {
+            return Err(ConfigError::CpusWithoutApics(cpus));
         }
         self.memory.validate()?;
         if let Some(at) = self.cmdline.bytes().position(|byte| byte == 0) {
@@ -221,6 +234,40 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// Reads a JSON object of at most [`MAX_CONFIG_FILE`] bytes.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let read = |source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(read)?;
+    let mut len = file.metadata().map_err(read)?.len();
+    let mut text = Vec::new();
+    if len <= MAX_CONFIG_FILE {
+        // A pipe or a device has no length beforehand, and /dev/zero no end.
+        file.take(MAX_CONFIG_FILE + 1)
+            .read_to_end(&mut text)
+            .map_err(read)?;
+        len = text.len() as u64;
+    }
+    if len > MAX_CONFIG_FILE {
+        return Err(ConfigError::TooLarge {
+            path: path.to_owned(),
+            len,
+        });
+    }
+    let json = |source| ConfigError::Json {
+        path: path.to_owned(),
+        source,
+    };
+    // A list of the fields' values in their order would be one to serde.
+    if text.trim_ascii_start().starts_with(b"[") {
+        let wanted = "a list, and an object is wanted";
+        return Err(json(serde::de::Error::custom(wanted)));
+    }
+    serde_json::from_slice(&text).map_err(json)
 }
 
 /// Refuses a path that names nothing, where the kernel would only say that it is not there.
@@ -239,7 +286,8 @@ impl Default for Config {
             initrd: Vec::new(),
             cmdline: "console=ttyS0".to_owned(),
             memory: Memory::default(),
-            cpus: 1,
+            cpus: Cpus::default(),
+            cpu: CpuModel::default(),
             irqchip: Irqchip::default(),
             pit: false,
             debug_exit: None,
@@ -347,6 +395,7 @@ impl<'de> Visitor<'de> for ConfigVisitor {
             "cmdline",
             "memory",
             "cpus",
+            "cpu",
             "irqchip",
             "pit",
             "debug-exit",
@@ -361,6 +410,7 @@ impl<'de> Visitor<'de> for ConfigVisitor {
                 "cmdline" => config.cmdline = field(map, key)?,
                 "memory" => config.memory = field(map, key)?,
                 "cpus" => config.cpus = field(map, key)?,
+                "cpu" => config.cpu = field(map, key)?,
                 "irqchip" => config.irqchip = field(map, key)?,
                 "pit" => config.pit = field(map, key)?,
                 "debug-exit" => config.debug_exit = field(map, key)?,
@@ -477,10 +527,10 @@ mod tests {
         refused(|c| c.kernel = Some("".into()), "--kernel \"\"");
         refused(|c| c.kvm = "".into(), "--kvm \"\"");
         refused(|c| c.initrd = vec!["i".into(), "".into()], "--initrd \"\"");
-        refused(|c| c.cpus = 0, "0 vCPUs");
-        refused(|c| c.cpus = 256, "256 vCPUs");
+        refused(|c| c.cpus = 0.into(), "0 vCPUs");
+        refused(|c| c.cpus = 256.into(), "256 vCPUs");
         refused(
-            |c| (c.cpus, c.irqchip) = (2, Irqchip::None),
+            |c| (c.cpus, c.irqchip) = (2.into(), Irqchip::None),
             "2 vCPUs need --irqchip",
         );
         refused(|c| c.memory = 0.into(), "0 bytes of memory");
@@ -514,10 +564,10 @@ mod tests {
         assert_eq!(none, Config::default());
         assert!(matches!(none.validate(), Err(ConfigError::NoKernel)));
         assert!(
-            parse(r#"{"kernel": "k", "cpu": 2}"#)
+            parse(r#"{"kernel": "k", "colour": 2}"#)
                 .unwrap_err()
                 .to_string()
-                .contains("`cpu`")
+                .contains("`colour`")
         );
     }
 

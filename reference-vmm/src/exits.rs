@@ -27,6 +27,7 @@ use vm_memory::GuestAddress;
 use crate::devices::coalesce::{Coalescing, PolledOutput};
 use crate::devices::ioapic::Ioapic;
 use crate::end::{EndSignal, GuestEnd};
+use crate::msrs::UnservedMsrs;
 use crate::stats::{ExitCounters, ExitKind};
 use crate::timeline::{Event, timeline};
 
@@ -40,6 +41,7 @@ pub(crate) struct Shared<P> {
     pub(crate) end: Arc<EndSignal>,
     /// The vCPUs are being stopped: nobody waits for a deferred answer any more.
     pub(crate) stopping: Arc<AtomicBool>,
+    pub(crate) msrs: UnservedMsrs,
 }
 
 /// The request of a vCPU to show its registers.
@@ -109,6 +111,23 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 if let Some(ioapic) = &self.shared.ioapic {
                     ioapic.eoi(vector);
                 }
+            }
+            Exit::X86Rdmsr {
+                index,
+                reason,
+                mut reply,
+            } => {
+                self.shared.msrs.log(vcpu.id(), index, None, reason);
+                reply.refuse();
+            }
+            Exit::X86Wrmsr {
+                index,
+                reason,
+                value,
+                mut reply,
+            } => {
+                self.shared.msrs.log(vcpu.id(), index, Some(value), reason);
+                reply.refuse();
             }
             Exit::Hlt => return Err(Stop::Halted),
             Exit::SystemEvent { kind, .. } => match kind {

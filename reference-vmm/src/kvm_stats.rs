@@ -58,7 +58,7 @@ impl<F: ReadStats> KvmReaders<F> {
 pub struct KvmStats {
     /// Of the VM.
     pub vm: Vec<KvmStat>,
-    /// Of each vCPU, by its number.
+    /// Of each vCPU, in the order of their numbers, as the guest counts its processors.
     pub vcpus: Vec<Vec<KvmStat>>,
 }
 

@@ -59,7 +59,8 @@
 //!
 //! With 1 GiB pages the firmware lies in RAM that the guest can write; with 2 MiB pages the first
 //! 2 MiB are ordinary memory. No disks, network or other virtio devices. A reset ends the monitor instead of restarting the
-//! guest. The real-time clock raises no interrupt. vCPUs number at most 255.
+//! guest. The real-time clock raises no interrupt. vCPUs number at most 255, and their APIC ids end
+//! at 254: sockets or cores in numbers that are no powers of two leave ids out.
 //!
 //! [kvm-core]: kvm_core
 //! [memslots]: memslots
@@ -70,6 +71,9 @@ pub mod arch;
 pub mod cli;
 pub mod config;
 pub mod console;
+pub mod cpu_model;
+pub mod cpu_report;
+pub mod cpus;
 pub mod devices;
 pub mod doctor;
 pub mod end;
@@ -79,6 +83,7 @@ pub mod kvm_stats;
 pub mod logger;
 pub mod main_loop;
 pub mod memory;
+mod msrs;
 mod no_wait;
 pub mod process;
 pub mod run;

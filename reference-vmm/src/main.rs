@@ -8,6 +8,7 @@ use std::ffi::{OsString, c_char, c_int};
 use std::io::Write;
 
 use reference_vmm::cli::{self, Command};
+use reference_vmm::cpu_report::CpuReport;
 use reference_vmm::end::Chain;
 use reference_vmm::timeline::{Event, timeline};
 use reference_vmm::{doctor, logger, process, run, stderr};
@@ -44,6 +45,18 @@ fn command(args: Vec<OsString>) -> u8 {
             logger::start(options.log);
             run::run(&options, say)
         }
+        Command::Cpu {
+            template,
+            json,
+            kvm,
+        } => match CpuReport::ask(&kvm, &template) {
+            Ok(report) if json => print(&report.json()),
+            Ok(report) => print(&report.to_string()),
+            Err(error) => {
+                say(format_args!("{}", Chain(&error)));
+                error.exit_status()
+            }
+        },
         Command::Doctor { json, kvm } => {
             logger::start(log::LevelFilter::Error);
             doctor::run(json, &kvm, &mut std::io::stdout().lock()).unwrap_or_else(|error| {

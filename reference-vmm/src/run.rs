@@ -72,7 +72,9 @@ fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
     let built = Machine::build_watched(&options.config, std::io::stdout(), &end, watch);
     let mut machine = match (built, end.get()) {
         (Err(BuildError::Ended), Some(end)) => {
-            let none = options.stats.map(|_| Stats::none(options.config.cpus));
+            let none = options
+                .stats
+                .map(|_| Stats::none(options.config.cpus.count));
             return Ok((end.clone(), none));
         }
         (built, _) => built?,

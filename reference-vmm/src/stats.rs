@@ -177,7 +177,7 @@ pub struct SlotStats {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Stats {
-    /// Each vCPU's exits, by its number.
+    /// Each vCPU's exits, in the order of their numbers, as the guest counts its processors.
     pub exits: Vec<Exits>,
     /// Writes that KVM kept in its ring, and that cost no exit of their own.
     pub coalesced_writes: u64,

@@ -18,8 +18,8 @@
 //! 2. **Readers' barriers** are made free (`srcu::prepare`) while the process has one thread: with two,
 //!    the kernel waits for a grace period of its own.
 //! 3. **CPUID** is asked for on a thread of its own while the rest goes on: KVM's slowest answer, and
-//!    the vCPUs are the first to need it. Only a guest with so much memory that the processor's address
-//!    bits may not reach waits for it at once: making such memory would take far longer. Only then the
+//!    the vCPUs are the first to need it. Only a guest that is to have a certain processor, or so much memory
+//!    that the processor's address bits may not reach, waits for it at once. Only then the
 //!    host is asked for what it may not have, huge pages and nodes.
 //! 4. **Memory slots** before anything that registers on KVM's buses: a slot made after the
 //!    in-kernel irqchip waits for a grace period. The firmware's is one of them, read-only
@@ -36,6 +36,7 @@
 //! `tests/kvm_ioctl_order.rs` holds it against the ioctls of a real run.
 
 use std::io;
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -45,8 +46,10 @@ use std::thread::JoinHandle;
 use io_bus::{BusKind, Interrupter, IoBus, IoRange, Registration};
 use irq_routing::ioapic::{IOAPIC_LEN, SplitIoapic};
 use irq_routing::{Gsi, Irqchip, IrqchipError, IrqchipKind, Pit, Routing};
+use kvm_bindings::KVM_CAP_X86_USER_SPACE_MSR;
+use kvm_core::arch::x86_64::cpuid::{HypervisorLeaves, Template, TemplateError, Timing};
 use kvm_core::arch::x86_64::{
-    BootState, CpuidError, CpuidPlan, LongModeTables, TablesError, boot_msrs, gdt,
+    BootState, CpuidError, CpuidPlan, LongModeTables, TablesError, Topology, boot_msrs, gdt,
 };
 use kvm_core::stats::{StatsError, StatsFd};
 use kvm_core::{KickSignal, Kvm, Vcpu, VcpuId, VcpuSet, Vm};
@@ -71,7 +74,11 @@ use crate::exits::{self, Handler, SHOW_REGISTERS, run_vcpu};
 use crate::host_memory::SYSFS;
 use crate::kvm_stats::{KvmReaders, KvmStats};
 use crate::main_loop::GuestSide;
+use crate::msrs::{self, UnservedMsrs};
 use crate::stats::{ExitCounters, Named, Stats};
+
+/// The vCPU that KVM starts at once; the others wait for it.
+const BOOT_VCPU: VcpuId = VcpuId(0);
 
 type Host = Arc<VmFd>;
 type Com1 = SerialPort<Interrupt<Wire<Host>>, ConsoleOut>;
@@ -140,6 +147,17 @@ pub enum BuildError {
         /// `KVM_CAP_MAX_VCPUS`.
         most: u32,
     },
+    /// An APIC id beyond those that the host's KVM takes. Found before anything was made.
+    #[error("APIC id {highest}: this host's KVM takes numbers up to {most}")]
+    ApicId {
+        /// The topology's highest.
+        highest: u32,
+        /// `KVM_CAP_MAX_VCPU_ID`, less one.
+        most: u32,
+    },
+    /// The host cannot be the processor that was asked for. Found before anything was made.
+    #[error(transparent)]
+    CpuModel(#[from] TemplateError),
     /// The interrupt controllers could not be made.
     #[error(transparent)]
     Irqchip(#[from] IrqchipError),
@@ -194,6 +212,8 @@ impl BuildError {
             ) => 2,
             BuildError::AddressBits { .. }
             | BuildError::Cpus { .. }
+            | BuildError::ApicId { .. }
+            | BuildError::CpuModel(_)
             | BuildError::Boot(_)
             | BuildError::Layout(_)
             | BuildError::Config(_)
@@ -270,9 +290,11 @@ impl Machine {
             .map(|path| Image::open(ImageKind::Initrd, path))
             .collect::<Result<Vec<_>, _>>()?;
         let ram = memslots::ram_layout(config.memory.size, layout::MMIO_HOLE)?;
+        let topology = config.cpus.topology()?;
+        let template = config.cpu.template()?;
         // A guest without pin interrupts could not use what the tables describe.
         let acpi = (config.irqchip != config::Irqchip::None)
-            .then(|| acpi::tables(&acpi::AcpiConfig::new(config.cpus)))
+            .then(|| acpi::tables(&acpi::AcpiConfig::new(topology)))
             .transpose()?;
         let plan = boot::plan(
             &mut kernel,
@@ -289,7 +311,7 @@ impl Machine {
 
         // 2. and 3. What KVM takes at all, with CPUID asked for while the rest goes on.
         srcu::prepare();
-        let kvm = match ask_kvm(config, &ram) {
+        let kvm = match ask_kvm(config, topology, template, &ram) {
             // A wish that cannot be is told where there is no KVM as well.
             Err(error @ BuildError::Open(_)) => Err(error),
             asked => Ok(asked?),
@@ -342,18 +364,26 @@ impl Machine {
                 }
             })?;
         let routing = Routing::new(setup.fd().clone(), &irqchip);
+        // Only to be told of them: the guest gets the fault that KVM would give it.
+        if setup.capabilities().has(KVM_CAP_X86_USER_SPACE_MSR) {
+            setup.exit_on_msrs(msrs::EXITS)?;
+        }
 
         // 6. vCPUs.
         // Below SIGRTMIN: a kick arrives also where the user's pending signals have reached their
         // limit. SIGURG of these: one that comes from elsewhere does no harm and never did.
         let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
         let vm = setup.kick_signal(kick).finish();
-        let cpuid = cpuid.answer(&ram)?;
-        let vcpus = (0..config.cpus)
-            .map(|index| {
-                let vcpu = vm.create_vcpu(VcpuId(index))?;
+        let mut cpuid = cpuid.answer(&ram)?;
+        let vcpus = topology
+            .apic_ids()
+            .map(|id| {
+                let vcpu = vm.create_vcpu(id)?;
+                if id == BOOT_VCPU {
+                    cpuid.tell_time(&vcpu);
+                }
                 cpuid.set_up(&vcpu, config)?;
-                if index == 0 {
+                if id == BOOT_VCPU {
                     start.set(&vcpu, &plan.entry)?;
                 }
                 Ok(vcpu)
@@ -472,6 +502,7 @@ impl Machine {
             ioapic: parts.ioapic.clone(),
             end: end.clone(),
             stopping: stopping.clone(),
+            msrs: UnservedMsrs::default(),
         });
         let mut running = Running {
             set,
@@ -626,22 +657,33 @@ impl GuestSide for Running {
 /// Opens KVM, and asks it for what decides whether there can be such a machine at all.
 fn ask_kvm(
     config: &Config,
+    topology: Topology,
+    template: Template,
     ram: &[(GuestAddress, u64)],
 ) -> Result<(Arc<Kvm>, CpuidQuestion), BuildError> {
     let kvm = Arc::new(Kvm::open_at(&config.kvm)?);
-    let most = kvm.capabilities().max_vcpus();
-    if config.cpus > most {
-        let asked = config.cpus;
+    let capabilities = kvm.capabilities();
+    let (asked, most) = (topology.cpus(), capabilities.max_vcpus());
+    if asked > most {
         return Err(BuildError::Cpus { asked, most });
     }
-    let cpuid = CpuidBase::ask(&kvm, config.irqchip)?.early_for(ram)?;
+    // Without gaps in their ids the number of vCPUs has said it already.
+    let highest = topology.highest_apic_id().0;
+    if highest >= asked && highest >= capabilities.max_vcpu_id() {
+        let most = capabilities.max_vcpu_id().saturating_sub(1);
+        return Err(BuildError::ApicId { highest, most });
+    }
+    let chosen = template != Template::host();
+    let cpuid = CpuidBase::ask(&kvm, config.irqchip, topology, template)?.early_for(ram, chosen)?;
     Ok((kvm, cpuid))
 }
 
-/// What this host's processors can be for a guest.
+/// What the guest's processors are to be, but for what each has of its own.
 struct CpuidBase {
-    supported: kvm_bindings::CpuId,
+    model: Vec<kvm_bindings::kvm_cpuid_entry2>,
+    topology: Topology,
     tsc_deadline: bool,
+    arat: Option<bool>,
 }
 
 /// The answer, or where it is on its way.
@@ -651,9 +693,10 @@ enum CpuidQuestion {
 }
 
 impl CpuidQuestion {
-    /// Waits for the answer now where this RAM is more than any processor can be relied on to address.
-    fn early_for(self, ram: &[(GuestAddress, u64)]) -> Result<Self, BuildError> {
-        match end_of(ram) > 1 << LEAST_ADDRESS_BITS {
+    /// Waits for the answer now where it may be no: a processor model was `chosen`, or this RAM is more than
+    /// any processor can be relied on to address.
+    fn early_for(self, ram: &[(GuestAddress, u64)], chosen: bool) -> Result<Self, BuildError> {
+        match chosen || end_of(ram) > 1 << LEAST_ADDRESS_BITS {
             true => Ok(CpuidQuestion::Answered(self.answer(ram)?)),
             false => Ok(self),
         }
@@ -671,7 +714,7 @@ impl CpuidQuestion {
                 })
             })?,
         };
-        let (end, bits) = (end_of(ram), address_bits(cpuid.supported.as_slice()));
+        let (end, bits) = (end_of(ram), address_bits(&cpuid.model));
         if bits < u64::BITS && end > 1 << bits {
             let given = ram.iter().map(|(_, len)| len).sum();
             return Err(BuildError::AddressBits { given, end, bits });
@@ -706,15 +749,25 @@ impl CpuidBase {
     /// Asks on a thread of its own: KVM executes CPUID a hundred times for its answer, each of which
     /// traps where the host is a virtual machine itself, and nothing needs the answer before the
     /// vCPUs. In a start of 1.5 ms it was 0.4 ms.
-    fn ask(kvm: &Arc<Kvm>, irqchip: config::Irqchip) -> Result<CpuidQuestion, BuildError> {
+    fn ask(
+        kvm: &Arc<Kvm>,
+        irqchip: config::Irqchip,
+        topology: Topology,
+        template: Template,
+    ) -> Result<CpuidQuestion, BuildError> {
         let kvm = kvm.clone();
         let ask = move || {
-            // The timer is the local APIC's: it is there only where the kernel has that.
-            let tsc_deadline =
-                irqchip != config::Irqchip::None && kvm.capabilities().tsc_deadline_timer();
+            // The timer is the local APIC's: it is there only where the kernel has that, and without a PIT
+            // the timer of a sleeping processor is its own. A template may do without both.
+            let apic = irqchip != config::Irqchip::None;
+            let wanted = |name| template.says(name) != Some(false);
             Ok(CpuidBase {
-                supported: kvm.supported_cpuid()?,
-                tsc_deadline,
+                model: template.apply(kvm.supported_cpuid()?.as_slice())?,
+                topology,
+                tsc_deadline: apic
+                    && wanted("tsc_deadline_timer")
+                    && kvm.capabilities().tsc_deadline_timer(),
+                arat: apic.then(|| wanted("arat")),
             })
         };
         let thread = std::thread::Builder::new().name("cpuid".into()).spawn(ask);
@@ -725,16 +778,24 @@ impl CpuidBase {
         Ok(CpuidQuestion::Asked(thread))
     }
 
+    /// Tells the guest how fast its TSC is, where KVM does: a host whose own is unstable has no answer.
+    fn tell_time(&mut self, vcpu: &Vcpu) {
+        let khz = vcpu.fd().get_tsc_khz().ok().and_then(NonZeroU32::new);
+        if let Some(khz) = khz {
+            let leaves = HypervisorLeaves::default().with_timing(Timing::new(khz));
+            leaves.apply(&mut self.model);
+        }
+    }
+
     /// CPUID, MSRs and local interrupt pins of a vCPU.
     fn set_up(&self, vcpu: &Vcpu, config: &Config) -> Result<(), BuildError> {
         let plan = CpuidPlan {
             id: vcpu.id(),
-            cpus: config.cpus,
+            topology: self.topology,
             tsc_deadline: self.tsc_deadline,
-            // Without a PIT the timer of a sleeping processor is its own.
-            arat: (config.irqchip != config::Irqchip::None).then_some(true),
+            arat: self.arat,
         };
-        let cpuid = plan.apply(self.supported.as_slice())?;
+        let cpuid = plan.apply(&self.model)?;
         vcpu.set_cpuid(&cpuid)?;
         for refused in vcpu.set_msrs(&boot_msrs(cpuid.as_slice()))? {
             log::debug!("vCPU {}: {refused}", vcpu.id());
@@ -898,11 +959,13 @@ mod tests {
     fn memory_above_the_address_bits_is_refused_with_all_the_numbers() {
         let check = |bits, size| {
             let base = CpuidBase {
-                supported: kvm_bindings::CpuId::from_entries(&leaf(bits)).unwrap(),
+                model: leaf(bits).to_vec(),
+                topology: Topology::flat(1).unwrap(),
                 tsc_deadline: false,
+                arat: None,
             };
             let ram = memslots::ram_layout(size, layout::MMIO_HOLE).unwrap();
-            let question = CpuidQuestion::Answered(base).early_for(&ram)?;
+            let question = CpuidQuestion::Answered(base).early_for(&ram, false)?;
             question.answer(&ram).map(drop)
         };
         let gib = 1 << 30;

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use kvm_core::arch::x86_64::Topology;
 use reference_vmm::arch::acpi::{AcpiConfig, AcpiError, VirtioMmio, tables};
 use reference_vmm::arch::layout;
 
@@ -73,13 +74,13 @@ impl Memory {
 
 #[test]
 fn the_rsdp_is_where_the_tables_say_and_a_search_finds_it() {
-    let config = AcpiConfig::new(1);
+    let config = machine(1);
     assert_eq!(Memory::of(&config).rsdp(), tables(&config).unwrap().rsdp.0);
 }
 
 #[test]
 fn the_fadt_is_hardware_reduced_with_reset_sleep_and_no_keyboard_to_probe() {
-    let memory = Memory::of(&AcpiConfig::new(1));
+    let memory = Memory::of(&machine(1));
     let (fadt, _) = memory.fadt_and_madt();
     assert_eq!(memory.table(fadt, b"FACP").len(), 276);
     let flags = memory.number(fadt + 112, 4);
@@ -111,16 +112,21 @@ fn the_fadt_is_hardware_reduced_with_reset_sleep_and_no_keyboard_to_probe() {
 fn a_machine_without_a_clock_says_so() {
     let memory = Memory::of(&AcpiConfig {
         rtc: None,
-        ..AcpiConfig::new(1)
+        ..machine(1)
     });
     let (fadt, _) = memory.fadt_and_madt();
     assert_eq!(memory.number(fadt + 109, 2), 1 << 2 | 1 << 5);
 }
 
+/// `cpus` CPUs of one socket.
+fn machine<'a>(cpus: u32) -> AcpiConfig<'a> {
+    AcpiConfig::new(Topology::flat(cpus).unwrap())
+}
+
 #[test]
 fn the_madt_has_every_cpu_and_the_ioapic() {
     for cpus in [1, 2, 64, 255, 256, 1000] {
-        let memory = Memory::of(&AcpiConfig::new(cpus));
+        let memory = Memory::of(&machine(cpus));
         let (_, madt) = memory.fadt_and_madt();
         let table = memory.table(madt, b"APIC").to_vec();
         assert_eq!(memory.number(madt + 36, 4), 0xfee0_0000);
@@ -152,6 +158,23 @@ fn the_madt_has_every_cpu_and_the_ioapic() {
     }
 }
 
+#[test]
+fn apic_ids_that_nobody_has_are_left_out_and_uids_are_not() {
+    let topology = Topology::new(2, 3, 2).unwrap();
+    let memory = Memory::of(&AcpiConfig::new(topology));
+    let (_, madt) = memory.fadt_and_madt();
+    let table = memory.table(madt, b"APIC").to_vec();
+    // Type and length, then UID and APIC id.
+    let entries = table[44..].chunks(8).take(12);
+    let told: Vec<_> = entries
+        .map(|entry| (entry[0], entry[2], entry[3]))
+        .collect();
+    let ids = [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13];
+    let expected: Vec<_> = (0..).zip(ids).map(|(uid, id)| (0, uid, id)).collect();
+    assert_eq!(told, expected);
+    assert_eq!(count(&memory, b"ACPI0007\0"), 12);
+}
+
 /// How often a byte string stands in the DSDT.
 fn count(memory: &Memory, needle: &[u8]) -> usize {
     let (fadt, _) = memory.fadt_and_madt();
@@ -181,7 +204,7 @@ fn the_dsdt_names_each_device_with_its_port_and_interrupt() {
     });
     let memory = Memory::of(&AcpiConfig {
         virtio_mmio: &devices,
-        ..AcpiConfig::new(3)
+        ..machine(3)
     });
     for (what, times) in [
         // EISA ids PNP0501, PNP0B00, PNP0C0C.
@@ -209,7 +232,7 @@ fn the_dsdt_names_each_device_with_its_port_and_interrupt() {
         rtc: None,
         pvpanic: None,
         processor_devices: false,
-        ..AcpiConfig::new(3)
+        ..machine(3)
     };
     let memory = Memory::of(&bare);
     for what in [
@@ -224,8 +247,7 @@ fn the_dsdt_names_each_device_with_its_port_and_interrupt() {
 
 #[test]
 fn more_than_can_be_told_is_refused() {
-    assert_eq!(tables(&AcpiConfig::new(0)), Err(AcpiError::Cpus(0)));
-    assert_eq!(tables(&AcpiConfig::new(4097)), Err(AcpiError::Cpus(4097)));
+    assert_eq!(tables(&machine(4097)), Err(AcpiError::Cpus(4097)));
     let device = VirtioMmio {
         address: 0xc000_0000,
         len: 4096,
@@ -235,7 +257,7 @@ fn more_than_can_be_told_is_refused() {
         let devices = vec![device; count];
         tables(&AcpiConfig {
             virtio_mmio: &devices,
-            ..AcpiConfig::new(1)
+            ..machine(1)
         })
         .map(|_| ())
     };
@@ -260,7 +282,7 @@ fn iasl_accepts_the_tables() {
     for cpus in [1, 300] {
         let config = AcpiConfig {
             virtio_mmio: &devices,
-            ..AcpiConfig::new(cpus)
+            ..machine(cpus)
         };
         let dir = tempfile::tempdir().unwrap();
         for (_, bytes) in tables(&config).unwrap().writes {

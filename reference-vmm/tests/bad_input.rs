@@ -94,6 +94,10 @@ fn commands_and_flags_that_do_not_exist_are_named() {
         ),
         (&["run", "--kernel", "k", "--debug-exit=0x10000"], "0x10000"),
         (&["doctor", "--xml"], "--xml"),
+        (&["cpu", "--xml"], "--xml"),
+        (&["cpu", "--cpu"], "--cpu"),
+        (&["cpu", "--cpu="], "--cpu \"\""),
+        (&["cpu", "host"], "host"),
     ] {
         let ended = Vmm::command(args).output();
         ended
@@ -109,7 +113,7 @@ fn bytes_that_are_no_text_do_not_confuse_the_command_line() {
     let odd = std::ffi::OsStr::from_bytes(b"/no/such/\xff\x1b[31m\n");
     Vmm::run(odd).output().expect_status(2).one_line();
     let kernel = elf(boot::hello64());
-    for flag in ["--cmdline", "--memory", "--cpus", "--irqchip"] {
+    for flag in ["--cmdline", "--memory", "--cpus", "--cpu", "--irqchip"] {
         run(&kernel)
             .arg(flag)
             .arg(odd)
@@ -144,6 +148,72 @@ fn impossible_numbers_of_vcpus_are_refused_with_the_number() {
             .expect_status(2)
             .expect_line(&[cpus]);
     }
+}
+
+#[test]
+fn impossible_arrangements_of_vcpus_are_refused_with_the_numbers() {
+    for (cpus, needle) in [
+        ("4,cores=3", "4 vCPUs are not 1 sockets of 3 cores"),
+        ("8,sockets=2,cores=2,threads=4", "they are 16"),
+        ("4,cores=0", "--cpus: option \"cores=0\""),
+        ("4,cores=-1", "cores=-1"),
+        ("4,cores=many", "cores=many"),
+        ("4,dies=2", "dies=2"),
+        ("4,", "\"\""),
+        (",cores=2", "--cpus \"\""),
+        ("4,threads=2,threads=2", "twice"),
+        ("200,sockets=40", "APIC id"),
+        ("4294967295,cores=4294967295", "4294967295 vCPUs"),
+    ] {
+        refused(&format!("--cpus {cpus}"), &[needle]);
+    }
+    let config = file(br#"{"cpus": {"count": 4, "cores": 3}}"#);
+    refused(
+        &format!("--config {}", config.display()),
+        &["4 vCPUs are not"],
+    );
+}
+
+#[test]
+fn processor_models_that_are_none_are_refused_with_their_name_or_place() {
+    for (cpu, needle) in [
+        ("i486", "i486"),
+        ("x86-64-v5", "x86-64-v5"),
+        ("/no/such/model", "/no/such/model"),
+        ("none.json", "none.json"),
+        ("/dev/zero", "/dev/zero"),
+    ] {
+        refused(&format!("--cpu {cpu}"), &[needle]);
+        let ended = Vmm::command(["cpu", "--kvm", NO_KVM, "--cpu", cpu]).output();
+        ended.expect_status(2).expect_line(&[needle]);
+    }
+    for (text, needle) in [
+        ("[]", "object"),
+        (r#"{"base": "i486"}"#, "i486"),
+        (r#"{"set": ["warp"]}"#, "warp"),
+        (r#"{"set": ["avx"], "clear": ["avx"]}"#, "avx"),
+        (
+            r#"{"registers": [{"leaf": 1, "register": "eax"}]}"#,
+            "0x1.0 eax",
+        ),
+        (
+            r#"{"registers": [{"leaf": 1, "register": "eax", "bits": "0b1"}]}"#,
+            "0b1",
+        ),
+        (r#"{"colour": 1}"#, "colour"),
+    ] {
+        let template = file(text.as_bytes());
+        let path = template.display().to_string();
+        refused(&format!("--cpu {path}"), &[&path, needle]);
+    }
+    // One that is right gets as far as KVM.
+    let template = file(br#"{"base": "x86-64-v2", "set": ["aes"]}"#);
+    let path = template.display().to_string();
+    let kernel = elf(boot::hello64());
+    let ended = run(&kernel).args(["--cpu", &path]).output();
+    ended.expect_status(1).expect_line(&[NO_KVM]);
+    let ended = Vmm::command(["cpu", "--kvm", NO_KVM, "--cpu", &path]).output();
+    ended.expect_status(1).expect_line(&[NO_KVM]);
 }
 
 #[test]
@@ -396,7 +466,13 @@ fn a_bad_configuration_file_is_refused_with_its_path() {
     refused(br#" ["k"]"#, "object");
     refused(b"\xff\xfe", "");
     refused(br#"{"kernel": 1}"#, "kernel: ");
-    refused(br#"{"kernel": "k", "cpu": 2}"#, "`cpu`");
+    refused(br#"{"kernel": "k", "colour": 2}"#, "`colour`");
+    refused(br#"{"kernel": "k", "cpu": 2}"#, "cpu: ");
+    refused(br#"{"kernel": "k", "cpu": "i486"}"#, "i486");
+    refused(
+        br#"{"kernel": "k", "cpus": {"count": 4, "dies": 2}}"#,
+        "`dies`",
+    );
     refused(br#"{"kernel": "k", "memory": "lots"}"#, "lots");
     refused(br#"{"kernel": "k", "memory": -1}"#, "memory: ");
     // Of what is long the middle is left out, and the place is told.

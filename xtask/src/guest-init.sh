@@ -6,6 +6,7 @@
 #   guest.then=panic      a kernel panic    guest.then=wait     until the power button, or for ever
 #   guest.then=shell      a shell on the console; its end powers off
 #   guest.then=echo       answers each line of the console with `guest: echo LINE`, until `quit`
+#   guest.cpus            says of each processor where it stands, and what the first one can
 export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -14,9 +15,11 @@ read -r up _ </proc/uptime
 echo "guest: init $up"
 
 then=poweroff
+cpus=
 for word in $(cat /proc/cmdline); do
     case "$word" in
     guest.then=*) then="${word#guest.then=}" ;;
+    guest.cpus) cpus=1 ;;
     esac
 done
 
@@ -33,6 +36,16 @@ echo "guest: online $(cat /sys/devices/system/cpu/online)"
 echo "guest: memory $(sed -n 's/^MemTotal: *//p' /proc/meminfo)"
 echo "guest: clocksource $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 echo "guest: cmdline $(cat /proc/cmdline)"
+if [ -n "$cpus" ]; then
+    (
+        cd /sys/devices/system/cpu || exit
+        grep -H . cpu[0-9]*/topology/physical_package_id cpu[0-9]*/topology/*_siblings_list \
+            cpu[0-9]*/cache/index*/level cpu[0-9]*/cache/index*/shared_cpu_list | sed 's/^/guest: sys /'
+    )
+    awk -F '[\t ]*: ' '/^processor/ { n = $2 } /^siblings/ { s = $2 } /^cpu cores/ { c = $2 }
+        /^apicid/ { print "guest: cpuinfo " n " apicid " $2 " siblings " s " cores " c }' /proc/cpuinfo
+    sed -n 's/^flags[\t ]*: /guest: flags /p' /proc/cpuinfo | sed -n 1p
+fi
 sed -n 's/.*IO-APIC  *\([^ ]*\)  */guest: pin \1 /p' /proc/interrupts
 read -r up _ </proc/uptime
 echo "guest: uptime $up"

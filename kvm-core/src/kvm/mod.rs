@@ -3,6 +3,8 @@
 //! The edge to the kernel: all ioctls, and all `unsafe`, of this crate.
 
 mod mapping;
+#[cfg(target_arch = "x86_64")]
+mod msr;
 mod signal;
 #[cfg(target_arch = "x86_64")]
 mod state;

@@ -75,6 +75,24 @@ pub enum Error {
         /// What the system said.
         errno: Errno,
     },
+    /// `KVM_X86_SET_MSR_FILTER`.
+    #[error("KVM refuses the MSR filter: {errno}")]
+    MsrFilter {
+        /// What KVM said.
+        errno: Errno,
+    },
+    /// `KVM_CAP_X86_USER_SPACE_MSR`.
+    #[error("KVM does not pass MSR accesses on to user space (Linux 5.10 and later do): {errno}")]
+    MsrExits {
+        /// What KVM said.
+        errno: Errno,
+    },
+    /// `KVM_GET_MSR_FEATURE_INDEX_LIST` or `KVM_GET_MSRS` of the host.
+    #[error("KVM does not tell its feature MSRs: {errno}")]
+    MsrFeatures {
+        /// What KVM said.
+        errno: Errno,
+    },
     /// The kick signal.
     #[error(transparent)]
     KickSignal(#[from] KickSignalError),

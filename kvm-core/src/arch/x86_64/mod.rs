@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! x86-64: CPUID, boot MSRs, boot registers with their tables, local interrupt pins, register dump,
-//! and whole state.
+//! x86-64: CPUID, boot MSRs, MSR filters, boot registers with their tables, local interrupt pins,
+//! register dump, and whole state.
 
 mod boot;
-mod cpuid;
+pub mod cpuid;
 mod dump;
 mod lapic;
 mod msr;
+pub mod msr_features;
+pub mod msr_filter;
 pub mod state;
 mod tables;
 
 pub use boot::{BootState, initial_fpu};
-pub use cpuid::{CpuidError, CpuidPlan};
+pub use cpuid::{CpuidError, CpuidPlan, Topology};
 pub use dump::RegisterDump;
 pub use lapic::{LocalPin, local_pin, set_virtual_wire};
 pub use msr::{RefusedMsr, SetMsrs, boot_msrs, set_msrs};

@@ -5,7 +5,7 @@
 use kvm_bindings::{kvm_cpuid_entry2, kvm_msr_entry};
 use vmm_sys_util::errno::Error as Errno;
 
-use super::cpuid::{find, is_intel};
+use super::cpuid::{Vendor, find};
 
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const MTRR_DEF_TYPE: u32 = 0x2ff;
@@ -45,7 +45,7 @@ pub fn boot_msrs(cpuid: &[kvm_cpuid_entry2]) -> Vec<kvm_msr_entry> {
             ..Default::default()
         })
     };
-    if is_intel(cpuid) {
+    if Vendor::of(cpuid) == Vendor::Intel {
         add(IA32_MISC_ENABLE, MISC_ENABLE);
     }
     if find(cpuid, 1).is_some_and(|leaf| leaf.edx & 1 << 12 != 0) {

@@ -35,7 +35,7 @@ pub(super) fn body(config: &AcpiConfig<'_>) -> Vec<u8> {
         virtio_mmio(uid, device, &mut devices);
     }
     if config.processor_devices {
-        for cpu in 0..config.cpus {
+        for cpu in 0..config.cpus.cpus() {
             processor(cpu, &mut devices);
         }
     }

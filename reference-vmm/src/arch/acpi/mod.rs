@@ -25,6 +25,7 @@
 mod dsdt;
 mod tables;
 
+use kvm_core::arch::x86_64::Topology;
 use vm_memory::GuestAddress;
 
 use super::layout;
@@ -48,8 +49,8 @@ pub struct VirtioMmio {
 /// What the tables describe. [`AcpiConfig::new`] has the machine of [`layout`].
 #[derive(Clone, Copy, Debug)]
 pub struct AcpiConfig<'a> {
-    /// Number of CPUs. CPU `n` has APIC id `n`.
-    pub cpus: u32,
+    /// The CPUs, with their APIC ids.
+    pub cpus: Topology,
     /// Port and interrupt of a 16550 UART.
     pub com1: Option<(u16, u32)>,
     /// Index port of the real-time clock.
@@ -70,8 +71,8 @@ pub struct AcpiConfig<'a> {
 }
 
 impl AcpiConfig<'_> {
-    /// The machine of [`layout`] with `cpus` CPUs and no virtio devices.
-    pub fn new(cpus: u32) -> Self {
+    /// The machine of [`layout`] with these CPUs and no virtio devices.
+    pub fn new(cpus: Topology) -> Self {
         AcpiConfig {
             cpus,
             com1: Some((layout::COM1_PORT, layout::COM1_GSI)),
@@ -100,8 +101,8 @@ pub struct AcpiTables {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AcpiError {
-    /// There is no machine without a CPU, and no name for so many.
-    #[error("{0} CPUs cannot be told by ACPI: 1 to {MAX_CPUS} can")]
+    /// The DSDT has no name for so many CPUs.
+    #[error("{0} CPUs cannot be told by ACPI: at most {MAX_CPUS} can")]
     Cpus(u32),
     /// The DSDT has no name for so many devices.
     #[error("{0} virtio-mmio devices cannot be told by ACPI: at most {MAX_VIRTIO_MMIO} can")]
@@ -122,8 +123,8 @@ pub enum AcpiError {
 ///
 /// [`AcpiError`]: more of something than can be told.
 pub fn tables(config: &AcpiConfig<'_>) -> Result<AcpiTables, AcpiError> {
-    if config.cpus == 0 || config.cpus > MAX_CPUS {
-        return Err(AcpiError::Cpus(config.cpus));
+    if config.cpus.cpus() > MAX_CPUS {
+        return Err(AcpiError::Cpus(config.cpus.cpus()));
     }
     if config.virtio_mmio.len() > MAX_VIRTIO_MMIO {
         return Err(AcpiError::VirtioMmio(config.virtio_mmio.len()));

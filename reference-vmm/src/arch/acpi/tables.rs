@@ -8,6 +8,8 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use kvm_core::VcpuId;
+use kvm_core::arch::x86_64::Topology;
 use vm_memory::GuestAddress;
 
 use super::AcpiConfig;
@@ -102,18 +104,19 @@ pub(super) fn fadt(config: &AcpiConfig<'_>, dsdt: GuestAddress) -> Vec<u8> {
     bytes(&fadt.finalize())
 }
 
-/// The MADT. Its PCAT_COMPAT flag is clear: there are no PICs to mask.
-pub(super) fn madt(cpus: u32) -> Vec<u8> {
-    let mut body = Vec::with_capacity(8 + 12 + 16 * cpus as usize);
+/// The MADT. A processor's `_UID` is its index, its APIC id its place in the topology. Its PCAT_COMPAT flag is clear: there are no PICs to mask.
+pub(super) fn madt(cpus: Topology) -> Vec<u8> {
+    let mut body = Vec::with_capacity(8 + 12 + 16 * cpus.cpus() as usize);
     body.extend_from_slice(&(layout::LAPIC_ADDR.0 as u32).to_le_bytes());
     body.extend_from_slice(&0_u32.to_le_bytes());
-    for id in 0..cpus {
+    for (uid, VcpuId(id)) in (0_u32..).zip(cpus.apic_ids()) {
         if id <= MAX_XAPIC_ID {
-            body.extend_from_slice(&[MADT_LOCAL_APIC, 8, id as u8, id as u8]);
+            // An index is never above its id.
+            body.extend_from_slice(&[MADT_LOCAL_APIC, 8, uid as u8, id as u8]);
             body.extend_from_slice(&APIC_ENABLED.to_le_bytes());
         } else {
             body.extend_from_slice(&[MADT_LOCAL_X2APIC, 16, 0, 0]);
-            for word in [id, APIC_ENABLED, id] {
+            for word in [id, APIC_ENABLED, uid] {
                 body.extend_from_slice(&word.to_le_bytes());
             }
         }
