@@ -129,6 +129,7 @@ mod kick;
 #[cfg(all(feature = "kvm", not(loom)))]
 #[allow(unsafe_code)]
 mod kvm;
+pub mod logging;
 mod mode;
 mod request;
 mod run;
