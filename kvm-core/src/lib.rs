@@ -130,6 +130,7 @@ mod kick;
 #[allow(unsafe_code)]
 mod kvm;
 pub mod logging;
+mod memory_error;
 mod mode;
 mod request;
 mod run;
@@ -144,7 +145,14 @@ pub use exit::{
 pub use identity::{Identity, VcpuId};
 pub use kick::Doorbell;
 #[cfg(all(feature = "kvm", not(loom)))]
-pub use kvm::{Error, KickSignal, KickSignalError, Kvm, OpenError, Vcpu, Vm, VmSetup};
+pub use kvm::{
+    BusErrors, BusErrorsError, Error, KickSignal, KickSignalError, Kvm, OpenError, Vcpu, Vm,
+    VmSetup, Watched,
+};
+pub use memory_error::{
+    BusError, BusErrorCode, During, HostAddress, MemoryError, MemoryErrorKind, MemoryErrorSource,
+    Remedy,
+};
 pub use mode::{GuestMode, ModeEvent};
 pub use request::{Request, Requests};
 pub use run::{ExitHandler, Flow, Halt, HaltReason, RunVcpu, Runner, VcpuView};

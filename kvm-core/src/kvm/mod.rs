@@ -2,6 +2,9 @@
 
 //! The edge to the kernel: all ioctls, and all `unsafe`, of this crate.
 
+mod bus_error;
+#[cfg(target_arch = "x86_64")]
+mod machine_check;
 mod mapping;
 mod signal;
 mod stats;
@@ -9,6 +12,7 @@ mod system;
 mod vcpu;
 mod vm;
 
+pub use bus_error::{BusErrors, BusErrorsError, Watched};
 pub use signal::{KickSignal, KickSignalError};
 pub use stats::StatsFd;
 pub use system::{Kvm, OpenError};

@@ -186,6 +186,6 @@ pub(super) fn is_intel(leaves: &[kvm_cpuid_entry2]) -> bool {
     vendor(leaves) == *b"GenuineIntel"
 }
 
-fn is_amd(leaves: &[kvm_cpuid_entry2]) -> bool {
+pub(super) fn is_amd(leaves: &[kvm_cpuid_entry2]) -> bool {
     matches!(&vendor(leaves), b"AuthenticAMD" | b"HygonGenuine")
 }

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! x86-64: CPUID, boot MSRs, boot registers with their tables, local interrupt pins, register dump.
+//! x86-64: CPUID, boot MSRs, boot registers with their tables, local interrupt pins, register dump,
+//! machine checks.
 
 mod boot;
 mod cpuid;
 mod dump;
 mod lapic;
+mod machine_check;
 mod msr;
 mod tables;
 
@@ -13,5 +15,6 @@ pub use boot::{BootState, initial_fpu};
 pub use cpuid::{CpuidError, CpuidPlan};
 pub use dump::RegisterDump;
 pub use lapic::{LocalPin, local_pin, set_virtual_wire};
+pub use machine_check::{InjectMachineCheck, MachineCheck, McaVendor, McgCap};
 pub use msr::{RefusedMsr, SetMsrs, boot_msrs, set_msrs};
 pub use tables::{LongModeTables, TablesError, gdt};
