@@ -31,6 +31,7 @@
 mod limit;
 mod once;
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,13 @@ use crate::identity::Identity;
 pub fn now() -> Duration {
     static START: OnceLock<Instant> = OnceLock::new();
     START.get_or_init(Instant::now).elapsed()
+}
+
+/// A key of anything: an exit's kind, a name.
+pub fn key(of: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    of.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Writes a line that a limit let pass. For the macros.

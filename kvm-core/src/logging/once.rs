@@ -2,7 +2,6 @@
 
 //! One line for each thing that a guest asks for in vain, in memory that no guest can make grow.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -97,8 +96,5 @@ impl Default for OncePerKey {
 
 /// VM and key in one number that is not 0. Two may share one, by chance: then one line is missing.
 fn digest(who: &Identity, key: u64) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    who.vm_name().hash(&mut hasher);
-    key.hash(&mut hasher);
-    hasher.finish().max(1)
+    super::key((who.vm_name(), key)).max(1)
 }
