@@ -24,6 +24,8 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use crate::blocker::Blocker;
+use crate::halt_poll::HaltPolling;
 use crate::identity::{Identity, VcpuId};
 use crate::kick::Gate;
 use crate::mode::GuestMode;
@@ -157,9 +159,10 @@ impl VcpuSet {
         if members.iter().any(|member| member.id == id) {
             return Err(ControlError::AlreadyEnrolled(id));
         }
+        let blocker = Blocker::new(HaltPolling::OFF);
         let enrolled = Arc::new(Enrolled {
             id,
-            gate: Gate::new(vcpu.doorbell()),
+            gate: Gate::new(vcpu.doorbell(), blocker.waker()),
             acknowledged: AtomicU64::new(0),
         });
         members.push(enrolled.clone());
@@ -174,6 +177,7 @@ impl VcpuSet {
                 identity,
                 started: false,
             },
+            blocker,
         ))
     }
 

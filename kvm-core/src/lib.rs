@@ -119,11 +119,13 @@
 #![deny(unsafe_code)]
 
 pub mod arch;
+mod blocker;
 mod capability;
 mod control;
 mod exit;
 #[cfg(any(test, feature = "test-utilities"))]
 pub mod fake;
+mod halt_poll;
 mod identity;
 mod kick;
 #[cfg(all(feature = "kvm", not(loom)))]
@@ -137,11 +139,13 @@ mod run;
 pub mod stats;
 mod sync;
 
+pub use blocker::{Blocker, Waker, Woken};
 pub use capability::{Capabilities, CheckExtension};
 pub use control::{ControlError, Pause, VcpuSet};
 pub use exit::{
     DecodeError, EXIT_AREA_MIN, EXIT_AREA_START, Exit, InternalError, MsrReply, Reply, Words,
 };
+pub use halt_poll::HaltPolling;
 pub use identity::{Identity, VcpuId};
 pub use kick::Doorbell;
 #[cfg(all(feature = "kvm", not(loom)))]

@@ -43,8 +43,10 @@ use std::sync::Arc;
 use vm_memory::GuestAddress;
 use vmm_sys_util::errno::Error as Errno;
 
+use crate::blocker::{Blocker, Waker, Woken};
 use crate::control::{Member, Verdict};
 use crate::exit::{DecodeError, Exit, InternalError, forget};
+use crate::halt_poll::HaltPolling;
 use crate::identity::VcpuId;
 use crate::kick::Doorbell;
 use crate::memory_error::{BusError, HostAddress, MemoryError, Remedy};
@@ -120,6 +122,10 @@ pub trait RunVcpu: Send {
 pub enum Flow<S> {
     /// Run on.
     Continue,
+    /// The vCPU is halted ([`Exit::Hlt`]): run on once it is woken ([`Runner::waker`]) and
+    /// [`ExitHandler::runnable`]. Requests, pauses and stops are served meanwhile and leave it halted; a
+    /// vCPU that is enrolled again is not halted any more.
+    Block,
     /// Halt this vCPU with a value of the consumer's.
     Stop(S),
 }
@@ -167,6 +173,13 @@ pub trait ExitHandler<F: ?Sized> {
     fn requests(&mut self, vcpu: &VcpuView<'_, F>, requests: Requests) -> Flow<Self::Stop> {
         let _ = (vcpu, requests);
         Flow::Continue
+    }
+
+    /// Whether a halted vCPU that was woken has something to run for (`kvm_arch_vcpu_runnable`). With no,
+    /// it stays halted: the wake-up was for what is over by now. The default is yes.
+    fn runnable(&mut self, vcpu: &VcpuView<'_, F>) -> bool {
+        let _ = vcpu;
+        true
     }
 
     /// Whether a guest physical address is memory: in a slot, and one that the guest may write if it
@@ -308,15 +321,32 @@ pub struct Runner<V> {
     member: Member,
     /// `EAGAIN`s in succession of a vCPU that waits for nothing.
     refusals: u32,
+    /// The vCPU's handler said [`Flow::Block`], and it has not been woken since.
+    halted: bool,
+    blocker: Blocker,
 }
 
 impl<V: RunVcpu> Runner<V> {
-    pub(crate) fn new(vcpu: V, member: Member) -> Self {
+    pub(crate) fn new(vcpu: V, member: Member, blocker: Blocker) -> Self {
         Self {
             vcpu,
             member,
             refusals: 0,
+            halted: false,
+            blocker,
         }
+    }
+
+    /// Wakes the vCPU where it is halted in user space ([`Flow::Block`]).
+    pub fn waker(&self) -> Waker {
+        self.blocker.waker()
+    }
+
+    /// How a halted vCPU ([`Flow::Block`]) is polled for before it sleeps; without this it is not.
+    #[must_use]
+    pub fn halt_polling(mut self, polling: HaltPolling) -> Self {
+        self.blocker.set_polling(polling);
+        self
     }
 
     /// The vCPU's number.
@@ -373,12 +403,26 @@ impl<V: RunVcpu> Runner<V> {
                 id,
                 fd: self.vcpu.exit_area().1,
             });
-            if self.member.gate().enter() {
+            if self.halted && !self.member.gate().is_asked() {
+                self.block(handler);
+            } else if self.member.gate().enter() {
                 self.run_once(handler, &mut access_pending)?;
             } else {
                 let requests = self.member.gate().take();
                 self.serve(handler, requests, &mut access_pending)?;
             }
+        }
+    }
+
+    /// Waits until the vCPU is woken, or somebody asks for something.
+    #[cold]
+    fn block<H: ExitHandler<V::Fd>>(&mut self, handler: &mut H) {
+        if self.blocker.block() == Woken::Event {
+            let view = VcpuView {
+                id: self.vcpu.id(),
+                fd: self.vcpu.exit_area().1,
+            };
+            self.halted = !handler.runnable(&view);
         }
     }
 
@@ -446,6 +490,7 @@ impl<V: RunVcpu> Runner<V> {
         *access_pending = exit.is_access();
         match handler.exit(&VcpuView { id, fd }, exit) {
             Flow::Continue => {}
+            Flow::Block => self.halted = true,
             Flow::Stop(value) => return Err(HaltReason::Handler(value)),
         }
         self.bus_errors(handler)
@@ -508,6 +553,7 @@ impl<V: RunVcpu> Runner<V> {
             };
             match handler.requests(&view, consumers) {
                 Flow::Continue => {}
+                Flow::Block => self.halted = true,
                 Flow::Stop(value) => return Err(HaltReason::Handler(value)),
             }
             self.bus_errors(handler)?;
