@@ -122,11 +122,13 @@ pub mod arch;
 mod blocker;
 mod capability;
 mod control;
+mod device;
 mod exit;
 #[cfg(any(test, feature = "test-utilities"))]
 pub mod fake;
 mod halt_poll;
 mod identity;
+mod kernel_halt;
 mod kick;
 #[cfg(all(feature = "kvm", not(loom)))]
 #[allow(unsafe_code)]
@@ -142,16 +144,20 @@ mod sync;
 pub use blocker::{Blocker, Waker, Woken};
 pub use capability::{Capabilities, CheckExtension};
 pub use control::{ControlError, Pause, VcpuSet};
+pub use device::{DeviceAttribute, DeviceError, DeviceKind};
 pub use exit::{
     DecodeError, EXIT_AREA_MIN, EXIT_AREA_START, Exit, InternalError, MsrReply, Reply, Words,
 };
 pub use halt_poll::HaltPolling;
 pub use identity::{Identity, VcpuId};
+pub use kernel_halt::{
+    DisabledExits, EnableCapability, KernelHaltError, disable_exits, offered_exits, set_halt_poll,
+};
 pub use kick::Doorbell;
 #[cfg(all(feature = "kvm", not(loom)))]
 pub use kvm::{
-    BusErrors, BusErrorsError, Error, KickSignal, KickSignalError, Kvm, OpenError, Vcpu, Vm,
-    VmSetup, Watched,
+    BusErrors, BusErrorsError, CreateDevice, Device, DeviceAttributes, DeviceFd, Error, KickSignal,
+    KickSignalError, Kvm, OpenError, Vcpu, VfioDevice, VfioFile, Vm, VmSetup, Watched,
 };
 pub use memory_error::{
     BusError, BusErrorCode, During, HostAddress, MemoryError, MemoryErrorKind, MemoryErrorSource,

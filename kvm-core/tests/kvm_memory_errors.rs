@@ -56,16 +56,17 @@ impl Lost {
     }
 
     fn truncate(&self) {
-        // SAFETY: only makes the file shorter.
-        assert_eq!(unsafe { libc::ftruncate(self.file.as_raw_fd(), 0) }, 0);
+        self.resize(0);
     }
 
     fn grow(&self) {
-        // SAFETY: only makes the file longer.
-        assert_eq!(
-            unsafe { libc::ftruncate(self.file.as_raw_fd(), LEN as libc::off_t) },
-            0
-        );
+        self.resize(LEN);
+    }
+
+    fn resize(&self, len: usize) {
+        // SAFETY: only changes the file's length.
+        let ret = unsafe { libc::ftruncate(self.file.as_raw_fd(), len as libc::off_t) };
+        assert_eq!(ret, 0);
     }
 
     /// Poisons the first page with a userfaultfd, which is returned: closed, the poison stays.
@@ -95,13 +96,17 @@ impl Lost {
     }
 }
 
+type AtOut<'a> = dyn FnMut(u16, &Lost) + 'a;
+type OnError<'a> =
+    dyn FnMut(&VcpuView<'_, VcpuFd>, &MemoryError, &Lost) -> Remedy<&'static str> + 'a;
+
 /// Knows where guest memory is, and takes what comes.
 struct Handler<'a> {
     lost: &'a Lost,
     outs: Vec<(u16, Vec<u8>)>,
     errors: Vec<MemoryError>,
-    at_out: Box<dyn FnMut(u16, &Lost) + 'a>,
-    remedy: Box<dyn FnMut(&VcpuView<'_, VcpuFd>, &MemoryError, &Lost) -> Remedy<&'static str> + 'a>,
+    at_out: Box<AtOut<'a>>,
+    remedy: Box<OnError<'a>>,
 }
 
 impl<'a> Handler<'a> {

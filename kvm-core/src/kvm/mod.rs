@@ -3,6 +3,7 @@
 //! The edge to the kernel: all ioctls, and all `unsafe`, of this crate.
 
 mod bus_error;
+mod device;
 #[cfg(target_arch = "x86_64")]
 mod machine_check;
 mod mapping;
@@ -13,6 +14,7 @@ mod vcpu;
 mod vm;
 
 pub use bus_error::{BusErrors, BusErrorsError, Watched};
+pub use device::{CreateDevice, Device, DeviceAttributes, DeviceFd, VfioDevice, VfioFile};
 pub use signal::{KickSignal, KickSignalError};
 pub use stats::StatsFd;
 pub use system::{Kvm, OpenError};
