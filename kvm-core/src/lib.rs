@@ -60,8 +60,11 @@
 //!
 //! `mode.rs` (the guest modes and their table), `request.rs`, `kick.rs` (the protocol of the two, and
 //! why nothing is lost), `run.rs` (the loop), `control.rs` (all vCPUs together), `exit.rs` (the
-//! decoder), `stats/` (KVM's own statistics), `kvm/` (the ioctls, and all `unsafe`), `arch/` (CPUID,
-//! MSRs, registers, tables as data), `fake.rs` (a vCPU without KVM).
+//! decoder), `memory_error.rs` (guest memory that the host cannot give) with `kvm/bus_error.rs`
+//! (`SIGBUS`), `blocker.rs` and `halt_poll.rs` (a vCPU that is halted in user space), `kernel_halt.rs`
+//! (one that is halted in KVM), `device.rs` (devices in the kernel), `stats/` (KVM's own statistics),
+//! `logging/` (log lines that no guest can make flow), `kvm/` (the ioctls, and all `unsafe`), `arch/`
+//! (CPUID, MSRs, registers, tables, machine checks as data), `fake.rs` (a vCPU without KVM).
 //!
 //! # Concurrency
 //!
@@ -78,9 +81,14 @@
 //!   [`ExitHandler::before_entry`].
 //! - A kick costs a signal only if the vCPU is in the guest, and the signal then interrupts `KVM_RUN`
 //!   and not a handler's system call, but for a late one now and then: treat `EINTR` as usual.
-//! - Memory orderings are argued in `kick.rs`, `mode.rs` and `request.rs`, and loom explores run loop,
-//!   kick, request, pause and stop with every stale value that they allow and every interleaving of
-//!   at most two to four preemptions (`tests/loom_lifecycle.rs`).
+//! - A vCPU that is halted in user space ([`Flow::Block`]) sleeps on a condition variable of its own, after
+//!   polling for as long as [`Runner::halt_polling`] allows. Its [`Waker`] wakes it from any thread; all
+//!   that reaches a vCPU in the guest reaches it there as well.
+//! - Memory orderings are argued in `kick.rs`, `mode.rs`, `request.rs` and `blocker.rs`, and loom explores
+//!   run loop, kick, request, pause, stop and halt with every stale value that they allow and every
+//!   interleaving of at most two to four preemptions (`tests/loom_*.rs`).
+//! - [`BusErrors::install`] sets the process's `SIGBUS` handler, which no other part of this crate touches;
+//!   `kvm/bus_error.rs` argues why it is sound.
 //!
 //! `kvm_run` is mapped by this crate itself, and no reference to the whole of it ever exists: the
 //! kicker has `immediate_exit` as an atomic byte, the vCPU's thread the rest. The mapping lives for as
@@ -90,7 +98,8 @@
 //!
 //! The guest is hostile. What it controls in an exit (port, size, count, address, data) arrives
 //! checked: no exit panics, and a `kvm_run` that cannot be is [`HaltReason::Undecodable`]. The
-//! handler's answers are its own affair. KVM is trusted to write only what it documents, but not to
+//! handler's answers are its own affair. What it makes a monitor log is bounded in number and in memory
+//! ([`logging`]). KVM is trusted to write only what it documents, but not to
 //! be free of errors: the decoder checks its offsets all the same. Consumers of this crate are
 //! trusted with the file descriptors that [`Vm::fd`] and [`Vcpu::fd`] show.
 //!
@@ -98,7 +107,9 @@
 //!
 //! Nothing yet by this crate itself. A paused vCPU is in the right state for it: its access is
 //! completed (`KVM_RUN` with `immediate_exit`, until it says `EINTR`) and kvm-clock was told. Requests
-//! that are pending are not part of a guest's state.
+//! that are pending are not part of a guest's state. Whether a vCPU is halted in user space is, and its
+//! handler knows it: it said [`Flow::Block`]. What KVM itself halts it keeps in its MP state. A device in
+//! the kernel has the state that its attributes say; the VFIO device has none.
 //!
 //! # Known limits
 //!
@@ -106,9 +117,14 @@
 //! - Exits that end a vCPU in any case (triple fault, internal error, failed entry) come as
 //!   [`HaltReason`]s; a monitor that wants to mend such a vCPU takes it from the [`Halt`], and enrols
 //!   it again.
-//! - Halts that come to user space (no local APIC in the kernel) are the handler's; blocking with
-//!   adaptive polling is planned, as are NMI injection, whole state, guest debugging, in-kernel
-//!   devices, and a path for memory errors that arrive as MMIO inside a slot.
+//! - NMI injection, whole state and guest debugging are planned.
+//! - A memory error that comes out as MMIO is found only where [`ExitHandler::is_memory`] knows the slots,
+//!   and the guest's instruction is over then: what a guest can be told is that its context is corrupt. An
+//!   access that raced with the slot's creation looks the same. `EFAULT` alone has no address.
+//! - `SIGBUS` on a thread that is no vCPU's goes where it went before, as does an error that nobody has run
+//!   into and that the kernel tells another thread. Of a thread's errors eight are kept.
+//! - A machine check goes to one vCPU; Intel's guests of several expect it on all
+//!   ([`arch::x86_64::MachineCheck::for_others`], which the monitor hands to the others).
 //! - While a pause holds, a vCPU's registers are its thread's: read them before parking by a
 //!   [`Request`], until the planned access from the control plane is there.
 //! - A real-time kick signal needs room in `RLIMIT_SIGPENDING` ([`KickSignal`]).

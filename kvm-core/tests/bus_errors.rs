@@ -63,7 +63,10 @@ fn mend(page: usize) {
     CALLS.fetch_add(1, Ordering::Relaxed);
     let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: this process's own page.
-    unsafe { libc::mmap(page as *mut _, PAGE, libc::PROT_READ, flags, -1, 0) };
+    unsafe {
+        libc::mmap(page as *mut _, PAGE, libc::PROT_READ, flags, -1, 0);
+        *libc::__errno_location() = 99;
+    }
 }
 
 extern "C" fn with_info(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
@@ -103,7 +106,12 @@ fn cases() {
         // SAFETY: a signal to this thread.
         unsafe { libc::raise(libc::SIGBUS) };
     } else {
-        assert_eq!(touch(page), 0);
+        // SAFETY: this thread's own.
+        unsafe { *libc::__errno_location() = 77 };
+        let read = touch(page);
+        // SAFETY: this thread's own. That handler changes it; no code that is interrupted may notice.
+        let errno = unsafe { *libc::__errno_location() };
+        assert_eq!((read, errno), (0, 77));
         assert_eq!(CALLS.load(Ordering::Relaxed), 1);
     }
     std::process::exit(7);

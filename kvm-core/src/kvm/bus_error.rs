@@ -37,7 +37,6 @@
 //! thread has had it before (it was attached); on others it would happen in the handler, of a process
 //! that dies of the signal unless an earlier handler catches it.
 
-use std::cell::Cell;
 use std::io;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{
@@ -253,8 +252,8 @@ fn watched(start: usize, bytes: usize) -> bool {
 /// Attached while it lives: until it is dropped on that thread, or another takes its place.
 #[derive(Debug, Default)]
 pub(super) struct Attachment {
-    /// By the address of its [`Kept`]; 0 is none.
-    thread: Cell<usize>,
+    /// By the address of its [`Kept`]; 0 is none. Relaxed: only the vCPU's thread of the time uses it.
+    thread: AtomicUsize,
 }
 
 impl Attachment {
@@ -279,13 +278,14 @@ impl Attachment {
                 .store(kept.head.load(Ordering::Relaxed), Ordering::Relaxed);
             compiler_fence(Ordering::SeqCst);
             kept.attached.store(true, Ordering::Relaxed);
-            self.thread.set(std::ptr::from_ref(kept).addr());
+            let here = std::ptr::from_ref(kept).addr();
+            self.thread.store(here, Ordering::Relaxed);
         });
         Ok(())
     }
 
     pub(super) fn detach(&self) {
-        let thread = self.thread.replace(0);
+        let thread = self.thread.swap(0, Ordering::Relaxed);
         if thread == 0 {
             return;
         }
@@ -299,7 +299,7 @@ impl Attachment {
     /// The oldest error kept, on the attached thread.
     #[inline]
     pub(super) fn take(&self) -> Option<BusError> {
-        if self.thread.get() == 0 {
+        if self.thread.load(Ordering::Relaxed) == 0 {
             return None;
         }
         KEPT_HERE.with(Kept::take)
@@ -308,7 +308,7 @@ impl Attachment {
     /// Marks the thread as being in `KVM_RUN`, for as long as `run` takes.
     #[inline]
     pub(super) fn in_kvm_run<T>(&self, run: impl FnOnce() -> T) -> T {
-        if self.thread.get() == 0 {
+        if self.thread.load(Ordering::Relaxed) == 0 {
             return run();
         }
         KEPT_HERE.with(|kept| {

@@ -118,15 +118,7 @@ fn a_thread_that_is_no_vcpus_any_more_keeps_nothing() {
 #[test]
 fn errno_is_what_it_was() {
     let here = attached();
-    // SAFETY: this thread's own.
-    unsafe { *libc::__errno_location() = 77 };
-    // SAFETY: 1024 bytes of this test's own are mapped, in a page of its own that is then lost.
-    let page = unsafe {
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-        let file = libc::memfd_create(c"lost".as_ptr(), libc::MFD_CLOEXEC);
-        libc::mmap(std::ptr::null_mut(), PAGE, protection, flags, file, 0)
-    };
-    assert_ne!(page, libc::MAP_FAILED);
+    let page = lost_page();
     let errors = BusErrors::install().unwrap();
     // SAFETY: nobody else knows of it.
     let watched = unsafe { errors.watch(HostAddress(page.expose_provenance()), PAGE) }.unwrap();
@@ -142,4 +134,36 @@ fn errno_is_what_it_was() {
         Some(BusErrorCode::NoSuchAddress)
     );
     drop(watched);
+}
+
+/// A page of a file that has none.
+fn lost_page() -> *mut libc::c_void {
+    // SAFETY: a new file and a new mapping of it.
+    let page = unsafe {
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        let file = libc::memfd_create(c"lost".as_ptr(), libc::MFD_CLOEXEC);
+        libc::mmap(std::ptr::null_mut(), PAGE, protection, flags, file, 0)
+    };
+    assert_ne!(page, libc::MAP_FAILED);
+    page
+}
+
+#[test]
+fn memory_that_nobody_declared_the_guests_is_not_replaced_on_a_vcpus_thread_either() {
+    use std::os::unix::process::ExitStatusExt;
+
+    const CHILD: &str = "KVM_CORE_UNWATCHED";
+    const NAME: &str = "kvm::bus_error::tests::memory_that_nobody_declared_the_guests_is_not_replaced_on_a_vcpus_thread_either";
+    if std::env::var_os(CHILD).is_some() {
+        let _here = attached();
+        // SAFETY: mapped; that it is lost ends this process.
+        unsafe { lost_page().cast::<u8>().read_volatile() };
+        std::process::exit(7);
+    }
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child
+        .args(["--exact", NAME, "--test-threads=1"])
+        .env(CHILD, "1");
+    let status = child.output().unwrap().status;
+    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
 }
