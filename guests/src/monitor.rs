@@ -191,3 +191,21 @@ crate::blob! {
     .code64
     ")
 }
+
+crate::blob! {
+    /// Asks 1,000 times for what is not there: OUT to port 0x5658 and IN from port 0x511. Then it ends
+    /// with debug-exit value 0 (status 1).
+    absent64, "
+    .code64
+        mov ecx, 1000
+    2:  mov edx, 0x5658
+        out dx, al
+        mov edx, 0x511
+        in al, dx
+        loop 2b
+        xor eax, eax
+        out 0xf4, al
+    3:  hlt
+        jmp 3b
+    "
+}

@@ -144,3 +144,64 @@ crate::blob!(
         hlt
     "
 );
+
+crate::blob!(
+    /// Touches memory that its host may have lost: a read of one byte at 0x20000, a write of 0x5a to
+    /// 0x21000, with OUT 0x80 before, OUT 0x81 of what was read between, and OUT 0x82 after; then a halt.
+    ///
+    /// Wants a stack, and memory at 0x20000 and 0x21000.
+    lost_memory,
+    "
+    .code16
+        mov ax, 0x2000
+        mov ds, ax
+        out 0x80, al
+        mov al, [0]
+        out 0x81, al
+        mov byte ptr [0x1000], 0x5a
+        out 0x82, al
+        hlt
+    "
+);
+
+crate::blob!(
+    /// Reads a byte at 0x20000 with machine checks on, between OUT 0x80 and OUT 0x81, and halts. At a
+    /// machine check it sends, all as `eax`, MCG_STATUS to 0x84, bank 9's status to 0x88 (low half) and
+    /// 0x8c (high half), its address to 0x90 and its MISC to 0x94; then it halts.
+    ///
+    /// Wants to be loaded in the lowest 64 KiB with CS and SS at 0, a stack, and memory from 0.
+    machine_check,
+    "
+    .code16
+        xor ax, ax
+        mov ds, ax
+        call 2f
+        mov ecx, 0x17a
+        rdmsr
+        out 0x84, eax
+        mov ecx, 0x425
+        rdmsr
+        out 0x88, eax
+        mov eax, edx
+        out 0x8c, eax
+        mov ecx, 0x426
+        rdmsr
+        out 0x90, eax
+        mov ecx, 0x427
+        rdmsr
+        out 0x94, eax
+        hlt
+    2:  pop bx
+        mov [72], bx
+        mov [74], ax
+        mov eax, cr4
+        or eax, 0x40
+        mov cr4, eax
+        mov ax, 0x2000
+        mov ds, ax
+        out 0x80, al
+        mov al, [0]
+        out 0x81, al
+        hlt
+    "
+);

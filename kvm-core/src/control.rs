@@ -29,6 +29,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crate::access::Tasks;
+use crate::blocker::Blocker;
+use crate::halt_poll::HaltPolling;
 use crate::identity::{Identity, VcpuId};
 use crate::kick::Gate;
 use crate::mode::GuestMode;
@@ -184,10 +186,11 @@ impl VcpuSet {
         if members.iter().any(|member| member.id == id) {
             return Err(ControlError::AlreadyEnrolled(id));
         }
+        let blocker = Blocker::new(HaltPolling::OFF);
         let enrolled = Arc::new(Enrolled {
             id,
             fd: TypeId::of::<V::Fd>(),
-            gate: Gate::new(vcpu.doorbell()),
+            gate: Gate::new(vcpu.doorbell(), blocker.waker()),
             acknowledged: AtomicU64::new(0),
         });
         members.push(enrolled.clone());
@@ -202,6 +205,7 @@ impl VcpuSet {
                 identity,
                 started: false,
             },
+            blocker,
         ))
     }
 

@@ -145,7 +145,8 @@ pub enum Exit<'a> {
         /// Accepted (as it is), or a general protection fault.
         reply: MsrReply<'a>,
     },
-    /// `KVM_EXIT_MEMORY_FAULT`, which accompanies `EFAULT` or `EHWPOISON` of `KVM_RUN`.
+    /// `KVM_EXIT_MEMORY_FAULT`, which accompanies `EFAULT` or `EHWPOISON` of `KVM_RUN`. The run loop
+    /// makes a [`MemoryError`](crate::MemoryError) of it.
     MemoryFault {
         /// `KVM_MEMORY_EXIT_FLAG_…`.
         flags: u64,

@@ -33,6 +33,7 @@ use vmm_sys_util::errno::Error as Errno;
 use crate::exit::EXIT_AREA_START;
 use crate::identity::VcpuId;
 use crate::kick::Doorbell;
+use crate::memory_error::BusError;
 use crate::run::RunVcpu;
 pub use crate::stats::fake::{FakeStat, FakeStats};
 use crate::sync::{AtomicU8, Condvar, Mutex, Ordering, lock, wait};
@@ -50,6 +51,8 @@ pub enum Step {
     Guest,
     /// Fails with this errno.
     Errno(i32),
+    /// A `SIGBUS` interrupts it.
+    Signal(BusError),
     /// Exits with this reason; the bytes go to the given offsets of `kvm_run`.
     Exit {
         /// `KVM_EXIT_…`.
@@ -162,6 +165,8 @@ pub struct FakeState {
     immediate_exit: AtomicU8,
     signal: Mutex<Signal>,
     arrived: Condvar,
+    /// The standard library's: a test's own, which loom need not try every order of.
+    bus_errors: std::sync::Mutex<VecDeque<BusError>>,
 }
 
 #[derive(Default)]
@@ -189,6 +194,16 @@ impl FakeState {
     /// How often it was called so far.
     pub fn log(&self) -> FakeLog {
         lock(&self.signal).log
+    }
+
+    fn kept(&self) -> std::sync::MutexGuard<'_, VecDeque<BusError>> {
+        let kept = self.bus_errors.lock();
+        kept.unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// The vCPU's thread takes a `SIGBUS` now: in a handler, for example.
+    pub fn bus_error(&self, error: BusError) {
+        self.kept().push_back(error);
     }
 }
 
@@ -228,6 +243,7 @@ impl FakeVcpu {
                 immediate_exit: AtomicU8::new(0),
                 signal: Mutex::new(Signal::default()),
                 arrived: Condvar::new(),
+                bus_errors: std::sync::Mutex::default(),
             }),
             area: vec![0; AREA],
             access_pending: false,
@@ -322,6 +338,10 @@ impl RunVcpu for FakeVcpu {
                 Err(Errno::new(EINTR))
             }
             Some(Step::Errno(errno)) => Err(Errno::new(errno)),
+            Some(Step::Signal(error)) => {
+                self.state.bus_error(error);
+                Err(Errno::new(EINTR))
+            }
             Some(Step::Exit {
                 reason,
                 bytes,
@@ -347,5 +367,8 @@ impl RunVcpu for FakeVcpu {
         // Asked once for each EAGAIN; the last wake is by INIT.
         self.waits = self.waits.saturating_sub(1);
         self.waits > 0
+    }
+    fn take_bus_error(&mut self) -> Option<BusError> {
+        self.state.kept().pop_front()
     }
 }

@@ -22,7 +22,7 @@ impl From<u32> for VcpuId {
 }
 
 /// The VM, and where there is one the vCPU, that a message is about: `vm web-1 vcpu 3`. This crate's
-/// own log lines begin with it (what `kvm_err` to `vcpu_unimpl` do in the kernel).
+/// own log lines begin with it, and so do those of the macros of [`logging`](crate::logging).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
     vm: Arc<str>,
@@ -37,6 +37,12 @@ impl Identity {
             vm: name.into(),
             vcpu: None,
         }
+    }
+
+    /// The VM's name.
+    #[must_use]
+    pub fn vm_name(&self) -> &str {
+        &self.vm
     }
 
     /// A vCPU of this VM.

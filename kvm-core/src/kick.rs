@@ -26,9 +26,13 @@
 //! signals, the vCPU is in the next. That entry ends early with `EINTR`, once, and is no harm.
 //! A second kicker that finds `Exiting` sends nothing: its request is seen at the next entry, and
 //! there is one, because the first kicker's signal is on its way.
+//!
+//! A vCPU that is halted in user space (`blocker.rs`) is outside, and so an asker nudges whoever it finds
+//! there: [`Gate::is_asked`] is the same pattern once more, with the wait in the place of `KVM_RUN`.
 
 use std::sync::Arc;
 
+use crate::blocker::Waker;
 use crate::mode::{GuestMode, ModeCell};
 use crate::request::{RequestCell, Requests};
 use crate::sync::{Ordering, fence};
@@ -53,11 +57,14 @@ pub(crate) struct Gate {
     mode: ModeCell,
     requests: RequestCell,
     doorbell: Arc<dyn Doorbell>,
+    /// Brings a vCPU that is halted in user space back to its run loop.
+    waker: Waker,
 }
 
 impl Gate {
-    pub(crate) fn new(doorbell: Arc<dyn Doorbell>) -> Self {
+    pub(crate) fn new(doorbell: Arc<dyn Doorbell>, waker: Waker) -> Self {
         Self {
+            waker,
             mode: ModeCell::new(),
             requests: RequestCell::new(),
             doorbell,
@@ -81,6 +88,14 @@ impl Gate {
             return false;
         }
         true
+    }
+
+    /// Whether requests are pending. For a halted vCPU, outside the guest, before it waits.
+    pub(crate) fn is_asked(&self) -> bool {
+        // Pairs with the fence in `ask`. If that one is first, its request is seen below. If this is, the
+        // asker sees this vCPU outside, kicks nobody and nudges: the wait that follows ends at once.
+        fence(Ordering::SeqCst);
+        self.requests.any()
     }
 
     /// The vCPU's thread is back from `KVM_RUN`.
@@ -112,6 +127,9 @@ impl Gate {
             self.doorbell.ring();
             return GuestMode::InGuestMode;
         }
+        // After the request was made: a vCPU that wakes by it finds the request. One that is not halted
+        // finds the nudge at its next halt, looks at its requests once more, and waits.
+        self.waker.nudge();
         self.mode.load()
     }
 }

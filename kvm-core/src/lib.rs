@@ -60,9 +60,12 @@
 //!
 //! `mode.rs` (the guest modes and their table), `request.rs`, `kick.rs` (the protocol of the two, and
 //! why nothing is lost), `run.rs` (the loop), `control.rs` (all vCPUs together), `exit.rs` (the
-//! decoder), `stats/` (KVM's own statistics), `kvm/` (the ioctls, and all `unsafe`), `arch/` (CPUID with
-//! topologies and processor models, MSRs and their filter, registers, tables as data; whole state),
-//! `access.rs` (what a paused vCPU is asked), `fake.rs` (a vCPU without KVM).
+//! decoder), `memory_error.rs` (guest memory that the host cannot give) with `kvm/bus_error.rs`
+//! (`SIGBUS`), `access.rs` (what a paused vCPU is asked), `blocker.rs` and `halt_poll.rs` (a vCPU that
+//! is halted in user space), `kernel_halt.rs` (one that is halted in KVM), `device.rs` (devices in the
+//! kernel), `stats/` (KVM's own statistics), `logging/` (log lines that no guest can make flow), `kvm/`
+//! (the ioctls, and all `unsafe`), `arch/` (CPUID with topologies and processor models, MSRs and their
+//! filter, registers, tables, machine checks as data; whole state), `fake.rs` (a vCPU without KVM).
 //!
 //! # Concurrency
 //!
@@ -81,9 +84,14 @@
 //!   [`ExitHandler::before_entry`].
 //! - A kick costs a signal only if the vCPU is in the guest, and the signal then interrupts `KVM_RUN`
 //!   and not a handler's system call, but for a late one now and then: treat `EINTR` as usual.
-//! - Memory orderings are argued in `kick.rs`, `mode.rs` and `request.rs`, and loom explores run loop,
-//!   kick, request, pause and stop with every stale value that they allow and every interleaving of
-//!   at most two to four preemptions (`tests/loom_lifecycle.rs`).
+//! - A vCPU that is halted in user space ([`Flow::Block`]) sleeps on a condition variable of its own, after
+//!   polling for as long as [`Runner::halt_polling`] allows. Its [`Waker`] wakes it from any thread; all
+//!   that reaches a vCPU in the guest reaches it there as well.
+//! - Memory orderings are argued in `kick.rs`, `mode.rs`, `request.rs` and `blocker.rs`, and loom explores
+//!   run loop, kick, request, pause, stop and halt with every stale value that they allow and every
+//!   interleaving of at most two to four preemptions (`tests/loom_*.rs`).
+//! - [`BusErrors::install`] sets the process's `SIGBUS` handler, which no other part of this crate touches;
+//!   `kvm/bus_error.rs` argues why it is sound.
 //!
 //! `kvm_run` is mapped by this crate itself, and no reference to the whole of it ever exists: the
 //! kicker has `immediate_exit` as an atomic byte, the vCPU's thread the rest. The mapping lives for as
@@ -93,7 +101,8 @@
 //!
 //! The guest is hostile. What it controls in an exit (port, size, count, address, data) arrives
 //! checked: no exit panics, and a `kvm_run` that cannot be is [`HaltReason::Undecodable`]. The
-//! handler's answers are its own affair. KVM is trusted to write only what it documents, but not to
+//! handler's answers are its own affair. What it makes a monitor log is bounded in number and in memory
+//! ([`logging`]). KVM is trusted to write only what it documents, but not to
 //! be free of errors: the decoder checks its offsets all the same. Consumers of this crate are
 //! trusted with the file descriptors that [`Vm::fd`] and [`Vcpu::fd`] show.
 //!
@@ -106,7 +115,9 @@
 //! A paused vCPU is in the right state for it: its access is completed (`KVM_RUN` with
 //! `immediate_exit`, until it says `EINTR`) and kvm-clock was told. Its own thread reads its state
 //! ([`Pause::with_vcpu`], [`Pause::with_each`] for all at once), so that nobody shares its descriptor.
-//! Requests that are pending are not part of a guest's state, nor is what a debugger has set.
+//! Requests that are pending are not part of a guest's state, nor is what a debugger has set. Whether a
+//! vCPU is halted in user space is, and its handler knows it: it said [`Flow::Block`]. A device in the
+//! kernel has the state that its attributes say; the VFIO device has none.
 //!
 //! ```no_run
 //! # #[cfg(all(feature = "kvm", target_arch = "x86_64"))]
@@ -147,9 +158,13 @@
 //! - Exits that end a vCPU in any case (triple fault, internal error, failed entry) come as
 //!   [`HaltReason`]s; a monitor that wants to mend such a vCPU takes it from the [`Halt`], and enrols
 //!   it again.
-//! - Halts that come to user space (no local APIC in the kernel) are the handler's; blocking with
-//!   adaptive polling is planned, as are NMI injection, guest debugging, in-kernel
-//!   devices, and a path for memory errors that arrive as MMIO inside a slot.
+//! - A memory error that comes out as MMIO is found only where [`ExitHandler::is_memory`] knows the slots,
+//!   and the guest's instruction is over then: what a guest can be told is that its context is corrupt. An
+//!   access that raced with the slot's creation looks the same. `EFAULT` alone has no address.
+//! - `SIGBUS` on a thread that is no vCPU's goes where it went before, as does an error that nobody has run
+//!   into and that the kernel tells another thread. Of a thread's errors eight are kept.
+//! - A machine check goes to one vCPU; Intel's guests of several expect it on all
+//!   ([`arch::x86_64::MachineCheck::for_others`], which the monitor hands to the others).
 //! - A one-shot or periodic tick of the local APIC's timer that expired since the vCPU left the guest
 //!   is in no ioctl's answer: a periodic timer goes on, a one-shot one (which Linux uses where there is
 //!   no TSC deadline) is lost in a saved state. KVM shows no way to it.
@@ -170,16 +185,22 @@
 
 mod access;
 pub mod arch;
+mod blocker;
 mod capability;
 mod control;
+mod device;
 mod exit;
 #[cfg(any(test, feature = "test-utilities"))]
 pub mod fake;
+mod halt_poll;
 mod identity;
+mod kernel_halt;
 mod kick;
 #[cfg(all(feature = "kvm", not(loom)))]
 #[allow(unsafe_code)]
 mod kvm;
+pub mod logging;
+mod memory_error;
 mod mode;
 mod request;
 mod run;
@@ -188,15 +209,28 @@ mod sync;
 
 #[cfg(target_arch = "x86_64")]
 pub use arch::x86_64::state;
+pub use blocker::{Blocker, Waker, Woken};
 pub use capability::{Capabilities, CheckExtension};
 pub use control::{ControlError, Pause, VcpuSet};
+pub use device::{DeviceAttribute, DeviceError, DeviceKind};
 pub use exit::{
     DecodeError, EXIT_AREA_MIN, EXIT_AREA_START, Exit, InternalError, MsrReply, Reply, Words,
 };
+pub use halt_poll::HaltPolling;
 pub use identity::{Identity, VcpuId};
+pub use kernel_halt::{
+    DisabledExits, EnableCapability, KernelHaltError, disable_exits, offered_exits, set_halt_poll,
+};
 pub use kick::Doorbell;
 #[cfg(all(feature = "kvm", not(loom)))]
-pub use kvm::{Error, KickSignal, KickSignalError, Kvm, OpenError, Vcpu, Vm, VmSetup};
+pub use kvm::{
+    BusErrors, BusErrorsError, CreateDevice, Device, DeviceAttributes, DeviceFd, Error, KickSignal,
+    KickSignalError, Kvm, OpenError, Vcpu, VfioDevice, VfioFile, Vm, VmSetup, Watched,
+};
+pub use memory_error::{
+    BusError, BusErrorCode, During, HostAddress, MemoryError, MemoryErrorKind, MemoryErrorSource,
+    Remedy,
+};
 pub use mode::{GuestMode, ModeEvent};
 pub use request::{Request, Requests};
 pub use run::{ExitHandler, Flow, Halt, HaltReason, RunVcpu, Runner, VcpuView};

@@ -11,6 +11,7 @@
 //!                   KVM_RUN ─► EINTR, EAGAIN ───────────────────────────┤
 //!                      │                                                │
 //!                      ├─► fatal exit, errno ─► Halt                    │
+//!                      ├─► memory error ─► handler.memory_error ────────┤
 //!                      └─► any other exit ─► handler.exit ─► Continue ──┘
 //!                                                 └─► Stop(value) ─► Halt
 //! ```
@@ -39,12 +40,16 @@ use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 
+use vm_memory::GuestAddress;
 use vmm_sys_util::errno::Error as Errno;
 
+use crate::blocker::{Blocker, Waker, Woken};
 use crate::control::{Member, Verdict};
 use crate::exit::{DecodeError, Exit, InternalError, forget};
+use crate::halt_poll::HaltPolling;
 use crate::identity::VcpuId;
 use crate::kick::Doorbell;
+use crate::memory_error::{BusError, HostAddress, MemoryError, Remedy};
 use crate::request::{Request, Requests};
 
 const EINTR: i32 = 4;
@@ -101,6 +106,15 @@ pub trait RunVcpu: Send {
     fn waits_for_init(&mut self) -> bool {
         false
     }
+
+    /// The next `SIGBUS` that this thread took since it was attached, oldest first. Asked after each
+    /// [`RunVcpu::run`] and each handler.
+    fn take_bus_error(&mut self) -> Option<BusError> {
+        None
+    }
+
+    /// The thread is the vCPU's no more: its run loop has ended.
+    fn detach(&mut self) {}
 }
 
 /// What a handler wants next.
@@ -109,6 +123,10 @@ pub trait RunVcpu: Send {
 pub enum Flow<S> {
     /// Run on.
     Continue,
+    /// The vCPU is halted ([`Exit::Hlt`]): run on once it is woken ([`Runner::waker`]) and
+    /// [`ExitHandler::runnable`]. Requests, pauses and stops are served meanwhile and leave it halted; a
+    /// vCPU that is enrolled again is not halted any more.
+    Block,
     /// Halt this vCPU with a value of the consumer's.
     Stop(S),
 }
@@ -152,13 +170,45 @@ pub trait ExitHandler<F: ?Sized> {
     type Stop;
 
     /// Serves an exit. Those that end a vCPU in any case ([`Exit::Shutdown`], [`Exit::FailEntry`],
-    /// [`Exit::InternalError`], [`Exit::Unknown`]) do not come here; they are [`HaltReason`]s.
+    /// [`Exit::InternalError`], [`Exit::Unknown`]) do not come here; they are [`HaltReason`]s. Nor does
+    /// [`Exit::MemoryFault`]: it is a [`MemoryError`].
     fn exit(&mut self, vcpu: &VcpuView<'_, F>, exit: Exit<'_>) -> Flow<Self::Stop>;
 
     /// Serves requests of the consumer's own, before the vCPU runs guest code again.
     fn requests(&mut self, vcpu: &VcpuView<'_, F>, requests: Requests) -> Flow<Self::Stop> {
         let _ = (vcpu, requests);
         Flow::Continue
+    }
+
+    /// Whether a halted vCPU that was woken has something to run for (`kvm_arch_vcpu_runnable`). With no,
+    /// it stays halted: the wake-up was for what is over by now. The default is yes.
+    fn runnable(&mut self, vcpu: &VcpuView<'_, F>) -> bool {
+        let _ = vcpu;
+        true
+    }
+
+    /// Whether a guest physical address is memory: in a slot, and one that the guest may write if it
+    /// does. Asked of each MMIO exit before anybody answers it; where this says yes the exit is a
+    /// [`MemoryError`] (the module `memory_error` says why). The default is no, for all addresses.
+    ///
+    /// A write to read-only memory is an access, and the way in which KVM reports it: no.
+    fn is_memory(&mut self, address: GuestAddress, write: bool) -> bool {
+        let _ = (address, write);
+        false
+    }
+
+    /// Which guest physical address is mapped at an address of this process. Asked of each `SIGBUS`.
+    fn guest_address(&mut self, address: HostAddress) -> Option<GuestAddress> {
+        let _ = address;
+        None
+    }
+
+    /// The host cannot give the guest a part of its memory: what is to be done? The default halts the
+    /// vCPU with [`HaltReason::MemoryError`]. Whoever tells the guest does it here, for example with
+    /// a machine check (`arch::x86_64::MachineCheck`).
+    fn memory_error(&mut self, vcpu: &VcpuView<'_, F>, error: &MemoryError) -> Remedy<Self::Stop> {
+        let _ = (vcpu, error);
+        Remedy::Halt
     }
 
     /// Called before each `KVM_RUN` that runs guest code (and at times before one that a request then
@@ -210,6 +260,9 @@ pub enum HaltReason<S> {
     Undecodable(DecodeError),
     /// `KVM_RUN` failed.
     RunFailed(Errno),
+    /// The host cannot give the guest a part of its memory, and nobody had a remedy
+    /// ([`ExitHandler::memory_error`]).
+    MemoryError(MemoryError),
     /// `KVM_RUN` says `EAGAIN` again and again to a vCPU that waits for nothing: KVM cannot start a
     /// thread of its own for the VM. It can be run again once threads can be had.
     Refused,
@@ -236,6 +289,7 @@ impl<S: fmt::Debug> fmt::Display for HaltReason<S> {
             }
             Self::Undecodable(error) => write!(f, "an exit that cannot be: {error}"),
             Self::RunFailed(errno) => write!(f, "KVM_RUN failed: {errno}"),
+            Self::MemoryError(error) => write!(f, "{error}"),
             Self::Refused => write!(
                 f,
                 "KVM_RUN fails again and again ({}): KVM cannot start a thread of its own for the VM; \
@@ -272,15 +326,32 @@ pub struct Runner<V> {
     member: Member,
     /// `EAGAIN`s in succession of a vCPU that waits for nothing.
     refusals: u32,
+    /// The vCPU's handler said [`Flow::Block`], and it has not been woken since.
+    halted: bool,
+    blocker: Blocker,
 }
 
 impl<V: RunVcpu> Runner<V> {
-    pub(crate) fn new(vcpu: V, member: Member) -> Self {
+    pub(crate) fn new(vcpu: V, member: Member, blocker: Blocker) -> Self {
         Self {
             vcpu,
             member,
             refusals: 0,
+            halted: false,
+            blocker,
         }
+    }
+
+    /// Wakes the vCPU where it is halted in user space ([`Flow::Block`]).
+    pub fn waker(&self) -> Waker {
+        self.blocker.waker()
+    }
+
+    /// How a halted vCPU ([`Flow::Block`]) is polled for before it sleeps; without this it is not.
+    #[must_use]
+    pub fn halt_polling(mut self, polling: HaltPolling) -> Self {
+        self.blocker.set_polling(polling);
+        self
     }
 
     /// The vCPU's number.
@@ -308,7 +379,10 @@ impl<V: RunVcpu> Runner<V> {
             Ok(never) => match never {},
             Err(reason) => reason,
         };
-        let Self { vcpu, member, .. } = self;
+        let Self {
+            mut vcpu, member, ..
+        } = self;
+        vcpu.detach();
         log::debug!("{}: {}", member.identity(), HaltReason::describe(&reason));
         drop(member);
         Err(Halt {
@@ -334,12 +408,26 @@ impl<V: RunVcpu> Runner<V> {
                 id,
                 fd: self.vcpu.exit_area().1,
             });
-            if self.member.gate().enter() {
+            if self.halted && !self.member.gate().is_asked() {
+                self.block(handler);
+            } else if self.member.gate().enter() {
                 self.run_once(handler, &mut access_pending)?;
             } else {
                 let requests = self.member.gate().take();
                 self.serve(handler, requests, &mut access_pending)?;
             }
+        }
+    }
+
+    /// Waits until the vCPU is woken, or somebody asks for something.
+    #[cold]
+    fn block<H: ExitHandler<V::Fd>>(&mut self, handler: &mut H) {
+        if self.blocker.block() == Woken::Event {
+            let view = VcpuView {
+                id: self.vcpu.id(),
+                fd: self.vcpu.exit_area().1,
+            };
+            self.halted = !handler.runnable(&view);
         }
     }
 
@@ -356,43 +444,91 @@ impl<V: RunVcpu> Runner<V> {
             return self.refused();
         }
         self.refusals = 0;
+        self.bus_errors(handler)?;
         let id = self.vcpu.id();
         let (area, fd) = self.vcpu.exit_area();
-        let exit = match result {
-            Ok(()) => Exit::decode(area).map_err(HaltReason::Undecodable)?,
+        let (mut exit, errno) = match result {
+            Ok(()) => (Exit::decode(area).map_err(HaltReason::Undecodable)?, None),
             Err(errno) => match errno.errno() {
                 // A kick or a signal.
                 EINTR => return Ok(()),
                 EFAULT | EHWPOISON => match Exit::decode(area) {
-                    Ok(exit @ Exit::MemoryFault { .. }) => exit,
-                    _ => return Err(HaltReason::RunFailed(errno)),
+                    Ok(exit @ Exit::MemoryFault { .. }) => (exit, Some(errno)),
+                    _ => return self.memory_error(handler, &MemoryError::run(errno)),
                 },
                 _ => return Err(HaltReason::RunFailed(errno)),
             },
         };
-        match exit {
+        match &mut exit {
             Exit::Shutdown => return Err(HaltReason::Shutdown),
-            Exit::InternalError(error) => return Err(HaltReason::InternalError(Box::new(error))),
-            Exit::FailEntry { reason, cpu } => return Err(HaltReason::FailEntry { reason, cpu }),
+            Exit::InternalError(error) => return Err(HaltReason::InternalError(Box::new(*error))),
+            Exit::FailEntry { reason, cpu } => {
+                let (reason, cpu) = (*reason, *cpu);
+                return Err(HaltReason::FailEntry { reason, cpu });
+            }
             Exit::Unknown { hardware_reason } => {
+                let hardware_reason = *hardware_reason;
                 return Err(HaltReason::Unknown { hardware_reason });
             }
             Exit::Intr => return Ok(()),
-            exit => {
-                *access_pending = exit.is_access();
-                let memory_fault = matches!(exit, Exit::MemoryFault { .. });
-                match handler.exit(&VcpuView { id, fd }, exit) {
-                    Flow::Continue => {}
-                    Flow::Stop(value) => return Err(HaltReason::Handler(value)),
-                }
-                if memory_fault {
-                    // So that a later EFAULT of an older kernel, which leaves the reason as it was,
-                    // is not taken for this one.
-                    forget(self.vcpu.exit_area().0);
-                }
+            Exit::MemoryFault { flags, addr, size } => {
+                let error = MemoryError::fault(*addr, *flags, *size, errno);
+                // So that a later EFAULT of an older kernel, which leaves the reason as it was, is not
+                // taken for this one.
+                forget(area);
+                return self.memory_error(handler, &error);
             }
+            Exit::MmioRead { addr, data } if handler.is_memory(*addr, false) => {
+                // Whatever becomes of it, it is not what was left here.
+                data.fill(0);
+                *access_pending = true;
+                let error = MemoryError::mmio(*addr, false, data.len());
+                return self.memory_error(handler, &error);
+            }
+            Exit::MmioWrite { addr, data } if handler.is_memory(*addr, true) => {
+                *access_pending = true;
+                let error = MemoryError::mmio(*addr, true, data.len());
+                return self.memory_error(handler, &error);
+            }
+            _ => {}
+        }
+        *access_pending = exit.is_access();
+        match handler.exit(&VcpuView { id, fd }, exit) {
+            Flow::Continue => {}
+            Flow::Block => self.halted = true,
+            Flow::Stop(value) => return Err(HaltReason::Handler(value)),
+        }
+        self.bus_errors(handler)
+    }
+
+    /// The `SIGBUS`es of this thread since the last look.
+    #[inline]
+    fn bus_errors<H: ExitHandler<V::Fd>>(
+        &mut self,
+        handler: &mut H,
+    ) -> Result<(), HaltReason<H::Stop>> {
+        while let Some(error) = self.vcpu.take_bus_error() {
+            let address = handler.guest_address(error.address);
+            self.memory_error(handler, &MemoryError::signal(error, address))?;
         }
         Ok(())
+    }
+
+    #[cold]
+    fn memory_error<H: ExitHandler<V::Fd>>(
+        &mut self,
+        handler: &mut H,
+        error: &MemoryError,
+    ) -> Result<(), HaltReason<H::Stop>> {
+        let view = VcpuView {
+            id: self.vcpu.id(),
+            fd: self.vcpu.exit_area().1,
+        };
+        match handler.memory_error(&view, error) {
+            Remedy::RunOn => Ok(()),
+            Remedy::Halt => Err(HaltReason::MemoryError(*error)),
+            Remedy::Stop(value) => Err(HaltReason::Handler(value)),
+        }
     }
 
     /// `KVM_RUN` said `EAGAIN`; the module's doc says what that may be.
@@ -422,8 +558,10 @@ impl<V: RunVcpu> Runner<V> {
             };
             match handler.requests(&view, consumers) {
                 Flow::Continue => {}
+                Flow::Block => self.halted = true,
                 Flow::Stop(value) => return Err(HaltReason::Handler(value)),
             }
+            self.bus_errors(handler)?;
         }
         // Before parking: who waits for the acknowledgement must not wait for the end of a pause.
         if requests.contains(Request::ACKNOWLEDGE) {
@@ -493,6 +631,7 @@ impl<S> HaltReason<S> {
             .to_string(),
             Self::Undecodable(e) => HaltReason::<()>::Undecodable(*e).to_string(),
             Self::RunFailed(e) => HaltReason::<()>::RunFailed(*e).to_string(),
+            Self::MemoryError(e) => e.to_string(),
             Self::Refused => HaltReason::<()>::Refused.to_string(),
             Self::StartFailed(e) => HaltReason::<()>::StartFailed(*e).to_string(),
         }

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use common::{LOAD, Machine, kvm, long_tests, watchdog};
 use guests::state::{INPUT, INPUT_MMIO, RESULT, ROUND, ROUNDS, TICKS, WAITING};
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
-use kvm_core::arch::x86_64::{BootState, CpuidPlan};
+use kvm_core::arch::x86_64::{BootState, CpuidPlan, Topology};
 use kvm_core::state::{ClockRestore, StateHost, VcpuState, VmState};
 use kvm_core::{Exit, ExitHandler, Flow, Halt, HaltReason, Pause, Vcpu, VcpuId, VcpuSet, VcpuView};
 use kvm_ioctls::VcpuFd;
@@ -135,7 +135,7 @@ impl Guest {
             let vcpu = machine.vm.create_vcpu(VcpuId(id)).unwrap();
             let plan = CpuidPlan {
                 id: VcpuId(id),
-                cpus: vcpus,
+                topology: Topology::flat(vcpus).unwrap(),
                 tsc_deadline: true,
                 arat: None,
             };

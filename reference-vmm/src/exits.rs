@@ -4,8 +4,10 @@
 //!
 //! Every exit begins with what KVM has coalesced since the last one, so that a device sees the guest's
 //! writes in the guest's order. Accesses go to io-bus; one that a device defers is waited for here,
-//! until its answer comes or the machine stops. An access that no device answers is looked up in guest
-//! memory, for it may be none: a write to read-only memory, or a page that the host cannot serve.
+//! until its answer comes or the machine stops. What comes out as an access and lies in guest memory is
+//! none, but for a write to read-only memory: the host cannot serve the page, and the guest stops rather
+//! than going on with data that its memory never held ([`Handler::memory_error`]). What the guest asks
+//! for and nobody has is logged once.
 //!
 //! Nothing of the published tables is held between exits: the dispatcher and the reader of the slots
 //! are entered for an access and left after it, so a vCPU that sleeps in the guest keeps no device and
@@ -17,10 +19,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use io_bus::{Dispatcher, Interrupter, IoBus, MappedRing, Outcome};
 use kvm_core::arch::x86_64::RegisterDump;
 use kvm_core::{
-    Exit, ExitHandler, Flow, Halt, HaltReason, Request, Requests, Runner, Vcpu, VcpuId, VcpuView,
+    Exit, ExitHandler, Flow, Halt, HaltReason, HostAddress, Identity, MemoryError, Remedy, Request,
+    Requests, Runner, Vcpu, VcpuId, VcpuView, vcpu_unimpl,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
-use memslots::{Memslots, SlotTable};
+use memslots::{Hva, Memslots, SlotTable};
 use vm_device::bus::{MmioAddress, PioAddress};
 use vm_memory::GuestAddress;
 
@@ -49,6 +52,8 @@ pub(crate) const SHOW_REGISTERS: Option<Request> = Request::consumer(0);
 
 /// A vCPU's exits, on its thread.
 pub(crate) struct Handler<P> {
+    /// Who its log lines are about.
+    who: Identity,
     shared: Arc<Shared<P>>,
     io: Dispatcher,
     memory: memslots::Reader<SlotTable>,
@@ -66,8 +71,9 @@ pub(crate) enum Stop {
 }
 
 impl<P: PolledOutput + 'static> Handler<P> {
-    pub(crate) fn new(shared: &Arc<Shared<P>>, counters: Arc<ExitCounters>) -> Self {
+    pub(crate) fn new(who: Identity, shared: &Arc<Shared<P>>, counters: Arc<ExitCounters>) -> Self {
         Handler {
+            who,
             io: shared.bus.dispatcher(),
             memory: shared.memslots.reader(),
             shared: shared.clone(),
@@ -87,25 +93,27 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 let outcome = self
                     .io
                     .pio_read_repeated(PioAddress(port), size.into(), data);
-                let _ = self.settled(outcome, Wait::Read(data))?;
+                let outcome = self.settled(outcome, Wait::Read(data))?;
+                self.nobody_at_port(outcome, port);
             }
             Exit::PioOut { port, size, data } => {
                 let outcome = self
                     .io
                     .pio_write_repeated(PioAddress(port), size.into(), data);
-                let _ = self.settled(outcome, Wait::Write(data))?;
+                let outcome = self.settled(outcome, Wait::Write(data))?;
+                self.nobody_at_port(outcome, port);
                 let ring = |vm: &Arc<VmFd>| MappedRing::new(vm, vcpu.fd());
                 self.shared.console.after_write(&self.shared.bus, ring);
             }
             Exit::MmioRead { addr, data } => {
                 let outcome = self.io.mmio_read(MmioAddress(addr.0), data);
                 let outcome = self.settled(outcome, Wait::Read(data))?;
-                self.check_memory(vcpu, addr, outcome, false);
+                self.nobody_at(outcome, addr);
             }
             Exit::MmioWrite { addr, data } => {
                 let outcome = self.io.mmio_write(MmioAddress(addr.0), data);
                 let outcome = self.settled(outcome, Wait::Write(data))?;
-                self.check_memory(vcpu, addr, outcome, true);
+                self.nobody_at(outcome, addr);
             }
             Exit::IoapicEoi { vector } => {
                 if let Some(ioapic) = &self.shared.ioapic {
@@ -134,15 +142,31 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => self.tell(GuestEnd::PoweredOff),
                 kvm_bindings::KVM_SYSTEM_EVENT_RESET => self.tell(GuestEnd::Reset),
                 kvm_bindings::KVM_SYSTEM_EVENT_CRASH => self.tell(GuestEnd::Panicked),
-                other => log::warn!("vCPU {}: system event {other}, which is ignored", vcpu.id()),
+                other => {
+                    vcpu_unimpl!(&self.who, other.into(); "system event {other}, which is ignored");
+                }
             },
-            Exit::MemoryFault { addr, size, .. } => self.tell(GuestEnd::Failed(format!(
-                "vCPU {}: the host cannot give the guest its memory at {:#x} ({size} bytes)",
-                vcpu.id(),
-                addr.0
-            ))),
+            // Not asked for either; a processor without the MSR says the same.
+            Exit::X86Rdmsr {
+                index, mut reply, ..
+            } => {
+                reply.refuse();
+                vcpu_unimpl!(Info, &self.who, index.into(); "no MSR {index:#x} to read");
+            }
+            Exit::X86Wrmsr {
+                index,
+                value,
+                mut reply,
+                ..
+            } => {
+                reply.refuse();
+                vcpu_unimpl!(Info, &self.who, index.into(); "no MSR {index:#x} to write {value:#x} to");
+            }
             // Nothing of these was asked for.
-            other => log::debug!("vCPU {}: {other:?}, which is ignored", vcpu.id()),
+            other => {
+                let kind = kvm_core::logging::key(std::mem::discriminant(&other));
+                vcpu_unimpl!(Info, &self.who, kind; "{other:?}, which is ignored");
+            }
         }
         Ok(())
     }
@@ -156,36 +180,27 @@ impl<P: PolledOutput + 'static> Handler<P> {
         }
     }
 
-    /// An access that no device answered at an address that is the guest's memory is either a write
-    /// to memory that the guest can only read, which is dropped as a PC's ROM drops it, or no access:
-    /// the host could not serve the page (a poisoned one, for example), and what a read would give the
-    /// guest is not what is in its memory. The guest stops then rather than going on with that.
-    fn check_memory(
-        &mut self,
-        vcpu: &VcpuView<'_, VcpuFd>,
-        addr: GuestAddress,
-        outcome: Outcome,
-        write: bool,
-    ) {
+    /// Says once of each port that nobody answers there.
+    #[inline]
+    fn nobody_at_port(&self, outcome: Outcome, port: u16) {
+        if !outcome.is_answered() {
+            vcpu_unimpl!(Info, &self.who, port.into(); "nobody answers at port {port:#x}");
+        }
+    }
+
+    /// An access that no device answered: a write to memory that the guest can only read is dropped, as
+    /// a PC's ROM drops it. Of others each page is logged once.
+    fn nobody_at(&mut self, outcome: Outcome, addr: GuestAddress) {
         if outcome.is_answered() {
             return;
         }
-        let found = self.memory.enter().translate(addr);
-        match found {
-            None => log::debug!("vCPU {}: nobody answers at {:#x}", vcpu.id(), addr.0),
-            Some(memory) if write && !memory.writable => {
-                self.counters.count_read_only_write();
-                log::debug!(
-                    "vCPU {}: a write to read-only memory at {:#x} is dropped",
-                    vcpu.id(),
-                    addr.0
-                );
-            }
-            Some(_) => self.tell(GuestEnd::Failed(format!(
-                "vCPU {}: memory error: the host cannot serve the guest's memory at {:#x}",
-                vcpu.id(),
-                addr.0
-            ))),
+        let found = self.memory.enter().translate(addr).is_some();
+        let (page, at) = (addr.0 >> 12, addr.0);
+        if found {
+            self.counters.count_read_only_write();
+            vcpu_unimpl!(Debug, &self.who, page; "a write to read-only memory at {at:#x} is dropped");
+        } else {
+            vcpu_unimpl!(Info, &self.who, page; "nobody answers at {at:#x}");
         }
     }
 
@@ -221,6 +236,22 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
         };
         crate::stderr::write(text.as_bytes());
         Flow::Continue
+    }
+
+    fn is_memory(&mut self, addr: GuestAddress, write: bool) -> bool {
+        let found = self.memory.enter().translate(addr);
+        found.is_some_and(|memory| memory.writable || !write)
+    }
+
+    fn guest_address(&mut self, address: HostAddress) -> Option<GuestAddress> {
+        let found = self.memory.enter().hva_to_gpa(Hva(address.0));
+        found.map(|(_, address)| address)
+    }
+
+    /// Going on would give the guest what is not in its memory.
+    fn memory_error(&mut self, vcpu: &VcpuView<'_, VcpuFd>, error: &MemoryError) -> Remedy<Stop> {
+        self.tell(GuestEnd::Failed(format!("vCPU {}: {error}", vcpu.id())));
+        Remedy::Stop(Stop::Ended)
     }
 
     fn before_entry(&mut self, _vcpu: &VcpuView<'_, VcpuFd>) {

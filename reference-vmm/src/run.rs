@@ -60,6 +60,11 @@ fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
     let host = |what| move |source| BuildError::Process { what, source };
     // Before any thread exists, so that all of them inherit the mask.
     let stop_signals = Signals::take_over().map_err(host("take over the stop signals"))?;
+    // Guest memory with a hardware error is told to a vCPU's thread by SIGBUS, and is a line and a status
+    // then. Without it the process would be killed where it stands.
+    if let Err(error) = kvm_core::BusErrors::install() {
+        log::warn!("lost guest memory will kill the monitor: {error}");
+    }
     let end = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
     // What stops a guest ends its building as well. Registers there are none to show yet.
     let stop = |signal| end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));

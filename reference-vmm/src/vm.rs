@@ -329,7 +329,7 @@ impl Machine {
         }
 
         // 4. The VM and its memory.
-        let setup = kvm.create_vm()?;
+        let setup = kvm.create_vm()?.named("guest");
         let memslots = Memslots::new(setup.fd().clone());
         let slots = memslots.create_all(new_slots)?;
         let memory = memslots.snapshot();
@@ -516,7 +516,8 @@ impl Machine {
         for vcpu in vcpus {
             // On an error `running` is dropped, which stops the threads started so far.
             let counters = Arc::new(ExitCounters::default());
-            let handler = Handler::new(&shared, counters.clone());
+            let who = running.parts.vm.identity().vcpu(vcpu.id());
+            let handler = Handler::new(who, &shared, counters.clone());
             running.counters.push(counters);
             running.waits.push(handler.interrupter());
             let runner = running.set.enroll(vcpu)?;

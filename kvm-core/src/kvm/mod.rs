@@ -2,6 +2,10 @@
 
 //! The edge to the kernel: all ioctls, and all `unsafe`, of this crate.
 
+mod bus_error;
+mod device;
+#[cfg(target_arch = "x86_64")]
+mod machine_check;
 mod mapping;
 #[cfg(target_arch = "x86_64")]
 mod msr;
@@ -13,6 +17,8 @@ mod system;
 mod vcpu;
 mod vm;
 
+pub use bus_error::{BusErrors, BusErrorsError, Watched};
+pub use device::{CreateDevice, Device, DeviceAttributes, DeviceFd, VfioDevice, VfioFile};
 pub use signal::{KickSignal, KickSignalError};
 pub use stats::StatsFd;
 pub use system::{Kvm, OpenError};

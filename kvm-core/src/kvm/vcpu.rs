@@ -12,6 +12,7 @@ use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_mp_state};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno::Error as Errno;
 
+use super::bus_error::Attachment;
 use super::mapping::RunMapping;
 use super::signal::{KickSignal, ThreadDoorbell};
 use super::stats::StatsFd;
@@ -23,6 +24,7 @@ use crate::arch::x86_64::{
 };
 use crate::identity::VcpuId;
 use crate::kick::Doorbell;
+use crate::memory_error::BusError;
 use crate::run::RunVcpu;
 #[cfg(target_arch = "x86_64")]
 use crate::run::VcpuView;
@@ -42,6 +44,7 @@ pub struct Vcpu {
     fd: VcpuFd,
     run: Arc<RunMapping>,
     doorbell: Arc<ThreadDoorbell>,
+    bus_errors: Attachment,
 }
 
 impl Vcpu {
@@ -52,6 +55,7 @@ impl Vcpu {
             fd,
             run,
             doorbell,
+            bus_errors: Attachment::default(),
         }
     }
 
@@ -105,7 +109,8 @@ impl RunVcpu for Vcpu {
     }
 
     fn attach(&mut self) -> Result<(), Errno> {
-        self.doorbell.attach()
+        self.doorbell.attach()?;
+        self.bus_errors.attach()
     }
 
     fn run(&mut self) -> Result<(), Errno> {
@@ -113,7 +118,9 @@ impl RunVcpu for Vcpu {
         // SAFETY: the fd is a vCPU's and `&mut self` is the only way to its KVM_RUN, so no slice of
         // the exit area is alive: each borrows `self`. What the guest may write is the memory that
         // the consumer gave to the VM.
-        let ret = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN as _, 0 as libc::c_ulong) };
+        let ret = self.bus_errors.in_kvm_run(|| unsafe {
+            libc::ioctl(self.fd.as_raw_fd(), KVM_RUN as _, 0 as libc::c_ulong)
+        });
         if ret < 0 {
             Err(Errno::from(io::Error::last_os_error()))
         } else {
@@ -135,6 +142,14 @@ impl RunVcpu for Vcpu {
         // x86's name for it; other architectures have a state `STOPPED` and say no `EAGAIN` in it.
         let waits = |state: kvm_mp_state| state.mp_state == KVM_MP_STATE_UNINITIALIZED;
         self.fd.get_mp_state().is_ok_and(waits)
+    }
+
+    fn take_bus_error(&mut self) -> Option<BusError> {
+        self.bus_errors.take()
+    }
+
+    fn detach(&mut self) {
+        self.bus_errors.detach();
     }
 }
 

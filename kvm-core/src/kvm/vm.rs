@@ -4,7 +4,9 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
+use kvm_bindings::kvm_enable_cap;
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
 use vmm_sys_util::errno::Error as Errno;
@@ -15,6 +17,9 @@ use super::stats::StatsFd;
 use super::vcpu::Vcpu;
 use crate::capability::Capabilities;
 use crate::identity::{Identity, VcpuId};
+#[cfg(target_arch = "x86_64")]
+use crate::kernel_halt::{DisabledExits, disable_exits};
+use crate::kernel_halt::{EnableCapability, KernelHaltError, set_halt_poll};
 use crate::stats::{GetStats, StatsError, StatsReader};
 
 /// Why KVM refused something about a VM. Each says which call it was, and the errno.
@@ -180,6 +185,23 @@ impl VmSetup {
             .map_err(|errno| Error::IdentityMapAddress { address, errno })
     }
 
+    /// `KVM_CAP_X86_DISABLE_EXITS`: keeps these instructions in the guest.
+    ///
+    /// # Errors
+    /// [`KernelHaltError`]; one that the host does not offer is refused before KVM is asked.
+    #[cfg(target_arch = "x86_64")]
+    pub fn disable_exits(&self, exits: DisabledExits) -> Result<(), KernelHaltError> {
+        disable_exits(&*self.fd, exits)
+    }
+
+    /// `KVM_CAP_HALT_POLL`: how long KVM polls a halted vCPU of this VM at most before it sleeps.
+    ///
+    /// # Errors
+    /// [`KernelHaltError`].
+    pub fn halt_poll(&self, longest: Duration) -> Result<(), KernelHaltError> {
+        set_halt_poll(&*self.fd, longest)
+    }
+
     /// Ends the set-up. No system call.
     #[must_use]
     pub fn finish(self) -> Vm {
@@ -259,5 +281,15 @@ impl GetStats for Vm {
 
     fn get_stats_fd(&self) -> Result<StatsFd, Errno> {
         StatsFd::open(&self.fd, self.fd.clone())
+    }
+}
+
+impl EnableCapability for VmFd {
+    fn enable_capability(&self, capability: u32, args: [u64; 4]) -> Result<(), Errno> {
+        self.enable_cap(&kvm_enable_cap {
+            cap: capability,
+            args,
+            ..Default::default()
+        })
     }
 }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! x86-64: CPUID, boot MSRs, MSR filters, boot registers with their tables, local interrupt pins,
-//! register dump, and whole state.
+//! register dump, machine checks, and whole state.
 
 mod boot;
 pub mod cpuid;
 mod dump;
 mod lapic;
+mod machine_check;
 mod msr;
 pub mod msr_features;
 pub mod msr_filter;
@@ -17,5 +18,6 @@ pub use boot::{BootState, initial_fpu};
 pub use cpuid::{CpuidError, CpuidPlan, Topology};
 pub use dump::RegisterDump;
 pub use lapic::{LocalPin, local_pin, set_virtual_wire};
+pub use machine_check::{InjectMachineCheck, MachineCheck, McaVendor, McgCap};
 pub use msr::{RefusedMsr, SetMsrs, boot_msrs, set_msrs};
 pub use tables::{LongModeTables, TablesError, gdt};

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A memory error, told to the guest as its processor would: a machine check (#MC, vector 18).
+//!
+//! A guest that is told which page it lost can go on without it: Linux kills the process that the page
+//! belongs to, or drops a clean page of its cache, and panics only where the page is its own. SDM volume
+//! 3, chapter 17 (Machine-Check Architecture), and for AMD's the APM volume 2, chapter 9.
+//!
+//! A guest that has switched machine checks off (CR4.MCE), or that is in one already, shuts down
+//! instead: so does a processor, and so does KVM.
+
+use kvm_bindings::{kvm_cpuid_entry2, kvm_x86_mce};
+use vm_memory::GuestAddress;
+use vmm_sys_util::errno::Error as Errno;
+
+use super::cpuid::Vendor;
+use crate::memory_error::{MemoryError, MemoryErrorSource};
+
+/// The bank that reports; memory controllers' are above the processor's own. QEMU's choice too.
+const BANK: u8 = 9;
+/// Banks that a guest is given: the first that has [`BANK`].
+const BANKS: u64 = BANK as u64 + 1;
+
+/// `KVM_X86_SETUP_MCE` and `KVM_X86_SET_MCE`, of a vCPU.
+pub trait InjectMachineCheck {
+    /// Gives the vCPU its `IA32_MCG_CAP`; before it runs.
+    ///
+    /// # Errors
+    /// The errno of the ioctl.
+    fn setup_mce(&self, mcg_cap: u64) -> Result<(), Errno>;
+
+    /// Raises a machine check, or stores what needs none.
+    ///
+    /// # Errors
+    /// The errno of the ioctl.
+    fn set_mce(&self, mce: &kvm_x86_mce) -> Result<(), Errno>;
+}
+
+/// `IA32_MCG_CAP`: what a machine-check architecture can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct McgCap(pub u64);
+
+impl McgCap {
+    /// `MCG_CTL_P`: there is an `IA32_MCG_CTL`.
+    const CONTROL: u64 = 1 << 8;
+    /// `MCG_SER_P`: errors that software can recover from are told as such.
+    const SOFTWARE_RECOVERY: u64 = 1 << 24;
+
+    /// How many banks.
+    #[must_use]
+    pub const fn banks(self) -> u8 {
+        self.0 as u8
+    }
+
+    /// Whether memory errors can be recovered from (`MCG_SER_P`).
+    #[must_use]
+    pub const fn software_recovery(self) -> bool {
+        self.0 & Self::SOFTWARE_RECOVERY != 0
+    }
+
+    /// What a guest is given so that it takes a [`MachineCheck`], on a host that supports `self`
+    /// (`Kvm::machine_check_support`): ten banks, a control register, software recovery,
+    /// those that the host has. `None` where it has too few banks.
+    #[must_use]
+    pub const fn for_guest(self) -> Option<Self> {
+        if self.banks() <= BANK {
+            return None;
+        }
+        Some(Self(
+            self.0 & (Self::CONTROL | Self::SOFTWARE_RECOVERY) | BANKS,
+        ))
+    }
+}
+
+/// Whose machine checks the guest knows: their bits differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum McaVendor {
+    /// Intel's, and others' that follow it.
+    Intel,
+    /// AMD's and Hygon's.
+    Amd,
+}
+
+impl McaVendor {
+    /// By the CPUID that the guest was given.
+    #[must_use]
+    pub fn of(cpuid: &[kvm_cpuid_entry2]) -> Self {
+        match Vendor::of(cpuid) {
+            Vendor::Amd => Self::Amd,
+            _ => Self::Intel,
+        }
+    }
+}
+
+/// A machine check for a guest.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MachineCheck(kvm_x86_mce);
+
+// IA32_MCi_STATUS
+const VALID: u64 = 1 << 63;
+const UNCORRECTED: u64 = 1 << 61;
+const ENABLED: u64 = 1 << 60;
+const MISC_VALID: u64 = 1 << 59;
+const ADDRESS_VALID: u64 = 1 << 58;
+const CONTEXT_CORRUPT: u64 = 1 << 57;
+const SIGNALED: u64 = 1 << 56;
+const ACTION_REQUIRED: u64 = 1 << 55;
+const AMD_DEFERRED: u64 = 1 << 44;
+const AMD_POISON: u64 = 1 << 43;
+/// MCACOD of a data load, SDM table 17-20.
+const DATA_LOAD: u64 = 0x134;
+/// MCACOD of a memory scrubber's find, without the channel.
+const SCRUB: u64 = 0xc0;
+// IA32_MCG_STATUS
+const RESTART_IP_VALID: u64 = 1;
+const ERROR_IP_VALID: u64 = 1 << 1;
+const IN_PROGRESS: u64 = 1 << 2;
+/// IA32_MCi_MISC, bits 8:6: the address is a physical one.
+const PHYSICAL: u64 = 2 << 6;
+
+impl MachineCheck {
+    /// The machine check that tells a guest of `error`; `None` where its guest address is not known.
+    ///
+    /// One that the guest has run into and whose instruction can be restarted is "action required"; one
+    /// that nobody has run into is "action optional". Where the instruction is over, or was half done by
+    /// the monitor ([`MemoryError::is_restartable`]), the processor's context is corrupt: no guest goes
+    /// on from that, and Linux says so and panics.
+    #[must_use]
+    pub fn of(error: &MemoryError, vendor: McaVendor) -> Option<Self> {
+        let GuestAddress(addr) = error.address?;
+        let common = VALID | ENABLED | MISC_VALID | ADDRESS_VALID;
+        let (status, mcg_status) = match (vendor, error.is_optional(), error.is_restartable()) {
+            (McaVendor::Intel, true, _) => (UNCORRECTED | SIGNALED | SCRUB, RESTART_IP_VALID),
+            (McaVendor::Intel, false, true) => (
+                UNCORRECTED | SIGNALED | ACTION_REQUIRED | DATA_LOAD,
+                RESTART_IP_VALID | ERROR_IP_VALID,
+            ),
+            // A deferred error: nothing is raised, the guest finds it when it looks.
+            (McaVendor::Amd, true, _) => (AMD_DEFERRED | AMD_POISON, RESTART_IP_VALID),
+            (McaVendor::Amd, false, true) => {
+                (UNCORRECTED | AMD_POISON, RESTART_IP_VALID | ERROR_IP_VALID)
+            }
+            (_, false, false) => (UNCORRECTED | CONTEXT_CORRUPT | DATA_LOAD, 0),
+        };
+        let bytes = match error.source {
+            MemoryErrorSource::Signal(signal) => signal.bytes as u64,
+            _ => 4096,
+        };
+        // The lowest bit of the address that is valid, in 6 bits.
+        let lsb = u64::from(bytes.max(1).ilog2());
+        Some(Self(kvm_x86_mce {
+            status: common | status,
+            addr,
+            misc: PHYSICAL | lsb,
+            mcg_status: IN_PROGRESS | mcg_status,
+            bank: BANK,
+            ..Default::default()
+        }))
+    }
+
+    /// What `KVM_X86_SET_MCE` is given.
+    #[must_use]
+    pub const fn as_kvm(&self) -> &kvm_x86_mce {
+        &self.0
+    }
+
+    /// Raises it on a vCPU, which takes it at its next entry.
+    ///
+    /// Intel's processors raise it on all of a machine at once, and Linux waits there for all to come; so
+    /// a guest of several vCPUs that knows Intel's should get [`MachineCheck::for_others`] on the others
+    /// as well.
+    ///
+    /// # Errors
+    /// The errno of the ioctl: `EINVAL` where the vCPU has too few banks ([`McgCap::for_guest`]).
+    pub fn raise(&self, vcpu: &impl InjectMachineCheck) -> Result<(), Errno> {
+        vcpu.set_mce(&self.0)
+    }
+
+    /// What the machine's other processors are told meanwhile: that there is a machine check, not theirs.
+    /// `None` where nothing is raised.
+    #[must_use]
+    pub fn for_others(&self) -> Option<Self> {
+        (self.0.status & UNCORRECTED != 0).then(|| {
+            Self(kvm_x86_mce {
+                status: VALID | UNCORRECTED,
+                mcg_status: IN_PROGRESS | RESTART_IP_VALID,
+                bank: 1,
+                ..Default::default()
+            })
+        })
+    }
+}

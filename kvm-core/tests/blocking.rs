@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A vCPU that is halted in user space: woken by what is for it, and by nothing else; no wake-up is lost.
+#![cfg(not(loom))]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::thread;
+use std::time::Duration;
+
+use kvm_core::fake::{FakeVcpu, Step};
+use kvm_core::{
+    Blocker, Exit, ExitHandler, Flow, HaltPolling, HaltReason, Identity, Request, Requests, Runner,
+    VcpuId, VcpuSet, VcpuView, Woken,
+};
+use proptest::prelude::*;
+
+/// The kernel's own words (`kvm_vcpu_halt`, `grow_halt_poll_ns`, `shrink_halt_poll_ns`), in nanoseconds.
+fn kernel(max: u64, start: u64, grow: u64, shrink: u64, window: u64, blocked: u64) -> u64 {
+    let grown = || match grow {
+        0 => window,
+        _ => (window * grow).max(start).min(max),
+    };
+    let shrunk = || match shrink {
+        0 => 0,
+        _ if window / shrink < start => 0,
+        _ => window / shrink,
+    };
+    if max == 0 {
+        0
+    } else if blocked <= window {
+        window
+    } else if window != 0 && blocked > max {
+        shrunk()
+    } else if window < max && blocked < max {
+        grown()
+    } else {
+        window
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2_000) })]
+
+    #[test]
+    fn the_window_is_the_kernels_after_any_halts(
+        max in 0_u64..1_000_000,
+        start in 0_u64..50_000,
+        grow in 0_u32..5,
+        shrink in 0_u32..5,
+        halts in proptest::collection::vec(0_u64..2_000_000, 0..60),
+    ) {
+        let ns = Duration::from_nanos;
+        let rule = HaltPolling { max: ns(max), grow_start: ns(start), grow, shrink };
+        let (mut window, mut expected) = (Duration::ZERO, 0);
+        for blocked in halts {
+            window = rule.next(window, ns(blocked));
+            expected = kernel(max, start, grow.into(), shrink.into(), expected, blocked);
+            prop_assert_eq!(window, ns(expected));
+            prop_assert!(window <= rule.max);
+        }
+    }
+
+    #[test]
+    fn no_numbers_make_the_rule_overflow_or_exceed_its_bound(
+        max: Duration, start: Duration, grow: u32, shrink: u32, window: Duration, blocked: Duration,
+    ) {
+        let rule = HaltPolling { max, grow_start: start, grow, shrink };
+        prop_assert!(rule.next(window, blocked) <= max);
+    }
+}
+
+#[test]
+fn a_wake_up_before_the_halt_ends_it_at_once_and_once() {
+    for polling in [HaltPolling::OFF, HaltPolling::KERNEL] {
+        let mut blocker = Blocker::new(polling);
+        let waker = blocker.waker();
+        waker.wake();
+        waker.wake();
+        waker.nudge();
+        assert_eq!(blocker.block(), Woken::Event);
+        waker.nudge();
+        assert_eq!(blocker.block(), Woken::Nudge);
+    }
+}
+
+#[test]
+fn threads_that_wake_each_other_never_wait_for_ever() {
+    // Each wakes the other once for each wake-up: one lost, and both hang.
+    for polling in [HaltPolling::OFF, HaltPolling::KERNEL] {
+        let (mut ping, mut pong) = (Blocker::new(polling), Blocker::new(polling));
+        let (to_ping, to_pong) = (ping.waker(), pong.waker());
+        let rounds = 20_000;
+        let other = thread::spawn(move || {
+            for _ in 0..rounds {
+                while pong.block() != Woken::Event {}
+                to_ping.wake();
+            }
+        });
+        let nudge = ping.waker();
+        for round in 0..rounds {
+            to_pong.wake();
+            if round % 3 == 0 {
+                nudge.nudge();
+            }
+            while ping.block() != Woken::Event {}
+        }
+        other.join().unwrap();
+    }
+}
+
+/// Blocks at each HLT and stops at the port write behind the last.
+struct Handler {
+    events: Arc<AtomicUsize>,
+    told: Sender<&'static str>,
+    asked: usize,
+}
+
+impl ExitHandler<()> for Handler {
+    type Stop = usize;
+
+    fn exit(&mut self, _: &VcpuView<'_, ()>, exit: Exit<'_>) -> Flow<usize> {
+        match exit {
+            Exit::Hlt => {
+                self.told.send("halted").unwrap();
+                Flow::Block
+            }
+            Exit::PioOut { .. } => {
+                self.told.send("ran").unwrap();
+                Flow::Continue
+            }
+            _ => Flow::Stop(self.asked),
+        }
+    }
+
+    fn requests(&mut self, _: &VcpuView<'_, ()>, _: Requests) -> Flow<usize> {
+        self.told.send("asked").unwrap();
+        Flow::Continue
+    }
+
+    fn runnable(&mut self, _: &VcpuView<'_, ()>) -> bool {
+        self.asked += 1;
+        let before = self.events.load(Ordering::Relaxed);
+        if before == 0 {
+            self.told.send("not yet").unwrap();
+            return false;
+        }
+        self.events.store(before - 1, Ordering::Relaxed);
+        true
+    }
+}
+
+struct Halted {
+    set: VcpuSet,
+    waker: kvm_core::Waker,
+    events: Arc<AtomicUsize>,
+    told: mpsc::Receiver<&'static str>,
+    thread: thread::JoinHandle<HaltReason<usize>>,
+}
+
+fn start(polling: HaltPolling, script: impl IntoIterator<Item = Step>) -> Halted {
+    let set = VcpuSet::new(Identity::vm("test"));
+    let runner: Runner<_> = set.enroll(FakeVcpu::new(VcpuId(0), script)).unwrap();
+    let runner = runner.halt_polling(polling);
+    let (tell, told) = mpsc::channel();
+    let (waker, events) = (runner.waker(), Arc::new(AtomicUsize::new(0)));
+    let handler = Handler {
+        events: events.clone(),
+        told: tell,
+        asked: 0,
+    };
+    let thread = thread::spawn(move || {
+        let Err(halt) = runner.run(handler);
+        halt.reason
+    });
+    Halted {
+        set,
+        waker,
+        events,
+        told,
+        thread,
+    }
+}
+
+impl Halted {
+    fn expect(&self, what: &str) {
+        // A time limit for a broken crate, not a measure of a sound one.
+        assert_eq!(self.told.recv_timeout(Duration::from_secs(60)), Ok(what));
+    }
+}
+
+fn halt_then_out() -> [Step; 3] {
+    [
+        Step::hlt(),
+        Step::pio_out(1, 1, &[1]),
+        Step::exit(kvm_bindings::KVM_EXIT_NMI),
+    ]
+}
+
+#[test]
+fn a_halted_vcpu_runs_no_guest_code_until_it_is_woken_for_something() {
+    for polling in [HaltPolling::OFF, HaltPolling::KERNEL] {
+        let vcpu = start(polling, halt_then_out());
+        vcpu.expect("halted");
+        vcpu.waker.wake();
+        vcpu.expect("not yet");
+        vcpu.waker.wake();
+        vcpu.expect("not yet");
+        vcpu.events.store(1, Ordering::Relaxed);
+        vcpu.waker.wake();
+        vcpu.expect("ran");
+        assert_eq!(vcpu.thread.join().unwrap(), HaltReason::Handler(3));
+    }
+}
+
+#[test]
+fn requests_kicks_and_pauses_reach_a_halted_vcpu_and_leave_it_halted() {
+    let vcpu = start(HaltPolling::OFF, halt_then_out());
+    vcpu.expect("halted");
+    let request = Request::consumer(0).unwrap();
+    for _ in 0..100 {
+        vcpu.set.request(VcpuId(0), request).unwrap();
+        vcpu.expect("asked");
+        vcpu.set.kick(VcpuId(0)).unwrap();
+        let pause = vcpu.set.pause().unwrap();
+        assert_eq!(vcpu.set.active(), 0);
+        pause.resume();
+    }
+    // Nothing but what was asked for: it did not run, and nobody asked whether it could.
+    assert_eq!(vcpu.told.try_recv().ok(), None);
+    vcpu.events.store(1, Ordering::Relaxed);
+    vcpu.waker.wake();
+    vcpu.expect("ran");
+    assert_eq!(vcpu.thread.join().unwrap(), HaltReason::Handler(1));
+}
+
+#[test]
+fn a_wake_up_while_a_pause_holds_counts_when_it_is_over() {
+    let vcpu = start(HaltPolling::OFF, halt_then_out());
+    vcpu.expect("halted");
+    let pause = vcpu.set.pause().unwrap();
+    vcpu.events.store(1, Ordering::Relaxed);
+    vcpu.waker.wake();
+    assert_eq!(vcpu.told.try_recv().ok(), None);
+    pause.resume();
+    vcpu.expect("ran");
+    assert_eq!(vcpu.thread.join().unwrap(), HaltReason::Handler(1));
+}
+
+#[test]
+fn a_stop_ends_a_halted_vcpu() {
+    let vcpu = start(HaltPolling::KERNEL, [Step::hlt()]);
+    vcpu.expect("halted");
+    vcpu.set.stop().unwrap();
+    assert_eq!(vcpu.thread.join().unwrap(), HaltReason::Stopped);
+}
+
+#[test]
+fn a_request_that_finds_the_vcpu_at_its_halt_is_not_lost() {
+    // Requests at every moment of a guest that halts all the time; each is waited for.
+    let rounds = 2_000;
+    let script = (0..4 * rounds).map(|_| Step::hlt());
+    let vcpu = start(HaltPolling::OFF, script);
+    let request = Request::consumer(0).unwrap();
+    let told = |what| loop {
+        let found = vcpu.told.recv_timeout(Duration::from_secs(60)).unwrap();
+        if found == what {
+            break;
+        }
+    };
+    for round in 0..rounds {
+        vcpu.events.store(1, Ordering::Relaxed);
+        vcpu.waker.wake();
+        if round % 2 == 0 {
+            told("halted");
+        }
+        vcpu.set.request(VcpuId(0), request).unwrap();
+        told("asked");
+    }
+    vcpu.set.stop().unwrap();
+    assert_eq!(vcpu.thread.join().unwrap(), HaltReason::Stopped);
+}

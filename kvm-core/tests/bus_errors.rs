@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A `SIGBUS` that is not a vCPU's goes where it went before. (What becomes of a vCPU's is in
+//! `kvm_memory_errors.rs`.)
+#![cfg(all(feature = "kvm", not(loom)))]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use kvm_core::{BusErrors, BusErrorsError, HostAddress};
+
+const PAGE: usize = 4096;
+const CHILD: &str = "KVM_CORE_BUS_ERRORS";
+
+/// Runs one of the cases below in a process of its own, whose `SIGBUS` is its own.
+fn child(case: &str) -> ExitStatus {
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "cases", "--nocapture", "--test-threads=1"]);
+    child.env(CHILD, case).output().unwrap().status
+}
+
+/// Two pages of a file that has none of them.
+fn truncated() -> *mut u8 {
+    // SAFETY: a new file and a new mapping of it.
+    unsafe {
+        let file = libc::memfd_create(c"truncated".as_ptr(), libc::MFD_CLOEXEC);
+        assert!(file >= 0);
+        let flags = libc::MAP_SHARED;
+        let map = libc::mmap(
+            std::ptr::null_mut(),
+            2 * PAGE,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            file,
+            0,
+        );
+        assert_ne!(map, libc::MAP_FAILED);
+        map.cast()
+    }
+}
+
+fn touch(page: *mut u8) -> u8 {
+    // SAFETY: mapped; that it is lost is what is tested.
+    unsafe { page.read_volatile() }
+}
+
+fn set(action: libc::sighandler_t, flags: libc::c_int) {
+    // SAFETY: all zeroes are a sigaction; the handlers below are safe at any moment.
+    unsafe {
+        let mut new: libc::sigaction = std::mem::zeroed();
+        (new.sa_sigaction, new.sa_flags) = (action, flags);
+        assert_eq!(libc::sigaction(libc::SIGBUS, &new, std::ptr::null_mut()), 0);
+    }
+}
+
+static LOST: AtomicUsize = AtomicUsize::new(0);
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+/// Brings the page back.
+fn mend(page: usize) {
+    CALLS.fetch_add(1, Ordering::Relaxed);
+    let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: this process's own page.
+    unsafe {
+        libc::mmap(page as *mut _, PAGE, libc::PROT_READ, flags, -1, 0);
+        *libc::__errno_location() = 99;
+    }
+}
+
+extern "C" fn with_info(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel's siginfo of a fault; errno is to come back as it was.
+    mend(unsafe { (*info).si_addr() } as usize);
+}
+
+extern "C" fn plain(_: libc::c_int) {
+    mend(LOST.load(Ordering::Relaxed));
+}
+
+/// Not a test by itself: the cases of the tests below, in their children.
+#[test]
+fn cases() {
+    let Ok(case) = std::env::var(CHILD) else {
+        return;
+    };
+    let page = truncated();
+    LOST.store(page as usize, Ordering::Relaxed);
+    match case.as_str() {
+        "handler with siginfo" => set(with_info as *const () as usize, libc::SA_SIGINFO),
+        "plain handler" => set(plain as *const () as usize, 0),
+        "default" | "default sent" => set(libc::SIG_DFL, 0),
+        "ignored" | "ignored sent" => set(libc::SIG_IGN, 0),
+        "watched" => {}
+        _ => panic!(),
+    }
+    let errors = BusErrors::install().unwrap();
+    // Twice is once.
+    BusErrors::install().unwrap();
+    if case == "watched" {
+        // SAFETY: guest memory for all that anybody knows.
+        let watched = unsafe { errors.watch(HostAddress(page as usize), 2 * PAGE) };
+        std::mem::forget(watched.unwrap());
+    }
+    if case.ends_with("sent") {
+        // SAFETY: a signal to this thread.
+        unsafe { libc::raise(libc::SIGBUS) };
+    } else {
+        // SAFETY: this thread's own.
+        unsafe { *libc::__errno_location() = 77 };
+        let read = touch(page);
+        // SAFETY: this thread's own. That handler changes it; no code that is interrupted may notice.
+        let errno = unsafe { *libc::__errno_location() };
+        assert_eq!((read, errno), (0, 77));
+        assert_eq!(CALLS.load(Ordering::Relaxed), 1);
+    }
+    std::process::exit(7);
+}
+
+#[test]
+fn who_had_a_handler_before_is_called_as_before() {
+    assert_eq!(child("handler with siginfo").code(), Some(7));
+    assert_eq!(child("plain handler").code(), Some(7));
+}
+
+#[test]
+fn a_fault_that_nobody_catches_ends_the_process_as_before() {
+    assert_eq!(child("default").signal(), Some(libc::SIGBUS));
+    // The kernel too lets nobody ignore a fault.
+    assert_eq!(child("ignored").signal(), Some(libc::SIGBUS));
+}
+
+#[test]
+fn a_signal_that_was_sent_does_what_it_did_before() {
+    assert_eq!(child("default sent").signal(), Some(libc::SIGBUS));
+    assert_eq!(child("ignored sent").code(), Some(7));
+}
+
+#[test]
+fn watched_memory_is_replaced_for_vcpus_threads_alone() {
+    assert_eq!(child("watched").signal(), Some(libc::SIGBUS));
+}
+
+#[test]
+fn what_is_watched_is_whole_pages_and_no_more_than_there_is_room_for() {
+    // This process never loses a page: the ranges are numbers.
+    let errors = BusErrors::install().unwrap();
+    // SAFETY: nothing is mapped there, and nothing touches it.
+    let watch = |address, bytes| unsafe { errors.watch(HostAddress(address), bytes) };
+    for (address, bytes) in [(1, PAGE), (PAGE, 1), (usize::MAX - PAGE + 1, 2 * PAGE)] {
+        let error = watch(address, bytes).unwrap_err();
+        let expected = BusErrorsError::NotPages {
+            address: HostAddress(address),
+            bytes,
+        };
+        assert_eq!(error, expected);
+    }
+    let mut all = Vec::new();
+    let full = loop {
+        match watch(PAGE, PAGE) {
+            Ok(watched) => all.push(watched),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!((full, all.len()), (BusErrorsError::TooMany, 128));
+    assert!(full.to_string().contains("128 ranges"));
+    // One that is let go of makes room.
+    all.pop();
+    all.push(watch(PAGE, PAGE).unwrap());
+}
