@@ -20,7 +20,6 @@ use std::time::{Duration, Instant};
 use bare::Bare;
 use common::Machine;
 use criterion::{Bencher, Criterion, criterion_group, criterion_main};
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_core::{Exit, ExitHandler, Flow, Vcpu, VcpuSet, VcpuView};
 use kvm_ioctls::VcpuFd;
 
@@ -128,18 +127,8 @@ fn with_bare_calls(b: &mut Bencher<'_>, vcpus: Vec<Vcpu>) {
     bare.stop();
 }
 
-/// All of them runnable: an AP would wait for its start-up interrupt instead of the guest's HLT.
 fn halted(machine: &Machine, vcpus: u32) -> Vec<Vcpu> {
-    let runnable = kvm_mp_state {
-        mp_state: KVM_MP_STATE_RUNNABLE,
-    };
-    (0..vcpus)
-        .map(|id| {
-            let vcpu = machine.vcpu(id);
-            vcpu.fd().set_mp_state(runnable).unwrap();
-            vcpu
-        })
-        .collect()
+    (0..vcpus).map(|id| machine.runnable(id)).collect()
 }
 
 fn spinning(machine: &Machine, vcpus: u32) -> Vec<Vcpu> {
