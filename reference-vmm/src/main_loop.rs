@@ -31,6 +31,9 @@ pub trait GuestSide: Send + Sync {
     fn show_registers(&self);
 }
 
+/// What SIGUSR1 shows besides the registers: `--stats`' numbers. On the main thread.
+pub type ShowMore<'a> = dyn Fn() + 'a;
+
 const END: u32 = 0;
 const SIGNALS: u32 = 1;
 const STDIN: u32 = 2;
@@ -55,6 +58,7 @@ struct Subscriber<'a> {
     end: Arc<EndSignal>,
     signals: &'a Signals,
     guest: &'a dyn GuestSide,
+    show_more: &'a ShowMore<'a>,
     /// A duplicate of descriptor 0 without std's buffer, which would hide from epoll what it read
     /// ahead.
     stdin: File,
@@ -66,8 +70,8 @@ struct Subscriber<'a> {
     stopping: Option<i32>,
 }
 
-/// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers; the first SIGTERM
-/// presses the power button and gives the guest `shutdown_timeout` to react; any other stop signal, or
+/// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers, and `show_more`; the
+/// first SIGTERM presses the power button and gives the guest `shutdown_timeout` to react; any other stop signal, or
 /// a second one, ends at once.
 ///
 /// `terminal` says that stdin is a terminal, on which the console's escapes are taken out.
@@ -78,6 +82,7 @@ pub fn run(
     end: &Arc<EndSignal>,
     signals: &Signals,
     guest: &dyn GuestSide,
+    show_more: &ShowMore<'_>,
     terminal: bool,
     shutdown_timeout: Duration,
 ) -> io::Result<()> {
@@ -87,6 +92,7 @@ pub fn run(
         end: end.clone(),
         signals,
         guest,
+        show_more,
         stdin: io::stdin().as_fd().try_clone_to_owned()?.into(),
         input: ConsoleInput::new(terminal),
         waiting: Waiting::Readable,
@@ -166,7 +172,8 @@ impl Subscriber<'_> {
 
     fn signal(&mut self, signal: i32, ops: &mut EventOps<'_>) {
         if signal == signals::SHOW_REGISTERS {
-            return self.guest.show_registers();
+            self.guest.show_registers();
+            return (self.show_more)();
         }
         let name = signals::name(signal);
         let end = self.end.clone();
