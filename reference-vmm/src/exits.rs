@@ -25,6 +25,7 @@ use vm_device::bus::{MmioAddress, PioAddress};
 use vm_memory::GuestAddress;
 
 use crate::devices::coalesce::{Coalescing, PolledOutput};
+use crate::devices::edge::Owing;
 use crate::devices::ioapic::Ioapic;
 use crate::end::{EndSignal, GuestEnd};
 use crate::stats::{ExitCounters, ExitKind};
@@ -37,6 +38,8 @@ pub(crate) struct Shared<P> {
     pub(crate) console: Arc<Coalescing<Arc<VmFd>, P>>,
     /// The IOAPIC of the split irqchip.
     pub(crate) ioapic: Option<Arc<Ioapic<Arc<VmFd>>>>,
+    /// What may owe the guest an interrupt.
+    pub(crate) owing: [Arc<dyn Owing>; 2],
     pub(crate) end: Arc<EndSignal>,
     /// The vCPUs are being stopped: nobody waits for a deferred answer any more.
     pub(crate) stopping: Arc<AtomicBool>,
@@ -44,6 +47,10 @@ pub(crate) struct Shared<P> {
 
 /// The request of a vCPU to show its registers.
 pub(crate) const SHOW_REGISTERS: Option<Request> = Request::consumer(0);
+
+/// The request of any vCPU to send the interrupts that the main thread could not send without waiting: the
+/// first that comes does it.
+pub(crate) const SEND_OWED: Option<Request> = Request::consumer(1);
 
 /// A vCPU's exits, on its thread.
 pub(crate) struct Handler<P> {
@@ -190,8 +197,17 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
         }
     }
 
-    /// The only request there is: [`SHOW_REGISTERS`].
-    fn requests(&mut self, vcpu: &VcpuView<'_, VcpuFd>, _: Requests) -> Flow<Stop> {
+    /// [`SHOW_REGISTERS`] and [`SEND_OWED`].
+    fn requests(&mut self, vcpu: &VcpuView<'_, VcpuFd>, requests: Requests) -> Flow<Stop> {
+        let wants = |request: Option<Request>| request.is_some_and(|it| requests.contains(it));
+        if wants(SEND_OWED) {
+            for owing in &self.shared.owing {
+                owing.send_owed();
+            }
+        }
+        if !wants(SHOW_REGISTERS) {
+            return Flow::Continue;
+        }
         let id = vcpu.id();
         // One write each, so that several vCPUs' do not mix. Stderr closed or full stops no guest.
         let text = match vcpu.registers() {

@@ -17,7 +17,8 @@ use crate::console::{ConsoleInput, Turn};
 use crate::end::{EndSignal, GuestEnd, StopCause};
 use crate::signals::{self, Signals};
 
-/// The guest's side of the console and of the power button, as the main thread needs them.
+/// The guest's side of the console and of the power button, as the main thread needs them. Nothing here
+/// waits for the guest, or for what it makes of its interrupt controllers.
 pub trait GuestSide: Send + Sync {
     /// Hands input to the guest; how many bytes it took.
     fn input(&self, bytes: &[u8]) -> usize;
@@ -183,7 +184,7 @@ impl Subscriber<'_> {
             stop();
             return log::info!("{name} stops the guest");
         }
-        // Before the button: its interrupt may wait for one of KVM's grace periods.
+        // Before the button: a guest that is told must have a deadline.
         self.set_deadline(ops);
         self.stopping = Some(signal);
         if !self.guest.press_power_button() {
