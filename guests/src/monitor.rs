@@ -219,3 +219,31 @@ crate::blob! {
         jmp 7b
     "
 }
+
+crate::blob! {
+    /// Says \"up\" and a newline and sends INIT to its own processor, the boot one. Uses memory from 0x32000
+    /// to 0x33000.
+    init_self64, "
+    .code64
+        mov rcx, cr3
+        mov rdi, [rcx]
+        and rdi, -4096
+        mov qword ptr [rdi + 24], 0x32003   // the fourth GiB
+        mov edi, 0x32000
+        mov eax, 0xfee0009b                 // 2 MiB, uncached
+        mov [rdi + 503 * 8], rax
+        mov cr3, rcx
+        mov edx, 0x3f8
+        mov al, 0x75
+        out dx, al
+        mov al, 0x70
+        out dx, al
+        mov al, 0x0a
+        out dx, al
+        mov ebp, 0xfee00000
+        mov dword ptr [rbp + 0xf0], 0x1ff
+        mov dword ptr [rbp + 0x310], 0
+        mov dword ptr [rbp + 0x300], 0x4500
+    7:  jmp 7b
+    "
+}

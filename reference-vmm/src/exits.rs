@@ -323,7 +323,16 @@ pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
             }
         }
         HaltReason::Shutdown => crash(&"triple fault"),
-        HaltReason::InternalError(error) => crash(&advised(&error)),
+        HaltReason::InternalError(error) => match vcpu.registers() {
+            // A triple fault ends otherwise, so it is no state that KVM has reset.
+            Ok(registers) if is_reset(&registers) => {
+                end.tell(GuestEnd::Crashed(format!(
+                    "vCPU {id}: {}",
+                    initialised(&error)
+                )));
+            }
+            _ => crash(&advised(&error)),
+        },
         HaltReason::FailEntry { .. } | HaltReason::Unknown { .. } => crash(&Describe(&reason)),
         other => end.tell(GuestEnd::Failed(format!("vCPU {id}: {}", Describe(&other)))),
     }
@@ -335,6 +344,15 @@ fn advised(error: &dyn std::fmt::Display) -> String {
     format!(
         "{error}\n`reference-vmm doctor` says whether this host's KVM is a software one, which interprets guests; a \
          stock Linux boots in the lab there: `cargo xtask boot`"
+    )
+}
+
+/// An internal error of KVM at the reset vector. Of no use to say what KVM is, or to show the registers, which
+/// are those of any processor there.
+fn initialised(error: &dyn std::fmt::Display) -> String {
+    format!(
+        "{error}\nthe guest sent it an INIT: it began anew at its reset vector, 0xfffffff0, where this machine has no \
+         firmware. A guest resets the machine through ACPI's reset register or the keyboard controller"
     )
 }
 

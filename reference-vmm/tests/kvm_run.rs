@@ -284,6 +284,24 @@ fn sigusr1_shows_where_each_vcpu_is_and_the_guest_goes_on() {
 }
 
 #[test]
+fn a_guest_that_initialises_its_own_boot_processor_is_told_so_and_not_what_kvm_is() {
+    need_kvm();
+    for irqchip in ["split", "kernel"] {
+        let ended = Vmm::boot(monitor::init_self64())
+            .words("--irqchip")
+            .arg(irqchip)
+            .output();
+        ended.expect_status(3).expect_stdout("up\n");
+        for needle in ["vCPU 0", "INIT", "0xfffffff0"] {
+            assert!(ended.stderr.contains(needle), "{needle}: {ended}");
+        }
+        for misleading in ["doctor", "registers are lost"] {
+            assert!(!ended.stderr.contains(misleading), "{ended}");
+        }
+    }
+}
+
+#[test]
 fn sigusr1_shows_the_statistics_of_a_guest_that_runs_on() {
     need_kvm();
     for (form, needles) in [
