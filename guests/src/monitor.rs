@@ -58,6 +58,99 @@ crate::blob! {
 }
 
 crate::blob! {
+    /// Makes each interrupt of COM1 as dear as it can: its pin of the IOAPIC, 4, is level-triggered and gets
+    /// another vector each round; then a dot is written, of which the transmitter interrupts, and that is
+    /// acknowledged at the IOAPIC's EOI register. With a command line that begins with `1` the transmitter
+    /// does not interrupt, but input does. Says \"ready\" and a newline after 100 rounds, and goes on; from then
+    /// on a byte of what comes in on COM1 is echoed each round, polled. A `q` ends it with debug-exit value 0x10
+    /// (status 0x21). At the power button it says \"button\" and a newline, and powers off. Takes no interrupt.
+    /// Entered by Linux's 64-bit protocol; uses memory from 0x32000 to 0x33000.
+    reroute64, "
+    .code64
+        mov rcx, cr3
+        mov rdi, [rcx]
+        and rdi, -4096
+        mov qword ptr [rdi + 24], 0x32003   // the fourth GiB
+        mov edi, 0x32000
+        mov eax, 0xfec0009b                 // 2 MiB each, uncached
+        mov [rdi + 502 * 8], rax
+        mov eax, 0xfee0009b
+        mov [rdi + 503 * 8], rax
+        mov cr3, rcx
+        mov ebp, 0xfee00000
+        mov dword ptr [rbp + 0xf0], 0x1ff
+        mov edi, 0xfec00000
+        mov dword ptr [rdi], 0x19           // pin 4, destination
+        mov dword ptr [rdi + 0x10], 0
+        mov edx, 0x602                      // it listens to the button
+        mov al, 1
+        out dx, al
+        mov esi, [rsi + 0x228]              // the command line
+        mov al, [rsi]
+        and al, 3
+        mov edx, 0x3f9
+        out dx, al
+        xor ecx, ecx
+    2:  inc ecx
+        mov ebx, ecx
+        and ebx, 0x3f
+        add ebx, 0x8040
+        mov dword ptr [rdi], 0x18
+        mov [rdi + 0x10], ebx
+        mov edx, 0x3f8
+        mov al, 0x2e
+        out dx, al
+        mov edx, 0x3fa                      // which the port forgets when it is read
+        in al, dx
+        movzx ebx, bl
+        mov [rdi + 0x40], ebx               // EOI
+        cmp ecx, 100
+        jb 2b
+        ja 3f
+        lea rsi, [rip + 8f]
+        mov r8d, 6
+        jmp 6f
+    3:  mov edx, 0x602
+        in al, dx
+        test al, 1
+        jnz 4f
+        mov edx, 0x3fd
+        in al, dx
+        test al, 1
+        jz 2b
+        mov edx, 0x3f8
+        in al, dx
+        out dx, al
+        cmp al, 0x71
+        mov edx, 0x3fa
+        in al, dx
+        mov [rdi + 0x40], ebx
+        jne 2b
+        mov al, 0x10
+        out 0xf4, al
+    4:  lea rsi, [rip + 9f]
+        mov r8d, 7
+        call 5f
+        mov edx, 0x600
+        mov al, 0x34
+        out dx, al
+    7:  hlt
+        jmp 7b
+    6:  call 5f
+        jmp 2b
+    5:  mov edx, 0x3f8
+        cld
+    10: lodsb
+        out dx, al
+        dec r8d
+        jnz 10b
+        ret
+    8:  .ascii \"ready\\n\"
+    9:  .ascii \"button\\n\"
+    "
+}
+
+crate::blob! {
     /// Tells the ACPI event device that it listens, says \"up\" and a newline, polls the device
     /// until the power button is pressed, says \"button\" and a newline, and powers off.
     button64, "
@@ -207,5 +300,33 @@ crate::blob! {
         out 0xf4, al
     3:  hlt
         jmp 3b
+    "
+}
+
+crate::blob! {
+    /// Says \"up\" and a newline and sends INIT to its own processor, the boot one. Uses memory from 0x32000
+    /// to 0x33000.
+    init_self64, "
+    .code64
+        mov rcx, cr3
+        mov rdi, [rcx]
+        and rdi, -4096
+        mov qword ptr [rdi + 24], 0x32003   // the fourth GiB
+        mov edi, 0x32000
+        mov eax, 0xfee0009b                 // 2 MiB, uncached
+        mov [rdi + 503 * 8], rax
+        mov cr3, rcx
+        mov edx, 0x3f8
+        mov al, 0x75
+        out dx, al
+        mov al, 0x70
+        out dx, al
+        mov al, 0x0a
+        out dx, al
+        mov ebp, 0xfee00000
+        mov dword ptr [rbp + 0xf0], 0x1ff
+        mov dword ptr [rbp + 0x310], 0
+        mov dword ptr [rbp + 0x300], 0x4500
+    7:  jmp 7b
     "
 }

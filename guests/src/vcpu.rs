@@ -164,6 +164,34 @@ crate::blob!(
     "
 );
 
+/// Where [`start_aps`] asks for the APIC id of the next processor to start; 0 is none yet.
+pub const NEXT_AP: u16 = 0x20;
+/// Where a processor that [`start_aps`] starts begins, which is to have [`ap`].
+pub const AP_PAGE: u64 = 0x8000;
+/// Where [`ap`] says once, in two bytes, which code segment it began in.
+pub const AP_SAYS: u16 = 0x10;
+/// Where [`ap`] says again and again, in two bytes, what it and the others have counted to together.
+pub const AP_COUNTS: u16 = 0x12;
+
+crate::blob!(
+    /// 32-bit flat protected mode without paging, interrupts disabled: enables its local APIC, asks for
+    /// APIC ids at [`NEXT_AP`] again and again, and starts each at [`AP_PAGE`] with INIT and one SIPI.
+    start_aps,
+    "
+    .code32
+        mov dword ptr [0xfee000f0], 0x1ff
+    2:  in eax, 0x20
+        test eax, eax
+        jz 2b
+        shl eax, 24
+        mov [0xfee00310], eax
+        mov dword ptr [0xfee00300], 0x4500  // INIT
+        mov [0xfee00310], eax
+        mov dword ptr [0xfee00300], 0x4608  // SIPI, page 8
+        jmp 2b
+    "
+);
+
 crate::blob!(
     /// Reads a byte at 0x20000 with machine checks on, between OUT 0x80 and OUT 0x81, and halts. At a
     /// machine check it sends, all as `eax`, MCG_STATUS to 0x84, bank 9's status to 0x88 (low half) and
@@ -203,5 +231,22 @@ crate::blob!(
         mov al, [0]
         out 0x81, al
         hlt
+    "
+);
+
+crate::blob!(
+    /// 16-bit, as a start-up interrupt begins it: says its segment at [`AP_SAYS`], and then counts in
+    /// memory at 0x9000, which all share, and says the count at [`AP_COUNTS`], for ever.
+    ap,
+    "
+    .code16
+        mov ax, cs
+        out 0x10, ax
+        xor ax, ax
+        mov ds, ax
+    2:  mov ax, 1
+        lock xadd word ptr [0x9000], ax
+        out 0x12, ax
+        jmp 2b
     "
 );

@@ -124,6 +124,42 @@ fn irqfd(c: &mut Criterion) {
     group.finish();
 }
 
+/// A route that changes under an irqfd, as a guest does that moves an MSI-X vector to another processor.
+fn route_change(c: &mut Criterion) {
+    let (vm, irqchip) = vm();
+    let routing = Routing::new(&vm, &irqchip);
+    let gsi = routing.allocate().unwrap();
+    let mut group = c.benchmark_group("route change of a GSI with an irqfd");
+    let mut round = 0;
+    let mut next = || {
+        round += 1;
+        msi(round)
+    };
+    group.bench_function("ioctl alone, nothing attached", |b| {
+        let tables = [raw_table(1, 0), raw_table(1, 1)];
+        let mut round = 0;
+        b.iter(|| {
+            round += 1;
+            vm.set_gsi_routing(&tables[round % 2]).unwrap();
+        });
+    });
+    // The ioctls above have replaced the table: let it be the routing's again.
+    routing.route(&gsi, next()).unwrap();
+    group.bench_function("kept attached", |b| {
+        let _irqfd = routing.irqfd(&gsi).unwrap();
+        b.iter(|| routing.route(&gsi, next()).unwrap());
+    });
+    group.bench_function("detached, routed, attached", |b| {
+        let mut irqfd = Some(routing.irqfd(&gsi).unwrap());
+        b.iter(|| {
+            let detached = irqfd.take().unwrap().detach().unwrap();
+            routing.route(&gsi, next()).unwrap();
+            irqfd = Some(detached.attach().unwrap());
+        });
+    });
+    group.finish();
+}
+
 fn ioapic(c: &mut Criterion) {
     let (vm, irqchip) = vm();
     let routing = Routing::new(&vm, &irqchip);
@@ -162,5 +198,5 @@ fn ioapic(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, commit, irqfd, ioapic);
+criterion_group!(benches, commit, irqfd, route_change, ioapic);
 criterion_main!(benches);

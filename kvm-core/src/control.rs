@@ -142,7 +142,11 @@ impl Control {
     fn resume(&self) {
         let mut state = lock(&self.state);
         state.pauses = state.pauses.saturating_sub(1);
-        if state.pauses == 0 {
+        let run = state.pauses == 0;
+        // Unlocked first, or each vCPU that is woken would have to wait for the lock. A pause that begins
+        // in between is seen by those that wake for nothing.
+        drop(state);
+        if run {
             self.resumed.notify_all();
         }
     }

@@ -27,6 +27,15 @@
 //!   was woken. Each wake is one `EAGAIN`, and nothing is wrong, however many there are: an NMI that
 //!   the guest sends to such an AP stays pending and wakes it at every entry. The wake by INIT itself
 //!   is the last one.
+//!
+//!   Such an AP takes the host as much time as one that spins in the guest, for as long as the guest does
+//!   not start it; kicks, pauses and a stop reach it at each turn. Nothing sound makes it sleep. INIT
+//!   comes from another vCPU, inside KVM, of which user space hears nothing but the end of `KVM_RUN`:
+//!   one that waited at its doorbell would miss it, and looking again after a while is a poll. To take
+//!   the NMI back (`KVM_SET_VCPU_EVENTS`; INIT would drop it anyway) does not help: it clears what is
+//!   pending, and leaves KVM's own request for it, which wakes the vCPU until it enters the guest (seen
+//!   on Linux 6.18). And a change of its state by `KVM_SET_MP_STATE` would race with the INIT.
+//!
 //! - KVM cannot start a worker thread of the VM, which it does at the first `KVM_RUN` (the one that
 //!   recovers huge pages; Linux 6.13 and later): the user or the cgroup may have no more threads.
 //!   Each `KVM_RUN` tries again, so one that is tried for ever spins and runs no guest.

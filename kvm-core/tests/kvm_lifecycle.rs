@@ -34,7 +34,7 @@ type Thread<H, S> = std::thread::JoinHandle<Halt<Vcpu, H, S>>;
 
 fn start<H>(
     machine: &Machine,
-    vcpus: u32,
+    vcpus: impl IntoIterator<Item = Vcpu>,
     handler: impl Fn() -> H,
 ) -> (VcpuSet, Vec<Thread<H, H::Stop>>)
 where
@@ -42,7 +42,8 @@ where
     H::Stop: Send + 'static,
 {
     let set = VcpuSet::new(machine.vm.identity().clone());
-    let vcpus: Vec<_> = (0..vcpus).map(|id| machine.vcpu(id)).collect();
+    // All of them before the first runs.
+    let vcpus: Vec<_> = vcpus.into_iter().collect();
     let spawn = |vcpu: Vcpu| set.spawn("vcpu", vcpu, handler()).unwrap();
     let threads = vcpus.into_iter().map(spawn).collect();
     (set, threads)
@@ -50,15 +51,19 @@ where
 
 /// Cycles of pause and resume. Of three, the first pauses vCPUs that are inside the guest, the second
 /// those on their way there, the third those that have hardly been resumed.
-fn pause_resume_stop(machine: Machine, vcpus: u32, cycles: usize) {
+fn pause_resume_stop(machine: Machine, vcpus: Vec<Vcpu>, cycles: usize) {
     watchdog(move || {
+        let count = vcpus.len();
         let (set, threads) = start(&machine, vcpus, || carry_on);
-        let all_in_guest =
-            |set: &VcpuSet| (0..vcpus).all(|id| set.mode(VcpuId(id)) == Ok(GuestMode::InGuestMode));
+        let ids = set.ids();
+        let all_in_guest = |set: &VcpuSet| {
+            let in_guest = |id: &VcpuId| set.mode(*id) == Ok(GuestMode::InGuestMode);
+            ids.iter().all(in_guest)
+        };
         for cycle in 0..cycles {
             while match cycle % 3 {
                 0 => !all_in_guest(&set),
-                1 => set.active() < vcpus as usize,
+                1 => set.active() < count,
                 _ => false,
             } {
                 std::thread::yield_now();
@@ -76,35 +81,40 @@ fn pause_resume_stop(machine: Machine, vcpus: u32, cycles: usize) {
 
 #[test]
 fn halted_vcpus_pause_resume_and_stop_with_no_kick_lost() {
-    // vCPU 0 sleeps in HLT inside KVM, the others wait there for their start-up interrupt.
-    pause_resume_stop(
-        Machine::with_irqchip(guests::vcpu::halt()),
-        4,
-        cycles(400, 100_000),
-    );
+    // Each sleeps in HLT, inside KVM.
+    let machine = Machine::with_irqchip(guests::vcpu::halt());
+    let vcpus = (0..4).map(|id| machine.runnable(id)).collect();
+    pause_resume_stop(machine, vcpus, cycles(400, 100_000));
+}
+
+#[test]
+fn vcpus_that_wait_for_their_start_up_interrupt_pause_resume_and_stop_with_no_kick_lost() {
+    let machine = Machine::with_irqchip(guests::vcpu::halt());
+    let mut vcpus: Vec<_> = (0..4).map(|id| machine.vcpu(id)).collect();
+    // The first is the one that runs at once.
+    drop(vcpus.remove(0));
+    pause_resume_stop(machine, vcpus, cycles(400, 100_000));
 }
 
 #[test]
 fn spinning_vcpus_pause_resume_and_stop_with_no_kick_lost() {
-    pause_resume_stop(Machine::new(guests::vcpu::spin()), 2, cycles(200, 20_000));
+    let machine = Machine::new(guests::vcpu::spin());
+    let vcpus = (0..2).map(|id| machine.vcpu(id)).collect();
+    pause_resume_stop(machine, vcpus, cycles(200, 100_000));
 }
 
 #[test]
 fn vcpus_that_exit_all_the_time_pause_resume_and_stop_with_no_kick_lost() {
-    pause_resume_stop(
-        Machine::new(guests::vcpu::out_for_ever()),
-        2,
-        cycles(200, 20_000),
-    );
+    let machine = Machine::new(guests::vcpu::out_for_ever());
+    let vcpus = (0..2).map(|id| machine.vcpu(id)).collect();
+    pause_resume_stop(machine, vcpus, cycles(200, 20_000));
 }
 
 #[test]
 fn sixty_four_halted_vcpus_pause_and_resume() {
-    pause_resume_stop(
-        Machine::with_irqchip(guests::vcpu::halt()),
-        64,
-        cycles(20, 2_000),
-    );
+    let machine = Machine::with_irqchip(guests::vcpu::halt());
+    let vcpus = (0..64).map(|id| machine.runnable(id)).collect();
+    pause_resume_stop(machine, vcpus, cycles(20, 2_000));
 }
 
 #[test]
@@ -160,7 +170,8 @@ fn every_request_that_is_waited_for_is_served_by_vcpus_in_the_guest() {
     let rounds = cycles(200, 20_000);
     watchdog(move || {
         let machine = Machine::new(guests::vcpu::spin());
-        let (set, threads) = start(&machine, 2, || Counting(0));
+        let vcpus: Vec<_> = (0..2).map(|id| machine.vcpu(id)).collect();
+        let (set, threads) = start(&machine, vcpus, || Counting(0));
         // Both are inside `run` from here on.
         while set.active() < 2 {
             std::thread::yield_now();

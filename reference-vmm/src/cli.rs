@@ -160,9 +160,9 @@ Options:
                            alone, wherever it stands; the kernel may be on either
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --kvm PATH               KVM device [/dev/kvm]
-  --stats[=json]           Say on stderr at the end what the guest did: exits, accesses to each
-                           device and to none, coalesced writes, memory, and what KVM
-                           itself counted that is not 0
+  --stats[=json]           Say on stderr at the end, and at each SIGUSR1, what the guest did: exits,
+                           accesses to each device and to none, coalesced writes, memory, and what
+                           KVM itself counted that is not 0
   --timeline               Say on stderr at the end what happened when, in microseconds
   --log LEVEL              off, error, warn, info, debug or trace [warn]
   -h, --help               Show this help
@@ -170,7 +170,8 @@ Options:
 The guest's console is on stdin and stdout, everything else on stderr. On a terminal, Ctrl-A x
 stops the guest and Ctrl-A Ctrl-A types one Ctrl-A. SIGTERM presses the guest's power button and
 stops it after the timeout, or at once if the guest has no ACPI; a second one, SIGINT, SIGHUP and
-SIGQUIT stop it at once. SIGUSR1 shows where each vCPU is: its registers, on stderr.
+SIGQUIT stop it at once. SIGUSR1 shows where each vCPU is: its registers, on stderr; with --stats
+also the numbers so far, while the guest runs on (as JSON they are a line of their own).
 What the guest wrote before its end is waited for; a signal that stops it cuts that short. While
 memory is made present, before the guest starts, SIGTERM also stops it at once.
 

@@ -28,9 +28,10 @@ use vm_device::bus::{MmioAddress, PioAddress};
 use vm_memory::GuestAddress;
 
 use crate::devices::coalesce::{Coalescing, PolledOutput};
+use crate::devices::edge::Owing;
 use crate::devices::ioapic::Ioapic;
 use crate::end::{EndSignal, GuestEnd};
-use crate::msrs::UnservedMsrs;
+use crate::msrs::Unserved;
 use crate::stats::{ExitCounters, ExitKind};
 use crate::timeline::{Event, timeline};
 
@@ -41,14 +42,19 @@ pub(crate) struct Shared<P> {
     pub(crate) console: Arc<Coalescing<Arc<VmFd>, P>>,
     /// The IOAPIC of the split irqchip.
     pub(crate) ioapic: Option<Arc<Ioapic<Arc<VmFd>>>>,
+    /// What may owe the guest an interrupt.
+    pub(crate) owing: [Arc<dyn Owing>; 2],
     pub(crate) end: Arc<EndSignal>,
     /// The vCPUs are being stopped: nobody waits for a deferred answer any more.
     pub(crate) stopping: Arc<AtomicBool>,
-    pub(crate) msrs: UnservedMsrs,
 }
 
 /// The request of a vCPU to show its registers.
 pub(crate) const SHOW_REGISTERS: Option<Request> = Request::consumer(0);
+
+/// The request of any vCPU to send the interrupts that the main thread could not send without waiting: the
+/// first that comes does it.
+pub(crate) const SEND_OWED: Option<Request> = Request::consumer(1);
 
 /// A vCPU's exits, on its thread.
 pub(crate) struct Handler<P> {
@@ -125,8 +131,12 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 reason,
                 mut reply,
             } => {
-                self.shared.msrs.log(vcpu.id(), index, None, reason);
                 reply.refuse();
+                self.unserved(Unserved {
+                    index,
+                    value: None,
+                    reason,
+                });
             }
             Exit::X86Wrmsr {
                 index,
@@ -134,8 +144,12 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 value,
                 mut reply,
             } => {
-                self.shared.msrs.log(vcpu.id(), index, Some(value), reason);
                 reply.refuse();
+                self.unserved(Unserved {
+                    index,
+                    value: Some(value),
+                    reason,
+                });
             }
             Exit::Hlt => return Err(Stop::Halted),
             Exit::SystemEvent { kind, .. } => match kind {
@@ -146,22 +160,6 @@ impl<P: PolledOutput + 'static> Handler<P> {
                     vcpu_unimpl!(&self.who, other.into(); "system event {other}, which is ignored");
                 }
             },
-            // Not asked for either; a processor without the MSR says the same.
-            Exit::X86Rdmsr {
-                index, mut reply, ..
-            } => {
-                reply.refuse();
-                vcpu_unimpl!(Info, &self.who, index.into(); "no MSR {index:#x} to read");
-            }
-            Exit::X86Wrmsr {
-                index,
-                value,
-                mut reply,
-                ..
-            } => {
-                reply.refuse();
-                vcpu_unimpl!(Info, &self.who, index.into(); "no MSR {index:#x} to write {value:#x} to");
-            }
             // Nothing of these was asked for.
             other => {
                 let kind = kvm_core::logging::key(std::mem::discriminant(&other));
@@ -186,6 +184,10 @@ impl<P: PolledOutput + 'static> Handler<P> {
         if !outcome.is_answered() {
             vcpu_unimpl!(Info, &self.who, port.into(); "nobody answers at port {port:#x}");
         }
+    }
+
+    fn unserved(&self, access: Unserved) {
+        vcpu_unimpl!(Info, &self.who, access.key(); "{access}");
     }
 
     /// An access that no device answered: a write to memory that the guest can only read is dropped, as
@@ -224,8 +226,17 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
         }
     }
 
-    /// The only request there is: [`SHOW_REGISTERS`].
-    fn requests(&mut self, vcpu: &VcpuView<'_, VcpuFd>, _: Requests) -> Flow<Stop> {
+    /// [`SHOW_REGISTERS`] and [`SEND_OWED`].
+    fn requests(&mut self, vcpu: &VcpuView<'_, VcpuFd>, requests: Requests) -> Flow<Stop> {
+        let wants = |request: Option<Request>| request.is_some_and(|it| requests.contains(it));
+        if wants(SEND_OWED) {
+            for owing in &self.shared.owing {
+                owing.send_owed();
+            }
+        }
+        if !wants(SHOW_REGISTERS) {
+            return Flow::Continue;
+        }
         let id = vcpu.id();
         // One write each, so that several vCPUs' do not mix. Stderr closed or full stops no guest.
         let text = match vcpu.registers() {
@@ -357,7 +368,16 @@ pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
             }
         }
         HaltReason::Shutdown => crash(&"triple fault"),
-        HaltReason::InternalError(error) => crash(&advised(&error)),
+        HaltReason::InternalError(error) => match vcpu.registers() {
+            // A triple fault ends otherwise, so it is no state that KVM has reset.
+            Ok(registers) if is_reset(&registers) => {
+                end.tell(GuestEnd::Crashed(format!(
+                    "vCPU {id}: {}",
+                    initialised(&error)
+                )));
+            }
+            _ => crash(&advised(&error)),
+        },
         HaltReason::FailEntry { .. } | HaltReason::Unknown { .. } => crash(&Describe(&reason)),
         other => end.tell(GuestEnd::Failed(format!("vCPU {id}: {}", Describe(&other)))),
     }
@@ -369,6 +389,15 @@ fn advised(error: &dyn std::fmt::Display) -> String {
     format!(
         "{error}\n`reference-vmm doctor` says whether this host's KVM is a software one, which interprets guests; a \
          stock Linux boots in the lab there: `cargo xtask boot`"
+    )
+}
+
+/// An internal error of KVM at the reset vector. Of no use to say what KVM is, or to show the registers, which
+/// are those of any processor there.
+fn initialised(error: &dyn std::fmt::Display) -> String {
+    format!(
+        "{error}\nthe guest sent it an INIT: it began anew at its reset vector, 0xfffffff0, where this machine has no \
+         firmware. A guest resets the machine through ACPI's reset register or the keyboard controller"
     )
 }
 

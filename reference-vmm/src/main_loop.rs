@@ -17,7 +17,8 @@ use crate::console::{ConsoleInput, Turn};
 use crate::end::{EndSignal, GuestEnd, StopCause};
 use crate::signals::{self, Signals};
 
-/// The guest's side of the console and of the power button, as the main thread needs them.
+/// The guest's side of the console and of the power button, as the main thread needs them. Nothing here
+/// waits for the guest, or for what it makes of its interrupt controllers.
 pub trait GuestSide: Send + Sync {
     /// Hands input to the guest; how many bytes it took.
     fn input(&self, bytes: &[u8]) -> usize;
@@ -30,6 +31,9 @@ pub trait GuestSide: Send + Sync {
     /// Has each vCPU's registers shown on stderr, soon. Does not wait for it.
     fn show_registers(&self);
 }
+
+/// What SIGUSR1 shows besides the registers: `--stats`' numbers. On the main thread.
+pub type ShowMore<'a> = dyn Fn() + 'a;
 
 const END: u32 = 0;
 const SIGNALS: u32 = 1;
@@ -55,6 +59,7 @@ struct Subscriber<'a> {
     end: Arc<EndSignal>,
     signals: &'a Signals,
     guest: &'a dyn GuestSide,
+    show_more: &'a ShowMore<'a>,
     /// A duplicate of descriptor 0 without std's buffer, which would hide from epoll what it read
     /// ahead.
     stdin: File,
@@ -66,8 +71,8 @@ struct Subscriber<'a> {
     stopping: Option<i32>,
 }
 
-/// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers; the first SIGTERM
-/// presses the power button and gives the guest `shutdown_timeout` to react; any other stop signal, or
+/// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers, and `show_more`; the
+/// first SIGTERM presses the power button and gives the guest `shutdown_timeout` to react; any other stop signal, or
 /// a second one, ends at once.
 ///
 /// `terminal` says that stdin is a terminal, on which the console's escapes are taken out.
@@ -78,6 +83,7 @@ pub fn run(
     end: &Arc<EndSignal>,
     signals: &Signals,
     guest: &dyn GuestSide,
+    show_more: &ShowMore<'_>,
     terminal: bool,
     shutdown_timeout: Duration,
 ) -> io::Result<()> {
@@ -87,6 +93,7 @@ pub fn run(
         end: end.clone(),
         signals,
         guest,
+        show_more,
         stdin: io::stdin().as_fd().try_clone_to_owned()?.into(),
         input: ConsoleInput::new(terminal),
         waiting: Waiting::Readable,
@@ -166,7 +173,8 @@ impl Subscriber<'_> {
 
     fn signal(&mut self, signal: i32, ops: &mut EventOps<'_>) {
         if signal == signals::SHOW_REGISTERS {
-            return self.guest.show_registers();
+            self.guest.show_registers();
+            return (self.show_more)();
         }
         let name = signals::name(signal);
         let end = self.end.clone();
@@ -176,7 +184,7 @@ impl Subscriber<'_> {
             stop();
             return log::info!("{name} stops the guest");
         }
-        // Before the button: its interrupt may wait for one of KVM's grace periods.
+        // Before the button: a guest that is told must have a deadline.
         self.set_deadline(ops);
         self.stopping = Some(signal);
         if !self.guest.press_power_button() {

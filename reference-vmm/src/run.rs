@@ -43,10 +43,8 @@ pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
     if options.timeline {
         print(&timeline().to_string());
     }
-    match (stats, options.stats) {
-        (Some(stats), Some(StatsForm::Text)) => print(&stats.to_string()),
-        (Some(stats), Some(StatsForm::Json)) => print(&(stats.json() + "\n")),
-        _ => {}
+    if let (Some(stats), Some(form)) = (stats, options.stats) {
+        show(&stats, form);
     }
     end.exit_status()
 }
@@ -54,6 +52,14 @@ pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
 /// Text on stderr, which may be closed or full.
 fn print(text: &str) {
     crate::stderr::write(text.as_bytes());
+}
+
+/// In one write, so that a vCPU's registers do not mix with it.
+fn show(stats: &Stats, form: StatsForm) {
+    print(&match form {
+        StatsForm::Text => stats.to_string(),
+        StatsForm::Json => stats.json() + "\n",
+    });
 }
 
 fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
@@ -93,10 +99,16 @@ fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
     // Last before the guest speaks: what fails above is told on a terminal in its usual mode.
     let terminal = RawTerminal::enter().map_err(host("put the terminal into raw mode"))?;
     let running = machine.start()?;
+    let show_more = || {
+        if let Some(form) = options.stats {
+            show(&running.stats(), form);
+        }
+    };
     let looped = main_loop::run(
         &end,
         &stop_signals,
         &running,
+        &show_more,
         terminal.is_some(),
         Duration::from_secs(options.shutdown_timeout.into()),
     );

@@ -70,11 +70,11 @@ use crate::devices::power::{DebugExit, I8042, Pvpanic};
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::{ConsoleOut, SerialPort};
 use crate::end::EndSignal;
-use crate::exits::{self, Handler, SHOW_REGISTERS, run_vcpu};
+use crate::exits::{self, Handler, SEND_OWED, SHOW_REGISTERS, run_vcpu};
 use crate::host_memory::SYSFS;
 use crate::kvm_stats::{KvmReaders, KvmStats};
 use crate::main_loop::GuestSide;
-use crate::msrs::{self, UnservedMsrs};
+use crate::msrs;
 use crate::stats::{ExitCounters, Named, Stats};
 
 /// The vCPU that KVM starts at once; the others wait for it.
@@ -500,9 +500,9 @@ impl Machine {
             memslots: parts.memslots.clone(),
             console: parts.console.clone(),
             ioapic: parts.ioapic.clone(),
+            owing: [parts.com1.clone(), parts.power.clone()],
             end: end.clone(),
             stopping: stopping.clone(),
-            msrs: UnservedMsrs::default(),
         });
         let mut running = Running {
             set,
@@ -627,9 +627,20 @@ impl Drop for Running {
     }
 }
 
+impl Running {
+    /// Has an interrupt sent that could not be sent without waiting, by a vCPU's thread. Does not wait.
+    fn have_owed_sent(&self, owed: bool) {
+        if let (true, Some(request)) = (owed, SEND_OWED) {
+            self.set.request_all(request);
+        }
+    }
+}
+
 impl GuestSide for Running {
     fn input(&self, bytes: &[u8]) -> usize {
-        self.parts.com1.enqueue(bytes)
+        let taken = self.parts.com1.enqueue(bytes);
+        self.have_owed_sent(self.parts.com1.owes_interrupt());
+        taken
     }
 
     fn drained(&self) -> RawFd {
@@ -642,10 +653,12 @@ impl GuestSide for Running {
     }
 
     fn press_power_button(&self) -> bool {
-        self.parts.power.press().unwrap_or_else(|error| {
+        let pressed = self.parts.power.press().unwrap_or_else(|error| {
             log::error!("cannot press the power button: {error}");
             false
-        })
+        });
+        self.have_owed_sent(self.parts.power.owes_interrupt());
+        pressed
     }
 
     fn show_registers(&self) {

@@ -109,7 +109,7 @@ fn an_msr_that_nobody_serves_is_told_once_and_faults() {
             .output();
         // The guest has no handler for its fault.
         ended.expect_status(3);
-        let line = "vCPU 0: read of MSR 0x4b564dee, which KVM does not know";
+        let line = " vcpu 0: read of MSR 0x4b564dee, which KVM does not know";
         assert_eq!(ended.stderr.matches(line).count(), 1, "{ended}");
         // On the usual level nothing is said of it.
         let quiet = Vmm::boot(cpu::unknown_msr64())

@@ -284,6 +284,85 @@ fn sigusr1_shows_where_each_vcpu_is_and_the_guest_goes_on() {
 }
 
 #[test]
+fn a_guest_that_initialises_its_own_boot_processor_is_told_so_and_not_what_kvm_is() {
+    need_kvm();
+    for irqchip in ["split", "kernel"] {
+        let ended = Vmm::boot(monitor::init_self64())
+            .words("--irqchip")
+            .arg(irqchip)
+            .output();
+        ended.expect_status(3).expect_stdout("up\n");
+        for needle in ["vCPU 0", "INIT", "0xfffffff0"] {
+            assert!(ended.stderr.contains(needle), "{needle}: {ended}");
+        }
+        for misleading in ["doctor", "registers are lost"] {
+            assert!(!ended.stderr.contains(misleading), "{ended}");
+        }
+    }
+}
+
+#[test]
+fn sigusr1_shows_the_statistics_of_a_guest_that_runs_on() {
+    need_kvm();
+    for (form, needles) in [
+        ("--stats", ["  vcpu1 ", "the serial port "]),
+        (
+            "--stats=json",
+            ["{\"exits\":[{", "\"device\":\"the serial port\""],
+        ),
+    ] {
+        let mut running = Vmm::boot(monitor::echo_irq64())
+            .words("--debug-exit --cpus 2")
+            .arg(form)
+            .stdin_pipe()
+            .start();
+        running.wait_for("ready\n");
+        running.signal(libc::SIGUSR1);
+        // Registers as well.
+        for needle in [needles[0], needles[1], "vCPU 0:\nRIP "] {
+            running.wait_for_stderr(needle);
+        }
+        // It runs on, and says the numbers again at the end: more of them.
+        running.type_in(b"still here, q");
+        let ended = running.wait();
+        ended
+            .expect_status(0x21)
+            .expect_stdout("ready\nstill here, q");
+        assert_eq!(ended.stderr.matches(needles[0]).count(), 2, "{ended}");
+        if form == "--stats=json" {
+            let numbers = ended.stderr.lines().filter(|line| line.starts_with('{'));
+            let written: Vec<u64> = numbers
+                .map(|line| {
+                    let stats: serde_json::Value = serde_json::from_str(line).unwrap();
+                    let devices = stats["devices"].as_array().unwrap();
+                    let port = devices
+                        .iter()
+                        .find(|one| one["device"] == "the serial port");
+                    port.unwrap()["written-bytes"].as_u64().unwrap()
+                })
+                .collect();
+            assert!(
+                written.len() == 2 && written[0] + 13 <= written[1],
+                "{written:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn without_stats_sigusr1_shows_registers_alone() {
+    need_kvm();
+    let mut running = Vmm::boot(boot::spin64()).start();
+    running.wait_for("up\n");
+    running.signal(libc::SIGUSR1);
+    running.wait_for_stderr("vCPU 0:\nRIP ");
+    running.signal(libc::SIGINT);
+    let ended = running.wait();
+    ended.expect_status(0);
+    assert!(!ended.stderr.contains("exits"), "{ended}");
+}
+
+#[test]
 fn input_that_ends_or_was_never_there_does_not_end_the_guest() {
     need_kvm();
     let hello = elf(boot::hello64());

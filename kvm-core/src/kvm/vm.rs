@@ -3,10 +3,13 @@
 //! A VM: first in set-up, where other crates add what must come before the first vCPU; then whole.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use kvm_bindings::kvm_enable_cap;
+#[cfg(target_arch = "x86_64")]
+use kvm_ioctls::VcpuFd;
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
 use vmm_sys_util::errno::Error as Errno;
@@ -217,6 +220,7 @@ impl VmSetup {
             fd: self.fd,
             identity: Identity::vm(name),
             signal,
+            ran: Arc::default(),
         }
     }
 }
@@ -228,6 +232,8 @@ pub struct Vm {
     fd: Arc<VmFd>,
     identity: Identity,
     signal: OnceLock<KickSignal>,
+    /// Whether a vCPU of it has had a thread.
+    ran: Arc<AtomicBool>,
 }
 
 impl Vm {
@@ -243,11 +249,19 @@ impl Vm {
         &self.identity
     }
 
-    /// `KVM_CREATE_VCPU`, and its `kvm_run` mapped. At any time, while others run too.
+    /// `KVM_CREATE_VCPU`, and its `kvm_run` mapped. At any time, from any thread, while others run or are
+    /// paused: a hot-added vCPU is then enrolled and run as any other. One of a VM with local APICs in the
+    /// kernel waits in `KVM_RUN` until the guest starts it with INIT and SIPI.
+    ///
+    /// Where a vCPU of the VM has run before, its local APIC is written back as it is (`KVM_GET_LAPIC`,
+    /// `KVM_SET_LAPIC`): KVM puts a vCPU into the map by which it finds an interrupt's destination at the
+    /// next change of any APIC, and guests that have set up theirs change none. Without it the guest's INIT
+    /// and SIPI are lost. Who sets the whole APIC state does no harm.
     ///
     /// # Errors
-    /// [`Error::CreateVcpu`], [`Error::MapRun`], [`Error::KickSignal`]. KVM has no call that removes a
-    /// vCPU: after a failure behind its creation the number stays taken in this VM.
+    /// [`Error::CreateVcpu`], [`Error::MapRun`], [`Error::KickSignal`], [`Error::VcpuSetup`] of the local
+    /// APIC. KVM has no call that removes a vCPU: after a failure behind its creation the number stays taken
+    /// in this VM.
     pub fn create_vcpu(&self, id: VcpuId) -> Result<Vcpu, Error> {
         let signal = match self.signal.get() {
             Some(signal) => *signal,
@@ -264,7 +278,13 @@ impl Vm {
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         let run = RunMapping::new(borrowed, self.fd.run_size())
             .map_err(|errno| Error::MapRun { id, errno })?;
-        Ok(Vcpu::new(id, fd, Arc::new(run), signal))
+        #[cfg(target_arch = "x86_64")]
+        // SeqCst, as the store in `Vcpu::attach`: either that vCPU is seen to have a thread, or it runs only
+        // after this one was made, and then the guest's set-up of its APICs puts both into the map.
+        if self.ran.load(Ordering::SeqCst) {
+            map_local_apic(id, &fd)?;
+        }
+        Ok(Vcpu::new(id, fd, Arc::new(run), signal, self.ran.clone()))
     }
 
     /// Opens KVM's statistics of the VM (`KVM_GET_STATS_FD`), and takes a first sample. At any time.
@@ -273,6 +293,18 @@ impl Vm {
     /// [`StatsError`]; [`StatsError::Unsupported`] where [`Capabilities::binary_stats`] says no.
     pub fn stats(&self) -> Result<StatsReader<StatsFd>, StatsError> {
         StatsReader::open(self)
+    }
+}
+
+/// Has KVM find the vCPU by its APIC id from now on ([`Vm::create_vcpu`]).
+#[cfg(target_arch = "x86_64")]
+fn map_local_apic(id: VcpuId, vcpu: &VcpuFd) -> Result<(), Error> {
+    let failed = |ioctl| move |errno| Error::VcpuSetup { id, ioctl, errno };
+    match vcpu.get_lapic() {
+        Ok(lapic) => vcpu.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC")),
+        // No local APIC in the kernel.
+        Err(errno) if errno.errno() == libc::EINVAL => Ok(()),
+        Err(errno) => Err(failed("KVM_GET_LAPIC")(errno)),
     }
 }
 

@@ -8,9 +8,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_userspace_memory_region};
 use kvm_core::arch::x86_64::BootState;
 use kvm_core::{Kvm, Vcpu, VcpuId, Vm, VmSetup};
+use vm_memory::GuestAddress;
 
 /// Where guests are loaded and start.
 pub const LOAD: u16 = 0x1000;
@@ -95,7 +96,8 @@ impl Machine {
         Self::with(guest, |setup| setup.fd().create_irq_chip().unwrap())
     }
 
-    fn with(guest: &[u8], set_up: impl FnOnce(&VmSetup)) -> Self {
+    /// A VM that `set_up` adds something to before its first vCPU.
+    pub fn with(guest: &[u8], set_up: impl FnOnce(&VmSetup)) -> Self {
         let memory = Memory::with(guest);
         let setup = kvm().create_vm().unwrap().named("test");
         let region = kvm_userspace_memory_region {
@@ -123,11 +125,30 @@ impl Machine {
         vcpu.set_boot_state(&state).unwrap();
         vcpu
     }
+
+    /// A vCPU that starts the guest in flat 32-bit mode.
+    pub fn protected_mode(&self, id: u32) -> Vcpu {
+        let vcpu = self.vm.create_vcpu(VcpuId(id)).unwrap();
+        let start = GuestAddress(LOAD.into());
+        let state = BootState::protected_mode(&vcpu.sregs().unwrap(), start, 0, 0);
+        vcpu.set_boot_state(&state).unwrap();
+        vcpu
+    }
+
+    /// As [`Machine::vcpu`], and it runs at once: one of a VM with KVM's irqchip, but for the first, would wait for
+    /// its start-up interrupt.
+    pub fn runnable(&self, id: u32) -> Vcpu {
+        let vcpu = self.vcpu(id);
+        let mp_state = KVM_MP_STATE_RUNNABLE;
+        vcpu.fd().set_mp_state(kvm_mp_state { mp_state }).unwrap();
+        vcpu
+    }
 }
 
 /// Fails a test that hangs, instead of hanging with it.
 pub fn watchdog<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
-    let limit = if long_tests() { 3600 } else { 300 };
+    // 100,000 pauses of spinning guests took half an hour on a host that others kept busy.
+    let limit = if long_tests() { 2 * 3600 } else { 300 };
     let (done, finished) = mpsc::channel();
     let worker = thread::spawn(move || {
         let result = test();

@@ -14,6 +14,7 @@ use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 use vm_superio::Trigger;
 
+use super::edge::{Edge, Owing, TryTrigger};
 use crate::arch::layout::{GED_EVENT_POWER_BUTTON, GED_PORT, SLEEP_CONTROL_PORT, SLEEP_CONTROL_S5};
 use crate::end::{EndSignal, GuestEnd};
 
@@ -29,19 +30,19 @@ pub const LEN: u16 = EVENTS + 1;
 #[derive(Debug)]
 pub struct AcpiPower<T> {
     end: Arc<EndSignal>,
-    interrupt: T,
+    interrupt: Edge<T>,
     pending: AtomicU8,
     listening: AtomicBool,
     /// A guest may ask for other sleep states as often as it likes; the log gets one line.
     said: Once,
 }
 
-impl<T: Trigger> AcpiPower<T> {
+impl<T: TryTrigger> AcpiPower<T> {
     /// A machine whose power is on.
     pub fn new(end: Arc<EndSignal>, interrupt: T) -> Self {
         AcpiPower {
             end,
-            interrupt,
+            interrupt: Edge::new(interrupt),
             pending: AtomicU8::new(0),
             listening: AtomicBool::new(false),
             said: Once::new(),
@@ -49,7 +50,8 @@ impl<T: Trigger> AcpiPower<T> {
     }
 
     /// Presses the power button. Returns whether an ACPI system runs in the guest; if none does,
-    /// nothing happens. Does not block. What the guest does about it is the guest's business.
+    /// nothing happens. Never waits: an interrupt that could not be sent at once is owed
+    /// ([`AcpiPower::owes_interrupt`]). What the guest does about it is the guest's business.
     ///
     /// # Errors
     /// The interrupt could not be sent.
@@ -62,8 +64,21 @@ impl<T: Trigger> AcpiPower<T> {
         // interrupt that tells of it. (The trigger is a system call or a lock in any case.)
         self.pending
             .fetch_or(GED_EVENT_POWER_BUTTON, Ordering::Release);
-        self.interrupt.trigger()?;
+        self.interrupt.want();
+        self.interrupt.try_send()?;
         Ok(true)
+    }
+
+    /// Whether the guest is to be interrupted by someone who may wait ([`Owing`]).
+    pub fn owes_interrupt(&self) -> bool {
+        self.interrupt.is_wanted()
+    }
+}
+
+impl<T: Trigger + Send + Sync> Owing for AcpiPower<T> {
+    fn send_owed(&self) {
+        // The interrupt tells of its own failure.
+        let _ = self.interrupt.send();
     }
 }
 
@@ -92,18 +107,7 @@ impl<T: Trigger + Send + Sync> DevicePio for AcpiPower<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io;
-    use std::sync::atomic::AtomicU32;
-
-    #[derive(Default)]
-    struct Count(AtomicU32);
-    impl Trigger for Count {
-        type E = io::Error;
-        fn trigger(&self) -> io::Result<()> {
-            self.0.fetch_add(1, Ordering::Relaxed);
-            Ok(())
-        }
-    }
+    use crate::devices::edge::tests::Count;
 
     fn device() -> AcpiPower<Count> {
         AcpiPower::new(Arc::new(EndSignal::new().unwrap()), Count::default())
@@ -121,12 +125,27 @@ mod tests {
     }
 
     #[test]
+    fn the_button_waits_for_nothing_and_its_interrupt_is_owed_then() {
+        let count = Count::default();
+        let end = Arc::new(EndSignal::new().unwrap());
+        let device = AcpiPower::new(end, count.clone());
+        device.pio_write(PioAddress(PORT), EVENTS, &[1]);
+        count.busy(true);
+        assert!(device.press().unwrap());
+        assert_eq!((count.sent(), device.owes_interrupt()), (0, true));
+        device.send_owed();
+        assert_eq!((count.sent(), device.owes_interrupt()), (1, false));
+    }
+
+    #[test]
     fn the_button_reaches_a_guest_that_listens_once() {
-        let (device, base) = (device(), PioAddress(PORT));
+        let count = Count::default();
+        let end = Arc::new(EndSignal::new().unwrap());
+        let (device, base) = (AcpiPower::new(end, count.clone()), PioAddress(PORT));
         assert!(!device.press().unwrap(), "no one listens");
         device.pio_write(base, EVENTS, &[1]);
         assert!(device.press().unwrap());
-        assert_eq!(device.interrupt.0.load(Ordering::Relaxed), 1);
+        assert_eq!((count.sent(), device.owes_interrupt()), (1, false));
         let mut data = [0xff];
         device.pio_read(base, EVENTS, &mut data);
         assert_eq!(data, [GED_EVENT_POWER_BUTTON]);

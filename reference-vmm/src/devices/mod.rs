@@ -3,11 +3,12 @@
 //! The machine's devices, one concept a file: vm-device's traits towards the bus, and towards the
 //! monitor either the [`EndSignal`](crate::end::EndSignal) or the console.
 //!
-//! A device here holds its own lock, if it needs one, and never panics on a guest's access: width,
-//! offset and value are the guest's.
+//! A device here holds its own lock, if it needs one, but not while it interrupts ([`edge`]), and never
+//! panics on a guest's access: width, offset and value are the guest's.
 
 pub mod acpi_power;
 pub mod coalesce;
+pub mod edge;
 pub mod interrupt;
 pub mod ioapic;
 pub mod power;

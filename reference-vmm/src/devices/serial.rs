@@ -11,6 +11,7 @@
 //! A guest that polls the port and writes much may have its output coalesced: [`coalesce`](super::coalesce)
 //! says when, and why the port's registers do not show it.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -24,6 +25,7 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::coalesce::PolledOutput;
+use super::edge::{Edge, Owing, TryTrigger};
 use crate::end::EndSignal;
 use crate::no_wait::Way;
 use crate::timeline::{Event, timeline};
@@ -122,11 +124,25 @@ impl SerialEvents for Drained {
     }
 }
 
+/// What the register model interrupts by: the edge is sent when its lock is free again.
+struct Wanted<T>(Arc<Edge<T>>);
+
+impl<T> Trigger for Wanted<T> {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.want();
+        Ok(())
+    }
+}
+
 /// A serial port: registers 0..=7 from its base, one byte each.
 ///
 /// Two locks, `out` before `uart`: a vCPU that waits for a slow console holds `out` alone, so that
-/// input, status reads and with them the main thread never wait for the console's reader.
+/// input, status reads and with them the main thread never wait for the console's reader. None is held
+/// while the guest is interrupted.
 pub struct SerialPort<T: Trigger, W: Write> {
+    interrupt: Arc<Edge<T>>,
     /// Where the bytes go that `uart` has put into its own buffer, in the order in which the guest
     /// wrote them.
     out: Mutex<W>,
@@ -141,7 +157,7 @@ pub struct SerialPort<T: Trigger, W: Write> {
 }
 
 /// Its output is a buffer that [`SerialPort`] empties after each access.
-type Uart<T> = Serial<T, Drained, Vec<u8>>;
+type Uart<T> = Serial<Wanted<T>, Drained, Vec<u8>>;
 
 impl<T: Trigger, W: Write> SerialPort<T, W> {
     /// A port that interrupts through `interrupt` and speaks to `out`.
@@ -151,9 +167,12 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
     pub fn new(interrupt: T, out: W) -> io::Result<Self> {
         let drained = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let events = Drained(drained.try_clone()?);
+        let interrupt = Arc::new(Edge::new(interrupt));
+        let wanted = Wanted(interrupt.clone());
         Ok(SerialPort {
+            interrupt,
             out: Mutex::new(out),
-            uart: Mutex::new(Serial::with_events(interrupt, events, Vec::new())),
+            uart: Mutex::new(Serial::with_events(wanted, events, Vec::new())),
             drained,
             polled: AtomicU32::new(0),
             pending: AtomicBool::new(false),
@@ -163,23 +182,37 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
 
     /// Hands input to the guest and returns how many bytes the FIFO took: 0 when it is full, and
     /// while the guest has the port in loop-back mode, in which the receiver is off the wire (Linux
-    /// tries it when it looks for its ports). [`SerialPort::drained`] says when to come again. Does
-    /// not wait for the console's output.
-    pub fn enqueue(&self, bytes: &[u8]) -> usize {
+    /// tries it when it looks for its ports). [`SerialPort::drained`] says when to come again. Waits
+    /// neither for the console's output nor to interrupt the guest: see
+    /// [`SerialPort::owes_interrupt`].
+    pub fn enqueue(&self, bytes: &[u8]) -> usize
+    where
+        T: TryTrigger,
+    {
         let mut uart = self.uart();
-        if uart.fifo_capacity() == 0 {
-            return 0;
+        let taken = match uart.fifo_capacity() {
+            0 => 0,
+            // No other error is left, for there is room.
+            _ => uart.enqueue_raw_bytes(bytes).unwrap_or(0),
+        };
+        drop(uart);
+        if let Err(error) = self.interrupt.try_send() {
+            // The source tells of its own failure (`devices::interrupt`); a second line here
+            // would race with the guest's end.
+            log::debug!("cannot interrupt the guest for console input: {error:?}");
         }
-        // The only errors left are the trigger's, after the bytes are in: they count as taken.
-        let room = uart.fifo_capacity().min(bytes.len());
-        match uart.enqueue_raw_bytes(bytes) {
-            Ok(taken) => taken,
-            Err(error) => {
-                // The source tells of its own failure (`devices::interrupt`); a second line here
-                // would race with the guest's end.
-                log::debug!("cannot interrupt the guest for console input: {error:?}");
-                room
-            }
+        taken
+    }
+
+    /// Whether the guest is to be interrupted by someone who may wait ([`Owing`]).
+    pub fn owes_interrupt(&self) -> bool {
+        self.interrupt.is_wanted()
+    }
+
+    /// After an access, with no lock held. May wait.
+    fn interrupt(&self) {
+        if let Err(error) = self.interrupt.send() {
+            log::debug!("cannot interrupt the guest for the serial port: {error:?}");
         }
     }
 
@@ -216,9 +249,15 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
     }
 }
 
+impl<T: Trigger + Send + Sync, W: Write + Send> Owing for SerialPort<T, W> {
+    fn send_owed(&self) {
+        self.interrupt();
+    }
+}
+
 impl<T, W> PolledOutput for SerialPort<T, W>
 where
-    T: Trigger + Send,
+    T: Trigger + Send + Sync,
     W: Write + Send,
 {
     fn polled_bytes(&self) -> u32 {
@@ -269,6 +308,8 @@ impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
         for (register, byte) in (offset..).zip(data) {
             *byte = u8::try_from(register).map_or(0xff, |register| uart.read(register));
         }
+        drop(uart);
+        self.interrupt();
     }
 
     fn pio_write(&self, _base: PioAddress, offset: PioAddressOffset, data: &[u8]) {
@@ -290,15 +331,16 @@ impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
             }
         }
         let sent = uart.writer().len().saturating_sub(before);
-        if sent == 0 {
-            return;
-        }
-        if !transmits_by_interrupt(&mut uart) {
+        if sent > 0 && !transmits_by_interrupt(&mut uart) {
             let sent = u32::try_from(sent).unwrap_or(u32::MAX);
             let polled = self.polled.load(Ordering::Relaxed).saturating_add(sent);
             self.polled.store(polled, Ordering::Relaxed);
         }
         drop(uart);
+        self.interrupt();
+        if sent == 0 {
+            return;
+        }
         self.pending.store(true, Ordering::SeqCst);
         if self.held.load(Ordering::SeqCst) == 0 {
             self.flush();
@@ -309,17 +351,7 @@ impl<T: Trigger, W: Write> DevicePio for SerialPort<T, W> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    #[derive(Clone, Default)]
-    struct Count(Arc<AtomicU32>);
-    impl Trigger for Count {
-        type E = io::Error;
-        fn trigger(&self) -> io::Result<()> {
-            self.0.fetch_add(1, Ordering::Relaxed);
-            Ok(())
-        }
-    }
+    use crate::devices::edge::tests::Count;
 
     fn read(port: &SerialPort<Count, Vec<u8>>, register: u16) -> u8 {
         let mut data = [0];
@@ -334,11 +366,29 @@ mod tests {
         port.pio_write(PioAddress(0x3f8), 0, b"A");
         port.pio_write(PioAddress(0x3f8), 1, &[1]); // interrupt on received data
         assert_eq!(port.enqueue(b"hi"), 2);
-        assert_eq!(count.0.load(Ordering::Relaxed), 1);
+        assert_eq!(count.sent(), 1);
         assert!(port.drained().read().is_err(), "not drained yet");
         assert_eq!((read(&port, 0), read(&port, 0)), (b'h', b'i'));
         assert_eq!(port.drained().read().unwrap(), 1);
         assert_eq!(*port.out.lock().unwrap(), b"A");
+    }
+
+    #[test]
+    fn an_interrupt_that_would_have_to_wait_is_owed_and_the_next_access_sends_it() {
+        let count = Count::default();
+        let port = SerialPort::new(count.clone(), Vec::new()).unwrap();
+        port.pio_write(PioAddress(0x3f8), 1, &[1]);
+        count.busy(true);
+        assert_eq!(port.enqueue(b"hi"), 2);
+        assert!(port.owes_interrupt());
+        port.send_owed();
+        port.send_owed();
+        assert_eq!((count.sent(), port.owes_interrupt()), (1, false));
+        assert_eq!((read(&port, 0), read(&port, 0)), (b'h', b'i'));
+        assert_eq!(port.enqueue(b"!"), 1);
+        assert_eq!((count.sent(), port.owes_interrupt()), (1, true));
+        assert_eq!(read(&port, 0), b'!');
+        assert_eq!((count.sent(), port.owes_interrupt()), (2, false));
     }
 
     #[test]
