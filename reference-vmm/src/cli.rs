@@ -411,7 +411,12 @@ fn cpu(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
 }
 
 fn cpu_model(value: OsString) -> Result<CpuModel, UsageError> {
-    Ok(CpuModel::try_from(PathBuf::from(value))?)
+    let flag = "--cpu";
+    CpuModel::try_from(PathBuf::from(value)).map_err(|source| match source {
+        ConfigError::CpuModel(_) => UsageError::Flag { flag, source },
+        // It has the flag in it.
+        other => other.into(),
+    })
 }
 
 /// The number of vCPUs, and behind it how they are arranged.
@@ -580,7 +585,13 @@ mod tests {
             (&["run", "--kernel", "k", "--irqchip", "apic"], "apic"),
             (&["run", "--kernel", "k", "--debug-exit=0x10000"], "0x10000"),
             (&["run", "--kernel", "k", "--coalesce-console=no"], "no"),
+            (
+                &["run", "--kernel", "k", "--cpu", "i486"],
+                "--cpu: \"i486\"",
+            ),
+            (&["run", "--kernel", "k", "--cpus", "4,cores=3"], "4 vCPUs"),
             (&["run", "--kernel", "k", "--frob"], "--frob"),
+            (&["cpu", "--cpu", "i486"], "--cpu: \"i486\""),
             (&["run", "--kernel", "k", "extra"], "extra"),
             (&["run", "--kernel"], "--kernel"),
             (&["run", "--config", "/no/such/file"], "/no/such/file"),

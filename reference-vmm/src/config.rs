@@ -198,8 +198,8 @@ impl Config {
 
     /// Reads a JSON object with the fields of [`Config`], in kebab-case: those that are not there have the
     /// defaults of [`new`](Self::new), and without a `kernel` somebody else has to name it. `memory` is a
-    /// number of bytes, text as for `--memory`, or an object ([`Memory`]); `initrd` is a path or a list of
-    /// them.
+    /// number of bytes, text as for `--memory`, or an object ([`Memory`]); `cpus` is a number or an object
+    /// ([`Cpus`]); `initrd` is a path or a list of them.
     ///
     /// # Errors
     /// The file cannot be read or is not such an object. [`validate`](Self::validate) is not called.
