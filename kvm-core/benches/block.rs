@@ -55,20 +55,22 @@ fn eventfd() -> (Wake, Wait) {
     )
 }
 
-/// The sum of `n` latencies, each with a wake-up that comes so long after the wait began.
+/// `n` times the median of `n` latencies, each with a wake-up that comes so long after the wait began. The
+/// median, because one thread that loses its processor for a while is not what is measured.
 fn latency(n: u64, after: Duration, (wake, mut wait): (Wake, Wait)) -> Duration {
     let start = Instant::now();
     let (woken_at, waiting) = (AtomicU64::new(0), AtomicBool::new(false));
     let nanos = || start.elapsed().as_nanos() as u64;
     thread::scope(|scope| {
         let waiter = scope.spawn(|| {
-            let mut sum = 0;
+            let mut each = Vec::with_capacity(n as usize);
             for _ in 0..n {
                 waiting.store(true, Ordering::Release);
                 wait();
-                sum += nanos() - woken_at.load(Ordering::Acquire);
+                each.push(nanos() - woken_at.load(Ordering::Acquire));
             }
-            sum
+            each.sort_unstable();
+            each.get(each.len() / 2).copied().unwrap_or(0) * n
         });
         for _ in 0..n {
             while !waiting.swap(false, Ordering::AcqRel) {
