@@ -42,6 +42,7 @@ impl Target {
 
     /// Each route, in the order of `routes`: for tables of thousands, where an iterator of one or three
     /// kinds of things costs more than the things.
+    #[cfg(feature = "kvm")]
     #[inline]
     fn for_each(&self, mut with: impl FnMut(Route)) {
         match self {
@@ -188,6 +189,7 @@ impl Table {
     }
 
     /// Calls `with` for every entry, in the same order.
+    #[cfg(feature = "kvm")]
     pub(crate) fn for_each(&self, mut with: impl FnMut(Entry)) {
         for (gsi, target) in (0..).map(Gsi).zip(&self.targets) {
             target.for_each(|route| with(Entry { gsi, route }));
