@@ -5,9 +5,14 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
-use std::hint::black_box;
+#[path = "common/by_turns.rs"]
+mod by_turns;
 
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use std::hint::black_box;
+use std::time::Instant;
+
+use by_turns::by_turns;
+use criterion::{BenchmarkId, Criterion, criterion_group};
 use irq_routing::ioapic::SplitIoapic;
 use irq_routing::{Gsi, GsiHandle, Irqchip, IrqchipKind, Msi, Routing};
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_msi};
@@ -199,4 +204,43 @@ fn ioapic(c: &mut Criterion) {
 }
 
 criterion_group!(benches, commit, irqfd, route_change, ioapic);
-criterion_main!(benches);
+
+fn commit_by_turns(routes: u32) {
+    let machines = [(); 2].map(|()| vm());
+    let (vm, irqchip) = &machines[0];
+    let routing = Routing::new(vm, irqchip);
+    let gsis: Vec<GsiHandle> = (0..routes).map(|_| routing.allocate().unwrap()).collect();
+    let mut round = 0;
+    let mut ours = || {
+        round += 1;
+        let start = Instant::now();
+        let mut change = routing.change();
+        for gsi in &gsis {
+            change.route(gsi, msi(round));
+        }
+        black_box(change.commit().unwrap());
+        start.elapsed()
+    };
+    let tables = [raw_table(routes, 0), raw_table(routes, 1)];
+    let mut other = 0;
+    let mut floor = || {
+        other += 1;
+        let start = Instant::now();
+        machines[1].0.set_gsi_routing(&tables[other % 2]).unwrap();
+        start.elapsed()
+    };
+    by_turns(
+        &format!("{routes} MSI routes in one commit, by turns"),
+        3000,
+        [("irq-routing", &mut ours), ("ioctl alone", &mut floor)],
+    );
+}
+
+fn main() {
+    // `cargo test --benches` runs this too, without it.
+    if std::env::args().any(|arg| arg == "--bench") {
+        [1, 64, 1000].into_iter().for_each(commit_by_turns);
+    }
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+}

@@ -428,7 +428,12 @@ impl<'a, H> Change<'a, H> {
         self.push(gsi, Edit::Reset);
     }
 
+    #[inline]
     fn push(&mut self, gsi: &'a GsiHandle, edit: Edit) {
+        if self.edits.len() == self.edits.capacity() {
+            // A device has one vector or thousands: fewer copies than doubling makes.
+            self.edits.reserve(3 * self.edits.len() + 16);
+        }
         self.edits.push((gsi, edit));
     }
 }
@@ -468,7 +473,7 @@ impl<H: SetGsiRouting> Change<'_, H> {
         let mut next = Arc::clone(&writer.wanted);
         if !edits.is_empty() {
             let table = Arc::make_mut(&mut next);
-            for (handle, edit) in edits {
+            for (handle, edit) in &edits {
                 routing.own(handle)?;
                 edit.apply(&routing.shared.rules, &writer.default, table, handle.gsi())?;
             }
@@ -480,14 +485,15 @@ impl<H: SetGsiRouting> Change<'_, H> {
 }
 
 impl Edit {
+    #[inline]
     fn apply(
-        self,
+        &self,
         rules: &Rules,
         default: &Table,
         table: &mut Table,
         gsi: Gsi,
     ) -> Result<(), Error> {
-        match self {
+        match *self {
             Edit::Route(route) => table.replace(rules, gsi, &[route])?,
             Edit::AddPin(pin) => {
                 let route = Route::Pin(pin);

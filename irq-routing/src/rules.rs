@@ -123,12 +123,16 @@ impl Rules {
     /// Whether this entry alone may be in the table; [`Table::insert`](crate::Table::insert) asks
     /// about the rest.
     pub fn check(&self, entry: &Entry) -> Result<(), RouteError> {
-        let gsi = entry.gsi;
+        self.check_route(entry.gsi, &entry.route)
+    }
+
+    #[inline]
+    pub(crate) fn check_route(&self, gsi: Gsi, route: &Route) -> Result<(), RouteError> {
         if self.irqchip == IrqchipKind::None {
             return Err(RouteError::NoIrqchip { gsi });
         }
         self.check_gsi(gsi)?;
-        match entry.route {
+        match *route {
             Route::Pin(pin) if !self.has_pin(pin) => Err(RouteError::NoSuchPin { gsi, pin }),
             Route::Msi(msi) if self.x2apic_ids && msi.address >> 32 & 0xff != 0 => {
                 Err(RouteError::ReservedAddressBits { gsi, msi })
@@ -146,6 +150,7 @@ impl Rules {
     }
 
     /// Whether the number is one that the host's table can hold.
+    #[inline]
     pub fn check_gsi(&self, gsi: Gsi) -> Result<(), RouteError> {
         let limit = self.limit;
         if gsi.0 < limit {

@@ -40,7 +40,26 @@ impl Target {
             .chain(alone)
     }
 
-    fn len(self) -> usize {
+    /// Each route, in the order of `routes`: for tables of thousands, where an iterator of one or three
+    /// kinds of things costs more than the things.
+    #[cfg(feature = "kvm")]
+    #[inline]
+    fn for_each(&self, mut with: impl FnMut(Route)) {
+        match self {
+            Target::Nothing => {}
+            Target::Alone(route) => with(*route),
+            Target::Pins(pins) => {
+                for (chip, pin) in (0..).map(Chip).zip(*pins) {
+                    if let Some(pin) = pin {
+                        with(Route::Pin(ChipPin { chip, pin }));
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline]
+    fn len(&self) -> usize {
         match self {
             Target::Nothing => 0,
             Target::Pins(pins) => pins.iter().flatten().count(),
@@ -113,7 +132,13 @@ impl Table {
     }
 
     /// Gives a GSI these routes in place of those that it has. An error changes nothing.
+    #[inline]
     pub fn replace(&mut self, rules: &Rules, gsi: Gsi, routes: &[Route]) -> Result<(), RouteError> {
+        // The usual one by itself: a message, of which a device may have thousands.
+        if let [route @ Route::Msi(_)] = routes {
+            rules.check_route(gsi, route)?;
+            return self.put_within(rules, gsi, Target::Alone(*route));
+        }
         let mut next = Target::Nothing;
         for &route in routes {
             next = added(rules, gsi, next, route)?;
@@ -163,6 +188,14 @@ impl Table {
             .flat_map(|(gsi, target)| target.routes().map(move |route| Entry { gsi, route }))
     }
 
+    /// Calls `with` for every entry, in the same order.
+    #[cfg(feature = "kvm")]
+    pub(crate) fn for_each(&self, mut with: impl FnMut(Entry)) {
+        for (gsi, target) in (0..).map(Gsi).zip(&self.targets) {
+            target.for_each(|route| with(Entry { gsi, route }));
+        }
+    }
+
     /// How many entries there are.
     pub fn len(&self) -> usize {
         self.entries
@@ -183,7 +216,14 @@ impl Table {
 
     /// Whether a GSI goes to the same places in both tables.
     pub fn agrees_on(&self, other: &Table, gsi: Gsi) -> bool {
-        self.target(gsi) == other.target(gsi)
+        match (
+            self.targets.get(gsi.0 as usize),
+            other.targets.get(gsi.0 as usize),
+        ) {
+            (Some(here), Some(there)) => here == there,
+            (Some(one), None) | (None, Some(one)) => *one == Target::Nothing,
+            (None, None) => true,
+        }
     }
 
     /// Whether a GSI is wired to a pin.
@@ -203,18 +243,32 @@ impl Table {
     }
 
     /// Puts a target there, unless the table would have more entries than the host takes.
+    #[inline]
     fn put_within(&mut self, rules: &Rules, gsi: Gsi, target: Target) -> Result<(), RouteError> {
         let limit = rules.limit;
-        if self.entries - self.target(gsi).len() + target.len() > limit as usize {
+        let entries = self.entries - self.len_at(gsi) + target.len();
+        if entries > limit as usize {
             return Err(RouteError::TableFull { gsi, limit });
         }
-        self.put(gsi, target);
+        match self.targets.get_mut(gsi.0 as usize) {
+            Some(at) => {
+                *at = target;
+                self.entries = entries;
+            }
+            None => self.put(gsi, target),
+        }
         Ok(())
     }
 
+    #[inline]
+    fn len_at(&self, gsi: Gsi) -> usize {
+        self.targets.get(gsi.0 as usize).map_or(0, Target::len)
+    }
+
+    #[inline]
     fn put(&mut self, gsi: Gsi, target: Target) {
         let index = gsi.0 as usize;
-        self.entries = self.entries - self.target(gsi).len() + target.len();
+        self.entries = self.entries - self.len_at(gsi) + target.len();
         match self.targets.get_mut(index) {
             Some(at) => *at = target,
             None if target == Target::Nothing => {}

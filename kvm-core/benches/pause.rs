@@ -9,6 +9,8 @@
 
 #[path = "pause/bare.rs"]
 mod bare;
+#[path = "pause/by_turns.rs"]
+mod by_turns;
 #[path = "../tests/common/mod.rs"]
 mod common;
 
@@ -18,8 +20,9 @@ use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use bare::Bare;
+use by_turns::by_turns;
 use common::Machine;
-use criterion::{Bencher, Criterion, criterion_group, criterion_main};
+use criterion::{Bencher, Criterion, criterion_group};
 use kvm_core::{Exit, ExitHandler, Flow, Vcpu, VcpuSet, VcpuView};
 use kvm_ioctls::VcpuFd;
 
@@ -171,4 +174,54 @@ fn config() -> Criterion {
 }
 
 criterion_group! { name = benches; config = config(); targets = pause_resume }
-criterion_main!(benches);
+
+/// Both programs' vCPUs live, and their threads sleep while the other's turn is.
+fn halted_by_turns(vcpus: u32) {
+    let machines = [(); 2].map(|()| Machine::with_irqchip(guests::vcpu::halt()));
+    let entries = Entries::new(vcpus);
+    let set = VcpuSet::new(kvm_core::Identity::vm("pause"));
+    let threads: Vec<_> = halted(&machines[0], vcpus)
+        .into_iter()
+        .map(|vcpu| {
+            let handler = Counting(entries.clone(), None);
+            set.spawn("vcpu", vcpu, handler).unwrap()
+        })
+        .collect();
+    entries.wait();
+    let bare_entries = Entries::new(vcpus);
+    let bare = Bare::start(halted(&machines[1], vcpus), &bare_entries);
+    bare_entries.wait();
+    let mut ours = || {
+        cycles(1, &entries, |resuming| {
+            let pause = set.pause().unwrap();
+            resuming();
+            pause.resume();
+        })
+    };
+    let mut floor = || {
+        cycles(1, &bare_entries, |resuming| {
+            bare.pause();
+            resuming();
+            bare.resume();
+        })
+    };
+    by_turns(
+        &format!("pause and resume, {vcpus} halted, by turns"),
+        2000,
+        [("kvm-core", &mut ours), ("bare", &mut floor)],
+    );
+    bare.stop();
+    set.stop().unwrap();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+fn main() {
+    // `cargo test --benches` runs this too, without it.
+    if std::env::args().any(|arg| arg == "--bench") {
+        [1, 8, 64].into_iter().for_each(halted_by_turns);
+    }
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+}

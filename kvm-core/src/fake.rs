@@ -172,6 +172,7 @@ pub struct FakeState {
 #[derive(Default)]
 struct Signal {
     pending: bool,
+    in_guest: bool,
     log: FakeLog,
 }
 
@@ -194,6 +195,12 @@ impl FakeState {
     /// How often it was called so far.
     pub fn log(&self) -> FakeLog {
         lock(&self.signal).log
+    }
+
+    /// Whether it runs guest code at this moment. Unlike [`GuestMode::InGuestMode`](crate::GuestMode), which
+    /// a vCPU has a little longer, on its way in and out.
+    pub fn is_in_guest(&self) -> bool {
+        lock(&self.signal).in_guest
     }
 
     fn kept(&self) -> std::sync::MutexGuard<'_, VecDeque<BusError>> {
@@ -291,9 +298,11 @@ impl FakeVcpu {
     fn guest(&self) {
         let mut signal = lock(&self.state.signal);
         signal.log.guest += 1;
+        signal.in_guest = true;
         while !signal.pending {
             signal = wait(&self.state.arrived, signal);
         }
+        signal.in_guest = false;
     }
 
     fn exit(&mut self, reason: u32, bytes: Vec<(usize, Vec<u8>)>) {

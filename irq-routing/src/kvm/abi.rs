@@ -37,6 +37,7 @@ pub enum AbiError {
 }
 
 /// An entry in KVM's form.
+#[inline]
 pub fn to_kvm(entry: &Entry) -> kvm_irq_routing_entry {
     let mut flags = 0;
     // Zero throughout, so that the part of the union that a kind does not use is defined.

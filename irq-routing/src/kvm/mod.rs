@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 pub mod abi;
+mod routing_buffer;
 
 use std::ffi::c_ulong;
 
@@ -12,12 +13,13 @@ use kvm_bindings::{
     KVM_CAP_HYPERV_SYNIC, KVM_CAP_IRQ_ROUTING, KVM_CAP_PIT2, KVM_CAP_SPLIT_IRQCHIP,
     KVM_CAP_XEN_HVM, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_MSI_VALID_DEVID, KVM_PIT_SPEAKER_DUMMY, KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL, KVMIO,
-    KvmIrqRouting, kvm_enable_cap, kvm_irq_level, kvm_irqchip, kvm_msi, kvm_pit_config,
+    kvm_enable_cap, kvm_irq_level, kvm_irq_routing, kvm_irqchip, kvm_msi, kvm_pit_config,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
+use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref, ioctl_with_ptr};
 
+use self::routing_buffer::RoutingBuffer;
 use crate::gsi::Gsi;
 use crate::host::{
     AccessIrqchip, AttachIrqfd, CreateIrqchip, Errno, SetGsiRouting, SetIrqLine, SignalMsi,
@@ -36,9 +38,12 @@ const KVM_IRQ_LINE_STATUS: c_ulong = ioctl_expr(
     size_of::<kvm_irq_level>() as u32,
 );
 
+// kvm-ioctls takes the bindings' own buffer only (see `routing_buffer`).
+const KVM_SET_GSI_ROUTING: c_ulong =
+    ioctl_expr(_IOC_WRITE, KVMIO, 0x6a, size_of::<kvm_irq_routing>() as u32);
+
 const EPERM: i32 = 1;
 const ENXIO: i32 = 6;
-const ENOMEM: i32 = 12;
 const EOVERFLOW: i32 = 75;
 
 impl CreateIrqchip for VmFd {
@@ -143,12 +148,12 @@ impl SetGsiRouting for VmFd {
     }
 
     fn set_gsi_routing(&self, table: &Table) -> Result<(), Errno> {
-        // Refused above 4096 entries, which `Rules::limit` is not above on any kernel so far.
-        let mut routing = KvmIrqRouting::new(table.len()).map_err(|_| Errno::new(ENOMEM))?;
-        for (to, entry) in routing.as_mut_slice().iter_mut().zip(table.entries()) {
-            *to = abi::to_kvm(&entry);
+        let routing = RoutingBuffer::of(table);
+        // SAFETY: KVM reads the header and as many entries as it says, which are there.
+        match unsafe { ioctl_with_ptr(self, KVM_SET_GSI_ROUTING, routing.as_ptr()) } {
+            0 => Ok(()),
+            _ => Err(Errno::last()),
         }
-        VmFd::set_gsi_routing(self, &routing)
     }
 }
 
