@@ -37,6 +37,7 @@ pub(crate) use blob;
 
 pub mod boot;
 pub mod console;
+pub mod debug;
 pub mod image;
 pub mod io;
 pub mod irq;

@@ -61,7 +61,7 @@
 //! `mode.rs` (the guest modes and their table), `request.rs`, `kick.rs` (the protocol of the two, and
 //! why nothing is lost), `run.rs` (the loop), `control.rs` (all vCPUs together), `exit.rs` (the
 //! decoder), `stats/` (KVM's own statistics), `kvm/` (the ioctls, and all `unsafe`), `arch/` (CPUID,
-//! MSRs, registers, tables as data), `fake.rs` (a vCPU without KVM).
+//! MSRs, registers, tables, debug registers as data), `fake.rs` (a vCPU without KVM).
 //!
 //! # Concurrency
 //!
@@ -107,8 +107,11 @@
 //!   [`HaltReason`]s; a monitor that wants to mend such a vCPU takes it from the [`Halt`], and enrols
 //!   it again.
 //! - Halts that come to user space (no local APIC in the kernel) are the handler's; blocking with
-//!   adaptive polling is planned, as are NMI injection, whole state, guest debugging, in-kernel
-//!   devices, and a path for memory errors that arrive as MMIO inside a slot.
+//!   adaptive polling is planned, as are whole state, in-kernel devices, and a path for memory errors
+//!   that arrive as MMIO inside a slot.
+//! - Guest debugging is the vCPU's: while it has a hardware breakpoint of a debugger's, the guest's own
+//!   debug registers do nothing. A KVM that interprets guests has no data watchpoints, and ends a guest
+//!   at an `int3` outside real mode, whosever it is.
 //! - While a pause holds, a vCPU's registers are its thread's: read them before parking by a
 //!   [`Request`], until the planned access from the control plane is there.
 //! - A real-time kick signal needs room in `RLIMIT_SIGPENDING` ([`KickSignal`]).

@@ -2,6 +2,8 @@
 
 //! The edge to the kernel: all ioctls, and all `unsafe`, of this crate.
 
+#[cfg(target_arch = "x86_64")]
+mod debug;
 mod mapping;
 mod signal;
 mod stats;
