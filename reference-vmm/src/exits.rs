@@ -27,6 +27,7 @@ use vm_memory::GuestAddress;
 use crate::devices::coalesce::{Coalescing, PolledOutput};
 use crate::devices::ioapic::Ioapic;
 use crate::end::{EndSignal, GuestEnd};
+use crate::gdb::{self, VcpuSide};
 use crate::stats::{ExitCounters, ExitKind};
 use crate::timeline::{Event, timeline};
 
@@ -52,6 +53,8 @@ pub(crate) struct Handler<P> {
     memory: memslots::Reader<SlotTable>,
     counters: Arc<ExitCounters>,
     entered: bool,
+    /// Under a debugger.
+    debug: Option<Box<VcpuSide>>,
 }
 
 /// Why a vCPU stopped by itself.
@@ -64,13 +67,18 @@ pub(crate) enum Stop {
 }
 
 impl<P: PolledOutput + 'static> Handler<P> {
-    pub(crate) fn new(shared: &Arc<Shared<P>>, counters: Arc<ExitCounters>) -> Self {
+    pub(crate) fn new(
+        shared: &Arc<Shared<P>>,
+        counters: Arc<ExitCounters>,
+        debug: Option<VcpuSide>,
+    ) -> Self {
         Handler {
             io: shared.bus.dispatcher(),
             memory: shared.memslots.reader(),
             shared: shared.clone(),
             counters,
             entered: false,
+            debug: debug.map(Box::new),
         }
     }
 
@@ -111,6 +119,13 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 }
             }
             Exit::Hlt => return Err(Stop::Halted),
+            Exit::Debug {
+                exception, pc, dr6, ..
+            } => {
+                if let Some(debug) = &mut self.debug {
+                    debug.debug_exit(vcpu, exception, pc, dr6);
+                }
+            }
             Exit::SystemEvent { kind, .. } => match kind {
                 kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => self.tell(GuestEnd::PoweredOff),
                 kvm_bindings::KVM_SYSTEM_EVENT_RESET => self.tell(GuestEnd::Reset),
@@ -190,17 +205,16 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
         }
     }
 
-    /// The only request there is: [`SHOW_REGISTERS`].
-    fn requests(&mut self, vcpu: &VcpuView<'_, VcpuFd>, _: Requests) -> Flow<Stop> {
-        let id = vcpu.id();
-        // One write each, so that several vCPUs' do not mix. Stderr closed or full stops no guest.
-        let text = match vcpu.registers() {
-            Ok(registers) => format!("reference-vmm: vCPU {id}:\n{registers}\n"),
-            Err(error) => {
-                format!("reference-vmm: vCPU {id}: its registers cannot be read: {error}\n")
-            }
-        };
-        crate::stderr::write(text.as_bytes());
+    /// [`SHOW_REGISTERS`] and the debugger's.
+    fn requests(&mut self, vcpu: &VcpuView<'_, VcpuFd>, requests: Requests) -> Flow<Stop> {
+        if SHOW_REGISTERS.is_some_and(|show| requests.contains(show)) {
+            show_registers(vcpu);
+        }
+        if let Some(debug) = &mut self.debug
+            && gdb::DEBUG.is_some_and(|request| requests.contains(request))
+        {
+            debug.serve(vcpu);
+        }
         Flow::Continue
     }
 
@@ -210,6 +224,18 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
             timeline().mark(Event::FirstEntry);
         }
     }
+}
+
+fn show_registers(vcpu: &VcpuView<'_, VcpuFd>) {
+    let id = vcpu.id();
+    // One write each, so that several vCPUs' do not mix. Stderr closed or full stops no guest.
+    let text = match vcpu.registers() {
+        Ok(registers) => format!("reference-vmm: vCPU {id}:\n{registers}\n"),
+        Err(error) => {
+            format!("reference-vmm: vCPU {id}: its registers cannot be read: {error}\n")
+        }
+    };
+    crate::stderr::write(text.as_bytes());
 }
 
 /// The data of an access that may have to be waited for.

@@ -42,7 +42,8 @@
 //! the tables that an exit goes through are read without one. While a machine is built, a thread
 //! named `cpuid` waits for KVM's slowest answer; where the build fails before it is needed, that
 //! thread outlives the call by as long as the answer takes. While a guest writes much to its serial
-//! port, a thread named `com1-drain` takes the output out of KVM's ring ([`devices::coalesce`]).
+//! port, a thread named `com1-drain` takes the output out of KVM's ring ([`devices::coalesce`]). With
+//! `--gdb` a thread named `gdb` serves the debugger ([`gdb`]); without it there is nothing of that.
 //!
 //! # Threat model
 //!
@@ -74,6 +75,7 @@ pub mod devices;
 pub mod doctor;
 pub mod end;
 pub(crate) mod exits;
+pub mod gdb;
 pub mod host_memory;
 pub mod kvm_stats;
 pub mod logger;

@@ -37,7 +37,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -68,6 +68,7 @@ use crate::devices::rtc::Rtc;
 use crate::devices::serial::{ConsoleOut, SerialPort};
 use crate::end::EndSignal;
 use crate::exits::{self, Handler, SHOW_REGISTERS, run_vcpu};
+use crate::gdb;
 use crate::host_memory::SYSFS;
 use crate::kvm_stats::{KvmReaders, KvmStats};
 use crate::main_loop::GuestSide;
@@ -162,6 +163,9 @@ pub enum BuildError {
         /// Why.
         source: io_bus::Error,
     },
+    /// A debugger cannot be listened for.
+    #[error(transparent)]
+    Gdb(#[from] gdb::ListenError),
     /// A vCPU is in the set already; two vCPUs with one number.
     #[error(transparent)]
     Control(#[from] kvm_core::ControlError),
@@ -196,6 +200,7 @@ impl BuildError {
             | BuildError::Cpus { .. }
             | BuildError::Boot(_)
             | BuildError::Layout(_)
+            | BuildError::Gdb(gdb::ListenError::Occupied { .. })
             | BuildError::Config(_)
             | BuildError::Acpi(_) => 2,
             _ => 1,
@@ -209,6 +214,10 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     end: Arc<EndSignal>,
     kvm_stats: Option<KvmReaders<StatsFd>>,
+    /// Where a debugger is listened for.
+    gdb: Option<gdb::Listener>,
+    /// The KVM device.
+    kvm: PathBuf,
 }
 
 /// What lives as long as the guest. Fields are dropped in this order: devices first, which hold
@@ -432,7 +441,15 @@ impl Machine {
             vcpus,
             end: end.clone(),
             kvm_stats: None,
+            gdb: None,
+            kvm: config.kvm.clone(),
         })
+    }
+
+    /// Puts the guest under a debugger: it waits for one that connects to `listener` before its first
+    /// instruction.
+    pub fn debug(&mut self, listener: gdb::Listener) {
+        self.gdb = Some(listener);
     }
 
     /// Has the accesses of each device counted from now on: [`Running::stats`] shows them then. Each
@@ -461,8 +478,14 @@ impl Machine {
             vcpus,
             end,
             kvm_stats,
+            gdb,
+            kvm,
         } = self;
         let set = VcpuSet::new(parts.vm.identity().clone());
+        let process = |what| move |source| BuildError::Process { what, source };
+        // Before there is a vCPU's thread: none runs an instruction before the debugger lets it.
+        let link = gdb.is_some().then(|| gdb::Link::new(&set));
+        let link = link.transpose().map_err(process("make an eventfd"))?;
         let live = Arc::new(AtomicUsize::new(vcpus.len()));
         let stopping = Arc::new(AtomicBool::new(false));
         let shared = Arc::new(exits::Shared {
@@ -473,7 +496,16 @@ impl Machine {
             end: end.clone(),
             stopping: stopping.clone(),
         });
+        let debugger = match (gdb, &link) {
+            (Some(listener), Some(link)) => {
+                let memory = &parts.memslots;
+                let started = gdb::Debugger::start(listener, link, memory, &kvm, &end);
+                Some(started.map_err(process("start the debugger's thread"))?)
+            }
+            _ => None,
+        };
         let mut running = Running {
+            debugger,
             set,
             threads: Vec::with_capacity(vcpus.len()),
             stopping,
@@ -485,7 +517,8 @@ impl Machine {
         for vcpu in vcpus {
             // On an error `running` is dropped, which stops the threads started so far.
             let counters = Arc::new(ExitCounters::default());
-            let handler = Handler::new(&shared, counters.clone());
+            let side = link.as_ref().map(|link| link.vcpu(vcpu.id()));
+            let handler = Handler::new(&shared, counters.clone(), side);
             running.counters.push(counters);
             running.waits.push(handler.interrupter());
             let runner = running.set.enroll(vcpu)?;
@@ -507,6 +540,8 @@ impl Machine {
 
 /// A machine whose vCPUs run.
 pub struct Running {
+    /// Before the vCPUs' set and the memory, which it uses.
+    debugger: Option<gdb::Debugger>,
     set: VcpuSet,
     threads: Vec<JoinHandle<()>>,
     stopping: Arc<AtomicBool>,
@@ -526,6 +561,9 @@ impl Running {
         self.stopping.store(true, Ordering::Relaxed);
         for wait in &self.waits {
             wait.interrupt();
+        }
+        if let Some(debugger) = &self.debugger {
+            debugger.close();
         }
         if let Err(error) = self.set.stop() {
             log::error!("cannot stop the vCPUs: {error}");
@@ -580,6 +618,8 @@ impl Running {
     }
 
     fn join(&mut self) {
+        // First: it tells the debugger of the end.
+        self.debugger = None;
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("a vCPU's thread panicked");
