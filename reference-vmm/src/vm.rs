@@ -496,16 +496,8 @@ impl Machine {
             end: end.clone(),
             stopping: stopping.clone(),
         });
-        let debugger = match (gdb, &link) {
-            (Some(listener), Some(link)) => {
-                let memory = &parts.memslots;
-                let started = gdb::Debugger::start(listener, link, memory, &kvm, &end);
-                Some(started.map_err(process("start the debugger's thread"))?)
-            }
-            _ => None,
-        };
         let mut running = Running {
-            debugger,
+            debugger: None,
             set,
             threads: Vec::with_capacity(vcpus.len()),
             stopping,
@@ -533,6 +525,12 @@ impl Machine {
                     source,
                 })?;
             running.threads.push(thread);
+        }
+        // Last: a debugger that connects at once stops those vCPUs that are enrolled.
+        if let (Some(listener), Some(link)) = (gdb, &link) {
+            let memory = &running.parts.memslots;
+            let debugger = gdb::Debugger::start(listener, link, memory, &kvm, &end);
+            running.debugger = Some(debugger.map_err(process("start the debugger's thread"))?);
         }
         Ok(running)
     }

@@ -62,8 +62,9 @@ pub(super) enum Job {
     Call(Call),
     /// Run with this from now on; whether KVM took it is the answer.
     Arm(Armed, Sender<Result<(), kvm_core::Error>>),
-    /// Run guest code.
-    Go,
+    /// Run guest code, if this is the stop that the vCPU waits in. One that was parked when it was let go
+    /// finds the word of it only in the next stop, where it does not count.
+    Go(u64),
 }
 
 /// What the threads share.
@@ -79,6 +80,8 @@ pub(crate) struct Link {
 #[derive(Default)]
 struct State {
     closed: bool,
+    /// How often the vCPUs were stopped.
+    stops: u64,
     events: Vec<Event>,
     /// What keeps the vCPUs out until the debugger's thread has seen to it itself.
     pauses: Vec<Pause>,
@@ -149,15 +152,27 @@ impl Link {
         self.state().closed
     }
 
-    /// Takes the events, and the pauses that came with them.
-    pub(super) fn take(&self) -> (Vec<Event>, Vec<Pause>) {
-        // EAGAIN: there were none.
+    /// Whether there are events. What made [`Link::happened`] readable is forgotten.
+    pub(super) fn has_events(&self) -> bool {
+        // EAGAIN: nothing did. Before the look: what comes later is readable again.
         let _ = self.happened.read();
+        !self.state().events.is_empty()
+    }
+
+    /// The vCPUs are all out: a new stop begins. Takes the events, and the pauses that came with them.
+    pub(super) fn next_stop(&self) -> (Vec<Event>, Vec<Pause>) {
         let mut state = self.state();
+        state.stops += 1;
         (
             std::mem::take(&mut state.events),
             std::mem::take(&mut state.pauses),
         )
+    }
+
+    /// Lets a vCPU go that waits in the stop that is now. One that has ended needs no leave.
+    pub(super) fn go(&self, id: VcpuId) {
+        let stop = self.state().stops;
+        let _ = self.give(id, Job::Go(stop));
     }
 
     /// Gives a job to a vCPU; false if it has ended.
@@ -198,7 +213,8 @@ impl VcpuSide {
                     // Who asked is waiting, unless the machine ends.
                     let _ = answer.send(result);
                 }
-                Job::Go => break,
+                Job::Go(stop) if stop == self.link.state().stops => break,
+                Job::Go(_) => {}
             }
         }
     }

@@ -141,9 +141,12 @@ impl<V: Vcpus> GuestTarget<V> {
     /// # Errors
     /// [`Trouble`].
     pub(super) fn happened(&mut self) -> Result<Option<StopReason>, Trouble> {
+        // Word of what an earlier stop has seen to already.
+        if !self.vcpus.has_events() {
+            return Ok(None);
+        }
         let events = self.stop()?;
         let Some(event) = events.first().copied() else {
-            // Untold ones are told when gdb has the guest run.
             return Ok(None);
         };
         self.untold.retain(|untold| *untold != event);

@@ -71,6 +71,9 @@ pub(crate) trait Vcpus {
     /// Those that have not ended.
     fn ids(&self) -> Vec<VcpuId>;
 
+    /// Whether something has happened since the last stop.
+    fn has_events(&self) -> bool;
+
     /// Brings all of them out of the guest, and gives what has happened since the last time. Blocks for
     /// the handlers that are at work.
     fn stop(&mut self) -> Result<Vec<Event>, Trouble>;
@@ -165,6 +168,10 @@ impl Vcpus for Live {
         ids
     }
 
+    fn has_events(&self) -> bool {
+        self.link.has_events()
+    }
+
     fn stop(&mut self) -> Result<Vec<Event>, Trouble> {
         let Some(debug) = DEBUG else {
             return Ok(Vec::new());
@@ -173,8 +180,8 @@ impl Vcpus for Live {
         let begun = self.link.set().begin_pause();
         self.go(&self.held.iter().copied().collect::<Vec<_>>());
         let whole = self.link.set().pause()?;
+        let (events, pauses) = self.link.next_stop();
         self.link.set().request_all(debug);
-        let (events, pauses) = self.link.take();
         drop((begun, whole, pauses));
         self.held = self.link.set().ids().into_iter().collect();
         Ok(events)
@@ -183,8 +190,7 @@ impl Vcpus for Live {
     fn go(&mut self, ids: &[VcpuId]) {
         for id in ids {
             self.held.remove(id);
-            // One that has ended needs no leave.
-            let _ = self.link.give(*id, Job::Go);
+            self.link.go(*id);
         }
     }
 
