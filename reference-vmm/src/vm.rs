@@ -561,6 +561,8 @@ impl Running {
             wait.interrupt();
         }
         if let Some(debugger) = &self.debugger {
+            // In this order: those that wait for the debugger run no more of the guest.
+            self.set.begin_stop();
             debugger.close();
         }
         if let Err(error) = self.set.stop() {
