@@ -168,7 +168,7 @@ fn a_watchpoint_stops_behind_the_write_or_the_host_is_one_that_interprets() {
 }
 
 #[test]
-fn an_int3_of_long_mode_comes_out_or_the_host_is_one_that_interprets() {
+fn an_int3_of_long_mode_comes_out_or_the_host_is_an_emulated_one() {
     watchdog(|| {
         // nop; int3; hlt
         let mut machine = Machine::new(&[0x90, 0xcc, 0xf4]);
@@ -178,13 +178,14 @@ fn an_int3_of_long_mode_comes_out_or_the_host_is_one_that_interprets() {
             ..Default::default()
         };
         let reason = first_exit(&machine, vcpu, &debug);
-        // Its interpreter has no int3 of protected mode, whosever it is.
-        let interpreted = !lab() && matches!(reason, HaltReason::InternalError(_));
         let hit = format!("{:x?} at {:#x}", DebugCause::Software, at(1));
-        assert!(
-            interpreted || reason == HaltReason::Handler(hit),
-            "{reason}"
-        );
+        let without = match lab() {
+            // QEMU's SVM delivers an int3 past the intercept, to a guest that has no handler here.
+            true => reason == HaltReason::Shutdown,
+            // A KVM that interprets has no int3 of protected mode, whosever it is.
+            false => matches!(reason, HaltReason::InternalError(_)),
+        };
+        assert!(without || reason == HaltReason::Handler(hit), "{reason}");
     });
 }
 

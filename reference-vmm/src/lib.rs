@@ -60,7 +60,9 @@
 //!
 //! With 1 GiB pages the firmware lies in RAM that the guest can write; with 2 MiB pages the first
 //! 2 MiB are ordinary memory. No disks, network or other virtio devices. A reset ends the monitor instead of restarting the
-//! guest. The real-time clock raises no interrupt. vCPUs number at most 255.
+//! guest. The real-time clock raises no interrupt. vCPUs number at most 255. A pause of a guest that gdb has
+//! stopped waits until gdb lets it go on; software breakpoints are not told from each other where one
+//! page is mapped at several addresses; what gdb may do is not written to a log.
 //!
 //! [kvm-core]: kvm_core
 //! [memslots]: memslots

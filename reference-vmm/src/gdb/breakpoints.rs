@@ -183,7 +183,7 @@ mod tests {
         prop_oneof![
             4 => (0..12u64).prop_map(Wanted::Soft),
             2 => (0..12u64).prop_map(Wanted::Hard),
-            2 => (0..64u64, 0..20u64, 0..3).prop_map(|(address, len, kind)| {
+            2 => (0..64u64, 0..20u64, 0..3usize).prop_map(|(address, len, kind)| {
                 let kind = [WatchKind::Write, WatchKind::Read, WatchKind::ReadWrite][kind];
                 Wanted::Watch { address, len, kind }
             }),

@@ -41,11 +41,15 @@
 
 mod breakpoints;
 mod connection;
+#[cfg(test)]
+mod fake;
 mod link;
 mod listener;
 mod registers;
 mod session;
 mod target;
+#[cfg(test)]
+mod target_tests;
 mod trial;
 mod vcpus;
 

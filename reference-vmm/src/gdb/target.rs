@@ -88,6 +88,16 @@ impl<V: Vcpus> GuestTarget<V> {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn vcpus(&self) -> &V {
+        &self.vcpus
+    }
+
+    #[cfg(test)]
+    pub(super) fn vcpus_mut(&mut self) -> &mut V {
+        &mut self.vcpus
+    }
+
     /// A debugger comes: the guest stops, with no breakpoint.
     ///
     /// # Errors

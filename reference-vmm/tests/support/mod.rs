@@ -334,6 +334,19 @@ impl Running {
         }
     }
 
+    /// What stdout has said so far.
+    pub fn stdout(&self) -> String {
+        let read = self
+            .stdout
+            .as_ref()
+            .expect("captured")
+            .shared
+            .read
+            .lock()
+            .unwrap();
+        String::from_utf8_lossy(&read.0).into_owned()
+    }
+
     /// What stderr has said so far.
     pub fn stderr(&self) -> String {
         let read = self.stderr.shared.read.lock().unwrap();
