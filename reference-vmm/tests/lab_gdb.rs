@@ -12,8 +12,9 @@ mod support;
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use support::{Running, Vmm, need_kvm};
@@ -43,7 +44,11 @@ fn linux(socket: &Path, then: &str) -> Running {
 }
 
 /// What gdb says to these commands, once it is connected.
-struct Gdb(std::process::Child);
+struct Gdb {
+    child: std::process::Child,
+    out: BufReader<ChildStdout>,
+    said: String,
+}
 
 impl Gdb {
     fn start(socket: &Path, commands: &[&str]) -> Self {
@@ -57,12 +62,27 @@ impl Gdb {
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         let child = command.stderr(Stdio::piped()).spawn();
-        Gdb(child.unwrap_or_else(|error| panic!("{}: {error}", program.display())))
+        let mut child = child.unwrap_or_else(|error| panic!("{}: {error}", program.display()));
+        let out = BufReader::new(child.stdout.take().unwrap());
+        Gdb {
+            child,
+            out,
+            said: String::new(),
+        }
     }
 
-    fn said(self) -> String {
-        let output = self.0.wait_with_output().unwrap();
-        let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    /// Waits until it says this.
+    fn wait_for(&mut self, needle: &str) {
+        while !self.said.contains(needle) {
+            let read = self.out.read_line(&mut self.said).unwrap();
+            assert!(read > 0, "gdb never said {needle:?}:\n{}", self.said);
+        }
+    }
+
+    fn said(mut self) -> String {
+        let mut text = self.said;
+        self.out.read_to_string(&mut text).unwrap();
+        let output = self.child.wait_with_output().unwrap();
         let _ = writeln!(text, "{}", String::from_utf8_lossy(&output.stderr));
         println!("{text}");
         text
@@ -95,13 +115,15 @@ fn gdb_debugs_a_stock_kernel() {
     has(&text, &["rip ", "cr0 ", "=> 0x", "detached"]);
     running.wait_for("guest: a shell");
     running.type_in(b"grep ' __x64_sys_reboot$' /proc/kallsyms | sed s/^/symbol=/\n");
-    running.wait_for("symbol=ffffffff");
+    // The whole line; the shell has echoed the command, which has no T.
+    running.wait_for(" T __x64_sys_reboot");
     let symbol = symbol(&running.stdout());
 
     // Attached to while it runs: a breakpoint that the shell's end runs into.
     let commands = |symbol: &str| {
         [
             format!("break *0x{symbol}"),
+            "echo ready\\n".to_owned(),
             "continue".to_owned(),
             "info registers rip rax rdi gs_base cr3".to_owned(),
             "x/2i $pc".to_owned(),
@@ -115,7 +137,9 @@ fn gdb_debugs_a_stock_kernel() {
     };
     let commands = commands(&symbol);
     let commands: Vec<_> = commands.iter().map(String::as_str).collect();
-    let gdb = Gdb::start(&socket, &commands);
+    let mut gdb = Gdb::start(&socket, &commands);
+    // The guest is stopped, and finds what is typed when it goes on.
+    gdb.wait_for("ready");
     running.type_in(b"exit\n");
     hit(&gdb.said(), &symbol);
     running.wait().expect_status(0);
