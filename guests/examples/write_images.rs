@@ -4,7 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use guests::{boot, console, image};
+use guests::{boot, console, debug, image};
 
 fn main() {
     let folder = std::path::PathBuf::from(std::env::args().nth(1).expect("a folder"));
@@ -23,6 +23,7 @@ fn main() {
         ("multiboot.elf", image::multiboot(boot::multiboot32())),
         ("smp.elf", image::elf64(boot::smp64())),
         ("polled.elf", image::elf64(console::polled64())),
+        ("debug.elf", image::elf64(debug::debug64())),
         ("rom.elf", image::elf64(console::rom64())),
     ] {
         std::fs::write(folder.join(name), image).unwrap();

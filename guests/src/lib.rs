@@ -38,6 +38,7 @@ pub(crate) use blob;
 pub mod boot;
 pub mod console;
 pub mod cpu;
+pub mod debug;
 pub mod image;
 pub mod io;
 pub mod irq;

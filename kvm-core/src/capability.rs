@@ -113,6 +113,24 @@ impl<H: CheckExtension> Capabilities<H> {
         self.has(kvm::KVM_CAP_BINARY_STATS_FD)
     }
 
+    /// Breakpoints, watchpoints and single step ([`GuestDebug`](crate::arch::x86_64::GuestDebug)).
+    #[cfg(target_arch = "x86_64")]
+    pub fn guest_debug(&self) -> bool {
+        self.has(kvm::KVM_CAP_SET_GUEST_DEBUG)
+    }
+
+    /// A step can keep interrupts out (Linux 5.16).
+    #[cfg(target_arch = "x86_64")]
+    pub fn guest_debug_block_interrupts(&self) -> bool {
+        let flags = self.value(kvm::KVM_CAP_SET_GUEST_DEBUG2);
+        flags.is_some_and(|flags| flags.get() & kvm::KVM_GUESTDBG_BLOCKIRQ != 0)
+    }
+
+    /// NMIs can be injected ([`VcpuSet::nmi`](crate::VcpuSet::nmi)).
+    pub fn user_nmi(&self) -> bool {
+        self.has(kvm::KVM_CAP_USER_NMI)
+    }
+
     /// Bytes of a vCPU's extended state; `None` on hosts where the old 4 KiB structure is all.
     pub fn xsave_bytes(&self) -> Option<NonZeroU32> {
         self.value(kvm::KVM_CAP_XSAVE2)

@@ -317,6 +317,21 @@ impl VcpuSet {
         self.ask_one(id, Request::KICK)
     }
 
+    /// `KVM_NMI`, from any thread: the vCPU is brought out of the guest, raises a non-maskable interrupt
+    /// for it on its own thread, and takes it as it goes back in; one that sleeps in HLT wakes by it.
+    /// (The ioctl itself would wait for the vCPU to come out.) A vCPU that is paused takes it when it is
+    /// resumed. Two that come before the vCPU has served the first are one. An AP that the guest has not
+    /// started keeps it pending, and goes round without sleep until it is started.
+    ///
+    /// What KVM says is logged and not told here: `EINVAL` and its like on a host without
+    /// [`Capabilities::user_nmi`](crate::Capabilities::user_nmi).
+    ///
+    /// # Errors
+    /// [`ControlError::NoSuchVcpu`].
+    pub fn nmi(&self, id: VcpuId) -> Result<(), ControlError> {
+        self.ask_one(id, Request::NMI)
+    }
+
     /// `kvm_make_request` and a kick: the vCPU's handler gets `request`
     /// ([`ExitHandler::requests`]) before the vCPU runs guest code again. Made twice before it is
     /// served, it is served once. What the caller wrote before is visible to the handler.

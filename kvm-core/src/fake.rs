@@ -189,6 +189,8 @@ pub struct FakeLog {
     pub completed: usize,
     /// `KVM_KVMCLOCK_CTRL`.
     pub clock: usize,
+    /// `KVM_NMI`.
+    pub nmis: usize,
 }
 
 impl FakeState {
@@ -236,6 +238,7 @@ pub struct FakeVcpu {
     access_pending: bool,
     attach: Option<i32>,
     clock: Option<i32>,
+    nmi: Option<i32>,
     waits: usize,
 }
 
@@ -256,6 +259,7 @@ impl FakeVcpu {
             access_pending: false,
             attach: None,
             clock: None,
+            nmi: None,
             waits: 0,
         }
     }
@@ -271,6 +275,13 @@ impl FakeVcpu {
     #[must_use]
     pub fn kvmclock_ctrl_fails(mut self, errno: i32) -> Self {
         self.clock = Some(errno);
+        self
+    }
+
+    /// `KVM_NMI` fails with this errno.
+    #[must_use]
+    pub fn nmi_fails(mut self, errno: i32) -> Self {
+        self.nmi = Some(errno);
         self
     }
 
@@ -370,6 +381,11 @@ impl RunVcpu for FakeVcpu {
     fn kvmclock_ctrl(&mut self) -> Result<(), Errno> {
         lock(&self.state.signal).log.clock += 1;
         self.clock.map_or(Ok(()), |errno| Err(Errno::new(errno)))
+    }
+
+    fn nmi(&mut self) -> Result<(), Errno> {
+        lock(&self.state.signal).log.nmis += 1;
+        self.nmi.map_or(Ok(()), |errno| Err(Errno::new(errno)))
     }
 
     fn waits_for_init(&mut self) -> bool {

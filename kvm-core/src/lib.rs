@@ -65,7 +65,7 @@
 //! is halted in user space), `kernel_halt.rs` (one that is halted in KVM), `device.rs` (devices in the
 //! kernel), `stats/` (KVM's own statistics), `logging/` (log lines that no guest can make flow), `kvm/`
 //! (the ioctls, and all `unsafe`), `arch/` (CPUID with topologies and processor models, MSRs and their
-//! filter, registers, tables, machine checks as data; whole state), `fake.rs` (a vCPU without KVM).
+//! filter, registers, tables, debug registers, machine checks as data; whole state), `fake.rs` (a vCPU without KVM).
 //!
 //! # vCPUs that come later
 //!
@@ -169,6 +169,9 @@
 //! - Exits that end a vCPU in any case (triple fault, internal error, failed entry) come as
 //!   [`HaltReason`]s; a monitor that wants to mend such a vCPU takes it from the [`Halt`], and enrols
 //!   it again.
+//! - Guest debugging is the vCPU's: while it has a hardware breakpoint of a debugger's, the guest's own
+//!   debug registers do nothing. A KVM that interprets guests has no data watchpoints, and ends a guest
+//!   at an `int3` outside real mode, whosever it is.
 //! - A memory error that comes out as MMIO is found only where [`ExitHandler::is_memory`] knows the slots,
 //!   and the guest's instruction is over then: what a guest can be told is that its context is corrupt. An
 //!   access that raced with the slot's creation looks the same. `EFAULT` alone has no address.

@@ -20,6 +20,8 @@ impl Request {
     pub(crate) const KICK: Self = Self(1);
     /// Say that the guest was left (`KVM_REQUEST_WAIT`).
     pub(crate) const ACKNOWLEDGE: Self = Self(2);
+    /// Raise an NMI (`KVM_REQ_NMI` is what the kernel makes of it).
+    pub(crate) const NMI: Self = Self(3);
 
     /// The consumer's request number `n`, or `None` beyond the 56 that there are.
     #[must_use]
@@ -120,7 +122,8 @@ mod tests {
         let own = Requests::default()
             .with(Request::CONTROL)
             .with(Request::KICK)
-            .with(Request::ACKNOWLEDGE);
+            .with(Request::ACKNOWLEDGE)
+            .with(Request::NMI);
         assert!(own.consumers().is_empty());
     }
 

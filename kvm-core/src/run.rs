@@ -65,6 +65,7 @@ const EINTR: i32 = 4;
 const EAGAIN: i32 = 11;
 const EFAULT: i32 = 14;
 const EINVAL: i32 = 22;
+const ENOTTY: i32 = 25;
 const EHWPOISON: i32 = 133;
 
 /// So many times in succession `KVM_RUN` may say `EAGAIN` to a vCPU that waits for nothing. One is
@@ -108,6 +109,15 @@ pub trait RunVcpu: Send {
     /// # Errors
     /// The errno of the ioctl; `EINVAL` is that of a guest without kvm-clock.
     fn kvmclock_ctrl(&mut self) -> Result<(), Errno>;
+
+    /// `KVM_NMI`: a non-maskable interrupt for the guest, at its next entry. A vCPU that has none says
+    /// `ENOTTY`, as this does.
+    ///
+    /// # Errors
+    /// The errno of the ioctl.
+    fn nmi(&mut self) -> Result<(), Errno> {
+        Err(Errno::new(ENOTTY))
+    }
 
     /// Whether the vCPU waits for another to start it (`KVM_MP_STATE_UNINITIALIZED`), in which case
     /// `EAGAIN` of [`RunVcpu::run`] is no refusal. Asked after each `EAGAIN`. A vCPU that never
@@ -571,6 +581,11 @@ impl<V: RunVcpu> Runner<V> {
                 Flow::Stop(value) => return Err(HaltReason::Handler(value)),
             }
             self.bus_errors(handler)?;
+        }
+        if requests.contains(Request::NMI)
+            && let Err(errno) = self.vcpu.nmi()
+        {
+            log::warn!("{}: KVM_NMI failed: {errno}", self.member.identity());
         }
         // Before parking: who waits for the acknowledgement must not wait for the end of a pause.
         if requests.contains(Request::ACKNOWLEDGE) {

@@ -13,6 +13,7 @@ use lexopt::prelude::*;
 use crate::config::{Config, ConfigError, Irqchip, MAX_CPUS, check_path};
 use crate::cpu_model::CpuModel;
 use crate::cpus::Cpus;
+use crate::gdb;
 use crate::memory::Memory;
 
 /// What the user asked for.
@@ -55,6 +56,8 @@ pub struct Run {
     pub log: log::LevelFilter,
     /// How long a guest has to power off after SIGTERM pressed its power button, in seconds.
     pub shutdown_timeout: u32,
+    /// Where a debugger is waited for.
+    pub gdb: Option<gdb::Address>,
 }
 
 /// How the counters are printed.
@@ -93,6 +96,9 @@ pub enum UsageError {
         /// What is wrong with its value.
         source: ConfigError,
     },
+    /// No address to wait for gdb at.
+    #[error("--gdb {0}")]
+    Gdb(gdb::NoAddress),
     /// A value that parses and cannot be.
     #[error("{0}")]
     Config(#[from] ConfigError),
@@ -163,6 +169,8 @@ Options:
   --stats[=json]           Say on stderr at the end, and at each SIGUSR1, what the guest did: exits,
                            accesses to each device and to none, coalesced writes, memory, and what
                            KVM itself counted that is not 0
+  --gdb ADDRESS            Wait for gdb before the guest's first instruction, at unix:PATH or
+                           tcp:ADDRESS:PORT; who can connect there owns the guest
   --timeline               Say on stderr at the end what happened when, in microseconds
   --log LEVEL              off, error, warn, info, debug or trace [warn]
   -h, --help               Show this help
@@ -264,7 +272,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     let mut changes: Vec<Edit> = Vec::new();
     let mut initrd = Vec::new();
     let (mut timeline, mut log, mut shutdown_timeout) = (false, log::LevelFilter::Warn, 10);
-    let mut stats = None;
+    let (mut stats, mut gdb) = (None, None);
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help(RUN_HELP)),
@@ -329,6 +337,10 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.kvm = path));
             }
             Long("timeline") => timeline = true,
+            Long("gdb") => {
+                let address = parser.value()?.string()?.parse();
+                gdb = Some(address.map_err(UsageError::Gdb)?);
+            }
             Long("stats") => {
                 stats = Some(match parser.optional_value() {
                     None => StatsForm::Text,
@@ -369,6 +381,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         stats,
         log,
         shutdown_timeout,
+        gdb,
     }))
 }
 
@@ -595,6 +608,11 @@ mod tests {
             (&["run", "--kernel", "k", "extra"], "extra"),
             (&["run", "--kernel"], "--kernel"),
             (&["run", "--config", "/no/such/file"], "/no/such/file"),
+            (
+                &["run", "--kernel", "k", "--gdb", "1234"],
+                "--gdb \"1234\": unix:PATH or tcp:ADDRESS:PORT",
+            ),
+            (&["run", "--kernel", "k", "--gdb"], "--gdb"),
             (&["boot"], "boot"),
             (&["doctor", "--xml"], "--xml"),
             (&[], "--help"),

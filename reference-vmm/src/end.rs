@@ -46,6 +46,8 @@ pub enum StopCause {
     Signal(i32),
     /// Ctrl-A x on the console.
     Console,
+    /// gdb's `kill`.
+    Debugger,
 }
 
 impl GuestEnd {

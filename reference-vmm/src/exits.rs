@@ -31,6 +31,7 @@ use crate::devices::coalesce::{Coalescing, PolledOutput};
 use crate::devices::edge::Owing;
 use crate::devices::ioapic::Ioapic;
 use crate::end::{EndSignal, GuestEnd};
+use crate::gdb::{self, VcpuSide};
 use crate::msrs::Unserved;
 use crate::stats::{ExitCounters, ExitKind};
 use crate::timeline::{Event, timeline};
@@ -65,6 +66,8 @@ pub(crate) struct Handler<P> {
     memory: memslots::Reader<SlotTable>,
     counters: Arc<ExitCounters>,
     entered: bool,
+    /// Under a debugger.
+    debug: Option<Box<VcpuSide>>,
 }
 
 /// Why a vCPU stopped by itself.
@@ -77,7 +80,12 @@ pub(crate) enum Stop {
 }
 
 impl<P: PolledOutput + 'static> Handler<P> {
-    pub(crate) fn new(who: Identity, shared: &Arc<Shared<P>>, counters: Arc<ExitCounters>) -> Self {
+    pub(crate) fn new(
+        who: Identity,
+        shared: &Arc<Shared<P>>,
+        counters: Arc<ExitCounters>,
+        debug: Option<VcpuSide>,
+    ) -> Self {
         Handler {
             who,
             io: shared.bus.dispatcher(),
@@ -85,6 +93,7 @@ impl<P: PolledOutput + 'static> Handler<P> {
             shared: shared.clone(),
             counters,
             entered: false,
+            debug: debug.map(Box::new),
         }
     }
 
@@ -152,6 +161,13 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 });
             }
             Exit::Hlt => return Err(Stop::Halted),
+            Exit::Debug {
+                exception, pc, dr6, ..
+            } => {
+                if let Some(debug) = &mut self.debug {
+                    debug.debug_exit(vcpu, exception, pc, dr6);
+                }
+            }
             Exit::SystemEvent { kind, .. } => match kind {
                 kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => self.tell(GuestEnd::PoweredOff),
                 kvm_bindings::KVM_SYSTEM_EVENT_RESET => self.tell(GuestEnd::Reset),
@@ -226,7 +242,7 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
         }
     }
 
-    /// [`SHOW_REGISTERS`] and [`SEND_OWED`].
+    /// [`SHOW_REGISTERS`], [`SEND_OWED`] and the debugger's.
     fn requests(&mut self, vcpu: &VcpuView<'_, VcpuFd>, requests: Requests) -> Flow<Stop> {
         let wants = |request: Option<Request>| request.is_some_and(|it| requests.contains(it));
         if wants(SEND_OWED) {
@@ -234,18 +250,14 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
                 owing.send_owed();
             }
         }
-        if !wants(SHOW_REGISTERS) {
-            return Flow::Continue;
+        if wants(SHOW_REGISTERS) {
+            show_registers(vcpu);
         }
-        let id = vcpu.id();
-        // One write each, so that several vCPUs' do not mix. Stderr closed or full stops no guest.
-        let text = match vcpu.registers() {
-            Ok(registers) => format!("reference-vmm: vCPU {id}:\n{registers}\n"),
-            Err(error) => {
-                format!("reference-vmm: vCPU {id}: its registers cannot be read: {error}\n")
-            }
-        };
-        crate::stderr::write(text.as_bytes());
+        if let Some(debug) = &mut self.debug
+            && wants(gdb::DEBUG)
+        {
+            debug.serve(vcpu);
+        }
         Flow::Continue
     }
 
@@ -271,6 +283,18 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
             timeline().mark(Event::FirstEntry);
         }
     }
+}
+
+fn show_registers(vcpu: &VcpuView<'_, VcpuFd>) {
+    let id = vcpu.id();
+    // One write each, so that several vCPUs' do not mix. Stderr closed or full stops no guest.
+    let text = match vcpu.registers() {
+        Ok(registers) => format!("reference-vmm: vCPU {id}:\n{registers}\n"),
+        Err(error) => {
+            format!("reference-vmm: vCPU {id}: its registers cannot be read: {error}\n")
+        }
+    };
+    crate::stderr::write(text.as_bytes());
 }
 
 /// The data of an access that may have to be waited for.

@@ -42,7 +42,8 @@
 //! the tables that an exit goes through are read without one. While a machine is built, a thread
 //! named `cpuid` waits for KVM's slowest answer; where the build fails before it is needed, that
 //! thread outlives the call by as long as the answer takes. While a guest writes much to its serial
-//! port, a thread named `com1-drain` takes the output out of KVM's ring ([`devices::coalesce`]).
+//! port, a thread named `com1-drain` takes the output out of KVM's ring ([`devices::coalesce`]). With
+//! `--gdb` a thread named `gdb` serves the debugger ([`gdb`]); without it there is nothing of that.
 //!
 //! # Threat model
 //!
@@ -60,7 +61,9 @@
 //! With 1 GiB pages the firmware lies in RAM that the guest can write; with 2 MiB pages the first
 //! 2 MiB are ordinary memory. No disks, network or other virtio devices. A reset ends the monitor instead of restarting the
 //! guest. The real-time clock raises no interrupt. vCPUs number at most 255, and their APIC ids end
-//! at 254: sockets or cores in numbers that are no powers of two leave ids out.
+//! at 254: sockets or cores in numbers that are no powers of two leave ids out. A pause of a guest that gdb has
+//! stopped waits until gdb lets it go on; software breakpoints are not told from each other where one
+//! page is mapped at several addresses; what gdb may do is not written to a log.
 //!
 //! [kvm-core]: kvm_core
 //! [memslots]: memslots
@@ -78,6 +81,7 @@ pub mod devices;
 pub mod doctor;
 pub mod end;
 pub(crate) mod exits;
+pub mod gdb;
 pub mod host_memory;
 pub mod kvm_stats;
 pub mod logger;

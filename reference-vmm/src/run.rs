@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::cli::{Run, StatsForm};
 use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
+use crate::gdb::Listener;
 use crate::main_loop;
 use crate::signals::{self, Signals};
 use crate::stats::Stats;
@@ -22,7 +23,7 @@ use crate::vm::{BuildError, Machine};
 /// The process is expected to exit next: the VM is closed, and what else it had is left to that
 /// ([`Running::leave_to_exit`](crate::vm::Running::leave_to_exit) has the reason).
 pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
-    let (end, stats) = match run_to_end(options) {
+    let (end, stats) = match run_to_end(options, &say) {
         Ok(ended) => ended,
         Err(error) => {
             say(format_args!("{}", Chain(&error)));
@@ -62,7 +63,10 @@ fn show(stats: &Stats, form: StatsForm) {
     });
 }
 
-fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
+fn run_to_end(
+    options: &Run,
+    say: &impl Fn(fmt::Arguments<'_>),
+) -> Result<(GuestEnd, Option<Stats>), BuildError> {
     let host = |what| move |source| BuildError::Process { what, source };
     // Before any thread exists, so that all of them inherit the mask.
     let stop_signals = Signals::take_over().map_err(host("take over the stop signals"))?;
@@ -72,6 +76,7 @@ fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
         log::warn!("lost guest memory will kill the monitor: {error}");
     }
     let end = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
+    let debugger = options.gdb.as_ref().map(Listener::bind).transpose()?;
     // What stops a guest ends its building as well. Registers there are none to show yet.
     let stop = |signal| end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
     let watch = || {
@@ -95,6 +100,13 @@ fn run_to_end(options: &Run) -> Result<(GuestEnd, Option<Stats>), BuildError> {
         if let Err(error) = machine.read_kvm_statistics() {
             log::warn!("the statistics are without KVM's own: {error}");
         }
+    }
+    if let Some(listener) = debugger {
+        say(format_args!(
+            "the guest waits for a debugger: gdb -ex 'target remote {}'",
+            listener.address()
+        ));
+        machine.debug(listener);
     }
     // Last before the guest speaks: what fails above is told on a terminal in its usual mode.
     let terminal = RawTerminal::enter().map_err(host("put the terminal into raw mode"))?;

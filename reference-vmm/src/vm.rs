@@ -38,7 +38,7 @@
 use std::io;
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -71,6 +71,7 @@ use crate::devices::rtc::Rtc;
 use crate::devices::serial::{ConsoleOut, SerialPort};
 use crate::end::EndSignal;
 use crate::exits::{self, Handler, SEND_OWED, SHOW_REGISTERS, run_vcpu};
+use crate::gdb;
 use crate::host_memory::SYSFS;
 use crate::kvm_stats::{KvmReaders, KvmStats};
 use crate::main_loop::GuestSide;
@@ -180,6 +181,9 @@ pub enum BuildError {
         /// Why.
         source: io_bus::Error,
     },
+    /// A debugger cannot be listened for.
+    #[error(transparent)]
+    Gdb(#[from] gdb::ListenError),
     /// A vCPU is in the set already; two vCPUs with one number.
     #[error(transparent)]
     Control(#[from] kvm_core::ControlError),
@@ -216,6 +220,7 @@ impl BuildError {
             | BuildError::CpuModel(_)
             | BuildError::Boot(_)
             | BuildError::Layout(_)
+            | BuildError::Gdb(gdb::ListenError::Occupied { .. })
             | BuildError::Config(_)
             | BuildError::Acpi(_) => 2,
             _ => 1,
@@ -229,6 +234,10 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     end: Arc<EndSignal>,
     kvm_stats: Option<KvmReaders<StatsFd>>,
+    /// Where a debugger is listened for.
+    gdb: Option<gdb::Listener>,
+    /// The KVM device.
+    kvm: PathBuf,
 }
 
 /// What lives as long as the guest. Fields are dropped in this order: devices first, which hold
@@ -462,7 +471,15 @@ impl Machine {
             vcpus,
             end: end.clone(),
             kvm_stats: None,
+            gdb: None,
+            kvm: config.kvm.clone(),
         })
+    }
+
+    /// Puts the guest under a debugger: it waits for one that connects to `listener` before its first
+    /// instruction.
+    pub fn debug(&mut self, listener: gdb::Listener) {
+        self.gdb = Some(listener);
     }
 
     /// Has the accesses of each device counted from now on: [`Running::stats`] shows them then. Each
@@ -491,8 +508,14 @@ impl Machine {
             vcpus,
             end,
             kvm_stats,
+            gdb,
+            kvm,
         } = self;
         let set = VcpuSet::new(parts.vm.identity().clone());
+        let process = |what| move |source| BuildError::Process { what, source };
+        // Before there is a vCPU's thread: none runs an instruction before the debugger lets it.
+        let link = gdb.is_some().then(|| gdb::Link::new(&set));
+        let link = link.transpose().map_err(process("make an eventfd"))?;
         let live = Arc::new(AtomicUsize::new(vcpus.len()));
         let stopping = Arc::new(AtomicBool::new(false));
         let shared = Arc::new(exits::Shared {
@@ -505,6 +528,7 @@ impl Machine {
             stopping: stopping.clone(),
         });
         let mut running = Running {
+            debugger: None,
             set,
             threads: Vec::with_capacity(vcpus.len()),
             stopping,
@@ -517,7 +541,8 @@ impl Machine {
             // On an error `running` is dropped, which stops the threads started so far.
             let counters = Arc::new(ExitCounters::default());
             let who = running.parts.vm.identity().vcpu(vcpu.id());
-            let handler = Handler::new(who, &shared, counters.clone());
+            let side = link.as_ref().map(|link| link.vcpu(vcpu.id()));
+            let handler = Handler::new(who, &shared, counters.clone(), side);
             running.counters.push(counters);
             running.waits.push(handler.interrupter());
             let runner = running.set.enroll(vcpu)?;
@@ -533,12 +558,20 @@ impl Machine {
                 })?;
             running.threads.push(thread);
         }
+        // Last: a debugger that connects at once stops those vCPUs that are enrolled.
+        if let (Some(listener), Some(link)) = (gdb, &link) {
+            let memory = &running.parts.memslots;
+            let debugger = gdb::Debugger::start(listener, link, memory, &kvm, &end);
+            running.debugger = Some(debugger.map_err(process("start the debugger's thread"))?);
+        }
         Ok(running)
     }
 }
 
 /// A machine whose vCPUs run.
 pub struct Running {
+    /// Before the vCPUs' set and the memory, which it uses.
+    debugger: Option<gdb::Debugger>,
     set: VcpuSet,
     threads: Vec<JoinHandle<()>>,
     stopping: Arc<AtomicBool>,
@@ -558,6 +591,11 @@ impl Running {
         self.stopping.store(true, Ordering::Relaxed);
         for wait in &self.waits {
             wait.interrupt();
+        }
+        if let Some(debugger) = &self.debugger {
+            // In this order: those that wait for the debugger run no more of the guest.
+            self.set.begin_stop();
+            debugger.close();
         }
         if let Err(error) = self.set.stop() {
             log::error!("cannot stop the vCPUs: {error}");
@@ -612,6 +650,8 @@ impl Running {
     }
 
     fn join(&mut self) {
+        // First: it tells the debugger of the end.
+        self.debugger = None;
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 log::error!("a vCPU's thread panicked");

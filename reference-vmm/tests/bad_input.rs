@@ -614,3 +614,27 @@ fn hostile_bzimages_are_refused_or_planned() {
         ended.one_line();
     }
 }
+
+#[test]
+fn an_address_for_gdb_that_is_none_is_refused_with_its_value() {
+    for none in [
+        "1234",
+        "tcp:",
+        "tcp::1234",
+        "tcp:localhost:1234",
+        "tcp:127.0.0.1:65536",
+        "unix:",
+        "vsock:3:1234",
+    ] {
+        refused(
+            &format!("--gdb {none}"),
+            &["--gdb", none, "unix:PATH or tcp:ADDRESS:PORT"],
+        );
+    }
+    refused("--gdb=", &["--gdb \"\"", "unix:PATH"]);
+    // A file that is no socket is somebody's.
+    let mine = file(b"mine");
+    let path = mine.display().to_string();
+    refused(&format!("--gdb unix:{path}"), &[&path, "no socket"]);
+    assert_eq!(std::fs::read(&mine).unwrap(), b"mine");
+}

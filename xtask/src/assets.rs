@@ -293,6 +293,30 @@ impl Assets {
         })
     }
 
+    /// gdb for the lab's test of `--gdb`: the host's, or Debian's smallest unpacked into the cache, behind a script
+    /// that finds its libraries.
+    pub(crate) fn gdb(&self) -> Result<PathBuf> {
+        if let Some(program) = host::find_program("gdb") {
+            return Ok(program);
+        }
+        let prefix = self.part("tools/gdb", |dir| {
+            self.apt()?.unpack_closure(&["gdb-minimal"], None, dir)
+        })?;
+        let script = prefix.join("gdb");
+        let text = format!(
+            "#!/bin/sh\nLD_LIBRARY_PATH='{}' exec '{}' --data-directory='{}' \"$@\"\n",
+            library_path(&prefix),
+            prefix.join("usr/bin/gdb").display(),
+            prefix.join("usr/share/gdb").display()
+        );
+        let made = fs::write(&script, text).and_then(|()| {
+            use std::os::unix::fs::PermissionsExt;
+            fs::set_permissions(&script, fs::Permissions::from_mode(0o755))
+        });
+        made.context(|| format!("{} cannot be written", script.display()))?;
+        Ok(script)
+    }
+
     /// zstd, which unpacks xz and gzip as well: the host's, or one unpacked into the cache.
     pub(crate) fn zstd(&self) -> Result<Zstd> {
         if let Some(program) = host::find_program("zstd") {

@@ -3,6 +3,8 @@
 //! The edge to the kernel: all ioctls, and all `unsafe`, of this crate.
 
 mod bus_error;
+#[cfg(target_arch = "x86_64")]
+mod debug;
 mod device;
 #[cfg(target_arch = "x86_64")]
 mod machine_check;

@@ -150,6 +150,10 @@ impl RunVcpu for Vcpu {
         self.fd.kvmclock_ctrl()
     }
 
+    fn nmi(&mut self) -> Result<(), Errno> {
+        self.fd.nmi()
+    }
+
     fn waits_for_init(&mut self) -> bool {
         // x86's name for it; other architectures have a state `STOPPED` and say no `EAGAIN` in it.
         let waits = |state: kvm_mp_state| state.mp_state == KVM_MP_STATE_UNINITIALIZED;
@@ -253,7 +257,7 @@ fn registers(id: VcpuId, fd: &VcpuFd) -> Result<RegisterDump, Error> {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn failed(id: VcpuId, ioctl: &'static str) -> impl FnOnce(Errno) -> Error {
+pub(super) fn failed(id: VcpuId, ioctl: &'static str) -> impl FnOnce(Errno) -> Error {
     move |errno| Error::VcpuSetup { id, ioctl, errno }
 }
 

@@ -12,6 +12,7 @@
 
 pub mod mutate;
 pub mod pty;
+pub mod rsp;
 pub mod tracer;
 
 use std::ffi::{OsStr, OsString};
@@ -331,6 +332,25 @@ impl Running {
         if !self.stderr.wait_for(needle, self.deadline) {
             self.fail(&format!("stderr never said {needle:?}"));
         }
+    }
+
+    /// What stdout has said so far.
+    pub fn stdout(&self) -> String {
+        let read = self
+            .stdout
+            .as_ref()
+            .expect("captured")
+            .shared
+            .read
+            .lock()
+            .unwrap();
+        String::from_utf8_lossy(&read.0).into_owned()
+    }
+
+    /// What stderr has said so far.
+    pub fn stderr(&self) -> String {
+        let read = self.stderr.shared.read.lock().unwrap();
+        String::from_utf8_lossy(&read.0).into_owned()
     }
 
     /// The names of its threads, sorted.

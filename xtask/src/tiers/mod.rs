@@ -306,7 +306,10 @@ fn in_lab(
     let place = format!("the lab ({} kvm_amd)", wanted.kernel.name());
     let mut env: Vec<_> = env
         .into_iter()
-        .chain([("LAB_KERNELS".to_owned(), kernels.into_os_string())])
+        .chain([
+            ("LAB_KERNELS".to_owned(), kernels.into_os_string()),
+            ("LAB_GDB".to_owned(), assets.gdb()?.into_os_string()),
+        ])
         .map(|(name, value)| {
             let mut pair = OsString::from(name);
             pair.push("=");
