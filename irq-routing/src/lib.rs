@@ -212,7 +212,7 @@
 //! [`Irqchip::restore`]: an [`IrqchipState`], plain data again. There the order is table, local
 //! APICs, restore, lines, vCPUs: KVM's IOAPIC sends at once what is pending. As both IOAPICs have
 //! one state, a guest that uses no PIC and no timer can move from either kind of irqchip to the
-//! other.
+//! other. The serialized forms have a version, and [`StateVersion`] says which are read.
 //!
 //! # Limits
 //!
@@ -250,6 +250,7 @@ mod rules;
 mod shared_line;
 mod source;
 mod table;
+mod version;
 mod wait;
 
 pub use error::Error;
@@ -267,3 +268,4 @@ pub use rules::{IOAPIC_PINS, PIC_PINS, RouteError, Rules};
 pub use shared_line::{LineSource, SharedLine};
 pub use source::IrqSource;
 pub use table::Table;
+pub use version::{StateVersion, UnknownVersion};

@@ -12,7 +12,7 @@ use irq_routing::host::AccessIrqchip;
 use irq_routing::ioapic::{IoapicState, IoapicStateError, SplitIoapic};
 use irq_routing::{
     IrqchipKind, IrqchipPart, IrqchipState, IrqchipStateError, KernelIrqchipState, PicState, Pit,
-    PitChannelState, PitState, Routing,
+    PitChannelState, PitState, Routing, StateVersion,
 };
 
 const KERNEL: IrqchipKind = IrqchipKind::Kernel { pit: Pit::Absent };
@@ -51,6 +51,7 @@ fn busy(pit: bool) -> KernelIrqchipState {
         ..PitChannelState::default()
     };
     KernelIrqchipState {
+        version: StateVersion::CURRENT,
         pics: [pic(0x20), pic(0x28)],
         ioapic,
         pit: pit.then_some(PitState {
@@ -260,6 +261,35 @@ fn every_kind_of_state_survives_serde() {
         let back: IrqchipState = serde_json::from_str(&text).unwrap();
         assert_eq!(back, state_of(kind), "{text}");
     }
+}
+
+#[cfg(feature = "with-serde")]
+#[test]
+fn a_state_of_another_version_or_with_an_unknown_field_is_refused() {
+    let mut value = serde_json::to_value(state_of(KERNEL_WITH_PIT)).unwrap();
+    let refused = |value: &serde_json::Value| {
+        let read = serde_json::from_value::<IrqchipState>(value.clone());
+        read.unwrap_err().to_string()
+    };
+    for field in ["/Kernel", "/Kernel/ioapic", "/Kernel/pics/0", "/Kernel/pit"] {
+        let at = |value: &mut serde_json::Value| {
+            let object = value.pointer_mut(field).and_then(|at| at.as_object_mut());
+            object.unwrap().insert("news".into(), 1.into());
+        };
+        let mut value = value.clone();
+        at(&mut value);
+        assert!(refused(&value).contains("`news`"), "{}", refused(&value));
+    }
+    for number in [0, 2, u32::MAX] {
+        value["Kernel"]["version"] = number.into();
+        let message = refused(&value);
+        assert!(message.contains(&format!("version {number};")), "{message}");
+    }
+    value["Kernel"]["version"] = 1.into();
+    assert_eq!(
+        serde_json::from_value::<IrqchipState>(value).unwrap(),
+        state_of(KERNEL_WITH_PIT)
+    );
 }
 
 #[cfg(feature = "kvm")]

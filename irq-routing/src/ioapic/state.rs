@@ -8,6 +8,7 @@ use thiserror::Error;
 
 use super::{Ioapic, PINS, Redirection};
 use crate::rules::IOAPIC_PINS;
+use crate::version::StateVersion;
 
 /// What an IOAPIC knows, to be saved and restored. [`kvm::abi`](crate::kvm::abi) has both
 /// directions of `struct kvm_ioapic_state`, so a guest can move between KVM's IOAPIC and this one.
@@ -16,7 +17,10 @@ use crate::rules::IOAPIC_PINS;
 /// once, high or low.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "with-serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "with-serde", serde(deny_unknown_fields))]
 pub struct IoapicState {
+    /// Of the serialized form.
+    pub version: StateVersion,
     /// `IOREGSEL`: which register the window shows.
     pub ioregsel: u8,
     /// The chip's id, 4 bits.
@@ -75,6 +79,7 @@ impl Ioapic {
     /// The chip's state.
     pub fn state(&self) -> IoapicState {
         IoapicState {
+            version: StateVersion::CURRENT,
             ioregsel: self.select,
             id: self.id,
             lines: self.lines,

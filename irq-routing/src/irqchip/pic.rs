@@ -11,6 +11,7 @@
 /// sets its own once more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "with-serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "with-serde", serde(deny_unknown_fields))]
 pub struct PicState {
     /// The level that each line had last, a bit a pin: an edge is what rises above it.
     pub last_irr: u8,

@@ -10,6 +10,7 @@
 /// left of a running one is not carried over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "with-serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "with-serde", serde(deny_unknown_fields))]
 pub struct PitState {
     /// Channel 0 interrupts (GSI 0), 1 was for memory refresh, 2 is the speaker's and what a guest
     /// calibrates its clock by.
@@ -30,6 +31,7 @@ impl PitState {
 /// One of the timer's channels (`struct kvm_pit_channel_state`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "with-serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "with-serde", serde(deny_unknown_fields))]
 pub struct PitChannelState {
     /// Ticks of 1.193182 MHz in a period, 1 to 0x10000. KVM takes 0 for 0x10000.
     pub count: u32,

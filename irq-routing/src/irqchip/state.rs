@@ -24,12 +24,12 @@ use thiserror::Error;
 use super::{Irqchip, IrqchipKind, PicState, Pit, PitState};
 use crate::host::{AccessIrqchip, Errno};
 use crate::ioapic::{IoapicState, IoapicStateError};
+use crate::version::StateVersion;
 
 /// What a VM's controllers know, as far as they are in the kernel and no vCPU's (the local APICs go
 /// with their vCPUs). Made by [`Irqchip::state`].
 ///
-/// Every field has its name in the serialized form, so that what a later version adds can have a
-/// default there.
+/// Which serialized forms are read is [`StateVersion`]'s policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "with-serde", derive(serde::Serialize, serde::Deserialize))]
 #[allow(clippy::large_enum_variant, reason = "a VM has one, for a moment")]
@@ -46,7 +46,10 @@ pub enum IrqchipState {
 /// What the in-kernel irqchip knows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "with-serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "with-serde", serde(deny_unknown_fields))]
 pub struct KernelIrqchipState {
+    /// Of the serialized form.
+    pub version: StateVersion,
     /// Both PICs: pins 0 to 7 of a PC's 16, and 8 to 15.
     pub pics: [PicState; 2],
     /// The IOAPIC. A guest that is to move to a split irqchip takes this one with it
@@ -165,6 +168,7 @@ impl Irqchip {
         let ioapic = host.ioapic().map_err(failed(IrqchipPart::Ioapic))?;
         let pics = [first, second];
         Ok(IrqchipState::Kernel(KernelIrqchipState {
+            version: StateVersion::CURRENT,
             pics,
             ioapic,
             pit,

@@ -18,6 +18,7 @@ use crate::gsi::Gsi;
 use crate::ioapic::{IOAPIC_BASE, IoapicState, IoapicStateError, Redirection};
 use crate::irqchip::{PicState, PitChannelState, PitState};
 use crate::route::{Chip, ChipPin, Entry, HvSint, Msi, Route, S390Adapter, XenEvtchn};
+use crate::version::StateVersion;
 
 /// Why an entry of KVM's form is none of ours. KVM refuses both as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -211,6 +212,7 @@ pub fn ioapic_from_kvm(state: &kvm_ioapic_state) -> Result<IoapicState, IoapicSt
     let select = u8::try_from(state.ioregsel);
     let id = u8::try_from(state.id);
     Ok(IoapicState {
+        version: StateVersion::CURRENT,
         ioregsel: select.map_err(|_| IoapicStateError::Select(state.ioregsel))?,
         id: id.map_err(|_| IoapicStateError::Id(state.id))?,
         lines: state.irr,
