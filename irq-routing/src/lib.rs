@@ -267,3 +267,13 @@ pub use rules::{IOAPIC_PINS, PIC_PINS, RouteError, Rules};
 pub use shared_line::{LineSource, SharedLine};
 pub use source::IrqSource;
 pub use table::Table;
+
+/// The README's examples, so that they compile.
+#[cfg(all(
+    doctest,
+    feature = "kvm",
+    feature = "vm-device",
+    feature = "vm-superio"
+))]
+#[doc = include_str!("../README.md")]
+mod readme {}
