@@ -269,3 +269,13 @@ pub use shared_line::{LineSource, SharedLine};
 pub use source::IrqSource;
 pub use table::Table;
 pub use version::{StateVersion, UnknownVersion};
+
+/// The README's examples, so that they compile.
+#[cfg(all(
+    doctest,
+    feature = "kvm",
+    feature = "vm-device",
+    feature = "vm-superio"
+))]
+#[doc = include_str!("../README.md")]
+mod readme {}

@@ -2,8 +2,7 @@
 
 //! A whole virtual machine in a page: one page of memory, one vCPU, "hello" on port 0x3f8.
 //!
-//! `cargo run -p kvm-core --example tiny_vm`, or paste it into a crate with kvm-core, kvm-bindings
-//! and libc.
+//! `cargo run -p kvm-core --example tiny_vm`, or paste it into a crate with kvm-core and kvm-bindings.
 
 use kvm_bindings::kvm_userspace_memory_region as Region;
 use kvm_core::arch::x86_64::BootState;

@@ -214,7 +214,8 @@ impl VcpuSet {
     }
 
     /// Enrols a vCPU and runs it on a new thread named `name`: the spawner for those who need no
-    /// other (no affinity, cgroup or seccomp of its own).
+    /// other (no affinity, cgroup or seccomp of its own, and no [`Runner::waker`] for
+    /// [`Flow::Block`](crate::Flow::Block)).
     ///
     /// # Errors
     /// `AlreadyExists` as [`VcpuSet::enroll`], or what the system says about a new thread; the vCPU

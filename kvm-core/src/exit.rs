@@ -347,7 +347,8 @@ impl Reply<'_> {
     }
 }
 
-/// The answer to a user-space MSR access (`KVM_CAP_X86_USER_SPACE_MSR`).
+/// The answer to a user-space MSR access (`KVM_CAP_X86_USER_SPACE_MSR`). An access that is not answered
+/// succeeds: a read returns 0, and what was written is gone.
 #[derive(Debug, PartialEq, Eq)]
 pub struct MsrReply<'a>(&'a mut [u8]);
 

@@ -144,7 +144,8 @@ pub enum Flow<S> {
     Continue,
     /// The vCPU is halted ([`Exit::Hlt`]): run on once it is woken ([`Runner::waker`]) and
     /// [`ExitHandler::runnable`]. Requests, pauses and stops are served meanwhile and leave it halted; a
-    /// vCPU that is enrolled again is not halted any more.
+    /// vCPU that is enrolled again, a restored one too, is not halted any more: one that was is halted again
+    /// by a request of the consumer's, made before its thread starts and answered with this.
     Block,
     /// Halt this vCPU with a value of the consumer's.
     Stop(S),
@@ -208,7 +209,7 @@ pub trait ExitHandler<F: ?Sized> {
 
     /// Whether a guest physical address is memory: in a slot, and one that the guest may write if it
     /// does. Asked of each MMIO exit before anybody answers it; where this says yes the exit is a
-    /// [`MemoryError`] (the module `memory_error` says why). The default is no, for all addresses.
+    /// [`MemoryError`] (`memory_error.rs` says why). The default is no, for all addresses.
     ///
     /// A write to read-only memory is an access, and the way in which KVM reports it: no.
     fn is_memory(&mut self, address: GuestAddress, write: bool) -> bool {

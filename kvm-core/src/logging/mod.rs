@@ -5,7 +5,7 @@
 //!
 //! | macro | level | limit |
 //! | --- | --- | --- |
-//! | [`kvm_err!`](crate::kvm_err), [`kvm_info!`](crate::kvm_info), [`kvm_debug!`](crate::kvm_debug), [`vcpu_debug!`](crate::vcpu_debug) | error, info, debug | a [`RateLimit`] at each call |
+//! | [`kvm_err!`](crate::kvm_err), [`kvm_info!`](crate::kvm_info), [`kvm_debug!`](crate::kvm_debug), [`vcpu_debug!`](crate::vcpu_debug) | error, info, debug | 10 lines in 5 s at each call ([`RateLimit::KERNEL`]) |
 //! | [`kvm_pr_unimpl!`](crate::kvm_pr_unimpl), [`vcpu_unimpl!`](crate::vcpu_unimpl) | warn, or as said | once for each key at each call ([`OncePerKey`]) |
 //!
 //! A line begins with its [`Identity`], and says how many of its kind were suppressed before it:

@@ -1,22 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The written form of a template, for serde: JSON above all.
-//!
-//! ```json
-//! {
-//!   "name": "fleet-2026",
-//!   "base": "x86-64-v3",
-//!   "set": ["aes", "pclmulqdq"],
-//!   "clear": ["invtsc"],
-//!   "registers": [
-//!     {"leaf": "0x7", "subleaf": 0, "register": "edx", "bits": "0bxxxx_xxxx_xxxx_xxxx_xxxx_xxxx_xxx0_xxxx"},
-//!     {"leaf": "0x1", "register": "eax", "value": "0x306f0"}
-//!   ]
-//! }
-//! ```
-//!
-//! Every field may be left out; `base` is the host then. Names are made first, then registers, each in
-//! its order.
+//! The written form of a template, for serde: JSON above all. [`Template`] shows it.
 
 use std::fmt;
 

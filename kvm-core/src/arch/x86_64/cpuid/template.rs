@@ -56,6 +56,24 @@ pub enum TemplateError {
 /// # Ok::<(), TemplateError>(())
 /// ```
 ///
+/// With the feature `with-serde` it is written as
+///
+/// ```json
+/// {
+///   "name": "fleet-2026",
+///   "base": "x86-64-v3",
+///   "set": ["aes", "pclmulqdq"],
+///   "clear": ["invtsc"],
+///   "registers": [
+///     {"leaf": "0x7", "subleaf": 0, "register": "edx", "bits": "0bxxxx_xxxx_xxxx_xxxx_xxxx_xxxx_xxx0_xxxx"},
+///     {"leaf": "0x1", "register": "eax", "value": "0x306f0"}
+///   ]
+/// }
+/// ```
+///
+/// Every field may be left out; `base` is the host then. Names are made first, then registers, each in
+/// its order.
+///
 /// The topology's leaves, the hypervisor bit, the TSC-deadline timer and ARAT are
 /// [`CpuidPlan`](super::CpuidPlan)'s, which comes later and overwrites what a template says of them.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -135,7 +135,7 @@ fn with(lapic: bool) -> &'static str {
     if lapic {
         "with its local APIC in the kernel"
     } else {
-        "without one"
+        "without a local APIC in the kernel"
     }
 }
 
