@@ -6,9 +6,9 @@
 //! ```text
 //!   Vm::state_host ─► StateHost                     what this host saves and takes
 //!   paused:  Pause::with_vcpu ─► VcpuView::state ─► VcpuState ──serde──► … ─┐
-//!            Vm::clock_state  ────────────────────► VmState   ──serde──► … ─┤
+//!            Vm::state  ──────────────────────────► VmState   ──serde──► … ─┤
 //!   a new VM, its memory in place:                                          │
-//!            Vm::restore_clock ─► Passage ◄─────────────────────────────────┤
+//!            Vm::restore ─► Passage ◄───────────────────────────────────────┤
 //!            Vcpu::restore (each vCPU, before it is enrolled) ◄─────────────┘
 //! ```
 //!
