@@ -83,9 +83,12 @@ impl Tasks {
         self.posted.retain(|posted| posted.ticket != ticket);
     }
 
-    /// This vCPU has left, and does no more.
-    pub(crate) fn strike_off_all_of(&mut self, vcpu: usize) {
-        self.posted.retain(|posted| posted.vcpu != vcpu);
+    /// This vCPU has left, and does no more. What it has not done is to be dropped without the lock: it may
+    /// hold what takes the lock to drop, such as a [`Pause`].
+    #[must_use]
+    pub(crate) fn strike_off_all_of(&mut self, vcpu: usize) -> Vec<Task> {
+        let its = self.posted.extract_if(.., |posted| posted.vcpu == vcpu);
+        its.filter_map(|posted| posted.task).collect()
     }
 
     fn has_any(&self, tickets: &[u64]) -> bool {

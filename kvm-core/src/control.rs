@@ -555,6 +555,7 @@ impl Member {
 impl Drop for Member {
     fn drop(&mut self) {
         lock(&self.control.members).retain(|member| !Arc::ptr_eq(member, &self.enrolled));
+        let mut not_done = Vec::new();
         let mut state = lock(&self.control.state);
         self.enrolled
             .acknowledged
@@ -564,10 +565,12 @@ impl Drop for Member {
             state.started -= 1;
             let key = self.key();
             state.threads.retain(|thread| *thread != key);
-            state.tasks.strike_off_all_of(key);
+            not_done = state.tasks.strike_off_all_of(key);
             RUNNING.with(|running| running.set(0));
         }
         // One who waits for this vCPU's acknowledgement, or for the last to leave, must look again.
         self.control.changed.notify_all();
+        drop(state);
+        drop(not_done);
     }
 }

@@ -127,7 +127,7 @@ pub trait RunVcpu: Send {
     }
 
     /// The next `SIGBUS` that this thread took since it was attached, oldest first. Asked after each
-    /// [`RunVcpu::run`] and each handler.
+    /// [`RunVcpu::run`] and each handler, and before the guest runs.
     fn take_bus_error(&mut self) -> Option<BusError> {
         None
     }
@@ -428,6 +428,9 @@ impl<V: RunVcpu> Runner<V> {
                 id,
                 fd: self.vcpu.exit_area().1,
             });
+            // Behind all that may have touched guest memory since the last look: the handler, and tasks of
+            // a pause.
+            self.bus_errors(handler)?;
             if self.halted && !self.member.gate().is_asked() {
                 self.block(handler);
             } else if self.member.gate().enter() {

@@ -245,6 +245,45 @@ fn a_handler_that_ends_its_vcpu_or_panics_leaves_nobody_waiting_for_a_task() {
     });
 }
 
+/// Calls back into the set when it is dropped.
+struct Asks(VcpuSet);
+
+impl Drop for Asks {
+    fn drop(&mut self) {
+        let _ = self.0.active();
+    }
+}
+
+#[test]
+fn a_task_that_is_never_done_may_hold_what_uses_the_set() {
+    watchdog(|| {
+        let set = set();
+        let (inside, entered) = mpsc::channel();
+        let (go_on, wait) = mpsc::channel::<()>();
+        let runner = set.enroll(FakeVcpu::new(VcpuId(0), [Step::hlt()])).unwrap();
+        let thread = thread::spawn(move || {
+            let Err(halt) = runner.run(move |_: &View<'_>, _: Exit<'_>| {
+                inside.send(()).unwrap();
+                wait.recv().unwrap();
+                Flow::Stop(())
+            });
+            halt.reason
+        });
+        entered.recv().unwrap();
+        // It is in its handler, and will not park.
+        let pause = set.begin_pause();
+        let holds = Asks(set.clone());
+        let asking =
+            thread::spawn(move || pause.with_vcpu(VcpuId(0), move |_: &View<'_>| drop(holds)));
+        while !format!("{set:?}").contains("1 posted") {
+            thread::yield_now();
+        }
+        go_on.send(()).unwrap();
+        assert_eq!(asking.join().unwrap(), Err(ControlError::Left(VcpuId(0))));
+        assert_eq!(thread.join().unwrap(), HaltReason::Handler(()));
+    });
+}
+
 #[test]
 fn a_task_that_panics_ends_its_vcpu_and_tells_who_asked() {
     watchdog(|| {

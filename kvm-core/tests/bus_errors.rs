@@ -78,6 +78,26 @@ extern "C" fn plain(_: libc::c_int) {
     mend(LOST.load(Ordering::Relaxed));
 }
 
+/// A hardware memory error that nobody has run into (`BUS_MCEERR_AO`), told as the kernel tells it.
+fn tell_early() {
+    const EARLY: i32 = 5;
+    // SAFETY: all zeroes are a siginfo, and a signal to this very thread may have any code.
+    let sent = unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        (info.si_signo, info.si_code) = (libc::SIGBUS, EARLY);
+        let (process, thread) = (libc::getpid(), libc::gettid());
+        let info = &raw const info;
+        libc::syscall(
+            libc::SYS_rt_tgsigqueueinfo,
+            process,
+            thread,
+            libc::SIGBUS,
+            info,
+        )
+    };
+    assert_eq!(sent, 0);
+}
+
 /// Not a test by itself: the cases of the tests below, in their children.
 #[test]
 fn cases() {
@@ -89,8 +109,8 @@ fn cases() {
     match case.as_str() {
         "handler with siginfo" => set(with_info as *const () as usize, libc::SA_SIGINFO),
         "plain handler" => set(plain as *const () as usize, 0),
-        "default" | "default sent" => set(libc::SIG_DFL, 0),
-        "ignored" | "ignored sent" => set(libc::SIG_IGN, 0),
+        "default" | "default sent" | "default early" => set(libc::SIG_DFL, 0),
+        "ignored" | "ignored sent" | "ignored early" => set(libc::SIG_IGN, 0),
         "watched" => {}
         _ => panic!(),
     }
@@ -105,6 +125,8 @@ fn cases() {
     if case.ends_with("sent") {
         // SAFETY: a signal to this thread.
         unsafe { libc::raise(libc::SIGBUS) };
+    } else if case.ends_with("early") {
+        tell_early();
     } else {
         // SAFETY: this thread's own.
         unsafe { *libc::__errno_location() = 77 };
@@ -137,6 +159,12 @@ fn a_signal_that_was_sent_does_what_it_did_before() {
 }
 
 #[test]
+fn an_error_that_nobody_ran_into_does_on_other_threads_what_it_did_before() {
+    assert_eq!(child("default early").signal(), Some(libc::SIGBUS));
+    assert_eq!(child("ignored early").code(), Some(7));
+}
+
+#[test]
 fn watched_memory_is_replaced_for_vcpus_threads_alone() {
     assert_eq!(child("watched").signal(), Some(libc::SIGBUS));
 }
@@ -147,7 +175,13 @@ fn what_is_watched_is_whole_pages_and_no_more_than_there_is_room_for() {
     let errors = BusErrors::install().unwrap();
     // SAFETY: nothing is mapped there, and nothing touches it.
     let watch = |address, bytes| unsafe { errors.watch(HostAddress(address), bytes) };
-    for (address, bytes) in [(1, PAGE), (PAGE, 1), (usize::MAX - PAGE + 1, 2 * PAGE)] {
+    let none = (PAGE, 0);
+    for (address, bytes) in [
+        (1, PAGE),
+        (PAGE, 1),
+        none,
+        (usize::MAX - PAGE + 1, 2 * PAGE),
+    ] {
         let error = watch(address, bytes).unwrap_err();
         let expected = BusErrorsError::NotPages {
             address: HostAddress(address),

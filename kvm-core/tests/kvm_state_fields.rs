@@ -73,15 +73,25 @@ impl Fresh {
     }
 }
 
-/// Without what time changes: the TSC, and the count that is left of an APIC timer.
+/// Clocks: the TSC, and of Hyper-V's interface the vCPU's run time and the VM's reference time.
+const CLOCKS: [u32; 3] = [IA32_TSC, 0x4000_0010, 0x4000_0020];
+
+/// Without what time changes: clocks, and the count that is left of an APIC timer.
 fn still(mut state: VcpuState) -> VcpuState {
-    state.msrs.retain(|msr| msr.index != IA32_TSC);
+    state.msrs.retain(|msr| !CLOCKS.contains(&msr.index));
     // The value was written, and KVM made an offset of it.
     state.tsc_offset = None;
     if let Some(page) = &mut state.lapic {
         page.0[0x390..0x394].fill(0);
     }
     state
+}
+
+/// A line for each, with its number.
+fn msrs(state: &VcpuState) -> String {
+    let known = state.msrs.iter();
+    let known = known.map(|msr| format!("MSR {:#x}: {:#x}\n", msr.index, msr.value));
+    known.collect::<String>() + &format!("{:#x?}", state.unreadable_msrs)
 }
 
 /// Field by field, with the names of those that differ.
@@ -94,7 +104,7 @@ fn assert_same(there: &VcpuState, wanted: &VcpuState) {
             "{:#x?}",
             (there.system, there.debug, there.tsc_khz, there.mcg_cap)
         ),
-        format!("{:#x?}", (&there.msrs, &there.unreadable_msrs)),
+        msrs(&there),
     ]
     .into_iter()
     .zip([
@@ -107,7 +117,7 @@ fn assert_same(there: &VcpuState, wanted: &VcpuState) {
             "{:#x?}",
             (wanted.system, wanted.debug, wanted.tsc_khz, wanted.mcg_cap)
         ),
-        format!("{:#x?}", (&wanted.msrs, &wanted.unreadable_msrs)),
+        msrs(&wanted),
     ])
     .flat_map(|(there, wanted)| {
         let lines = there.lines().zip(wanted.lines());

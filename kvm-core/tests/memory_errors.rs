@@ -289,6 +289,89 @@ fn an_error_while_a_request_is_served_stops_the_vcpu_too() {
     assert_eq!(state.log().runs, 0);
 }
 
+/// Takes a SIGBUS outside of exits: just before the guest runs, or when it is asked about a halted one.
+struct Outside {
+    state: Arc<FakeState>,
+    before_entry: bool,
+    seen: usize,
+}
+
+impl ExitHandler<()> for Outside {
+    type Stop = &'static str;
+
+    fn exit(&mut self, _: &VcpuView<'_, ()>, exit: Exit<'_>) -> Flow<&'static str> {
+        match exit {
+            Exit::Hlt if self.before_entry => Flow::Stop("the guest has run"),
+            Exit::Hlt => Flow::Block,
+            _ => Flow::Stop("the guest has run on"),
+        }
+    }
+
+    fn before_entry(&mut self, _: &VcpuView<'_, ()>) {
+        if self.before_entry {
+            self.state.bus_error(SIGNAL);
+        }
+    }
+
+    fn runnable(&mut self, _: &VcpuView<'_, ()>) -> bool {
+        self.state.bus_error(SIGNAL);
+        true
+    }
+
+    fn memory_error(&mut self, _: &VcpuView<'_, ()>, _: &MemoryError) -> Remedy<&'static str> {
+        self.seen += 1;
+        Remedy::Stop("told")
+    }
+}
+
+#[test]
+fn an_error_in_any_other_call_of_the_handler_stops_the_vcpu_before_the_guest_runs_again() {
+    for before_entry in [true, false] {
+        let vcpu = FakeVcpu::new(VcpuId(0), [Step::hlt(), Step::pio_in(1, 1, 1)]);
+        let state = vcpu.state();
+        let handler = Outside {
+            state: state.clone(),
+            before_entry,
+            seen: 0,
+        };
+        let runner = VcpuSet::new(Identity::vm("test")).enroll(vcpu).unwrap();
+        // Its halt ends at once.
+        runner.waker().wake();
+        let Err(halt) = runner.run(handler);
+        assert_eq!(halt.reason, HaltReason::Handler("told"));
+        assert_eq!(halt.handler.seen, 1);
+        assert_eq!(state.log().runs, usize::from(!before_entry));
+    }
+}
+
+#[test]
+fn an_error_while_a_paused_vcpu_is_asked_stops_it_before_the_guest_runs_again() {
+    let set = VcpuSet::new(Identity::vm("test"));
+    let vcpu = FakeVcpu::new(VcpuId(0), []);
+    let state = vcpu.state();
+    let runner = set.enroll(vcpu).unwrap();
+    let thread = std::thread::spawn(move || {
+        let Err(halt) = runner.run(Handler::with(|| Remedy::Stop("told")));
+        halt.reason
+    });
+    while !state.is_in_guest() {
+        std::thread::yield_now();
+    }
+    let pause = set.pause().unwrap();
+    let runs = state.log().runs;
+    let lost = state.clone();
+    let touch = move |_: &VcpuView<'_, ()>| lost.bus_error(SIGNAL);
+    pause.with_vcpu(VcpuId(0), touch).unwrap();
+    drop(pause);
+    // One that runs on instead is kicked out of the guest, and has run it.
+    while !thread.is_finished() && !state.is_in_guest() {
+        std::thread::yield_now();
+    }
+    set.kick(VcpuId(0)).ok();
+    assert_eq!(thread.join().unwrap(), HaltReason::Handler("told"));
+    assert_eq!(state.log().runs, runs);
+}
+
 #[test]
 fn what_a_read_gets_where_memory_was_lost_is_zeros() {
     struct Look;

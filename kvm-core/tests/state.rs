@@ -4,9 +4,12 @@
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/leaves.rs"]
+mod leaves;
 mod states;
 
 use kvm_core::Errno;
+use kvm_core::arch::x86_64::{CpuidPlan, Topology};
 use kvm_core::state::fake::{FakeClock, FakeState};
 use kvm_core::state::{
     ClockError, ClockRestore, ClockState, Msr, Passage, Refusal, RestoreError, SaveError,
@@ -318,6 +321,28 @@ fn what_a_host_lacks_is_named() {
 }
 
 #[test]
+fn a_guest_of_any_topology_is_taken_by_the_host_that_it_was_made_for() {
+    for model in [leaves::amd(), leaves::intel()] {
+        let mut host = host();
+        host.cpuid = model.iter().map(|&leaf| leaf.into()).collect();
+        for (sockets, cores, threads) in [(1, 1, 1), (1, 4, 1), (1, 2, 2), (2, 3, 2), (300, 1, 1)] {
+            let topology = Topology::new(sockets, cores, threads).unwrap();
+            let plan = CpuidPlan {
+                id: topology.highest_apic_id(),
+                topology,
+                tsc_deadline: true,
+                arat: Some(true),
+            };
+            let mut state = state();
+            state.xcrs.clear();
+            let cpuid = plan.apply(&model).unwrap();
+            state.cpuid = cpuid.as_slice().iter().map(|&leaf| leaf.into()).collect();
+            assert_eq!(host.check(&state), Ok(()), "{topology}");
+        }
+    }
+}
+
+#[test]
 fn a_tsc_frequency_that_the_host_cannot_give_is_refused_and_one_that_is_near_is_not() {
     let mut host = host();
     host.tsc_control = false;
@@ -458,7 +483,7 @@ proptest! {
         let no_feature = match (function, name) {
             (1, "ECX") => 1 << 21 | 1 << 24 | 1 << 27 | 1_u32 << 31,
             (1, "EDX") => 1 << 28,
-            (0x8000_0001, "ECX") => 1 << 1,
+            (0x8000_0001, "ECX") => 1 << 1 | 1 << 22,
             _ => 0,
         };
         match host.check(&state) {

@@ -60,7 +60,7 @@ fn commits(cmdline: &str) -> (usize, usize) {
     let (reader, mut writer) = std::io::pipe().unwrap();
     let input = [b"x".repeat(64 * FIFOS), b"q".to_vec()].concat();
     writer.write_all(&input).unwrap();
-    let trace = trace(&args, Some(reader.into()), &[], WATCHDOG);
+    let trace = trace(&args, Some(reader.into()), &[], 4 * WATCHDOG);
     assert_eq!(trace.status.code(), Some(0x21), "{trace}");
     let by = |of_vcpu: bool| {
         let kind = Kind::kvm("KVM_SET_GSI_ROUTING");
@@ -71,7 +71,7 @@ fn commits(cmdline: &str) -> (usize, usize) {
     (by(false), by(true))
 }
 
-const FIFOS: usize = 15;
+const FIFOS: usize = 4;
 
 #[test]
 fn every_commit_of_such_a_guests_routes_is_made_by_its_vcpu_and_none_by_the_main_thread() {

@@ -72,7 +72,7 @@ pub enum BusErrorsError {
     /// There is no room for another range.
     #[error("{RANGES} ranges of memory are watched already; watch fewer, larger ones")]
     TooMany,
-    /// A range must be of whole pages.
+    /// A range must be of whole pages, one at least.
     #[error("{bytes} bytes at {address:#x} are not whole pages")]
     NotPages {
         /// Where.
@@ -99,7 +99,7 @@ pub struct Watched {
 
 /// One watched range. `len` is 0 where there is none.
 ///
-/// A writer (one at a time, under [`WRITER`]) stores `start`, then `len` with release; it ends with
+/// A writer (one at a time, under [`WRITER`]) stores `start`, then `len`, both with release; it ends with
 /// `len` = 0. The handler reads `len` with acquire, `start`, and `len` again. If that is the same, the
 /// two belong together, or to a range that took the place of one of the same length: then `start` is
 /// the newer one's or the ended one's, and who touches the memory of a range that has ended while
@@ -209,7 +209,11 @@ impl BusErrors {
         bytes: usize,
     ) -> Result<Watched, BusErrorsError> {
         let whole = |value: usize| value.is_multiple_of(PAGE);
-        if !whole(address.0) || !whole(bytes) || address.0.checked_add(bytes).is_none() {
+        if bytes == 0
+            || !whole(address.0)
+            || !whole(bytes)
+            || address.0.checked_add(bytes).is_none()
+        {
             return Err(BusErrorsError::NotPages { address, bytes });
         }
         let _alone = lock(&WRITER);
@@ -219,8 +223,9 @@ impl BusErrors {
             .position(free)
             .ok_or(BusErrorsError::TooMany)?;
         if let Some(range) = WATCHED.get(slot) {
-            range.start.store(address.0, Ordering::Relaxed);
-            // Pairs with the acquire in `watched`.
+            // Both pair with the acquires in `watched`. Who sees this start sees that the range before it has
+            // ended, and so never takes its length for this one's.
+            range.start.store(address.0, Ordering::Release);
             range.len.store(bytes, Ordering::Release);
         }
         Ok(Watched { slot })
@@ -465,8 +470,11 @@ unsafe fn pass_on(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut
         return;
     };
     let handler = previous.sa_sigaction;
-    // SAFETY: a signal that was sent has no cause that would bring it back; `info` is valid.
-    let sent = unsafe { info.as_ref() }.is_none_or(|info| info.si_code <= 0);
+    // Neither has a cause that would bring it back: a signal that somebody sent, and an error that nobody
+    // has run into.
+    let is_sent = |info: &libc::siginfo_t| info.si_code <= 0 || info.si_code == BUS_MCEERR_AO;
+    // SAFETY: `info` is valid.
+    let sent = unsafe { info.as_ref() }.is_none_or(is_sent);
     if handler == libc::SIG_DFL || handler == libc::SIG_IGN {
         if handler == libc::SIG_IGN && sent {
             return;

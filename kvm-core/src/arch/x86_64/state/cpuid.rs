@@ -48,7 +48,8 @@ impl Register {
 /// function, index, register, bits left out.
 ///
 /// Left out are x2APIC, which KVM emulates everywhere; "hypervisor"; OSXSAVE and OSPKE, which mirror
-/// CR4; HTT and CmpLegacy, which say how many processors there are.
+/// CR4; HTT and CmpLegacy, which say how many processors there are; and TopologyExtensions, which says that
+/// there are leaves of it ([`CpuidPlan`](super::super::CpuidPlan) makes them where a host lists none).
 const FEATURES: &[(u32, u32, Register, u32)] = &[
     (1, 0, Ecx, 1 << 21 | 1 << 27 | 1 << 31),
     (1, 0, Edx, 1 << 28),
@@ -65,7 +66,7 @@ const FEATURES: &[(u32, u32, Register, u32)] = &[
     (0xd, 1, Eax, 0),
     (0xd, 1, Ecx, 0),
     (0xd, 1, Edx, 0),
-    (0x8000_0001, 0, Ecx, 1 << 1),
+    (0x8000_0001, 0, Ecx, 1 << 1 | 1 << 22),
     (0x8000_0001, 0, Edx, 0),
     (0x8000_0007, 0, Edx, 0),
     (0x8000_0008, 0, Ebx, 0),
