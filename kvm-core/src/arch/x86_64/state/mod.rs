@@ -6,11 +6,7 @@
 //! ```text
 //!   Vm::state_host ─► StateHost                     what this host saves and takes
 //!   paused:  Pause::with_vcpu ─► VcpuView::state ─► VcpuState ──serde──► … ─┐
-<<<<<<< HEAD
 //!            Vm::state ───────────────────────────► VmState   ──serde──► … ─┤
-=======
-//!            Vm::state  ──────────────────────────► VmState   ──serde──► … ─┤
->>>>>>> w-r2
 //!   a new VM, its memory in place:                                          │
 //!            Vm::restore ─► Passage ◄───────────────────────────────────────┤
 //!            Vcpu::restore (each vCPU, before it is enrolled) ◄─────────────┘
