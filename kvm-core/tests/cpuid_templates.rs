@@ -227,6 +227,18 @@ fn kvms_own_leaves_are_masked_moved_and_tell_the_time() {
 }
 
 #[test]
+fn a_name_that_is_set_and_cleared_a_thousand_times_is_told_once() {
+    let names = |name: &str| vec![name; 1000];
+    let text = serde_json::json!({"set": names("avx"), "clear": names("avx")});
+    let error = serde_json::from_value::<Template>(text).unwrap_err();
+    assert_eq!(error.to_string().matches("avx").count(), 1, "{error}");
+    let error = serde_json::from_str::<Template>("7")
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("a processor model is an object"), "{error}");
+}
+
+#[test]
 fn a_template_in_json_is_the_template_in_code() {
     let text = r#"{
         "name": "fleet", "base": "x86-64-v2", "set": ["aes"], "clear": ["rdtscp"],

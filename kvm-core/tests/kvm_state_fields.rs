@@ -76,13 +76,22 @@ impl Fresh {
 /// Clocks: the TSC, and of Hyper-V's interface the vCPU's run time and the VM's reference time.
 const CLOCKS: [u32; 3] = [IA32_TSC, 0x4000_0010, 0x4000_0020];
 
-/// Without what time changes: clocks, and the count that is left of an APIC timer.
+/// Without what time changes: clocks, and the count that is left of an APIC timer. Without what is made of the
+/// rest: the APIC's processor priority, which KVM computes when it is looked at, and on AMD's processors, which
+/// have one interrupt shadow, the other name of it.
 fn still(mut state: VcpuState) -> VcpuState {
+    /// Of a MOV to SS and of an STI.
+    const BOTH_SHADOWS: u8 = 3;
+    const STI_SHADOW: u8 = 2;
+    if state.events.interrupt.shadow == BOTH_SHADOWS {
+        state.events.interrupt.shadow = STI_SHADOW;
+    }
     state.msrs.retain(|msr| !CLOCKS.contains(&msr.index));
     // The value was written, and KVM made an offset of it.
     state.tsc_offset = None;
     if let Some(page) = &mut state.lapic {
         page.0[0x390..0x394].fill(0);
+        page.0[0xa0..0xa4].fill(0);
     }
     state
 }

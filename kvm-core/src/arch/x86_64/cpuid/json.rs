@@ -2,6 +2,7 @@
 
 //! The written form of a template, for serde: JSON above all. [`Template`] shows it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::de::{self, Deserializer, Visitor};
@@ -14,7 +15,11 @@ use super::template::{Edit, Template, TemplateError};
 
 /// A template as it is written.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(
+    deny_unknown_fields,
+    default,
+    expecting = "a processor model is an object with name, base, set, clear and registers"
+)]
 pub(super) struct Written {
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,
@@ -61,16 +66,21 @@ impl TryFrom<Written> for Template {
             None | Some("host") => Template::host(),
             Some(name) => Template::baseline(name.parse::<Baseline>()?),
         };
-        let both = written.set.iter().filter(|n| written.clear.contains(n));
-        let names: Vec<_> = both.cloned().collect();
-        if !names.is_empty() {
-            return Err(TemplateError::Contradiction { names }.into());
-        }
         for name in &written.set {
             template = template.with(name)?;
         }
         for name in &written.clear {
             template = template.without(name)?;
+        }
+        // Names of features by now, however many there are.
+        let [set, clear] =
+            [&written.set, &written.clear].map(|list| list.iter().collect::<BTreeSet<_>>());
+        let names: Vec<_> = set
+            .intersection(&clear)
+            .map(|name| (*name).clone())
+            .collect();
+        if !names.is_empty() {
+            return Err(TemplateError::Contradiction { names }.into());
         }
         for edit in written.registers {
             let word = Word::new(edit.leaf.0, edit.subleaf.0, edit.register);
