@@ -157,11 +157,11 @@ impl ExitHandler<VcpuFd> for Counting {
     }
 
     fn requests(&mut self, _: &VcpuView<'_, VcpuFd>, requests: Requests) -> Flow<usize> {
-        if requests.contains(Request::consumer(1).unwrap()) {
-            return Flow::Stop(self.0);
+        self.0 += usize::from(requests.contains(Request::consumer(0).unwrap()));
+        match requests.contains(Request::consumer(1).unwrap()) {
+            true => Flow::Stop(self.0),
+            false => Flow::Continue,
         }
-        self.0 += 1;
-        Flow::Continue
     }
 }
 

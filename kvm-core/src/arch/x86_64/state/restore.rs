@@ -158,7 +158,14 @@ impl StateHost {
         let plain =
             |done: Result<(), Errno>| done.map_err(|errno| RestoreError::Failed { piece, errno });
         match piece {
-            VcpuPiece::Cpuid => plain(vcpu.set_cpuid(&state.cpuid)),
+            VcpuPiece::Cpuid => match vcpu.set_cpuid(&state.cpuid) {
+                // A vCPU that has run takes no other CPUID, and until Linux 6.2 not always its own.
+                Err(refused) if refused.errno() == EINVAL => match vcpu.cpuid() {
+                    Ok(has) if has == state.cpuid => Ok(()),
+                    _ => plain(Err(refused)),
+                },
+                done => plain(done),
+            },
             VcpuPiece::TscFrequency if state.tsc_khz != target.khz => {
                 plain(vcpu.set_tsc_khz(state.tsc_khz))
             }
