@@ -46,7 +46,8 @@ struct Shared {
     changed: Condvar,
 }
 
-/// Wakes a vCPU that is halted in user space. Cheap to clone; from any thread, at any time.
+/// Wakes a vCPU that is halted in user space ([`Runner::waker`](crate::Runner::waker),
+/// [`VcpuSet::waker`](crate::VcpuSet::waker)). Cheap to clone; from any thread, at any time.
 #[derive(Clone, Debug)]
 pub struct Waker(Arc<Shared>);
 
@@ -118,6 +119,12 @@ impl Blocker {
     pub fn set_polling(&mut self, polling: HaltPolling) {
         self.polling = polling;
         self.window = self.window.min(polling.max);
+    }
+
+    /// Whether an event has come that no wait has taken.
+    pub(crate) fn is_woken(&self) -> bool {
+        // Relaxed: who acts on the event takes it, and `take` acquires.
+        self.shared.word.load(Ordering::Relaxed) & EVENT != 0
     }
 
     /// How long the next halt is polled for.
