@@ -86,7 +86,17 @@ impl Waker {
     }
 }
 
-/// The waiting side: one thread at a time.
+/// A vCPU that is halted in user space, as its thread waits for it (`kvm_vcpu_block`): one thread at a time.
+///
+/// The run loop has one for each vCPU and waits here after [`Flow::Block`](crate::Flow::Block); who writes a
+/// run loop of their own uses it as it is. It polls for a time that grows while that pays and shrinks while
+/// it does not, as the kernel's ([`HaltPolling`]), then sleeps. [`Waker::wake`] is for what ends the guest's
+/// halt, and [`Waker::nudge`] for what the thread is to look at meanwhile.
+///
+/// No wake-up is lost: one that comes while nobody waits stays, and ends the next wait at once. What has
+/// come and whether the waiter sleeps are bits of one word that both sides change by atomic
+/// read-modify-writes, so a waker either sees that the waiter sleeps, and notifies it, or its event is seen
+/// by the waiter before that sleeps.
 #[derive(Debug)]
 pub struct Blocker {
     shared: Arc<Shared>,
