@@ -218,7 +218,7 @@ pub trait ExitHandler<F: ?Sized> {
 
     /// Whether a guest physical address is memory: in a slot, and one that the guest may write if it
     /// does. Asked of each MMIO exit before anybody answers it; where this says yes the exit is a
-    /// [`MemoryError`] (`memory_error.rs` says why). The default is no, for all addresses.
+    /// [`MemoryError`] (there is why). The default is no, for all addresses.
     ///
     /// A write to read-only memory is an access, and the way in which KVM reports it: no.
     fn is_memory(&mut self, address: GuestAddress, write: bool) -> bool {
