@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Writes every boot guest as an image into the folder named: for trying a monitor by hand.
+//! Writes every boot guest as an image into the folder named, for trying a monitor by hand, and says of each
+//! with which flags of `reference-vmm run` it does what it is for.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -9,23 +10,61 @@ use guests::{boot, console, debug, image};
 fn main() {
     let folder = std::path::PathBuf::from(std::env::args().nth(1).expect("a folder"));
     std::fs::create_dir_all(&folder).unwrap();
-    for (name, image) in [
-        ("hello.elf", image::elf64(boot::hello64())),
-        ("hello.bzimage", image::bzimage(boot::hello64())),
-        ("byte.elf", image::elf64(boot::byte_and_reset64())),
-        ("poweroff.elf", image::elf64(boot::poweroff64())),
-        ("triple-fault.elf", image::elf64(boot::triple_fault64())),
-        ("spin.elf", image::elf64(boot::spin64())),
-        ("pvpanic.elf", image::elf64(boot::pvpanic64())),
-        ("echo.elf", image::elf64(boot::echo64())),
-        ("boot-params.elf", image::elf64(boot::boot_params64())),
-        ("pvh.elf", image::elf64_pvh(boot::pvh32())),
-        ("multiboot.elf", image::multiboot(boot::multiboot32())),
-        ("smp.elf", image::elf64(boot::smp64())),
-        ("polled.elf", image::elf64(console::polled64())),
-        ("debug.elf", image::elf64(debug::debug64())),
-        ("rom.elf", image::elf64(console::rom64())),
+    for (name, flags, image) in [
+        ("hello.elf", " --debug-exit", image::elf64(boot::hello64())),
+        (
+            "hello.bzimage",
+            " --debug-exit",
+            image::bzimage(boot::hello64()),
+        ),
+        ("byte.elf", "", image::elf64(boot::byte_and_reset64())),
+        ("poweroff.elf", "", image::elf64(boot::poweroff64())),
+        ("triple-fault.elf", "", image::elf64(boot::triple_fault64())),
+        (
+            "spin.elf",
+            "    (until it is stopped)",
+            image::elf64(boot::spin64()),
+        ),
+        ("pvpanic.elf", "", image::elf64(boot::pvpanic64())),
+        (
+            "echo.elf",
+            " --debug-exit    (until a q is typed)",
+            image::elf64(boot::echo64()),
+        ),
+        (
+            "boot-params.elf",
+            " --debug-exit --cmdline TEXT",
+            image::elf64(boot::boot_params64()),
+        ),
+        (
+            "pvh.elf",
+            " --debug-exit --cmdline TEXT",
+            image::elf64_pvh(boot::pvh32()),
+        ),
+        (
+            "multiboot.elf",
+            " --debug-exit --cmdline TEXT",
+            image::multiboot(boot::multiboot32()),
+        ),
+        (
+            "smp.elf",
+            " --debug-exit --cpus 4 --cmdline 4    (the same number twice)",
+            image::elf64(boot::smp64()),
+        ),
+        (
+            "polled.elf",
+            " --debug-exit --cmdline 10000e    (so many bytes, then an end)",
+            image::elf64(console::polled64()),
+        ),
+        (
+            "debug.elf",
+            " --gdb unix:/tmp/gdb",
+            image::elf64(debug::debug64()),
+        ),
+        ("rom.elf", " --debug-exit", image::elf64(console::rom64())),
     ] {
-        std::fs::write(folder.join(name), image).unwrap();
+        let path = folder.join(name);
+        std::fs::write(&path, image).unwrap();
+        println!("--kernel {}{flags}", path.display());
     }
 }

@@ -30,13 +30,24 @@
 use std::any::{Any, TypeId};
 use std::sync::Arc;
 
+use crate::blocker::Blocker;
 use crate::control::{Control, ControlError, Pause, State};
 use crate::identity::VcpuId;
 use crate::run::VcpuView;
 use crate::sync::{Mutex, MutexGuard, lock, wait};
 
-/// What is done with a vCPU's descriptor, the `V::Fd` of its [`RunVcpu`](crate::RunVcpu).
-pub(crate) type Task = Box<dyn FnOnce(VcpuId, &dyn Any) + Send>;
+/// A parked vCPU, as its thread shows it to the tasks that it is given.
+pub(crate) struct Parked<'a> {
+    /// The `V::Fd` of its [`RunVcpu`](crate::RunVcpu).
+    pub(crate) fd: &'a dyn Any,
+    /// Its handler said [`Flow::Block`](crate::Flow::Block).
+    pub(crate) halted: bool,
+    /// Who wakes it may do so while it is parked.
+    pub(crate) blocker: &'a Blocker,
+}
+
+/// What is done with a parked vCPU.
+pub(crate) type Task = Box<dyn FnOnce(VcpuId, &Parked<'_>) + Send>;
 
 /// A task that is not done.
 struct Posted {
@@ -102,10 +113,11 @@ fn package<F: 'static, R: Send + 'static>(
 ) -> (Task, Arc<Mutex<Option<R>>>) {
     let slot = Arc::new(Mutex::new(None));
     let result = slot.clone();
-    let task = move |id, fd: &dyn Any| {
+    let task = move |id, parked: &Parked<'_>| {
         // The vCPU's kind was compared before the task was posted.
-        if let Some(fd) = fd.downcast_ref::<F>() {
-            let value = f(&VcpuView::new(id, fd));
+        if let Some(fd) = parked.fd.downcast_ref::<F>() {
+            let halted = parked.halted && !parked.blocker.is_woken();
+            let value = f(&VcpuView::new(id, fd, halted));
             *lock(&result) = Some(value);
         }
     };
@@ -115,7 +127,7 @@ fn package<F: 'static, R: Send + 'static>(
 impl Pause {
     /// Lets the thread of a paused vCPU call `f` with it, and waits for the result: registers, whole
     /// state and all else that [`VcpuView::fd`] gives, as they are behind the access that the vCPU was
-    /// at. Waits for this vCPU's handler too, if the pause began without waiting
+    /// at, and whether it is halted in user space ([`VcpuView::is_halted`]). Waits for this vCPU's handler too, if the pause began without waiting
     /// ([`VcpuSet::begin_pause`](crate::VcpuSet::begin_pause)).
     ///
     /// `F` is the vCPU's [`RunVcpu::Fd`](crate::RunVcpu::Fd): `kvm_ioctls::VcpuFd` with KVM. A panic in

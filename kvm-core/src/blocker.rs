@@ -46,7 +46,8 @@ struct Shared {
     changed: Condvar,
 }
 
-/// Wakes a vCPU that is halted in user space. Cheap to clone; from any thread, at any time.
+/// Wakes a vCPU that is halted in user space ([`Runner::waker`](crate::Runner::waker),
+/// [`VcpuSet::waker`](crate::VcpuSet::waker)). Cheap to clone; from any thread, at any time.
 #[derive(Clone, Debug)]
 pub struct Waker(Arc<Shared>);
 
@@ -85,7 +86,17 @@ impl Waker {
     }
 }
 
-/// The waiting side: one thread at a time.
+/// A vCPU that is halted in user space, as its thread waits for it (`kvm_vcpu_block`): one thread at a time.
+///
+/// The run loop has one for each vCPU and waits here after [`Flow::Block`](crate::Flow::Block); who writes a
+/// run loop of their own uses it as it is. It polls for a time that grows while that pays and shrinks while
+/// it does not, as the kernel's ([`HaltPolling`]), then sleeps. [`Waker::wake`] is for what ends the guest's
+/// halt, and [`Waker::nudge`] for what the thread is to look at meanwhile.
+///
+/// No wake-up is lost: one that comes while nobody waits stays, and ends the next wait at once. What has
+/// come and whether the waiter sleeps are bits of one word that both sides change by atomic
+/// read-modify-writes, so a waker either sees that the waiter sleeps, and notifies it, or its event is seen
+/// by the waiter before that sleeps.
 #[derive(Debug)]
 pub struct Blocker {
     shared: Arc<Shared>,
@@ -118,6 +129,12 @@ impl Blocker {
     pub fn set_polling(&mut self, polling: HaltPolling) {
         self.polling = polling;
         self.window = self.window.min(polling.max);
+    }
+
+    /// Whether an event has come that no wait has taken.
+    pub(crate) fn is_woken(&self) -> bool {
+        // Relaxed: who acts on the event takes it, and `take` acquires.
+        self.shared.word.load(Ordering::Relaxed) & EVENT != 0
     }
 
     /// How long the next halt is polled for.

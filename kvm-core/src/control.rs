@@ -21,15 +21,15 @@
 //! Lock order: `members`, then `state`. vCPU threads take `state` when they start, park, acknowledge
 //! and leave, and `members` when they leave; on the way from exit to entry they take none.
 
-use std::any::{Any, TypeId};
+use std::any::TypeId;
 use std::cell::Cell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use crate::access::Tasks;
-use crate::blocker::Blocker;
+use crate::access::{Parked, Tasks};
+use crate::blocker::{Blocker, Waker};
 use crate::halt_poll::HaltPolling;
 use crate::identity::{Identity, VcpuId};
 use crate::kick::Gate;
@@ -214,8 +214,8 @@ impl VcpuSet {
     }
 
     /// Enrols a vCPU and runs it on a new thread named `name`: the spawner for those who need no
-    /// other (no affinity, cgroup or seccomp of its own, and no [`Runner::waker`] for
-    /// [`Flow::Block`](crate::Flow::Block)).
+    /// other (no affinity, cgroup or seccomp of its own). Who wakes a vCPU that says
+    /// [`Flow::Block`](crate::Flow::Block) asks [`VcpuSet::waker`] for its waker.
     ///
     /// # Errors
     /// `AlreadyExists` as [`VcpuSet::enroll`], or what the system says about a new thread; the vCPU
@@ -381,6 +381,16 @@ impl VcpuSet {
         Ok(())
     }
 
+    /// Wakes a vCPU where it is halted in user space ([`Flow::Block`](crate::Flow::Block)): its
+    /// [`Runner::waker`], also once a thread has the runner. A waker outlives its vCPU, and then wakes
+    /// nobody.
+    ///
+    /// # Errors
+    /// [`ControlError::NoSuchVcpu`].
+    pub fn waker(&self, id: VcpuId) -> Result<Waker, ControlError> {
+        self.find(id).map(|member| member.gate.waker())
+    }
+
     /// The mode of a vCPU at some moment of this call (`vcpu->mode`); a hint, as it changes.
     ///
     /// # Errors
@@ -478,15 +488,15 @@ impl Member {
 
     /// The thread begins: active at once, or when the pause that holds is over.
     ///
-    /// `fd` is what tasks get meanwhile.
-    pub(crate) fn start(&mut self, fd: &dyn Any) -> Verdict {
+    /// `parked` is what tasks get meanwhile.
+    pub(crate) fn start(&mut self, parked: &Parked<'_>) -> Verdict {
         let address = Arc::as_ptr(&self.control).addr();
         RUNNING.with(|running| running.set(address));
         let mut state = lock(&self.control.state);
         state.started += 1;
         state.threads.push(self.key());
         self.started = true;
-        state = self.until_resumed(state, fd);
+        state = self.until_resumed(state, parked);
         state.active += 1;
         state.verdict()
     }
@@ -495,15 +505,15 @@ impl Member {
         lock(&self.control.state).verdict()
     }
 
-    /// Is not active until no pause holds. Never returns [`Verdict::Park`]. `fd` is what tasks get.
-    pub(crate) fn park(&self, fd: &dyn Any) -> Verdict {
+    /// Is not active until no pause holds. Never returns [`Verdict::Park`]. `parked` is what tasks get.
+    pub(crate) fn park(&self, parked: &Parked<'_>) -> Verdict {
         let mut state = lock(&self.control.state);
         if state.verdict() == Verdict::Park {
             state.active -= 1;
             if state.active == 0 {
                 self.control.changed.notify_all();
             }
-            state = self.until_resumed(state, fd);
+            state = self.until_resumed(state, parked);
             state.active += 1;
         }
         state.verdict()
@@ -513,7 +523,7 @@ impl Member {
     fn until_resumed<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
-        fd: &dyn Any,
+        parked: &Parked<'_>,
     ) -> MutexGuard<'a, State> {
         while state.verdict() == Verdict::Park {
             let Some((ticket, task)) = state.tasks.take(self.key()) else {
@@ -521,7 +531,7 @@ impl Member {
                 continue;
             };
             drop(state);
-            let done = catch_unwind(AssertUnwindSafe(|| task(self.enrolled.id, fd)));
+            let done = catch_unwind(AssertUnwindSafe(|| task(self.enrolled.id, parked)));
             state = lock(&self.control.state);
             state.tasks.strike_off(ticket);
             self.control.changed.notify_all();

@@ -27,6 +27,11 @@ pub trait EnableCapability {
 
 /// Instructions that stay in the guest instead of leaving it to KVM. The guest then keeps its physical CPU
 /// while it waits: for vCPUs that have one to themselves.
+///
+/// `KVM_CAP_X86_DISABLE_EXITS`, api.rst 7.13: chosen before the first vCPU ([`disable_exits`]), from those that
+/// the host offers ([`offered_exits`]). Of halts that do leave the guest KVM polls for a time before the
+/// thread sleeps ([`set_halt_poll`]); where they come out to user space that is
+/// [`HaltPolling`](crate::HaltPolling)'s.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct DisabledExits(u32);
 

@@ -71,6 +71,10 @@ impl Gate {
         }
     }
 
+    pub(crate) fn waker(&self) -> Waker {
+        self.waker.clone()
+    }
+
     pub(crate) fn mode(&self) -> GuestMode {
         self.mode.load()
     }

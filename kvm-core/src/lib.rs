@@ -126,9 +126,13 @@
 //! A paused vCPU is in the right state for it: its access is completed (`KVM_RUN` with
 //! `immediate_exit`, until it says `EINTR`) and kvm-clock was told. Its own thread reads its state
 //! ([`Pause::with_vcpu`], [`Pause::with_each`] for all at once), so that nobody shares its descriptor.
-//! Requests that are pending are not part of a guest's state, nor is what a debugger has set. Whether a
-//! vCPU is halted in user space is, and its handler knows it: it said [`Flow::Block`]. A device in the
-//! kernel has the state that its attributes say; the VFIO device has none.
+//! Requests that are pending are not part of a guest's state, nor is what a debugger has set. A device in
+//! the kernel has the state that its attributes say; the VFIO device has none.
+//!
+//! Whether a vCPU is halted in user space ([`Flow::Block`]) is part of it, and KVM does not know: its
+//! `mp_state` says runnable. [`VcpuView::is_halted`] says it beside the state, and [`Runner::halted`] makes
+//! the restored vCPU begin so; without it the guest's `HLT` is over. Where KVM has the local APICs nothing
+//! is halted in user space, and `mp_state` says all.
 //!
 //! ```no_run
 //! # #[cfg(all(feature = "kvm", target_arch = "x86_64"))]
@@ -139,17 +143,22 @@
 //! # let vm = kvm.create_vm()?.finish();
 //! # let new_vm = kvm.create_vm()?.finish();
 //! # let set = VcpuSet::new(vm.identity().clone());
+//! # let new_set = VcpuSet::new(new_vm.identity().clone());
 //! let host = vm.state_host(&kvm)?;
 //! let pause = set.pause()?;
-//! let vcpus = pause.with_each(move |vcpu: &VcpuView<'_, <Vcpu as RunVcpu>::Fd>| vcpu.state(&host))?;
+//! let vcpus = pause.with_each(move |vcpu: &VcpuView<'_, <Vcpu as RunVcpu>::Fd>| {
+//!     (vcpu.state(&host), vcpu.is_halted())
+//! })?;
 //! let clock = vm.state()?;
 //! // …and guest memory, devices, interrupt controllers. Then, in a new VM with its memory in place:
 //! let host = new_vm.state_host(&kvm)?;
 //! let passage = new_vm.restore(&clock, ClockRestore::AsSaved)?;
-//! for (id, state) in vcpus {
+//! for (id, (state, halted)) in vcpus {
 //!     let vcpu = new_vm.create_vcpu(id)?;
 //!     vcpu.restore(&host, &state?, &passage)?;
-//!     // …interrupt controllers, then set.enroll(vcpu) and its thread.
+//!     let runner = new_set.enroll(vcpu)?;
+//!     let runner = if halted { runner.halted() } else { runner };
+//!     // …interrupt controllers, which wake (`runner.waker()`) whom they have something for; then its thread.
 //! }
 //! # Ok(())
 //! # }

@@ -2,27 +2,7 @@
 
 //! Guest memory that the host cannot give: told apart from an access to a device.
 //!
-//! A page of guest memory can be lost to the guest: its DRAM has an uncorrectable error, its file was
-//! truncated behind the mapping, or what was to bring it in (a pager, a `guest_memfd` conversion) has
-//! failed. KVM has no one way to say so, and this module is where the ways meet:
-//!
-//! | what the run loop sees | who says so |
-//! | --- | --- |
-//! | an MMIO exit at an address inside a memory slot | some hosts' KVM, for a poisoned or an unserved page |
-//! | `KVM_EXIT_MEMORY_FAULT` beside `EFAULT` or `EHWPOISON` | KVM since 6.8, where a page cannot be had |
-//! | `EFAULT` or `EHWPOISON` alone | older KVM, and the emulator of newer ones |
-//! | `SIGBUS` while the thread is in `KVM_RUN` | hardware KVM, for a page with a hardware error |
-//! | `SIGBUS` while a handler touches guest memory | the kernel, for either and for a truncated file |
-//!
-//! None of them is an access that a bus could answer, and an answer of all ones would be data that the
-//! guest's memory never held. So none comes to [`ExitHandler::exit`](crate::ExitHandler::exit): each is
-//! a [`MemoryError`] for [`ExitHandler::memory_error`](crate::ExitHandler::memory_error), whose
-//! [`Remedy`] is the consumer's choice. Without one the vCPU halts with
-//! [`HaltReason::MemoryError`](crate::HaltReason::MemoryError).
-//!
-//! Two rows need the consumer's help, and are found only with it: which guest addresses are memory
-//! ([`ExitHandler::is_memory`](crate::ExitHandler::is_memory)), and the process's `SIGBUS`
-//! ([`BusErrors::install`](crate::BusErrors::install)).
+//! [`MemoryError`] says in which ways that comes to be known, and what the consumer has to do for it.
 
 use std::fmt;
 
@@ -42,6 +22,28 @@ impl fmt::LowerHex for HostAddress {
 }
 
 /// A part of guest memory that the host cannot give a vCPU.
+///
+/// A page of guest memory can be lost to the guest: its DRAM has an uncorrectable error, its file was
+/// truncated behind the mapping, or what was to bring it in (a pager, a `guest_memfd` conversion) has
+/// failed. KVM has no one way to say so, and this is where the ways meet:
+///
+/// | what the run loop sees | who says so |
+/// | --- | --- |
+/// | an MMIO exit at an address inside a memory slot | some hosts' KVM, for a poisoned or an unserved page |
+/// | `KVM_EXIT_MEMORY_FAULT` beside `EFAULT` or `EHWPOISON` | KVM since 6.8, where a page cannot be had |
+/// | `EFAULT` or `EHWPOISON` alone | older KVM, and the emulator of newer ones |
+/// | `SIGBUS` while the thread is in `KVM_RUN` | hardware KVM, for a page with a hardware error |
+/// | `SIGBUS` while a handler touches guest memory | the kernel, for either and for a truncated file |
+///
+/// None of them is an access that a bus could answer, and an answer of all ones would be data that the
+/// guest's memory never held. So none comes to [`ExitHandler::exit`](crate::ExitHandler::exit): each is
+/// a `MemoryError` for [`ExitHandler::memory_error`](crate::ExitHandler::memory_error), whose
+/// [`Remedy`] is the consumer's choice. Without one the vCPU halts with
+/// [`HaltReason::MemoryError`](crate::HaltReason::MemoryError).
+///
+/// Two rows need the consumer's help, and are found only with it: which guest addresses are memory
+/// ([`ExitHandler::is_memory`](crate::ExitHandler::is_memory)), and the process's `SIGBUS`
+/// ([`BusErrors::install`](crate::BusErrors::install)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryError {
     /// Where, as the guest knows it; `None` where KVM did not say, or where

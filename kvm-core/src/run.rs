@@ -52,6 +52,7 @@ use std::sync::Arc;
 use vm_memory::GuestAddress;
 use vmm_sys_util::errno::Error as Errno;
 
+use crate::access::Parked;
 use crate::blocker::{Blocker, Waker, Woken};
 use crate::control::{Member, Verdict};
 use crate::exit::{DecodeError, Exit, InternalError, forget};
@@ -143,9 +144,16 @@ pub enum Flow<S> {
     /// Run on.
     Continue,
     /// The vCPU is halted ([`Exit::Hlt`]): run on once it is woken ([`Runner::waker`]) and
-    /// [`ExitHandler::runnable`]. Requests, pauses and stops are served meanwhile and leave it halted; a
-    /// vCPU that is enrolled again, a restored one too, is not halted any more: one that was is halted again
-    /// by a request of the consumer's, made before its thread starts and answered with this.
+    /// [`ExitHandler::runnable`]. Requests, pauses and stops are served meanwhile and leave it halted.
+    ///
+    /// For a VM without local APICs in KVM: there a guest's `HLT` comes out, and it is user space that waits
+    /// for the guest's next interrupt. The thread polls ([`Runner::halt_polling`]), then sleeps on a
+    /// condition variable; no wake-up is lost, and one that comes before the halt ends it at once. Where KVM
+    /// has the local APICs it waits itself, `HLT` makes no exit, and this is for nothing.
+    ///
+    /// KVM knows nothing of such a halt: its `mp_state` says runnable. [`VcpuView::is_halted`] says it, and
+    /// [`Halt::halted`] at the end; [`Runner::halted`] makes a vCPU that is restored or enrolled again halted
+    /// as it was.
     Block,
     /// Halt this vCPU with a value of the consumer's.
     Stop(S),
@@ -156,11 +164,12 @@ pub enum Flow<S> {
 pub struct VcpuView<'a, F: ?Sized> {
     id: VcpuId,
     fd: &'a F,
+    halted: bool,
 }
 
 impl<'a, F: ?Sized> VcpuView<'a, F> {
-    pub(crate) const fn new(id: VcpuId, fd: &'a F) -> Self {
-        Self { id, fd }
+    pub(crate) const fn new(id: VcpuId, fd: &'a F, halted: bool) -> Self {
+        Self { id, fd, halted }
     }
 
     /// The vCPU's number.
@@ -174,6 +183,16 @@ impl<'a, F: ?Sized> VcpuView<'a, F> {
     #[must_use]
     pub const fn fd(&self) -> &'a F {
         self.fd
+    }
+
+    /// Whether the vCPU is halted in user space ([`Flow::Block`]) and nothing has woken it since. A part of
+    /// the guest's state that KVM does not know: who saves it (in [`Pause::with_vcpu`](crate::Pause::with_vcpu))
+    /// gives it back with [`Runner::halted`]. A wake-up that has come while the vCPU is paused ends the halt
+    /// as far as this says, since no state would hold it: the restored vCPU runs on, as if
+    /// [`ExitHandler::runnable`] had said yes.
+    #[must_use]
+    pub const fn is_halted(&self) -> bool {
+        self.halted
     }
 }
 
@@ -209,7 +228,7 @@ pub trait ExitHandler<F: ?Sized> {
 
     /// Whether a guest physical address is memory: in a slot, and one that the guest may write if it
     /// does. Asked of each MMIO exit before anybody answers it; where this says yes the exit is a
-    /// [`MemoryError`] (`memory_error.rs` says why). The default is no, for all addresses.
+    /// [`MemoryError`] (there is why). The default is no, for all addresses.
     ///
     /// A write to read-only memory is an access, and the way in which KVM reports it: no.
     fn is_memory(&mut self, address: GuestAddress, write: bool) -> bool {
@@ -330,6 +349,9 @@ pub struct Halt<V, H, S> {
     pub vcpu: V,
     /// The handler, with what it gathered.
     pub handler: H,
+    /// Whether the vCPU was halted in user space ([`VcpuView::is_halted`]): for [`Runner::halted`] where it
+    /// is enrolled again.
+    pub halted: bool,
 }
 
 impl<V, H, S: fmt::Debug> fmt::Debug for Halt<V, H, S> {
@@ -367,6 +389,18 @@ impl<V: RunVcpu> Runner<V> {
         self.blocker.waker()
     }
 
+    /// The vCPU begins halted in user space, as after [`Flow::Block`]: one that was when it was saved
+    /// ([`VcpuView::is_halted`]) or when it left ([`Halt::halted`]). Without this it runs on behind its
+    /// `HLT`, which the guest takes for an interrupt.
+    ///
+    /// A [`Waker::wake`] ends the halt, one before the vCPU's thread starts too: an interrupt controller that
+    /// is restored with something pending for the vCPU wakes it.
+    #[must_use]
+    pub fn halted(mut self) -> Self {
+        self.halted = true;
+        self
+    }
+
     /// How a halted vCPU ([`Flow::Block`]) is polled for before it sleeps; without this it is not.
     #[must_use]
     pub fn halt_polling(mut self, polling: HaltPolling) -> Self {
@@ -399,6 +433,7 @@ impl<V: RunVcpu> Runner<V> {
             Ok(never) => match never {},
             Err(reason) => reason,
         };
+        let halted = self.is_halted();
         let Self {
             mut vcpu, member, ..
         } = self;
@@ -409,7 +444,27 @@ impl<V: RunVcpu> Runner<V> {
             reason,
             vcpu,
             handler,
+            halted,
         })
+    }
+
+    fn is_halted(&self) -> bool {
+        self.halted && !self.blocker.is_woken()
+    }
+
+    fn view(&mut self) -> VcpuView<'_, V::Fd> {
+        let halted = self.is_halted();
+        VcpuView::new(self.vcpu.id(), self.vcpu.exit_area().1, halted)
+    }
+
+    /// The vCPU's place in its set, and what is asked there while it is parked.
+    fn at_the_set(&mut self) -> (&mut Member, Parked<'_>) {
+        let parked = Parked {
+            fd: self.vcpu.exit_area().1,
+            halted: self.halted,
+            blocker: &self.blocker,
+        };
+        (&mut self.member, parked)
     }
 
     fn run_to_halt<H: ExitHandler<V::Fd>>(
@@ -417,17 +472,14 @@ impl<V: RunVcpu> Runner<V> {
         handler: &mut H,
     ) -> Result<Infallible, HaltReason<H::Stop>> {
         self.vcpu.attach().map_err(HaltReason::StartFailed)?;
-        if self.member.start(self.vcpu.exit_area().1) == Verdict::Stop {
+        let (member, parked) = self.at_the_set();
+        if member.start(&parked) == Verdict::Stop {
             return Err(HaltReason::Stopped);
         }
         let mut access_pending = false;
         self.refusals = 0;
         loop {
-            let id = self.vcpu.id();
-            handler.before_entry(&VcpuView {
-                id,
-                fd: self.vcpu.exit_area().1,
-            });
+            handler.before_entry(&self.view());
             // Behind all that may have touched guest memory since the last look: the handler, and tasks of
             // a pause.
             self.bus_errors(handler)?;
@@ -446,11 +498,7 @@ impl<V: RunVcpu> Runner<V> {
     #[cold]
     fn block<H: ExitHandler<V::Fd>>(&mut self, handler: &mut H) {
         if self.blocker.block() == Woken::Event {
-            let view = VcpuView {
-                id: self.vcpu.id(),
-                fd: self.vcpu.exit_area().1,
-            };
-            self.halted = !handler.runnable(&view);
+            self.halted = !handler.runnable(&self.view());
         }
     }
 
@@ -468,7 +516,7 @@ impl<V: RunVcpu> Runner<V> {
         }
         self.refusals = 0;
         self.bus_errors(handler)?;
-        let id = self.vcpu.id();
+        let (id, halted) = (self.vcpu.id(), self.is_halted());
         let (area, fd) = self.vcpu.exit_area();
         let (mut exit, errno) = match result {
             Ok(()) => (Exit::decode(area).map_err(HaltReason::Undecodable)?, None),
@@ -516,7 +564,7 @@ impl<V: RunVcpu> Runner<V> {
             _ => {}
         }
         *access_pending = exit.is_access();
-        match handler.exit(&VcpuView { id, fd }, exit) {
+        match handler.exit(&VcpuView::new(id, fd, halted), exit) {
             Flow::Continue => {}
             Flow::Block => self.halted = true,
             Flow::Stop(value) => return Err(HaltReason::Handler(value)),
@@ -543,11 +591,7 @@ impl<V: RunVcpu> Runner<V> {
         handler: &mut H,
         error: &MemoryError,
     ) -> Result<(), HaltReason<H::Stop>> {
-        let view = VcpuView {
-            id: self.vcpu.id(),
-            fd: self.vcpu.exit_area().1,
-        };
-        match handler.memory_error(&view, error) {
+        match handler.memory_error(&self.view(), error) {
             Remedy::RunOn => Ok(()),
             Remedy::Halt => Err(HaltReason::MemoryError(*error)),
             Remedy::Stop(value) => Err(HaltReason::Handler(value)),
@@ -575,11 +619,7 @@ impl<V: RunVcpu> Runner<V> {
     ) -> Result<(), HaltReason<H::Stop>> {
         let consumers = requests.consumers();
         if !consumers.is_empty() {
-            let view = VcpuView {
-                id: self.vcpu.id(),
-                fd: self.vcpu.exit_area().1,
-            };
-            match handler.requests(&view, consumers) {
+            match handler.requests(&self.view(), consumers) {
                 Flow::Continue => {}
                 Flow::Block => self.halted = true,
                 Flow::Stop(value) => return Err(HaltReason::Handler(value)),
@@ -602,7 +642,8 @@ impl<V: RunVcpu> Runner<V> {
                 Verdict::Park => {
                     self.complete_access(handler, access_pending)?;
                     self.tell_the_clock();
-                    if self.member.park(self.vcpu.exit_area().1) == Verdict::Stop {
+                    let (member, parked) = self.at_the_set();
+                    if member.park(&parked) == Verdict::Stop {
                         return Err(HaltReason::Stopped);
                     }
                 }

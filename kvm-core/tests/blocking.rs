@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use kvm_core::fake::{FakeVcpu, Step};
 use kvm_core::{
-    Blocker, Exit, ExitHandler, Flow, HaltPolling, HaltReason, Identity, Request, Requests, Runner,
-    VcpuId, VcpuSet, VcpuView, Woken,
+    Blocker, ControlError, Exit, ExitHandler, Flow, HaltPolling, HaltReason, Identity, Pause,
+    Request, Requests, Runner, VcpuId, VcpuSet, VcpuView, Woken,
 };
 use proptest::prelude::*;
 
@@ -161,9 +161,15 @@ struct Halted {
 }
 
 fn start(polling: HaltPolling, script: impl IntoIterator<Item = Step>) -> Halted {
+    start_as(|runner| runner.halt_polling(polling), script)
+}
+
+fn start_as(
+    so: impl FnOnce(Runner<FakeVcpu>) -> Runner<FakeVcpu>,
+    script: impl IntoIterator<Item = Step>,
+) -> Halted {
     let set = VcpuSet::new(Identity::vm("test"));
-    let runner: Runner<_> = set.enroll(FakeVcpu::new(VcpuId(0), script)).unwrap();
-    let runner = runner.halt_polling(polling);
+    let runner = so(set.enroll(FakeVcpu::new(VcpuId(0), script)).unwrap());
     let (tell, told) = mpsc::channel();
     let (waker, events) = (runner.waker(), Arc::new(AtomicUsize::new(0)));
     let handler = Handler {
@@ -281,4 +287,102 @@ fn a_request_that_finds_the_vcpu_at_its_halt_is_not_lost() {
     }
     vcpu.set.stop().unwrap();
     assert_eq!(vcpu.thread.join().unwrap(), HaltReason::Stopped);
+}
+
+fn is_halted(pause: &Pause) -> bool {
+    let halted = |vcpu: &VcpuView<'_, ()>| vcpu.is_halted();
+    pause.with_vcpu(VcpuId(0), halted).unwrap()
+}
+
+#[test]
+fn a_halted_vcpu_that_is_saved_and_restored_runs_no_guest_code_until_it_is_woken() {
+    let saved = start(HaltPolling::OFF, halt_then_out());
+    saved.expect("halted");
+    let pause = saved.set.pause().unwrap();
+    assert!(is_halted(&pause));
+    saved.set.stop().unwrap();
+    assert_eq!(saved.thread.join().unwrap(), HaltReason::Stopped);
+
+    let restored = start_as(Runner::halted, halt_then_out().into_iter().skip(1));
+    let request = Request::consumer(0).unwrap();
+    restored.set.request(VcpuId(0), request).unwrap();
+    restored.expect("asked");
+    let pause = restored.set.pause().unwrap();
+    assert!(is_halted(&pause), "and it can be saved again");
+    pause.resume();
+    assert_eq!(restored.told.try_recv().ok(), None);
+    restored.events.store(1, Ordering::Relaxed);
+    restored.waker.wake();
+    restored.expect("ran");
+    assert_eq!(restored.thread.join().unwrap(), HaltReason::Handler(1));
+}
+
+#[test]
+fn a_vcpu_that_is_not_halted_or_that_was_woken_is_not_said_to_be_halted() {
+    let running = start(HaltPolling::OFF, [Step::pio_out(1, 1, &[1])]);
+    running.expect("ran");
+    assert!(!is_halted(&running.set.pause().unwrap()));
+    running.set.stop().unwrap();
+
+    let woken = start(HaltPolling::OFF, halt_then_out());
+    woken.expect("halted");
+    let pause = woken.set.pause().unwrap();
+    assert!(is_halted(&pause));
+    woken.waker.wake();
+    assert!(!is_halted(&pause), "no state would hold the wake-up");
+    woken.set.stop().unwrap();
+}
+
+#[test]
+fn a_wake_up_before_a_restored_vcpus_thread_starts_ends_its_halt() {
+    let woken = |runner: Runner<_>| {
+        runner.waker().wake();
+        runner.halted()
+    };
+    let vcpu = start_as(woken, halt_then_out().into_iter().skip(1));
+    vcpu.expect("not yet");
+    vcpu.events.store(1, Ordering::Relaxed);
+    vcpu.waker.wake();
+    vcpu.expect("ran");
+    assert_eq!(vcpu.thread.join().unwrap(), HaltReason::Handler(2));
+}
+
+#[test]
+fn a_vcpu_that_is_stopped_in_its_halt_can_be_enrolled_again_halted() {
+    let set = VcpuSet::new(Identity::vm("test"));
+    let runner = set.enroll(FakeVcpu::new(VcpuId(0), [])).unwrap();
+    set.begin_stop();
+    let block = |_: &VcpuView<'_, ()>, _: Exit<'_>| Flow::<()>::Block;
+    let Err(halt) = runner.halted().run(block);
+    assert!(halt.halted);
+
+    let set = VcpuSet::new(Identity::vm("test"));
+    let runner = set.enroll(halt.vcpu).unwrap();
+    set.begin_stop();
+    let Err(halt) = runner.run(block);
+    assert!(!halt.halted, "it was not said to be");
+}
+
+#[test]
+fn a_spawned_vcpu_is_woken_through_its_set_while_it_is_enrolled() {
+    let set = VcpuSet::new(Identity::vm("test"));
+    let no_such = Some(ControlError::NoSuchVcpu(VcpuId(0)));
+    assert_eq!(set.waker(VcpuId(0)).err(), no_such);
+    let (told, halted) = mpsc::channel();
+    let script = [Step::hlt(), Step::pio_out(1, 1, &[1])];
+    let handler = move |_: &VcpuView<'_, ()>, exit: Exit<'_>| match exit {
+        Exit::Hlt => {
+            told.send(()).unwrap();
+            Flow::Block
+        }
+        _ => Flow::Stop("ran"),
+    };
+    let vcpu = FakeVcpu::new(VcpuId(0), script);
+    let thread = set.spawn("vcpu", vcpu, handler).unwrap();
+    halted.recv_timeout(Duration::from_secs(60)).unwrap();
+    let waker = set.waker(VcpuId(0)).unwrap();
+    waker.wake();
+    assert_eq!(thread.join().unwrap().reason, HaltReason::Handler("ran"));
+    assert_eq!(set.waker(VcpuId(0)).err(), no_such);
+    waker.wake();
 }

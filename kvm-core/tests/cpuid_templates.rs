@@ -106,6 +106,14 @@ fn names_add_to_a_baseline_and_take_from_it() {
         again.with("avx3"),
         Err(TemplateError::UnknownFeature(name)) if name == "avx3"
     ));
+    for (alias, name) in [
+        ("sse3", "pni"),
+        ("constant_tsc", "invtsc"),
+        ("nonstop_tsc", "invtsc"),
+    ] {
+        let error = Template::host().with(alias).unwrap_err().to_string();
+        assert!(error.contains(&format!("is {name:?} meant?")), "{error}");
+    }
 }
 
 #[test]

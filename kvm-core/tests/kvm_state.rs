@@ -14,7 +14,10 @@ use guests::state::{INPUT, INPUT_MMIO, RESULT, ROUND, ROUNDS, TICKS, WAITING};
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_core::arch::x86_64::{BootState, CpuidPlan, Topology};
 use kvm_core::state::{ClockRestore, StateHost, VcpuState, VmState};
-use kvm_core::{Exit, ExitHandler, Flow, Halt, HaltReason, Pause, Vcpu, VcpuId, VcpuSet, VcpuView};
+use kvm_core::{
+    Exit, ExitHandler, Flow, Halt, HaltReason, Pause, Request, Requests, Vcpu, VcpuId, VcpuSet,
+    VcpuView,
+};
 use kvm_ioctls::VcpuFd;
 
 const ROUNDS_DONE: u32 = 200;
@@ -310,5 +313,79 @@ fn a_guest_may_be_saved_and_restored_many_times_in_its_life() {
         }
         drop(guest.paused());
         assert_eq!(guest.finish(), undisturbed);
+    });
+}
+
+/// Halts, and then says 7 on port 0x10; KVM has no local APIC for it.
+const HALT_AND_SAY: [u8; 8] = [0xfa, 0xf4, 0xb0, 0x07, 0xe6, 0x10, 0xeb, 0xfe];
+
+/// Blocks at the halt, and tells of all that it hears.
+struct Blocking(mpsc::Sender<&'static str>);
+
+impl ExitHandler<VcpuFd> for Blocking {
+    type Stop = Infallible;
+
+    fn exit(&mut self, _: &VcpuView<'_, VcpuFd>, exit: Exit<'_>) -> Flow<Infallible> {
+        match exit {
+            Exit::Hlt => {
+                self.0.send("halted").unwrap();
+                Flow::Block
+            }
+            Exit::PioOut { .. } => {
+                self.0.send("ran").unwrap();
+                Flow::Continue
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn requests(&mut self, _: &VcpuView<'_, VcpuFd>, _: Requests) -> Flow<Infallible> {
+        self.0.send("asked").unwrap();
+        Flow::Continue
+    }
+}
+
+#[test]
+fn a_vcpu_that_is_halted_in_user_space_is_halted_when_it_is_restored() {
+    watchdog(|| {
+        let kvm = kvm();
+        let (tell, told) = mpsc::channel();
+        let machine = Machine::new(&HALT_AND_SAY);
+        let host = machine.vm.state_host(&kvm).unwrap();
+        let set = VcpuSet::new(machine.vm.identity().clone());
+        let blocking = Blocking(tell.clone());
+        let thread = set.spawn("vcpu", machine.vcpu(0), blocking).unwrap();
+        assert_eq!(told.recv(), Ok("halted"));
+        let pause = set.pause().unwrap();
+        let save = move |vcpu: &VcpuView<'_, VcpuFd>| (vcpu.state(&host), vcpu.is_halted());
+        let (state, halted) = pause.with_vcpu(VcpuId(0), save).unwrap();
+        let (state, clock) = (state.unwrap(), machine.vm.state().unwrap());
+        assert!(halted);
+        assert_eq!(
+            state.mp_state, KVM_MP_STATE_RUNNABLE,
+            "KVM knows nothing of it"
+        );
+        set.stop().unwrap();
+        thread.join().unwrap();
+
+        let machine = Machine::new(&HALT_AND_SAY);
+        let host = machine.vm.state_host(&kvm).unwrap();
+        let passage = machine.vm.restore(&clock, ClockRestore::AsSaved).unwrap();
+        let vcpu = machine.vm.create_vcpu(VcpuId(0)).unwrap();
+        vcpu.restore(&host, &state, &passage).unwrap();
+        let set = VcpuSet::new(machine.vm.identity().clone());
+        let runner = set.enroll(vcpu).unwrap().halted();
+        let waker = runner.waker();
+        let thread =
+            std::thread::spawn(move || runner.run(Blocking(tell)).map_err(|halt| halt.reason));
+        set.request(VcpuId(0), Request::consumer(0).unwrap())
+            .unwrap();
+        assert_eq!(told.recv(), Ok("asked"));
+        set.pause().unwrap().resume();
+        assert!(told.try_recv().is_err(), "it ran");
+        waker.wake();
+        assert_eq!(told.recv(), Ok("ran"));
+        set.stop().unwrap();
+        assert_eq!(thread.join().unwrap(), Err(HaltReason::Stopped));
     });
 }

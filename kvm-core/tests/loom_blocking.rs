@@ -132,3 +132,25 @@ fn a_woken_vcpu_goes_back_into_the_guest() {
         vcpu.join().unwrap();
     });
 }
+
+#[test]
+fn a_vcpu_that_begins_halted_is_woken_and_said_to_be_halted_until_then() {
+    model(2, || {
+        let set = VcpuSet::new(Identity::vm("loom"));
+        let runner = set.enroll(FakeVcpu::new(VcpuId(0), [Step::shutdown()]));
+        let runner = runner.unwrap().halted();
+        let waker = set.waker(VcpuId(0)).unwrap();
+        let pause = set.pause().unwrap();
+        let vcpu = thread::spawn(move || {
+            let Err(halt) = runner.run(Blocks);
+            assert_eq!(halt.reason, HaltReason::Shutdown);
+        });
+        // One that has not started says nothing.
+        let is_halted = || pause.with_vcpu(VcpuId(0), |vcpu: &VcpuView<'_, ()>| vcpu.is_halted());
+        assert_ne!(is_halted().ok(), Some(false));
+        waker.wake();
+        assert_ne!(is_halted().ok(), Some(true));
+        drop(pause);
+        vcpu.join().unwrap();
+    });
+}

@@ -12,8 +12,8 @@ use kvm_core::Errno;
 use kvm_core::arch::x86_64::{CpuidPlan, Topology};
 use kvm_core::state::fake::{FakeClock, FakeState};
 use kvm_core::state::{
-    ClockError, ClockRestore, ClockState, Msr, Passage, Refusal, RestoreError, SaveError,
-    TscRestored, VcpuPiece, VcpuState, VmState,
+    AccessClock, ClockError, ClockRestore, ClockState, Msr, Passage, Refusal, RestoreError,
+    SaveError, TscRestored, VcpuPiece, VcpuState, VmState,
 };
 use proptest::prelude::*;
 use states::{fresh, host, state};
@@ -438,6 +438,19 @@ fn a_clock_is_restored_as_saved_or_advanced_and_its_errnos_are_told() {
     assert_eq!(
         restored(ClockRestore::Advanced),
         Passage { elapsed, host_tsc }
+    );
+    let mut timeless = saved;
+    timeless.clock.realtime = 0;
+    let clock = FakeClock::new(later);
+    let refused = timeless.restore(&clock, ClockRestore::Advanced);
+    assert_eq!(refused, Err(ClockError::NoRealtime));
+    assert_eq!(clock.clock(), Ok(later), "nothing was changed");
+    assert_eq!(
+        timeless
+            .restore(&clock, ClockRestore::AsSaved)
+            .unwrap()
+            .elapsed,
+        0
     );
     let failed = |call| {
         let clock = FakeClock::new(later);

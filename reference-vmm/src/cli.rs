@@ -181,7 +181,8 @@ stops it after the timeout, or at once if the guest has no ACPI; a second one, S
 SIGQUIT stop it at once. SIGUSR1 shows where each vCPU is: its registers, on stderr; with --stats
 also the numbers so far, while the guest runs on (as JSON they are a line of their own).
 What the guest wrote before its end is waited for; a signal that stops it cuts that short. While
-memory is made present, before the guest starts, SIGTERM also stops it at once.
+memory is made present, before the guest starts, SIGTERM also stops it at once. A signal that is
+ignored when the monitor starts stays ignored, as SIGINT and SIGQUIT are in a script's background job.
 
 A guest that only halts is not over: with an irqchip the monitor waits for it until it is stopped.
 Where KVM is a software one (`reference-vmm doctor` says so), a stock Linux shows nothing for many
@@ -197,13 +198,13 @@ kernel panicked. With --debug-exit the guest chooses an odd one, which may be 1 
 /// `reference-vmm cpu --help`.
 pub const CPU_HELP: &str = "\
 Say which processors this host can be for a guest, and what a model changes: the features that it hides or
-adds, by the names of /proc/cpuinfo.
+adds, by the names of /proc/cpuinfo where it shows them (`invtsc` is its constant_tsc and nonstop_tsc).
 
 Usage: reference-vmm cpu [--cpu MODEL] [--json] [--kvm PATH]
 
 Options:
   --cpu MODEL  As of `run`: host; x86-64-v1, -v2, -v3 or -v4; or FILE.json [host]
-  --json       One JSON document instead of lines
+  --json       One JSON document instead of lines, also of a model that the host cannot be (`missing`)
   --kvm PATH   KVM device [/dev/kvm]
   -h, --help   Show this help
 

@@ -71,29 +71,53 @@ pub struct Config {
     pub kvm: PathBuf,
 }
 
+/// What a JSON file was named for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JsonFile {
+    /// `--config FILE`.
+    Configuration,
+    /// `--cpu FILE`.
+    CpuModel,
+}
+
+impl fmt::Display for JsonFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            JsonFile::Configuration => "the configuration",
+            JsonFile::CpuModel => "the processor model",
+        })
+    }
+}
+
 /// A configuration that cannot be; the process ends with status 2.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// The configuration file cannot be read.
-    #[error("cannot read the configuration {path}: {source}")]
+    /// The file cannot be read.
+    #[error("cannot read {what} {path}: {source}")]
     Read {
+        /// What it is.
+        what: JsonFile,
         /// The file.
         path: PathBuf,
         /// Why.
         source: std::io::Error,
     },
-    /// The configuration file is too large to be one.
-    #[error("the configuration {path} has {len} bytes or more; at most {MAX_CONFIG_FILE} are read")]
+    /// The file is too large to be one.
+    #[error("{what} {path} has {len} bytes or more; at most {MAX_CONFIG_FILE} are read")]
     TooLarge {
+        /// What it is.
+        what: JsonFile,
         /// The file.
         path: PathBuf,
         /// Its length in bytes, as far as it was asked.
         len: u64,
     },
-    /// The configuration file is not the JSON that it should be.
-    #[error("the configuration {path} is not valid: {source}")]
+    /// The file is not the JSON that it should be.
+    #[error("{what} {path} is not valid: {source}")]
     Json {
+        /// What it is.
+        what: JsonFile,
         /// The file.
         path: PathBuf,
         /// Where and why.
@@ -123,20 +147,8 @@ pub enum ConfigError {
         why: String,
     },
     /// Sockets, cores and threads that do not multiply to the number of vCPUs.
-    #[error(
-        "{count} vCPUs are not {sockets} sockets of {cores} cores of {threads} threads: they are {}",
-        u128::from(*sockets) * u128::from(*cores) * u128::from(*threads)
-    )]
-    Topology {
-        /// vCPUs.
-        count: u32,
-        /// Sockets.
-        sockets: u32,
-        /// Cores of a socket.
-        cores: u32,
-        /// Threads of a core.
-        threads: u32,
-    },
+    #[error("{}", .0.misfit())]
+    Topology(Cpus),
     /// A topology whose APIC ids the xAPIC has not.
     #[error(
         "{topology} reach APIC id {highest}, and the highest is {MAX_APIC_ID}: numbers that are powers of two leave no ids out"
@@ -204,7 +216,7 @@ impl Config {
     /// # Errors
     /// The file cannot be read or is not such an object. [`validate`](Self::validate) is not called.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        read_json(path)
+        read_json(JsonFile::Configuration, path)
     }
 
     /// Checks every value that can be checked without a host.
@@ -237,8 +249,12 @@ impl Config {
 }
 
 /// Reads a JSON object of at most [`MAX_CONFIG_FILE`] bytes.
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+pub(crate) fn read_json<T: DeserializeOwned>(
+    what: JsonFile,
+    path: &Path,
+) -> Result<T, ConfigError> {
     let read = |source| ConfigError::Read {
+        what,
         path: path.to_owned(),
         source,
     };
@@ -254,11 +270,13 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigErr
     }
     if len > MAX_CONFIG_FILE {
         return Err(ConfigError::TooLarge {
+            what,
             path: path.to_owned(),
             len,
         });
     }
     let json = |source| ConfigError::Json {
+        what,
         path: path.to_owned(),
         source,
     };

@@ -9,7 +9,7 @@ use kvm_core::arch::x86_64::cpuid::{Baseline, Template};
 use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ConfigError, check_path, read_json};
+use crate::config::{ConfigError, JsonFile, check_path, read_json};
 
 /// A processor model, as it was asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -51,7 +51,7 @@ impl CpuModel {
             CpuModel::Host => Ok(Template::host()),
             CpuModel::Baseline(level) => Ok(Template::baseline(*level)),
             CpuModel::File(path) => {
-                let template: Named = read_json(path)?;
+                let template: Named = read_json(JsonFile::CpuModel, path)?;
                 Ok(match template.named {
                     true => template.template,
                     // Without a name of its own it has its file's.

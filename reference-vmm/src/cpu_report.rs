@@ -8,7 +8,7 @@ use std::path::Path;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_core::Kvm;
 use kvm_core::arch::x86_64::cpuid::{
-    Baseline, Difference, Signature, Template, differences, vendor_name,
+    Baseline, Difference, Signature, Template, TemplateError, differences, vendor_name,
 };
 use serde::Serialize;
 
@@ -21,6 +21,8 @@ pub struct CpuReport {
     host: Host,
     levels: Vec<Level>,
     cpu: String,
+    /// What the host lacks for the model. Empty: it can be it.
+    missing: Vec<String>,
     differences: Vec<Differs>,
 }
 
@@ -70,7 +72,7 @@ impl CpuReport {
     /// Asks the host's KVM, and applies the template to its answer.
     ///
     /// # Errors
-    /// There is no KVM, or the host cannot be this model.
+    /// There is no KVM.
     pub fn ask(kvm: &Path, template: &Template) -> Result<Self, BuildError> {
         let supported = Kvm::open_at(kvm)?.supported_cpuid()?;
         Self::of(supported.as_slice(), template)
@@ -79,9 +81,13 @@ impl CpuReport {
     /// The report on `host`, a `KVM_GET_SUPPORTED_CPUID`'s answer.
     ///
     /// # Errors
-    /// The host cannot be this model.
+    /// The template cannot be applied to any host.
     pub fn of(host: &[kvm_cpuid_entry2], template: &Template) -> Result<Self, BuildError> {
-        let guest = template.apply(host)?;
+        let (missing, differences) = match template.apply(host) {
+            Ok(guest) => (Vec::new(), differences(host, &guest)),
+            Err(TemplateError::Missing { missing, .. }) => (missing, Vec::new()),
+            Err(other) => return Err(other.into()),
+        };
         let signature = Signature::of(host);
         let level = |(level, missing): (Baseline, _)| Level {
             name: level.name(),
@@ -96,11 +102,18 @@ impl CpuReport {
             },
             levels: Template::levels(host).into_iter().map(level).collect(),
             cpu: template.name().to_owned(),
-            differences: differences(host, &guest)
-                .iter()
-                .map(Differs::from)
-                .collect(),
+            missing,
+            differences: differences.iter().map(Differs::from).collect(),
         })
+    }
+
+    /// Why the host cannot be this model.
+    pub fn refusal(&self) -> Option<BuildError> {
+        let refusal = || TemplateError::Missing {
+            template: self.cpu.clone(),
+            missing: self.missing.clone(),
+        };
+        (!self.missing.is_empty()).then(|| refusal().into())
     }
 
     /// One JSON document and a newline.

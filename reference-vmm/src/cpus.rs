@@ -99,17 +99,43 @@ impl Cpus {
             .saturating_mul(threads.into());
         let topology = Topology::new(sockets, cores, threads).ok();
         let topology = topology.filter(|_| product == u64::from(count));
-        let topology = topology.ok_or(ConfigError::Topology {
-            count,
-            sockets,
-            cores,
-            threads,
-        })?;
+        let topology = topology.ok_or(ConfigError::Topology(*self))?;
         let highest = topology.highest_apic_id().0;
         if highest > MAX_APIC_ID {
             return Err(ConfigError::ApicIds { topology, highest });
         }
         Ok(topology)
+    }
+}
+
+impl Cpus {
+    /// Why there is no topology of these numbers: in what was given, and nothing that it was filled up with.
+    pub(crate) fn misfit(&self) -> String {
+        let named = [
+            ("sockets", self.sockets),
+            ("cores", self.cores),
+            ("threads", self.threads),
+        ];
+        let given = named
+            .iter()
+            .filter_map(|(name, number)| number.map(|number| (name, number)));
+        let texts: Vec<_> = given
+            .clone()
+            .map(|(name, n)| format!("{name}={n}"))
+            .collect();
+        // Each has 32 bits.
+        let product: u128 = given.map(|(_, number)| u128::from(number)).product();
+        let (count, text) = (self.count, texts.join(" × "));
+        let vcpus = match count {
+            1 => "1 vCPU is".to_owned(),
+            _ => format!("{count} vCPUs are"),
+        };
+        match texts.len() {
+            // Sockets, cores and threads: nothing is left to make up the number.
+            3 => format!("{vcpus} not {text}, which is {product}"),
+            2 => format!("{vcpus} no multiple of {text}, which is {product}"),
+            _ => format!("{vcpus} no multiple of {text}"),
+        }
     }
 }
 
@@ -201,16 +227,21 @@ mod tests {
         for (text, needle) in [
             ("0", "0 vCPUs"),
             ("256", "256 vCPUs"),
+            ("4,cores=3", "4 vCPUs are no multiple of cores=3"),
+            ("5,threads=2", "5 vCPUs are no multiple of threads=2"),
+            ("1,threads=2", "1 vCPU is no multiple of threads=2"),
             (
-                "4,cores=3",
-                "4 vCPUs are not 1 sockets of 3 cores of 1 threads",
+                "8,sockets=3,threads=2",
+                "8 vCPUs are no multiple of sockets=3 × threads=2, which is 6",
             ),
             (
-                "4,threads=8",
-                "4 vCPUs are not 1 sockets of 1 cores of 8 threads",
+                "4,sockets=2,cores=2,threads=2",
+                "4 vCPUs are not sockets=2 × cores=2 × threads=2, which is 8",
             ),
-            ("4,sockets=2,cores=2,threads=2", "they are 8"),
-            ("4,sockets=4294967295,cores=4294967295", "4 vCPUs are not"),
+            (
+                "4,sockets=4294967295,cores=4294967295",
+                "which is 18446744065119617025",
+            ),
             ("4,cores=0", "\"cores=0\""),
             ("4,cores=+2", "\"cores=+2\""),
             ("4,cores=99999999999", "\"cores=99999999999\""),

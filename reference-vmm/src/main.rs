@@ -11,6 +11,7 @@ use reference_vmm::cli::{self, Command};
 use reference_vmm::cpu_report::CpuReport;
 use reference_vmm::end::Chain;
 use reference_vmm::timeline::{Event, timeline};
+use reference_vmm::vm::BuildError;
 use reference_vmm::{doctor, logger, process, run, stderr};
 
 /// Exit status of a command line or configuration that cannot be.
@@ -49,14 +50,20 @@ fn command(args: Vec<OsString>) -> u8 {
             template,
             json,
             kvm,
-        } => match CpuReport::ask(&kvm, &template) {
-            Ok(report) if json => print(&report.json()),
-            Ok(report) => print(&report.to_string()),
-            Err(error) => {
-                say(format_args!("{}", Chain(&error)));
-                error.exit_status()
-            }
-        },
+        } => {
+            let report = match CpuReport::ask(&kvm, &template) {
+                Ok(report) => report,
+                Err(error) => return failed(&error),
+            };
+            let refusal = report.refusal();
+            match &refusal {
+                // Lines are for a reader, who has what is missing on stderr.
+                Some(_) if !json => 0,
+                _ if json => print(&report.json()),
+                _ => print(&report.to_string()),
+            };
+            refusal.map_or(0, |error| failed(&error))
+        }
         Command::Doctor { json, kvm } => {
             logger::start(log::LevelFilter::Error);
             doctor::run(json, &kvm, &mut std::io::stdout().lock()).unwrap_or_else(|error| {
@@ -67,6 +74,12 @@ fn command(args: Vec<OsString>) -> u8 {
         Command::Help(text) => print(text),
         Command::Version => print(concat!("reference-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
     }
+}
+
+/// Says why there is no answer; the exit status.
+fn failed(error: &BuildError) -> u8 {
+    say(format_args!("{}", Chain(error)));
+    error.exit_status()
 }
 
 /// One line on stderr, which may be closed or full.

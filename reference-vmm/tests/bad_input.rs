@@ -153,8 +153,8 @@ fn impossible_numbers_of_vcpus_are_refused_with_the_number() {
 #[test]
 fn impossible_arrangements_of_vcpus_are_refused_with_the_numbers() {
     for (cpus, needle) in [
-        ("4,cores=3", "4 vCPUs are not 1 sockets of 3 cores"),
-        ("8,sockets=2,cores=2,threads=4", "they are 16"),
+        ("4,cores=3", "4 vCPUs are no multiple of cores=3"),
+        ("8,sockets=2,cores=2,threads=4", "which is 16"),
         ("4,cores=0", "--cpus: option \"cores=0\""),
         ("4,cores=-1", "cores=-1"),
         ("4,cores=many", "cores=many"),
@@ -170,7 +170,7 @@ fn impossible_arrangements_of_vcpus_are_refused_with_the_numbers() {
     let config = file(br#"{"cpus": {"count": 4, "cores": 3}}"#);
     refused(
         &format!("--config {}", config.display()),
-        &["4 vCPUs are not"],
+        &["4 vCPUs are no multiple of cores=3"],
     );
 }
 
@@ -203,9 +203,14 @@ fn processor_models_that_are_none_are_refused_with_their_name_or_place() {
         (r#"{"colour": 1}"#, "colour"),
     ] {
         let template = file(text.as_bytes());
-        let path = template.display().to_string();
-        refused(&format!("--cpu {path}"), &[&path, needle]);
+        let path = template.display();
+        let path = format!("the processor model {path}");
+        refused(&format!("--cpu {}", template.display()), &[&path, needle]);
     }
+    refused(
+        "--cpu none.json",
+        &["cannot read the processor model none.json"],
+    );
     // One that is right gets as far as KVM.
     let template = file(br#"{"base": "x86-64-v2", "set": ["aes"]}"#);
     let path = template.display().to_string();

@@ -54,6 +54,10 @@ fn a_model_that_the_host_cannot_be_is_refused_with_what_it_lacks_and_another_run
                 ended.expect_status(2).expect_stdout("");
                 ended.expect_line(&[level.name()]).expect_line(&needles);
             }
+            let json = Vmm::command(["cpu", "--json", "--cpu", level.name()]).output();
+            json.expect_status(2).expect_line(&needles);
+            let report: serde_json::Value = serde_json::from_str(&json.text()).unwrap();
+            assert_eq!(report["missing"], serde_json::json!(missing));
         }
     }
     assert!(runs > 0, "not even {}", Baseline::V1);
@@ -84,9 +88,23 @@ fn a_template_in_a_file_runs_and_what_it_changes_is_told() {
     let report: serde_json::Value = serde_json::from_str(&json.text()).unwrap();
     let changed = &report["differences"][0];
     assert_eq!(report["cpu"], "fleet");
+    assert_eq!(report["missing"], serde_json::json!([]));
     assert_eq!(changed["leaf"], "0x40000001");
     assert_eq!(changed["removed"][0], "kvm_steal_time");
     assert_eq!(report["levels"][0]["name"], "x86-64-v1");
+}
+
+#[test]
+fn a_refused_model_says_in_json_what_is_missing() {
+    need_kvm();
+    // No processor has both vendors' virtualization.
+    let template = file(br#"{"name": "both", "set": ["vmx", "svm"]}"#);
+    let path = template.display().to_string();
+    let json = Vmm::command(["cpu", "--json", "--cpu", &path]).output();
+    json.expect_status(2).expect_line(&["both needs what"]);
+    let report: serde_json::Value = serde_json::from_str(&json.text()).unwrap();
+    let missing = report["missing"].as_array().unwrap();
+    assert!(!missing.is_empty() && report["differences"] == serde_json::json!([]));
 }
 
 #[test]

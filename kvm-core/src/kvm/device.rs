@@ -160,6 +160,14 @@ impl DeviceAttributes for DeviceFd {
 
 /// A device in the kernel (`struct kvm_device`). Clones are the same device (`kvm_device_get`), which is
 /// closed with the last of them (`kvm_device_put`).
+///
+/// What KVM emulates or manages itself has a descriptor of its own (`KVM_CREATE_DEVICE`), and is set up and
+/// read by attributes, each a number in a group of numbers ([`DeviceAttribute`]) with a value of a type
+/// that Documentation/virt/kvm/devices/ says; hence [`Device::set`] and [`Device::get`] are unsafe. Which
+/// kinds there are depends on the architecture: of x86 it is [`DeviceKind::Vfio`] alone, which
+/// [`VfioDevice`] makes safe. `Vm::has_device` asks, `Vm::create_device` makes one, and a
+/// [`DeviceError`] says what could not be. `D` is the descriptor, or a fake
+/// ([`CreateDevice`], [`DeviceAttributes`]). What of it is saved is what its attributes say.
 #[derive(Debug)]
 pub struct Device<D = DeviceFd> {
     kind: DeviceKind,
@@ -261,7 +269,8 @@ const fn vfio(attribute: u32) -> DeviceAttribute {
 }
 
 /// The VFIO device: tells KVM which VFIO groups or devices a VM has, so that it keeps their memory
-/// accesses coherent and lets their interrupts bypass user space where it can. One in a VM. Devices/vfio.rst.
+/// accesses coherent and lets their interrupts bypass user space where it can. One in a VM.
+/// Documentation/virt/kvm/devices/vfio.rst.
 #[derive(Debug)]
 pub struct VfioDevice<D: DeviceAttributes = DeviceFd>(Device<D>);
 

@@ -8,6 +8,11 @@
 //! | [`kvm_err!`](crate::kvm_err), [`kvm_info!`](crate::kvm_info), [`kvm_debug!`](crate::kvm_debug), [`vcpu_debug!`](crate::vcpu_debug) | error, info, debug | 10 lines in 5 s at each call ([`RateLimit::KERNEL`]) |
 //! | [`kvm_pr_unimpl!`](crate::kvm_pr_unimpl), [`vcpu_unimpl!`](crate::vcpu_unimpl) | warn, or as said | once for each key at each call ([`OncePerKey`]) |
 //!
+//! A limit belongs to a place in the code, for all VMs of the process together: where one VM's guest uses it
+//! up, a line of another VM at that place is suppressed too, for as long as the interval lasts (and the next
+//! line says how many were). What must not be lost so, and what tells of an event that no guest can repeat,
+//! goes to `log` itself, or to a [`RateLimit`] for each VM.
+//!
 //! A line begins with its [`Identity`], and says how many of its kind were suppressed before it:
 //!
 //! ```text
@@ -116,19 +121,22 @@ macro_rules! __kvm_once {
     }};
 }
 
-/// `kvm_err!(&identity, "format", …)`: an error, rate-limited ([`logging`](crate::logging)).
+/// `kvm_err!(&identity, "format", …)`: an error, rate-limited ([`logging`](crate::logging)):
+/// at this place, for all VMs of the process together.
 #[macro_export]
 macro_rules! kvm_err {
     ($who:expr, $($what:tt)+) => { $crate::__kvm_limited!(Error, $who, $($what)+) };
 }
 
-/// `kvm_info!(&identity, "format", …)`: news, rate-limited ([`logging`](crate::logging)).
+/// `kvm_info!(&identity, "format", …)`: news, rate-limited ([`logging`](crate::logging)):
+/// at this place, for all VMs of the process together.
 #[macro_export]
 macro_rules! kvm_info {
     ($who:expr, $($what:tt)+) => { $crate::__kvm_limited!(Info, $who, $($what)+) };
 }
 
-/// `kvm_debug!(&identity, "format", …)`: a detail, rate-limited ([`logging`](crate::logging)).
+/// `kvm_debug!(&identity, "format", …)`: a detail, rate-limited ([`logging`](crate::logging)):
+/// at this place, for all VMs of the process together.
 #[macro_export]
 macro_rules! kvm_debug {
     ($who:expr, $($what:tt)+) => { $crate::__kvm_limited!(Debug, $who, $($what)+) };
@@ -142,7 +150,8 @@ macro_rules! vcpu_debug {
 
 /// `kvm_pr_unimpl!(&identity, key; "format", …)`: the guest asked for what is not there. Logged once
 /// for each `key` (a `u64`) at this place and in this VM ([`OncePerKey`](crate::logging::OncePerKey)),
-/// as a warning; `kvm_pr_unimpl!(Info, …)` at another level of the `log` crate.
+/// as a warning; `kvm_pr_unimpl!(Info, …)` at another level of the `log` crate. The room for keys is this
+/// place's, for all VMs of the process together: a VM that fills it leaves the others one line a minute.
 #[macro_export]
 macro_rules! kvm_pr_unimpl {
     ($level:ident, $who:expr, $key:expr; $($what:tt)+) => {

@@ -11,7 +11,9 @@ use std::str::FromStr;
 /// As a [`Template`](super::Template) it is the promise that a guest's programs run on every host that
 /// has the level: instructions beyond it are hidden. What is the operating system's (paging, interrupts,
 /// mitigations, XSAVE, random numbers, time) stays the host's: [`FeatureKind`](super::FeatureKind) draws
-/// the line. A guest that is to move between different hosts needs the union of those cleared as well.
+/// the line. What one host has of these and another has not, a guest that moves between the two must not
+/// see: take [`Template::without`](super::Template::without) for each such feature of any of the hosts
+/// (`reference-vmm cpu --json` on each, or [`differences`](super::differences), shows what it has).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Baseline {
     /// Every 64-bit processor: SSE2.

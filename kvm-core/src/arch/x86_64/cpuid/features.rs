@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The names of CPUID's bits: those of Linux's `/proc/cpuinfo`, and for what is not shown there those of
-//! the kernel's cpufeatures.h. Bits of KVM's own leaf have the names of its documentation.
+//! the kernel's cpufeatures.h. Bits of KVM's own leaf have the names of its documentation. What
+//! `/proc/cpuinfo` shows and is no bit has no name here (`nopl`, `rep_good`); its `constant_tsc` and
+//! `nonstop_tsc` are one bit, `invtsc`, as QEMU has it.
 //!
 //! Not every bit has a name here, and none needs one: it is shown and edited by its number then.
 
@@ -210,6 +212,33 @@ pub fn feature(name: &str) -> Option<Feature> {
     all.find(|feature| feature.name == name)
 }
 
+/// What other people call a feature, and what it is called here.
+const ALIASES: &[(&str, &str)] = &[
+    ("cmpxchg16b", "cx16"),
+    ("cmpxchg8b", "cx8"),
+    ("constant_tsc", "invtsc"),
+    ("lahf", "lahf_lm"),
+    ("lzcnt", "abm"),
+    ("nonstop_tsc", "invtsc"),
+    ("pclmul", "pclmulqdq"),
+    ("sha", "sha_ni"),
+    ("sse3", "pni"),
+];
+
+/// The feature that somebody means who writes `name`, of which there is none.
+pub(super) fn meant(name: &str) -> Option<&'static str> {
+    let bare = |name: &str| -> String {
+        let letters = name.chars().filter(char::is_ascii_alphanumeric);
+        letters.map(|letter| letter.to_ascii_lowercase()).collect()
+    };
+    let wanted = bare(name);
+    let aliased = ALIASES.iter().find(|(alias, _)| bare(alias) == wanted);
+    let mut all = FEATURE_WORDS.iter().flat_map(FeatureWord::features);
+    aliased
+        .map(|(_, name)| *name)
+        .or_else(|| Some(all.find(|feature| bare(feature.name) == wanted)?.name))
+}
+
 pub(super) fn feature_word(word: Word) -> Option<&'static FeatureWord> {
     FEATURE_WORDS.iter().find(|known| known.word == word)
 }
@@ -251,6 +280,26 @@ mod tests {
             assert_eq!(kinds.iter().fold(0, |all, mask| all ^ mask), u32::MAX);
         }
         assert_eq!(feature("no such feature"), None);
+    }
+
+    #[test]
+    fn what_is_meant_by_a_name_that_is_none_is_one() {
+        for (alias, name) in ALIASES {
+            assert!(
+                feature(alias).is_none() && feature(name).is_some(),
+                "{alias}"
+            );
+            assert_eq!(meant(alias), Some(*name));
+        }
+        for (written, name) in [
+            ("SSE4.1", "sse4_1"),
+            ("avx512vnni", "avx512_vnni"),
+            ("AES", "aes"),
+        ] {
+            assert_eq!(meant(written), Some(name));
+        }
+        assert_eq!(meant("warp"), None);
+        assert_eq!(meant(""), None);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 
 use super::baseline::Baseline;
 use super::bits::BitPattern;
-use super::features::{FEATURE_WORDS, FeatureKind, bit_names, feature, feature_word};
+use super::features::{FEATURE_WORDS, FeatureKind, bit_names, feature, feature_word, meant};
 use super::leaves::{Word, subleaf_mut};
 use super::xsave;
 
@@ -31,9 +31,10 @@ pub enum TemplateError {
         /// The features, as [`bit_names`] calls them.
         missing: Vec<String>,
     },
-    /// A name that no feature has.
+    /// A name that no feature has. The message says which may be meant.
     #[error(
-        "{0:?} is the name of no feature; names are those of /proc/cpuinfo, and other bits are edited by leaf and register"
+        "{0:?} is the name of no feature{meant}; names are those of /proc/cpuinfo where it shows the bit, and bits without a name are edited by leaf and register",
+        meant = meant(.0).map_or_else(String::new, |name| format!(" (is {name:?} meant?)"))
     )]
     UnknownFeature(String),
     /// An edit that both sets and clears a bit.
@@ -70,6 +71,10 @@ pub enum TemplateError {
 ///   ]
 /// }
 /// ```
+///
+/// Names are those of `/proc/cpuinfo` for the bits that it shows, but for its `constant_tsc` and
+/// `nonstop_tsc`, which are one bit, `invtsc`; for others those of the kernel's cpufeatures.h and of KVM's
+/// documentation. [`FEATURE_WORDS`] has them all.
 ///
 /// Every field may be left out; `base` is the host then. Names are made first, then registers, each in
 /// its order.

@@ -26,7 +26,8 @@ use crate::identity::VcpuId;
 pub enum TopologyError {
     /// A machine without a processor.
     #[error(
-        "{sockets} sockets of {cores} cores of {threads} threads have no processor: each is 1 or more"
+        "a machine of {} has no processor: each is 1 or more",
+        Numbers(*sockets, *cores, *threads)
     )]
     Zero {
         /// Sockets.
@@ -38,7 +39,8 @@ pub enum TopologyError {
     },
     /// APIC ids end at 2³² − 2, and vCPU numbers with them.
     #[error(
-        "{sockets} sockets of {cores} cores of {threads} threads need APIC ids of more than 31 bits"
+        "a machine of {} needs APIC ids of more than 31 bits",
+        Numbers(*sockets, *cores, *threads)
     )]
     TooMany {
         /// Sockets.
@@ -205,8 +207,17 @@ impl Topology {
 /// `2 sockets of 4 cores of 1 thread`.
 impl fmt::Display for Topology {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Numbers(self.sockets, self.cores, self.threads).fmt(f)
+    }
+}
+
+/// Sockets, cores and threads, of a topology or of none.
+struct Numbers(u32, u32, u32);
+
+impl fmt::Display for Numbers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let s = |n: u32| if n == 1 { "" } else { "s" };
-        let (sockets, cores, threads) = (self.sockets, self.cores, self.threads);
+        let Numbers(sockets, cores, threads) = *self;
         write!(f, "{sockets} socket{} of ", s(sockets))?;
         write!(f, "{cores} core{} of ", s(cores))?;
         write!(f, "{threads} thread{}", s(threads))
@@ -237,6 +248,7 @@ mod tests {
         for (sockets, cores, threads) in [(0, 1, 1), (1, 0, 1), (1, 1, 0), (u32::MAX, 1, 1)] {
             let error = Topology::new(sockets, cores, threads).unwrap_err();
             assert!(error.to_string().contains(&sockets.to_string()), "{error}");
+            assert!(!error.to_string().contains("1 cores"), "{error}");
         }
         assert!(Topology::new(1 << 11, 1 << 10, 1 << 10).is_ok());
         assert!(Topology::new(1 << 11, 1 << 10, 1 << 11).is_err());

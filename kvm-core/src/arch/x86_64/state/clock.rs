@@ -43,7 +43,7 @@ pub struct ClockState {
     /// kvm-clock, nanoseconds since the VM was made.
     pub nanoseconds: u64,
     /// The host's clock on the wall at that moment, nanoseconds since 1970, UTC. Where KVM does not
-    /// tell it (`KVM_CLOCK_REALTIME`), read just after.
+    /// tell it (`KVM_CLOCK_REALTIME`), read just after. 0: not known.
     pub realtime: u64,
     /// The host's time-stamp counter at that moment, where KVM tells it (`KVM_CLOCK_HOST_TSC`).
     pub host_tsc: Option<u64>,
@@ -58,7 +58,8 @@ pub enum ClockRestore {
     #[default]
     AsSaved,
     /// All of it, by the clocks on the wall of both hosts: timers that would have expired do, at once.
-    /// For a guest that moves, from a host whose clock is set to one whose clock is set.
+    /// For a guest that moves, from a host whose clock is set to one whose clock is set. Of a state that says
+    /// no time ([`ClockState::realtime`] 0) it is refused: the guest would age by all the years since 1970.
     Advanced,
 }
 
@@ -81,6 +82,11 @@ pub trait AccessClock {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClockError {
+    /// [`ClockRestore::Advanced`] of a state that does not say when it was saved. Nothing was changed.
+    #[error(
+        "the saved clock does not say when it was saved (realtime is 0): it cannot be advanced by the time since, only restored as saved"
+    )]
+    NoRealtime,
     /// `KVM_GET_CLOCK`, before anything was changed.
     #[error("the VM's clock cannot be read: {0}")]
     Read(Errno),
@@ -124,6 +130,9 @@ impl VmState {
         how: ClockRestore,
     ) -> Result<Passage, ClockError> {
         let saved = &self.clock;
+        if how == ClockRestore::Advanced && saved.realtime == 0 {
+            return Err(ClockError::NoRealtime);
+        }
         let since = (how == ClockRestore::Advanced).then_some(saved.realtime);
         vm.set_clock(saved.nanoseconds, since)
             .map_err(ClockError::Set)?;
