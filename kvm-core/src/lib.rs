@@ -73,7 +73,7 @@
 //! added while others run is part of the next pause; one that is added while a pause holds parks before
 //! its first instruction. It is set up as any other, before it is enrolled: CPUID and MSRs are the
 //! monitor's. With local APICs in the kernel it waits in `KVM_RUN` until the guest sends it INIT and SIPI,
-//! and `create_vcpu` sees to it that these find it (KVM alone may not: see there). How the guest hears
+//! and `create_vcpu` sees to it that these find it, in a restored VM too (KVM alone may not: see there). How the guest hears
 //! that there is one more (ACPI, a paravirtual device) is the monitor's; so is `max_vcpu_id`, which KVM
 //! wants told before the first vCPU where it is to be lower. A vCPU that halts can be enrolled again. KVM
 //! has no call that removes one.
