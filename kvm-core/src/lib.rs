@@ -145,10 +145,14 @@
 //! let clock = vm.state()?;
 //! // …and guest memory, devices, interrupt controllers. Then, in a new VM with its memory in place:
 //! let host = new_vm.state_host(&kvm)?;
-//! let passage = new_vm.restore(&clock, ClockRestore::AsSaved)?;
+//! let mut made = Vec::new();
 //! for (id, state) in vcpus {
-//!     let vcpu = new_vm.create_vcpu(id)?;
-//!     vcpu.restore(&host, &state?, &passage)?;
+//!     made.push((new_vm.create_vcpu(id)?, state?));
+//! }
+//! // All vCPUs are there, and none is restored: only so does KVM tell what the TSC's offsets need.
+//! let passage = new_vm.restore(&clock, ClockRestore::AsSaved)?;
+//! for (vcpu, state) in made {
+//!     vcpu.restore(&host, &state, &passage)?;
 //!     // …interrupt controllers, then set.enroll(vcpu) and its thread.
 //! }
 //! # Ok(())

@@ -110,7 +110,8 @@ impl Vm {
         VmState::save(self.fd().as_ref())
     }
 
-    /// Restores it, before the vCPUs; [`Vcpu::restore`] wants the answer.
+    /// Restores it, after all vCPUs are made and before any is restored; [`Vcpu::restore`] wants the answer.
+    /// Without vCPUs KVM does not tell the host's TSC, and theirs go by value ([`state`](crate::state)).
     ///
     /// # Errors
     /// [`ClockError`].
