@@ -189,6 +189,12 @@
 //! - Restoring believes KVM: a value that it takes and drops (its PVM back end drops paging outside long
 //!   mode, and the TSC, of which [`state::Restored`] tells) is not read again. State of Xen and Hyper-V
 //!   guests that has ioctls of its own, and that of confidential guests, is not saved.
+//! - A guest hypervisor on Intel's processors that is saved while it is in system management mode, with a
+//!   guest of its own left by the interrupt, is not restored where KVM wants to know that it is there
+//!   before it takes the nested state (`EINVAL`, which names the piece): that comes with the events, which
+//!   go later ([`state`] says why).
+//! - Two threads that run into one lost page may each put zeros in its place, and huge pages that are lost by
+//!   truncation are not replaced (`kvm/bus_error.rs`).
 //! - On a host without `KVM_CAP_SREGS2` the PDPTRs of a guest in PAE paging come from its memory.
 //! - CPUID has three levels of topology: no dies, modules or hybrid cores; one NUMA node a socket. A
 //!   [`Template`](arch::x86_64::cpuid::Template) that says what a feature's leaves hold (PMU, SGX) is not
