@@ -125,6 +125,7 @@ pub enum BusErrorCode {
 
 /// Where a vCPU's thread was when `SIGBUS` came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum During {
     /// In `KVM_RUN`. The guest's instruction has not run: it is tried again at the next entry.
     KvmRun,

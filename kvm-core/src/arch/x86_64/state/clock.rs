@@ -53,6 +53,7 @@ pub struct ClockState {
 
 /// What the guest is to see of the time between saving and restoring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum ClockRestore {
     /// Nothing: its clocks go on from where they were.
     #[default]
