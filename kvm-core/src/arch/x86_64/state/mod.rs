@@ -59,7 +59,7 @@
 //! moment, and it says by how much the TSCs are to move ([`Passage`]). But it goes after all vCPUs were
 //! made: KVM tells the host's TSC beside the clock (`KVM_CLOCK_HOST_TSC`) only while the VM has a master
 //! clock, which takes as many vCPUs with matching TSCs as there are vCPUs, and one at least
-//! (`nr_vcpus_matched_tsc + 1 == online_vcpus`). Vcpus that were just made match; a VM without any has no
+//! (`nr_vcpus_matched_tsc + 1 == online_vcpus`). Those that were just made match; a VM without any has no
 //! master clock, so that a clock restored into it sends the TSCs by value. Memory slots go before everything: the
 //! MSRs of kvm-clock, steal time and asynchronous page faults name guest memory, and KVM refuses them
 //! where there is none. The in-kernel PICs and IOAPIC go after the local APICs.
