@@ -189,10 +189,9 @@
 //! - Restoring believes KVM: a value that it takes and drops (its PVM back end drops paging outside long
 //!   mode, and the TSC, of which [`state::Restored`] tells) is not read again. State of Xen and Hyper-V
 //!   guests that has ioctls of its own, and that of confidential guests, is not saved.
-//! - A guest hypervisor on Intel's processors that is saved while it is in system management mode, with a
-//!   guest of its own left by the interrupt, is not restored where KVM wants to know that it is there
-//!   before it takes the nested state (`EINVAL`, which names the piece): that comes with the events, which
-//!   go later ([`state`] says why).
+//! - On Intel's processors KVM does not take back the nested state of a guest hypervisor that was saved in
+//!   system management mode, if the SMI came while it was in VMX operation (`EINVAL`, naming the piece): KVM
+//!   would have to know of that mode by then, and it comes with the events, which go later ([`state`]).
 //! - Two threads that run into one lost page may each put zeros in its place, and huge pages that are lost by
 //!   truncation are not replaced (`kvm/bus_error.rs`).
 //! - On a host without `KVM_CAP_SREGS2` the PDPTRs of a guest in PAE paging come from its memory.
