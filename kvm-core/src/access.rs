@@ -28,26 +28,64 @@
 //! [`Member`](crate::control::Member)'s destructor, which strikes its tasks off and wakes who waits.
 
 use std::any::{Any, TypeId};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::blocker::Blocker;
 use crate::control::{Control, ControlError, Pause, State};
 use crate::identity::VcpuId;
-use crate::run::VcpuView;
+use crate::memory_error::{BusError, BusErrorCode};
+use crate::run::{RunVcpu, VcpuView};
 use crate::sync::{Mutex, MutexGuard, lock, wait};
 
-/// A parked vCPU, as its thread shows it to the tasks that it is given.
-pub(crate) struct Parked<'a> {
-    /// The `V::Fd` of its [`RunVcpu`](crate::RunVcpu).
-    pub(crate) fd: &'a dyn Any,
-    /// Its handler said [`Flow::Block`](crate::Flow::Block).
+/// What is done with a vCPU, on its thread.
+pub(crate) type Task = Box<dyn FnOnce(VcpuId, &mut dyn OnThread) + Send>;
+
+/// What a task has of the vCPU whose thread does it.
+pub(crate) trait OnThread {
+    /// The `V::Fd` of its [`RunVcpu`].
+    fn fd(&mut self) -> &dyn Any;
+
+    /// Its handler said [`Flow::Block`](crate::Flow::Block), and nobody has woken it since.
+    fn is_halted(&self) -> bool;
+
+    /// Whether the thread has run into memory that is lost since this was asked last. What it has is kept
+    /// for the handler.
+    fn ran_into_lost_memory(&mut self) -> bool;
+}
+
+/// A vCPU that is parked.
+pub(crate) struct Parked<'a, V> {
+    pub(crate) vcpu: &'a mut V,
+    /// The errors that its handler has not been told of.
+    pub(crate) untold: &'a mut VecDeque<BusError>,
     pub(crate) halted: bool,
     /// Who wakes it may do so while it is parked.
     pub(crate) blocker: &'a Blocker,
 }
 
-/// What is done with a parked vCPU.
-pub(crate) type Task = Box<dyn FnOnce(VcpuId, &Parked<'_>) + Send>;
+impl<V: RunVcpu> OnThread for Parked<'_, V> {
+    fn fd(&mut self) -> &dyn Any {
+        self.vcpu.exit_area().1
+    }
+
+    fn is_halted(&self) -> bool {
+        self.halted && !self.blocker.is_woken()
+    }
+
+    fn ran_into_lost_memory(&mut self) -> bool {
+        let mut ran_into = false;
+        while let Some(error) = self.vcpu.take_bus_error() {
+            // Nobody has run into one that is told early.
+            ran_into |= error.code != BusErrorCode::ActionOptional;
+            self.untold.push_back(error);
+        }
+        ran_into
+    }
+}
+
+/// What a task leaves for who asked: nothing as long as it is not done.
+type Slot<R> = Arc<Mutex<Option<Result<R, ControlError>>>>;
 
 /// A task that is not done.
 struct Posted {
@@ -110,15 +148,21 @@ impl Tasks {
 /// A task that calls `f` and leaves its result where the second half finds it.
 fn package<F: 'static, R: Send + 'static>(
     f: impl FnOnce(&VcpuView<'_, F>) -> R + Send + 'static,
-) -> (Task, Arc<Mutex<Option<R>>>) {
+) -> (Task, Slot<R>) {
     let slot = Arc::new(Mutex::new(None));
     let result = slot.clone();
-    let task = move |id, parked: &Parked<'_>| {
+    let task = move |id, thread: &mut dyn OnThread| {
+        // What came before is not this task's.
+        thread.ran_into_lost_memory();
+        let halted = thread.is_halted();
         // The vCPU's kind was compared before the task was posted.
-        if let Some(fd) = parked.fd.downcast_ref::<F>() {
-            let halted = parked.halted && !parked.blocker.is_woken();
+        if let Some(fd) = thread.fd().downcast_ref::<F>() {
             let value = f(&VcpuView::new(id, fd, halted));
-            *lock(&result) = Some(value);
+            *lock(&result) = Some(match thread.ran_into_lost_memory() {
+                // It was computed from zeros that no memory held.
+                true => Err(ControlError::MemoryError(id)),
+                false => Ok(value),
+            });
         }
     };
     (Box::new(task), slot)
@@ -137,6 +181,10 @@ impl Pause {
     /// [`ControlError::NoSuchVcpu`]; [`ControlError::NotStarted`] of a vCPU that no thread runs (its
     /// [`Runner`](crate::Runner) has it); [`ControlError::OtherFd`]; [`ControlError::OnVcpuThread`]: `f`
     /// is then not called. [`ControlError::Left`] if the vCPU leaves before `f` has returned.
+    /// [`ControlError::MemoryError`] if `f` ran into guest memory that is lost, where the process's `SIGBUS`
+    /// is caught (`BusErrors`): it went on with zeros, so its result is dropped. The vCPU's handler gets the
+    /// [`MemoryError`](crate::MemoryError) when the pause ends. Asked once more, `f` finds the zeros that
+    /// took the page's place, and no error.
     pub fn with_vcpu<F: 'static, R: Send + 'static>(
         &self,
         id: VcpuId,
@@ -150,7 +198,7 @@ impl Pause {
         let ticket = state.tasks.post(vcpu, task);
         self.control().wait_for(state, &[ticket]);
         let result = lock(&slot).take();
-        result.ok_or(ControlError::Left(id))
+        result.unwrap_or(Err(ControlError::Left(id)))
     }
 
     /// The same of every vCPU that is enrolled, each on its own thread, all at once. The results are in
@@ -158,7 +206,8 @@ impl Pause {
     ///
     /// # Errors
     /// As [`Pause::with_vcpu`]. One vCPU that is not started or not of this kind, and `f` is called for
-    /// none. [`ControlError::Left`] names one that left; `f` may have been called for the others.
+    /// none. [`ControlError::Left`] and [`ControlError::MemoryError`] name the first of whom this is so; `f`
+    /// may have been called for the others.
     pub fn with_each<F: 'static, R: Send + 'static>(
         &self,
         f: impl Fn(&VcpuView<'_, F>) -> R + Send + Sync + 'static,
@@ -173,8 +222,8 @@ impl Pause {
             slots.push((id, slot));
         }
         self.control().wait_for(state, &tickets);
-        let result = |(id, slot): (VcpuId, Arc<Mutex<Option<R>>>)| match lock(&slot).take() {
-            Some(result) => Ok((id, result)),
+        let result = |(id, slot): (VcpuId, Slot<R>)| match lock(&slot).take() {
+            Some(result) => Ok((id, result?)),
             None => Err(ControlError::Left(id)),
         };
         slots.into_iter().map(result).collect()

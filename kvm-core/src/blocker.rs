@@ -53,6 +53,7 @@ pub struct Waker(Arc<Shared>);
 
 /// What ended a [`Blocker::block`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Woken {
     /// [`Waker::wake`].
     Event,

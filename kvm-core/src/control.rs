@@ -28,7 +28,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use crate::access::{Parked, Tasks};
+use crate::access::{OnThread, Tasks};
 use crate::blocker::{Blocker, Waker};
 use crate::halt_poll::HaltPolling;
 use crate::identity::{Identity, VcpuId};
@@ -67,6 +67,11 @@ pub enum ControlError {
     /// The vCPU is not of the kind that was asked for.
     #[error("vCPU {0} has another type of descriptor than was asked for")]
     OtherFd(VcpuId),
+    /// What the vCPU's thread was asked touched guest memory that is lost: its answer is worth nothing.
+    #[error(
+        "vCPU {0}'s thread ran into guest memory that is lost; what it was asked has no answer"
+    )]
+    MemoryError(VcpuId),
 }
 
 /// What a vCPU thread is to do, by the control state.
@@ -488,15 +493,15 @@ impl Member {
 
     /// The thread begins: active at once, or when the pause that holds is over.
     ///
-    /// `parked` is what tasks get meanwhile.
-    pub(crate) fn start(&mut self, parked: &Parked<'_>) -> Verdict {
+    /// `thread` is what tasks get meanwhile.
+    pub(crate) fn start(&mut self, thread: &mut dyn OnThread) -> Verdict {
         let address = Arc::as_ptr(&self.control).addr();
         RUNNING.with(|running| running.set(address));
         let mut state = lock(&self.control.state);
         state.started += 1;
         state.threads.push(self.key());
         self.started = true;
-        state = self.until_resumed(state, parked);
+        state = self.until_resumed(state, thread);
         state.active += 1;
         state.verdict()
     }
@@ -505,15 +510,15 @@ impl Member {
         lock(&self.control.state).verdict()
     }
 
-    /// Is not active until no pause holds. Never returns [`Verdict::Park`]. `parked` is what tasks get.
-    pub(crate) fn park(&self, parked: &Parked<'_>) -> Verdict {
+    /// Is not active until no pause holds. Never returns [`Verdict::Park`]. `thread` is what tasks get.
+    pub(crate) fn park(&self, thread: &mut dyn OnThread) -> Verdict {
         let mut state = lock(&self.control.state);
         if state.verdict() == Verdict::Park {
             state.active -= 1;
             if state.active == 0 {
                 self.control.changed.notify_all();
             }
-            state = self.until_resumed(state, parked);
+            state = self.until_resumed(state, thread);
             state.active += 1;
         }
         state.verdict()
@@ -523,7 +528,7 @@ impl Member {
     fn until_resumed<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
-        parked: &Parked<'_>,
+        thread: &mut dyn OnThread,
     ) -> MutexGuard<'a, State> {
         while state.verdict() == Verdict::Park {
             let Some((ticket, task)) = state.tasks.take(self.key()) else {
@@ -531,7 +536,7 @@ impl Member {
                 continue;
             };
             drop(state);
-            let done = catch_unwind(AssertUnwindSafe(|| task(self.enrolled.id, parked)));
+            let done = catch_unwind(AssertUnwindSafe(|| task(self.enrolled.id, thread)));
             state = lock(&self.control.state);
             state.tasks.strike_off(ticket);
             self.control.changed.notify_all();

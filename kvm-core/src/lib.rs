@@ -73,7 +73,7 @@
 //! added while others run is part of the next pause; one that is added while a pause holds parks before
 //! its first instruction. It is set up as any other, before it is enrolled: CPUID and MSRs are the
 //! monitor's. With local APICs in the kernel it waits in `KVM_RUN` until the guest sends it INIT and SIPI,
-//! and `create_vcpu` sees to it that these find it (KVM alone may not: see there). How the guest hears
+//! and `create_vcpu` sees to it that these find it, in a restored VM too (KVM alone may not: see there). How the guest hears
 //! that there is one more (ACPI, a paravirtual device) is the monitor's; so is `max_vcpu_id`, which KVM
 //! wants told before the first vCPU where it is to be lower. A vCPU that halts can be enrolled again. KVM
 //! has no call that removes one.
@@ -152,10 +152,14 @@
 //! let clock = vm.state()?;
 //! // …and guest memory, devices, interrupt controllers. Then, in a new VM with its memory in place:
 //! let host = new_vm.state_host(&kvm)?;
-//! let passage = new_vm.restore(&clock, ClockRestore::AsSaved)?;
+//! let mut made = Vec::new();
 //! for (id, (state, halted)) in vcpus {
-//!     let vcpu = new_vm.create_vcpu(id)?;
-//!     vcpu.restore(&host, &state?, &passage)?;
+//!     made.push((new_vm.create_vcpu(id)?, state?, halted));
+//! }
+//! // All vCPUs are there, and none is restored: only so does KVM tell what the TSC's offsets need.
+//! let passage = new_vm.restore(&clock, ClockRestore::AsSaved)?;
+//! for (vcpu, state, halted) in made {
+//!     vcpu.restore(&host, &state, &passage)?;
 //!     let runner = new_set.enroll(vcpu)?;
 //!     let runner = if halted { runner.halted() } else { runner };
 //!     // …interrupt controllers, which wake (`runner.waker()`) whom they have something for; then its thread.
@@ -194,6 +198,11 @@
 //! - Restoring believes KVM: a value that it takes and drops (its PVM back end drops paging outside long
 //!   mode, and the TSC, of which [`state::Restored`] tells) is not read again. State of Xen and Hyper-V
 //!   guests that has ioctls of its own, and that of confidential guests, is not saved.
+//! - On Intel's processors KVM does not take back the nested state of a guest hypervisor that was saved in
+//!   system management mode, if the SMI came while it was in VMX operation (`EINVAL`, naming the piece): KVM
+//!   would have to know of that mode by then, and it comes with the events, which go later ([`state`]).
+//! - Two threads that run into one lost page may each put zeros in its place, and huge pages that are lost by
+//!   truncation are not replaced (`kvm/bus_error.rs`).
 //! - On a host without `KVM_CAP_SREGS2` the PDPTRs of a guest in PAE paging come from its memory.
 //! - CPUID has three levels of topology: no dies, modules or hybrid cores; one NUMA node a socket. A
 //!   [`Template`](arch::x86_64::cpuid::Template) that says what a feature's leaves hold (PMU, SGX) is not
@@ -248,7 +257,7 @@ pub use kick::Doorbell;
 #[cfg(all(feature = "kvm", not(loom)))]
 pub use kvm::{
     BusErrors, BusErrorsError, CreateDevice, Device, DeviceAttributes, DeviceFd, Error, KickSignal,
-    KickSignalError, Kvm, OpenError, Vcpu, VfioDevice, VfioFile, Vm, VmSetup, Watched,
+    KickSignalError, Kvm, OpenError, RefusedFile, Vcpu, VfioDevice, VfioFile, Vm, VmSetup, Watched,
 };
 pub use memory_error::{
     BusError, BusErrorCode, During, HostAddress, MemoryError, MemoryErrorKind, MemoryErrorSource,

@@ -115,7 +115,9 @@ pub enum BusErrorCode {
     /// `BUS_MCEERR_AR`: a hardware memory error that the thread has run into.
     ActionRequired,
     /// `BUS_MCEERR_AO`: a hardware memory error that nobody has run into yet. The kernel tells early
-    /// only who asked for it (`prctl(PR_MCE_KILL)`).
+    /// only who asked for it: a thread by `prctl(PR_MCE_KILL)`, or the host's administrator for all
+    /// processes by the sysctl `vm.memory_failure_early_kill`, which goes to the main thread. On a thread
+    /// that is no vCPU's it goes where `SIGBUS` went before.
     ActionOptional,
     /// `BUS_ADRERR`: no memory behind the mapping.
     NoSuchAddress,
@@ -125,11 +127,12 @@ pub enum BusErrorCode {
 
 /// Where a vCPU's thread was when `SIGBUS` came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum During {
     /// In `KVM_RUN`. The guest's instruction has not run: it is tried again at the next entry.
     KvmRun,
-    /// In the handler's own code, that touched guest memory. It went on with zeros: the lost page was
-    /// replaced, and what it did with them is the consumer's.
+    /// In the handler's own code, or what a pause asked of the vCPU's thread, that touched guest memory. It
+    /// went on with zeros: the lost page was replaced, and what it did with them is the consumer's.
     Handler,
 }
 

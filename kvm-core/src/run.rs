@@ -45,6 +45,7 @@
 //! of them, with no other answer of `KVM_RUN` in between, are [`HaltReason::Refused`]. (`EINTR` is
 //! another answer: KVM looks at signals and at `immediate_exit` only once it has its thread.)
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
@@ -128,7 +129,7 @@ pub trait RunVcpu: Send {
     }
 
     /// The next `SIGBUS` that this thread took since it was attached, oldest first. Asked after each
-    /// [`RunVcpu::run`] and each handler, and before the guest runs.
+    /// [`RunVcpu::run`], each handler and each task of a pause, and before the guest runs.
     fn take_bus_error(&mut self) -> Option<BusError> {
         None
     }
@@ -371,6 +372,8 @@ pub struct Runner<V> {
     /// The vCPU's handler said [`Flow::Block`], and it has not been woken since.
     halted: bool,
     blocker: Blocker,
+    /// What a paused vCPU's thread ran into.
+    untold: VecDeque<BusError>,
 }
 
 impl<V: RunVcpu> Runner<V> {
@@ -381,6 +384,7 @@ impl<V: RunVcpu> Runner<V> {
             refusals: 0,
             halted: false,
             blocker,
+            untold: VecDeque::new(),
         }
     }
 
@@ -458,9 +462,10 @@ impl<V: RunVcpu> Runner<V> {
     }
 
     /// The vCPU's place in its set, and what is asked there while it is parked.
-    fn at_the_set(&mut self) -> (&mut Member, Parked<'_>) {
+    fn at_the_set(&mut self) -> (&mut Member, Parked<'_, V>) {
         let parked = Parked {
-            fd: self.vcpu.exit_area().1,
+            vcpu: &mut self.vcpu,
+            untold: &mut self.untold,
             halted: self.halted,
             blocker: &self.blocker,
         };
@@ -472,8 +477,8 @@ impl<V: RunVcpu> Runner<V> {
         handler: &mut H,
     ) -> Result<Infallible, HaltReason<H::Stop>> {
         self.vcpu.attach().map_err(HaltReason::StartFailed)?;
-        let (member, parked) = self.at_the_set();
-        if member.start(&parked) == Verdict::Stop {
+        let (member, mut parked) = self.at_the_set();
+        if member.start(&mut parked) == Verdict::Stop {
             return Err(HaltReason::Stopped);
         }
         let mut access_pending = false;
@@ -578,11 +583,16 @@ impl<V: RunVcpu> Runner<V> {
         &mut self,
         handler: &mut H,
     ) -> Result<(), HaltReason<H::Stop>> {
-        while let Some(error) = self.vcpu.take_bus_error() {
+        while let Some(error) = self.next_bus_error() {
             let address = handler.guest_address(error.address);
             self.memory_error(handler, &MemoryError::signal(error, address))?;
         }
         Ok(())
+    }
+
+    fn next_bus_error(&mut self) -> Option<BusError> {
+        let untold = self.untold.pop_front();
+        untold.or_else(|| self.vcpu.take_bus_error())
     }
 
     #[cold]
@@ -642,8 +652,8 @@ impl<V: RunVcpu> Runner<V> {
                 Verdict::Park => {
                     self.complete_access(handler, access_pending)?;
                     self.tell_the_clock();
-                    let (member, parked) = self.at_the_set();
-                    if member.park(&parked) == Verdict::Stop {
+                    let (member, mut parked) = self.at_the_set();
+                    if member.park(&mut parked) == Verdict::Stop {
                         return Err(HaltReason::Stopped);
                     }
                 }

@@ -6,13 +6,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::convert::Infallible;
-use std::sync::{Arc, Barrier, mpsc};
+use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread::{self, ThreadId};
 use std::time::Duration;
 
 use kvm_core::fake::{FakeVcpu, Step};
 use kvm_core::{
-    ControlError, Exit, Flow, GuestMode, HaltReason, Identity, Pause, VcpuId, VcpuSet, VcpuView,
+    BusError, BusErrorCode, ControlError, During, Exit, ExitHandler, Flow, GuestMode, HaltReason,
+    HostAddress, Identity, MemoryError, MemoryErrorSource, Pause, Remedy, VcpuId, VcpuSet,
+    VcpuView,
 };
 
 type View<'a> = VcpuView<'a, ()>;
@@ -332,6 +334,81 @@ fn tasks_pauses_kicks_and_a_stop_from_many_threads_end() {
             for vcpu in vcpus {
                 assert_eq!(vcpu.join().unwrap(), HaltReason::Stopped);
             }
+        }
+    });
+}
+
+/// Has no remedy but to note what it is told.
+struct Notes(Arc<Mutex<Vec<MemoryError>>>);
+
+impl ExitHandler<()> for Notes {
+    type Stop = Infallible;
+
+    fn exit(&mut self, _: &View<'_>, _: Exit<'_>) -> Flow<Infallible> {
+        Flow::Continue
+    }
+
+    fn memory_error(&mut self, _: &View<'_>, error: &MemoryError) -> Remedy<Infallible> {
+        self.0.lock().unwrap().push(*error);
+        Remedy::RunOn
+    }
+}
+
+fn bus_error(code: BusErrorCode) -> BusError {
+    BusError {
+        address: HostAddress(0x7f00_0000_5000),
+        code,
+        bytes: 4096,
+        during: During::Handler,
+    }
+}
+
+#[test]
+fn what_was_computed_from_lost_memory_is_no_answer_and_the_vcpu_is_told() {
+    watchdog(|| {
+        let set = set();
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let vcpus = [0, 1].map(|id| FakeVcpu::new(VcpuId(id), []));
+        let fake = vcpus[1].state();
+        let threads = vcpus.map(|vcpu| {
+            let runner = set.enroll(vcpu).unwrap();
+            let handler = Notes(told.clone());
+            thread::spawn(move || {
+                let Err(halt) = runner.run(handler);
+                halt.reason
+            })
+        });
+        while (0..2).any(|id| set.mode(VcpuId(id)) != Ok(GuestMode::InGuestMode)) {
+            thread::yield_now();
+        }
+        let pause = set.pause().unwrap();
+        let lost = bus_error(BusErrorCode::NoSuchAddress);
+        let touches = |error| {
+            let fake = fake.clone();
+            move |vcpu: &View<'_>| {
+                if vcpu.id() == VcpuId(1) {
+                    fake.bus_error(error);
+                }
+            }
+        };
+        let refused = ControlError::MemoryError(VcpuId(1));
+        assert_eq!(pause.with_vcpu(VcpuId(1), touches(lost)), Err(refused));
+        assert_eq!(pause.with_each(touches(lost)), Err(refused));
+        // The next that touches nothing is answered, and so is one that was told of a page early.
+        assert_eq!(number(&pause, 1), Ok(1));
+        let early = bus_error(BusErrorCode::ActionOptional);
+        assert_eq!(pause.with_vcpu(VcpuId(1), touches(early)), Ok(()));
+        assert_eq!(told.lock().unwrap().len(), 0);
+        drop(pause);
+        while told.lock().unwrap().len() < 3 {
+            thread::yield_now();
+        }
+        let expected = [lost, lost, early].map(MemoryErrorSource::Signal);
+        let sources: Vec<_> = told.lock().unwrap().iter().map(|e| e.source).collect();
+        assert_eq!(sources, expected);
+        set.stop().unwrap();
+        for thread in threads {
+            assert_eq!(thread.join().unwrap(), HaltReason::Stopped);
         }
     });
 }

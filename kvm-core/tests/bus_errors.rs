@@ -55,6 +55,15 @@ fn set(action: libc::sighandler_t, flags: libc::c_int) {
     }
 }
 
+fn action() -> libc::sighandler_t {
+    // SAFETY: only asks; all zeroes are a sigaction.
+    unsafe {
+        let mut now: libc::sigaction = std::mem::zeroed();
+        assert_eq!(libc::sigaction(libc::SIGBUS, std::ptr::null(), &mut now), 0);
+        now.sa_sigaction
+    }
+}
+
 static LOST: AtomicUsize = AtomicUsize::new(0);
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 
@@ -111,7 +120,8 @@ fn cases() {
         "plain handler" => set(plain as *const () as usize, 0),
         "default" | "default sent" | "default early" => set(libc::SIG_DFL, 0),
         "ignored" | "ignored sent" | "ignored early" => set(libc::SIG_IGN, 0),
-        "watched" => {}
+        // What a Rust program has: the standard library's.
+        "watched" | "std" | "std sent" | "std sent twice" => {}
         _ => panic!(),
     }
     let errors = BusErrors::install().unwrap();
@@ -122,7 +132,14 @@ fn cases() {
         let watched = unsafe { errors.watch(HostAddress(page as usize), 2 * PAGE) };
         std::mem::forget(watched.unwrap());
     }
-    if case.ends_with("sent") {
+    if case.starts_with("std sent") {
+        let before = action();
+        for _ in 0..1 + usize::from(case.ends_with("twice")) {
+            // SAFETY: a signal to this thread.
+            unsafe { libc::raise(libc::SIGBUS) };
+        }
+        assert_eq!(action(), before);
+    } else if case.ends_with("sent") {
         // SAFETY: a signal to this thread.
         unsafe { libc::raise(libc::SIGBUS) };
     } else if case.ends_with("early") {
@@ -156,6 +173,14 @@ fn a_fault_that_nobody_catches_ends_the_process_as_before() {
 fn a_signal_that_was_sent_does_what_it_did_before() {
     assert_eq!(child("default sent").signal(), Some(libc::SIGBUS));
     assert_eq!(child("ignored sent").code(), Some(7));
+}
+
+#[test]
+fn the_standard_librarys_handler_which_gives_its_place_up_does_not_give_up_this_ones() {
+    assert_eq!(child("std sent").code(), Some(7));
+    // What it gave its place to is what there is from then on.
+    assert_eq!(child("std sent twice").signal(), Some(libc::SIGBUS));
+    assert_eq!(child("std").signal(), Some(libc::SIGBUS));
 }
 
 #[test]

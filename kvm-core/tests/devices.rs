@@ -144,8 +144,10 @@ fn any_errno_at_any_call_says_what_was_refused_and_changes_nothing() {
         let refused = file();
         let fd = refused.as_raw_fd();
         let error = vfio.add(refused).unwrap_err();
+        // The file is the caller's again, open.
+        assert_eq!(error.file.as_raw_fd(), fd);
         assert_eq!(
-            error,
+            DeviceError::from(error),
             DeviceError::AddFile {
                 fd,
                 errno: Errno::new(errno)

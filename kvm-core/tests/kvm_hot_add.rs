@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use common::{Machine, watchdog};
 use guests::vcpu::{AP_COUNTS, AP_PAGE, AP_SAYS, NEXT_AP};
 use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, kvm_enable_cap};
+use kvm_core::state::Passage;
 use kvm_core::{
     Exit, ExitHandler, Flow, Halt, HaltReason, Identity, Kvm, Vcpu, VcpuId, VcpuSet, VcpuView, Vm,
 };
@@ -22,6 +23,8 @@ use kvm_ioctls::VcpuFd;
 struct Talk {
     /// The APIC id to be started next; 0 is none. Taken by the boot vCPU.
     next: AtomicU32,
+    /// How often the boot vCPU has asked for one: its APIC is set up by then.
+    asked: AtomicU32,
     /// Each vCPU's rounds.
     rounds: [AtomicU32; 4],
     /// Which vCPUs have said where they began, a bit each.
@@ -41,6 +44,7 @@ impl ExitHandler<VcpuFd> for Handler {
                 data,
                 ..
             } => {
+                talk.asked.fetch_add(1, Ordering::Relaxed);
                 let next = talk.next.swap(0, Ordering::Relaxed);
                 data.copy_from_slice(&next.to_le_bytes());
             }
@@ -79,14 +83,18 @@ impl Guest {
     fn start(mut machine: Machine) -> Self {
         machine.memory.write(AP_PAGE, guests::vcpu::ap());
         let vcpu = machine.protected_mode(0);
-        let mut guest = Self {
+        let mut guest = Self::new(machine);
+        guest.spawn(vcpu);
+        guest
+    }
+
+    fn new(machine: Machine) -> Self {
+        Self {
             set: VcpuSet::new(Identity::vm("hot-add")),
             talk: Arc::default(),
             threads: Vec::new(),
             machine,
-        };
-        guest.spawn(vcpu);
-        guest
+        }
     }
 
     fn vm(&self) -> &Vm {
@@ -192,6 +200,36 @@ fn a_vcpu_that_is_added_during_a_pause_runs_nothing_before_its_end() {
             let pause = guest.set.pause().unwrap();
             assert_eq!(guest.set.active(), 0);
             pause.resume();
+            guest.stop();
+        }
+    });
+}
+
+#[test]
+fn a_vcpu_that_is_added_to_a_restored_vm_before_its_first_run_is_started_by_the_guest_and_works() {
+    watchdog(|| {
+        for make in [in_kernel, split] {
+            let guest = Guest::start(make());
+            guest.wait(|| guest.talk.asked.load(Ordering::Relaxed) > 0);
+            let pause = guest.set.pause().unwrap();
+            let host = guest.vm().state_host(&common::kvm()).unwrap();
+            let save = {
+                let host = host.clone();
+                move |vcpu: &VcpuView<'_, VcpuFd>| vcpu.state(&host)
+            };
+            let state = pause.with_vcpu(VcpuId(0), save).unwrap().unwrap();
+            let memory = guest.machine.memory.bytes();
+            drop(pause);
+            guest.stop();
+
+            let mut guest = Guest::new(make());
+            guest.machine.memory.write(0, &memory);
+            let first = guest.vm().create_vcpu(VcpuId(0)).unwrap();
+            first.restore(&host, &state, &Passage::default()).unwrap();
+            // Its APIC is set up, and the guest will not do it again.
+            guest.add(1);
+            guest.spawn(first);
+            guest.is_started_and_works(1);
             guest.stop();
         }
     });

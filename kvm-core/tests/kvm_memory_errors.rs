@@ -12,8 +12,9 @@ use common::{Machine, watchdog};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_core::arch::x86_64::{MachineCheck, McaVendor};
 use kvm_core::{
-    BusErrorCode, BusErrors, During, Exit, ExitHandler, Flow, HaltReason, HostAddress, MemoryError,
-    MemoryErrorKind, MemoryErrorSource, Remedy, VcpuSet, VcpuView,
+    BusErrorCode, BusErrors, ControlError, During, Exit, ExitHandler, Flow, HaltReason,
+    HostAddress, MemoryError, MemoryErrorKind, MemoryErrorSource, Remedy, VcpuId, VcpuSet,
+    VcpuView,
 };
 use kvm_ioctls::VcpuFd;
 use vm_memory::GuestAddress;
@@ -283,6 +284,39 @@ fn a_handler_that_touches_a_truncated_file_lives_and_its_vcpu_stops() {
             (signal.code, signal.during),
             (BusErrorCode::NoSuchAddress, During::Handler)
         );
+    });
+}
+
+#[test]
+fn a_paused_vcpu_that_is_asked_for_lost_memory_has_no_answer_and_then_stops() {
+    watchdog(|| {
+        let errors = BusErrors::install().unwrap();
+        let machine = Machine::new(guests::vcpu::lost_memory());
+        let lost = Lost::new(&machine);
+        // SAFETY: guest memory, which is touched through raw pointers alone.
+        let _watched = unsafe { errors.watch(HostAddress(lost.start as usize), LEN) }.unwrap();
+        let set = VcpuSet::new(machine.vm.identity().clone());
+        let pause = set.pause().unwrap();
+        let ignore = |_: &VcpuView<'_, VcpuFd>, _: Exit<'_>| Flow::<()>::Continue;
+        let thread = set.spawn("vcpu", machine.vcpu(0), ignore).unwrap();
+        let ask = |page: usize| {
+            let at = lost.start as usize + page * PAGE;
+            // SAFETY: mapped, and watched where it is lost.
+            let read = move |_: &VcpuView<'_, VcpuFd>| unsafe { (at as *const u8).read_volatile() };
+            pause.with_vcpu(VcpuId(0), read)
+        };
+        while ask(0) == Err(ControlError::NotStarted(VcpuId(0))) {
+            std::thread::yield_now();
+        }
+        assert_eq!(ask(0), Ok(0));
+        lost.truncate();
+        let nothing = Err(ControlError::MemoryError(VcpuId(0)));
+        assert_eq!((ask(0), ask(1)), (nothing, nothing));
+        drop(pause);
+        let HaltReason::MemoryError(error) = thread.join().unwrap().reason else {
+            panic!("it ran on")
+        };
+        assert_eq!(error.kind, MemoryErrorKind::Missing);
     });
 }
 

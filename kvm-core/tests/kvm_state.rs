@@ -13,7 +13,7 @@ use common::{LOAD, Machine, kvm, long_tests, watchdog};
 use guests::state::{INPUT, INPUT_MMIO, RESULT, ROUND, ROUNDS, TICKS, WAITING};
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_core::arch::x86_64::{BootState, CpuidPlan, Topology};
-use kvm_core::state::{ClockRestore, StateHost, VcpuState, VmState};
+use kvm_core::state::{ClockRestore, StateHost, TscRestored, VcpuState, VmState};
 use kvm_core::{
     Exit, ExitHandler, Flow, Halt, HaltReason, Pause, Request, Requests, Vcpu, VcpuId, VcpuSet,
     VcpuView,
@@ -162,14 +162,20 @@ impl Guest {
         let mut machine = Machine::with_irqchip(&[]);
         machine.memory.write(0, &saved.memory);
         let host = machine.vm.state_host(&kvm()).unwrap();
+        let ids = 0..saved.vcpus.len() as u32;
+        let made = ids.map(|id| machine.vm.create_vcpu(VcpuId(id)).unwrap());
+        let made: Vec<_> = made.collect();
         let passage = machine.vm.restore(&saved.vm, how).unwrap();
-        let made = saved.vcpus.iter().zip(0..).map(|(state, id)| {
-            let vcpu = machine.vm.create_vcpu(VcpuId(id)).unwrap();
+        // KVM told when it was saved, of a VM with as many vCPUs.
+        let told = saved.vm.clock.host_tsc.is_some();
+        assert_eq!(passage.host_tsc.is_some(), told);
+        for (vcpu, state) in made.iter().zip(&saved.vcpus) {
             let restored = vcpu.restore(&host, state, &passage).unwrap();
             assert!(restored.skipped_msrs.is_empty(), "{restored:?}");
-            vcpu
-        });
-        let made = made.collect();
+            if told && state.tsc_offset.is_some() {
+                assert_ne!(restored.tsc, TscRestored::Value);
+            }
+        }
         Self::start(machine, made, &saved.devices, pause_at)
     }
 

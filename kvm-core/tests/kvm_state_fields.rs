@@ -8,6 +8,7 @@ mod common;
 
 use common::{Machine, kvm, watchdog};
 use kvm_bindings as kvm_abi;
+use kvm_core::arch::x86_64::McgCap;
 use kvm_core::state::{
     AccessVcpu, ClockRestore, Msr, Passage, Refusal, RestoreError, StateBytes, StateHost,
     TscRestored, VcpuPiece, VcpuState, Xcr,
@@ -388,6 +389,25 @@ fn machine_check_banks_travel_with_their_number() {
             0x402 => msr.value = 0xabcd_e000,
             _ => {}
         }
+    }
+    travels(&state);
+}
+
+#[test]
+fn when_a_bank_tells_of_corrected_errors_travels() {
+    const MCG_CMCI_P: u64 = 1 << 10;
+    if kvm().machine_check_support().unwrap().0 & MCG_CMCI_P == 0 {
+        return println!("NOT TRIED: this KVM has no MCG_CMCI_P");
+    }
+    let from = with_cpuid();
+    let cap = McgCap(MCG_CMCI_P | 7);
+    from.vcpu.set_machine_check_cap(cap).unwrap();
+    let mut state = from.state();
+    let second = |msr: &&mut Msr| (0x280..0x287).contains(&msr.index);
+    assert_eq!(state.msrs.iter_mut().filter(second).count(), 7);
+    for msr in state.msrs.iter_mut().filter(second) {
+        // CMCI_EN, and a threshold.
+        msr.value = 1 << 30 | u64::from(msr.index);
     }
     travels(&state);
 }

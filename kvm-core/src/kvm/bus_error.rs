@@ -32,6 +32,32 @@
 //! - **Chaining**: what was there before is read before this handler is set, so that no signal finds one
 //!   without the other. A default action is brought about by setting it and coming back: a faulting
 //!   instruction faults again, and a signal that was sent is sent again.
+//! - **A handler that puts the default action in its place** and comes back is every Rust program's: the
+//!   standard library's, which looks for stack overflows. That would switch this handler off for all
+//!   vCPUs, so it is set again behind the call; and what was put is what there is from then on: a fault
+//!   that comes again, and the next `SIGBUS` that is no vCPU's, end the process, as they would have.
+//!   A vCPU's `SIGBUS` in the moment between the two finds the default action too. Who sets a handler of
+//!   its own there takes `SIGBUS` over.
+//!
+//! # Errors that nobody has run into
+//!
+//! The kernel tells of a poisoned page early (`BUS_MCEERR_AO`) where a process asked for it by
+//! `prctl(PR_MCE_KILL)`, or the host's administrator for all by the sysctl `vm.memory_failure_early_kill`.
+//! It tells the first thread that asked or that the sysctl speaks for: by the sysctl the main thread. That
+//! is a vCPU's seldom, and what is no vCPU's is passed on: with nothing but the standard library's handler
+//! the first such error of a process does nothing, and the second ends it. A monitor for such hosts says
+//! `PR_MCE_KILL_LATE` on its main thread (those that it starts inherit it) and `PR_MCE_KILL_EARLY` on a
+//! vCPU's, or sets a handler of its own before this one is installed.
+//!
+//! # One page, lost to many
+//!
+//! - Two threads that run into the same lost page may both find it lost, and both replace it: the second
+//!   one's zeros take the place of the first one's, and of what was written to them meanwhile. Both
+//!   threads' loops are told of the error, and nobody may take the page's bytes for data in any case.
+//! - `si_addr_lsb` is told for a hardware error. A page that is lost by truncation comes as
+//!   `BUS_ADRERR` without it, and a page of 4 KiB is what is replaced: inside a mapping of huge pages
+//!   (hugetlbfs) the kernel maps none so small, the replacement fails, and the process ends as without
+//!   this handler. Do not truncate a file of huge pages under a guest.
 //!
 //! A dynamically loaded library's thread-local memory may be allocated at its first access. A vCPU's
 //! thread has had it before (it was attached); on others it would happen in the handler, of a process
@@ -118,6 +144,10 @@ static WATCHED: [Range; RANGES] = [const {
 static WRITER: Mutex<()> = Mutex::new(());
 /// What was there before. Set before the handler is.
 static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
+/// `SIG_DFL` or `SIG_IGN`, once the handler that was there before has put that in its own place.
+static BECAME: AtomicUsize = AtomicUsize::new(NOTHING_ELSE);
+/// No action is this number: it is no address of a function.
+const NOTHING_ELSE: libc::sighandler_t = usize::MAX;
 static INSTALLED: AtomicBool = AtomicBool::new(false);
 
 /// A thread's errors, written by its handler and read by itself: of one thread, so nothing but the
@@ -181,13 +211,7 @@ impl BusErrors {
         // SAFETY: all zeroes are a valid sigaction, and the call has filled it.
         let old = unsafe { old.assume_init() };
         PREVIOUS.get_or_init(|| old);
-        // SAFETY: all zeroes are a valid sigaction: no flags, an empty mask.
-        let mut new: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
-        new.sa_sigaction = on_bus_error as *const () as libc::sighandler_t;
-        // RESTART: system calls of other threads are none of its business. KVM_RUN ends all the same.
-        new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-        // SAFETY: `on_bus_error` has SA_SIGINFO's signature, and is safe at any moment (see above).
-        if unsafe { libc::sigaction(libc::SIGBUS, &new, std::ptr::null_mut()) } != 0 {
+        if !set_own_action() {
             return Err(failed());
         }
         INSTALLED.store(true, Ordering::Relaxed);
@@ -195,7 +219,8 @@ impl BusErrors {
     }
 
     /// Declares that `bytes` from `address` are guest memory: of what a vCPU's thread itself touches and
-    /// finds lost there, the page is replaced by one of zeros, and the error is told.
+    /// finds lost there, the page is replaced by one of zeros, and the error is told. For each thread that
+    /// finds it lost: two at once may both replace it.
     ///
     /// # Safety
     /// The range is a mapping of guest memory for as long as the result lives: nobody holds a reference
@@ -460,6 +485,32 @@ fn replace(address: usize, bytes: usize) -> bool {
     page != libc::MAP_FAILED
 }
 
+/// Sets this module's action for `SIGBUS`. In the handler too.
+fn set_own_action() -> bool {
+    // SAFETY: all zeroes are a valid sigaction: no flags, an empty mask.
+    let mut new: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    new.sa_sigaction = on_bus_error as *const () as libc::sighandler_t;
+    // RESTART: system calls of other threads are none of its business. KVM_RUN ends all the same.
+    new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+    // SAFETY: `on_bus_error` has SA_SIGINFO's signature, and is safe at any moment (see above).
+    unsafe { libc::sigaction(libc::SIGBUS, &new, std::ptr::null_mut()) == 0 }
+}
+
+/// Behind a chained call: the place is this handler's again, and the chain ends with what it was given to.
+fn come_back() {
+    let mut now = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: only asks; all zeroes are a valid sigaction.
+    let now = unsafe {
+        libc::sigaction(libc::SIGBUS, std::ptr::null(), now.as_mut_ptr());
+        now.assume_init()
+    };
+    if now.sa_sigaction == libc::SIG_DFL || now.sa_sigaction == libc::SIG_IGN {
+        // Before the action is set, so that the fault that comes again finds it.
+        BECAME.store(now.sa_sigaction, Ordering::SeqCst);
+        set_own_action();
+    }
+}
+
 /// Does what would have been done without this handler.
 ///
 /// # Safety
@@ -469,7 +520,10 @@ unsafe fn pass_on(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut
     let Some(previous) = PREVIOUS.get() else {
         return;
     };
-    let handler = previous.sa_sigaction;
+    let handler = match BECAME.load(Ordering::SeqCst) {
+        NOTHING_ELSE => previous.sa_sigaction,
+        became => became,
+    };
     // Neither has a cause that would bring it back: a signal that somebody sent, and an error that nobody
     // has run into.
     let is_sent = |info: &libc::siginfo_t| info.si_code <= 0 || info.si_code == BUS_MCEERR_AO;
@@ -494,11 +548,13 @@ unsafe fn pass_on(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut
         // SAFETY: who set it with SA_SIGINFO gave a function of this signature.
         let action = unsafe { std::mem::transmute::<usize, Action>(handler) };
         action(signal, info, context);
+        come_back();
     } else {
         type Action = extern "C" fn(libc::c_int);
         // SAFETY: who set it without SA_SIGINFO gave a function of this one.
         let action = unsafe { std::mem::transmute::<usize, Action>(handler) };
         action(signal);
+        come_back();
     }
 }
 

@@ -293,26 +293,44 @@ impl<D: DeviceAttributes> VfioDevice<D> {
     /// are routed. It is taken out again when the result is dropped, which keeps the file open until then.
     ///
     /// # Errors
-    /// [`DeviceError::AddFile`].
-    pub fn add(&self, file: OwnedFd) -> Result<VfioFile<D>, DeviceError> {
+    /// [`RefusedFile`], with the file and [`DeviceError::AddFile`].
+    pub fn add(&self, file: OwnedFd) -> Result<VfioFile<D>, RefusedFile> {
         let fd = file.as_raw_fd();
         // SAFETY: the attribute reads an i32, a file descriptor, which may be of anything.
-        unsafe { self.0.set(vfio(kvm::KVM_DEV_VFIO_FILE_ADD), &fd) }.map_err(
-            |error| match error {
-                DeviceError::Set { errno, .. } => DeviceError::AddFile { fd, errno },
-                other => other,
-            },
-        )?;
-        Ok(VfioFile {
-            device: self.0.clone(),
-            file: Some(file),
-        })
+        let added = unsafe { self.0.set(vfio(kvm::KVM_DEV_VFIO_FILE_ADD), &fd) };
+        match added {
+            Ok(()) => Ok(VfioFile {
+                device: self.0.clone(),
+                file: Some(file),
+            }),
+            Err(DeviceError::Set { errno, .. }) => Err(RefusedFile {
+                file,
+                error: DeviceError::AddFile { fd, errno },
+            }),
+            Err(error) => Err(RefusedFile { file, error }),
+        }
     }
 
     /// The device.
     #[must_use]
     pub const fn device(&self) -> &Device<D> {
         &self.0
+    }
+}
+
+/// A file that KVM's VFIO device did not take, given back.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct RefusedFile {
+    /// The file, open.
+    pub file: OwnedFd,
+    /// Why.
+    pub error: DeviceError,
+}
+
+impl From<RefusedFile> for DeviceError {
+    fn from(refused: RefusedFile) -> Self {
+        refused.error
     }
 }
 

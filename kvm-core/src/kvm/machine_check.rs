@@ -16,7 +16,7 @@ use crate::arch::x86_64::{InjectMachineCheck, McgCap};
 use crate::capability::CheckExtension;
 
 /// `_IOW(KVMIO, 0x9c, __u64)`.
-const KVM_X86_SETUP_MCE: u64 = 0x4008_ae9c;
+pub(super) const KVM_X86_SETUP_MCE: u64 = 0x4008_ae9c;
 /// `_IOR(KVMIO, 0x9d, __u64)`.
 const KVM_X86_GET_MCE_CAP_SUPPORTED: u64 = 0x8008_ae9d;
 /// `_IOW(KVMIO, 0x9e, struct kvm_x86_mce)`.

@@ -20,7 +20,9 @@ mod vcpu;
 mod vm;
 
 pub use bus_error::{BusErrors, BusErrorsError, Watched};
-pub use device::{CreateDevice, Device, DeviceAttributes, DeviceFd, VfioDevice, VfioFile};
+pub use device::{
+    CreateDevice, Device, DeviceAttributes, DeviceFd, RefusedFile, VfioDevice, VfioFile,
+};
 pub use signal::{KickSignal, KickSignalError};
 pub use stats::StatsFd;
 pub use system::{Kvm, OpenError};

@@ -14,6 +14,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::errno::Error as Errno;
 
+use super::machine_check::KVM_X86_SETUP_MCE;
 use super::system::Kvm;
 use super::vcpu::Vcpu;
 use super::vm::{Error, Vm};
@@ -39,7 +40,6 @@ const KVM_GET_XSAVE2: u64 = ioc(READ, 0xcf, XSAVE_MIN);
 const KVM_SET_XSAVE: u64 = ioc(WRITE, 0xa5, XSAVE_MIN);
 const KVM_GET_DEVICE_ATTR: u64 = ioc(WRITE, 0xe2, size_of::<kvm_device_attr>());
 const KVM_SET_DEVICE_ATTR: u64 = ioc(WRITE, 0xe1, size_of::<kvm_device_attr>());
-const KVM_X86_SETUP_MCE: u64 = ioc(WRITE, 0x9c, size_of::<u64>());
 const KVM_GET_NESTED_STATE: u64 = ioc(READ | WRITE, 0xbe, size_of::<kvm_nested_state>());
 const KVM_SET_NESTED_STATE: u64 = ioc(WRITE, 0xbf, size_of::<kvm_nested_state>());
 const KVM_GET_REG_LIST: u64 = ioc(READ | WRITE, 0xb0, size_of::<u64>());
@@ -110,7 +110,8 @@ impl Vm {
         VmState::save(self.fd().as_ref())
     }
 
-    /// Restores it, before the vCPUs; [`Vcpu::restore`] wants the answer.
+    /// Restores it, after all vCPUs are made and before any is restored; [`Vcpu::restore`] wants the answer.
+    /// Without vCPUs KVM does not tell the host's TSC, and theirs go by value ([`state`](crate::state)).
     ///
     /// # Errors
     /// [`ClockError`].

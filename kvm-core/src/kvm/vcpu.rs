@@ -5,7 +5,6 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 #[cfg(target_arch = "x86_64")]
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_sregs};
@@ -46,18 +45,10 @@ pub struct Vcpu {
     run: Arc<RunMapping>,
     doorbell: Arc<ThreadDoorbell>,
     bus_errors: Attachment,
-    /// The VM's, of which this vCPU has had a thread.
-    ran: Arc<AtomicBool>,
 }
 
 impl Vcpu {
-    pub(super) fn new(
-        id: VcpuId,
-        fd: VcpuFd,
-        run: Arc<RunMapping>,
-        signal: KickSignal,
-        ran: Arc<AtomicBool>,
-    ) -> Self {
+    pub(super) fn new(id: VcpuId, fd: VcpuFd, run: Arc<RunMapping>, signal: KickSignal) -> Self {
         let doorbell = Arc::new(ThreadDoorbell::new(run.clone(), signal));
         Self {
             id,
@@ -65,7 +56,6 @@ impl Vcpu {
             run,
             doorbell,
             bus_errors: Attachment::default(),
-            ran,
         }
     }
 
@@ -119,8 +109,6 @@ impl RunVcpu for Vcpu {
     }
 
     fn attach(&mut self) -> Result<(), Errno> {
-        // SeqCst pairs with the load in `Vm::create_vcpu`.
-        self.ran.store(true, Ordering::SeqCst);
         self.doorbell.attach()?;
         self.bus_errors.attach()
     }

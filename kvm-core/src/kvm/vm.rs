@@ -3,7 +3,6 @@
 //! A VM: first in set-up, where other crates add what must come before the first vCPU; then whole.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -220,7 +219,6 @@ impl VmSetup {
             fd: self.fd,
             identity: Identity::vm(name),
             signal,
-            ran: Arc::default(),
         }
     }
 }
@@ -232,8 +230,6 @@ pub struct Vm {
     fd: Arc<VmFd>,
     identity: Identity,
     signal: OnceLock<KickSignal>,
-    /// Whether a vCPU of it has had a thread.
-    ran: Arc<AtomicBool>,
 }
 
 impl Vm {
@@ -253,10 +249,11 @@ impl Vm {
     /// paused: a hot-added vCPU is then enrolled and run as any other. One of a VM with local APICs in the
     /// kernel waits in `KVM_RUN` until the guest starts it with INIT and SIPI.
     ///
-    /// Where a vCPU of the VM has run before, its local APIC is written back as it is (`KVM_GET_LAPIC`,
+    /// Its local APIC, if it has one in the kernel, is written back as it is (`KVM_GET_LAPIC`,
     /// `KVM_SET_LAPIC`): KVM puts a vCPU into the map by which it finds an interrupt's destination at the
-    /// next change of any APIC, and guests that have set up theirs change none. Without it the guest's INIT
-    /// and SIPI are lost. Who sets the whole APIC state does no harm.
+    /// next change of any APIC, and a guest that has set up its APICs, or was restored with them set up,
+    /// changes none. Without it that guest's INIT and SIPI are lost. Who sets the whole APIC state later
+    /// does no harm.
     ///
     /// # Errors
     /// [`Error::CreateVcpu`], [`Error::MapRun`], [`Error::KickSignal`], [`Error::VcpuSetup`] of the local
@@ -278,13 +275,12 @@ impl Vm {
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         let run = RunMapping::new(borrowed, self.fd.run_size())
             .map_err(|errno| Error::MapRun { id, errno })?;
+        // Always: whether the VM's other APICs are set up already, by a guest that ran, by a restore or by the
+        // consumer through a descriptor, is not known here. KVM has the vCPU in its list before the ioctl
+        // that makes it returns, and makes the map anew under a lock of its own, so nothing is raced.
         #[cfg(target_arch = "x86_64")]
-        // SeqCst, as the store in `Vcpu::attach`: either that vCPU is seen to have a thread, or it runs only
-        // after this one was made, and then the guest's set-up of its APICs puts both into the map.
-        if self.ran.load(Ordering::SeqCst) {
-            map_local_apic(id, &fd)?;
-        }
-        Ok(Vcpu::new(id, fd, Arc::new(run), signal, self.ran.clone()))
+        map_local_apic(id, &fd)?;
+        Ok(Vcpu::new(id, fd, Arc::new(run), signal))
     }
 
     /// Opens KVM's statistics of the VM (`KVM_GET_STATS_FD`), and takes a first sample. At any time.

@@ -35,6 +35,7 @@ pub struct RateLimit {
 
 /// What a [`RateLimit`] says to a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Admission {
     /// Log it, and say that so many before it were not.
     Passed {

@@ -30,6 +30,7 @@ pub struct OncePerKey {
 
 /// What an [`OncePerKey`] says to a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Occurrence {
     /// The first: log it.
     Logged {

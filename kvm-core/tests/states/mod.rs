@@ -72,7 +72,8 @@ pub fn state() -> VcpuState {
         lapic: Some(StateBytes((0..1024).map(|i| (i * 7) as u8).collect())),
         tsc_khz: 2_100_000,
         tsc_offset: Some(77),
-        mcg_cap: Some(1),
+        // One bank, with an IA32_MC0_CTL2.
+        mcg_cap: Some(0x401),
         nested: Some(StateBytes(vec![0; 128])),
         one_registers: vec![OneRegister {
             id: 0x2030_0003_0000_0000,
@@ -87,7 +88,7 @@ pub fn state() -> VcpuState {
     state.events.nmi.pending = 1;
     state.events.flags = 0xd;
     state.xsave.0[512] = 7;
-    let banks = 0x400..0x404;
+    let banks = (0x400..0x404).chain(0x280..0x281);
     let indices: Vec<u32> = host().msrs.into_iter().chain(banks).collect();
     let value = |index: &u32| u64::from(*index) << 8 | 1;
     state.msrs = indices

@@ -94,7 +94,7 @@ impl McaVendor {
 
 /// A machine check for a guest.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct MachineCheck(kvm_x86_mce);
+pub struct MachineCheck(kvm_x86_mce, McaVendor);
 
 // IA32_MCi_STATUS
 const VALID: u64 = 1 << 63;
@@ -148,14 +148,15 @@ impl MachineCheck {
         };
         // The lowest bit of the address that is valid, in 6 bits.
         let lsb = u64::from(bytes.max(1).ilog2());
-        Some(Self(kvm_x86_mce {
+        let mce = kvm_x86_mce {
             status: common | status,
             addr,
             misc: PHYSICAL | lsb,
             mcg_status: IN_PROGRESS | mcg_status,
             bank: BANK,
             ..Default::default()
-        }))
+        };
+        Some(Self(mce, vendor))
     }
 
     /// What `KVM_X86_SET_MCE` is given.
@@ -177,16 +178,18 @@ impl MachineCheck {
     }
 
     /// What the machine's other processors are told meanwhile: that there is a machine check, not theirs.
-    /// `None` where nothing is raised.
+    /// `None` where nothing is raised, and for AMD's, which raise theirs on one processor alone.
     #[must_use]
     pub fn for_others(&self) -> Option<Self> {
-        (self.0.status & UNCORRECTED != 0).then(|| {
-            Self(kvm_x86_mce {
+        let is_broadcast = self.1 == McaVendor::Intel && self.0.status & UNCORRECTED != 0;
+        is_broadcast.then(|| {
+            let mce = kvm_x86_mce {
                 status: VALID | UNCORRECTED,
                 mcg_status: IN_PROGRESS | RESTART_IP_VALID,
                 bank: 1,
                 ..Default::default()
-            })
+            };
+            Self(mce, self.1)
         })
     }
 }

@@ -160,10 +160,35 @@ fn memory_that_nobody_declared_the_guests_is_not_replaced_on_a_vcpus_thread_eith
         unsafe { lost_page().cast::<u8>().read_volatile() };
         std::process::exit(7);
     }
+    let status = child(NAME, CHILD);
+    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
+}
+
+/// Runs one test in a process of its own, whose `SIGBUS` is its own.
+fn child(test: &str, variable: &str) -> std::process::ExitStatus {
     let mut child = std::process::Command::new(std::env::current_exe().unwrap());
     child
-        .args(["--exact", NAME, "--test-threads=1"])
-        .env(CHILD, "1");
-    let status = child.output().unwrap().status;
-    assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
+        .args(["--exact", test, "--test-threads=1"])
+        .env(variable, "1");
+    child.output().unwrap().status
+}
+
+#[test]
+fn a_vcpus_errors_are_kept_after_one_that_the_standard_librarys_handler_was_given() {
+    const CHILD: &str = "KVM_CORE_FOREIGN";
+    const NAME: &str = "kvm::bus_error::tests::a_vcpus_errors_are_kept_after_one_that_the_standard_librarys_handler_was_given";
+    if std::env::var_os(CHILD).is_some() {
+        let here = attached();
+        let std_has_one = PREVIOUS.get().is_some_and(|p| p.sa_sigaction > 1);
+        assert!(std_has_one, "the test is about the standard library's");
+        // SAFETY: a signal to the new thread, which is no vCPU's.
+        let foreign = std::thread::spawn(|| unsafe { libc::raise(libc::SIGBUS) });
+        assert_eq!(foreign.join().unwrap(), 0);
+        here.in_kvm_run(|| strike(BUS_MCEERR_AR, NOWHERE, 12));
+        let kept = here.take().map(|error| error.address);
+        assert_eq!(kept, Some(HostAddress(NOWHERE)));
+        std::process::exit(7);
+    }
+    let status = child(NAME, CHILD);
+    assert_eq!(status.code(), Some(7), "{status}");
 }

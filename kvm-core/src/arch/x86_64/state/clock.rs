@@ -12,7 +12,7 @@
 //! ```
 //!
 //! The last line keeps differences between vCPUs to the tick and is used where KVM told the host's TSC
-//! together with the clock (Linux 5.16, with a stable TSC), as the kernel's
+//! together with the clock (Linux 5.16, with a stable TSC, and a VM that has its vCPUs), as the kernel's
 //! Documentation/virt/kvm/devices/vcpu.rst has it. Elsewhere the value is written, and KVM makes
 //! counters equal that are written within a second and differ by less.
 
@@ -53,6 +53,7 @@ pub struct ClockState {
 
 /// What the guest is to see of the time between saving and restoring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum ClockRestore {
     /// Nothing: its clocks go on from where they were.
     #[default]
@@ -120,7 +121,8 @@ impl VmState {
         })
     }
 
-    /// Restores it, before the vCPUs, and says what they need to follow.
+    /// Restores it, after all vCPUs are made and before any is restored (the [module's doc](super) says
+    /// why), and says what they need to follow.
     ///
     /// # Errors
     /// [`ClockError`].

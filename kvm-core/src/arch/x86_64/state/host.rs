@@ -64,7 +64,7 @@ impl StateHost {
     }
 
     pub(super) fn has_msr(&self, index: u32, mcg_cap: Option<u64>) -> bool {
-        self.msrs.contains(&index) || super::msr::banks(mcg_cap).contains(&index)
+        self.msrs.contains(&index) || super::msr::banks(mcg_cap).any(|bank| bank == index)
     }
 }
 

@@ -8,6 +8,7 @@
 //!   paused:  Pause::with_vcpu ─► VcpuView::state ─► VcpuState ──serde──► … ─┐
 //!            Vm::state ───────────────────────────► VmState   ──serde──► … ─┤
 //!   a new VM, its memory in place:                                          │
+//!            Vm::create_vcpu, of all                                        │
 //!            Vm::restore ─► Passage ◄───────────────────────────────────────┤
 //!            Vcpu::restore (each vCPU, before it is enrolled) ◄─────────────┘
 //! ```
@@ -54,8 +55,12 @@
 //! 10. **Events** after what clears or queues them (registers, nested state, system registers).
 //! 11. **MP state** last: it is refused where INIT and SIPI are not possible, by what the events say.
 //!
-//! The VM's clock goes before the vCPUs: kvm-clock's MSRs are answered with the clock of that moment,
-//! and it says by how much the TSCs are to move ([`Passage`]). Memory slots go before everything: the
+//! The VM's clock goes before the vCPUs' state: kvm-clock's MSRs are answered with the clock of that
+//! moment, and it says by how much the TSCs are to move ([`Passage`]). But it goes after all vCPUs were
+//! made: KVM tells the host's TSC beside the clock (`KVM_CLOCK_HOST_TSC`) only while the VM has a master
+//! clock, which takes as many vCPUs with matching TSCs as there are vCPUs, and one at least
+//! (`nr_vcpus_matched_tsc + 1 == online_vcpus`). Those that were just made match; a VM without any has no
+//! master clock, so that a clock restored into it sends the TSCs by value. Memory slots go before everything: the
 //! MSRs of kvm-clock, steal time and asynchronous page faults name guest memory, and KVM refuses them
 //! where there is none. The in-kernel PICs and IOAPIC go after the local APICs.
 //!

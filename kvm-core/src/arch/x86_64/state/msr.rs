@@ -4,8 +4,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
-
 use vmm_sys_util::errno::Error as Errno;
 
 use super::error::RestoreError;
@@ -17,13 +15,19 @@ pub(super) const IA32_TSC: u32 = 0x10;
 pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 pub(super) const IA32_MCG_CAP: u32 = 0x179;
 const MC0_CTL: u32 = 0x400;
+const MC0_CTL2: u32 = 0x280;
+/// `MCG_CAP.MCG_CMCI_P`: each bank has an `IA32_MCi_CTL2`.
+const MCG_CMCI_P: u64 = 1 << 10;
 /// KVM says `E2BIG` to 256 (`MAX_IO_MSRS`).
 const AT_ONCE: usize = 255;
 
-/// The MSRs of a vCPU's machine check banks, four each. Of 32 banks at most, which is KVM's limit.
-pub(super) fn banks(mcg_cap: Option<u64>) -> Range<u32> {
-    let count = mcg_cap.map_or(0, |cap| (cap & 0xff).min(32) as u32);
-    MC0_CTL..MC0_CTL + 4 * count
+/// The MSRs of a vCPU's machine check banks: four each, and a fifth (when to raise an interrupt for what was
+/// corrected) where it has those. Of 32 banks at most, which is KVM's limit.
+pub(super) fn banks(mcg_cap: Option<u64>) -> impl Iterator<Item = u32> {
+    let cap = mcg_cap.unwrap_or(0);
+    let count = (cap & 0xff).min(32) as u32;
+    let corrected = if cap & MCG_CMCI_P == 0 { 0 } else { count };
+    (MC0_CTL..MC0_CTL + 4 * count).chain(MC0_CTL2..MC0_CTL2 + corrected)
 }
 
 /// Reads MSRs; those that cannot be read are told apart.

@@ -25,6 +25,7 @@ pub struct Restored {
 
 /// What became of a restored vCPU's time-stamp counter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum TscRestored {
     /// Its offset was set.
     Offset,
