@@ -22,7 +22,7 @@
 //! and leave, and `members` when they leave; on the way from exit to entry they take none.
 
 use std::any::TypeId;
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -39,10 +39,11 @@ use crate::run::{ExitHandler, Halt, RunVcpu, Runner};
 use crate::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, lock, thread_local, wait};
 
 thread_local! {
-    /// The set whose vCPU this thread is running, by address.
+    /// The sets whose vCPUs this thread is running, by address: one, or several where a handler runs another
+    /// VM's vCPU.
     // Loom's twin of the macro knows no `const` blocks.
     #[allow(clippy::missing_const_for_thread_local)]
-    static RUNNING: Cell<usize> = Cell::new(0);
+    static RUNNING: RefCell<Vec<usize>> = RefCell::new(Vec::new());
 }
 
 /// Why a set's control refused.
@@ -132,7 +133,8 @@ pub(crate) struct Control {
 
 impl Control {
     pub(crate) fn not_on_vcpu_thread(self: &Arc<Self>) -> Result<(), ControlError> {
-        if RUNNING.with(Cell::get) == Arc::as_ptr(self).addr() {
+        let address = Arc::as_ptr(self).addr();
+        if RUNNING.with(|running| running.borrow().contains(&address)) {
             return Err(ControlError::OnVcpuThread);
         }
         Ok(())
@@ -496,7 +498,7 @@ impl Member {
     /// `thread` is what tasks get meanwhile.
     pub(crate) fn start(&mut self, thread: &mut dyn OnThread) -> Verdict {
         let address = Arc::as_ptr(&self.control).addr();
-        RUNNING.with(|running| running.set(address));
+        RUNNING.with(|running| running.borrow_mut().push(address));
         let mut state = lock(&self.control.state);
         state.started += 1;
         state.threads.push(self.key());
@@ -581,7 +583,14 @@ impl Drop for Member {
             let key = self.key();
             state.threads.retain(|thread| *thread != key);
             not_done = state.tasks.strike_off_all_of(key);
-            RUNNING.with(|running| running.set(0));
+            let address = Arc::as_ptr(&self.control).addr();
+            // Nobody asks any more where a thread's end has taken the list away.
+            let _ = RUNNING.try_with(|running| {
+                let mut running = running.borrow_mut();
+                if let Some(last) = running.iter().rposition(|set| *set == address) {
+                    running.remove(last);
+                }
+            });
         }
         // One who waits for this vCPU's acknowledgement, or for the last to leave, must look again.
         self.control.changed.notify_all();

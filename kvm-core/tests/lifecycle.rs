@@ -439,6 +439,35 @@ fn a_kick_costs_a_signal_only_in_the_guest() {
 }
 
 #[test]
+fn a_handler_that_runs_another_vms_vcpu_cannot_wait_for_its_own_vm_before_or_after() {
+    watchdog(|| {
+        let (outer, inner) = (set(), set());
+        let own = outer.clone();
+        let vcpu = FakeVcpu::new(VcpuId(0), [Step::hlt()]);
+        let runner = outer.enroll(vcpu).unwrap();
+        let mut refused = Vec::new();
+        let halt = runner.run(|_: &VcpuView<'_, ()>, _: Exit<'_>| {
+            let vcpu = FakeVcpu::new(VcpuId(0), [Step::hlt()]);
+            let runner = inner.enroll(vcpu).unwrap();
+            let halt = runner.run(|_: &VcpuView<'_, ()>, _: Exit<'_>| {
+                refused.push(own.pause().err());
+                Flow::Stop(inner.pause().err())
+            });
+            let Err(halt) = halt;
+            let reason = HaltReason::Handler(Some(ControlError::OnVcpuThread));
+            assert_eq!(halt.reason, reason);
+            drop(halt);
+            refused.push(own.pause().err());
+            Flow::Stop(inner.pause().err())
+        });
+        let Err(halt) = halt;
+        assert_eq!(halt.reason, HaltReason::Handler(None));
+        assert_eq!(refused, [Some(ControlError::OnVcpuThread); 2]);
+        assert!(outer.pause().is_ok());
+    });
+}
+
+#[test]
 fn a_vcpu_thread_cannot_wait_for_itself() {
     watchdog(|| {
         let set = set();
