@@ -230,27 +230,7 @@ crate::blob! {
     chorus64, concat!(".code64", crate::parts::command_line_number!(), "
     2:  mov dword ptr [0x7f000], ebx
         mov byte ptr [0x7f004], 0x42
-        lea rsi, [rip + 6f]
-        mov edi, 0x8000
-        lea rcx, [rip + 8f]
-        sub ecx, esi
-        rep movsb
-        mov ecx, 0x1b
-        rdmsr
-        or eax, 0xc00
-        wrmsr
-        mov ecx, 0x80f
-        mov eax, 0x1ff
-        xor edx, edx
-        wrmsr
-        mov ecx, 0x830
-        mov eax, 0x000c4500
-        wrmsr
-        mov ebp, 10000
-    3:  dec ebp
-        jnz 3b
-        mov eax, 0x000c4608
-        wrmsr
+    ", crate::parts::start_others!("6f", "8f"), "
         mov edx, 0x3f8
         mov al, 0x41
         mov ecx, 3000

@@ -81,3 +81,39 @@ macro_rules! end_of_interrupt {
     };
 }
 pub(crate) use end_of_interrupt;
+
+/// The code from the label `$code` to the label `$end` is copied to 0x8000, and all other processors start there, by
+/// INIT and SIPI to all through the x2APIC. Uses `eax`, `ecx`, `edx`, `rsi`, `rdi` and `ebp`.
+macro_rules! start_others {
+    ($code:literal, $end:literal) => {
+        concat!(
+            "\n        lea rsi, [rip + ",
+            $code,
+            "]
+        mov edi, 0x8000
+        lea rcx, [rip + ",
+            $end,
+            "]
+        sub ecx, esi
+        rep movsb
+        mov ecx, 0x1b
+        rdmsr
+        or eax, 0xc00
+        wrmsr
+        mov ecx, 0x80f
+        mov eax, 0x1ff
+        xor edx, edx
+        wrmsr
+        mov ecx, 0x830
+        mov eax, 0x000c4500
+        wrmsr
+        mov ebp, 10000
+    3:  dec ebp
+        jnz 3b
+        mov eax, 0x000c4608
+        wrmsr
+    "
+        )
+    };
+}
+pub(crate) use start_others;
