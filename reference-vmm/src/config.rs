@@ -4,7 +4,7 @@
 //! anything is created.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -82,6 +82,14 @@ pub enum ConfigError {
         path: PathBuf,
         /// Why.
         source: std::io::Error,
+    },
+    /// The configuration file is a pipe, a device or a directory: opening or reading one could wait for ever.
+    #[error("the configuration {path} is {what}; give a regular file")]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+        /// What is there.
+        what: &'static str,
     },
     /// The configuration file is too large to be one.
     #[error("the configuration {path} has {len} bytes or more; at most {MAX_CONFIG_FILE} are read")]
@@ -236,17 +244,28 @@ impl Config {
     }
 }
 
-/// Reads a JSON object of at most [`MAX_CONFIG_FILE`] bytes.
+/// Reads a JSON object of at most [`MAX_CONFIG_FILE`] bytes from a regular file.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
     let read = |source| ConfigError::Read {
         path: path.to_owned(),
         source,
     };
+    // Asked before the file is opened, because opening a pipe waits for its other end.
+    let file_type = fs::metadata(path).map_err(read)?.file_type();
+    if !file_type.is_file() {
+        return Err(ConfigError::NotAFile {
+            path: path.to_owned(),
+            what: match file_type.is_dir() {
+                true => "a directory",
+                false => "not a regular file",
+            },
+        });
+    }
     let file = File::open(path).map_err(read)?;
     let mut len = file.metadata().map_err(read)?.len();
     let mut text = Vec::new();
     if len <= MAX_CONFIG_FILE {
-        // A pipe or a device has no length beforehand, and /dev/zero no end.
+        // A file may grow meanwhile, and those of /proc have no length beforehand.
         file.take(MAX_CONFIG_FILE + 1)
             .read_to_end(&mut text)
             .map_err(read)?;
