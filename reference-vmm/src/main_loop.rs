@@ -3,7 +3,6 @@
 //! What the main thread does while the guest runs: wait for its end, for signals and for console
 //! input, with event-manager.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
@@ -15,6 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::console::{ConsoleInput, Turn};
 use crate::end::{EndSignal, GuestEnd, StopCause};
+use crate::no_wait::Reader;
 use crate::signals::{self, Signals};
 
 /// The guest's side of the console and of the power button, as the main thread needs them. Nothing here
@@ -61,8 +61,8 @@ struct Subscriber<'a> {
     guest: &'a dyn GuestSide,
     show_more: &'a ShowMore<'a>,
     /// A duplicate of descriptor 0 without std's buffer, which would hide from epoll what it read
-    /// ahead.
-    stdin: File,
+    /// ahead. Other processes may have it as well, and read what epoll has told of here.
+    stdin: Reader,
     input: ConsoleInput,
     waiting: Waiting,
     shutdown_timeout: Duration,
@@ -94,7 +94,7 @@ pub fn run(
         signals,
         guest,
         show_more,
-        stdin: io::stdin().as_fd().try_clone_to_owned()?.into(),
+        stdin: Reader::new(io::stdin().as_fd().try_clone_to_owned()?.into()),
         input: ConsoleInput::new(terminal),
         waiting: Waiting::Readable,
         shutdown_timeout,
@@ -138,7 +138,7 @@ impl Subscriber<'_> {
         }
     }
 
-    /// The guest has room again. Stdin is not read here, unless it is a file: it could block.
+    /// The guest has room again. Stdin is not read here, unless it is a file: epoll says when.
     fn drained(&mut self, ops: &mut EventOps<'_>) {
         if self.waiting == Waiting::File {
             return self.pump(ops);
@@ -158,6 +158,7 @@ impl Subscriber<'_> {
             // A file that epoll does not take, because it can be read always.
             Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EPERM => {
                 self.waiting = Waiting::File;
+                self.stdin.is_file();
             }
             // Anything else: a read could block this thread, and with it the end.
             Err(error) => self.fail("cannot wait for console input", error),
