@@ -36,10 +36,11 @@ pub trait GuestSide: Send + Sync {
 pub type ShowMore<'a> = dyn Fn() + 'a;
 
 const END: u32 = 0;
-const SIGNALS: u32 = 1;
+const STOPS: u32 = 1;
 const STDIN: u32 = 2;
 const DRAINED: u32 = 3;
 const DEADLINE: u32 = 4;
+const SHOWS: u32 = 5;
 
 /// How stdin is waited for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -172,11 +173,16 @@ impl Subscriber<'_> {
         }
     }
 
-    fn signal(&mut self, signal: i32, ops: &mut EventOps<'_>) {
-        if signal == signals::SHOW_REGISTERS {
-            self.guest.show_registers();
-            return (self.show_more)();
+    /// The stop signals that have come: a second one is the end, so they are few.
+    fn stops(&mut self, ops: &mut EventOps<'_>) {
+        while !self.end.is_told()
+            && let Some(signal) = self.signals.next_stop()
+        {
+            self.stop(signal, ops);
         }
+    }
+
+    fn stop(&mut self, signal: i32, ops: &mut EventOps<'_>) {
         let name = signals::name(signal);
         let end = self.end.clone();
         let stop = || end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
@@ -220,7 +226,8 @@ impl MutEventSubscriber for Subscriber<'_> {
         let drained = self.guest.drained();
         for (fd, data) in [
             (self.end.as_raw_fd(), END),
-            (self.signals.as_raw_fd(), SIGNALS),
+            (self.signals.stops(), STOPS),
+            (self.signals.shows(), SHOWS),
             (drained, DRAINED),
         ] {
             if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
@@ -235,9 +242,13 @@ impl MutEventSubscriber for Subscriber<'_> {
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         match events.data() {
-            SIGNALS => {
-                while let Some(signal) = self.signals.next() {
-                    self.signal(signal, ops);
+            STOPS => self.stops(ops),
+            SHOWS => {
+                // First, and one of the others a turn: they may come without rest.
+                self.stops(ops);
+                if !self.end.is_told() && self.signals.next_show() {
+                    self.guest.show_registers();
+                    (self.show_more)();
                 }
             }
             STDIN => self.pump(ops),
@@ -255,6 +266,73 @@ impl MutEventSubscriber for Subscriber<'_> {
             }
             // END is what ends the loop around this.
             _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use vmm_sys_util::eventfd::EventFd;
+
+    /// Sends this thread a signal.
+    fn raise(signal: i32) {
+        // SAFETY: a valid signal, which this thread blocks.
+        assert_eq!(unsafe { libc::raise(signal) }, 0);
+    }
+
+    /// Who watches it asks again at each answer, for [`ANSWERS`] times.
+    struct Watched {
+        answers: AtomicUsize,
+        drained: EventFd,
+    }
+
+    const ANSWERS: usize = 1000;
+
+    impl GuestSide for Watched {
+        fn input(&self, bytes: &[u8]) -> usize {
+            bytes.len()
+        }
+        fn drained(&self) -> RawFd {
+            self.drained.as_raw_fd()
+        }
+        fn clear_drained(&self) {}
+        fn press_power_button(&self) -> bool {
+            false
+        }
+        fn show_registers(&self) {
+            if self.answers.fetch_add(1, Ordering::Relaxed) < ANSWERS {
+                raise(signals::SHOW_REGISTERS);
+            }
+        }
+    }
+
+    #[test]
+    fn sigusr1_without_rest_keeps_no_stop_signal_waiting() {
+        for stop in [libc::SIGTERM, libc::SIGINT] {
+            let signals = Signals::take_over().unwrap();
+            let end = Arc::new(EndSignal::new().unwrap());
+            let guest = Watched {
+                answers: AtomicUsize::new(0),
+                drained: EventFd::new(0).unwrap(),
+            };
+            raise(signals::SHOW_REGISTERS);
+            // While it is shown.
+            let more = Cell::new(Some(stop));
+            let show_more = || {
+                if let Some(stop) = more.take() {
+                    raise(stop);
+                }
+            };
+            let timeout = Duration::from_secs(3600);
+            run(&end, &signals, &guest, &show_more, false, timeout).unwrap();
+            let stopped = GuestEnd::Stopped(StopCause::Signal(stop));
+            assert_eq!(format!("{:?}", end.get()), format!("{:?}", Some(stopped)));
+            assert_eq!(guest.answers.into_inner(), 1);
+            // What was asked last, or the next round would begin with it.
+            assert!(signals.next_show());
         }
     }
 }
