@@ -4,7 +4,7 @@
 //! anything is created.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -102,6 +102,16 @@ pub enum ConfigError {
         path: PathBuf,
         /// Why.
         source: std::io::Error,
+    },
+    /// The file is a pipe, a device or a directory: opening or reading one could wait for ever.
+    #[error("{what} {path} is {is}; give a regular file")]
+    NotAFile {
+        /// What it is to be.
+        what: JsonFile,
+        /// The path.
+        path: PathBuf,
+        /// What is there.
+        is: &'static str,
     },
     /// The file is too large to be one.
     #[error("{what} {path} has {len} bytes or more; at most {MAX_CONFIG_FILE} are read")]
@@ -248,7 +258,7 @@ impl Config {
     }
 }
 
-/// Reads a JSON object of at most [`MAX_CONFIG_FILE`] bytes.
+/// Reads a JSON object of at most [`MAX_CONFIG_FILE`] bytes from a regular file.
 pub(crate) fn read_json<T: DeserializeOwned>(
     what: JsonFile,
     path: &Path,
@@ -258,11 +268,23 @@ pub(crate) fn read_json<T: DeserializeOwned>(
         path: path.to_owned(),
         source,
     };
+    // Asked before the file is opened, because opening a pipe waits for its other end.
+    let file_type = fs::metadata(path).map_err(read)?.file_type();
+    if !file_type.is_file() {
+        return Err(ConfigError::NotAFile {
+            what,
+            path: path.to_owned(),
+            is: match file_type.is_dir() {
+                true => "a directory",
+                false => "not a regular file",
+            },
+        });
+    }
     let file = File::open(path).map_err(read)?;
     let mut len = file.metadata().map_err(read)?.len();
     let mut text = Vec::new();
     if len <= MAX_CONFIG_FILE {
-        // A pipe or a device has no length beforehand, and /dev/zero no end.
+        // A file may grow meanwhile, and those of /proc have no length beforehand.
         file.take(MAX_CONFIG_FILE + 1)
             .read_to_end(&mut text)
             .map_err(read)?;

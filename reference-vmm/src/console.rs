@@ -153,7 +153,7 @@ impl ConsoleInput {
     }
 
     /// Reads once from `input`, if that may be read on, and hands what there is to `guest`, which
-    /// returns how many bytes it took. Call it when `input` is readable: it may block otherwise.
+    /// returns how many bytes it took. Blocks if `input` does: `WouldBlock` is nothing for now.
     pub fn turn(&mut self, input: &mut impl Read, guest: impl Fn(&[u8]) -> usize) -> Turn {
         if self.may_read() {
             let mut chunk = [0; CHUNK];

@@ -3,7 +3,6 @@
 //! What the main thread does while the guest runs: wait for its end, for signals and for console
 //! input, with event-manager.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
@@ -15,6 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::console::{ConsoleInput, Turn};
 use crate::end::{EndSignal, GuestEnd, StopCause};
+use crate::no_wait::Reader;
 use crate::signals::{self, Signals};
 
 /// The guest's side of the console and of the power button, as the main thread needs them. Nothing here
@@ -36,10 +36,11 @@ pub trait GuestSide: Send + Sync {
 pub type ShowMore<'a> = dyn Fn() + 'a;
 
 const END: u32 = 0;
-const SIGNALS: u32 = 1;
+const STOPS: u32 = 1;
 const STDIN: u32 = 2;
 const DRAINED: u32 = 3;
 const DEADLINE: u32 = 4;
+const SHOWS: u32 = 5;
 
 /// How stdin is waited for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -61,8 +62,8 @@ struct Subscriber<'a> {
     guest: &'a dyn GuestSide,
     show_more: &'a ShowMore<'a>,
     /// A duplicate of descriptor 0 without std's buffer, which would hide from epoll what it read
-    /// ahead.
-    stdin: File,
+    /// ahead. Other processes may have it as well, and read what epoll has told of here.
+    stdin: Reader,
     input: ConsoleInput,
     waiting: Waiting,
     shutdown_timeout: Duration,
@@ -94,7 +95,7 @@ pub fn run(
         signals,
         guest,
         show_more,
-        stdin: io::stdin().as_fd().try_clone_to_owned()?.into(),
+        stdin: Reader::new(io::stdin().as_fd().try_clone_to_owned()?.into()),
         input: ConsoleInput::new(terminal),
         waiting: Waiting::Readable,
         shutdown_timeout,
@@ -138,7 +139,7 @@ impl Subscriber<'_> {
         }
     }
 
-    /// The guest has room again. Stdin is not read here, unless it is a file: it could block.
+    /// The guest has room again. Stdin is not read here, unless it is a file: epoll says when.
     fn drained(&mut self, ops: &mut EventOps<'_>) {
         if self.waiting == Waiting::File {
             return self.pump(ops);
@@ -158,6 +159,7 @@ impl Subscriber<'_> {
             // A file that epoll does not take, because it can be read always.
             Err(event_manager::Error::Epoll(errno)) if errno.errno() == libc::EPERM => {
                 self.waiting = Waiting::File;
+                self.stdin.is_file();
             }
             // Anything else: a read could block this thread, and with it the end.
             Err(error) => self.fail("cannot wait for console input", error),
@@ -171,11 +173,16 @@ impl Subscriber<'_> {
         }
     }
 
-    fn signal(&mut self, signal: i32, ops: &mut EventOps<'_>) {
-        if signal == signals::SHOW_REGISTERS {
-            self.guest.show_registers();
-            return (self.show_more)();
+    /// The stop signals that have come: a second one is the end, so they are few.
+    fn stops(&mut self, ops: &mut EventOps<'_>) {
+        while !self.end.is_told()
+            && let Some(signal) = self.signals.next_stop()
+        {
+            self.stop(signal, ops);
         }
+    }
+
+    fn stop(&mut self, signal: i32, ops: &mut EventOps<'_>) {
         let name = signals::name(signal);
         let end = self.end.clone();
         let stop = || end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
@@ -219,7 +226,8 @@ impl MutEventSubscriber for Subscriber<'_> {
         let drained = self.guest.drained();
         for (fd, data) in [
             (self.end.as_raw_fd(), END),
-            (self.signals.as_raw_fd(), SIGNALS),
+            (self.signals.stops(), STOPS),
+            (self.signals.shows(), SHOWS),
             (drained, DRAINED),
         ] {
             if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
@@ -234,9 +242,13 @@ impl MutEventSubscriber for Subscriber<'_> {
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         match events.data() {
-            SIGNALS => {
-                while let Some(signal) = self.signals.next() {
-                    self.signal(signal, ops);
+            STOPS => self.stops(ops),
+            SHOWS => {
+                // First, and one of the others a turn: they may come without rest.
+                self.stops(ops);
+                if !self.end.is_told() && self.signals.next_show() {
+                    self.guest.show_registers();
+                    (self.show_more)();
                 }
             }
             STDIN => self.pump(ops),
@@ -254,6 +266,73 @@ impl MutEventSubscriber for Subscriber<'_> {
             }
             // END is what ends the loop around this.
             _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use vmm_sys_util::eventfd::EventFd;
+
+    /// Sends this thread a signal.
+    fn raise(signal: i32) {
+        // SAFETY: a valid signal, which this thread blocks.
+        assert_eq!(unsafe { libc::raise(signal) }, 0);
+    }
+
+    /// Who watches it asks again at each answer, for [`ANSWERS`] times.
+    struct Watched {
+        answers: AtomicUsize,
+        drained: EventFd,
+    }
+
+    const ANSWERS: usize = 1000;
+
+    impl GuestSide for Watched {
+        fn input(&self, bytes: &[u8]) -> usize {
+            bytes.len()
+        }
+        fn drained(&self) -> RawFd {
+            self.drained.as_raw_fd()
+        }
+        fn clear_drained(&self) {}
+        fn press_power_button(&self) -> bool {
+            false
+        }
+        fn show_registers(&self) {
+            if self.answers.fetch_add(1, Ordering::Relaxed) < ANSWERS {
+                raise(signals::SHOW_REGISTERS);
+            }
+        }
+    }
+
+    #[test]
+    fn sigusr1_without_rest_keeps_no_stop_signal_waiting() {
+        for stop in [libc::SIGTERM, libc::SIGINT] {
+            let signals = Signals::take_over().unwrap();
+            let end = Arc::new(EndSignal::new().unwrap());
+            let guest = Watched {
+                answers: AtomicUsize::new(0),
+                drained: EventFd::new(0).unwrap(),
+            };
+            raise(signals::SHOW_REGISTERS);
+            // While it is shown.
+            let more = Cell::new(Some(stop));
+            let show_more = || {
+                if let Some(stop) = more.take() {
+                    raise(stop);
+                }
+            };
+            let timeout = Duration::from_secs(3600);
+            run(&end, &signals, &guest, &show_more, false, timeout).unwrap();
+            let stopped = GuestEnd::Stopped(StopCause::Signal(stop));
+            assert_eq!(format!("{:?}", end.get()), format!("{:?}", Some(stopped)));
+            assert_eq!(guest.answers.into_inner(), 1);
+            // What was asked last, or the next round would begin with it.
+            assert!(signals.next_show());
         }
     }
 }

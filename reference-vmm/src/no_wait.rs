@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Writing to a descriptor whose reader may have gone to sleep, without sleeping as well: the guest's
-//! console, and what the monitor says on stderr.
+//! console, and what the monitor says on stderr. And reading from one that others read as well: the
+//! guest's console again.
 //!
 //! The descriptor's own flag (`O_NONBLOCK`) is no way: other processes share it. How long there may be
 //! waited for room, and for what else, is the caller's.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -100,5 +102,98 @@ impl Way {
             }
         };
         usize::try_from(written).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+/// A descriptor read without waiting: `WouldBlock` where there is nothing. That it was readable a moment
+/// ago is no promise, for another process may have read it since.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    file: File,
+    way: Way,
+}
+
+impl Reader {
+    /// Reads from `file`, by the call that does not wait as long as it is not refused.
+    pub(crate) fn new(file: File) -> Self {
+        let way = Way::NoWait;
+        Reader { file, way }
+    }
+
+    /// It can be read always, though not always from memory: a read that waits for the disk may.
+    pub(crate) fn is_file(&mut self) {
+        self.way = Way::Plain;
+    }
+}
+
+impl AsRawFd for Reader {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+impl Read for Reader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.way == Way::NoWait {
+            let iov = libc::iovec {
+                iov_base: buffer.as_mut_ptr().cast(),
+                iov_len: buffer.len(),
+            };
+            // SAFETY: one iovec over `buffer`, which the call may fill; offset -1 is the file's own
+            // position.
+            let read =
+                unsafe { libc::preadv2(self.file.as_raw_fd(), &iov, 1, -1, libc::RWF_NOWAIT) };
+            let error = match usize::try_from(read) {
+                Ok(read) => return Ok(read),
+                Err(_) => io::Error::last_os_error(),
+            };
+            // EINVAL: a kernel or a sandbox that does not know the flag.
+            match error.raw_os_error() {
+                Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS) => self.way = Way::AskFirst,
+                _ => return Err(error),
+            }
+        }
+        if self.way == Way::AskFirst && !readable(self.file.as_raw_fd())? {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.file.read(buffer)
+    }
+}
+
+/// Whether a read would find something now, be it the end or an error.
+fn readable(fd: RawFd) -> io::Result<bool> {
+    let mut poll = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one valid pollfd.
+    match unsafe { libc::poll(&mut poll, 1, 0) } {
+        -1 => Err(io::Error::last_os_error()),
+        ready => Ok(ready > 0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::fd::OwnedFd;
+
+    #[test]
+    fn nothing_to_read_is_no_reason_to_wait_and_the_end_is_the_end() {
+        for way in [Way::NoWait, Way::AskFirst] {
+            let (reader, mut writer) = io::pipe().unwrap();
+            let mut reader = Reader::new(OwnedFd::from(reader).into());
+            reader.way = way;
+            let mut buffer = [0; 8];
+            let nothing = reader.read(&mut buffer).unwrap_err();
+            assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock);
+            writer.write_all(b"abc").unwrap();
+            assert_eq!(reader.read(&mut buffer).unwrap(), 3);
+            assert_eq!(&buffer[..3], b"abc");
+            drop(writer);
+            assert_eq!(reader.read(&mut buffer).unwrap(), 0);
+        }
     }
 }

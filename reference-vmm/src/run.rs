@@ -77,13 +77,13 @@ fn run_to_end(
     }
     let end = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
     let debugger = options.gdb.as_ref().map(Listener::bind).transpose()?;
-    // What stops a guest ends its building as well. Registers there are none to show yet.
+    // What stops a guest ends its building as well. Registers are shown when there are any.
     let stop = |signal| end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
     let watch = || {
-        let stops = |signal: &i32| *signal != signals::SHOW_REGISTERS;
-        std::iter::from_fn(|| stop_signals.next())
-            .filter(stops)
-            .for_each(stop);
+        // One is enough, and has come however fast others follow.
+        if let Some(signal) = stop_signals.next_stop() {
+            stop(signal);
+        }
     };
     let built = Machine::build_watched(&options.config, std::io::stdout(), &end, watch);
     let mut machine = match (built, end.get()) {

@@ -497,7 +497,7 @@ fn a_bad_configuration_file_is_refused_with_its_path() {
     let ended = Vmm::command(["run", "--config", "/dev/zero"]).output();
     ended
         .expect_status(2)
-        .expect_line(&["/dev/zero", "1048577"]);
+        .expect_line(&["/dev/zero", "not a regular file"]);
     // What is valid JSON and cannot be is refused as on the command line.
     for (text, needle) in [
         ("{}", "--kernel"),
@@ -510,6 +510,23 @@ fn a_bad_configuration_file_is_refused_with_its_path() {
         let ended = Vmm::command(["run", "--config"]).arg(&config).output();
         ended.expect_status(2).expect_line(&[needle]);
     }
+}
+
+#[test]
+fn a_pipe_is_no_configuration_and_no_processor_and_nothing_waits_for_its_other_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo.json");
+    let path = std::ffi::CString::new(fifo.to_str().unwrap()).unwrap();
+    // SAFETY: a valid path.
+    assert_eq!(unsafe { libc::mkfifo(path.as_ptr(), 0o600) }, 0);
+    let fifo = fifo.to_str().unwrap();
+    let needles = &[fifo, "not a regular file"];
+    refused(&format!("--cpu {fifo}"), needles);
+    refused(&format!("--config {fifo}"), needles);
+    let config = file(format!(r#"{{"cpu": "{fifo}"}}"#).as_bytes());
+    refused(&format!("--config {}", config.display()), needles);
+    let ended = Vmm::command(["cpu", "--cpu", fifo]).output();
+    ended.expect_status(2).expect_line(needles);
 }
 
 #[test]

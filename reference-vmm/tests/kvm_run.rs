@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use guests::{boot, image, monitor};
 use support::pty::Pty;
-use support::{Vmm, WATCHDOG, elf, file, need_kvm};
+use support::{Running, Vmm, WATCHDOG, elf, file, need_kvm};
 
 #[test]
 fn an_elf_kernel_gets_its_command_line_and_its_initrd() {
@@ -242,6 +242,41 @@ fn a_file_as_input_loses_nothing() {
             echoed.len(),
             input.len()
         );
+    }
+}
+
+#[test]
+fn monitors_that_share_a_pipe_as_their_input_can_all_be_stopped() {
+    need_kvm();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let mut all = [(); 3].map(|()| {
+        Vmm::boot(monitor::echo_irq64())
+            .stdin_file(reader.try_clone().unwrap())
+            .start()
+    });
+    for running in &mut all {
+        running.wait_for("ready\n");
+    }
+    // Each byte wakes all of them, and is one's. Another that seems to be in a read for it has to obey too.
+    let reader = File::from(OwnedFd::from(reader));
+    let deadline = Instant::now() + WATCHDOG;
+    let reads = |running: &Running| {
+        let call = std::fs::read_to_string(format!("/proc/{}/syscall", running.pid()));
+        call.is_ok_and(|call| call.starts_with("0 "))
+    };
+    for _ in 0..20_000 {
+        if all.iter().any(|running| reads(running)) {
+            break;
+        }
+        writer.write_all(b"a").unwrap();
+        while filled(&reader) > 0 {
+            assert!(Instant::now() < deadline, "nobody reads");
+            std::thread::yield_now();
+        }
+    }
+    for running in all {
+        running.signal(libc::SIGINT);
+        running.wait().expect_status(0);
     }
 }
 
