@@ -3,6 +3,7 @@
 //! A VM: first in set-up, where other crates add what must come before the first vCPU; then whole.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -219,6 +220,7 @@ impl VmSetup {
             fd: self.fd,
             identity: Identity::vm(name),
             signal,
+            has_vcpu: AtomicBool::new(false),
         }
     }
 }
@@ -230,6 +232,7 @@ pub struct Vm {
     fd: Arc<VmFd>,
     identity: Identity,
     signal: OnceLock<KickSignal>,
+    has_vcpu: AtomicBool,
 }
 
 impl Vm {
@@ -249,7 +252,7 @@ impl Vm {
     /// paused: a hot-added vCPU is then enrolled and run as any other. One of a VM with local APICs in the
     /// kernel waits in `KVM_RUN` until the guest starts it with INIT and SIPI.
     ///
-    /// Its local APIC, if it has one in the kernel, is written back as it is (`KVM_GET_LAPIC`,
+    /// Its local APIC, if it has one in the kernel and is not the VM's first, is written back as it is (`KVM_GET_LAPIC`,
     /// `KVM_SET_LAPIC`): KVM puts a vCPU into the map by which it finds an interrupt's destination at the
     /// next change of any APIC, and a guest that has set up its APICs, or was restored with them set up,
     /// changes none. Without it that guest's INIT and SIPI are lost. Who sets the whole APIC state later
@@ -275,11 +278,15 @@ impl Vm {
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         let run = RunMapping::new(borrowed, self.fd.run_size())
             .map_err(|errno| Error::MapRun { id, errno })?;
-        // Always: whether the VM's other APICs are set up already, by a guest that ran, by a restore or by the
-        // consumer through a descriptor, is not known here. KVM has the vCPU in its list before the ioctl
-        // that makes it returns, and makes the map anew under a lock of its own, so nothing is raced.
+        // Of each but the first, which nobody can look for: whether the VM's other APICs are set up already, by a
+        // guest that ran, by a restore or by the consumer through a descriptor, is not known here. KVM has a
+        // vCPU in its list before the ioctl that makes it returns, and makes the map anew under a lock of its
+        // own. AcqRel: of two that are made at once, whose swap comes second finds the other's vCPU there, and
+        // maps both.
         #[cfg(target_arch = "x86_64")]
-        map_local_apic(id, &fd)?;
+        if self.has_vcpu.swap(true, Ordering::AcqRel) {
+            map_local_apic(id, &fd)?;
+        }
         Ok(Vcpu::new(id, fd, Arc::new(run), signal))
     }
 
