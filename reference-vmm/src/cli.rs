@@ -426,11 +426,7 @@ fn cpu(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
 
 fn cpu_model(value: OsString) -> Result<CpuModel, UsageError> {
     let flag = "--cpu";
-    CpuModel::try_from(PathBuf::from(value)).map_err(|source| match source {
-        ConfigError::CpuModel(_) => UsageError::Flag { flag, source },
-        // It has the flag in it.
-        other => other.into(),
-    })
+    CpuModel::try_from(PathBuf::from(value)).map_err(|source| UsageError::Flag { flag, source })
 }
 
 /// The number of vCPUs, and behind it how they are arranged.
@@ -455,7 +451,7 @@ fn number(
     value: OsString,
     range: RangeInclusive<u32>,
 ) -> Result<u32, UsageError> {
-    let number = value.to_str().and_then(|text| text.parse().ok());
+    let number = value.to_str().and_then(|text| unsigned(text)?.parse().ok());
     let (least, most) = range.into_inner();
     number.ok_or(UsageError::Number {
         flag,
@@ -465,12 +461,17 @@ fn number(
     })
 }
 
+/// `text` if it has no sign, which Rust's numbers may have.
+fn unsigned(text: &str) -> Option<&str> {
+    (!text.starts_with('+')).then_some(text)
+}
+
 fn parse_port(text: &str) -> Result<u16, &'static str> {
     let port = match text.strip_prefix("0x").or(text.strip_prefix("0X")) {
-        Some(hex) => u16::from_str_radix(hex, 16),
-        None => text.parse(),
+        Some(hex) => unsigned(hex).and_then(|hex| u16::from_str_radix(hex, 16).ok()),
+        None => unsigned(text).and_then(|text| text.parse().ok()),
     };
-    port.map_err(|_| "--debug-exit is a port, a number from 0 to 0xffff")
+    port.ok_or("--debug-exit is a port, a number from 0 to 0xffff")
 }
 
 #[cfg(test)]
@@ -570,6 +571,17 @@ mod tests {
             (&["run"][..], "--kernel"),
             (&["run", "--kernel", "k", "--cpus", "0"], "0 vCPUs"),
             (&["run", "--kernel", "k", "--cpus", "-1"], "-1"),
+            (&["run", "--kernel", "k", "--cpus", "+4"], "--cpus \"+4\""),
+            (
+                &["run", "--kernel", "k", "--shutdown-timeout", "+4"],
+                "\"+4\"",
+            ),
+            (&["run", "--kernel", "k", "--debug-exit=+244"], "+244"),
+            (&["run", "--kernel", "k", "--debug-exit=0x+f4"], "0x+f4"),
+            (
+                &["run", "--kernel", "k", "--cpu", ""],
+                "--cpu: \"\" is no processor model",
+            ),
             (
                 &["run", "--kernel", "k", "--cpus", "many"],
                 "--cpus \"many\": a whole number from 1 to 255",

@@ -498,10 +498,10 @@ impl Machine {
         Ok(())
     }
 
-    /// Starts a thread for each vCPU, named `vcpu0` and so on.
+    /// Starts a thread for each vCPU, named `vcpu0` and so on, the boot vCPU's as the last.
     ///
     /// # Errors
-    /// A thread cannot be started; those that were have been stopped again.
+    /// A thread cannot be started; those that were have been stopped again, and the guest has not run.
     pub fn start(self) -> Result<Running, BuildError> {
         let Machine {
             parts,
@@ -537,15 +537,20 @@ impl Machine {
             kvm_stats: kvm_stats.map(Mutex::new),
             parts,
         };
+        let mut ready = Vec::with_capacity(vcpus.len());
         for vcpu in vcpus {
-            // On an error `running` is dropped, which stops the threads started so far.
             let counters = Arc::new(ExitCounters::default());
             let who = running.parts.vm.identity().vcpu(vcpu.id());
             let side = link.as_ref().map(|link| link.vcpu(vcpu.id()));
             let handler = Handler::new(who, &shared, counters.clone(), side);
             running.counters.push(counters);
             running.waits.push(handler.interrupter());
-            let runner = running.set.enroll(vcpu)?;
+            ready.push((running.set.enroll(vcpu)?, handler));
+        }
+        // The boot vCPU is the first, and begins as soon as it has a thread; KVM has the others wait until
+        // it starts them. So it is the last here: a start that fails has run nothing of the guest.
+        for (runner, handler) in ready.into_iter().rev() {
+            // On an error `running` is dropped, which stops the threads started so far.
             let name = format!("vcpu{}", runner.id().0);
             let end = end.clone();
             let live = live.clone();

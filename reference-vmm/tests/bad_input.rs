@@ -96,7 +96,7 @@ fn commands_and_flags_that_do_not_exist_are_named() {
         (&["doctor", "--xml"], "--xml"),
         (&["cpu", "--xml"], "--xml"),
         (&["cpu", "--cpu"], "--cpu"),
-        (&["cpu", "--cpu="], "--cpu \"\""),
+        (&["cpu", "--cpu="], "--cpu: \"\""),
         (&["cpu", "host"], "host"),
     ] {
         let ended = Vmm::command(args).output();

@@ -9,7 +9,7 @@
 mod support;
 
 use guests::{boot, console, monitor};
-use support::tracer::{Kind, Trace, trace};
+use support::tracer::{Inject, Kind, Trace, trace};
 use support::{WATCHDOG, elf, need_kvm};
 
 /// What registers on KVM's I/O buses or replaces its routing table. A slot made after one of these
@@ -268,6 +268,31 @@ fn what_need_not_be_repeated_is_done_once() {
             listing(&trace)
         );
     }
+}
+
+#[test]
+fn a_start_that_fails_has_run_nothing_of_the_guest() {
+    need_kvm();
+    let kernel = elf(boot::hello64());
+    let kernel = kernel.to_str().unwrap();
+    let args = ["run", "--debug-exit", "--cpus", "16", "--kernel", kernel];
+    // The last thread that is started is a vCPU's.
+    let good = trace(&args, None, &[], WATCHDOG);
+    let calls = good.calls.iter();
+    let mut threads = calls.filter(|call| call.kind == Kind::Syscall(libc::SYS_clone3));
+    let last = threads.next_back().unwrap();
+    let inject = Inject {
+        kind: last.kind.clone(),
+        nth: last.nth,
+        errno: libc::EAGAIN,
+    };
+    let trace = trace(&args, None, &[inject], WATCHDOG);
+    assert!(trace.injected && trace.hung.is_none(), "{trace}");
+    assert_eq!(trace.status.code(), Some(1), "{trace}");
+    assert!(trace.stderr.contains("start a vCPU thread"), "{trace}");
+    assert!(trace.stdout.is_empty(), "{trace}");
+    let ran = |call: &support::tracer::Call| call.thread == "vcpu0";
+    assert!(!trace.calls.iter().any(ran), "{}", listing(&trace));
 }
 
 #[test]

@@ -265,7 +265,7 @@ fn monitors_that_share_a_pipe_as_their_input_can_all_be_stopped() {
         call.is_ok_and(|call| call.starts_with("0 "))
     };
     for _ in 0..20_000 {
-        if all.iter().any(&reads) {
+        if all.iter().any(reads) {
             break;
         }
         writer.write_all(b"a").unwrap();
