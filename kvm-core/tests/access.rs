@@ -5,6 +5,9 @@
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/watchdog.rs"]
+mod watchdog;
+
 use std::convert::Infallible;
 use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread::{self, ThreadId};
@@ -16,23 +19,13 @@ use kvm_core::{
     HostAddress, Identity, MemoryError, MemoryErrorSource, Pause, Remedy, VcpuId, VcpuSet,
     VcpuView,
 };
+use watchdog::within;
 
 type View<'a> = VcpuView<'a, ()>;
 
 /// Fails a test that hangs, instead of hanging with it.
 fn watchdog<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
-    let (done, finished) = mpsc::channel();
-    let worker = thread::spawn(move || {
-        let result = test();
-        let _ = done.send(());
-        result
-    });
-    match finished.recv_timeout(Duration::from_secs(120)) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("hangs"),
-        _ => worker
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-    }
+    within(Duration::from_secs(120), test)
 }
 
 fn set() -> VcpuSet {

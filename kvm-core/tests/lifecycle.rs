@@ -4,6 +4,9 @@
 //! no request is lost.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/watchdog.rs"]
+mod watchdog;
+
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -15,21 +18,11 @@ use kvm_core::{
     ControlError, Errno, Exit, ExitHandler, Flow, GuestMode, HaltReason, Identity, Request,
     Requests, VcpuId, VcpuSet, VcpuView,
 };
+use watchdog::within;
 
 /// Fails a test that hangs, instead of hanging with it.
 fn watchdog<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
-    let (done, finished) = mpsc::channel();
-    let worker = thread::spawn(move || {
-        let result = test();
-        let _ = done.send(());
-        result
-    });
-    match finished.recv_timeout(Duration::from_secs(120)) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("hangs"),
-        _ => worker
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-    }
+    within(Duration::from_secs(120), test)
 }
 
 fn set() -> VcpuSet {

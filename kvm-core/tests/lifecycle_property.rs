@@ -5,9 +5,12 @@
 //! KVM: what is waited for has come, what a pause holds does not run, and nothing hangs.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/watchdog.rs"]
+mod watchdog;
+
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -18,6 +21,7 @@ use kvm_core::{
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
+use watchdog::within;
 
 /// Numbers that vCPUs may have.
 const VCPUS: u32 = 5;
@@ -211,17 +215,7 @@ impl Model {
 
 /// Fails a case that hangs, instead of hanging with it.
 fn within_two_minutes(case: impl FnOnce() + Send + 'static) {
-    let (done, finished) = mpsc::channel();
-    let worker = thread::spawn(move || {
-        case();
-        let _ = done.send(());
-    });
-    match finished.recv_timeout(Duration::from_secs(120)) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("hangs"),
-        _ => worker
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-    }
+    within(Duration::from_secs(120), case)
 }
 
 proptest! {

@@ -3,9 +3,9 @@
 //! What the tests against the real KVM share: a small machine, and a watchdog.
 #![allow(dead_code)]
 
+mod watchdog;
+
 use std::ptr::NonNull;
-use std::sync::mpsc;
-use std::thread;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_userspace_memory_region};
@@ -149,18 +149,7 @@ impl Machine {
 pub fn watchdog<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
     // 100,000 pauses of spinning guests took half an hour on a host that others kept busy.
     let limit = if long_tests() { 2 * 3600 } else { 300 };
-    let (done, finished) = mpsc::channel();
-    let worker = thread::spawn(move || {
-        let result = test();
-        let _ = done.send(());
-        result
-    });
-    match finished.recv_timeout(Duration::from_secs(limit)) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("hangs"),
-        _ => worker
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-    }
+    watchdog::within(Duration::from_secs(limit), test)
 }
 
 pub fn long_tests() -> bool {
