@@ -574,7 +574,8 @@ impl<V: RunVcpu> Runner<V> {
             Flow::Block => self.halted = true,
             Flow::Stop(value) => return Err(HaltReason::Handler(value)),
         }
-        self.bus_errors(handler)
+        // What the handler ran into is told before the next entry.
+        Ok(())
     }
 
     /// The `SIGBUS`es of this thread since the last look.
