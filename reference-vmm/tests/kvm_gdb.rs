@@ -223,6 +223,24 @@ fn ctrl_c_stops_a_guest_that_runs() {
 }
 
 #[test]
+fn what_is_asked_of_a_guest_that_runs_is_refused_and_ctrl_c_stops_it_still() {
+    let mut debugged = Debugged::counting();
+    let mut gdb = debugged.attach();
+    let before = gdb.ask("g");
+    gdb.send("vCont;c");
+    debugged.running.wait_for("up\n");
+    // All-stop: gdb asks of nobody that runs.
+    let write = format!("M{:x},1:cc", at(FUNCTION));
+    let (read, set) = (format!("m{:x},4", at(0)), format!("G{before}"));
+    for ask in ["g", "p10", &set, "P0=0000000000000000", &read, &write] {
+        assert_eq!(gdb.ask(ask), "E10", "{ask}");
+    }
+    gdb.raw(b"\x03");
+    assert_eq!(gdb.answer(), format!("T02{FIRST}"));
+    end(gdb, debugged);
+}
+
+#[test]
 fn a_guest_that_is_detached_from_runs_on_and_can_be_attached_to_again() {
     let mut debugged = Debugged::counting();
     for _ in 0..3 {

@@ -77,7 +77,11 @@ impl Vcpus for Fake {
 
     fn state(&self, id: VcpuId) -> Result<State, Trouble> {
         let states = self.states.borrow();
-        states.get(&id).copied().ok_or(Trouble::Gone(id))
+        let state = states.get(&id).copied().ok_or(Trouble::Gone(id))?;
+        match self.gone.contains(&id) {
+            true => Err(Trouble::Running(id)),
+            false => Ok(state),
+        }
     }
 
     fn set_state(&self, id: VcpuId, old: &State, new: &State) -> Result<(), Trouble> {
@@ -103,6 +107,7 @@ impl Vcpus for Fake {
             let errno = Errno::new(errno);
             return Err(Trouble::Ioctl { id, ioctl, errno });
         }
+        self.state(id)?;
         self.armed.borrow_mut().insert(id, (*debug, patches.len()));
         Ok(())
     }

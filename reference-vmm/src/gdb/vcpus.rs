@@ -28,6 +28,9 @@ pub(crate) enum Trouble {
     /// The vCPU has halted for good, or the machine ends.
     #[error("vCPU {0} has ended")]
     Gone(VcpuId),
+    /// The vCPU runs guest code.
+    #[error("vCPU {0} runs")]
+    Running(VcpuId),
     /// There is no memory at a guest physical address.
     #[error("no memory at guest physical address {0:#x}")]
     NoMemory(u64),
@@ -54,6 +57,7 @@ impl Trouble {
     pub(super) fn errno(&self) -> u8 {
         let errno = match self {
             Trouble::Gone(_) => libc::ESRCH,
+            Trouble::Running(_) => libc::EBUSY,
             Trouble::NoMemory(_) => libc::EFAULT,
             Trouble::Ioctl { errno, .. } => errno.errno(),
             Trouble::Kvm(_) | Trouble::Control(_) => libc::EIO,
@@ -66,7 +70,8 @@ impl Trouble {
 ///
 /// # Contract
 /// All calls come from one thread. Between [`stop`](Vcpus::stop) and [`go`](Vcpus::go) a vCPU runs no
-/// guest code; calls that name a vCPU are made only then.
+/// guest code; calls that name a vCPU are answered only then, and otherwise are [`Trouble::Running`]: a
+/// peer may ask at any time, and an answer that only the next stop would bring is none.
 pub(crate) trait Vcpus {
     /// Those that have not ended.
     fn ids(&self) -> Vec<VcpuId>;
@@ -149,10 +154,18 @@ impl Live {
         let call = Job::Call(Box::new(move |vcpu: &VcpuView<'_, VcpuFd>| {
             let _ = answer.send(call(vcpu));
         }));
+        self.give(id, call)?;
         // A vCPU that ends drops the job, and the answer's other end with it.
-        match self.link.give(id, call) {
-            true => answered.recv().map_err(|_| Trouble::Gone(id)),
-            false => Err(Trouble::Gone(id)),
+        answered.recv().map_err(|_| Trouble::Gone(id))
+    }
+
+    /// Gives a job to a vCPU that waits for jobs. One that runs would come to it at the next stop, for which
+    /// this thread, waiting for the answer, would never ask.
+    fn give(&self, id: VcpuId, job: Job) -> Result<(), Trouble> {
+        match (self.held.contains(&id), self.link.set().ids().contains(&id)) {
+            (false, true) => Err(Trouble::Running(id)),
+            (true, _) if self.link.give(id, job) => Ok(()),
+            _ => Err(Trouble::Gone(id)),
         }
     }
 }
@@ -225,10 +238,8 @@ impl Vcpus for Live {
             debug: *debug,
             patches: patches.clone(),
         };
-        match self.link.give(id, Job::Arm(armed, answer)) {
-            true => Ok(answered.recv().map_err(|_| Trouble::Gone(id))??),
-            false => Err(Trouble::Gone(id)),
-        }
+        self.give(id, Job::Arm(armed, answer))?;
+        Ok(answered.recv().map_err(|_| Trouble::Gone(id))??)
     }
 
     fn read(&self, at: GuestAddress, into: &mut [u8]) -> Result<(), Trouble> {
