@@ -12,7 +12,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -204,13 +204,15 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
     if !file.file_type().is_socket() {
         return Err(ListenError::Occupied { path });
     }
-    match UnixStream::connect(&path) {
-        Ok(_) => Err(ListenError::InUse { path }),
+    // A socket of another type is told apart from one that nobody has, whether it listens or not, and its
+    // owner does not notice. One of its own type would be a debugger to it, or would wait in its queue.
+    let probe = UnixDatagram::unbound().map_err(refused)?;
+    match probe.connect(&path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(&path).map_err(refused)
         }
-        // A datagram socket, for example.
-        Err(_) => Err(ListenError::InUse { path }),
+        // EPROTOTYPE, or it is a datagram socket.
+        _ => Err(ListenError::InUse { path }),
     }
 }
 
@@ -376,8 +378,17 @@ mod tests {
             Listener::bind(&address),
             Err(ListenError::InUse { .. })
         ));
-        UnixStream::connect(&path).unwrap();
-        drop(live);
+        // Who asked was no debugger to it, and does not wait where its queue is full.
+        let would_block = live.accept().unwrap_err();
+        assert_eq!(would_block.kind(), io::ErrorKind::WouldBlock);
+        let queue: Vec<_> = (0..5)
+            .map(|_| UnixStream::connect(&path).unwrap())
+            .collect();
+        assert!(matches!(
+            Listener::bind(&address),
+            Err(ListenError::InUse { .. })
+        ));
+        drop((queue, live));
 
         fs::write(&path, "mine").unwrap();
         let error = Listener::bind(&address).unwrap_err();
