@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use guests::debug::{COUNT, END, FUNCTION, FUNCTION_WRITTEN, LOOP, LOOP_CALL, debug64};
 use guests::{boot, image};
-use support::rsp::{CR3, CS, Gdb, RAX, RIP, packet};
+use support::rsp::{CR3, CR4, CS, Gdb, RAX, RIP, XMM0, packet};
 use support::{Running, Vmm, elf, file, need_kvm};
 
 /// A linear address in the guest.
@@ -132,6 +132,27 @@ fn all_registers_at_once_and_back_are_the_same() {
     let other = support::rsp::hex(&(cs + 8).to_le_bytes());
     assert_eq!(gdb.ask(&format!("P{CS:x}={other}")), "E16");
     assert_eq!(gdb.ask("g"), before);
+    end(gdb, debugged);
+}
+
+#[test]
+fn what_gdb_sets_in_an_sse_register_is_what_the_guest_has() {
+    let debugged = Debugged::counting();
+    let mut gdb = debugged.attach();
+    // OSFXSR; then movups [rip], xmm0 in the place of the first instruction.
+    let cr4 = gdb.register(CR4) | 1 << 9;
+    assert_eq!(gdb.set_register(CR4, cr4), "OK");
+    let there = at(0x40);
+    assert_eq!(gdb.set_memory(there, &[0x0f, 0x11, 5, 0x39, 0, 0, 0]), "OK");
+    assert_eq!(gdb.set_register(RIP, there), "OK");
+    let value = support::rsp::hex(&[0xa5; 16]);
+    assert_eq!(gdb.ask(&format!("P{XMM0:x}={value}")), "OK");
+    assert_eq!(gdb.step(1), format!("T05{FIRST}"));
+    assert_eq!(gdb.register(RIP), there + 7);
+    assert_eq!(gdb.memory(at(COUNT), 16), value);
+    assert_eq!(gdb.ask(&format!("p{XMM0:x}")), value);
+    assert_eq!(gdb.set_memory(at(END), &[0]), "OK");
+    assert_eq!(gdb.set_register(RIP, at(0)), "OK");
     end(gdb, debugged);
 }
 

@@ -43,6 +43,7 @@ mod breakpoints;
 mod connection;
 #[cfg(test)]
 mod fake;
+mod fpu;
 mod link;
 mod listener;
 mod registers;

@@ -10,12 +10,14 @@ use std::sync::mpsc::channel;
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_core::arch::x86_64::GuestDebug;
+use kvm_core::arch::x86_64::state::AccessVcpu;
 use kvm_core::{Kvm, VcpuId, VcpuView};
 use kvm_ioctls::VcpuFd;
 use memslots::Memslots;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::errno::Error as Errno;
 
+use super::fpu;
 use super::link::{Armed, DEBUG, Event, Job, Link};
 use super::registers::State;
 use super::trial;
@@ -286,9 +288,17 @@ fn read_state(id: VcpuId, fd: &VcpuFd) -> Result<State, Trouble> {
     Ok(State {
         regs: fd.get_regs().map_err(failed(id, "KVM_GET_REGS"))?,
         sregs: fd.get_sregs().map_err(failed(id, "KVM_GET_SREGS"))?,
-        fpu: fd.get_fpu().map_err(failed(id, "KVM_GET_FPU"))?,
+        fpu: fpu::of_xsave(&xsave(id, fd)?)
+            .ok_or_else(|| failed(id, "KVM_GET_XSAVE")(Errno::new(libc::EINVAL)))?,
         kernel_gs_base: kernel_gs_base(fd),
     })
+}
+
+/// As the host has it: an older one knows the shorter form alone.
+fn xsave(id: VcpuId, fd: &VcpuFd) -> Result<Vec<u8>, Trouble> {
+    fd.xsave(true)
+        .or_else(|_| fd.xsave(false))
+        .map_err(failed(id, "KVM_GET_XSAVE"))
 }
 
 /// A host that does not tell it has it as 0.
@@ -313,7 +323,10 @@ fn write_state(id: VcpuId, fd: &VcpuFd, old: &State, new: &State) -> Result<(), 
         set.map_err(failed(id, "KVM_SET_SREGS"))?;
     }
     if old.fpu != new.fpu {
-        fd.set_fpu(&new.fpu).map_err(failed(id, "KVM_SET_FPU"))?;
+        let mut area = xsave(id, fd)?;
+        fpu::to_xsave(&new.fpu, &mut area);
+        let set = AccessVcpu::set_xsave(fd, &area);
+        set.map_err(failed(id, "KVM_SET_XSAVE"))?;
     }
     if old.kernel_gs_base != new.kernel_gs_base {
         let entry = kvm_msr_entry {

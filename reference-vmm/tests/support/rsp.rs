@@ -14,7 +14,9 @@ use super::WATCHDOG;
 pub const RAX: usize = 0;
 pub const RIP: usize = 16;
 pub const CS: usize = 18;
+pub const XMM0: usize = 40;
 pub const CR3: usize = 62;
+pub const CR4: usize = 63;
 
 pub trait Socket: Read + Write + Send {}
 impl<S: Read + Write + Send> Socket for S {}
