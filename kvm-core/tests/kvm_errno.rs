@@ -11,11 +11,14 @@
 mod common;
 
 use common::Machine;
-use kvm_core::arch::x86_64::{BootState, InjectMachineCheck, MachineCheck, McaVendor, McgCap};
+use kvm_core::arch::x86_64::{
+    BootState, GuestDebug, InjectMachineCheck, Injection, MachineCheck, McaVendor, McgCap,
+};
 use kvm_core::{
     DeviceAttribute, DeviceKind, DisabledExits, Errno, Exit, Flow, HaltReason, KickSignal, Kvm,
     MemoryError, MemoryErrorKind, MemoryErrorSource, Vcpu, VcpuId, VcpuSet, VcpuView,
 };
+use kvm_ioctls::VcpuFd;
 use std::time::Duration;
 use vm_memory::GuestAddress;
 
@@ -265,6 +268,58 @@ fn a_vcpu_that_refuses_a_call_says_which_and_takes_it_later() {
     let check = MachineCheck::of(&error, McaVendor::Amd).unwrap();
     ioctl(0x4040_ae9e, &[], || check.raise(vcpu.fd()));
     vcpu.fd().setup_mce(cap.0).unwrap();
+}
+
+const SET_GUEST_DEBUG: u32 = 0x4048_ae9b;
+const GET_DEBUG_REGISTERS: u32 = 0x8080_aea1;
+const SET_DEBUG_REGISTERS: u32 = 0x4080_aea2;
+
+#[test]
+fn a_vcpu_that_refuses_a_debuggers_call_says_which_and_takes_it_later() {
+    let machine = Machine::with_irqchip(guests::vcpu::halt());
+    let vcpu = machine.vcpu(5);
+    let debug = GuestDebug {
+        single_step: true,
+        ..Default::default()
+    };
+    ioctl(SET_GUEST_DEBUG, &["KVM_SET_GUEST_DEBUG", "vCPU 5"], || {
+        vcpu.set_guest_debug(&debug)
+    });
+    ioctl(0xc018_ae85, &["KVM_TRANSLATE", "vCPU 5"], || {
+        vcpu.translate(0x1000)
+    });
+    ioctl(0xae9a, &["KVM_NMI", "vCPU 5"], || vcpu.nmi());
+}
+
+#[test]
+fn an_exception_that_cannot_be_given_back_leaves_the_guests_dr6_as_it_was() {
+    for (refuse, name) in [
+        (SET_GUEST_DEBUG, "KVM_SET_GUEST_DEBUG"),
+        (GET_DEBUG_REGISTERS, "KVM_GET_DEBUGREGS"),
+        (SET_DEBUG_REGISTERS, "KVM_SET_DEBUGREGS"),
+    ] {
+        for errno in ERRNOS {
+            let machine = Machine::new(guests::vcpu::halt());
+            let vcpu = machine.vcpu(0);
+            let before = vcpu.fd().get_debug_regs().unwrap().dr6;
+            let halt = refused(Refuse::Ioctl(refuse), errno, || {
+                let set = VcpuSet::new(kvm_core::Identity::vm("test"));
+                let runner = set.enroll(vcpu).unwrap();
+                let Err(halt) = runner.run(|vcpu: &VcpuView<'_, VcpuFd>, _: Exit<'_>| {
+                    let stepped = Injection::Debug { dr6: 1 << 14 };
+                    let error = vcpu.inject(&GuestDebug::default(), stepped).unwrap_err();
+                    Flow::Stop(error.to_string())
+                });
+                halt
+            });
+            let HaltReason::Handler(text) = &halt.reason else {
+                panic!("{}", halt.reason)
+            };
+            let said = text.contains(name) && text.contains(&Errno::new(errno).to_string());
+            assert!(said, "{text}");
+            assert_eq!(halt.vcpu.fd().get_debug_regs().unwrap().dr6, before);
+        }
+    }
 }
 
 #[test]
