@@ -326,7 +326,8 @@ impl VcpuSet {
     }
 
     /// `KVM_NMI`, from any thread: the vCPU is brought out of the guest, raises a non-maskable interrupt
-    /// for it on its own thread, and takes it as it goes back in; one that sleeps in HLT wakes by it.
+    /// for it on its own thread, and takes it as it goes back in; one that sleeps in HLT wakes by it, in KVM or
+    /// in user space ([`Flow::Block`](crate::Flow::Block)).
     /// (The ioctl itself would wait for the vCPU to come out.) A vCPU that is paused takes it when it is
     /// resumed. Two that come before the vCPU has served the first are one. An AP that the guest has not
     /// started keeps it pending, and goes round without sleep until it is started.

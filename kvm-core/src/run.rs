@@ -145,7 +145,8 @@ pub enum Flow<S> {
     /// Run on.
     Continue,
     /// The vCPU is halted ([`Exit::Hlt`]): run on once it is woken ([`Runner::waker`]) and
-    /// [`ExitHandler::runnable`]. Requests, pauses and stops are served meanwhile and leave it halted.
+    /// [`ExitHandler::runnable`], or gets an NMI ([`VcpuSet::nmi`](crate::VcpuSet::nmi)). Requests, pauses and
+    /// stops are served meanwhile and leave it halted.
     ///
     /// For a VM without local APICs in KVM: there a guest's `HLT` comes out, and it is user space that waits
     /// for the guest's next interrupt. The thread polls ([`Runner::halt_polling`]), then sleeps on a
@@ -637,10 +638,12 @@ impl<V: RunVcpu> Runner<V> {
             }
             self.bus_errors(handler)?;
         }
-        if requests.contains(Request::NMI)
-            && let Err(errno) = self.vcpu.nmi()
-        {
-            log::warn!("{}: KVM_NMI failed: {errno}", self.member.identity());
+        if requests.contains(Request::NMI) {
+            match self.vcpu.nmi() {
+                // KVM would end its own halt by it; this one is the loop's.
+                Ok(()) => self.halted = false,
+                Err(errno) => log::warn!("{}: KVM_NMI failed: {errno}", self.member.identity()),
+            }
         }
         // Before parking: who waits for the acknowledgement must not wait for the end of a pause.
         if requests.contains(Request::ACKNOWLEDGE) {

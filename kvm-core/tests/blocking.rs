@@ -168,8 +168,12 @@ fn start_as(
     so: impl FnOnce(Runner<FakeVcpu>) -> Runner<FakeVcpu>,
     script: impl IntoIterator<Item = Step>,
 ) -> Halted {
+    start_vcpu(so, FakeVcpu::new(VcpuId(0), script))
+}
+
+fn start_vcpu(so: impl FnOnce(Runner<FakeVcpu>) -> Runner<FakeVcpu>, vcpu: FakeVcpu) -> Halted {
     let set = VcpuSet::new(Identity::vm("test"));
-    let runner = so(set.enroll(FakeVcpu::new(VcpuId(0), script)).unwrap());
+    let runner = so(set.enroll(vcpu).unwrap());
     let (tell, told) = mpsc::channel();
     let (waker, events) = (runner.waker(), Arc::new(AtomicUsize::new(0)));
     let handler = Handler {
@@ -240,6 +244,28 @@ fn requests_kicks_and_pauses_reach_a_halted_vcpu_and_leave_it_halted() {
     vcpu.waker.wake();
     vcpu.expect("ran");
     assert_eq!(vcpu.thread.join().unwrap(), HaltReason::Handler(1));
+}
+
+#[test]
+fn an_nmi_ends_a_halt_and_one_that_is_refused_does_not() {
+    let vcpu = start(HaltPolling::OFF, halt_then_out());
+    vcpu.expect("halted");
+    vcpu.set.nmi(VcpuId(0)).unwrap();
+    // Nobody is asked: it is for the guest, whatever else there is.
+    vcpu.expect("ran");
+    vcpu.thread.join().unwrap();
+
+    let refusing = FakeVcpu::new(VcpuId(0), halt_then_out()).nmi_fails(22);
+    let vcpu = start_vcpu(|runner| runner, refusing);
+    vcpu.expect("halted");
+    vcpu.set.nmi(VcpuId(0)).unwrap();
+    vcpu.set
+        .request(VcpuId(0), Request::consumer(0).unwrap())
+        .unwrap();
+    vcpu.expect("asked");
+    drop(vcpu.set.pause().unwrap());
+    assert_eq!(vcpu.told.try_recv().ok(), None);
+    vcpu.set.stop().unwrap();
 }
 
 #[test]
