@@ -201,8 +201,7 @@ pub(crate) struct VcpuSide {
 impl VcpuSide {
     /// [`DEBUG`] was asked of the vCPU: serves jobs until the debugger lets it go. Blocks for as long.
     pub(crate) fn serve(&mut self, vcpu: &VcpuView<'_, VcpuFd>) {
-        // No sender: the machine ends.
-        while let Ok(job) = self.jobs.recv() {
+        while let Some(job) = self.next() {
             match job {
                 Job::Call(call) => call(vcpu),
                 Job::Arm(armed, answer) => {
@@ -213,8 +212,21 @@ impl VcpuSide {
                     // Who asked is waiting, unless the machine ends.
                     let _ = answer.send(result);
                 }
-                Job::Go(stop) if stop == self.link.state().stops => break,
+                // Kept by `next`.
                 Job::Go(_) => {}
+            }
+        }
+    }
+
+    /// The next job, waited for; `None` once the vCPU is let go.
+    fn next(&self) -> Option<Job> {
+        loop {
+            // No sender: the machine ends.
+            match self.jobs.recv().ok()? {
+                Job::Go(stop) if stop == self.link.state().stops => return None,
+                // Of a stop before.
+                Job::Go(_) => {}
+                job => return Some(job),
             }
         }
     }
@@ -265,5 +277,28 @@ impl VcpuSide {
                 self.id
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_core::Identity;
+
+    #[test]
+    fn the_leave_of_a_stop_before_lets_no_vcpu_go() {
+        let link = Link::new(&VcpuSet::new(Identity::vm("stops"))).unwrap();
+        let side = link.vcpu(VcpuId(0));
+        link.next_stop();
+        // It was parked, and has not looked, when the next stop came.
+        link.go(VcpuId(0));
+        link.next_stop();
+        assert!(link.give(VcpuId(0), Job::Call(Box::new(|_| {}))));
+        link.go(VcpuId(0));
+        assert!(matches!(side.next(), Some(Job::Call(_))));
+        assert!(side.next().is_none());
+        // Nor does one wait that the machine's end lets go.
+        link.close();
+        assert!(side.next().is_none());
     }
 }
