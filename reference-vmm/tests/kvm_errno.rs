@@ -13,11 +13,15 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use guests::{boot, console, monitor};
+use guests::{boot, console, image, monitor};
 use support::pty::Pty;
+use support::rsp::packet;
 use support::tracer::{Call, Inject, Kind, Trace, trace};
 use support::{WATCHDOG, elf, long, need_kvm, not_one_line};
 
@@ -423,6 +427,133 @@ fn the_other_calls_of_a_run_may_be_refused_too() {
     let errnos = [libc::EINVAL, libc::ENOMEM, libc::ENOSPC];
     let calls = scenario.calls().filter(nice_to_have).filter(replaceable);
     scenario.refuse(calls, &errnos, |_, _| Allowed::EndOrGoOn);
+}
+
+/// Debuggers, one after the other, each of which says the same whatever it hears.
+fn debuggers(socket: &std::path::Path, over: &AtomicBool) {
+    let at = |offset: u64| image::LOAD_ADDR as u64 + offset;
+    let says = [
+        "qSupported:multiprocess+;swbreak+;hwbreak+;vContSupported+".to_owned(),
+        "?".to_owned(),
+        "g".to_owned(),
+        format!("P0={}", "1".repeat(16)),
+        format!("m{:x},4", at(0)),
+        format!("Z0,{:x},1", at(5)),
+        "vCont;c".to_owned(),
+        "vCont;s:p1.1".to_owned(),
+        format!("z0,{:x},1", at(5)),
+        format!("M{:x},1:01", at(0x1000)),
+        "vCont;c".to_owned(),
+        "D".to_owned(),
+        "vKill;1".to_owned(),
+    ];
+    while !over.load(Ordering::Relaxed) {
+        let Ok(mut peer) = UnixStream::connect(socket) else {
+            std::thread::sleep(Duration::from_millis(5));
+            continue;
+        };
+        // What is not answered is not waited for longer than a guest that runs needs.
+        peer.set_read_timeout(Some(Duration::from_millis(500)))
+            .unwrap();
+        let mut heard = [0; 4096];
+        for body in &says {
+            if peer.write_all(&packet(body.as_bytes())).is_err() {
+                break;
+            }
+            let mut answer = Vec::new();
+            while !answer.contains(&b'#') {
+                match peer.read(&mut heard) {
+                    Ok(0) | Err(_) => break,
+                    Ok(len) => answer.extend(&heard[..len]),
+                }
+            }
+            if peer.write_all(b"+").is_err() {
+                break;
+            }
+        }
+    }
+}
+
+/// A run under [`debuggers`].
+fn debugged(kernel: &std::path::Path, inject: &[Inject]) -> Trace {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("gdb");
+    let (kernel, gdb) = (kernel.display(), socket.display());
+    let args = format!("run --kernel {kernel} --debug-exit --gdb unix:{gdb}");
+    let args: Vec<_> = args.split(' ').map(str::to_owned).collect();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| debuggers(&socket, &over));
+        let trace = trace(&args, None, inject, WATCHDOG);
+        over.store(true, Ordering::Relaxed);
+        assert!(!socket.exists(), "the socket is left behind: {trace}");
+        trace
+    })
+}
+
+/// Which of the debugger's calls is made how often depends on who is faster; so a call that is not made
+/// this time is no failure, and as many as there were are tried.
+#[test]
+fn each_call_of_a_run_under_a_debugger_may_be_refused() {
+    need_kvm();
+    // It ends by itself, with or without a debugger.
+    let kernel = elf(boot::hello64());
+    let good = debugged(&kernel, &[]);
+    assert_eq!(good.hung, None, "{good}");
+    assert_eq!(good.status.code(), Some(1), "{good}");
+    let bound = |call: &Call| call.kind == Kind::Syscall(libc::SYS_fchmod);
+    let calls = good.calls.iter().skip_while(|call| !bound(call));
+    let sockets = |nr: i64| {
+        let of_sockets = [
+            libc::SYS_socket,
+            libc::SYS_fchmod,
+            libc::SYS_bind,
+            libc::SYS_listen,
+            libc::SYS_accept4,
+            libc::SYS_setsockopt,
+            libc::SYS_recvfrom,
+            libc::SYS_sendto,
+            libc::SYS_poll,
+            libc::SYS_eventfd2,
+            libc::SYS_clone3,
+        ];
+        of_sockets.contains(&nr)
+    };
+    let ours = |call: &&Call| match call.kind {
+        Kind::Kvm(_) => is_kvm(call),
+        Kind::Syscall(nr) => sockets(nr),
+        // The debugger's thread and the vCPUs' ioctls on their sockets.
+        Kind::Elsewhere(nr) => sockets(nr) || nr == libc::SYS_ioctl,
+        _ => false,
+    };
+    let step = if long() { 1 } else { 5 };
+    let (mut tried, mut refused) = (0, 0);
+    for (i, call) in calls.filter(ours).enumerate().step_by(step) {
+        let errno = ERRNOS[i / step % ERRNOS.len()];
+        let inject = Inject {
+            kind: call.kind.clone(),
+            nth: call.nth,
+            errno,
+        };
+        let trace = debugged(&kernel, std::slice::from_ref(&inject));
+        println!(
+            "{inject}: {:?}\n    {}",
+            trace.status.code(),
+            trace.stderr.trim_end()
+        );
+        assert_eq!(trace.hung, None, "{inject}\nthe call: {call}\n{trace}");
+        assert!(!trace.stderr.contains("panicked"), "{inject}\n{trace}");
+        let status = trace.status.code();
+        // As it would have been, killed by its debugger, or an error.
+        assert!(
+            matches!(status, Some(0..=2)),
+            "{inject}\nthe call: {call}\n{trace}"
+        );
+        tried += 1;
+        refused += usize::from(trace.injected);
+    }
+    println!("{refused} of {tried} were refused");
+    assert!(refused * 2 > tried, "{refused} of {tried}");
 }
 
 #[test]

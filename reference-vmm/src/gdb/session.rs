@@ -12,6 +12,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use gdbstub::common::Signal;
 use gdbstub::conn::Connection;
@@ -29,6 +30,9 @@ use crate::end::{EndSignal, GuestEnd, StopCause};
 
 /// The longest packet that is received, and what gdb is told that it may send.
 const PACKET: usize = 16 * 1024;
+
+/// How long a debugger waits that the host had no room for.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// How a session ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -51,10 +55,9 @@ pub(super) fn serve<V: Vcpus>(listener: &Listener, link: &Arc<Link>, vcpus: V, e
             Ok(Some(stream)) => stream,
             Ok(None) => return,
             Err(error) => {
+                // The guest runs on, without a breakpoint: no debugger is there that has set one. Where it
+                // waits for its first, the link's end lets it go.
                 log::error!("gdb: no debugger can connect any more: {error}");
-                if let Err(error) = target.detach(true) {
-                    log::error!("gdb: {error}");
-                }
                 return;
             }
         };
@@ -96,9 +99,37 @@ fn next(listener: &Listener, link: &Link) -> io::Result<Option<super::listener::
             Err(error) => match error.raw_os_error() {
                 // One that has gone already, or gave up.
                 Some(libc::EAGAIN | libc::EINTR | libc::ECONNABORTED | libc::EPROTO) => {}
-                _ => return Err(error),
+                Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK | libc::EOPNOTSUPP) => {
+                    return Err(error);
+                }
+                // A host that is short of something, or a network that is: the peer waits, and with it
+                // the listener is ready still.
+                _ => {
+                    log::warn!("gdb: a debugger waits, for it cannot be let in now: {error}");
+                    if closes_within(link, RETRY)? {
+                        return Ok(None);
+                    }
+                }
             },
         }
+    }
+}
+
+/// Waits for the machine's end, so long at most, and says whether it has come.
+fn closes_within(link: &Link, time: Duration) -> io::Result<bool> {
+    let mut fd = libc::pollfd {
+        fd: link.closing(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let milliseconds = libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: one valid pollfd.
+    match unsafe { libc::poll(&mut fd, 1, milliseconds) } {
+        ready if ready >= 0 => Ok(ready > 0),
+        _ => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            error => Err(error),
+        },
     }
 }
 

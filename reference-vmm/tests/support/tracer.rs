@@ -471,6 +471,14 @@ const SYSCALLS: &[(i64, &str)] = &[
     (libc::SYS_tgkill, "tgkill"),
     (libc::SYS_futex, "futex"),
     (libc::SYS_dup, "dup"),
+    (libc::SYS_socket, "socket"),
+    (libc::SYS_fchmod, "fchmod"),
+    (libc::SYS_bind, "bind"),
+    (libc::SYS_listen, "listen"),
+    (libc::SYS_accept4, "accept4"),
+    (libc::SYS_recvfrom, "recvfrom"),
+    (libc::SYS_sendto, "sendto"),
+    (libc::SYS_poll, "poll"),
     (libc::SYS_exit_group, "exit_group"),
 ];
 
