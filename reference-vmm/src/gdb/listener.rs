@@ -3,18 +3,18 @@
 //! Where a debugger finds the guest: a socket that listens, and the peer that came.
 //!
 //! Who can connect has the guest: its memory, its registers, its life. A Unix socket is therefore its
-//! user's alone from the moment when it exists (mode 0600, set before it is bound); a TCP one is bound
-//! to the address that was named and no other, and everybody who reaches that address is let in.
+//! user's alone ([`unix_socket`]); a TCP one is bound to the address that was named and no other, and
+//! everybody who reaches that address is let in.
 
 use std::fmt;
-use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::str::FromStr;
+
+use crate::unix_socket::{self, BindError};
 
 /// `unix:PATH` or `tcp:ADDRESS:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,11 +93,7 @@ pub struct Listener {
 
 #[derive(Debug)]
 enum Socket {
-    Unix {
-        listener: UnixListener,
-        /// Device and inode of the file, which is removed at the end if it is this one still.
-        file: Option<(u64, u64)>,
-    },
+    Unix(unix_socket::Listener),
     Tcp(TcpListener),
 }
 
@@ -123,14 +119,16 @@ impl Listener {
                 })
             }
             Address::Unix(path) => {
-                remove_stale(path)?;
-                let listener = bind_private(path).map_err(refused)?;
-                let file = fs::symlink_metadata(path).ok();
+                let path = path.clone();
+                // One debugger at a time; who comes beside it waits a little.
+                let listener = unix_socket::Listener::bind(&path, 4);
+                let listener = listener.map_err(|error| match error {
+                    BindError::Occupied => ListenError::Occupied { path },
+                    BindError::InUse => ListenError::InUse { path },
+                    BindError::Refused(source) => refused(source),
+                })?;
                 Ok(Listener {
-                    socket: Socket::Unix {
-                        listener,
-                        file: file.map(|file| (file.dev(), file.ino())),
-                    },
+                    socket: Socket::Unix(listener),
                     address: address.clone(),
                 })
             }
@@ -145,11 +143,7 @@ impl Listener {
     /// Who has connected; `WouldBlock` where nobody has.
     pub(super) fn accept(&self) -> io::Result<Stream> {
         match &self.socket {
-            Socket::Unix { listener, .. } => {
-                let (stream, _) = listener.accept()?;
-                stream.set_nonblocking(true)?;
-                Ok(Stream::Unix(stream))
-            }
+            Socket::Unix(listener) => listener.accept().map(Stream::Unix),
             Socket::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
                 stream.set_nonblocking(true)?;
@@ -164,111 +158,10 @@ impl Listener {
 impl AsRawFd for Listener {
     fn as_raw_fd(&self) -> RawFd {
         match &self.socket {
-            Socket::Unix { listener, .. } => listener.as_raw_fd(),
+            Socket::Unix(listener) => listener.as_raw_fd(),
             Socket::Tcp(listener) => listener.as_raw_fd(),
         }
     }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        let (
-            Address::Unix(path),
-            Socket::Unix {
-                file: Some(ours), ..
-            },
-        ) = (&self.address, &self.socket)
-        else {
-            return;
-        };
-        let found = fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()));
-        if found.is_ok_and(|found| found == *ours)
-            && let Err(error) = fs::remove_file(path)
-        {
-            log::warn!("cannot remove the socket {}: {error}", path.display());
-        }
-    }
-}
-
-/// Removes a socket that nobody listens at.
-fn remove_stale(path: &Path) -> Result<(), ListenError> {
-    let refused = |source| ListenError::Refused {
-        address: Address::Unix(path.to_owned()),
-        source,
-    };
-    let file = match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        found => found.map_err(refused)?,
-    };
-    let path = path.to_owned();
-    if !file.file_type().is_socket() {
-        return Err(ListenError::Occupied { path });
-    }
-    // A socket of another type is told apart from one that nobody has, whether it listens or not, and its
-    // owner does not notice. One of its own type would be a debugger to it, or would wait in its queue.
-    let probe = UnixDatagram::unbound().map_err(refused)?;
-    match probe.connect(&path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(&path).map_err(refused)
-        }
-        // EPROTOTYPE, or it is a datagram socket.
-        _ => Err(ListenError::InUse { path }),
-    }
-}
-
-/// A listening Unix socket whose file is its user's alone from the beginning.
-fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    let address = socket_address(path)?;
-    // SAFETY: a new descriptor, checked, is owned at once. On Linux the file that bind makes has the
-    // permissions of the descriptor's own inode, so they are set before. The address is initialised
-    // and as long as is said.
-    unsafe {
-        let fd = libc::socket(
-            libc::AF_UNIX,
-            libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
-            0,
-        );
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let fd = OwnedFd::from_raw_fd(fd);
-        if libc::fchmod(fd.as_raw_fd(), 0o600) < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
-        if libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len) < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        if libc::listen(fd.as_raw_fd(), 4) < 0 {
-            let error = io::Error::last_os_error();
-            let _ = fs::remove_file(path);
-            return Err(error);
-        }
-        Ok(fd.into())
-    }
-}
-
-fn socket_address(path: &Path) -> io::Result<libc::sockaddr_un> {
-    use std::os::unix::ffi::OsStrExt;
-    let bytes = path.as_os_str().as_bytes();
-    // SAFETY: all zeros is an address of no family.
-    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
-    // One byte less than there are: the path's end is a zero.
-    let room = address.sun_path.len() - 1;
-    if bytes.len() > room {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!(
-                "its path has {} bytes, and a socket's has {room} at most",
-                bytes.len()
-            ),
-        ));
-    }
-    for (slot, byte) in address.sun_path.iter_mut().zip(bytes) {
-        *slot = *byte as libc::c_char;
-    }
-    Ok(address)
 }
 
 /// A connected peer. Never blocks.
@@ -312,7 +205,6 @@ impl AsRawFd for Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
     fn unix(folder: &tempfile::TempDir) -> (PathBuf, Address) {
         let path = folder.path().join("gdb.sock");
@@ -345,13 +237,11 @@ mod tests {
     }
 
     #[test]
-    fn a_unix_socket_is_its_users_alone_and_goes_with_its_listener() {
+    fn a_unix_socket_is_listened_at_and_its_file_goes_with_its_listener() {
         let folder = tempfile::tempdir().unwrap();
         let (path, address) = unix(&folder);
         let listener = Listener::bind(&address).unwrap();
         assert_eq!(listener.address(), &address);
-        let mode = fs::metadata(&path).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
         let would_block = listener.accept().unwrap_err();
         assert_eq!(would_block.kind(), io::ErrorKind::WouldBlock);
         UnixStream::connect(&path).unwrap();
@@ -361,55 +251,16 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_nobody_listens_at_is_replaced() {
-        let folder = tempfile::tempdir().unwrap();
-        let (path, address) = unix(&folder);
-        drop(UnixListener::bind(&path).unwrap());
-        assert!(path.exists());
-        Listener::bind(&address).unwrap();
-    }
-
-    #[test]
     fn what_is_there_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         let (path, address) = unix(&folder);
         let live = Listener::bind(&address).unwrap();
-        assert!(matches!(
-            Listener::bind(&address),
-            Err(ListenError::InUse { .. })
-        ));
-        // Who asked was no debugger to it, and does not wait where its queue is full.
-        let would_block = live.accept().unwrap_err();
-        assert_eq!(would_block.kind(), io::ErrorKind::WouldBlock);
-        let queue: Vec<_> = (0..5)
-            .map(|_| UnixStream::connect(&path).unwrap())
-            .collect();
-        assert!(matches!(
-            Listener::bind(&address),
-            Err(ListenError::InUse { .. })
-        ));
-        drop((queue, live));
-
-        fs::write(&path, "mine").unwrap();
+        let error = Listener::bind(&address).unwrap_err();
+        assert!(matches!(error, ListenError::InUse { .. }), "{error}");
+        drop(live);
+        std::fs::write(&path, "mine").unwrap();
         let error = Listener::bind(&address).unwrap_err();
         assert!(matches!(error, ListenError::Occupied { .. }), "{error}");
-        assert_eq!(fs::read(&path).unwrap(), b"mine");
-        fs::remove_file(&path).unwrap();
-        // A link is not followed, to whatever it leads.
-        std::os::unix::fs::symlink(folder.path().join("other"), &path).unwrap();
-        let error = Listener::bind(&address).unwrap_err();
-        assert!(matches!(error, ListenError::Occupied { .. }), "{error}");
-    }
-
-    #[test]
-    fn a_file_that_took_the_sockets_place_is_not_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let (path, address) = unix(&folder);
-        let listener = Listener::bind(&address).unwrap();
-        fs::remove_file(&path).unwrap();
-        fs::write(&path, "mine").unwrap();
-        drop(listener);
-        assert_eq!(fs::read(&path).unwrap(), b"mine");
     }
 
     #[test]

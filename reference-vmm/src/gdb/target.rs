@@ -175,10 +175,7 @@ impl<V: Vcpus> GuestTarget<V> {
         Some(self.reason(event))
     }
 
-    /// Stops all vCPUs and takes the `int3`s out of memory.
-    fn stop(&mut self) -> Result<Vec<Event>, Trouble> {
-        let events = self.vcpus.stop()?;
-        self.running = false;
+    fn take_out_patches(&mut self) {
         for (at, beneath) in self.patches.drain(..).rev() {
             // A guest that has written something else there has changed its code, and keeps it.
             let mut now = [0];
@@ -190,6 +187,13 @@ impl<V: Vcpus> GuestTarget<V> {
                 log::warn!("gdb: an int3 stays in guest memory: {error}");
             }
         }
+    }
+
+    /// Stops all vCPUs and takes the `int3`s out of memory.
+    fn stop(&mut self) -> Result<Vec<Event>, Trouble> {
+        let events = self.vcpus.stop()?;
+        self.running = false;
+        self.take_out_patches();
         // A breakpoint is met again, and a step that gdb was not told of it takes again; a watchpoint's
         // instruction is done.
         let watched = |event: &&Event| matches!(event.cause, DebugCause::Hardware(b) if b.access() != Access::Execute);
@@ -268,7 +272,9 @@ impl<V: Vcpus> GuestTarget<V> {
     fn resume_all(&mut self) -> Result<(), Trouble> {
         let plan = self.plan();
         for linear in &plan.patches {
-            let at = self.vcpus.translate(self.focus, *linear)?;
+            let at = self.vcpus.translate(self.focus, *linear);
+            // The guest stands still on: what it is to run into is not left in its memory.
+            let at = at.inspect_err(|_| self.take_out_patches())?;
             let mut beneath = [0];
             let patched = at.map(|at| {
                 self.vcpus.read(at, &mut beneath)?;

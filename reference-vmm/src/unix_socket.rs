@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Unix stream sockets that are found by a path: one that listens, and a connection to one. Neither ever blocks.
+//!
+//! A listening one is its user's alone from the moment when it exists (mode 0600, set before it is bound), and its
+//! file goes with it. What stands at the path already is left alone, unless it is a socket that nobody listens at.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// Bytes that a socket's path can have. One byte of the kernel's 108 is for the zero behind it.
+pub const MAX_PATH: usize = 107;
+
+/// A path cannot be listened at. Who shows it says which path of what.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BindError {
+    /// There is something else, which is left alone.
+    #[error("there is something that is no socket; name another path")]
+    Occupied,
+    /// Another process listens there.
+    #[error("another process listens there; name another path")]
+    InUse,
+    /// The system refused.
+    #[error("cannot listen there: {0}")]
+    Refused(io::Error),
+}
+
+/// A socket that listens. Dropped, it is closed, and its file removed.
+#[derive(Debug)]
+pub struct Listener {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file, which is removed at the end if it is this one still.
+    file: Option<(u64, u64)>,
+}
+
+impl Listener {
+    /// Listens at `path`, for up to `backlog` connections that wait to be accepted. A socket that nobody listens at any
+    /// more, which a killed monitor leaves behind, is replaced; any other file is left alone.
+    ///
+    /// # Errors
+    /// [`BindError`]; nothing was made.
+    pub fn bind(path: &Path, backlog: i32) -> Result<Self, BindError> {
+        remove_stale(path)?;
+        let listener = bind_private(path, backlog).map_err(BindError::Refused)?;
+        let file = fs::symlink_metadata(path).ok();
+        Ok(Listener {
+            listener,
+            path: path.to_owned(),
+            file: file.map(|file| (file.dev(), file.ino())),
+        })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Who has connected, as a socket that does not block.
+    ///
+    /// # Errors
+    /// `WouldBlock` where nobody has; else the host's.
+    pub fn accept(&self) -> io::Result<UnixStream> {
+        let (stream, _) = self.listener.accept()?;
+        stream.set_nonblocking(true)?;
+        Ok(stream)
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.listener.as_raw_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let Some(ours) = self.file else {
+            return;
+        };
+        let path = &self.path;
+        let found = fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()));
+        if found.is_ok_and(|found| found == ours)
+            && let Err(error) = fs::remove_file(path)
+        {
+            log::warn!("cannot remove the socket {}: {error}", path.display());
+        }
+    }
+}
+
+/// Connects to the socket at `path`, and does not wait: a Unix socket is connected at once or refused.
+///
+/// # Errors
+/// `ENOENT` and `ECONNREFUSED`: nobody listens there. `WouldBlock`: as many as it takes wait there to be accepted.
+pub fn connect(path: &Path) -> io::Result<UnixStream> {
+    let address = socket_address(path)?;
+    let fd = socket()?;
+    let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    // SAFETY: the address is initialised and as long as is said, and is only read.
+    if unsafe { libc::connect(fd.as_raw_fd(), (&raw const address).cast(), len) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(fd.into())
+}
+
+/// Removes a socket that nobody listens at.
+fn remove_stale(path: &Path) -> Result<(), BindError> {
+    let file = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found.map_err(BindError::Refused)?,
+    };
+    if !file.file_type().is_socket() {
+        return Err(BindError::Occupied);
+    }
+    // A socket of another type is told apart from one that nobody has, whether it listens or not, and its owner does not
+    // notice. One of its own type would be a peer to it, or would wait in its queue.
+    let probe = UnixDatagram::unbound().map_err(BindError::Refused)?;
+    match probe.connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(BindError::Refused)
+        }
+        // EPROTOTYPE, or it is a datagram socket.
+        _ => Err(BindError::InUse),
+    }
+}
+
+/// A listening Unix socket whose file is its user's alone from the beginning.
+fn bind_private(path: &Path, backlog: i32) -> io::Result<UnixListener> {
+    let address = socket_address(path)?;
+    let fd = socket()?;
+    let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    // SAFETY: the descriptor is open. On Linux the file that bind makes has the permissions of the descriptor's own
+    // inode, so they are set before. The address is initialised and as long as is said.
+    unsafe {
+        if libc::fchmod(fd.as_raw_fd(), 0o600) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if libc::listen(fd.as_raw_fd(), backlog) < 0 {
+            let error = io::Error::last_os_error();
+            let _ = fs::remove_file(path);
+            return Err(error);
+        }
+    }
+    Ok(fd.into())
+}
+
+fn socket() -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn socket_address(path: &Path) -> io::Result<libc::sockaddr_un> {
+    let bytes = path.as_os_str().as_bytes();
+    // SAFETY: all zeros is an address of no family.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    if bytes.len() > MAX_PATH {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!(
+                "its path has {} bytes, and a socket's has {MAX_PATH} at most",
+                bytes.len()
+            ),
+        ));
+    }
+    for (slot, byte) in address.sun_path.iter_mut().zip(bytes) {
+        *slot = *byte as libc::c_char;
+    }
+    Ok(address)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn place(folder: &tempfile::TempDir) -> PathBuf {
+        folder.path().join("x.sock")
+    }
+
+    #[test]
+    fn a_socket_is_its_users_alone_and_goes_with_its_listener() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = place(&folder);
+        let listener = Listener::bind(&path, 4).unwrap();
+        assert_eq!(listener.path(), path);
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let would_block = listener.accept().unwrap_err();
+        assert_eq!(would_block.kind(), io::ErrorKind::WouldBlock);
+        let _client = connect(&path).unwrap();
+        listener.accept().unwrap();
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_that_nobody_listens_at_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = place(&folder);
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        Listener::bind(&path, 4).unwrap();
+    }
+
+    #[test]
+    fn a_listener_whose_backlog_is_full_is_found_in_use_without_a_wait() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = place(&folder);
+        let _listener = Listener::bind(&path, 1).unwrap();
+        let mut waiting = Vec::new();
+        let full = loop {
+            match connect(&path) {
+                Ok(stream) => waiting.push(stream),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+        assert!(matches!(Listener::bind(&path, 1), Err(BindError::InUse)));
+    }
+
+    #[test]
+    fn what_is_there_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = place(&folder);
+        let live = Listener::bind(&path, 4).unwrap();
+        assert!(matches!(Listener::bind(&path, 4), Err(BindError::InUse)));
+        // Who asked was no peer to it.
+        let would_block = live.accept().unwrap_err();
+        assert_eq!(would_block.kind(), io::ErrorKind::WouldBlock);
+        connect(&path).unwrap();
+        drop(live);
+
+        fs::write(&path, "mine").unwrap();
+        assert!(matches!(Listener::bind(&path, 4), Err(BindError::Occupied)));
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+        fs::remove_file(&path).unwrap();
+        // A link is not followed, to whatever it leads.
+        std::os::unix::fs::symlink(folder.path().join("other"), &path).unwrap();
+        assert!(matches!(Listener::bind(&path, 4), Err(BindError::Occupied)));
+    }
+
+    #[test]
+    fn a_file_that_took_the_sockets_place_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = place(&folder);
+        let listener = Listener::bind(&path, 4).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "mine").unwrap();
+        drop(listener);
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+    }
+}
