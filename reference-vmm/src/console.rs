@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The terminal's side of the serial console: raw mode that is always undone, the escape sequence,
+//! The terminal's side of the guest's console, serial or hvc0: raw mode that is always undone, the escape sequence,
 //! and the way from stdin to the guest.
 
 use std::io::{self, IsTerminal, Read};
@@ -134,21 +134,26 @@ pub enum Turn {
 pub struct ConsoleInput {
     escape: Option<Escape>,
     pending: Vec<u8>,
+    chunk: usize,
 }
 
-/// Bytes read at a time: the UART's FIFO has room for as many.
-const CHUNK: usize = 64;
+/// Bytes read at a time for a UART: its FIFO has room for as many.
+pub const CHUNK: usize = 64;
+/// The most that is read at a time.
+pub const MOST_AT_ONCE: usize = 4096;
 
 /// How many bytes typed on a terminal are kept for a guest that does not read them.
 pub const TYPE_AHEAD: usize = 64 << 10;
 
 impl ConsoleInput {
     /// Input with escapes when it comes from a terminal, without when it is a file or a pipe, whose
-    /// bytes all belong to the guest.
-    pub fn new(terminal: bool) -> Self {
+    /// bytes all belong to the guest. `chunk` bytes are read at a time, up to [`MOST_AT_ONCE`].
+    pub fn new(terminal: bool, chunk: usize) -> Self {
+        let chunk = chunk.clamp(1, MOST_AT_ONCE);
         ConsoleInput {
             escape: terminal.then(Escape::default),
-            pending: Vec::with_capacity(CHUNK),
+            pending: Vec::with_capacity(chunk),
+            chunk,
         }
     }
 
@@ -156,8 +161,9 @@ impl ConsoleInput {
     /// returns how many bytes it took. Blocks if `input` does: `WouldBlock` is nothing for now.
     pub fn turn(&mut self, input: &mut impl Read, guest: impl Fn(&[u8]) -> usize) -> Turn {
         if self.may_read() {
-            let mut chunk = [0; CHUNK];
-            let read = match input.read(&mut chunk) {
+            let mut chunk = [0; MOST_AT_ONCE];
+            let chunk = &mut chunk[..self.chunk];
+            let read = match input.read(chunk) {
                 Ok(0) => return Turn::Ended,
                 Ok(read) => &chunk[..read],
                 Err(e)
@@ -226,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_pipe_may_hold_the_escape_bytes() {
-        let mut input = ConsoleInput::new(false);
+        let mut input = ConsoleInput::new(false, CHUNK);
         let got = RefCell::new(Vec::new());
         let guest = |bytes: &[u8]| {
             got.borrow_mut().extend_from_slice(bytes);
@@ -240,7 +246,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_reads_nothing_can_be_quit() {
-        let mut input = ConsoleInput::new(true);
+        let mut input = ConsoleInput::new(true, CHUNK);
         let typed = [b'a'; 1000];
         let mut source = &typed[..];
         while !source.is_empty() {
@@ -251,7 +257,7 @@ mod tests {
 
     #[test]
     fn what_is_typed_ahead_is_kept_in_order_and_has_an_end() {
-        let mut input = ConsoleInput::new(true);
+        let mut input = ConsoleInput::new(true, CHUNK);
         let typed: Vec<u8> = (0..2 * TYPE_AHEAD).map(|n| (n % 251) as u8 | 2).collect();
         let mut source = &typed[..];
         while input.turn(&mut source, |_| 0) == Turn::More {}
@@ -278,7 +284,7 @@ mod tests {
             bytes in any::<Vec<u8>>(),
             takes in proptest::collection::vec(0usize..70, 1..200)
         ) {
-            let mut input = ConsoleInput::new(false);
+            let mut input = ConsoleInput::new(false, CHUNK);
             let got = RefCell::new(Vec::new());
             let mut source = &bytes[..];
             let mut takes = takes.into_iter().cycle();

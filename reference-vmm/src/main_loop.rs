@@ -12,7 +12,7 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, Subscrib
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
-use crate::console::{ConsoleInput, Turn};
+use crate::console::{CHUNK, ConsoleInput, Turn};
 use crate::end::{EndSignal, GuestEnd, StopCause};
 use crate::no_wait::Reader;
 use crate::signals::{self, Signals};
@@ -22,6 +22,12 @@ use crate::signals::{self, Signals};
 pub trait GuestSide: Send + Sync {
     /// Hands input to the guest; how many bytes it took.
     fn input(&self, bytes: &[u8]) -> usize;
+    /// How many bytes of input are read at a time.
+    fn input_chunk(&self) -> usize {
+        CHUNK
+    }
+    /// The terminal has another size.
+    fn resized(&self) {}
     /// Readable when the guest has read all of its input, or takes input again.
     fn drained(&self) -> RawFd;
     /// Makes [`drained`](Self::drained) not readable.
@@ -41,6 +47,7 @@ const STDIN: u32 = 2;
 const DRAINED: u32 = 3;
 const DEADLINE: u32 = 4;
 const SHOWS: u32 = 5;
+const RESIZES: u32 = 6;
 
 /// How stdin is waited for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -72,8 +79,8 @@ struct Subscriber<'a> {
     stopping: Option<i32>,
 }
 
-/// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers, and `show_more`; the
-/// first SIGTERM presses the power button and gives the guest `shutdown_timeout` to react; any other stop signal, or
+/// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers, and `show_more`; SIGWINCH tells the guest
+/// that the terminal has another size; the first SIGTERM presses the power button and gives the guest `shutdown_timeout` to react; any other stop signal, or
 /// a second one, ends at once.
 ///
 /// `terminal` says that stdin is a terminal, on which the console's escapes are taken out.
@@ -96,7 +103,7 @@ pub fn run(
         guest,
         show_more,
         stdin: Reader::new(io::stdin().as_fd().try_clone_to_owned()?.into()),
-        input: ConsoleInput::new(terminal),
+        input: ConsoleInput::new(terminal, guest.input_chunk()),
         waiting: Waiting::Readable,
         shutdown_timeout,
         deadline: None,
@@ -228,6 +235,7 @@ impl MutEventSubscriber for Subscriber<'_> {
             (self.end.as_raw_fd(), END),
             (self.signals.stops(), STOPS),
             (self.signals.shows(), SHOWS),
+            (self.signals.resizes(), RESIZES),
             (drained, DRAINED),
         ] {
             if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
@@ -252,6 +260,7 @@ impl MutEventSubscriber for Subscriber<'_> {
                 }
             }
             STDIN => self.pump(ops),
+            RESIZES if self.signals.next_resize() => self.guest.resized(),
             DRAINED => {
                 self.guest.clear_drained();
                 self.drained(ops);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The signals that ask the monitor to stop, or what the guest is doing, as file descriptors for the
-//! event loop: one for the stop signals and one for SIGUSR1. In one, SIGUSR1 would come before SIGTERM,
-//! whose number is higher, for as long as somebody sends it without rest.
+//! event loop: one for the stop signals, one for SIGUSR1 and one for SIGWINCH, which says that the terminal has
+//! another size. In one, SIGUSR1 would come before SIGTERM, whose number is higher, for as long as somebody sends it
+//! without rest.
 //!
 //! They are blocked in the main thread before any other thread exists, so that every thread
 //! inherits the mask and the signals reach the event loop alone.
@@ -17,11 +18,12 @@ pub const SHOW_REGISTERS: i32 = libc::SIGUSR1;
 /// Signals that stop the guest.
 const STOPS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
-/// A signalfd for SIGTERM, SIGINT, SIGHUP and SIGQUIT, and another for SIGUSR1.
+/// A signalfd for SIGTERM, SIGINT, SIGHUP and SIGQUIT, another for SIGUSR1, and another for SIGWINCH.
 #[derive(Debug)]
 pub struct Signals {
     stops: OwnedFd,
     shows: OwnedFd,
+    resizes: OwnedFd,
 }
 
 impl Signals {
@@ -34,6 +36,7 @@ impl Signals {
         Ok(Signals {
             stops: take_over(&STOPS)?,
             shows: take_over(&[SHOW_REGISTERS])?,
+            resizes: take_over(&[libc::SIGWINCH])?,
         })
     }
 
@@ -46,6 +49,16 @@ impl Signals {
     /// without end.
     pub fn next_show(&self) -> bool {
         next(&self.shows).is_some()
+    }
+
+    /// Whether SIGWINCH has come. Does not block.
+    pub fn next_resize(&self) -> bool {
+        next(&self.resizes).is_some()
+    }
+
+    /// Readable when SIGWINCH has come.
+    pub fn resizes(&self) -> RawFd {
+        self.resizes.as_raw_fd()
     }
 
     /// Readable when a stop signal has come.
