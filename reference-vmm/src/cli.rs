@@ -4,6 +4,7 @@
 //! said in a file or by a program as well.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
@@ -13,6 +14,10 @@ use lexopt::prelude::*;
 use crate::config::{Config, ConfigError, Irqchip, MAX_CPUS, check_path};
 use crate::cpu_model::CpuModel;
 use crate::cpus::Cpus;
+use crate::devices::virtio::block::DiskConfig;
+use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
+use crate::devices::virtio::net::NetConfig;
+use crate::devices::virtio::vsock::VsockConfig;
 use crate::gdb;
 use crate::memory::Memory;
 
@@ -20,7 +25,7 @@ use crate::memory::Memory;
 #[derive(Debug)]
 pub enum Command {
     /// `run`: boot a guest.
-    Run(Run),
+    Run(Box<Run>),
     /// `cpu`: which processors this host can be.
     Cpu {
         /// The model to compare with the host.
@@ -161,6 +166,37 @@ Options:
                            and each byte costs an exit [on]
   --debug-exit[=PORT]      QEMU's isa-debug-exit [0xf4]: the guest writes V there, and the
                            exit status is (V << 1) | 1
+  --disk path=FILE[,OPT]...
+                           A disk, virtio-block: a raw file or a block device; again for more. It is
+                           locked: one VM writes to it, or several read. Options:
+                             readonly           the guest cannot write
+                             cache=writeback|unsafe  whether a flush by the guest makes what it
+                                                wrote durable; unsafe: flushes do nothing, and a
+                                                crash of the host may break its file systems
+                                                [writeback]
+                             id=SERIAL          up to 20 letters, digits, - _ . by which the guest
+                                                knows the disk
+                             queues=N           1 to 16, a thread each [1]
+                             io=auto|uring|threads  io_uring, or threads that wait; auto is
+                                                io_uring where the host permits it [auto]
+  --net tap=NAME[,OPT]...  A network card, virtio-net, at the host's tap NAME, which exists (`ip
+                           tuntap add NAME mode tap user $USER`, `ip link set NAME up`); again for
+                           more. Options:
+                             mac=MAC            the guest's address [random]
+                             queues=N           1 to 8 queue pairs, a thread each, with a tap that
+                                                was made with multi_queue [1]
+                             mtu=N              what the guest is told [nothing: it takes 1500]
+  --vsock cid=N,uds=PATH   A vsock device: the guest has the address N [3 to 4294967294]. Who
+                           connects to the Unix socket PATH on the host and sends \"CONNECT PORT\\n\"
+                           is connected to the guest's PORT, and hears \"OK N\\n\" first; the guest's
+                           connections to PORT of CID 2 go to the Unix socket PATH_PORT
+  --console TO             A virtio console, hvc0 in Linux (console=hvc0): stdio, file=PATH, unix=PATH (a
+                           socket to connect to) or off [off]. With stdio it has the input, and COM1
+                           shows its output still
+  --port name=NAME,unix=PATH|file=PATH
+                           A port between a program of the guest's, at /dev/virtio-ports/NAME in Linux,
+                           and a socket to connect to, or a file that is written; may be repeated
+  --rng                    An entropy device, virtio-rng: the guest has random numbers at once
   --config FILE            Read the above from a JSON file first: {\"kernel\": \"bzImage\",
                            \"memory\": \"1G\", \"cpus\": 2}. What is on the command line as well counts there
                            alone, wherever it stands; the kernel may be on either
@@ -272,6 +308,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     let mut file = None;
     let mut changes: Vec<Edit> = Vec::new();
     let mut initrd = Vec::new();
+    let (mut disks, mut nets, mut ports) = (Vec::new(), Vec::new(), Vec::new());
     let (mut timeline, mut log, mut shutdown_timeout) = (false, log::LevelFilter::Warn, 10);
     let (mut stats, mut gdb) = (None, None);
     while let Some(arg) = parser.next()? {
@@ -325,6 +362,18 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 };
                 changes.push(Box::new(move |config| config.coalesce_console = on));
             }
+            Long("disk") => disks.push(device("--disk", parser.value()?, DiskConfig::parse)?),
+            Long("net") => nets.push(device("--net", parser.value()?, NetConfig::parse)?),
+            Long("vsock") => {
+                let vsock = device("--vsock", parser.value()?, VsockConfig::parse)?;
+                changes.push(Box::new(move |config| config.vsock = Some(vsock)));
+            }
+            Long("console") => {
+                let to = device("--console", parser.value()?, ConsoleConfig::parse)?;
+                changes.push(Box::new(move |config| config.console = to));
+            }
+            Long("port") => ports.push(device("--port", parser.value()?, PortConfig::parse)?),
+            Long("rng") => changes.push(Box::new(|config| config.rng = true)),
             Long("pit") => changes.push(Box::new(|config| config.pit = true)),
             Long("debug-exit") => {
                 let port = match parser.optional_value() {
@@ -372,18 +421,37 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     if !initrd.is_empty() {
         config.initrd = initrd;
     }
+    if !disks.is_empty() {
+        config.disks = disks;
+    }
+    if !nets.is_empty() {
+        config.nets = nets;
+    }
+    if !ports.is_empty() {
+        config.ports = ports;
+    }
     for change in changes {
         change(&mut config);
     }
     config.validate()?;
-    Ok(Command::Run(Run {
+    Ok(Command::Run(Box::new(Run {
         config,
         timeline,
         stats,
         log,
         shutdown_timeout,
         gdb,
-    }))
+    })))
+}
+
+/// A device's options, which its own module reads.
+fn device<T, E: fmt::Display>(
+    flag: &'static str,
+    value: OsString,
+    parse: impl FnOnce(&str) -> Result<T, E>,
+) -> Result<T, UsageError> {
+    let text = value.string()?;
+    parse(&text).map_err(|error| ConfigError::device(flag, error).into())
 }
 
 fn doctor(mut parser: lexopt::Parser) -> Result<Command, UsageError> {

@@ -6,16 +6,22 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::Read;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
 use kvm_core::arch::x86_64::Topology;
 use kvm_core::arch::x86_64::cpuid::UnknownBaseline;
 use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, DeserializeOwned, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use crate::cpu_model::CpuModel;
 use crate::cpus::Cpus;
 use crate::devices::power::DebugExit;
+use crate::devices::virtio::block::DiskConfig;
+use crate::devices::virtio::console::config::{self as console, ConsoleConfig, PortConfig};
+use crate::devices::virtio::net::NetConfig;
+use crate::devices::virtio::vsock::VsockConfig;
 use crate::devices::{FIXED_PORTS, KERNEL_PORTS};
 use crate::memory::Memory;
 
@@ -67,6 +73,18 @@ pub struct Config {
     /// The output of a guest that polls its serial port may be kept in KVM for a moment, which spares
     /// exits, where the host has that: [`coalesce`](crate::devices::coalesce).
     pub coalesce_console: bool,
+    /// Disks, virtio-block, in the order in which the guest finds them.
+    pub disks: Vec<DiskConfig>,
+    /// Network cards, virtio-net.
+    pub nets: Vec<NetConfig>,
+    /// A vsock device, virtio-vsock.
+    pub vsock: Option<VsockConfig>,
+    /// Where hvc0 leads to, a virtio-console of its own.
+    pub console: ConsoleConfig,
+    /// Named ports, of another virtio-console.
+    pub ports: Vec<PortConfig>,
+    /// An entropy device, virtio-rng.
+    pub rng: bool,
     /// The KVM device.
     pub kvm: PathBuf,
 }
@@ -199,6 +217,17 @@ pub enum ConfigError {
     /// The PIT lives in the kernel's irqchip.
     #[error("the PIT needs --irqchip kernel")]
     Pit,
+    /// A device's options make no sense.
+    #[error("{flag}: {why}")]
+    Device {
+        /// The flag that asks for it.
+        flag: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+    /// virtio devices are found by ACPI, and interrupt.
+    #[error("virtio devices need --irqchip split or kernel")]
+    VirtioWithoutInterrupts,
     /// The debug-exit ports would lie over another device or past the last port.
     #[error("debug-exit at port {port:#x}: {why}")]
     DebugExit {
@@ -207,6 +236,14 @@ pub enum ConfigError {
         /// What is in the way.
         why: String,
     },
+}
+
+impl ConfigError {
+    /// What a device's own module says of its options.
+    pub(crate) fn device(flag: &'static str, why: impl fmt::Display) -> Self {
+        let why = why.to_string();
+        ConfigError::Device { flag, why }
+    }
 }
 
 impl Config {
@@ -254,7 +291,34 @@ impl Config {
         if self.pit && self.irqchip != Irqchip::Kernel {
             return Err(ConfigError::Pit);
         }
-        Ok(())
+        self.check_devices()?;
+        match self.irqchip == Irqchip::None && self.has_virtio() {
+            true => Err(ConfigError::VirtioWithoutInterrupts),
+            false => Ok(()),
+        }
+    }
+
+    fn check_devices(&self) -> Result<(), ConfigError> {
+        for disk in &self.disks {
+            disk.check()
+                .map_err(|error| ConfigError::device("--disk", error))?;
+        }
+        for net in &self.nets {
+            net.check()
+                .map_err(|error| ConfigError::device("--net", error))?;
+        }
+        if let Some(vsock) = &self.vsock {
+            let checked = vsock.check();
+            checked.map_err(|error| ConfigError::device("--vsock", error))?;
+        }
+        console::check(&self.console, &self.ports)
+            .map_err(|error| ConfigError::device(error.flag(), error))
+    }
+
+    /// Whether there is a virtio device in it.
+    fn has_virtio(&self) -> bool {
+        let none = self.disks.is_empty() && self.nets.is_empty() && self.vsock.is_none();
+        self.rng || !none || self.console != ConsoleConfig::Off || !self.ports.is_empty()
     }
 }
 
@@ -332,6 +396,12 @@ impl Default for Config {
             pit: false,
             debug_exit: None,
             coalesce_console: true,
+            disks: Vec::new(),
+            nets: Vec::new(),
+            vsock: None,
+            console: ConsoleConfig::Off,
+            ports: Vec::new(),
+            rng: false,
             kvm: "/dev/kvm".into(),
         }
     }
@@ -440,6 +510,12 @@ impl<'de> Visitor<'de> for ConfigVisitor {
             "pit",
             "debug-exit",
             "coalesce-console",
+            "disk",
+            "net",
+            "vsock",
+            "console",
+            "port",
+            "rng",
             "kvm",
         ];
         let mut config = Config::default();
@@ -455,6 +531,12 @@ impl<'de> Visitor<'de> for ConfigVisitor {
                 "pit" => config.pit = field(map, key)?,
                 "debug-exit" => config.debug_exit = field(map, key)?,
                 "coalesce-console" => config.coalesce_console = field(map, key)?,
+                "disk" => config.disks = field::<Several<_>, A>(map, key)?.0,
+                "net" => config.nets = field::<Several<_>, A>(map, key)?.0,
+                "vsock" => config.vsock = Some(field(map, key)?),
+                "console" => config.console = field(map, key)?,
+                "port" => config.ports = field::<Several<_>, A>(map, key)?.0,
+                "rng" => config.rng = field(map, key)?,
                 "kvm" => config.kvm = field(map, key)?,
                 _ => return Ok(false),
             }
@@ -486,6 +568,36 @@ impl<'de> Deserialize<'de> for Size {
             }
         }
         deserializer.deserialize_any(SizeVisitor)
+    }
+}
+
+/// One object or several.
+struct Several<T>(Vec<T>);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Several<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SeveralVisitor<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for SeveralVisitor<T> {
+            type Value = Several<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object or a list of objects")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Several<T>, A::Error> {
+                let one = T::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(Several(vec![one]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Several<T>, A::Error> {
+                let mut several = Vec::new();
+                while let Some(one) = seq.next_element()? {
+                    several.push(one);
+                }
+                Ok(Several(several))
+            }
+        }
+        deserializer.deserialize_any(SeveralVisitor(PhantomData))
     }
 }
 

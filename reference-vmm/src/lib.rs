@@ -43,7 +43,8 @@
 //! named `cpuid` waits for KVM's slowest answer; where the build fails before it is needed, that
 //! thread outlives the call by as long as the answer takes. While a guest writes much to its serial
 //! port, a thread named `com1-drain` takes the output out of KVM's ring ([`devices::coalesce`]). With
-//! `--gdb` a thread named `gdb` serves the debugger ([`gdb`]); without it there is nothing of that.
+//! `--gdb` a thread named `gdb` serves the debugger ([`gdb`]); without it there is nothing of that. A virtio device whose
+//! driver is ready has a thread for each of its handlers, with the device's name ([`devices::virtio`]).
 //!
 //! # Threat model
 //!
@@ -54,13 +55,14 @@
 //!
 //! # What is saved and restored
 //!
-//! Nothing yet.
+//! Nothing of a whole machine yet. Each virtio device at rest is plain data
+//! ([`MmioState`](devices::virtio::mmio::MmioState)).
 //!
 //! # Known limits
 //!
 //! With 1 GiB pages the firmware lies in RAM that the guest can write; with 2 MiB pages the first
-//! 2 MiB are ordinary memory. No disks, network or other virtio devices. A reset ends the monitor instead of restarting the
-//! guest. The real-time clock raises no interrupt. vCPUs number at most 255, and their APIC ids end
+//! 2 MiB are ordinary memory. A machine has at most 18 virtio devices, and a driver that stops one queue alone
+//! has to reset the device. A reset ends the monitor instead of restarting the guest. The real-time clock raises no interrupt. vCPUs number at most 255, and their APIC ids end
 //! at 254: sockets or cores in numbers that are no powers of two leave ids out. A pause of a guest that gdb has
 //! stopped waits until gdb lets it go on; software breakpoints are not told from each other where one
 //! page is mapped at several addresses; what gdb may do is not written to a log.
@@ -95,4 +97,5 @@ pub mod signals;
 pub mod stats;
 pub mod stderr;
 pub mod timeline;
+pub mod unix_socket;
 pub mod vm;

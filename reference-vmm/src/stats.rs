@@ -7,6 +7,7 @@
 //! off unless [`Machine::count_accesses`](crate::vm::Machine::count_accesses) turns them on. KVM counts
 //! for itself ([`kvm_stats`](crate::kvm_stats)).
 
+use std::borrow::Cow;
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -126,7 +127,7 @@ impl Exits {
 #[serde(rename_all = "kebab-case")]
 pub struct DeviceStats {
     /// The device's name.
-    pub device: &'static str,
+    pub device: Cow<'static, str>,
     /// Its bus.
     pub bus: String,
     /// First address or port.
@@ -195,7 +196,7 @@ pub struct Stats {
 }
 
 /// A device's name and where it was registered, for [`Stats::collect`].
-pub type Named = (&'static str, BusKind, IoRange);
+pub type Named = (Cow<'static, str>, BusKind, IoRange);
 
 impl Stats {
     /// Those of a machine that was ended before it was built: nothing that its vCPUs did, and no memory.
@@ -228,7 +229,7 @@ impl Stats {
                     .iter()
                     .find(|(_, bus, at)| (*bus, *at) == (range.bus, range.range));
                 devices.push(DeviceStats {
-                    device: named.map_or("?", |(name, ..)| name),
+                    device: named.map_or("?".into(), |(name, ..)| name.clone()),
                     bus: range.bus.to_string(),
                     base: range.range.base(),
                     last: range.range.last(),
@@ -398,7 +399,7 @@ mod tests {
         counters[1].count(ExitKind::PioIn);
         counters[1].count(ExitKind::Hlt);
         counters[1].count(ExitKind::Hlt);
-        let names: [Named; 1] = [("clock", BusKind::Pio, range.into())];
+        let names: [Named; 1] = [("clock".into(), BusKind::Pio, range.into())];
         let stats = Stats::collect(&counters, &bus, &names, &memslots.snapshot());
         assert_eq!(stats.exits[0].total(), 0);
         assert_eq!((stats.exits[1].pio_in, stats.exits[1].hlt), (1, 2));
@@ -457,8 +458,8 @@ mod tests {
 
     #[test]
     fn columns_line_up_whatever_is_in_them() {
-        let device = |device, base, reads| DeviceStats {
-            device,
+        let device = |device: &'static str, base, reads| DeviceStats {
+            device: device.into(),
             bus: "MMIO".into(),
             base,
             last: base + 0xfff,

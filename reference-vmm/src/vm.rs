@@ -42,9 +42,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use io_bus::{BusKind, Interrupter, IoBus, IoRange, Registration};
-use irq_routing::ioapic::{IOAPIC_LEN, SplitIoapic};
+use io_bus::{BusKind, Interrupter, IoBus, IoDevice, IoRange, Registration};
+use irq_routing::ioapic::{IOAPIC_LEN, Notifier, SplitIoapic};
 use irq_routing::{Gsi, Irqchip, IrqchipError, IrqchipKind, Pit, Routing};
 use kvm_bindings::KVM_CAP_X86_USER_SPACE_MSR;
 use kvm_core::arch::x86_64::cpuid::{HypervisorLeaves, Template, TemplateError, Timing};
@@ -54,13 +55,16 @@ use kvm_core::arch::x86_64::{
 use kvm_core::stats::{StatsError, StatsFd};
 use kvm_core::{KickSignal, Kvm, Vcpu, VcpuId, VcpuSet, Vm};
 use kvm_ioctls::VmFd;
-use memslots::{Memslots, Slot};
+use memslots::{GuestRam, Memslots, Slot};
 use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
 use vm_memory::GuestAddress;
+use vm_superio::Trigger;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::boot::{self, BootConfig, BootError, Image, ImageKind};
 use crate::arch::{acpi, layout, reset_vector};
 use crate::config::{self, Config};
+use crate::console::{CHUNK, MOST_AT_ONCE};
 use crate::devices::FIXED_PORTS;
 use crate::devices::acpi_power::AcpiPower;
 use crate::devices::coalesce::{Coalescing, PolledOutput};
@@ -69,6 +73,12 @@ use crate::devices::ioapic::Ioapic;
 use crate::devices::power::{DebugExit, I8042, Pvpanic};
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::{ConsoleOut, SerialPort};
+use crate::devices::virtio::any::{AnyDevice, Devices, PlacedDevice};
+use crate::devices::virtio::bay::{self, KvmDoorbells};
+use crate::devices::virtio::console::config::{Stdio, terminal_size};
+use crate::devices::virtio::interrupt::DriverLink;
+use crate::devices::virtio::list::DeviceError;
+use crate::devices::virtio::mmio::Place;
 use crate::end::EndSignal;
 use crate::exits::{self, Handler, SEND_OWED, SHOW_REGISTERS, run_vcpu};
 use crate::gdb;
@@ -77,6 +87,9 @@ use crate::kvm_stats::{KvmReaders, KvmStats};
 use crate::main_loop::GuestSide;
 use crate::msrs;
 use crate::stats::{ExitCounters, Named, Stats};
+
+/// How long the end of a machine waits for a device's I/O that is under way.
+const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The vCPU that KVM starts at once; the others wait for it.
 const BOOT_VCPU: VcpuId = VcpuId(0);
@@ -181,6 +194,9 @@ pub enum BuildError {
         /// Why.
         source: io_bus::Error,
     },
+    /// A virtio device cannot be had. Found before anything was made.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A debugger cannot be listened for.
     #[error(transparent)]
     Gdb(#[from] gdb::ListenError),
@@ -214,7 +230,15 @@ impl BuildError {
                 | MapError::NoHugePages { .. }
                 | MapError::NoSuchNode { .. },
             ) => 2,
-            BuildError::AddressBits { .. }
+            // A path that is longer than a socket's can be.
+            BuildError::Gdb(gdb::ListenError::Refused { source, .. })
+                if source.kind() == io::ErrorKind::InvalidInput =>
+            {
+                2
+            }
+            BuildError::Device(error) if !error.is_users_fault() => 1,
+            BuildError::Device(_)
+            | BuildError::AddressBits { .. }
             | BuildError::Cpus { .. }
             | BuildError::ApicId { .. }
             | BuildError::CpuModel(_)
@@ -249,6 +273,12 @@ struct Parts {
     console: Arc<Coalescing<Host, Com1>>,
     /// With the split irqchip.
     ioapic: Option<Arc<Ioapic<Host>>>,
+    /// virtio devices, before their interrupts' owner and before memory.
+    virtio: Vec<Arc<dyn PlacedDevice>>,
+    /// Where a virtio console has stdin.
+    stdio: Option<Stdio>,
+    /// Kept for their drop, which ends the calls.
+    _unmasked: Vec<Notifier>,
     /// Kept for their drop, which takes the devices off the bus.
     _registrations: Vec<Registration>,
     /// What is on it, by name.
@@ -275,6 +305,34 @@ impl Machine {
         Self::build_watched(config, console, end, || {})
     }
 
+    /// [`build`](Self::build) with these virtio devices instead of the configuration's: for devices of a program's
+    /// own.
+    ///
+    /// ```no_run
+    /// # use std::sync::Arc;
+    /// # use reference_vmm::{config::Config, end::EndSignal, vm::Machine};
+    /// use reference_vmm::devices::virtio::{any::Devices, rng::Rng};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let (config, end) = (Config::new("vmlinux"), Arc::new(EndSignal::new()?));
+    /// let mut devices = Devices::open(&config, std::io::stdout())?;
+    /// devices.add("mine", Rng);
+    /// let machine = Machine::build_with(&config, devices, std::io::stdout(), &end)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing is left behind.
+    pub fn build_with(
+        config: &Config,
+        devices: Devices,
+        console: impl AsFd,
+        end: &Arc<EndSignal>,
+    ) -> Result<Self, BuildError> {
+        Self::build_all(config, Some(devices), console, end, || {})
+    }
+
     /// [`build`](Self::build), and while memory is made present `watch` is called, several times a second
     /// or before each huge page. An `end` that is told meanwhile, by it or by another thread, ends the
     /// building.
@@ -283,6 +341,16 @@ impl Machine {
     /// [`BuildError`], of which [`BuildError::Ended`] is no failure; nothing is left behind.
     pub fn build_watched(
         config: &Config,
+        console: impl AsFd,
+        end: &Arc<EndSignal>,
+        watch: impl Fn(),
+    ) -> Result<Self, BuildError> {
+        Self::build_all(config, None, console, end, watch)
+    }
+
+    fn build_all(
+        config: &Config,
+        devices: Option<Devices>,
         console: impl AsFd,
         end: &Arc<EndSignal>,
         watch: impl Fn(),
@@ -301,9 +369,20 @@ impl Machine {
         let ram = memslots::ram_layout(config.memory.size, layout::MMIO_HOLE)?;
         let topology = config.cpus.topology()?;
         let template = config.cpu.template()?;
+        let devices = devices.map_or_else(|| Devices::open(config, &console), Ok)?;
+        devices.check()?;
+        if config.irqchip == config::Irqchip::None && !devices.is_empty() {
+            return Err(config::ConfigError::VirtioWithoutInterrupts.into());
+        }
+        let places = bay::places(devices.len());
         // A guest without pin interrupts could not use what the tables describe.
         let acpi = (config.irqchip != config::Irqchip::None)
-            .then(|| acpi::tables(&acpi::AcpiConfig::new(topology)))
+            .then(|| {
+                acpi::tables(&acpi::AcpiConfig {
+                    virtio_mmio: &places,
+                    ..acpi::AcpiConfig::new(topology)
+                })
+            })
             .transpose()?;
         let plan = boot::plan(
             &mut kernel,
@@ -407,7 +486,7 @@ impl Machine {
             })?),
             _ => None,
         };
-        let interrupt = |device, gsi| {
+        let interrupt = |device: &'static str, gsi| {
             let refused = |source| BuildError::Interrupt { device, source };
             let gsi = routing.reserve(Gsi(gsi)).map_err(refused)?;
             let wire = match &chip {
@@ -438,11 +517,30 @@ impl Machine {
         let power = Arc::new(Power::new(end.clone(), interrupt("ACPI", layout::GED_GSI)?));
         let bus = IoBus::new();
         let (mut registrations, mut names) = register_devices(&bus, config, &com1, &power, end)?;
-        let ioapic = chip.map(|chip| Arc::new(Ioapic::new(chip, end.clone())));
+        let ioapic = chip
+            .clone()
+            .map(|chip| Arc::new(Ioapic::new(chip, end.clone())));
         if let Some(ioapic) = &ioapic {
             let (registration, name) = register_ioapic(&bus, ioapic)?;
             registrations.push(registration);
             names.push(name);
+        }
+        let mut virtio = Vec::with_capacity(devices.len());
+        let mut unmasked = Vec::new();
+        for ((name, device), place) in devices.list.into_iter().zip(&places) {
+            let wiring = Wiring {
+                routing: &routing,
+                chip: chip.as_ref(),
+                ram: &memslots.ram(),
+                host: vm.fd(),
+                bus: &bus,
+                end,
+            };
+            let wired = wire_virtio(&wiring, name, device, place)?;
+            virtio.push(wired.device);
+            unmasked.extend(wired.unmasked);
+            registrations.push(wired.registration);
+            names.push(wired.name);
         }
         // Only the transmit register; nothing is asked of KVM before a guest writes much.
         let transmit = PioRange::new(PioAddress(layout::COM1_PORT), 1).map(IoRange::from);
@@ -459,6 +557,9 @@ impl Machine {
             power,
             console,
             ioapic,
+            virtio,
+            stdio: devices.stdio,
+            _unmasked: unmasked,
             _registrations: registrations,
             names,
             bus,
@@ -535,6 +636,7 @@ impl Machine {
             waits: Vec::with_capacity(vcpus.len()),
             counters: Vec::with_capacity(vcpus.len()),
             kvm_stats: kvm_stats.map(Mutex::new),
+            left_behind: AtomicBool::new(false),
             parts,
         };
         let mut ready = Vec::with_capacity(vcpus.len());
@@ -584,6 +686,8 @@ pub struct Running {
     waits: Vec<Interrupter>,
     counters: Vec<Arc<ExitCounters>>,
     kvm_stats: Option<Mutex<KvmReaders<StatsFd>>>,
+    /// A device did not come to rest.
+    left_behind: AtomicBool,
     parts: Parts,
 }
 
@@ -606,6 +710,31 @@ impl Running {
             log::error!("cannot stop the vCPUs: {error}");
         }
         self.parts.console.stop(&self.parts.bus);
+        self.rest_devices();
+    }
+
+    /// Has the virtio devices finish what is under way; false if one does not come to an end.
+    fn rest_devices(&self) -> bool {
+        let mut rested = true;
+        // Waited for once: this is asked again on the way to the end.
+        let patience = match self.left_behind.load(Ordering::Relaxed) {
+            true => Duration::ZERO,
+            false => DEVICE_PATIENCE,
+        };
+        for device in &self.parts.virtio {
+            if !device.pause(patience) {
+                if patience.is_zero() {
+                    return false;
+                }
+                log::error!(
+                    "{}: I/O of its host's has not ended in {DEVICE_PATIENCE:?}, and is left behind",
+                    device.name()
+                );
+                rested = false;
+                self.left_behind.store(true, Ordering::Relaxed);
+            }
+        }
+        rested
     }
 
     /// What the guest has done so far, in numbers. Devices are among them if
@@ -642,6 +771,14 @@ impl Running {
     pub fn leave_to_exit(mut self) {
         self.stop();
         self.join();
+        let rested = self.rest_devices();
+        // None of them is dropped.
+        self.parts.virtio.iter().for_each(|device| device.leave());
+        if !rested {
+            // What is under way uses the VM still: the process's end takes both.
+            std::mem::forget(self);
+            return;
+        }
         // The mapping of the ring of coalesced writes holds the VM as well. The bus has it.
         self.parts.console.forget();
         self.parts.bus = IoBus::new();
@@ -673,6 +810,14 @@ impl Drop for Running {
 }
 
 impl Running {
+    /// Readable when who has the input has room for more.
+    fn drained_event(&self) -> &EventFd {
+        match &self.parts.stdio {
+            Some(stdio) => stdio.input.drained(),
+            None => self.parts.com1.drained(),
+        }
+    }
+
     /// Has an interrupt sent that could not be sent without waiting, by a vCPU's thread. Does not wait.
     fn have_owed_sent(&self, owed: bool) {
         if let (true, Some(request)) = (owed, SEND_OWED) {
@@ -683,18 +828,36 @@ impl Running {
 
 impl GuestSide for Running {
     fn input(&self, bytes: &[u8]) -> usize {
+        if let Some(stdio) = &self.parts.stdio {
+            return stdio.input.offer(bytes);
+        }
         let taken = self.parts.com1.enqueue(bytes);
         self.have_owed_sent(self.parts.com1.owes_interrupt());
         taken
     }
 
+    fn input_chunk(&self) -> usize {
+        match self.parts.stdio {
+            Some(_) => MOST_AT_ONCE,
+            None => CHUNK,
+        }
+    }
+
+    fn resized(&self) {
+        if let Some(stdio) = &self.parts.stdio
+            && let Some(size) = terminal_size(&io::stdout())
+        {
+            stdio.resizer.resize(size);
+        }
+    }
+
     fn drained(&self) -> RawFd {
-        self.parts.com1.drained().as_raw_fd()
+        self.drained_event().as_raw_fd()
     }
 
     fn clear_drained(&self) {
         // EAGAIN: not readable, as wanted.
-        let _ = self.parts.com1.drained().read();
+        let _ = self.drained_event().read();
     }
 
     fn press_power_button(&self) -> bool {
@@ -948,7 +1111,7 @@ fn register_devices(
             .register_pio(range, model)
             .map_err(|source| BuildError::Bus { device, source })?;
         registrations.push(registration);
-        names.push((device, BusKind::Pio, IoRange::from(range)));
+        names.push((device.into(), BusKind::Pio, IoRange::from(range)));
         Ok::<_, BuildError>(())
     };
     let fixed: [Port; FIXED_PORTS.len()] = [
@@ -989,7 +1152,76 @@ fn register_ioapic(
     let registration = bus
         .register_mmio(range, model)
         .map_err(|source| BuildError::Bus { device, source })?;
-    Ok((registration, (device, BusKind::Mmio, range.into())))
+    Ok((registration, (device.into(), BusKind::Mmio, range.into())))
+}
+
+/// What a virtio device is connected to.
+struct Wiring<'a> {
+    routing: &'a Routing<Host>,
+    /// With the split irqchip.
+    chip: Option<&'a SplitIoapic<Host>>,
+    ram: &'a GuestRam,
+    host: &'a Host,
+    bus: &'a IoBus,
+    end: &'a Arc<EndSignal>,
+}
+
+/// A virtio device that is connected.
+struct Wired {
+    device: Arc<dyn PlacedDevice>,
+    registration: Registration,
+    name: Named,
+    unmasked: Option<Notifier>,
+}
+
+/// Gives a virtio device its interrupt, an irqfd that is attached when it is first raised; its doorbells, ioeventfds
+/// that are attached when its driver is ready; and its place on the bus.
+fn wire_virtio(
+    wiring: &Wiring<'_>,
+    name: String,
+    device: Box<dyn AnyDevice>,
+    place: &acpi::VirtioMmio,
+) -> Result<Wired, BuildError> {
+    let kind = device.kind();
+    let refused = |source| BuildError::Interrupt {
+        device: kind,
+        source,
+    };
+    let gsi = wiring.routing.reserve(Gsi(place.gsi)).map_err(refused)?;
+    let source = wiring.routing.source(&gsi);
+    let interrupt = Interrupt::new(name.clone(), source, wiring.end.clone());
+    // Refused, it has ended the guest.
+    let driver = DriverLink::new(move || drop(interrupt.trigger()));
+    let base = MmioAddress(place.address.into());
+    let device = device.put(Place {
+        name: name.clone(),
+        ram: wiring.ram.clone(),
+        driver: driver.clone(),
+        doorbells: Box::new(KvmDoorbells::new(wiring.host.clone(), base.0)),
+    });
+    // With KVM's own IOAPIC nobody is told, and an edge that comes while the guest moves the pin to another vCPU is
+    // lost, as to the chip itself.
+    let unmasked = wiring.chip.map(|chip| {
+        chip.register_mask_notifier(Gsi(place.gsi), move |masked| {
+            if !masked {
+                driver.repeat();
+            }
+        })
+    });
+    let unmasked = unmasked.transpose().map_err(refused)?;
+    let bus = |source| BuildError::Bus {
+        device: kind,
+        source,
+    };
+    let range = IoRange::new(base.0, place.len.into()).map_err(bus)?;
+    let model: Arc<dyn IoDevice> = device.clone();
+    let registration = wiring.bus.register(BusKind::Mmio, range, model);
+    Ok(Wired {
+        device,
+        registration: registration.map_err(bus)?,
+        name: (name.into(), BusKind::Mmio, range),
+        unmasked,
+    })
 }
 
 #[cfg(test)]

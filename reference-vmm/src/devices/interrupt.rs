@@ -2,6 +2,7 @@
 
 //! A device's interrupt, without which the guest does not go on.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::sync::Arc;
 
@@ -17,16 +18,16 @@ use crate::end::{EndSignal, GuestEnd};
 /// that it wanted one, and a guest that sleeps until it comes would sleep for ever.
 #[derive(Debug)]
 pub struct Interrupt<T> {
-    device: &'static str,
+    device: Cow<'static, str>,
     source: T,
     end: Arc<EndSignal>,
 }
 
 impl<T> Interrupt<T> {
     /// The interrupt `source` of `device`, with its failure told to `end`.
-    pub fn new(device: &'static str, source: T, end: Arc<EndSignal>) -> Self {
+    pub fn new(device: impl Into<Cow<'static, str>>, source: T, end: Arc<EndSignal>) -> Self {
         Interrupt {
-            device,
+            device: device.into(),
             source,
             end,
         }

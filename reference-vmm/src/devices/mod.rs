@@ -14,6 +14,7 @@ pub mod ioapic;
 pub mod power;
 pub mod rtc;
 pub mod serial;
+pub mod virtio;
 
 use crate::arch::layout;
 
