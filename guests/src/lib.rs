@@ -47,5 +47,6 @@ mod page_writer;
 mod parts;
 pub mod state;
 pub mod vcpu;
+pub mod virtio;
 
 pub use page_writer::{PAGE_WRITER_PORT, PAGE_WRITER_STOP, page_writer};

@@ -431,7 +431,7 @@ fn the_other_calls_of_a_run_may_be_refused_too() {
 
 /// Debuggers, one after the other, each of which says the same whatever it hears.
 fn debuggers(socket: &std::path::Path, over: &AtomicBool) {
-    let at = |offset: u64| image::LOAD_ADDR as u64 + offset;
+    let at = |offset: u64| u64::from(image::LOAD_ADDR) + offset;
     let says = [
         "qSupported:multiprocess+;swbreak+;hwbreak+;vContSupported+".to_owned(),
         "?".to_owned(),
@@ -587,5 +587,111 @@ fn statistics_that_kvm_does_not_give_are_done_without_and_that_is_told() {
             "{trace}"
         );
         assert!(json.ends_with(r#""kvm":null}"#), "{trace}");
+    }
+}
+
+/// A driver of `--rng` that starts it, asks once, waits for the answer or for the device's need of a reset, heals it by
+/// a reset where that is, and asks again.
+fn rng_driver() -> tempfile::TempPath {
+    use guests::virtio::{INTERRUPTS, MEMORY, Op, REGISTERS, driver};
+    use virtio_bindings::virtio_mmio::*;
+    let register = |register: u32, value| Op::Write(REGISTERS + register, value);
+    let poll = |address, value, mask| Op::Poll {
+        address,
+        value,
+        mask,
+    };
+    let mut ops = Vec::new();
+    for round in 0..2_u32 {
+        ops.extend([
+            register(VIRTIO_MMIO_STATUS, 0),
+            poll(REGISTERS + VIRTIO_MMIO_STATUS, 0, u32::MAX),
+            // The rings' indices, and that nobody has interrupted.
+            Op::Write(MEMORY + 0x1000, 0),
+            Op::Write(MEMORY + 0x2000, 0),
+            Op::Write(INTERRUPTS, 0),
+            register(VIRTIO_MMIO_STATUS, 3),
+            register(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1),
+            register(VIRTIO_MMIO_DRIVER_FEATURES, 1),
+            register(VIRTIO_MMIO_STATUS, 0xb),
+            register(VIRTIO_MMIO_QUEUE_NUM, 8),
+            register(VIRTIO_MMIO_QUEUE_DESC_LOW, MEMORY),
+            register(VIRTIO_MMIO_QUEUE_AVAIL_LOW, MEMORY + 0x1000),
+            register(VIRTIO_MMIO_QUEUE_USED_LOW, MEMORY + 0x2000),
+            register(VIRTIO_MMIO_QUEUE_READY, 1),
+            register(VIRTIO_MMIO_STATUS, 0xf),
+            // One buffer of 16 bytes to write, made available.
+            Op::Write(MEMORY, MEMORY + 0x4000),
+            Op::Write(MEMORY + 8, 16),
+            Op::Write(MEMORY + 12, 2),
+            Op::Write(MEMORY + 0x1000, 1 << 16),
+            register(VIRTIO_MMIO_QUEUE_NOTIFY, 0),
+            // Used, or a reset is needed: either interrupts once.
+            Op::Sleep {
+                address: INTERRUPTS,
+                value: 1,
+                mask: u32::MAX,
+            },
+            Op::Say(b'0' + round as u8),
+        ]);
+    }
+    // The second time at the latest it works.
+    ops.push(poll(MEMORY + 0x2000, 1 << 16, 0xffff_0000));
+    ops.push(Op::Say(b'.'));
+    ops.push(Op::End(0));
+    support::file(&driver(&ops))
+}
+
+#[test]
+fn what_a_virtio_device_asks_of_the_host_may_be_refused() {
+    let kernel = rng_driver();
+    for irqchip in ["split", "kernel"] {
+        let words = format!("--debug-exit --rng --irqchip {irqchip}");
+        let scenario = Scenario::new(&kernel, &words, b"");
+        assert_eq!(scenario.good.stdout, b"01.", "{}", scenario.good);
+        // From the guest's first instruction on, of the vCPU and of the device's thread.
+        let calls = &scenario.good.calls;
+        let first = calls
+            .iter()
+            .position(|call| call.kind == Kind::kvm("KVM_RUN"))
+            .unwrap();
+        let asks = |call: &&Call| match call.kind {
+            Kind::Kvm(_) => {
+                call.kind == Kind::kvm("KVM_IOEVENTFD") || call.kind == Kind::kvm("KVM_IRQFD")
+            }
+            Kind::Elsewhere(nr) => matches!(
+                nr,
+                libc::SYS_eventfd2
+                    | libc::SYS_fcntl
+                    | libc::SYS_epoll_create1
+                    | libc::SYS_epoll_ctl
+                    | libc::SYS_clone3
+                    | libc::SYS_getrandom
+            ),
+            _ => false,
+        };
+        // Until the first reset: the second start is there to see that it heals.
+        let detach = |call: &Call| call.kind == Kind::kvm("KVM_IOEVENTFD") && call.thread == "rng";
+        let of_first = calls[first..].iter().take_while(|call| !detach(call));
+        let calls: Vec<_> = of_first.filter(asks).collect();
+        for needed in [
+            Kind::Elsewhere(libc::SYS_eventfd2),
+            Kind::Elsewhere(libc::SYS_epoll_create1),
+            Kind::Elsewhere(libc::SYS_epoll_ctl),
+            Kind::Elsewhere(libc::SYS_clone3),
+            Kind::kvm("KVM_IOEVENTFD"),
+            Kind::kvm("KVM_IRQFD"),
+        ] {
+            assert!(calls.iter().any(|call| call.kind == needed), "no {needed}");
+        }
+        let errnos = [libc::ENOMEM, libc::EMFILE, libc::EINVAL, libc::EAGAIN];
+        // The guest goes on, with a line that says what its device lacks; or without an interrupt it ends, by status 1.
+        scenario.refuse(calls.into_iter(), &errnos, |call, _| match call.kind {
+            // The interrupt's own among them, made on the device's thread.
+            Kind::Elsewhere(libc::SYS_eventfd2 | libc::SYS_fcntl) => Allowed::EndOrGoOn,
+            Kind::Elsewhere(_) => Allowed::GoOn,
+            _ if call.kind == Kind::kvm("KVM_IOEVENTFD") => Allowed::GoOn,
+            _ => Allowed::EndOrGoOn,
+        });
     }
 }

@@ -174,6 +174,24 @@ fn a_guest_that_needs_no_interrupt_costs_no_routing_no_irqfd_and_no_ioeventfd() 
 }
 
 #[test]
+fn a_virtio_device_that_its_guest_leaves_alone_costs_kvm_nothing() {
+    for words in ["--irqchip split", "--irqchip kernel"] {
+        let (without, with) = (run(words), run(&format!("{words} --rng")));
+        assert_eq!(
+            without.kvm_counts(),
+            with.kvm_counts(),
+            "{}",
+            listing(&with)
+        );
+        // Nor a thread.
+        assert!(
+            !with.calls.iter().any(|call| call.thread == "rng"),
+            "{with}"
+        );
+    }
+}
+
+#[test]
 fn an_interrupt_costs_no_routes_and_an_irqfd_only_where_kvm_has_the_pin() {
     need_kvm();
     let kernel = elf(monitor::echo_irq64());

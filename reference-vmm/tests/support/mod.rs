@@ -56,6 +56,27 @@ pub fn file(bytes: &[u8]) -> tempfile::TempPath {
     file.into_temp_path()
 }
 
+/// Base64 (RFC 4648), for a kernel's command line.
+pub fn base64(text: &str) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::new();
+    for three in text.as_bytes().chunks(3) {
+        let mut bits = 0;
+        for at in 0..3 {
+            bits = bits << 8 | u32::from(three.get(at).copied().unwrap_or(0));
+        }
+        for at in 0..4 {
+            let digit = DIGITS[(bits >> (18 - 6 * at) & 63) as usize];
+            out.push(if at <= three.len() {
+                digit as char
+            } else {
+                '='
+            });
+        }
+    }
+    out
+}
+
 /// An ELF64 kernel of this code.
 pub fn elf(code: &[u8]) -> tempfile::TempPath {
     file(&guests::image::elf64(code))
