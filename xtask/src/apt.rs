@@ -20,8 +20,8 @@ use crate::ui::Step;
 /// Lists older than this are fetched again before a package is looked for: an archive drops superseded files.
 const LISTS_AGE: Duration = Duration::from_secs(12 * 3600);
 
-/// Kernels are taken from this release where the host's own lacks the series.
-const KERNEL_RELEASE: &str = "bookworm";
+/// Kernels are taken from this release where the host's own lacks the series, and guests are of it.
+pub(crate) const KERNEL_RELEASE: &str = "bookworm";
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -139,6 +139,20 @@ impl Apt {
             }
         }
         text
+    }
+
+    /// Where `release` and its updates are had from, one `deb` line a suite.
+    pub(crate) fn release_sources(&self, release: &str) -> String {
+        let (main, security) = host_mirrors(&self.codename);
+        let signed = match Path::new(KEYRING).exists() {
+            true => format!(" [signed-by={KEYRING}]"),
+            false => String::new(),
+        };
+        let updates = format!("{release}-updates");
+        let fixes = format!("{release}-security");
+        [(&main, release), (&main, &updates), (&security, &fixes)]
+            .map(|(uri, suite)| format!("deb{signed} {uri} {suite} main\n"))
+            .concat()
     }
 
     fn options(&self) -> Vec<OsString> {

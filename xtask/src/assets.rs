@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the chores need that is not in the repository: QEMU, busybox, zstd, kernels, memtest86+. Each is a folder of the
-//! cache, complete or absent: it is made under another name and renamed when it is whole.
+//! What the chores need that is not in the repository: QEMU, busybox, zstd, kernels, memtest86+, a Debian. Each is a folder
+//! of the cache, complete or absent: it is made under another name and renamed when it is whole.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -23,6 +23,9 @@ const QEMU_LEAST: (u32, u32) = (10, 2);
 
 /// The release of Debian whose backports have it.
 const QEMU_RELEASE: &str = "trixie";
+
+/// Where the installer's package has its images.
+const INSTALLER_IMAGES: &str = "usr/lib/debian-installer/images/12/amd64";
 
 /// Debian's flavours of kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +159,35 @@ fn library_path(prefix: &Path) -> String {
     .join(":")
 }
 
+/// A mmdebstrap that can be run.
+pub(crate) struct Mmdebstrap {
+    script: PathBuf,
+    /// Where perl's modules are unpacked, if the host has perl-base alone.
+    modules: Option<PathBuf>,
+}
+
+impl Mmdebstrap {
+    pub(crate) fn command(&self) -> Command {
+        let mut command = Command::new("perl");
+        if let Some(prefix) = &self.modules {
+            command.env("PERL5LIB", perl_modules(prefix));
+        }
+        command.arg(&self.script);
+        command
+    }
+}
+
+/// The folders of perl's modules below `prefix`, each named for its version.
+fn perl_modules(prefix: &Path) -> String {
+    let mut found = Vec::new();
+    for parent in ["usr/lib/x86_64-linux-gnu/perl", "usr/share/perl"] {
+        let versions = fs::read_dir(prefix.join(parent));
+        let versions = versions.into_iter().flatten().flatten();
+        found.extend(versions.map(|version| version.path().display().to_string()));
+    }
+    found.join(":")
+}
+
 /// The cache, and what makes its parts.
 pub(crate) struct Assets {
     root: PathBuf,
@@ -169,7 +201,14 @@ impl Assets {
         };
         if refresh {
             let _lock = assets.lock()?;
-            for part in ["tools", "kernels", "images", "memtest86+"] {
+            for part in [
+                "tools",
+                "kernels",
+                "images",
+                "memtest86+",
+                "distro",
+                "installer",
+            ] {
                 let dir = assets.root.join(part);
                 if dir.exists() {
                     fs::remove_dir_all(&dir)
@@ -181,6 +220,16 @@ impl Assets {
             }
         }
         Ok(assets)
+    }
+
+    /// Whether the cache has this part.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.root.join(name).is_dir()
+    }
+
+    /// Where a release of Debian is had from, as lines of a `sources.list`.
+    pub(crate) fn release_sources(&self, release: &str) -> Result<String> {
+        Ok(self.apt()?.release_sources(release))
     }
 
     fn apt(&self) -> Result<Apt> {
@@ -315,6 +364,44 @@ impl Assets {
         });
         made.context(|| format!("{} cannot be written", script.display()))?;
         Ok(script)
+    }
+
+    /// The kernel and the initramfs of Debian's installer, as it starts from the network and talks on a serial console.
+    pub(crate) fn installer(&self) -> Result<(PathBuf, PathBuf)> {
+        let dir = self.part("installer", |dir| {
+            let apt = self.apt()?;
+            let package = "debian-installer-12-netboot-amd64";
+            apt.unpack(package, &newest(&apt, package)?, dir)?;
+            // The one with a picture is twice as large and not for a serial line.
+            let picture = dir.join(INSTALLER_IMAGES).join("gtk");
+            fs::remove_dir_all(&picture)
+                .context(|| format!("{} cannot be removed", picture.display()))
+        })?;
+        let text = dir
+            .join(INSTALLER_IMAGES)
+            .join("text/debian-installer/amd64");
+        Ok((text.join("linux"), text.join("initrd.gz")))
+    }
+
+    /// mmdebstrap, which makes Debian systems.
+    pub(crate) fn mmdebstrap(&self) -> Result<Mmdebstrap> {
+        let tool = self.part("tools/mmdebstrap", |dir| {
+            let apt = self.apt()?;
+            let newest = newest(&apt, "mmdebstrap")?;
+            apt.unpack("mmdebstrap", &newest, dir)
+        })?;
+        // Every Debian has perl-base, which lacks some of what it wants.
+        let wanted = ["-MPod::Usage", "-MMath::BigInt", "-MTerm::ANSIColor", "-e1"];
+        let modules = match host::output_of("perl", wanted) {
+            Ok(_) => None,
+            Err(_) => Some(self.part("tools/perl-modules", |dir| {
+                self.apt()?.unpack_closure(&["perl"], None, dir)
+            })?),
+        };
+        Ok(Mmdebstrap {
+            script: tool.join("usr/bin/mmdebstrap"),
+            modules,
+        })
     }
 
     /// zstd, which unpacks xz and gzip as well: the host's, or one unpacked into the cache.

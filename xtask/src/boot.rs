@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use crate::assets::{Assets, Flavour, Series};
 use crate::cargo;
+use crate::distro;
 use crate::failure::{Context, Failure, Result, STATUS_USAGE};
-use crate::guest_image;
+use crate::guest_image::{self, Contents};
 use crate::host::{self, KvmKind};
 use crate::lab;
 use crate::ui::say;
@@ -36,6 +37,11 @@ Usage: cargo xtask boot [OPTIONS] [-- OPTIONS OF reference-vmm run]
   --cmdline TEXT       added to the kernel's command line (ignore_loglevel shows all that it says)
   --full               Debian's full kernel instead of the cloud one
   --release 6.1|6.12   the kernel's series (6.1)
+  --modules A,B        the drivers that the guest loads: virtio_blk, virtio_net, virtio_console, virtio_rng,
+                       vmw_vsock_virtio_transport. Those of the devices among the OPTIONS it loads anyway
+  --distro             a whole Debian instead of a kernel and a shell: systemd on a disk, a network, vsock, to its login. Root
+                       has no password. It is made once (by root, in a minute) and cached; what it writes is gone at its
+                       end. When stdin is no terminal, a script logs in, looks whether all services run, and powers off
   --vmm FILE           another program than the reference-vmm of this tree
   --lab                in the lab, even where this host could do without
 
@@ -48,10 +54,12 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     let mut kernel = None;
     let mut initrd = None;
     let mut cpus = String::from("1");
-    let mut memory = String::from("256M");
+    let mut memory = None;
+    let mut distro = false;
     let mut added = String::new();
     let mut flavour = Flavour::Cloud;
     let mut series = Series::V6_1;
+    let mut modules = Vec::new();
     let mut vmm = None;
     let mut force_lab = false;
     let mut passed_on: Vec<OsString> = Vec::new();
@@ -65,12 +73,20 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
                 plausible_cpus(&cpus)?;
             }
             Long("memory") => {
-                memory = parser.value()?.string()?;
-                plausible_memory(&memory)?;
+                let size = parser.value()?.string()?;
+                plausible_memory(&size)?;
+                memory = Some(size);
             }
             Long("cmdline") => added = parser.value()?.string()?,
+            Long("distro") => distro = true,
             Long("full") => flavour = Flavour::Full,
             Long("release") => series = Series::parse(&parser.value()?.string()?)?,
+            Long("modules") => {
+                let list = parser.value()?.string()?;
+                for name in list.split(',') {
+                    modules.push(guest_image::device(name)?);
+                }
+            }
             Long("vmm") => vmm = Some(existing(parser.value()?)?),
             Long("lab") => force_lab = true,
             Long("stats") => passed_on.push(match parser.optional_value() {
@@ -94,6 +110,12 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             other => return Err(other.unexpected().into()),
         }
     }
+    if distro && (flavour != Flavour::Cloud || series != Series::V6_1 || !modules.is_empty()) {
+        return Err(Failure::usage(
+            "--distro has a kernel and modules of its own: --full, --release and --modules are not for it (--kernel is)",
+        ));
+    }
+    let memory = memory.unwrap_or_else(|| if distro { "512M" } else { "256M" }.to_owned());
     let interactive = io::stdin().is_terminal();
     // From notices up: the kernel's first line and its last are notices or worse, and in the lab a character of the
     // console costs about a millisecond.
@@ -101,19 +123,40 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     if interactive {
         cmdline.push_str(" guest.then=shell");
     }
+    modules.extend(drivers_of(&passed_on));
+    let contents = match modules.is_empty() {
+        true => Contents::Plain,
+        false => Contents::WithDevices,
+    };
+    if !modules.is_empty() {
+        cmdline.push_str(&format!(" guest.modules={}", modules.join(",")));
+    }
     if !added.is_empty() {
         cmdline.push(' ');
         cmdline.push_str(&added);
     }
-    let mut machine: Vec<OsString> = vec!["--cmdline".into(), cmdline.into()];
-    machine.extend(["--memory".into(), memory.clone().into()]);
+    let mut machine: Vec<OsString> = vec!["--memory".into(), memory.clone().into()];
     machine.extend(["--cpus".into(), cpus.into()]);
+    if !distro {
+        machine.extend(["--cmdline".into(), cmdline.into()]);
+    }
     machine.extend(passed_on);
     let vmm = match vmm {
         Some(file) => file,
         None => cargo::reference_vmm()?,
     };
     try_options(&vmm, &machine)?;
+    if distro {
+        return distro::boot(distro::Wanted {
+            vmm,
+            kernel,
+            initrd,
+            cmdline: added,
+            machine,
+            guest_mib: guest_mib(&memory),
+            force_lab,
+        });
+    }
 
     let assets = Assets::open(false)?;
     let mut stock = Vec::new();
@@ -128,7 +171,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     };
     let initrd = match initrd {
         Some(file) => file,
-        None => guest_image::initrd(&assets, &stock)?,
+        None => guest_image::initrd(&assets, &stock, contents)?,
     };
     let mut argv: Vec<OsString> = vec![
         vmm.into(),
@@ -168,6 +211,25 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         ..lab::Options::default()
     };
     lab::run(&options, &inside)
+}
+
+/// The drivers of the devices that options of reference-vmm give the guest.
+fn drivers_of(options: &[OsString]) -> Vec<&'static str> {
+    const DRIVERS: [(&str, &str); 5] = [
+        ("--disk", "virtio_blk"),
+        ("--net", "virtio_net"),
+        ("--vsock", "vmw_vsock_virtio_transport"),
+        ("--rng", "virtio_rng"),
+        ("--console", "virtio_console"),
+    ];
+    let given = |name: &str| {
+        options.iter().any(|option| {
+            let option = option.to_string_lossy();
+            option.split('=').next() == Some(name)
+        })
+    };
+    let found = DRIVERS.into_iter().filter(|(name, _)| given(name));
+    found.map(|(_, driver)| driver).collect()
 }
 
 /// A kernel that is not there: with it the VMM says nothing else of right options.
@@ -384,6 +446,9 @@ mod tests {
             ("--memory 1G,huge", "\"huge\""),
             ("--memory=", "\"\" is no size"),
             ("--stats=xml", "\"xml\""),
+            ("--modules virtio_blk,floppy", "floppy"),
+            ("--distro --full", "--full"),
+            ("--distro --memory 1X,", "--memory"),
             ("--frob", "--frob"),
         ] {
             let failure = refused(words);
@@ -397,6 +462,13 @@ mod tests {
         ] {
             plausible_memory(memory).unwrap();
         }
+    }
+
+    #[test]
+    fn a_guest_loads_the_drivers_of_the_devices_that_it_is_given() {
+        let words = "--disk path=/x --net=tap=t0 --memory --rng2".split_whitespace();
+        let options: Vec<_> = words.map(OsString::from).collect();
+        assert_eq!(drivers_of(&options), ["virtio_blk", "virtio_net"]);
     }
 
     #[test]

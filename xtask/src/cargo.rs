@@ -123,16 +123,21 @@ pub(crate) fn build_command(args: &[OsString]) -> Result<i32> {
 
 /// The VMM as it is shipped: static, and position-independent all the same.
 pub(crate) fn reference_vmm() -> Result<PathBuf> {
+    static_program("reference-vmm", "reference-vmm")
+}
+
+/// A program of a package, optimised and static.
+pub(crate) fn static_program(package: &str, program: &str) -> Result<PathBuf> {
     let flags = format!(r#"target.{TARGET}.rustflags=["-Ctarget-feature=+crt-static"]"#);
     let made = build(
-        "building reference-vmm",
+        &format!("building {program}"),
         &[
             "build",
             "--release",
             "-p",
-            "reference-vmm",
+            package,
             "--bin",
-            "reference-vmm",
+            program,
             "--target",
             TARGET,
             "--config",
@@ -140,9 +145,9 @@ pub(crate) fn reference_vmm() -> Result<PathBuf> {
         ],
     )?;
     made.into_iter()
-        .find(|p| p.target == "reference-vmm" && p.kind == "bin")
+        .find(|p| p.target == program && p.kind == "bin")
         .map(|p| p.file)
-        .ok_or_else(|| Failure::new("cargo built no reference-vmm"))
+        .ok_or_else(|| Failure::new(format!("cargo built no {program}")))
 }
 
 /// This program, as a command inside the lab sees it: a copy that a rebuild on the host does not change.

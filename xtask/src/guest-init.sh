@@ -6,6 +6,10 @@
 #   guest.then=panic      a kernel panic    guest.then=wait     until the power button, or for ever
 #   guest.then=shell      a shell on the console; its end powers off
 #   guest.then=echo       answers each line of the console with `guest: echo LINE`, until `quit`
+#   guest.modules=A,B     loads these drivers and what they need, from an image that has them (guest_image.rs lists them)
+#   guest.address=A       gives the first network device this address
+#   guest.run=PROGRAM     runs it before that, from an image that has it in /bin, with the word `guest`
+#   guest.script=BASE64   runs these lines of shell before that
 #   guest.cpus            says of each processor where it stands, and what the first one can
 export PATH=/bin
 mount -t proc proc /proc
@@ -16,19 +20,36 @@ echo "guest: init $up"
 
 then=poweroff
 cpus=
+modules=
+address=
+run=
+script=
 for word in $(cat /proc/cmdline); do
     case "$word" in
     guest.then=*) then="${word#guest.then=}" ;;
+    guest.modules=*) modules="${word#guest.modules=}" ;;
+    guest.address=*) address="${word#guest.address=}" ;;
+    guest.script=*) script="${word#guest.script=}" ;;
+    guest.run=*) run="${word#guest.run=}" ;;
     guest.cpus) cpus=1 ;;
     esac
 done
 
 release=$(uname -r)
-if [ -r "/modules/$release/order" ]; then
+# Loads what a list names. Several lists have the same module; a kernel whose modules are not here has no list.
+load() {
     while read -r module; do
-        insmod "/modules/$release/$module.ko" || echo "guest: refused $module"
-    done <"/modules/$release/order"
-fi
+        [ -d "/sys/module/$module" ] || insmod "/modules/$release/$module.ko" || echo "guest: refused $module"
+    done <"/modules/$release/$1"
+}
+[ -r "/modules/$release/order" ] && load order
+for name in $(echo "$modules" | tr , ' '); do
+    if [ -r "/modules/$release/$name.needs" ]; then
+        load "$name.needs"
+    else
+        echo "guest: refused $name"
+    fi
+done
 
 echo "guest: uname $(uname -a)"
 echo "guest: cpus $(grep -c ^processor /proc/cpuinfo)"
@@ -49,6 +70,13 @@ fi
 sed -n 's/.*IO-APIC  *\([^ ]*\)  */guest: pin \1 /p' /proc/interrupts
 read -r up _ </proc/uptime
 echo "guest: uptime $up"
+
+[ -n "$address" ] && ifconfig eth0 "$address" up
+[ -n "$script" ] && {
+    echo "$script" | base64 -d >/tmp/script
+    sh -e /tmp/script && echo "guest: script done" || echo "guest: script failed"
+}
+[ -n "$run" ] && { "/bin/$run" guest || echo "guest: $run failed"; }
 
 # The power button ends the guest in every mode.
 mkdir -p /etc/acpi/PWRF

@@ -4,6 +4,7 @@
 //! says which words of the kernel's command line it obeys. One image serves every kernel of the tests: it holds
 //! the few modules that they want for each.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -17,8 +18,34 @@ use crate::modules::{Modules, in_order};
 /// The power button, where its events are read, and the device that a panic is told to.
 const MODULES: &[&str] = &["button", "evdev", "pvpanic-mmio"];
 
+/// The drivers of virtio devices, in the images that are made for guests with devices. None is loaded unless the kernel's
+/// command line names it (`guest.modules=`), so that a test has the driver that it is about and no other.
+pub(crate) const DEVICES: &[&str] = &[
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_console",
+    "virtio_rng",
+    "vmw_vsock_virtio_transport",
+];
+
+/// The driver of that name, if it is one of [`DEVICES`]; kernels take `-` for `_`.
+pub(crate) fn device(name: &str) -> Result<&'static str> {
+    let wanted = name.replace('-', "_");
+    let found = DEVICES.iter().copied().find(|device| *device == wanted);
+    found.ok_or_else(|| {
+        Failure::usage(format!(
+            "there is no driver {name:?} in the guests' image, only: {}",
+            DEVICES.join(", ")
+        ))
+    })
+}
+
+/// What every device stands on: it comes with each of [`DEVICES`].
+const TRANSPORT: &str = "virtio_mmio";
+
 /// Raised when the image's contents change.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 const INIT: &str = include_str!("guest-init.sh");
 
@@ -29,15 +56,28 @@ const TEST_KERNELS: &[(&str, Series, Flavour)] = &[
     ("vmlinuz-6.12", Series::V6_12, Flavour::Full),
 ];
 
+/// What an image holds beside busybox and the init.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Contents {
+    /// Nothing that a guest without devices has no use for: the smaller image is unpacked sooner.
+    Plain,
+    /// [`DEVICES`] too.
+    WithDevices,
+}
+
 /// An initramfs for `kernels`, made where the cache has none.
-pub(crate) fn initrd(assets: &Assets, kernels: &[Kernel]) -> Result<PathBuf> {
+pub(crate) fn initrd(assets: &Assets, kernels: &[Kernel], contents: Contents) -> Result<PathBuf> {
+    let (kind, devices) = match contents {
+        Contents::Plain => ("guest", &[][..]),
+        Contents::WithDevices => ("guest-devices", DEVICES),
+    };
     let busybox = assets.busybox()?;
     let zstd = assets.zstd()?;
     let releases: Vec<_> = kernels.iter().map(|k| k.release.as_str()).collect();
     let name = format!(
-        "images/guest-{}-{FORMAT}-{:016x}",
+        "images/{kind}-{}-{FORMAT}-{:016x}",
         releases.join("-"),
-        assets::fingerprint(INIT.as_bytes())
+        assets::fingerprint([MODULES, devices, &[INIT]].concat().join("\n").as_bytes())
     );
     let dir = assets.part(&name, |dir| {
         let mut archive = Archive::new();
@@ -48,21 +88,8 @@ pub(crate) fn initrd(assets: &Assets, kernels: &[Kernel]) -> Result<PathBuf> {
         add_busybox(&mut archive, &busybox)?;
         archive.file("init", 0o755, INIT.as_bytes());
         for kernel in kernels {
-            archive.directory(&format!("modules/{}", kernel.release));
-            let mut order = String::new();
-            for module in in_order(MODULES, &Modules::of(kernel, &zstd)?)? {
-                archive.file(
-                    &format!("modules/{}/{}.ko", kernel.release, module.name),
-                    0o644,
-                    &module.data,
-                );
-                order += &format!("{}\n", module.name);
-            }
-            archive.file(
-                &format!("modules/{}/order", kernel.release),
-                0o644,
-                order.as_bytes(),
-            );
+            let modules = Modules::of(kernel, &zstd)?;
+            add_modules(&mut archive, &kernel.release, devices, &modules)?;
         }
         let plain = dir.join("initrd.cpio");
         fs::write(&plain, archive.finish())
@@ -95,36 +122,68 @@ pub(crate) fn test_kernels(assets: &Assets) -> Result<PathBuf> {
         kernels.push(assets.kernel(*series, *flavour)?);
     }
     let memtest = assets.memtest()?;
-    let initrd = initrd(assets, &kernels)?;
+    let plain = initrd(assets, &kernels, Contents::Plain)?;
+    let with_devices = initrd(assets, &kernels, Contents::WithDevices)?;
     let mut files = vec![
         ("memtest86+x64.bin".to_owned(), memtest),
-        ("initrd-scripted.cpio.gz".to_owned(), initrd.clone()),
+        ("initrd-scripted.cpio.gz".to_owned(), plain),
+        ("initrd-devices.cpio.gz".to_owned(), with_devices),
     ];
     for ((name, ..), kernel) in TEST_KERNELS.iter().zip(&kernels) {
         files.push(((*name).to_owned(), kernel.vmlinuz()));
         // The ELF file within, for the other boot protocols.
         files.push((name.replace("vmlinuz", "vmlinux"), kernel.vmlinux()));
     }
-    let stamp = initrd
-        .parent()
-        .and_then(Path::file_name)
-        .map(|n| n.display().to_string())
-        .unwrap_or_default();
-    assets.part(
-        &format!(
-            "images/tests-2-{:016x}",
-            assets::fingerprint(stamp.as_bytes())
-        ),
-        |dir| {
-            for (name, file) in &files {
-                let copy = dir.join(name);
-                fs::hard_link(file, &copy)
-                    .or_else(|_| fs::copy(file, &copy).map(|_| ()))
-                    .context(|| format!("{} cannot be made", copy.display()))?;
+    // The folder's name follows from where its files come from.
+    let stamp: String = files
+        .iter()
+        .map(|(name, file)| format!("{name} {}\n", file.display()))
+        .collect();
+    let name = format!(
+        "images/tests-{:016x}",
+        assets::fingerprint(stamp.as_bytes())
+    );
+    assets.part(&name, |dir| {
+        for (name, file) in &files {
+            let copy = dir.join(name);
+            fs::hard_link(file, &copy)
+                .or_else(|_| fs::copy(file, &copy).map(|_| ()))
+                .context(|| format!("{} cannot be made", copy.display()))?;
+        }
+        Ok(())
+    })
+}
+
+/// The modules of one kernel: `order` lists what is loaded always, `NAME.needs` what `guest.modules=NAME` asks for.
+fn add_modules(
+    archive: &mut Archive,
+    release: &str,
+    devices: &[&str],
+    modules: &Modules<'_>,
+) -> Result<()> {
+    archive.directory(&format!("modules/{release}"));
+    let mut lists = vec![("order".to_owned(), in_order(MODULES, modules)?)];
+    for device in devices {
+        let list = format!("{device}.needs");
+        lists.push((list, in_order(&[TRANSPORT, device], modules)?));
+    }
+    let mut there = HashSet::new();
+    for (list, wanted) in lists {
+        let mut names = String::new();
+        for module in wanted {
+            names += &format!("{}\n", module.name);
+            let file = format!("modules/{release}/{}.ko", module.name);
+            if there.insert(module.name) {
+                archive.file(&file, 0o644, &module.data);
             }
-            Ok(())
-        },
-    )
+        }
+        archive.file(
+            &format!("modules/{release}/{list}"),
+            0o644,
+            names.as_bytes(),
+        );
+    }
+    Ok(())
 }
 
 /// busybox under all of its names.

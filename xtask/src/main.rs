@@ -12,6 +12,7 @@ mod boot;
 mod cargo;
 mod coverage;
 mod cpio;
+mod distro;
 mod failure;
 mod fuzz;
 mod guest_image;
@@ -32,11 +33,12 @@ Usage: cargo xtask COMMAND [OPTIONS]
 Commands:
   build                      the release binary, linked statically, as target/reference-vmm
   boot [OPTIONS]             boot a stock Debian kernel under reference-vmm, to a shell on this terminal
+  boot --distro [OPTIONS]    boot a whole Debian, with disk, network and vsock, to its login
   lab [OPTIONS] -- COMMAND…  run COMMAND as root in an emulated machine with hardware-style KVM (kvm_amd)
   test [OPTIONS]             build and run the tests of all tiers, and say what ran where
   coverage                   measure the tests' coverage, against coverage_config.json
   fuzz [TARGET…]             run the crates' fuzz targets with libFuzzer
-  bench startup|boot         measure what a start costs, against its floor or another monitor
+  bench startup|boot|io      measure a start, a boot or a guest's devices, against a floor or another monitor
 
 `cargo xtask COMMAND --help` says more of one.";
 
@@ -47,8 +49,10 @@ fn main() {
     let outcome = match command.as_deref().and_then(|c| c.to_str()) {
         Some("bench") => bench::command(rest),
         Some(bench::RUN_COMMAND) => bench::run_command(rest),
+        Some(bench::RUN_IO_COMMAND) => bench::run_io_command(rest),
         Some("build") => cargo::build_command(&rest),
         Some("boot") => boot::command(rest),
+        Some(distro::WATCH_COMMAND) => distro::watch_command(rest),
         Some(boot::WATCH_COMMAND) => boot::watch(rest),
         Some("coverage") => coverage::command(rest),
         Some("fuzz") => fuzz::command(rest),

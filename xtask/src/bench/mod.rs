@@ -3,23 +3,28 @@
 //! `cargo xtask bench`: what a start costs, against what it must cost or what another monitor takes, in one run.
 
 mod boot;
+mod io;
 mod startup;
 
 use std::ffi::{OsStr, OsString};
 
 use crate::failure::{Failure, Result};
 pub(crate) use boot::{RUN_COMMAND, run_command};
+pub(crate) use io::{RUN_COMMAND as RUN_IO_COMMAND, run_command as run_io_command};
 
 const USAGE: &str = "\
 Measures, and compares in the same run.
 
 Usage: cargo xtask bench startup [--runs N]   (60)
        cargo xtask bench boot [--rounds N]    (3)
+       cargo xtask bench io [--rounds N]      (3)
 
   startup   a tiny guest on this host's KVM: from exec to its first byte and to the end, against a program that makes
             the unavoidable system calls alone; peak memory; the size of the program
   boot      Debian's uncompressed cloud kernel in the lab, counting instructions: the guest's time at init, and from
-            the VMM's start to its end, against Debian's QEMU microvm";
+            the VMM's start to its end, against Debian's QEMU microvm
+  io        the same guest's disk, TCP and vsock in the lab, counting instructions, against the same QEMU with and
+            without vhost-net";
 
 /// `cargo xtask bench`.
 pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
@@ -44,9 +49,8 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     match what.as_deref() {
         Some("startup") => startup::run(count.unwrap_or(60)),
         Some("boot") => boot::run(count.unwrap_or(3)),
-        _ => Err(Failure::usage(
-            "cargo xtask bench startup, or cargo xtask bench boot",
-        )),
+        Some("io") => io::run(count.unwrap_or(3)),
+        _ => Err(Failure::usage("cargo xtask bench startup, boot or io")),
     }
 }
 

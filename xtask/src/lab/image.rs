@@ -22,12 +22,13 @@ const MODULES: &[&str] = &[
     "kvm-amd",
     "tun",
     "virtio_blk",
+    "virtio_net",
     "vhost_net",
     "vhost_vsock",
 ];
 
 /// Raised when the image's contents change, so that an older one in a cache is not taken for it.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 const INIT: &str = include_str!("init.sh");
 

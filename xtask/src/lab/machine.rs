@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -71,8 +72,7 @@ impl Machine {
             None => command.args(["-monitor", "none"]),
             Some(path) => {
                 let mut socket = OsString::from("unix:");
-                // A comma begins the next option; doubled, it is one.
-                socket.push(path.replace(',', ",,"));
+                socket.push(doubled_commas(Path::new(path)));
                 socket.push(",server=on,wait=off");
                 command.arg("-monitor").arg(socket)
             }
@@ -88,6 +88,21 @@ impl Machine {
             "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
         ]);
         command.args(["-device", "virtio-9p-pci,fsdev=host,mount_tag=host"]);
+        if let Some(image) = &options.disk {
+            let mut drive =
+                OsString::from("if=none,id=disk,format=raw,snapshot=on,cache=unsafe,file=");
+            drive.push(doubled_commas(image));
+            command.arg("-drive").arg(drive);
+            command.args(["-device", "virtio-blk-pci,drive=disk"]);
+        }
+        if !options.forwards.is_empty() {
+            let mut network = String::from("user,id=net");
+            for (here, there) in &options.forwards {
+                network += &format!(",hostfwd=tcp:127.0.0.1:{here}-:{there}");
+            }
+            command.args(["-netdev", &network]);
+            command.args(["-device", "virtio-net-pci,netdev=net,romfile="]);
+        }
         command.args([
             "-chardev",
             &format!("socket,id=lab,fd={}", theirs.as_raw_fd()),
@@ -174,6 +189,18 @@ impl Drop for Machine {
     }
 }
 
+/// A path within an option of QEMU's, where a comma begins the next word; doubled, it is one.
+fn doubled_commas(path: &Path) -> OsString {
+    let mut bytes = Vec::new();
+    for byte in path.as_os_str().as_bytes() {
+        bytes.push(*byte);
+        if *byte == b',' {
+            bytes.push(*byte);
+        }
+    }
+    OsString::from_vec(bytes)
+}
+
 fn command_line(options: &Options) -> String {
     // Quick and quiet: what slows an emulated start is left out; warnings still reach the log.
     let mut line = String::from(
@@ -235,4 +262,15 @@ fn listen(mut from: File, log: Arc<Mutex<Vec<u8>>>, show: bool) -> JoinHandle<()
             log.drain(..surplus);
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_comma_of_a_path_begins_no_option() {
+        assert_eq!(doubled_commas(Path::new("/a,b,,c")), "/a,,b,,,,c");
+        assert_eq!(doubled_commas(Path::new("/plain")), "/plain");
+    }
 }

@@ -61,6 +61,7 @@ Usage: cargo xtask lab [OPTIONS] -- COMMAND…
   --icount            its clock counts instructions: one CPU, slower, and the same times in every run
   --timeout SECONDS   the time limit, the machine's start included (600)
   --env NAME=VALUE    set for COMMAND; may be repeated. PATH, HOME, CARGO*, RUST* and the like are passed on anyway
+  --disk IMAGE        a raw image as the machine's /dev/vda; what is written there is gone with the machine
   --console           the machine's console on stderr, with everything that its kernel says
   --monitor SOCKET    QEMU's monitor on a unix socket: `info registers -a` tells where a guest hangs
   --refresh           download everything again, as the archive has it today
@@ -85,6 +86,10 @@ pub(crate) struct Options {
     /// Whether the command is to read this process's stdin.
     pub(crate) stdin: bool,
     pub(crate) cwd: Option<PathBuf>,
+    /// An image as the machine's disk, `/dev/vda`; what is written to it is gone with the machine.
+    pub(crate) disk: Option<PathBuf>,
+    /// TCP ports of this host's 127.0.0.1, each with the port of the machine (10.0.2.15, on eth0) that it leads to.
+    pub(crate) forwards: Vec<(u16, u16)>,
 }
 
 impl Default for Options {
@@ -102,6 +107,8 @@ impl Default for Options {
             refresh: false,
             stdin: false,
             cwd: None,
+            disk: None,
+            forwards: Vec::new(),
         }
     }
 }
@@ -124,6 +131,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             Long("icount") => options.icount = true,
             Long("timeout") => options.time_limit = Duration::from_secs(parser.value()?.parse()?),
             Long("env") => options.env.push(parser.value()?),
+            Long("disk") => options.disk = Some(parser.value()?.into()),
             Long("console") => options.console = true,
             Long("monitor") => options.monitor = Some(parser.value()?.string()?),
             Long("refresh") => options.refresh = true,

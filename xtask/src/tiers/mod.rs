@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use crate::assets::Assets;
 use crate::cargo::{self, Program};
+use crate::distro;
 use crate::failure::{Context, Failure, Result};
 use crate::guest_image;
 use crate::host::{self, KvmKind};
@@ -36,6 +37,7 @@ Usage: cargo xtask test [OPTIONS]
                  (none of the three: all of them)
   --waive TIER   leave a tier out and say so; may be repeated
   -p PACKAGE     the tests of this package alone; may be repeated
+  --test FILE    the tests of this file alone, such as kvm_run; may be repeated
   --kernel 6.12|6.1   the lab's kernel (6.12)
   --long         the long forms of the tests (LONG_TESTS=1)
 
@@ -80,6 +82,8 @@ struct Wanted {
     selected: Vec<Tier>,
     waived: Vec<Tier>,
     packages: Vec<String>,
+    /// Test files, or all.
+    tests: Vec<String>,
     kernel: crate::assets::Series,
 }
 
@@ -98,6 +102,10 @@ impl Wanted {
             .flat_map(|p| ["-p", p.as_str()])
             .collect()
     }
+
+    fn has_test(&self, name: &str) -> bool {
+        self.tests.is_empty() || self.tests.iter().any(|test| test == name)
+    }
 }
 
 /// `cargo xtask test`.
@@ -107,6 +115,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         selected: Vec::new(),
         waived: Vec::new(),
         packages: Vec::new(),
+        tests: Vec::new(),
         kernel: crate::assets::Series::V6_12,
     };
     let mut parser = lexopt::Parser::from_args(args);
@@ -117,6 +126,14 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             Long("lab") => wanted.selected.push(Tier::Lab),
             Long("waive") => wanted.waived.push(Tier::parse(&parser.value()?.string()?)?),
             Short('p') | Long("package") => wanted.packages.push(parser.value()?.string()?),
+            Long("test") => {
+                let name = parser.value()?.string()?;
+                if !test_files(&host::workspace())?.contains(&name) {
+                    let what = format!("--test {name}: no package has a tests/{name}.rs");
+                    return Err(Failure::usage(what));
+                }
+                wanted.tests.push(name);
+            }
             Long("kernel") => {
                 wanted.kernel = crate::assets::Series::parse(&parser.value()?.string()?)?
             }
@@ -148,6 +165,9 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
 fn run(wanted: &Wanted, kvm: KvmKind) -> Result<Vec<Outcome>> {
     let mut build = vec!["test", "--no-run"];
     build.extend(wanted.package_args());
+    for test in &wanted.tests {
+        build.extend(["--test", test]);
+    }
     let programs: Vec<_> = cargo::build("building the tests", &build)?
         .into_iter()
         .filter(|program| program.test)
@@ -180,7 +200,9 @@ fn run(wanted: &Wanted, kvm: KvmKind) -> Result<Vec<Outcome>> {
             env: monitor.clone(),
         };
         outcomes.extend(suite.run(&of_tier(Tier::Pure)));
-        outcomes.push(run::documentation(&wanted.package_args())?);
+        if wanted.tests.is_empty() {
+            outcomes.push(run::documentation(&wanted.package_args())?);
+        }
         outcomes.extend(models(wanted)?);
     }
     if wanted.has(Tier::Kvm) {
@@ -215,7 +237,8 @@ fn models(wanted: &Wanted) -> Result<Vec<Outcome>> {
     .into();
     let mut found = 0;
     for (package, test) in model_files(&host::workspace())? {
-        if wanted.packages.is_empty() || wanted.packages.contains(&package) {
+        let wanted_package = wanted.packages.is_empty() || wanted.packages.contains(&package);
+        if wanted_package && wanted.has_test(&test) {
             args.extend(["-p".into(), package, "--test".into(), test]);
             found += 1;
         }
@@ -294,6 +317,9 @@ fn all_test_files(workspace: &Path) -> Result<Vec<(String, String)>> {
     Ok(found)
 }
 
+/// The test program that wants a Debian for a guest, which takes a minute to make where the cache has none.
+const DISTRO_TEST: &str = "lab_distro";
+
 /// The kvm tier and the lab tier, each in a lab machine of its own.
 fn in_lab(
     wanted: &Wanted,
@@ -304,12 +330,28 @@ fn in_lab(
     let assets = Assets::open(false)?;
     let kernels = guest_image::test_kernels(&assets)?;
     let place = format!("the lab ({} kvm_amd)", wanted.kernel.name());
-    let mut env: Vec<_> = env
+    let mut named = env;
+    named.push(("LAB_KERNELS".to_owned(), kernels.into_os_string()));
+    named.push(("LAB_GDB".to_owned(), assets.gdb()?.into_os_string()));
+    // For guests, as a program of theirs.
+    let guest_io = cargo::static_program("xtask", "guest_io")?;
+    named.push(("LAB_GUEST_IO".to_owned(), guest_io.into_os_string()));
+    let mut disk = None;
+    if lab.iter().any(|program| program.target == DISTRO_TEST) {
+        let distro = distro::image(&assets)?;
+        let (linux, initrd) = assets.installer()?;
+        named.extend([
+            ("LAB_BUSYBOX".to_owned(), assets.busybox()?.into_os_string()),
+            ("LAB_DISTRO_DISK".to_owned(), distro::LAB_DISK.into()),
+            ("LAB_DISTRO_KERNEL".to_owned(), distro.kernel.into()),
+            ("LAB_DISTRO_INITRD".to_owned(), distro.initrd.into()),
+            ("LAB_INSTALLER_KERNEL".to_owned(), linux.into()),
+            ("LAB_INSTALLER_INITRD".to_owned(), initrd.into()),
+        ]);
+        disk = Some(distro.disk);
+    }
+    let mut env: Vec<_> = named
         .into_iter()
-        .chain([
-            ("LAB_KERNELS".to_owned(), kernels.into_os_string()),
-            ("LAB_GDB".to_owned(), assets.gdb()?.into_os_string()),
-        ])
         .map(|(name, value)| {
             let mut pair = OsString::from(name);
             pair.push("=");
@@ -329,22 +371,25 @@ fn in_lab(
             4 * 3600
         } else {
             // Four times what a tier takes on two quiet cores.
-            20 * 60
+            30 * 60
         }),
         env,
         cwd: Some(host::workspace()),
         ..lab::Options::default()
     };
+    let with_disk = lab::Options {
+        disk,
+        ..options.clone()
+    };
     // A machine each, of one CPU each, side by side: what a tier leaves behind in its machine is no other tier's.
     if kvm.is_empty() || lab.is_empty() {
-        let (tier, programs) = match kvm.is_empty() {
-            true => (Tier::Lab, lab),
-            false => (Tier::Kvm, kvm),
+        return match kvm.is_empty() {
+            true => in_machines(Tier::Lab, lab, &place, "", &with_disk),
+            false => in_machines(Tier::Kvm, kvm, &place, "", &options),
         };
-        return in_machines(tier, programs, &place, "", &options);
     }
     thread::scope(|scope| {
-        let lab = scope.spawn(|| in_machines(Tier::Lab, lab, &place, "lab | ", &options));
+        let lab = scope.spawn(|| in_machines(Tier::Lab, lab, &place, "lab | ", &with_disk));
         let mut all = in_machines(Tier::Kvm, kvm, &place, "kvm | ", &options)?;
         match lab.join() {
             Ok(outcomes) => all.extend(outcomes?),
