@@ -45,7 +45,7 @@ struct Contender {
     unix: bool,
 }
 
-pub(super) fn run(rounds: usize) -> Result<i32> {
+pub(super) fn run(rounds: usize, icount: bool) -> Result<i32> {
     let assets = Assets::open(false)?;
     let kernel = assets.kernel(Series::V6_1, Flavour::Cloud)?;
     let vmlinux = kernel.vmlinux();
@@ -84,7 +84,7 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
     let mut names: Vec<String> = Vec::new();
     let mut results = vec![Vec::<Vec<f64>>::new(); contenders.len()];
     for number in 1..=rounds {
-        for (at, name, value) in round(&argv)? {
+        for (at, name, value) in round(&argv, icount)? {
             let figure = names.iter().position(|known| *known == name);
             let figure = figure.unwrap_or_else(|| {
                 names.push(name);
@@ -99,9 +99,12 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
         say(format!("round {number} of {rounds}"));
     }
     step.end();
-    println!(
-        "\nmedian of {rounds} (spread from least to most); in the lab's time, which counts instructions\n"
-    );
+    let clock = if icount {
+        ", which counts instructions"
+    } else {
+        ""
+    };
+    println!("\nmedian of {rounds} (spread from least to most); in the lab's time{clock}\n");
     print!("{:<26}", "");
     for contender in &contenders {
         print!("{:>24}", contender.name);
@@ -185,9 +188,9 @@ fn with_program(initrd: &Path, program: &Path) -> Result<PathBuf> {
 }
 
 /// One lab machine: place of the contender, name of the figure, its value.
-fn round(argv: &[OsString]) -> Result<Vec<(usize, String, f64)>> {
+fn round(argv: &[OsString], icount: bool) -> Result<Vec<(usize, String, f64)>> {
     let options = lab::Options {
-        icount: true,
+        icount,
         time_limit: ROUND_LIMIT,
         memory_mib: 3072,
         ..lab::Options::default()
