@@ -10,27 +10,15 @@
 
 mod support;
 
-use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use support::pty::Pty;
-use support::{Ended, Running, Vmm, need_kvm};
+use support::{Ended, Running, Vmm, lab_file, need_kvm};
 
 /// An emulated machine inside an emulated machine takes its time, and a broken one must not take
 /// all of it.
 const LIMIT: Duration = Duration::from_secs(180);
-
-fn lab_file(name: &str) -> PathBuf {
-    let folder = std::env::var_os("LAB_KERNELS").expect("LAB_KERNELS is not set: cargo xtask test");
-    let path = PathBuf::from(folder).join(name);
-    assert!(
-        path.exists(),
-        "{} is missing: cargo xtask test makes it",
-        path.display()
-    );
-    path
-}
 
 /// Guests of several vCPUs on a lab of one CPU: one at a time, or they wait for each other's spinlocks.
 fn alone() -> MutexGuard<'static, ()> {

@@ -9,7 +9,6 @@ mod support;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -24,33 +23,12 @@ use reference_vmm::devices::virtio::console::host::{Host, stream};
 use reference_vmm::end::{EndSignal, GuestEnd};
 use reference_vmm::memory::Memory;
 use reference_vmm::vm::Machine;
-use support::need_kvm;
+use support::{base64, lab_file, need_kvm};
 
 const LIMIT: Duration = Duration::from_secs(180);
 
 /// One guest at a time on a lab of one CPU.
 static TURN: Mutex<()> = Mutex::new(());
-
-fn lab_file(name: &str) -> PathBuf {
-    let folder = std::env::var_os("LAB_KERNELS").expect("LAB_KERNELS is not set: cargo xtask test");
-    PathBuf::from(folder).join(name)
-}
-
-/// Base64 (RFC 4648), for a kernel's command line.
-fn base64(text: &str) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::new();
-    for three in text.as_bytes().chunks(3) {
-        let byte = |at: usize| u32::from(three.get(at).copied().unwrap_or(0));
-        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
-        for at in 0..4 {
-            let digit = DIGITS[(bits >> (18 - 6 * at) & 63) as usize];
-            let is_there = at <= three.len();
-            out.push(if is_there { digit.into() } else { '=' });
-        }
-    }
-    out
-}
 
 /// Runs a guest with these devices, to its end. What COM1 said.
 fn run(kernel: &str, irqchip: Irqchip, cpus: u32, devices: Devices, script: &str) -> String {

@@ -8,21 +8,13 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use kvm_core::arch::x86_64::Topology;
-use support::{Ended, Vmm, long, need_kvm};
+use support::{Ended, Vmm, lab_file, long, need_kvm};
 
 /// All processors take their turns on one emulated one.
 const LIMIT: Duration = Duration::from_secs(600);
-
-fn lab_file(name: &str) -> PathBuf {
-    let folder = std::env::var_os("LAB_KERNELS").expect("LAB_KERNELS is not set: cargo xtask test");
-    let path = PathBuf::from(folder).join(name);
-    assert!(path.exists(), "{} is missing", path.display());
-    path
-}
 
 /// A kernel whose init tells of its processors.
 fn linux(kernel: &str, args: &[&str]) -> Ended {

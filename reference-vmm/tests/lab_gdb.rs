@@ -13,18 +13,13 @@ mod support;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use support::{Running, Vmm, need_kvm};
+use support::{Running, Vmm, lab_file, need_kvm};
 
 const LIMIT: Duration = Duration::from_secs(240);
-
-fn lab_file(name: &str) -> PathBuf {
-    let folder = std::env::var_os("LAB_KERNELS").expect("LAB_KERNELS is not set: cargo xtask test");
-    PathBuf::from(folder).join(name)
-}
 
 /// A kernel that waits for gdb at `socket`.
 fn linux(socket: &Path, then: &str) -> Running {

@@ -10,21 +10,15 @@ mod tap;
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use support::{Vmm, base64, need_kvm};
+use support::{Vmm, base64, lab_file, need_kvm};
 
 const LIMIT: Duration = Duration::from_secs(240);
 const HOST: [u8; 4] = [192, 168, 77, 1];
 /// Of each stream, bytes.
 const LEN: usize = 4 << 20;
-
-fn lab_file(name: &str) -> PathBuf {
-    let folder = std::env::var_os("LAB_KERNELS").expect("LAB_KERNELS is not set: cargo xtask test");
-    PathBuf::from(folder).join(name)
-}
 
 /// Serves `count` connections to this port, one after the other: what is sent comes back behind its end.
 fn echo(port: u16, count: usize) -> JoinHandle<()> {

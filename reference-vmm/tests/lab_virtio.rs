@@ -6,18 +6,12 @@
 
 mod support;
 
-use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use support::{Ended, Vmm, base64, need_kvm};
+use support::{Ended, Vmm, base64, lab_file, need_kvm};
 
 const LIMIT: Duration = Duration::from_secs(180);
-
-fn lab_file(name: &str) -> PathBuf {
-    let folder = std::env::var_os("LAB_KERNELS").expect("LAB_KERNELS is not set: cargo xtask test");
-    PathBuf::from(folder).join(name)
-}
 
 /// Guests of several vCPUs on a lab of one CPU: one at a time.
 fn alone() -> MutexGuard<'static, ()> {

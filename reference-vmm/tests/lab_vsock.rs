@@ -10,17 +10,12 @@ mod support;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use support::{Vmm, base64, need_kvm};
+use support::{Vmm, base64, lab_file, need_kvm};
 
 const LIMIT: Duration = Duration::from_secs(180);
-
-fn lab_file(name: &str) -> PathBuf {
-    let folder = std::env::var_os("LAB_KERNELS").expect("LAB_KERNELS is not set: cargo xtask test");
-    PathBuf::from(folder).join(name)
-}
 
 /// An archive (newc) with one program in it.
 fn archive(name: &str, program: &[u8]) -> Vec<u8> {

@@ -56,6 +56,18 @@ pub fn file(bytes: &[u8]) -> tempfile::TempPath {
     file.into_temp_path()
 }
 
+/// A file of the lab's kernels and images.
+pub fn lab_file(name: &str) -> PathBuf {
+    let folder = std::env::var_os("LAB_KERNELS").expect("LAB_KERNELS is not set: cargo xtask test");
+    let path = PathBuf::from(folder).join(name);
+    assert!(
+        path.exists(),
+        "{} is missing: cargo xtask test makes it",
+        path.display()
+    );
+    path
+}
+
 /// Base64 (RFC 4648), for a kernel's command line.
 pub fn base64(text: &str) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
