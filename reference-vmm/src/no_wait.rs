@@ -30,15 +30,7 @@ impl Way {
     /// # Errors
     /// The errno of `fstat(2)`.
     pub(crate) fn of(out: &impl AsRawFd) -> io::Result<Self> {
-        let mut stat = MaybeUninit::<libc::stat>::uninit();
-        // SAFETY: fstat fills `stat` when it succeeds, and it is read only then.
-        let mode = unsafe {
-            if libc::fstat(out.as_raw_fd(), stat.as_mut_ptr()) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            stat.assume_init().st_mode
-        };
-        Ok(match mode & libc::S_IFMT {
+        Ok(match file_type(out.as_raw_fd())? {
             libc::S_IFREG => Way::Plain,
             _ => Way::NoWait,
         })
@@ -153,22 +145,41 @@ impl Read for Reader {
                 _ => return Err(error),
             }
         }
-        if self.way == Way::AskFirst && !readable(self.file.as_raw_fd())? {
+        if self.way == Way::AskFirst && !is_ready(self.file.as_raw_fd(), libc::POLLIN, 0)? {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         self.file.read(buffer)
     }
 }
 
-/// Whether a read would find something now, be it the end or an error.
-fn readable(fd: RawFd) -> io::Result<bool> {
+/// What a descriptor is: `S_IFREG`, `S_IFIFO` and so on.
+///
+/// # Errors
+/// The errno of `fstat(2)`.
+pub(crate) fn file_type(fd: RawFd) -> io::Result<libc::mode_t> {
+    let mut stat = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: fstat fills `stat` when it succeeds, and it is read only then.
+    unsafe {
+        if libc::fstat(fd, stat.as_mut_ptr()) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(stat.assume_init().st_mode & libc::S_IFMT)
+    }
+}
+
+/// Whether one of `events` (`POLLIN`, `POLLOUT`) or an error of `fd` is there, within so many milliseconds; 0 looks and
+/// does not wait.
+///
+/// # Errors
+/// The errno of `poll(2)`.
+pub(crate) fn is_ready(fd: RawFd, events: libc::c_short, milliseconds: i32) -> io::Result<bool> {
     let mut poll = libc::pollfd {
         fd,
-        events: libc::POLLIN,
+        events,
         revents: 0,
     };
     // SAFETY: one valid pollfd.
-    match unsafe { libc::poll(&mut poll, 1, 0) } {
+    match unsafe { libc::poll(&mut poll, 1, milliseconds) } {
         -1 => Err(io::Error::last_os_error()),
         ready => Ok(ready > 0),
     }

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::no_wait::Way;
+use crate::no_wait::{Way, is_ready};
 
 /// The longest that what is said waits for stderr's reader.
 pub const PATIENCE: Duration = Duration::from_millis(500);
@@ -94,17 +94,8 @@ fn write_to(out: &impl AsRawFd, mut way: Way, mut text: &[u8], deadline: Instant
 /// Whether there is room before `deadline`. An error of `fd` counts as room: the write says which.
 fn has_room(fd: i32, deadline: Instant) -> io::Result<bool> {
     let left = deadline.saturating_duration_since(Instant::now());
-    let mut poll = libc::pollfd {
-        fd,
-        events: libc::POLLOUT,
-        revents: 0,
-    };
     let left = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
-    // SAFETY: one valid pollfd.
-    match unsafe { libc::poll(&mut poll, 1, left) } {
-        -1 => Err(io::Error::last_os_error()),
-        ready => Ok(ready > 0),
-    }
+    is_ready(fd, libc::POLLOUT, left)
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ use super::device::{Cx, Handler, Memory, Ram, Source, SourceChange};
 use super::fault::{Complaints, Fault};
 use super::interrupt::DriverLink;
 use super::queue::DeviceQueue;
+use crate::no_wait::is_ready;
 
 /// A handler that has rested, with its queues.
 #[derive(Debug)]
@@ -212,19 +213,8 @@ fn fail_in<H: Handler>(
 
 /// Waits until the eventfd is written.
 fn wait_for(event: &EventFd) {
-    let mut fd = libc::pollfd {
-        fd: event.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    loop {
-        // SAFETY: one pollfd, which lives through the call.
-        let ready = unsafe { libc::poll(&mut fd, 1, -1) };
-        let error = io::Error::last_os_error();
-        if ready >= 0 || error.kind() != io::ErrorKind::Interrupted {
-            return;
-        }
-    }
+    let interrupted = |error: &io::Error| error.kind() == io::ErrorKind::Interrupted;
+    while is_ready(event.as_raw_fd(), libc::POLLIN, -1).is_err_and(|error| interrupted(&error)) {}
 }
 
 impl<H: Handler> Subscriber<H> {

@@ -5,12 +5,11 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use crate::gdb::Listener;
-use crate::no_wait::Way;
+use crate::no_wait::{Way, file_type, is_ready};
 
 /// Where bytes for the guest come from.
 pub trait Source: Send {
@@ -185,7 +184,7 @@ impl Sink for Shared {
         match way {
             None => io::Write::write(out, bytes),
             Some(way) => {
-                let room = || writable(out.as_raw_fd());
+                let room = || is_ready(out.as_raw_fd(), libc::POLLOUT, 0);
                 let written = way.write(out, bytes, room)?;
                 written.ok_or_else(|| io::ErrorKind::WouldBlock.into())
             }
@@ -276,31 +275,6 @@ impl Accept for Listener {
             OwnedFd::from_raw_fd(fd)
         };
         stream(socket)
-    }
-}
-
-fn file_type(fd: RawFd) -> io::Result<libc::mode_t> {
-    let mut stat = MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: fstat fills `stat` when it succeeds, and it is read only then.
-    unsafe {
-        if libc::fstat(fd, stat.as_mut_ptr()) < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(stat.assume_init().st_mode & libc::S_IFMT)
-    }
-}
-
-/// Whether a write would find room now, or its error.
-fn writable(fd: RawFd) -> io::Result<bool> {
-    let mut poll = libc::pollfd {
-        fd,
-        events: libc::POLLOUT,
-        revents: 0,
-    };
-    // SAFETY: one valid pollfd.
-    match unsafe { libc::poll(&mut poll, 1, 0) } {
-        -1 => Err(io::Error::last_os_error()),
-        ready => Ok(ready > 0),
     }
 }
 
