@@ -27,6 +27,7 @@ use super::listener::Listener;
 use super::target::{GuestTarget, StopReason};
 use super::vcpus::{Trouble, Vcpus};
 use crate::end::{EndSignal, GuestEnd, StopCause};
+use crate::no_wait::is_ready;
 
 /// The longest packet that is received, and what gdb is told that it may send.
 const PACKET: usize = 16 * 1024;
@@ -117,19 +118,10 @@ fn next(listener: &Listener, link: &Link) -> io::Result<Option<super::listener::
 
 /// Waits for the machine's end, so long at most, and says whether it has come.
 fn closes_within(link: &Link, time: Duration) -> io::Result<bool> {
-    let mut fd = libc::pollfd {
-        fd: link.closing(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
     let milliseconds = libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX);
-    // SAFETY: one valid pollfd.
-    match unsafe { libc::poll(&mut fd, 1, milliseconds) } {
-        ready if ready >= 0 => Ok(ready > 0),
-        _ => match io::Error::last_os_error() {
-            error if error.kind() == io::ErrorKind::Interrupted => Ok(false),
-            error => Err(error),
-        },
+    match is_ready(link.closing(), libc::POLLIN, milliseconds) {
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+        ready => ready,
     }
 }
 

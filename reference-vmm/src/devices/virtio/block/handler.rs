@@ -9,8 +9,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::Duration;
 
+use kvm_core::logging::{self, Admission, RateLimit};
 use vm_memory::Permissions;
 use vm_memory::bitmap::Bitmap;
 use vmm_sys_util::epoll::EventSet;
@@ -18,7 +19,6 @@ use vmm_sys_util::epoll::EventSet;
 use super::super::chain::Chain;
 use super::super::device::{Cx, Handler, Source};
 use super::super::fault::Fault;
-use super::complaints::Complaints;
 use super::config::MAX_SERIAL;
 use super::engine::{Action, Completion, Engine, Job, Room};
 use super::image::Image;
@@ -28,6 +28,9 @@ use super::task::{Next, Task};
 
 /// So much room of jobs is kept.
 const SPARE: usize = 64;
+
+/// The time between two lines about I/O errors: a broken disk under a busy guest does not fill the log.
+const COMPLAINTS: Duration = Duration::from_secs(10);
 
 /// What all of a disk's handlers have in common.
 #[derive(Debug)]
@@ -57,7 +60,7 @@ pub struct BlockHandler {
     /// Queues with chains for which there was no room.
     left: Vec<bool>,
     spare: Vec<Room>,
-    complaints: Complaints,
+    complaints: RateLimit,
 }
 
 struct UnderWay {
@@ -80,7 +83,7 @@ impl BlockHandler {
             waiting: VecDeque::new(),
             left: Vec::new(),
             spare: Vec::new(),
-            complaints: Complaints::default(),
+            complaints: RateLimit::new(COMPLAINTS, 1),
         }
     }
 
@@ -269,7 +272,10 @@ impl BlockHandler {
     }
 
     fn complain(&mut self, job: &Job, error: &io::Error) {
-        let Some(left_out) = self.complaints.tell(Instant::now()) else {
+        let Admission::Passed {
+            suppressed: left_out,
+        } = self.complaints.admit(logging::now())
+        else {
             return;
         };
         let path = self.common.image.path().display();
@@ -363,5 +369,24 @@ impl Handler for BlockHandler {
             }
         }
         outcome
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_error_in_ten_seconds_is_told_and_the_others_are_counted() {
+        let complaints = RateLimit::new(COMPLAINTS, 1);
+        let tell = |seconds| match complaints.admit(Duration::from_secs(seconds)) {
+            Admission::Passed { suppressed } => Some(suppressed),
+            _ => None,
+        };
+        assert_eq!(tell(0), Some(0));
+        assert_eq!((tell(1), tell(9)), (None, None));
+        assert_eq!(tell(10), Some(2));
+        assert_eq!(tell(11), None);
+        assert_eq!(tell(100), Some(1));
     }
 }

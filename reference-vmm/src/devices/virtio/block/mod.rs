@@ -33,7 +33,6 @@
 //! The page cache is always used (no `O_DIRECT`). The size of a running guest's disk does not change. No zones, no
 //! secure erase, no lifetime, no image formats but raw.
 
-mod complaints;
 mod config;
 pub mod engine;
 mod handler;
