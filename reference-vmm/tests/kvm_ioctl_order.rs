@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The order of set-up (`vm.rs` has it with its reasons) in the ioctls of a real run: what costs a
+//! The order of set-up (`vm/mod.rs` has it with its reasons) in the ioctls of a real run: what costs a
 //! grace period inside KVM is not asked for, or asked for where it costs none, and nothing is asked
 //! twice.
 

@@ -1,0 +1,527 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The composition: a VM from a [`Config`], out of the crates and the devices.
+//!
+//! ```text
+//!  Config ──► boot::plan ──► VmSetup ──► memslots ──► irqchip ──► vCPUs ──► bus ──► threads
+//!             (files and       │                                                     │
+//!              numbers only)   └ from here on KVM may refuse            KVM_RUN ◄────┘
+//! ```
+//!
+//! # The order of set-up
+//!
+//! It decides how long a start takes, because some of KVM's calls wait for an SRCU grace period of
+//! KVM's own I/O buses or memory slots (6 to 15 ms on the hosts of HOSTS.md's table):
+//!
+//! 1. **Everything that needs no KVM** first: the kernel's headers, the boot plan, the ACPI tables.
+//!    What is wrong with the configuration is found before anything exists.
+//! 2. **Readers' barriers** are made free (`srcu::prepare`) while the process has one thread: with two,
+//!    the kernel waits for a grace period of its own.
+//! 3. **CPUID** is asked for on a thread of its own while the rest goes on: KVM's slowest answer, and
+//!    the vCPUs are the first to need it. Only a guest that is to have a certain processor, or so much memory
+//!    that the processor's address bits may not reach, waits for it at once. Only then the
+//!    host is asked for what it may not have, huge pages and nodes.
+//! 4. **Memory slots** before anything that registers on KVM's buses: a slot made after the
+//!    in-kernel irqchip waits for a grace period. The firmware's is one of them, read-only
+//!    ([`memory`](crate::memory)): where there are ACPI tables, for elsewhere there is no firmware.
+//! 5. **The irqchip** before the first vCPU, as KVM demands it.
+//! 6. **vCPUs**, their CPUID, MSRs and registers.
+//! 7. **Devices**, which are user-space tables: no call to KVM. The split irqchip's IOAPIC is one of
+//!    them, and its edges are messages (`KVM_SIGNAL_MSI`), for which KVM waits for nothing. With the
+//!    in-kernel one interrupts are irqfds that are attached when they are first raised. In neither is
+//!    a routing table committed as long as no level-triggered pin is raised. An ioeventfd would come here or later: with one, the VM's end waits as well. So does
+//!    it with a coalesced zone, which comes when a guest has written much
+//!    ([`coalesce`](crate::devices::coalesce)).
+//!
+//! `tests/kvm_ioctl_order.rs` holds it against the ioctls of a real run.
+
+mod cpuid;
+mod error;
+mod running;
+mod start;
+mod wiring;
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::{Arc, Mutex};
+
+use io_bus::{IoBus, IoRange, Registration};
+use irq_routing::ioapic::{Notifier, SplitIoapic};
+use irq_routing::{Gsi, Irqchip, IrqchipError, IrqchipKind, Pit, Routing};
+use kvm_bindings::KVM_CAP_X86_USER_SPACE_MSR;
+use kvm_core::stats::{StatsError, StatsFd};
+use kvm_core::{KickSignal, Vcpu, VcpuId, VcpuSet, Vm};
+use kvm_ioctls::VmFd;
+use memslots::{Memslots, Slot};
+use vm_device::bus::{PioAddress, PioRange};
+
+use crate::arch::boot::{self, BootConfig, Image, ImageKind};
+use crate::arch::{acpi, layout, reset_vector};
+use crate::config::{self, Config};
+use crate::devices::acpi_power::AcpiPower;
+use crate::devices::coalesce::{Coalescing, PolledOutput};
+use crate::devices::interrupt::{Interrupt, Wire};
+use crate::devices::ioapic::Ioapic;
+use crate::devices::serial::{ConsoleOut, SerialPort};
+use crate::devices::virtio::any::{Devices, PlacedDevice};
+use crate::devices::virtio::bay;
+use crate::devices::virtio::console::config::Stdio;
+use crate::end::EndSignal;
+use crate::exits::{self, Handler, run_vcpu};
+use crate::host_memory::SYSFS;
+use crate::kvm_stats::KvmReaders;
+use crate::stats::{ExitCounters, Named};
+use crate::{gdb, msrs};
+use cpuid::ask_kvm;
+pub use error::BuildError;
+pub use running::Running;
+use start::StartState;
+use wiring::{Wiring, register_devices, register_ioapic, wire_virtio};
+
+/// The vCPU that KVM starts at once; the others wait for it.
+const BOOT_VCPU: VcpuId = VcpuId(0);
+
+type Host = Arc<VmFd>;
+type Com1 = SerialPort<Interrupt<Wire<Host>>, ConsoleOut>;
+type Power = AcpiPower<Interrupt<Wire<Host>>>;
+
+/// A machine that has been built and whose vCPUs have not run yet.
+pub struct Machine {
+    parts: Parts,
+    vcpus: Vec<Vcpu>,
+    end: Arc<EndSignal>,
+    kvm_stats: Option<KvmReaders<StatsFd>>,
+    /// Where a debugger is listened for.
+    gdb: Option<gdb::Listener>,
+    /// The KVM device.
+    kvm: PathBuf,
+}
+
+/// What lives as long as the guest. Fields are dropped in this order: devices first, which hold
+/// interrupts, then interrupts' owner, then memory.
+struct Parts {
+    com1: Arc<Com1>,
+    power: Arc<Power>,
+    /// Before the bus: its zone is one of the bus's.
+    console: Arc<Coalescing<Host, Com1>>,
+    /// With the split irqchip.
+    ioapic: Option<Arc<Ioapic<Host>>>,
+    /// virtio devices, before their interrupts' owner and before memory.
+    virtio: Vec<Arc<dyn PlacedDevice>>,
+    /// Where a virtio console has stdin.
+    stdio: Option<Stdio>,
+    /// Kept for their drop, which ends the calls.
+    _unmasked: Vec<Notifier>,
+    /// Kept for their drop, which takes the devices off the bus.
+    _registrations: Vec<Registration>,
+    /// What is on it, by name.
+    names: Vec<Named>,
+    bus: IoBus,
+    /// Kept for their drop, which deletes the slots.
+    _slots: Vec<Slot>,
+    memslots: Memslots,
+    vm: Vm,
+}
+
+impl Machine {
+    /// Builds what `config` describes, with the serial console's output on `console` and its end
+    /// told to `end`. Blocks for the reading of the kernel and the initrd, and until memory is present
+    /// that is to be so: [`build_watched`](Self::build_watched) can end that.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing is left behind.
+    pub fn build(
+        config: &Config,
+        console: impl AsFd,
+        end: &Arc<EndSignal>,
+    ) -> Result<Self, BuildError> {
+        Self::build_watched(config, console, end, || {})
+    }
+
+    /// [`build`](Self::build) with these virtio devices instead of the configuration's: for devices of a program's
+    /// own.
+    ///
+    /// ```no_run
+    /// # use std::sync::Arc;
+    /// # use reference_vmm::{config::Config, end::EndSignal, vm::Machine};
+    /// use reference_vmm::devices::virtio::{any::Devices, rng::Rng};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let (config, end) = (Config::new("vmlinux"), Arc::new(EndSignal::new()?));
+    /// let mut devices = Devices::open(&config, std::io::stdout())?;
+    /// devices.add("mine", Rng);
+    /// let machine = Machine::build_with(&config, devices, std::io::stdout(), &end)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing is left behind.
+    pub fn build_with(
+        config: &Config,
+        devices: Devices,
+        console: impl AsFd,
+        end: &Arc<EndSignal>,
+    ) -> Result<Self, BuildError> {
+        Self::build_all(config, Some(devices), console, end, || {})
+    }
+
+    /// [`build`](Self::build), and while memory is made present `watch` is called, several times a second
+    /// or before each huge page. An `end` that is told meanwhile, by it or by another thread, ends the
+    /// building.
+    ///
+    /// # Errors
+    /// [`BuildError`], of which [`BuildError::Ended`] is no failure; nothing is left behind.
+    pub fn build_watched(
+        config: &Config,
+        console: impl AsFd,
+        end: &Arc<EndSignal>,
+        watch: impl Fn(),
+    ) -> Result<Self, BuildError> {
+        Self::build_all(config, None, console, end, watch)
+    }
+
+    fn build_all(
+        config: &Config,
+        devices: Option<Devices>,
+        console: impl AsFd,
+        end: &Arc<EndSignal>,
+        watch: impl Fn(),
+    ) -> Result<Self, BuildError> {
+        config.validate()?;
+
+        // 1. Files and numbers.
+        let kernel = config.kernel.as_deref();
+        let kernel = kernel.ok_or(config::ConfigError::NoKernel)?;
+        let mut kernel = Image::open(ImageKind::Kernel, kernel)?;
+        let mut initrds = config
+            .initrd
+            .iter()
+            .map(|path| Image::open(ImageKind::Initrd, path))
+            .collect::<Result<Vec<_>, _>>()?;
+        let ram = memslots::ram_layout(config.memory.size, layout::MMIO_HOLE)?;
+        let topology = config.cpus.topology()?;
+        let template = config.cpu.template()?;
+        let devices = devices.map_or_else(|| Devices::open(config, &console), Ok)?;
+        devices.check()?;
+        if config.irqchip == config::Irqchip::None && !devices.is_empty() {
+            return Err(config::ConfigError::VirtioWithoutInterrupts.into());
+        }
+        let places = bay::places(devices.len());
+        // A guest without pin interrupts could not use what the tables describe.
+        let acpi = (config.irqchip != config::Irqchip::None)
+            .then(|| {
+                acpi::tables(&acpi::AcpiConfig {
+                    virtio_mmio: &places,
+                    ..acpi::AcpiConfig::new(topology)
+                })
+            })
+            .transpose()?;
+        let plan = boot::plan(
+            &mut kernel,
+            &initrds,
+            &BootConfig {
+                ram: &ram,
+                cmdline: &config.cmdline,
+                rsdp: acpi.as_ref().map(|acpi| acpi.rsdp),
+                preference: boot::Preference::Fastest,
+            },
+        )?;
+        // A slot for the firmware where there is any.
+        let new_slots = config.memory.slots(&ram, acpi.is_some());
+
+        // 2. and 3. What KVM takes at all, with CPUID asked for while the rest goes on.
+        srcu::prepare();
+        let kvm = match ask_kvm(config, topology, template, &ram) {
+            // A wish that cannot be is told where there is no KVM as well.
+            Err(error @ BuildError::Open(_)) => Err(error),
+            asked => Ok(asked?),
+        };
+        // What the host has, and after what KVM takes: more huge pages do not help a guest that could
+        // not address them.
+        let refused = config.memory.check_host(&new_slots);
+        refused.map_err(BuildError::HostMemory)?;
+        config.memory.check_available()?;
+        let (kvm, cpuid) = kvm?;
+        let sysfs = Path::new(SYSFS);
+        let told = [config.memory.thp_obstacle(sysfs), config.memory.excess()];
+        for told in told.into_iter().flatten() {
+            log::warn!("{told}");
+        }
+
+        // 4. The VM and its memory.
+        let setup = kvm.create_vm()?.named("guest");
+        let memslots = Memslots::new(setup.fd().clone());
+        let slots = memslots.create_all(new_slots)?;
+        let memory = memslots.snapshot();
+        // Before anything is written there: a huge page that its node has not is a SIGBUS at a touch.
+        let go_on = || {
+            watch();
+            !end.is_told()
+        };
+        let present = config.memory.make_present(&memory, go_on);
+        present.map_err(BuildError::Prefault)?;
+        if end.is_told() {
+            return Err(BuildError::Ended);
+        }
+        plan.load(&*memory, &mut kernel, &mut initrds)?;
+        if let Some(acpi) = &acpi {
+            boot::write_all(&*memory, &acpi.writes)?;
+            boot::write_all(&*memory, &[reset_vector::block()])?;
+        }
+        let start = StartState::of(&plan.entry)?;
+        boot::write_all(&*memory, &[start.tables()])?;
+        drop((memory, kernel, initrds));
+
+        // 5. The irqchip.
+        setup.set_tss_address(layout::TSS_ADDR)?;
+        let irqchip =
+            Irqchip::create(setup.fd(), irqchip_kind(config)).map_err(|error| {
+                match (&error, config.irqchip) {
+                    (IrqchipError::Unsupported(_), config::Irqchip::Split) => {
+                        BuildError::NoSplitIrqchip(error)
+                    }
+                    _ => error.into(),
+                }
+            })?;
+        let routing = Routing::new(setup.fd().clone(), &irqchip);
+        // Only to be told of them: the guest gets the fault that KVM would give it.
+        if setup.capabilities().has(KVM_CAP_X86_USER_SPACE_MSR) {
+            setup.exit_on_msrs(msrs::EXITS)?;
+        }
+
+        // 6. vCPUs.
+        // Below SIGRTMIN: a kick arrives also where the user's pending signals have reached their
+        // limit. SIGURG of these: one that comes from elsewhere does no harm and never did.
+        let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
+        let vm = setup.kick_signal(kick).finish();
+        let mut cpuid = cpuid.answer(&ram)?;
+        let vcpus = topology
+            .apic_ids()
+            .map(|id| {
+                let vcpu = vm.create_vcpu(id)?;
+                if id == BOOT_VCPU {
+                    cpuid.tell_time(&vcpu);
+                }
+                cpuid.set_up(&vcpu, config)?;
+                if id == BOOT_VCPU {
+                    start.set(&vcpu, &plan.entry)?;
+                }
+                Ok(vcpu)
+            })
+            .collect::<Result<Vec<_>, BuildError>>()?;
+
+        // 7. Devices.
+        let chip = match config.irqchip {
+            config::Irqchip::Split => Some(SplitIoapic::new(&routing).map_err(|source| {
+                let device = "the IOAPIC";
+                BuildError::Interrupt { device, source }
+            })?),
+            _ => None,
+        };
+        let interrupt = |device: &'static str, gsi| {
+            let refused = |source| BuildError::Interrupt { device, source };
+            let gsi = routing.reserve(Gsi(gsi)).map_err(refused)?;
+            let wire = match &chip {
+                Some(chip) => Wire::Pin(chip.line(&gsi).map_err(refused)?),
+                None => Wire::Eventfd(routing.source(&gsi)),
+            };
+            Ok::<_, BuildError>(Interrupt::new(device, wire, end.clone()))
+        };
+        let out = ConsoleOut::new(console, end.clone()).map_err(|source| BuildError::Process {
+            what: "duplicate stdout",
+            source,
+        })?;
+        let com1 =
+            SerialPort::new(interrupt("COM1", layout::COM1_GSI)?, out).map_err(|source| {
+                BuildError::Process {
+                    what: "make the serial port's event",
+                    source,
+                }
+            })?;
+        let com1 = Arc::new(com1);
+        // Weak: the port's console has the end.
+        let console_of = Arc::downgrade(&com1);
+        end.before_own_end(move || {
+            if let Some(com1) = console_of.upgrade() {
+                com1.sync();
+            }
+        });
+        let power = Arc::new(Power::new(end.clone(), interrupt("ACPI", layout::GED_GSI)?));
+        let bus = IoBus::new();
+        let (mut registrations, mut names) = register_devices(&bus, config, &com1, &power, end)?;
+        let ioapic = chip
+            .clone()
+            .map(|chip| Arc::new(Ioapic::new(chip, end.clone())));
+        if let Some(ioapic) = &ioapic {
+            let (registration, name) = register_ioapic(&bus, ioapic)?;
+            registrations.push(registration);
+            names.push(name);
+        }
+        let mut virtio = Vec::with_capacity(devices.len());
+        let mut unmasked = Vec::new();
+        for ((name, device), place) in devices.list.into_iter().zip(&places) {
+            let wiring = Wiring {
+                routing: &routing,
+                chip: chip.as_ref(),
+                ram: &memslots.ram(),
+                host: vm.fd(),
+                bus: &bus,
+                end,
+            };
+            let wired = wire_virtio(&wiring, name, device, place)?;
+            virtio.push(wired.device);
+            unmasked.extend(wired.unmasked);
+            registrations.push(wired.registration);
+            names.push(wired.name);
+        }
+        // Only the transmit register; nothing is asked of KVM before a guest writes much.
+        let transmit = PioRange::new(PioAddress(layout::COM1_PORT), 1).map(IoRange::from);
+        let transmit = transmit.map_err(|_| BuildError::Process {
+            what: "name the serial port's transmit register",
+            source: io::ErrorKind::InvalidInput.into(),
+        })?;
+        let console = Coalescing::new(vm.fd().clone(), com1.clone(), transmit);
+        if !config.coalesce_console {
+            console.leave_off();
+        }
+        let parts = Parts {
+            com1,
+            power,
+            console,
+            ioapic,
+            virtio,
+            stdio: devices.stdio,
+            _unmasked: unmasked,
+            _registrations: registrations,
+            names,
+            bus,
+            _slots: slots,
+            memslots,
+            vm,
+        };
+        Ok(Machine {
+            parts,
+            vcpus,
+            end: end.clone(),
+            kvm_stats: None,
+            gdb: None,
+            kvm: config.kvm.clone(),
+        })
+    }
+
+    /// Puts the guest under a debugger: it waits for one that connects to `listener` before its first
+    /// instruction.
+    pub fn debug(&mut self, listener: gdb::Listener) {
+        self.gdb = Some(listener);
+    }
+
+    /// Has the accesses of each device counted from now on: [`Running::stats`] shows them then. Each
+    /// costs some nanoseconds more.
+    pub fn count_accesses(&self) {
+        self.parts.bus.count(true);
+    }
+
+    /// Has KVM's own numbers read as well: [`Running::stats`] shows them then. It takes a file descriptor
+    /// for the VM and one for each vCPU.
+    ///
+    /// # Errors
+    /// [`StatsError`]; the machine is what it was.
+    pub fn read_kvm_statistics(&mut self) -> Result<(), StatsError> {
+        self.kvm_stats = Some(KvmReaders::open(&self.parts.vm, &self.vcpus)?);
+        Ok(())
+    }
+
+    /// Starts a thread for each vCPU, named `vcpu0` and so on, the boot vCPU's as the last.
+    ///
+    /// # Errors
+    /// A thread cannot be started; those that were have been stopped again, and the guest has not run.
+    pub fn start(self) -> Result<Running, BuildError> {
+        let Machine {
+            parts,
+            vcpus,
+            end,
+            kvm_stats,
+            gdb,
+            kvm,
+        } = self;
+        let set = VcpuSet::new(parts.vm.identity().clone());
+        let process = |what| move |source| BuildError::Process { what, source };
+        // Before there is a vCPU's thread: none runs an instruction before the debugger lets it.
+        let link = gdb.is_some().then(|| gdb::Link::new(&set));
+        let link = link.transpose().map_err(process("make an eventfd"))?;
+        let live = Arc::new(AtomicUsize::new(vcpus.len()));
+        let stopping = Arc::new(AtomicBool::new(false));
+        let shared = Arc::new(exits::Shared {
+            bus: parts.bus.clone(),
+            memslots: parts.memslots.clone(),
+            console: parts.console.clone(),
+            ioapic: parts.ioapic.clone(),
+            owing: [parts.com1.clone(), parts.power.clone()],
+            end: end.clone(),
+            stopping: stopping.clone(),
+        });
+        let mut running = Running {
+            debugger: None,
+            set,
+            threads: Vec::with_capacity(vcpus.len()),
+            stopping,
+            waits: Vec::with_capacity(vcpus.len()),
+            counters: Vec::with_capacity(vcpus.len()),
+            kvm_stats: kvm_stats.map(Mutex::new),
+            left_behind: AtomicBool::new(false),
+            parts,
+        };
+        let mut ready = Vec::with_capacity(vcpus.len());
+        for vcpu in vcpus {
+            let counters = Arc::new(ExitCounters::default());
+            let who = running.parts.vm.identity().vcpu(vcpu.id());
+            let side = link.as_ref().map(|link| link.vcpu(vcpu.id()));
+            let handler = Handler::new(who, &shared, counters.clone(), side);
+            running.counters.push(counters);
+            running.waits.push(handler.interrupter());
+            ready.push((running.set.enroll(vcpu)?, handler));
+        }
+        // The boot vCPU is the first, and begins as soon as it has a thread; KVM has the others wait until
+        // it starts them. So it is the last here: a start that fails has run nothing of the guest.
+        for (runner, handler) in ready.into_iter().rev() {
+            // On an error `running` is dropped, which stops the threads started so far.
+            let name = format!("vcpu{}", runner.id().0);
+            let end = end.clone();
+            let live = live.clone();
+            let thread = std::thread::Builder::new()
+                .name(name)
+                .spawn(move || run_vcpu(runner, handler, &end, &live))
+                .map_err(|source| BuildError::Process {
+                    what: "start a vCPU thread",
+                    source,
+                })?;
+            running.threads.push(thread);
+        }
+        // Last: a debugger that connects at once stops those vCPUs that are enrolled.
+        if let (Some(listener), Some(link)) = (gdb, &link) {
+            let memory = &running.parts.memslots;
+            let debugger = gdb::Debugger::start(listener, link, memory, &kvm, &end);
+            running.debugger = Some(debugger.map_err(process("start the debugger's thread"))?);
+        }
+        Ok(running)
+    }
+}
+
+fn irqchip_kind(config: &Config) -> IrqchipKind {
+    match config.irqchip {
+        config::Irqchip::Kernel => IrqchipKind::Kernel {
+            pit: if config.pit {
+                Pit::PresentWithSpeaker
+            } else {
+                Pit::Absent
+            },
+        },
+        config::Irqchip::Split => IrqchipKind::Split {
+            pins: layout::IOAPIC_PINS,
+        },
+        config::Irqchip::None => IrqchipKind::None,
+    }
+}
