@@ -50,6 +50,7 @@ fn main() {
         Some("bench") => bench::command(rest),
         Some(bench::RUN_COMMAND) => bench::run_command(rest),
         Some(bench::RUN_IO_COMMAND) => bench::run_io_command(rest),
+        Some(bench::RUN_LOGIN_COMMAND) => bench::run_login_command(rest),
         Some("build") => cargo::build_command(&rest),
         Some("boot") => boot::command(rest),
         Some(distro::WATCH_COMMAND) => distro::watch_command(rest),

@@ -4,6 +4,7 @@
 
 mod boot;
 mod io;
+mod login;
 mod startup;
 
 use std::ffi::{OsStr, OsString};
@@ -11,6 +12,7 @@ use std::ffi::{OsStr, OsString};
 use crate::failure::{Failure, Result};
 pub(crate) use boot::{RUN_COMMAND, run_command};
 pub(crate) use io::{RUN_COMMAND as RUN_IO_COMMAND, run_command as run_io_command};
+pub(crate) use login::{RUN_COMMAND as RUN_LOGIN_COMMAND, run_command as run_login_command};
 
 const USAGE: &str = "\
 Measures, and compares in the same run.
@@ -18,6 +20,7 @@ Measures, and compares in the same run.
 Usage: cargo xtask bench startup [--runs N]   (60)
        cargo xtask bench boot [--rounds N]    (3)
        cargo xtask bench io [--rounds N] [--wall]   (3)
+       cargo xtask bench login [--rounds N]   (3)
 
   startup   a tiny guest on this host's KVM: from exec to its first byte and to the end, against a program that makes
             the unavoidable system calls alone; peak memory; the size of the program
@@ -25,7 +28,9 @@ Usage: cargo xtask bench startup [--runs N]   (60)
             the VMM's start to its end, against Debian's QEMU microvm
   io        the same guest's disk, TCP and vsock in the lab, counting instructions, against the same QEMU with and
             without vhost-net. An emulated machine that counts instructions stands still now and then; with --wall it
-            does not count them, and the figures are as steady as this host is";
+            does not count them, and the figures are as steady as this host is
+  login     the Debian of `cargo xtask boot --distro` from the monitor's start to its login prompt, against the same
+            QEMU: a lab machine for each boot, by the host's clock";
 
 /// `cargo xtask bench`.
 pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
@@ -53,7 +58,10 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         Some("startup") => startup::run(count.unwrap_or(60)),
         Some("boot") => boot::run(count.unwrap_or(3)),
         Some("io") => io::run(count.unwrap_or(3), !wall),
-        _ => Err(Failure::usage("cargo xtask bench startup, boot or io")),
+        Some("login") => login::run(count.unwrap_or(3)),
+        _ => Err(Failure::usage(
+            "cargo xtask bench startup, boot, io or login",
+        )),
     }
 }
 

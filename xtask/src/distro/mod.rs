@@ -29,8 +29,7 @@ use crate::failure::{Context, Failure, Result};
 use crate::host::{self, KvmKind};
 use crate::lab;
 use crate::ui::say;
-use image::LABEL;
-pub(crate) use image::image;
+pub(crate) use image::{Distro, LABEL, image};
 use watch::Watch;
 pub(crate) use watch::{WATCH_COMMAND, command as watch_command};
 
