@@ -11,6 +11,24 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
+/// Whether another open file has a lock on this one's file, to read or to write: it is somebody's disk. Takes none.
+pub fn is_locked(file: &File) -> bool {
+    let mut lock = whole(libc::F_WRLCK);
+    // SAFETY: an open descriptor, and a flock that lives through the call, which writes it.
+    let asked = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    // A kind of file that has no locks has none.
+    asked == 0 && libc::c_int::from(lock.l_type) != libc::F_UNLCK
+}
+
+/// A lock on all of a file.
+fn whole(kind: libc::c_int) -> libc::flock {
+    // SAFETY: plain data, for which zeros are a value: from the file's start to its end, however far that is.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock
+}
+
 /// What came of asking for the lock.
 #[derive(Debug)]
 pub enum Locked {
@@ -24,10 +42,7 @@ pub enum Locked {
 
 /// Takes the lock on `file`: to write, alone; else shared with those who read. Does not wait for it.
 pub fn lock(file: &File, write: bool) -> Locked {
-    // SAFETY: plain data, for which zeros are a value: from the file's start to its end, however far that is.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = if write { libc::F_WRLCK } else { libc::F_RDLCK } as libc::c_short;
-    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    let lock = whole(if write { libc::F_WRLCK } else { libc::F_RDLCK });
     // SAFETY: an open descriptor, and a flock that lives through the call.
     let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
     if done == 0 {

@@ -37,7 +37,7 @@ mod config;
 pub mod engine;
 mod handler;
 mod image;
-mod lock;
+pub(super) mod lock;
 mod request;
 mod space;
 mod task;

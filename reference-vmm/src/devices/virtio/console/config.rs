@@ -7,11 +7,12 @@ use std::fs::OpenOptions;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::super::block::lock::is_locked;
 use super::control::Size;
 use super::host::{Host, Output, Shared};
 use super::input::InputQueue;
@@ -149,6 +150,14 @@ pub enum ConsoleError {
         /// `hvc0`, or a port's name.
         of: String,
     },
+    /// A file is the image of a disk, of this machine or another one's: to empty it would destroy it.
+    #[error("{of}: {} is a disk that is in use; name another file", path.display())]
+    Disk {
+        /// `hvc0`, or a port's name.
+        of: String,
+        /// The file.
+        path: PathBuf,
+    },
     /// A file cannot be written.
     #[error("{of}: cannot write {}: {source}", path.display())]
     File {
@@ -183,6 +192,7 @@ impl ConsoleError {
             ConsoleError::Console { .. } | ConsoleError::Host(_) => "--console",
             ConsoleError::Port { .. } => "--port",
             ConsoleError::EmptyPath { of }
+            | ConsoleError::Disk { of, .. }
             | ConsoleError::File { of, .. }
             | ConsoleError::Socket { of, .. } => match of.as_str() {
                 HVC0 => "--console",
@@ -346,16 +356,23 @@ fn open_file(of: &str, path: &Path, files: Files) -> Result<Host, ConsoleError> 
         .create(true)
         // A pipe or a terminal may be given as well.
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .and_then(|file| match files {
-            Files::Empty if file.metadata()?.is_file() => file.set_len(0).map(|()| file),
-            _ => Ok(file),
-        });
-    let file = file.map_err(|source| ConsoleError::File {
+        .open(path);
+    let failed = |source| ConsoleError::File {
         of: of.into(),
         path: path.into(),
         source,
-    })?;
+    };
+    let file = file.map_err(failed)?;
+    let kind = file.metadata().map_err(failed)?.file_type();
+    if (kind.is_file() || kind.is_block_device()) && is_locked(&file) {
+        return Err(ConsoleError::Disk {
+            of: of.into(),
+            path: path.into(),
+        });
+    }
+    if kind.is_file() && files == Files::Empty {
+        file.set_len(0).map_err(failed)?;
+    }
     Ok(Host::Fixed {
         source: None,
         sink: Some(Box::new(Output(file))),
@@ -462,6 +479,33 @@ mod tests {
         ] {
             serde_json::from_str::<PortConfig>(wrong).unwrap_err();
         }
+    }
+
+    #[test]
+    fn a_disk_in_use_is_not_emptied_nor_written() {
+        use super::super::super::block::Image;
+        let image = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(image.path(), [7; 512]).unwrap();
+        let console = ConsoleConfig::File(image.path().into());
+        let ports = [PortConfig {
+            name: "a".into(),
+            to: PortEnd::File(image.path().into()),
+        }];
+        for readonly in [false, true] {
+            let disk = Image::open(image.path(), readonly).unwrap();
+            for files in [Files::Empty, Files::Keep] {
+                for (console, ports) in [(&console, &[][..]), (&ConsoleConfig::Off, &ports[..])] {
+                    let error = open(console, ports, io::stdout(), files).unwrap_err();
+                    assert!(error.is_users_fault());
+                    let text = error.to_string();
+                    assert!(text.contains(image.path().to_str().unwrap()), "{text}");
+                }
+            }
+            drop(disk);
+        }
+        assert_eq!(std::fs::read(image.path()).unwrap(), [7; 512]);
+        open(&console, &ports, io::stdout(), Files::Empty).unwrap();
+        assert_eq!(std::fs::read(image.path()).unwrap(), b"");
     }
 
     #[test]
