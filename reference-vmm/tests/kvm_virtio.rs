@@ -355,3 +355,24 @@ fn an_interrupt_that_comes_while_its_pin_is_masked_is_not_lost_with_the_split_ir
     assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
     assert_eq!(ended.stderr, "");
 }
+
+#[test]
+fn no_socket_is_left_behind_by_a_machine_that_has_ended() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    Vmm::boot(guests::boot::byte_and_reset64())
+        .arg("--console")
+        .arg(format!("unix={}", path("console")))
+        .arg("--port")
+        .arg(format!("name=a,unix={}", path("port")))
+        .arg("--vsock")
+        .arg(format!("cid=3,uds={}", path("vsock")))
+        .output()
+        .expect_status(0);
+    let left: Vec<_> = std::fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}

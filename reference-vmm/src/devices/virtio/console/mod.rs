@@ -396,6 +396,11 @@ impl VirtioDevice for Console {
         }
     }
 
+    fn leave(&mut self) {
+        // The sockets' files go with it.
+        self.inner = None;
+    }
+
     fn state(&self) -> ConsoleState {
         let inner = self.inner.iter();
         let ports = inner.flat_map(
