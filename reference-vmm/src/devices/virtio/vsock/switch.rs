@@ -22,6 +22,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -41,9 +42,10 @@ use super::sockets::Sockets;
 use super::state::State;
 use super::table::{Id, Table};
 
-/// So many connections at once, those among them whose last bytes are on the way to the host.
+/// So many connections at once, those among them whose last bytes are on the way to the host. Where the process may
+/// have few descriptors they are half of those: the rest of the machine needs the others, and ends without them.
 pub const MAX_CONNECTIONS: usize = 1024;
-/// So many programs at once that have not said yet which port they want.
+/// So many programs at once that have not said yet which port they want; an eighth of the descriptors at most.
 pub const MAX_HANDSHAKES: usize = 128;
 /// So many replies wait for the guest's buffers before its packets do. When connections end there may be one more for
 /// each.
@@ -102,6 +104,10 @@ pub struct Switch<S> {
     /// A reply is next, if there is one.
     reply_next: bool,
     next_port: u32,
+    /// [`MAX_CONNECTIONS`], or what the limit of descriptors permits.
+    most_connections: usize,
+    /// [`MAX_HANDSHAKES`], likewise.
+    most_handshakes: usize,
     /// The guest is to be told that no connection of before is left, before it hears of another.
     transport_reset: bool,
     /// The host has refused a descriptor, which was said.
@@ -121,6 +127,7 @@ impl<S: Sockets> Switch<S> {
             let added = epoll.ctl(ControlOperation::Add, fd, event);
             added.map_err(|error| ("wait for a descriptor", error))?;
         }
+        let (most_connections, most_handshakes) = bounds(most_descriptors());
         Ok(Switch {
             guest_cid: guest_cid.into(),
             sockets,
@@ -133,6 +140,8 @@ impl<S: Sockets> Switch<S> {
             replies: VecDeque::new(),
             reply_next: false,
             next_port: FIRST_PORT,
+            most_connections,
+            most_handshakes,
             transport_reset: false,
             starved: false,
         })
@@ -332,7 +341,8 @@ impl<S: Sockets> Switch<S> {
         let connected = match self.make_room() {
             true => self.sockets.connect(key.host_port),
             false => Err(io::Error::other(format!(
-                "there are {MAX_CONNECTIONS} connections"
+                "there are {} connections",
+                self.most_connections
             ))),
         };
         let stream = match connected {
@@ -503,7 +513,7 @@ impl<S: Sockets> Switch<S> {
     }
 
     fn greet_new(&mut self, stream: UnixStream) {
-        if self.handshakes.len() >= MAX_HANDSHAKES
+        if self.handshakes.len() >= self.most_handshakes
             && let Some(oldest) = self.handshakes.front().copied()
         {
             self.remove(oldest);
@@ -583,7 +593,7 @@ impl<S: Sockets> Switch<S> {
     /// Whether there can be one connection more. If there are too many, one that only waits for the guest's farewell
     /// gives way, or else one that the guest knows of no more.
     fn make_room(&mut self) -> bool {
-        if self.slots.len() - self.handshakes.len() < MAX_CONNECTIONS {
+        if self.slots.len() - self.handshakes.len() < self.most_connections {
             return true;
         }
         let connections = self.slots.iter_mut().filter_map(|(id, slot)| match slot {
@@ -630,9 +640,48 @@ impl<S: Sockets> Switch<S> {
     }
 }
 
+/// How many connections and how many handshakes there may be, where the process may have so many descriptors.
+fn bounds(descriptors: usize) -> (usize, usize) {
+    (
+        (descriptors / 2).clamp(1, MAX_CONNECTIONS),
+        (descriptors / 8).clamp(1, MAX_HANDSHAKES),
+    )
+}
+
+/// How many descriptors this process may have (`ulimit -n`).
+fn most_descriptors() -> usize {
+    let mut limit = MaybeUninit::<libc::rlimit>::uninit();
+    // SAFETY: the call fills `limit` when it succeeds, and it is read only then.
+    let soft = unsafe {
+        match libc::getrlimit(libc::RLIMIT_NOFILE, limit.as_mut_ptr()) {
+            0 => limit.assume_init().rlim_cur,
+            _ => return usize::MAX,
+        }
+    };
+    usize::try_from(soft).unwrap_or(usize::MAX)
+}
+
 fn too_short(what: &str, chain: &Chain, least: usize) -> Fault {
     Fault::Driver(format!(
         "a buffer of {} bytes for {what}, which has {least} at least",
         chain.writable.len()
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_leave_descriptors_to_the_rest_of_the_machine() {
+        // What most systems begin with.
+        assert_eq!(bounds(1024), (512, 128));
+        assert_eq!(bounds(4096), (MAX_CONNECTIONS, MAX_HANDSHAKES));
+        assert_eq!(bounds(usize::MAX), (MAX_CONNECTIONS, MAX_HANDSHAKES));
+        assert_eq!(bounds(0), (1, 1));
+        for descriptors in 8..=4096 {
+            let (connections, handshakes) = bounds(descriptors);
+            assert!(connections + handshakes <= descriptors * 5 / 8);
+        }
+    }
 }
