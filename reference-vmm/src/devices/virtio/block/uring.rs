@@ -44,7 +44,7 @@ impl Uring {
     /// # Errors
     /// The host permits none, or one that lacks an operation (`EOPNOTSUPP`).
     pub fn new(image: &Image) -> io::Result<Self> {
-        let ring = IoUring::new(DEPTH as u32)?;
+        let mut ring = IoUring::new(DEPTH as u32)?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
         let needed = [
@@ -58,6 +58,13 @@ impl Uring {
         if !needed.iter().all(|code| probe.is_supported(*code)) {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
+        // A filter may permit rings and nothing to be done with them.
+        let nothing = opcode::Nop::new().build();
+        // SAFETY: it names no memory.
+        let pushed = unsafe { ring.submission().push(&nothing) };
+        pushed.map_err(|_| io::Error::from_raw_os_error(libc::ENOSPC))?;
+        ring.submit_and_wait(1)?;
+        let _ = ring.completion().next();
         let helper = image.is_device() && image.can_discard();
         Ok(Uring {
             ring,
@@ -250,5 +257,67 @@ impl Drop for Uring {
                 None => wait_readable(&[self.ring.as_raw_fd()]),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{DiskConfig, Io};
+    use super::*;
+
+    /// Has this thread's `io_uring_enter` refused from now on.
+    fn forbid_enter() {
+        let step = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
+            code: code as u16,
+            jt,
+            jf,
+            k,
+        };
+        let mut steps = [
+            step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+            step(
+                libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+                0,
+                1,
+                libc::SYS_io_uring_enter as u32,
+            ),
+            step(
+                libc::BPF_RET | libc::BPF_K,
+                0,
+                0,
+                libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+            ),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let program = libc::sock_fprog {
+            len: steps.len() as u16,
+            filter: steps.as_mut_ptr(),
+        };
+        // SAFETY: a valid program, which is read during the call; both are of this thread alone.
+        unsafe {
+            assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+            let mode = libc::SECCOMP_MODE_FILTER;
+            let program = &raw const program;
+            assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, mode, program), 0);
+        }
+    }
+
+    #[test]
+    fn a_ring_that_can_be_made_and_not_entered_is_none() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let image = Image::open(file.path(), true).unwrap();
+        let without = std::thread::spawn(move || {
+            forbid_enter();
+            assert!(Uring::new(&image).is_err());
+            let disk = |io| DiskConfig {
+                readonly: true,
+                io,
+                ..DiskConfig::new(image.path())
+            };
+            assert!(disk(Io::Uring).open().is_err());
+            disk(Io::Auto).open().unwrap();
+        });
+        without.join().unwrap();
     }
 }
