@@ -684,3 +684,40 @@ fn an_engine_that_the_host_does_not_give_any_more_needs_a_reset() {
     driver.start(ALL);
     assert_eq!(read(&mut driver, 0, 512).status, OK);
 }
+
+/// A read-only block device with an image in it; none where this user or host makes none.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn readonly(image: &std::path::Path) -> Option<Self> {
+        let made = std::process::Command::new("losetup")
+            .args(["--read-only", "--find", "--show"])
+            .arg(image)
+            .output();
+        let made = made.ok().filter(|made| made.status.success())?;
+        let name = String::from_utf8(made.stdout).ok()?;
+        Some(LoopDevice(name.trim().to_owned()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let detach = ["--detach", &self.0];
+        let _ = std::process::Command::new("losetup").args(detach).status();
+    }
+}
+
+#[test]
+fn a_block_device_that_cannot_be_written_is_refused_as_a_disk_to_write() {
+    let file = image(1 << 20);
+    let Some(device) = LoopDevice::readonly(file.path()) else {
+        eprintln!("no loop device can be had here: not tried");
+        return;
+    };
+    let mut config = DiskConfig::new(&device.0);
+    let error = config.open().unwrap_err();
+    assert!(error.is_users_fault());
+    assert!(error.to_string().contains("readonly"), "{error}");
+    config.readonly = true;
+    config.open().unwrap();
+}

@@ -67,7 +67,7 @@ pub struct Topology {
 #[non_exhaustive]
 pub enum OpenError {
     /// It cannot be opened.
-    #[error("cannot open {path} {how}: {source}{advice}")]
+    #[error("cannot open {path} {how}{advice}: {source}")]
     Open {
         /// The image.
         path: PathBuf,
@@ -130,7 +130,8 @@ impl OpenError {
     /// Whether the user asked for what cannot be; else the host refused.
     pub fn is_users_fault(&self) -> bool {
         let hosts = |error: &io::Error| {
-            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            // None: a path that is none, with a NUL in it.
+            let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
             [
                 libc::EMFILE,
                 libc::ENFILE,
@@ -216,6 +217,11 @@ impl Image {
                 path.display(),
                 len % SECTOR
             );
+        }
+        // Such a device can be opened to write all the same, and then each write fails.
+        if is_device && !readonly && self::ask(&file, BLKROGET).is_some_and(|is| is != 0) {
+            let source = io::Error::from_raw_os_error(libc::EROFS);
+            return Err(refused(path, readonly, source));
         }
         let host = match is_device {
             true => Host::of_device(&file, metadata.rdev()),
@@ -440,6 +446,7 @@ fn clear_flags(file: &File) -> io::Result<()> {
 
 // linux/fs.h
 const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
+const BLKROGET: libc::Ioctl = 0x125e;
 const BLKSSZGET: libc::Ioctl = 0x1268;
 const BLKIOMIN: libc::Ioctl = 0x1278;
 const BLKIOOPT: libc::Ioctl = 0x1279;
@@ -551,6 +558,20 @@ mod tests {
         assert!(open(false).is_err());
         drop(readers);
         open(false).unwrap();
+    }
+
+    #[test]
+    fn an_image_that_cannot_be_is_the_users_fault_and_told_once() {
+        let nul = Image::open(Path::new("a\0b"), false).unwrap_err();
+        assert!(nul.is_users_fault());
+        let refused = refused(
+            Path::new("/x"),
+            false,
+            io::Error::from_raw_os_error(libc::EROFS),
+        );
+        let text = crate::end::Chain(&refused).to_string();
+        assert_eq!(text.matches("os error 30").count(), 1, "{text}");
+        assert!(text.contains("with readonly"), "{text}");
     }
 
     #[test]
