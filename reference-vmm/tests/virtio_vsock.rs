@@ -429,6 +429,32 @@ fn a_guest_that_does_not_read_stops_its_own_connection_and_no_other_and_nothing_
 #[test]
 fn the_last_bytes_of_a_guest_that_has_gone_reach_a_program_that_reads_late() {
     let host = Host::new();
+#[test]
+fn a_guest_without_room_is_asked_for_credit_once_however_long_it_does_not_read() {
+    let host = Host::new();
+    let mut guest = Guest::new(host.device());
+    let (mut stream, ports) = connect(&host, &mut guest, 1);
+    let data = Noise(10).bytes(1 << 20);
+    let expected = data.clone();
+    let writing = std::thread::spawn(move || stream.write_all(&data).unwrap());
+    for round in 1..=3 {
+        let room = guest.buf_alloc as usize;
+        guest.until(|guest| (guest.socket(ports).received.len() == room).then_some(()));
+        // Each request is answered, with no room.
+        for _ in 0..20 {
+            std::thread::sleep(Duration::from_millis(5));
+            guest.poll();
+        }
+        assert!(guest.credit_requests <= round, "{}", guest.credit_requests);
+        let at = (round as usize - 1) * room;
+        assert!(guest.read(ports, room) == expected[at..at + room]);
+    }
+    let rest = 3 * guest.buf_alloc as usize;
+    let came = guest.read_exact(ports, expected.len() - rest);
+    assert!(came == expected[rest..]);
+    writing.join().unwrap();
+}
+
     let mut guest = Guest::new(host.device());
     let (ports, mut stream) = connect_out(&host, &mut guest, 1);
     let data = Noise(10).bytes(8 << 20);

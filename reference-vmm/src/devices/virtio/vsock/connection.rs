@@ -85,7 +85,7 @@ pub struct Connection {
     /// The socket was found broken while something may still be read from it.
     failed: bool,
     owed: Owed,
-    /// The guest was asked for credit, and has sent nothing since.
+    /// The guest was asked for credit, and has given none since.
     asked: bool,
     /// An `RST` is to be sent: it is over.
     reset: bool,
@@ -213,7 +213,8 @@ impl Connection {
         reader: &mut Reader<'_, M>,
     ) -> Result<(), Fault> {
         self.guest_credit.update(header.buf_alloc, header.fwd_cnt);
-        self.asked = false;
+        // A guest whose program does not read answers that it has no room, at once and each time: it says when it has.
+        self.asked &= self.guest_credit.room() == 0;
         match op {
             Op::Request => self.happen(Event::Nonsense),
             Op::Response => self.happen(Event::Accepted),

@@ -108,6 +108,8 @@ pub struct Guest<S: Sockets = UnixSockets> {
     pub strays: Vec<Header>,
     /// How often the device has said that no connection is left.
     pub transport_resets: u32,
+    /// How often the device has asked for credit.
+    pub credit_requests: u32,
     /// The room of a new socket.
     pub buf_alloc: u32,
     /// No buffers are given back to the device from now on.
@@ -144,6 +146,7 @@ impl<S: Sockets> Guest<S> {
             accepted: VecDeque::new(),
             strays: Vec::new(),
             transport_resets: 0,
+            credit_requests: 0,
             buf_alloc: 64 << 10,
             starve: false,
             lenient: false,
@@ -521,7 +524,10 @@ impl<S: Sockets> Guest<S> {
                 }
             }
             Op::CreditUpdate => {}
-            Op::CreditRequest => self.packet(ports, Op::CreditUpdate, 0, &[]),
+            Op::CreditRequest => {
+                self.credit_requests += 1;
+                self.packet(ports, Op::CreditUpdate, 0, &[]);
+            }
         }
     }
 
