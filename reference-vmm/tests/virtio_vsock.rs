@@ -14,11 +14,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use reference_vmm::devices::virtio::fake::FakeDriver;
 use reference_vmm::devices::virtio::vsock::credit::WINDOW;
 use reference_vmm::devices::virtio::vsock::guest::{Guest, Life, Ports};
-use reference_vmm::devices::virtio::vsock::packet::{Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use reference_vmm::devices::virtio::vsock::packet::{
+    HEADER_LEN, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND,
+};
 use reference_vmm::devices::virtio::vsock::sockets::{Sockets, UnixSockets, port_path};
-use reference_vmm::devices::virtio::vsock::switch::{MAX_CONNECTIONS, MAX_HANDSHAKES};
+use reference_vmm::devices::virtio::vsock::switch::{EVENT, MAX_CONNECTIONS, MAX_HANDSHAKES, RX};
 use reference_vmm::devices::virtio::vsock::{Vsock, VsockConfig};
 
 /// A test that waits longer has failed.
@@ -427,9 +430,6 @@ fn a_guest_that_does_not_read_stops_its_own_connection_and_no_other_and_nothing_
 }
 
 #[test]
-fn the_last_bytes_of_a_guest_that_has_gone_reach_a_program_that_reads_late() {
-    let host = Host::new();
-#[test]
 fn a_guest_without_room_is_asked_for_credit_once_however_long_it_does_not_read() {
     let host = Host::new();
     let mut guest = Guest::new(host.device());
@@ -455,6 +455,9 @@ fn a_guest_without_room_is_asked_for_credit_once_however_long_it_does_not_read()
     writing.join().unwrap();
 }
 
+#[test]
+fn the_last_bytes_of_a_guest_that_has_gone_reach_a_program_that_reads_late() {
+    let host = Host::new();
     let mut guest = Guest::new(host.device());
     let (ports, mut stream) = connect_out(&host, &mut guest, 1);
     let data = Noise(10).bytes(8 << 20);
@@ -769,6 +772,33 @@ fn a_restored_guest_is_told_that_its_connections_are_gone_before_it_hears_of_a_n
     let mut came = [0; 5];
     stream.read_exact(&mut came).unwrap();
     assert_eq!((&came, guest.transport_resets), (b"again", 1));
+}
+
+#[test]
+fn a_restored_guest_without_buffers_for_events_hears_of_no_connection_before_it_has_one() {
+    let host = Host::new();
+    let mut driver = FakeDriver::new(host.device());
+    driver.start(u64::MAX);
+    let packet = driver.request(RX, &[], &[4096]);
+    assert!(driver.device.pause(PATIENCE));
+    let state = driver.device.state().unwrap();
+    let elsewhere = Host::new();
+    let device = Vsock::from_state(&state.device, Some(&elsewhere.uds)).unwrap();
+    let mut early = dial(&elsewhere.uds);
+    writeln!(early, "CONNECT 3").unwrap();
+    let mut driver = driver.restored(&state, device);
+    driver.device.resume();
+    // Time enough to do it wrongly.
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(driver.take_used(RX), None);
+
+    let event = driver.request(EVENT, &[], &[4]);
+    driver.notify(EVENT);
+    assert_eq!(driver.used(EVENT), (event.head, 4));
+    assert_eq!(driver.used(RX), (packet.head, HEADER_LEN as u32));
+    let bytes = driver.bytes(packet.writable[0].0, HEADER_LEN);
+    let header = Header::from_bytes(bytes.as_slice().try_into().unwrap());
+    assert_eq!((header.op, header.dst_port), (Op::Request as u16, 3));
 }
 
 #[test]
