@@ -8,10 +8,12 @@
 
 mod virtio_probe;
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use io_bus::Outcome;
@@ -668,13 +670,17 @@ struct Refused(Arc<Mutex<Vec<u16>>>);
 impl Doorbells for Refused {
     fn attach(&self, queue: u16, _: &EventFd) -> Result<Box<dyn Send>, io_bus::Error> {
         self.0.lock().unwrap().push(queue);
-        Err(io_bus::Error::AssignIoEventFd {
-            event: io_bus::IoEvent {
-                address: io_bus::IoEventAddress::Mmio(vm_device::bus::MmioAddress(0)),
-                writes: io_bus::WriteMatch::U32(queue.into()),
-            },
-            source: vmm_sys_util::errno::Error::new(libc::ENOSPC),
-        })
+        Err(refused(queue, libc::ENOSPC))
+    }
+}
+
+fn refused(queue: u16, errno: i32) -> io_bus::Error {
+    io_bus::Error::AssignIoEventFd {
+        event: io_bus::IoEvent {
+            address: io_bus::IoEventAddress::Mmio(vm_device::bus::MmioAddress(0)),
+            writes: io_bus::WriteMatch::U32(queue.into()),
+        },
+        source: vmm_sys_util::errno::Error::new(errno),
     }
 }
 
@@ -688,7 +694,7 @@ fn doorbells_that_the_host_refuses_are_done_without() {
     driver.start(0);
     echo(&mut driver, 0, b"a");
     echo(&mut driver, 1, b"b");
-    // A pause keeps those that there are, a reset gives them back.
+    // After a reset it is asked again, and not before.
     assert!(driver.device.pause(PATIENCE));
     driver.device.resume();
     assert_eq!(*asked.lock().unwrap(), [0, 1]);
@@ -710,12 +716,13 @@ impl Doorbells for Counted {
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        self.0.lock().unwrap().1 += 1;
+        // Of a test that has failed as well.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).1 += 1;
     }
 }
 
 #[test]
-fn doorbells_are_attached_when_the_driver_is_ready_and_gone_when_it_hears_of_its_reset() {
+fn doorbells_are_attached_when_the_driver_is_first_ready_and_gone_with_the_device() {
     let (control, count) = (Control::default(), Arc::new(Mutex::new((0, 0))));
     let mut driver = FakeDriver::with(|mut place| {
         place.doorbells = Box::new(Counted(count.clone()));
@@ -731,6 +738,38 @@ fn doorbells_are_attached_when_the_driver_is_ready_and_gone_when_it_hears_of_its
     assert_eq!(*count.lock().unwrap(), (2, 0));
     driver.reset();
     assert_eq!(*count.lock().unwrap(), (2, 2));
+}
+
+/// Doorbells of a host that never lets one go, and refuses a second one for the same queue.
+#[derive(Clone, Default)]
+struct Sticky(Arc<Mutex<HashMap<u16, EventFd>>>);
+
+impl Doorbells for Sticky {
+    fn attach(&self, queue: u16, event: &EventFd) -> Result<Box<dyn Send>, io_bus::Error> {
+        match self.0.lock().unwrap().entry(queue) {
+            Entry::Occupied(_) => Err(refused(queue, libc::EEXIST)),
+            Entry::Vacant(place) => {
+                place.insert(event.try_clone().unwrap());
+                Ok(Box::new(()))
+            }
+        }
+    }
+}
+
+#[test]
+fn a_host_that_refuses_to_detach_a_doorbell_loses_no_notification_after_a_reset() {
+    let (control, host) = (Control::default(), Sticky::default());
+    let mut driver = FakeDriver::with(|mut place| {
+        place.doorbells = Box::new(host.clone());
+        MmioDevice::new(Probe::new(&control, &[&[8]]), place)
+    });
+    driver.start(0);
+    for _ in 0..3 {
+        heals(&mut driver);
+        let request = driver.request(0, &[b"x"], &[1]);
+        host.0.lock().unwrap()[&0].write(1).unwrap();
+        assert_eq!(driver.used(0), (request.head, 1));
+    }
 }
 
 // ---- Sources

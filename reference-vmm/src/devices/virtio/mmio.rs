@@ -114,17 +114,19 @@ struct Inner<D: VirtioDevice> {
     registers: Registers,
     /// Of the queues, where the phase is not [`Phase::Serving`].
     positions: Vec<Position>,
-    /// From the driver's being ready to its reset. A pause keeps them: what the driver notifies of meanwhile is not
-    /// lost, and to detach one waits for KVM.
-    bells: Option<Bells>,
+    /// Of the queues, from the driver's first being ready to the device's end. A pause keeps them, for what the driver
+    /// notifies of meanwhile; and so does a reset: if KVM refused to detach one, it would refuse the next one for that
+    /// queue, and go on to signal an eventfd that nobody listens to any more.
+    bells: Vec<Bell>,
     phase: Phase<D::Handler>,
 }
 
-struct Bells {
-    /// Of each queue.
-    events: Vec<EventFd>,
-    /// Kept for their drop, which detaches them.
-    _doorbells: Vec<Box<dyn Send>>,
+struct Bell {
+    event: EventFd,
+    /// Kept for its drop, which detaches it.
+    doorbell: Option<Box<dyn Send>>,
+    /// The host was asked for it since the last reset.
+    asked: bool,
 }
 
 enum Phase<H> {
@@ -178,7 +180,7 @@ impl<D: VirtioDevice> MmioDevice<D> {
                 device,
                 registers,
                 positions,
-                bells: None,
+                bells: Vec::new(),
                 phase: Phase::Idle,
             }),
             rested: Condvar::new(),
@@ -285,33 +287,38 @@ impl<D: VirtioDevice> Shared<D> {
         for ((number, most), (setup, position)) in (0..).zip(sizes).zip(setups) {
             rings.push(self.queue(number, *most, setup, *position, features)?);
         }
-        let bells = match inner.bells.take() {
-            Some(bells) => bells,
-            None => self.bells(rings.len())?,
-        };
+        self.hang_bells(&mut inner.bells, rings.len())?;
         let mut queues = Vec::with_capacity(rings.len());
-        for ((number, ring), event) in (0..).zip(rings).zip(&bells.events) {
-            let notified = event.try_clone().map_err(host("duplicate an eventfd"))?;
+        for ((number, ring), bell) in (0..).zip(rings).zip(&inner.bells) {
+            let notified = bell.event.try_clone();
+            let notified = notified.map_err(host("duplicate an eventfd"))?;
             queues.push(Some(DeviceQueue::new(number, ring, notified)));
         }
-        inner.bells = Some(bells);
         let activation = Activation::new(features, self.place.driver.clone());
         let assignments = inner.device.activate(&activation)?;
         self.start(inner, assignments, queues);
         Ok(())
     }
 
-    /// An eventfd for each queue, which KVM signals.
-    fn bells(&self, queues: usize) -> Result<Bells, Fault> {
-        let mut events = Vec::with_capacity(queues);
-        let mut doorbells = Vec::with_capacity(queues);
-        for number in 0..queues as u16 {
+    /// An eventfd for each queue, which KVM signals; those that are there stay.
+    fn hang_bells(&self, bells: &mut Vec<Bell>, queues: usize) -> Result<(), Fault> {
+        while bells.len() < queues {
             let event = EventFd::new(EFD_NONBLOCK).map_err(|source| Fault::Host {
                 what: "make an eventfd",
                 source,
             })?;
-            match self.place.doorbells.attach(number, &event) {
-                Ok(bell) => doorbells.push(bell),
+            bells.push(Bell {
+                event,
+                doorbell: None,
+                asked: false,
+            });
+        }
+        for (number, bell) in (0..).zip(bells) {
+            if bell.doorbell.is_some() || std::mem::replace(&mut bell.asked, true) {
+                continue;
+            }
+            match self.place.doorbells.attach(number, &bell.event) {
+                Ok(doorbell) => bell.doorbell = Some(doorbell),
                 Err(error) => self.complaints.line(
                     log::Level::Warn,
                     format_args!(
@@ -320,12 +327,8 @@ impl<D: VirtioDevice> Shared<D> {
                     ),
                 ),
             }
-            events.push(event);
         }
-        Ok(Bells {
-            events,
-            _doorbells: doorbells,
-        })
+        Ok(())
     }
 
     /// The ring that the driver has set up.
@@ -500,8 +503,8 @@ impl<D: VirtioDevice> Shared<D> {
     fn reset(&self, inner: &mut Inner<D>) {
         inner.registers.reset();
         inner.positions.fill(Position::default());
-        // Detached before the driver hears that it is reset: it may set the device up again at once.
-        inner.bells = None;
+        // A host that refused one may have it now.
+        inner.bells.iter_mut().for_each(|bell| bell.asked = false);
         inner.device.reset();
         self.place.driver.clear();
     }
@@ -561,10 +564,9 @@ impl<D: VirtioDevice> Shared<D> {
             Effect::None | Effect::Acknowledge(_) => {}
             Effect::Activate => self.activate(inner),
             Effect::Notify(queue) => {
-                let bells = inner.bells.as_ref();
-                if let Some(event) = bells.and_then(|bells| bells.events.get(queue as usize)) {
+                if let Some(bell) = inner.bells.get(queue as usize) {
                     // EAGAIN: it is notified as it is.
-                    let _ = event.write(1);
+                    let _ = bell.event.write(1);
                 }
             }
             Effect::StopQueue(queue) => {
