@@ -14,7 +14,7 @@ use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_bus::Outcome;
 use proptest::prelude::*;
@@ -651,13 +651,20 @@ fn a_queue_that_is_stopped_while_it_is_served_has_the_device_need_a_reset() {
     let (control, mut driver) = probe(&[&[8], &[8]]);
     driver.start(0);
     driver.write(VIRTIO_MMIO_QUEUE_SEL, 1);
-    driver.write(VIRTIO_MMIO_QUEUE_READY, 0);
+    // The ring is the driver's own when its write is done: not before the handlers have let it go.
+    control.set(|log| log.hold_rest = true);
+    let (mut stopping, ready) = (driver.vcpu(), u64::from(VIRTIO_MMIO_QUEUE_READY));
+    assert_eq!(stopping.begin_write(ready, &[0; 4]), Outcome::Deferred);
+    control.wait(|log| log.resting == 2);
+    assert_eq!(stopping.poll_write(&[0; 4]), Outcome::Deferred);
+    control.set(|log| log.hold_rest = false);
+    assert_eq!(stopping.end_write(&[0; 4]), Outcome::Answered);
+    assert_eq!(control.log().retired, 1);
     assert_eq!(driver.read(VIRTIO_MMIO_STATUS), READY | NEEDS_RESET);
     assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);
     driver.write(VIRTIO_MMIO_QUEUE_READY, 1);
     assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);
-    // Nothing is served from then on: its handlers rest without being told again.
-    control.wait(|log| log.retired == 1);
+    // Nothing is served from then on.
     driver.request(0, &[b"x"], &[1]);
     driver.notify(0);
     assert!(driver.take_used(0).is_none());
@@ -736,8 +743,15 @@ fn doorbells_are_attached_when_the_driver_is_first_ready_and_gone_with_the_devic
     assert!(driver.device.pause(PATIENCE));
     driver.device.resume();
     assert_eq!(*count.lock().unwrap(), (2, 0));
-    driver.reset();
-    assert_eq!(*count.lock().unwrap(), (2, 2));
+    heals(&mut driver);
+    assert_eq!(*count.lock().unwrap(), (2, 0));
+    drop(driver);
+    // The thread of a handler that has rested may have the device a moment longer.
+    let deadline = Instant::now() + PATIENCE;
+    while *count.lock().unwrap() != (2, 2) {
+        assert!(Instant::now() < deadline, "they are attached still");
+        std::thread::yield_now();
+    }
 }
 
 /// Doorbells of a host that never lets one go, and refuses a second one for the same queue.
@@ -1001,6 +1015,24 @@ fn a_pause_may_wait_for_ever_and_no_longer_than_it_takes() {
     assert!(pausing.join().unwrap());
     driver.device.resume();
     echo(&mut driver, 0, b"goes on");
+}
+
+#[test]
+fn a_pause_that_is_given_up_goes_on_when_it_has_come_to_rest() {
+    let (control, mut driver) = probe(&[&[8], &[8]]);
+    driver.start(0);
+    control.set(|log| log.hold_rest = true);
+    assert!(!driver.device.pause(Duration::ZERO));
+    driver.device.resume();
+    control.set(|log| log.hold_rest = false);
+    echo(&mut driver, 0, b"goes on");
+    echo(&mut driver, 1, b"so does this");
+    // One that is not given up stays at rest.
+    assert!(driver.device.pause(PATIENCE));
+    assert!(driver.device.state().is_some());
+    driver.device.resume();
+    echo(&mut driver, 0, b"and on");
+    assert_eq!(driver.read(VIRTIO_MMIO_STATUS), READY);
 }
 
 /// Any number, often one that means something.

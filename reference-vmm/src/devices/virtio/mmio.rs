@@ -10,7 +10,7 @@
 //!                                                      ▼ retires the device and answers who waits
 //! ```
 //!
-//! A reset waits for I/O that cannot be called back. The vCPU that wrote the register waits for it as for any deferred
+//! A reset waits for I/O that cannot be called back, and so does a queue's stop. The vCPU that wrote the register waits for it as for any deferred
 //! access, so that the machine can be stopped meanwhile; no lock is held.
 //!
 //! # Locks
@@ -21,7 +21,7 @@ use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use io_bus::{Answer, At, Completion, IoDevice, defer};
+use io_bus::{Answer, At, Completion, Deferral, IoDevice, defer};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS,
@@ -139,8 +139,22 @@ struct Serving<H> {
     workers: Vec<Worker>,
     /// Handlers that have rested, by their place in the activation.
     rested: Vec<Option<Rested<H>>>,
-    /// The driver's resets that wait for the rest.
-    resets: Vec<Completion>,
+    /// It is to be reset then.
+    reset: bool,
+    /// It is to go on then: a pause was given up.
+    go_on: bool,
+    /// The driver's writes that wait for the rest.
+    waiting: Vec<Completion>,
+}
+
+impl<H> Serving<H> {
+    /// Has the handlers rest: a write of the driver's is answered when they do.
+    fn wait_for_rest(&mut self) -> Deferral {
+        self.workers.iter().for_each(Worker::rest);
+        let (completion, deferral) = defer();
+        self.waiting.push(completion);
+        deferral
+    }
 }
 
 impl<D: VirtioDevice> MmioDevice<D> {
@@ -187,10 +201,14 @@ impl<D: VirtioDevice> MmioDevice<D> {
         }))
     }
 
-    /// Has all handlers rest, and waits for it, up to `patience`. False: some I/O would not end; it goes on.
+    /// Has all handlers rest, and waits for it, up to `patience`. False: some I/O would not end; the device rests when
+    /// it has, unless it is [resumed](Self::resume).
     pub fn pause(&self, patience: Duration) -> bool {
         let begin = Instant::now();
         let mut inner = self.0.lock();
+        if let Phase::Serving(serving) = &mut inner.phase {
+            serving.go_on = false;
+        }
         loop {
             let Phase::Serving(serving) = &inner.phase else {
                 return true;
@@ -205,16 +223,14 @@ impl<D: VirtioDevice> MmioDevice<D> {
         }
     }
 
-    /// Goes on after a [`pause`](Self::pause), or after [`from_state`](Self::from_state).
+    /// Goes on after a [`pause`](Self::pause), or after [`from_state`](Self::from_state). After a pause that has not
+    /// come to its end: when it has.
     pub fn resume(&self) {
         let mut inner = self.0.lock();
-        if matches!(inner.phase, Phase::Idle) && inner.registers.is_active() {
-            // A device that failed stays so until its reset.
-            if !self.0.place.driver.is_reset_needed() {
-                self.0.activate(&mut inner);
-            }
-            // What was told before the pause may have been lost with the interrupt controller's state.
-            self.0.place.driver.repeat();
+        match &mut inner.phase {
+            Phase::Idle => self.0.go_on(&mut inner),
+            // Its handlers may have been told to rest, which is not taken back.
+            Phase::Serving(serving) => serving.go_on = true,
         }
     }
 
@@ -255,6 +271,18 @@ impl<D: VirtioDevice> Shared<D> {
     fn lock(&self) -> MutexGuard<'_, Inner<D>> {
         // A device that panicked is in some state all the same, and its driver may reset it.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// At rest, goes on if the driver is ready.
+    fn go_on(self: &Arc<Self>, inner: &mut Inner<D>) {
+        if inner.registers.is_active() {
+            // A device that failed stays so until its reset.
+            if !self.place.driver.is_reset_needed() {
+                self.activate(inner);
+            }
+            // What was told before the pause may have been lost with the interrupt controller's state.
+            self.place.driver.repeat();
+        }
     }
 
     /// The driver is ready, or its device goes on.
@@ -400,7 +428,9 @@ impl<D: VirtioDevice> Shared<D> {
         let mut serving = Serving {
             workers: Vec::with_capacity(assignments.len()),
             rested: Vec::new(),
-            resets: Vec::new(),
+            reset: false,
+            go_on: false,
+            waiting: Vec::new(),
         };
         serving.rested.resize_with(assignments.len(), || None);
         let (single, mut failed) = (assignments.len() == 1, false);
@@ -457,7 +487,7 @@ impl<D: VirtioDevice> Shared<D> {
     }
 
     /// On a handler's thread, as its last act.
-    fn at_rest(&self, at: usize, rested: Rested<D::Handler>) {
+    fn at_rest(self: &Arc<Self>, at: usize, rested: Rested<D::Handler>) {
         let mut inner = self.lock();
         if let Phase::Serving(serving) = &mut inner.phase {
             serving.rested[at] = Some(rested);
@@ -466,7 +496,7 @@ impl<D: VirtioDevice> Shared<D> {
     }
 
     /// If all have rested, the device is retired, and who waits for that is answered.
-    fn end_phase(&self, inner: &mut Inner<D>) {
+    fn end_phase(self: &Arc<Self>, inner: &mut Inner<D>) {
         let Phase::Serving(serving) = &inner.phase else {
             return;
         };
@@ -490,11 +520,14 @@ impl<D: VirtioDevice> Shared<D> {
             handlers.push(rested.handler);
         }
         inner.device.retire(handlers);
-        if !serving.resets.is_empty() {
+        if serving.reset {
             self.reset(inner);
         }
-        for reset in serving.resets {
-            reset.complete(&[]);
+        for waiting in serving.waiting {
+            waiting.complete(&[]);
+        }
+        if serving.go_on {
+            self.go_on(inner);
         }
         self.rested.notify_all();
     }
@@ -575,17 +608,16 @@ impl<D: VirtioDevice> Shared<D> {
                     format_args!("has queue {queue} stopped alone: all of it rests until a reset"),
                 );
                 self.place.driver.needs_reset();
-                if let Phase::Serving(serving) = &inner.phase {
-                    serving.workers.iter().for_each(Worker::rest);
+                if let Phase::Serving(serving) = &mut inner.phase {
+                    // Afterwards the driver takes the ring's memory for its own (4.2.2.2).
+                    return Answer::Deferred(serving.wait_for_rest());
                 }
             }
             Effect::Reset => match &mut inner.phase {
                 Phase::Idle => self.reset(inner),
                 Phase::Serving(serving) => {
-                    serving.workers.iter().for_each(Worker::rest);
-                    let (completion, deferral) = defer();
-                    serving.resets.push(completion);
-                    return Answer::Deferred(deferral);
+                    serving.reset = true;
+                    return Answer::Deferred(serving.wait_for_rest());
                 }
             },
         }
