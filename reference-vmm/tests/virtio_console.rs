@@ -551,6 +551,28 @@ fn a_connection_that_nothing_has_gone_through_is_there_for_the_next_program() {
 }
 
 #[test]
+fn a_driver_after_a_reset_loses_nothing_to_what_was_partly_out_before() {
+    let (mut peer, ours) = UnixStream::pair().unwrap();
+    let mut guest = Guest::new(console_on(ours));
+    guest.start();
+    guest.send_later(1, &bytes(1 << 20));
+    guest.driver.notify(1);
+    peer.read_exact(&mut [0]).unwrap();
+    guest.driver.reset();
+    peer.set_nonblocking(true).unwrap();
+    let mut rest = Vec::new();
+    let error = peer.read_to_end(&mut rest).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    assert!(rest.len() < (1 << 20) - 1);
+
+    guest.start();
+    guest.send(1, b"boot");
+    let mut read = [0; 4];
+    peer.read_exact(&mut read).unwrap();
+    assert_eq!(&read, b"boot");
+}
+
+#[test]
 fn a_console_s_connection_outlives_the_driver() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("console.sock");
@@ -588,6 +610,10 @@ fn the_terminal_s_size_comes_by_the_configuration_space_or_by_a_message() {
     let mut config = [0; 4];
     guest.driver.config(0, &mut config);
     assert_eq!(config, [44, 1, 100, 0]);
+    // The next driver knows of none.
+    guest.driver.reset();
+    guest.start();
+    guest.wait_configuration_change();
 
     let device = both(no_host(), no_host(), SIZE);
     let resizer = device.resizer();

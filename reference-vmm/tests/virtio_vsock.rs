@@ -15,13 +15,16 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use reference_vmm::devices::virtio::fake::FakeDriver;
+use reference_vmm::devices::virtio::vsock::config::HOST_CID;
 use reference_vmm::devices::virtio::vsock::credit::WINDOW;
 use reference_vmm::devices::virtio::vsock::guest::{Guest, Life, Ports};
 use reference_vmm::devices::virtio::vsock::packet::{
-    HEADER_LEN, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND,
+    HEADER_LEN, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
 };
 use reference_vmm::devices::virtio::vsock::sockets::{Sockets, UnixSockets, port_path};
-use reference_vmm::devices::virtio::vsock::switch::{EVENT, MAX_CONNECTIONS, MAX_HANDSHAKES, RX};
+use reference_vmm::devices::virtio::vsock::switch::{
+    EVENT, MAX_CONNECTIONS, MAX_HANDSHAKES, RX, TX,
+};
 use reference_vmm::devices::virtio::vsock::{Vsock, VsockConfig};
 
 /// A test that waits longer has failed.
@@ -818,6 +821,35 @@ fn a_reset_ends_all_connections_and_who_comes_meanwhile_waits_for_the_driver() {
         let ports = guest.accept();
         assert_eq!(hear_ok(&mut early), ports.remote);
         assert_eq!(guest.transport_resets, 0);
+    }
+}
+
+#[test]
+fn a_driver_after_a_reset_is_given_no_answer_to_what_another_has_sent() {
+    let host = Host::new();
+    let mut driver = FakeDriver::new(host.device());
+    let from = |port| Header {
+        src_cid: CID.into(),
+        dst_cid: HOST_CID,
+        src_port: port,
+        dst_port: 1,
+        kind: TYPE_STREAM,
+        op: Op::CreditUpdate as u16,
+        ..Header::default()
+    };
+    for (port, has_buffer) in [(10, false), (11, true)] {
+        driver.start(u64::MAX);
+        let packet = has_buffer.then(|| driver.request(RX, &[], &[4096]));
+        let sent = driver.request(TX, &[&from(port).bytes()], &[]);
+        driver.notify(TX);
+        assert_eq!(driver.used(TX), (sent.head, 0));
+        if let Some(packet) = packet {
+            assert_eq!(driver.used(RX), (packet.head, HEADER_LEN as u32));
+            let bytes = driver.bytes(packet.writable[0].0, HEADER_LEN);
+            let header = Header::from_bytes(bytes.as_slice().try_into().unwrap());
+            assert_eq!((header.op, header.dst_port), (Op::Rst as u16, port));
+        }
+        driver.reset();
     }
 }
 
