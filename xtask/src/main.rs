@@ -38,7 +38,9 @@ Commands:
   test [OPTIONS]             build and run the tests of all tiers, and say what ran where
   coverage                   measure the tests' coverage, against coverage_config.json
   fuzz [TARGET…]             run the crates' fuzz targets with libFuzzer
-  bench startup|boot|io      measure a start, a boot or a guest's devices, against a floor or another monitor
+  bench startup|boot|io|login
+                             measure a start, a boot, a guest's devices or a Debian's start to its login, against a
+                             floor or another monitor
 
 `cargo xtask COMMAND --help` says more of one.";
 
