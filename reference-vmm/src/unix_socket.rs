@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Unix stream sockets that are found by a path: one that listens, and a connection to one. Neither ever blocks.
+//! Unix stream sockets that are found by a path: one that listens, and a connection to one. Neither blocks, but for a
+//! moment where several processes replace sockets in one folder at once.
 //!
 //! A listening one is its user's alone from the moment when it exists (mode 0600, set before it is bound), and its
 //! file goes with it. What stands at the path already is left alone, unless it is a socket that nobody listens at.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Bytes that a socket's path can have. One byte of the kernel's 108 is for the zero behind it.
 pub const MAX_PATH: usize = 107;
@@ -47,8 +49,12 @@ impl Listener {
     /// # Errors
     /// [`BindError`]; nothing was made.
     pub fn bind(path: &Path, backlog: i32) -> Result<Self, BindError> {
-        remove_stale(path)?;
-        let listener = bind_private(path, backlog).map_err(BindError::Refused)?;
+        let _replacing = remove_stale(path)?;
+        let listener = bind_private(path, backlog).map_err(|error| match error.kind() {
+            // Since the path was found free.
+            io::ErrorKind::AddrInUse => BindError::InUse,
+            _ => BindError::Refused(error),
+        })?;
         let file = fs::symlink_metadata(path).ok();
         Ok(Listener {
             listener,
@@ -109,24 +115,69 @@ pub fn connect(path: &Path) -> io::Result<UnixStream> {
     Ok(fd.into())
 }
 
-/// Removes a socket that nobody listens at.
-fn remove_stale(path: &Path) -> Result<(), BindError> {
-    let file = match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        found => found.map_err(BindError::Refused)?,
-    };
-    if !file.file_type().is_socket() {
-        return Err(BindError::Occupied);
+/// Removes a socket that nobody listens at. Until what is given back is dropped no other process that does so too finds
+/// the path free, or takes what is bound there next for the one that was to be removed.
+fn remove_stale(path: &Path) -> Result<Option<FolderLock>, BindError> {
+    if !socket_at(path)? {
+        return Ok(None);
+    }
+    let lock = FolderLock::of(path).map_err(BindError::Refused)?;
+    // Another process may have replaced it meanwhile.
+    if !socket_at(path)? {
+        return Ok(Some(lock));
     }
     // A socket of another type is told apart from one that nobody has, whether it listens or not, and its owner does not
     // notice. One of its own type would be a peer to it, or would wait in its queue.
     let probe = UnixDatagram::unbound().map_err(BindError::Refused)?;
     match probe.connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(BindError::Refused)
+            fs::remove_file(path).map_err(BindError::Refused)?;
+            Ok(Some(lock))
         }
         // EPROTOTYPE, or it is a datagram socket.
         _ => Err(BindError::InUse),
+    }
+}
+
+/// Whether there is a socket, live or not; something else is in the way.
+fn socket_at(path: &Path) -> Result<bool, BindError> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(BindError::Refused(error)),
+        Ok(file) if file.file_type().is_socket() => Ok(true),
+        Ok(_) => Err(BindError::Occupied),
+    }
+}
+
+/// The lock (`flock(2)`) on a socket's folder, of who replaces a socket in it.
+struct FolderLock(#[expect(dead_code, reason = "closed, it is unlocked")] File);
+
+impl FolderLock {
+    /// Others have it for a few system calls; who has it for longer is not one of us.
+    const PATIENCE: Duration = Duration::from_secs(1);
+
+    fn of(path: &Path) -> io::Result<Self> {
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let folder = File::open(folder)?;
+        let begun = Instant::now();
+        loop {
+            // SAFETY: an open descriptor, no pointers.
+            if unsafe { libc::flock(folder.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+                return Ok(FolderLock(folder));
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::WouldBlock {
+                return Err(error);
+            }
+            if begun.elapsed() > Self::PATIENCE {
+                let why = "another process has had the folder locked for a second";
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, why));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -216,6 +267,32 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         Listener::bind(&path, 4).unwrap();
+    }
+
+    #[test]
+    fn of_many_that_replace_one_socket_at_once_one_has_it_and_keeps_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = place(&folder);
+        for _ in 0..50 {
+            drop(UnixListener::bind(&path).unwrap());
+            let start = std::sync::Barrier::new(4);
+            let bound = std::thread::scope(|scope| {
+                let bind = || {
+                    start.wait();
+                    Listener::bind(&path, 4)
+                };
+                let threads = [(); 4].map(|()| scope.spawn(bind));
+                threads.map(|thread| thread.join().unwrap())
+            });
+            let [one] = &bound.iter().flatten().collect::<Vec<_>>()[..] else {
+                panic!("{bound:?}");
+            };
+            let _client = connect(&path).unwrap();
+            one.accept().unwrap();
+            for error in bound.iter().filter_map(|bound| bound.as_ref().err()) {
+                assert!(matches!(error, BindError::InUse), "{error}");
+            }
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod error;
 mod json;
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -166,6 +167,15 @@ pub(crate) fn check_path(flag: &'static str, path: &Path) -> Result<(), ConfigEr
         true => Err(ConfigError::EmptyPath { flag }),
         false => Ok(()),
     }
+}
+
+/// Whether a path could not be opened, or listened at, because of what it says, and not for want of something that the
+/// host gives.
+pub(crate) fn is_about_the_path(error: &io::Error) -> bool {
+    !matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC | libc::EDQUOT | libc::EIO)
+    )
 }
 
 impl Default for Config {

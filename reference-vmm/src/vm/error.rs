@@ -146,12 +146,10 @@ impl BuildError {
                 | MapError::NoHugePages { .. }
                 | MapError::NoSuchNode { .. },
             ) => 2,
-            // A path that is longer than a socket's can be.
-            BuildError::Gdb(gdb::ListenError::Refused { source, .. })
-                if source.kind() == io::ErrorKind::InvalidInput =>
-            {
-                2
-            }
+            BuildError::Gdb(gdb::ListenError::Refused {
+                address: gdb::Address::Unix(_),
+                source,
+            }) if config::is_about_the_path(source) => 2,
             BuildError::Device(error) if !error.is_users_fault() => 1,
             BuildError::Device(_)
             | BuildError::AddressBits { .. }

@@ -17,6 +17,7 @@ use super::control::Size;
 use super::host::{Host, Output, Shared};
 use super::input::InputQueue;
 use super::{Console, MOST_PORTS, NamedPort, Resizer};
+use crate::config::is_about_the_path;
 use crate::gdb::{Address, ListenError, Listener};
 
 /// What errors of the console have in the place of a port's name.
@@ -210,15 +211,6 @@ impl ConsoleError {
             _ => true,
         }
     }
-}
-
-/// Whether another path could help.
-fn is_about_the_path(error: &io::Error) -> bool {
-    let raw = error.raw_os_error();
-    !matches!(
-        raw,
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOSPC | libc::EDQUOT | libc::EIO)
-    )
 }
 
 fn refused(given: &str, why: &str) -> ConsoleError {

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::device::Vsock;
 use super::sockets::UnixSockets;
+use crate::config::is_about_the_path;
 use crate::unix_socket::{BindError, MAX_PATH};
 
 /// The address of the host (virtio 1.2, 5.10.4); 0 is a hypervisor's, 1 is local.
@@ -76,7 +77,10 @@ impl VsockError {
     /// Whether the user asked for what cannot be; else the host refused.
     pub fn is_users_fault(&self) -> bool {
         match self {
-            VsockError::Bind { source, .. } => !matches!(source, BindError::Refused(_)),
+            VsockError::Bind {
+                source: BindError::Refused(error),
+                ..
+            } => is_about_the_path(error),
             VsockError::Host { .. } => false,
             _ => true,
         }
@@ -202,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_in_use_is_the_users_fault_and_a_folder_that_is_none_the_hosts() {
+    fn a_path_in_use_and_a_folder_that_is_none_are_the_users_fault() {
         let folder = tempfile::tempdir().unwrap();
         let config = VsockConfig {
             cid: 3,
@@ -214,6 +218,6 @@ mod tests {
         assert!(!config.uds.exists());
         let uds = folder.path().join("none/v.sock");
         let error = VsockConfig { uds, ..config }.open().unwrap_err();
-        assert!(!error.is_users_fault(), "{error}");
+        assert!(error.is_users_fault(), "{error}");
     }
 }
