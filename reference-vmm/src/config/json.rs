@@ -148,7 +148,7 @@ impl<'de> Visitor<'de> for ConfigVisitor {
                 "coalesce-console" => config.coalesce_console = field(map, key)?,
                 "disk" => config.disks = field::<Several<_>, A>(map, key)?.0,
                 "net" => config.nets = field::<Several<_>, A>(map, key)?.0,
-                "vsock" => config.vsock = Some(field(map, key)?),
+                "vsock" => config.vsock = Some(field::<Object<_>, A>(map, key)?.0),
                 "console" => config.console = field(map, key)?,
                 "port" => config.ports = field::<Several<_>, A>(map, key)?.0,
                 "rng" => config.rng = field(map, key)?,
@@ -186,6 +186,27 @@ impl<'de> Deserialize<'de> for Size {
     }
 }
 
+/// An object, where serde would take a list of the fields' values in their order as well.
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ObjectVisitor<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+        deserializer.deserialize_any(ObjectVisitor(PhantomData))
+    }
+}
+
 /// One object or several.
 struct Several<T>(Vec<T>);
 
@@ -206,7 +227,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Several<T> {
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Several<T>, A::Error> {
                 let mut several = Vec::new();
-                while let Some(one) = seq.next_element()? {
+                while let Some(Object(one)) = seq.next_element()? {
                     several.push(one);
                 }
                 Ok(Several(several))
@@ -310,6 +331,12 @@ mod tests {
             (r#"{"memory": {"thp": "on"}}"#, &["memory: thp: ", "`on`"]),
             (r#"{"memory": {"numa": -1}}"#, &["memory: numa: ", "`-1`"]),
             (r#"{"pit": true, "pit": true}"#, &["pit", "twice"]),
+            (
+                r#"{"disk": [["d", true]]}"#,
+                &["disk: ", "sequence", "an object"],
+            ),
+            (r#"{"vsock": [3, "v"]}"#, &["vsock: ", "sequence"]),
+            (r#"{"port": [["a", "b"]]}"#, &["port: ", "sequence"]),
         ] {
             let error = serde_json::from_str::<Config>(text).unwrap_err();
             let error = error.to_string();
