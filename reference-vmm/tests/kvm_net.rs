@@ -285,7 +285,7 @@ fn a_tap_that_cannot_be_had_is_told_with_what_to_do() {
     make("one", libc::IFF_TAP);
     make("tun", libc::IFF_TUN);
     let (error, users) = refused("tap=none,queues=2");
-    assert!(error.contains("`ip tuntap add none mode tap multi_queue`"));
+    assert!(error.contains("`ip tuntap add none mode tap user $USER multi_queue`"));
     assert!(users);
     for name in ["lo", "tun"] {
         let (error, users) = refused(&format!("tap={name}"));

@@ -78,7 +78,7 @@ pub trait Tap: AsRawFd + Send + Sync + 'static {
 pub enum TapError {
     /// No interface of that name.
     #[error(
-        "there is no tap {name:?}: make one with `ip tuntap add {name} mode tap{how}` and `ip link set {name} up`",
+        "there is no tap {name:?}: make one with `ip tuntap add {name} mode tap user $USER{how}` and `ip link set {name} up`",
         how = multi(*queues)
     )]
     NoSuchTap {
