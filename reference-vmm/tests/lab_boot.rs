@@ -10,21 +10,15 @@
 
 mod support;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use support::lab::{alone, lab_file, no_complaints};
 use support::pty::Pty;
-use support::{Ended, Running, Vmm, lab_file, need_kvm};
+use support::{Ended, Running, Vmm, need_kvm};
 
 /// An emulated machine inside an emulated machine takes its time, and a broken one must not take
 /// all of it.
 const LIMIT: Duration = Duration::from_secs(180);
-
-/// Guests of several vCPUs on a lab of one CPU: one at a time, or they wait for each other's spinlocks.
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A kernel with the initramfs that reports, its console on stdout.
 fn linux(kernel: &str, cmdline: &str) -> Vmm {
@@ -45,25 +39,6 @@ fn said(ended: &Ended, name: &str) -> String {
         .find_map(|line| line.trim_end().strip_prefix(&prefix));
     line.unwrap_or_else(|| panic!("the guest's init said no {name:?}\n{ended}"))
         .to_owned()
-}
-
-/// What no kernel's log has on a machine in order.
-#[track_caller]
-fn no_complaints(ended: &Ended) {
-    for line in ended.text().lines() {
-        for bad in [
-            "Oops",
-            "BUG:",
-            "Kernel panic",
-            "WARNING:",
-            "soft lockup",
-            "rcu_sched detected",
-        ] {
-            assert!(!line.contains(bad), "{line}\n{ended}");
-        }
-        let acpi = line.contains("ACPI") && (line.contains("rror:") || line.contains("rror ("));
-        assert!(!acpi, "{line}\n{ended}");
-    }
 }
 
 /// Boots to the power-off, and checks what the guest says of its machine.

@@ -9,7 +9,7 @@ mod support;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use reference_vmm::config::{Config, Irqchip};
@@ -23,12 +23,10 @@ use reference_vmm::devices::virtio::console::host::{Host, stream};
 use reference_vmm::end::{EndSignal, GuestEnd};
 use reference_vmm::memory::Memory;
 use reference_vmm::vm::Machine;
-use support::{base64, lab_file, need_kvm};
+use support::lab::{alone, base64, lab_file};
+use support::need_kvm;
 
 const LIMIT: Duration = Duration::from_secs(180);
-
-/// One guest at a time on a lab of one CPU.
-static TURN: Mutex<()> = Mutex::new(());
 
 /// Runs a guest with these devices, to its end. What COM1 said.
 fn run(kernel: &str, irqchip: Irqchip, cpus: u32, devices: Devices, script: &str) -> String {
@@ -72,7 +70,7 @@ fn run(kernel: &str, irqchip: Irqchip, cpus: u32, devices: Devices, script: &str
 #[ignore = "needs the lab: cargo xtask test"]
 fn linux_has_a_console_and_a_port_on_both_irqchips() {
     need_kvm();
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = alone();
     // It stays open: the driver of hvc forgets its settings, and what was typed, at the last close.
     let script = "
         stty -F /dev/hvc0 size | grep -x '43 132'

@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use kvm_core::arch::x86_64::Topology;
-use support::{Ended, Vmm, lab_file, long, need_kvm};
+use support::lab::lab_file;
+use support::{Ended, Vmm, long, need_kvm};
 
 /// All processors take their turns on one emulated one.
 const LIMIT: Duration = Duration::from_secs(600);

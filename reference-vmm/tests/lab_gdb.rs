@@ -17,7 +17,8 @@ use std::path::Path;
 use std::process::{ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use support::{Running, Vmm, lab_file, need_kvm};
+use support::lab::lab_file;
+use support::{Running, Vmm, need_kvm};
 
 const LIMIT: Duration = Duration::from_secs(240);
 

@@ -13,7 +13,7 @@ use std::net::TcpListener;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use support::{Vmm, base64, lab_file, need_kvm};
+use support::lab::{alone, lab_file, no_complaints, scripted};
 
 const LIMIT: Duration = Duration::from_secs(240);
 const HOST: [u8; 4] = [192, 168, 77, 1];
@@ -47,7 +47,7 @@ fn down_at(port: u16) {
 #[test]
 #[ignore = "needs the lab: cargo xtask test"]
 fn linux_has_a_network_at_a_tap_through_a_rebind_and_sees_that_the_tap_is_down() {
-    need_kvm();
+    let _turn = alone();
     let script = "
         cd /tmp
         up() { ifconfig eth0 192.168.77.2 up; ping -c 3 192.168.77.1; }
@@ -83,13 +83,11 @@ fn linux_has_a_network_at_a_tap_through_a_rebind_and_sees_that_the_tap_is_down()
         tap::set_address("vm0", HOST);
         let echo = echo(1001, 2);
         down_at(1002);
-        let script = base64(script);
-        let cmdline = format!("console=ttyS0 quiet guest.modules=virtio_net guest.script={script}");
         let net = format!("tap=vm0,mac=02:00:00:00:00:77,mtu=1400,queues={queues}");
-        let ended = Vmm::run(lab_file(kernel))
+        let ended = scripted(kernel, "virtio_net", script)
             .arg("--initrd")
             .arg(lab_file("initrd-devices.cpio.gz"))
-            .args(["--cmdline", &cmdline, "--net", &net])
+            .args(["--net", &net])
             .args(["--irqchip", irqchip, "--cpus", cpus])
             .limit(LIMIT)
             .output();
@@ -103,15 +101,7 @@ fn linux_has_a_network_at_a_tap_through_a_rebind_and_sees_that_the_tap_is_down()
             assert!(text.contains(&expected), "{expected}\n{ended}");
         }
         assert_eq!(text.matches("guest: passed").count(), 2, "{ended}");
-        for bad in [
-            "Oops",
-            "BUG:",
-            "WARNING:",
-            "guest: refused",
-            "NETDEV WATCHDOG",
-        ] {
-            assert!(!text.contains(bad), "{bad}\n{ended}");
-        }
+        no_complaints(&ended);
         echo.join().unwrap();
     }
 }

@@ -6,47 +6,19 @@
 
 mod support;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use support::{Ended, Vmm, base64, lab_file, need_kvm};
+use support::Vmm;
+use support::lab::{alone, expect_done, lab_file, scripted};
 
 const LIMIT: Duration = Duration::from_secs(180);
 
-/// Guests of several vCPUs on a lab of one CPU: one at a time.
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A guest that loads `modules` and runs `script`.
 fn guest(kernel: &str, modules: &str, script: &str) -> Vmm {
-    need_kvm();
-    let script = base64(script);
-    let cmdline = format!("console=ttyS0 quiet guest.modules={modules} guest.script={script}");
-    Vmm::run(lab_file(kernel))
+    scripted(kernel, modules, script)
         .arg("--initrd")
         .arg(lab_file("initrd-devices.cpio.gz"))
-        .args(["--cmdline", &cmdline])
         .limit(LIMIT)
-}
-
-/// The script came to its end, and the kernel has nothing to complain of.
-#[track_caller]
-fn expect_done(ended: &Ended) {
-    ended.expect_status(0).expect_silence();
-    let text = ended.text();
-    assert!(text.contains("guest: script done"), "{ended}");
-    for bad in [
-        "Oops",
-        "BUG:",
-        "WARNING:",
-        "guest: refused",
-        "soft lockup",
-        "I/O error",
-    ] {
-        assert!(!text.contains(bad), "{bad}\n{ended}");
-    }
 }
 
 #[test]
@@ -128,6 +100,7 @@ fn linux_reads_and_writes_disks_by_both_engines_and_keeps_to_a_readonly_one() {
             .args(["--irqchip", irqchip, "--cpus", cpus])
             .output();
         expect_done(&ended);
+        assert!(!ended.text().contains("I/O error"), "{ended}");
         let mut expected = pattern.clone();
         expected.copy_within(..4 << 20, 4 << 20);
         expected[3 * 4096..11 * 4096].fill(0);

@@ -159,6 +159,22 @@ fn library_path(prefix: &Path) -> String {
     .join(":")
 }
 
+/// A script `prefix/name` that runs a program unpacked below `prefix` with its libraries and these words first.
+fn wrapped(prefix: &Path, name: &str, program: &str, words: &str) -> Result<PathBuf> {
+    let script = prefix.join(name);
+    let text = format!(
+        "#!/bin/sh\nLD_LIBRARY_PATH='{}' exec '{}' {words} \"$@\"\n",
+        library_path(prefix),
+        prefix.join(program).display()
+    );
+    let made = fs::write(&script, text).and_then(|()| {
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))
+    });
+    made.context(|| format!("{} cannot be written", script.display()))?;
+    Ok(script)
+}
+
 /// A mmdebstrap that can be run.
 pub(crate) struct Mmdebstrap {
     script: PathBuf,
@@ -351,19 +367,28 @@ impl Assets {
         let prefix = self.part("tools/gdb", |dir| {
             self.apt()?.unpack_closure(&["gdb-minimal"], None, dir)
         })?;
-        let script = prefix.join("gdb");
-        let text = format!(
-            "#!/bin/sh\nLD_LIBRARY_PATH='{}' exec '{}' --data-directory='{}' \"$@\"\n",
-            library_path(&prefix),
-            prefix.join("usr/bin/gdb").display(),
-            prefix.join("usr/share/gdb").display()
-        );
-        let made = fs::write(&script, text).and_then(|()| {
-            use std::os::unix::fs::PermissionsExt;
-            fs::set_permissions(&script, fs::Permissions::from_mode(0o755))
-        });
-        made.context(|| format!("{} cannot be written", script.display()))?;
-        Ok(script)
+        let data = prefix.join("usr/share/gdb");
+        let words = format!("--data-directory='{}'", data.display());
+        wrapped(&prefix, "gdb", "usr/bin/gdb", &words)
+    }
+
+    /// A folder with mke2fs, e2fsck and debugfs, for the lab's tests of disks: the host's, or Debian's unpacked into the
+    /// cache, each behind a script that finds its libraries.
+    pub(crate) fn e2fsprogs(&self) -> Result<PathBuf> {
+        const PROGRAMS: [&str; 3] = ["mke2fs", "e2fsck", "debugfs"];
+        // Where they are on every distribution; a user's PATH may not lead there.
+        let ours = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+        let has_all = |dir: &&PathBuf| PROGRAMS.iter().all(|name| dir.join(name).exists());
+        if let Some(dir) = ours.iter().find(has_all) {
+            return Ok(dir.clone());
+        }
+        let prefix = self.part("tools/e2fsprogs", |dir| {
+            self.apt()?.unpack_closure(&["e2fsprogs"], None, dir)
+        })?;
+        for name in PROGRAMS {
+            wrapped(&prefix, name, &format!("sbin/{name}"), "")?;
+        }
+        Ok(prefix)
     }
 
     /// The kernel and the initramfs of Debian's installer, as it starts from the network and talks on a serial console.

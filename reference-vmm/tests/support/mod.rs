@@ -10,6 +10,7 @@
 #![allow(dead_code)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod lab;
 pub mod mutate;
 pub mod pty;
 pub mod rsp;
@@ -54,39 +55,6 @@ pub fn file(bytes: &[u8]) -> tempfile::TempPath {
     file.write_all(bytes)
         .expect("the temporary file takes its bytes");
     file.into_temp_path()
-}
-
-/// A file of the lab's kernels and images.
-pub fn lab_file(name: &str) -> PathBuf {
-    let folder = std::env::var_os("LAB_KERNELS").expect("LAB_KERNELS is not set: cargo xtask test");
-    let path = PathBuf::from(folder).join(name);
-    assert!(
-        path.exists(),
-        "{} is missing: cargo xtask test makes it",
-        path.display()
-    );
-    path
-}
-
-/// Base64 (RFC 4648), for a kernel's command line.
-pub fn base64(text: &str) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::new();
-    for three in text.as_bytes().chunks(3) {
-        let mut bits = 0;
-        for at in 0..3 {
-            bits = bits << 8 | u32::from(three.get(at).copied().unwrap_or(0));
-        }
-        for at in 0..4 {
-            let digit = DIGITS[(bits >> (18 - 6 * at) & 63) as usize];
-            out.push(if at <= three.len() {
-                digit as char
-            } else {
-                '='
-            });
-        }
-    }
-    out
 }
 
 /// An ELF64 kernel of this code.
@@ -421,12 +389,42 @@ impl Running {
 
     /// Peak resident memory, KiB.
     pub fn peak_rss(&self) -> u64 {
+        self.kib_of("VmHWM:")
+    }
+
+    /// Resident memory, KiB.
+    pub fn rss(&self) -> u64 {
+        self.kib_of("VmRSS:")
+    }
+
+    /// A line of its status.
+    fn kib_of(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let line = status
-            .lines()
-            .find_map(|l| l.strip_prefix("VmHWM:"))
-            .expect("VmHWM");
-        line.trim().trim_end_matches("kB").trim().parse().unwrap()
+        let line = status.lines().find_map(|l| l.strip_prefix(name));
+        let value = line.unwrap_or_else(|| panic!("no {name}"));
+        value.trim().trim_end_matches("kB").trim().parse().unwrap()
+    }
+
+    /// Memory that is the guest's and resident, KiB. The guest's memory is `shared`, and so has mappings of its own.
+    pub fn guest_rss(&self) -> u64 {
+        let maps = std::fs::read_to_string(format!("/proc/{}/smaps", self.pid())).unwrap();
+        let (mut sum, mut is_guests) = (0, false);
+        for line in maps.lines() {
+            match line.strip_prefix("Rss:") {
+                Some(rss) if is_guests => {
+                    let kib = rss.trim().trim_end_matches("kB").trim();
+                    sum += kib.parse::<u64>().unwrap();
+                }
+                Some(_) => {}
+                // A mapping begins with its addresses, in small letters; what is said of it with a large one.
+                None if line.starts_with(|c: char| !c.is_ascii_uppercase()) => {
+                    is_guests = line.contains("memfd:guest-memory");
+                }
+                None => {}
+            }
+        }
+        assert!(sum > 0, "no guest memory is told apart: {maps}");
+        sum
     }
 
     /// Waits for its end. The watchdog kills what is too late, and the test fails.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What `cargo xtask bench io` runs on both sides of a guest's devices: `guest-io guest` in the guest measures,
-//! `guest-io host` in the lab answers. Linked statically, so that a guest needs nothing else. `guest-io vsock` is for the
-//! lab's tests: it looks at each byte, and measures nothing.
+//! `guest-io host` in the lab answers. Linked statically, so that a guest needs nothing else. `guest-io vsock` and
+//! `guest-io records` are for the lab's tests: they look at each byte, and measure nothing.
 //!
 //! The guest's times are its own clock's. A disk is read and written past the page cache (`O_DIRECT`).
 
@@ -13,6 +13,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
@@ -44,11 +45,13 @@ fn main() -> ExitCode {
     let done = match words[..] {
         ["guest"] => guest(),
         ["vsock", round] => vsock_bytes(round),
+        ["round-trips"] => vsock(),
+        ["records", folder] => records(Path::new(folder)),
         ["host", "unix", path] => host(Some(path)),
         ["host", "vsock"] => host(None),
         ["tap", name] => tap(name),
         _ => Err(io::Error::other(
-            "guest, vsock ROUND, host unix PATH, host vsock, or tap NAME",
+            "guest, vsock ROUND, round-trips, records FOLDER, host unix PATH, host vsock, or tap NAME",
         )),
     };
     match done {
@@ -256,6 +259,55 @@ fn vsock_bytes(round: &str) -> io::Result<()> {
     let mut peer = unsafe { File::from_raw_fd(peer) };
     let echoed = io::copy(&mut peer.try_clone()?, &mut peer)?;
     println!("guest: vsock in {echoed}");
+    Ok(())
+}
+
+/// Bytes of a record.
+const RECORD: usize = 4096;
+
+/// The record of that number, which the tests know as well: each 8 bytes of it follow from the number.
+fn record(number: u64) -> Vec<u8> {
+    (0..RECORD as u64 / 8)
+        .flat_map(|at| {
+            (number << 16 | at)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .to_le_bytes()
+        })
+        .collect()
+}
+
+/// Adds records to a file and files to a folder until it is killed, and says of each that it is durable when `fsync`
+/// has returned. Beside it another file is written and flushed all the time, of which nothing is said.
+fn records(folder: &Path) -> io::Result<()> {
+    let noise = File::create(folder.join("noise"))?;
+    thread::spawn(move || {
+        let data = vec![0xa5; 64 << 10];
+        for at in (0..64).cycle() {
+            let written = noise.write_all_at(&data, at * data.len() as u64);
+            if let Err(error) = written.and_then(|()| noise.sync_data()) {
+                println!("guest: noise {error}");
+                return;
+            }
+        }
+    });
+    let file = folder.join("records");
+    let options = OpenOptions::new().write(true).create(true).clone();
+    let file = options.open(file)?;
+    let directory = File::open(folder)?;
+    directory.sync_all()?;
+    for number in file.metadata()?.len() / RECORD as u64.. {
+        file.write_all_at(&record(number), number * RECORD as u64)?;
+        file.sync_all()?;
+        println!("guest: record {number}");
+        if number % 8 == 0 {
+            let path = folder.join(format!("file-{number}"));
+            let mut file = File::create(path)?;
+            file.write_all(&record(number))?;
+            file.sync_all()?;
+            directory.sync_all()?;
+            println!("guest: file {number}");
+        }
+    }
     Ok(())
 }
 

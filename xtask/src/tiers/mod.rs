@@ -333,6 +333,11 @@ fn in_lab(
     let mut named = env;
     named.push(("LAB_KERNELS".to_owned(), kernels.into_os_string()));
     named.push(("LAB_GDB".to_owned(), assets.gdb()?.into_os_string()));
+    named.push(("LAB_BUSYBOX".to_owned(), assets.busybox()?.into_os_string()));
+    named.push((
+        "LAB_E2FSPROGS".to_owned(),
+        assets.e2fsprogs()?.into_os_string(),
+    ));
     // For guests, as a program of theirs.
     let guest_io = cargo::static_program("xtask", "guest_io")?;
     named.push(("LAB_GUEST_IO".to_owned(), guest_io.into_os_string()));
@@ -341,7 +346,6 @@ fn in_lab(
         let distro = distro::image(&assets)?;
         let (linux, initrd) = assets.installer()?;
         named.extend([
-            ("LAB_BUSYBOX".to_owned(), assets.busybox()?.into_os_string()),
             ("LAB_DISTRO_DISK".to_owned(), distro::LAB_DISK.into()),
             ("LAB_DISTRO_KERNEL".to_owned(), distro.kernel.into()),
             ("LAB_DISTRO_INITRD".to_owned(), distro.initrd.into()),
