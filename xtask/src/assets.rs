@@ -376,7 +376,7 @@ impl Assets {
     /// cache, each behind a script that finds its libraries.
     pub(crate) fn e2fsprogs(&self) -> Result<PathBuf> {
         const PROGRAMS: [&str; 3] = ["mke2fs", "e2fsck", "debugfs"];
-        // Where they are on every distribution; a user's PATH may not lead there.
+        // Where distributions have them; a user's PATH may not lead there.
         let ours = ["/usr/sbin", "/sbin"].map(PathBuf::from);
         let has_all = |dir: &&PathBuf| PROGRAMS.iter().all(|name| dir.join(name).exists());
         if let Some(dir) = ours.iter().find(has_all) {
@@ -386,7 +386,13 @@ impl Assets {
             self.apt()?.unpack_closure(&["e2fsprogs"], None, dir)
         })?;
         for name in PROGRAMS {
-            wrapped(&prefix, name, &format!("sbin/{name}"), "")?;
+            // Newer releases have it below usr.
+            let usr = format!("usr/sbin/{name}");
+            let program = match prefix.join(&usr).exists() {
+                true => usr,
+                false => format!("sbin/{name}"),
+            };
+            wrapped(&prefix, name, &program, "")?;
         }
         Ok(prefix)
     }
