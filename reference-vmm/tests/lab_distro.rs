@@ -13,12 +13,12 @@ mod support;
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use support::{Running, Vmm, need_kvm};
+use support::lab::{Shell, alone, busybox, named};
+use support::{Vmm, long, need_kvm};
 
 /// systemd's start in an emulated machine within an emulated machine.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -27,24 +27,6 @@ const TAP: &str = "distro0";
 /// The guest's address is in its image.
 const GUEST: &str = "192.168.127.2";
 const OURS: &str = "192.168.127.1";
-
-/// One guest at a time: the disk, the tap and the lab's processor are one.
-fn alone() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn named(name: &str) -> OsString {
-    std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set: cargo xtask test"))
-}
-
-fn busybox(words: &[&str]) {
-    let status = Command::new(named("LAB_BUSYBOX"))
-        .args(words)
-        .status()
-        .unwrap();
-    assert!(status.success(), "busybox {words:?}: {status}");
-}
 
 /// The interface of the host that the guest's network is.
 struct Tap;
@@ -63,21 +45,6 @@ impl Drop for Tap {
         let words = ["tunctl", "-d", TAP];
         let _ = Command::new(named("LAB_BUSYBOX")).args(words).status();
     }
-}
-
-/// Types a command into the guest's shell, where it is to succeed; what it wrote.
-fn shell(running: &mut Running, number: u32, command: &str) -> String {
-    let before = running.stdout().len();
-    // The marks are not in what is typed, which the console echoes at first.
-    let marks = format!("echo status-$(({number} + 1000))=$?; echo end-$(({number} + 1000))");
-    running.type_in(format!("{command}; {marks}\n").as_bytes());
-    running.wait_for(&format!("end-{}\r\n", number + 1000));
-    let said = running.stdout().split_off(before);
-    let (answer, status) = said
-        .split_once(&format!("status-{}=", number + 1000))
-        .unwrap();
-    assert!(status.starts_with("0\r\n"), "{command}: {said}");
-    answer.to_owned()
 }
 
 #[test]
@@ -107,27 +74,26 @@ fn a_debian_runs_all_its_services_from_a_virtio_disk_and_powers_off() {
     running.wait_for("root@guest:~# ");
     // Plainer than the login's shell, whose editing of lines is for people.
     running.type_in(b"exec sh\n");
-    shell(&mut running, 0, "stty -echo; PS1=");
+    let mut shell = Shell::at(running, "# ");
 
     // Not `degraded`, and not `starting` any more.
-    let state = shell(&mut running, 1, "systemctl is-system-running --wait");
+    let state = shell.run("systemctl is-system-running --wait");
     assert!(state.starts_with("running"), "{state}");
     println!("running: {:.1} s", begun.elapsed().as_secs_f64());
     // The root is on the disk, and a write reaches it.
-    let source = shell(&mut running, 2, "findmnt -no SOURCE,FSTYPE /");
+    let source = shell.run("findmnt -no SOURCE,FSTYPE /");
     assert!(source.starts_with("/dev/vda ext4"), "{source}");
-    shell(&mut running, 3, "date >/root/written && sync /root/written");
+    shell.run("date >/root/written && sync /root/written");
     let mut sshd = BufReader::new(TcpStream::connect((GUEST, 22)).unwrap());
     let mut greeting = String::new();
     sshd.read_line(&mut greeting).unwrap();
     assert!(greeting.starts_with("SSH-2.0-"), "{greeting}");
     // Nothing of this machine is amiss in the kernel's eyes; that it has no PCI is as it should be.
     let errors = "dmesg -l emerg,alert,crit,err | grep -v PCI; true";
-    let errors = shell(&mut running, 4, errors);
-    assert_eq!(errors, "");
+    assert_eq!(shell.run(errors), "");
 
-    running.type_in(b"systemctl poweroff\n");
-    let ended = running.wait();
+    shell.type_in("systemctl poweroff\n");
+    let ended = shell.wait();
     ended.expect_status(0).expect_silence();
     println!("power-off: {:.1} s", begun.elapsed().as_secs_f64());
     drop(tap);
@@ -152,9 +118,9 @@ fn echo<S: Read + Write + Send + 'static>(
 }
 
 /// What the guest does at once, for `$seconds`: a disk written at random and read back with checksums; bytes to the host
-/// and back by TCP and by vsock, compared.
+/// and back by TCP and by vsock, compared; random numbers to hvc0, and bytes to a port.
 const LOAD: &str = r#"
-cd /tmp && head -c 8M /dev/urandom >bytes && rm -f bad
+cd /tmp && head -c 8M /dev/urandom >bytes && rm -f bad done
 end=$(($(cut -d. -f1 /proc/uptime) + seconds))
 round() {
     rounds=0
@@ -164,16 +130,27 @@ round() {
     done
     echo "$1: $((rounds * 8)) MiB" >>done
 }
+pour() {
+    while [ "$(cut -d. -f1 /proc/uptime)" -lt "$end" ]; do
+        head -c 4096 "$1" || { echo "$2" >>bad; break; }
+        sleep 1 # hvc0 takes the processor while it waits, which is for the others
+    done >"$2"
+}
 round tcp "TCP:192.168.127.1:$port" &
 round vsock VSOCK-CONNECT:2:5300 &
+pour /dev/hwrng /dev/hvc0 &
+pour bytes "/dev/$(cd /sys/class/virtio-ports && grep -l -x agent */name | cut -d/ -f1)" &
 fio --name=load --filename=/dev/vdb --size=64M --rw=randwrite --bs=4k --direct=1 --ioengine=libaio \
     --iodepth=16 --verify=crc32c --verify_backlog=256 --verify_fatal=1 --verify_state_save=0 --time_based \
     --runtime="$seconds" --output=fio.log || echo fio >>bad
 wait
 "#;
 
-/// One that is the first process itself: its start is short, and nothing else runs.
-fn under_load(cpus: &str, seconds: u32, port: u16) {
+/// Memory of the monitor beside the guest's, KiB: the most that issue 5 grants it.
+const MEMORY: u64 = 5 << 10;
+
+/// One that is the first process itself: its start is short, and nothing else runs. It has all devices.
+fn under_load(cpus: &str, memory: &str, seconds: u32, port: u16) {
     need_kvm();
     let tap = Tap::new();
     echo({
@@ -181,63 +158,73 @@ fn under_load(cpus: &str, seconds: u32, port: u16) {
         move || listener.accept().map(|(peer, _)| peer)
     });
     let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-    let vsock = folder.path().join("vsock");
+    let path = |name: &str| folder.path().join(name).display().to_string();
     echo({
-        let listener = UnixListener::bind(folder.path().join("vsock_5300")).unwrap();
+        let listener = UnixListener::bind(path("vsock_5300")).unwrap();
         move || listener.accept().map(|(peer, _)| peer)
     });
-    let data = folder.path().join("disk");
-    let file = std::fs::File::create(&data).unwrap();
+    let file = std::fs::File::create(path("disk")).unwrap();
     file.set_len(64 << 20).unwrap();
     let mut disk = OsString::from("path=");
     disk.push(named("LAB_DISTRO_DISK"));
-    let mut running = Vmm::run(named("LAB_DISTRO_KERNEL"))
+    let running = Vmm::run(named("LAB_DISTRO_KERNEL"))
         .arg("--initrd")
         .arg(named("LAB_DISTRO_INITRD"))
         .args([
             "--cmdline",
             "root=LABEL=guest rw console=ttyS0 quiet init=/bin/sh",
         ])
-        .args(["--memory", "512M", "--cpus", cpus, "--rng"])
+        .args(["--memory", memory, "--cpus", cpus, "--rng"])
         .arg("--disk")
         .arg(disk)
-        .args(["--disk", &format!("path={},queues={cpus}", data.display())])
+        .args(["--disk", &format!("path={},queues={cpus}", path("disk"))])
         .args(["--net", &format!("tap={TAP}")])
-        .args(["--vsock", &format!("cid=42,uds={}", vsock.display())])
+        .args(["--vsock", &format!("cid=42,uds={}", path("vsock"))])
+        .args(["--console", &format!("file={}", path("hvc0"))])
+        .args(["--port", &format!("name=agent,unix={}", path("agent"))])
         .stdin_pipe()
         .limit(LIMIT + Duration::from_secs(2 * u64::from(seconds)))
         .start();
-    running.wait_for("# ");
-    shell(&mut running, 0, "stty -echo; PS1=");
-    shell(
-        &mut running,
-        1,
-        "ip address add 192.168.127.2/24 dev eth0 && ip link set eth0 up",
-    );
-    shell(&mut running, 2, "modprobe vmw_vsock_virtio_transport");
+    let mut shell = Shell::at(running, "# ");
+    // What is written to the port.
+    let mut agent = UnixStream::connect(path("agent")).unwrap();
+    let poured = std::thread::spawn(move || io::copy(&mut agent, &mut io::sink()).unwrap());
+    shell.run("ip address add 192.168.127.2/24 dev eth0 && ip link set eth0 up");
+    shell.run("modprobe -a vmw_vsock_virtio_transport virtio_console virtio_rng");
     // By lines, so that none is longer than a terminal takes.
-    shell(&mut running, 3, &format!("seconds={seconds} port={port}"));
-    running.type_in(format!("cat >/tmp/load <<'END'\n{LOAD}END\n").as_bytes());
-    shell(&mut running, 4, ". /tmp/load");
+    shell.run(&format!("seconds={seconds} port={port}"));
+    shell.type_in(&format!("cat >/tmp/load <<'END'\n{LOAD}END\n"));
+    shell.run(". /tmp/load");
     println!(
         "{cpus} vCPUs: {}",
-        shell(&mut running, 5, "cat done; grep -E 'WRITE|READ' fio.log")
+        shell.run("cat done; grep -E 'WRITE|READ' fio.log")
     );
-    assert_eq!(shell(&mut running, 6, "cat bad 2>/dev/null; true"), "");
+    assert_eq!(shell.run("cat bad 2>/dev/null; true"), "");
     let errors = "dmesg -l emerg,alert,crit,err | grep -v PCI; true";
-    assert_eq!(shell(&mut running, 7, errors), "");
-    running.type_in(b"sync; echo o >/proc/sysrq-trigger\n");
-    running.wait().expect_status(0).expect_silence();
+    assert_eq!(shell.run(errors), "");
+    if memory.contains("shared,prefault") {
+        // All of the guest's memory is there from the start, so the peak is what the monitor's own adds to it.
+        let monitor = shell.monitor();
+        let beside = monitor.peak_rss() - monitor.guest_rss();
+        println!("{cpus} vCPUs: the monitor's peak memory beside the guest's: {beside} KiB");
+        assert!(beside <= MEMORY, "{beside} KiB");
+    }
+    shell.type_in("sync; echo o >/proc/sysrq-trigger\n");
+    shell.wait().expect_status(0).expect_silence();
+    let hvc0 = std::fs::metadata(path("hvc0")).unwrap().len();
+    let poured = poured.join().unwrap();
+    println!("{cpus} vCPUs: {hvc0} bytes by hvc0, {poured} by the port");
+    assert!(hvc0 > 0 && poured > 0);
     drop(tap);
 }
 
 #[test]
 #[ignore = "needs the lab: cargo xtask test"]
-fn a_debian_under_load_loses_nothing_on_its_disk_its_network_and_its_vsock() {
-    let long = std::env::var_os("LONG_TESTS").is_some();
+fn a_debian_under_load_loses_nothing_and_takes_5_mib_beside_the_guests_memory() {
     let _turn = alone();
-    for (cpus, port) in [("1", 5201), ("4", 5202)] {
-        under_load(cpus, if long { 300 } else { 30 }, port);
+    let seconds = if long() { 300 } else { 30 };
+    for (cpus, memory, port) in [("1", "512M", 5201), ("4", "512M,shared,prefault", 5202)] {
+        under_load(cpus, memory, seconds, port);
     }
 }
 
