@@ -2,7 +2,7 @@
 
 //! A dirty bitmap in KVM's layout that knows how many pages it covers.
 
-use crate::layout::{for_each_word, tail_mask, words_for};
+use crate::layout::{WORD_BITS, for_each_word, tail_mask, words_for};
 use crate::{Error, PageRun, Runs};
 
 /// One bit a page, in the layout that KVM writes and vhost devices share.
@@ -130,10 +130,7 @@ impl DirtyBitmap {
 
     /// How many pages are dirty.
     pub fn count(&self) -> u64 {
-        self.words
-            .iter()
-            .map(|word| u64::from(word.count_ones()))
-            .sum()
+        count(&self.words)
     }
 
     /// Whether no page is dirty; stops at the first that is.
@@ -153,11 +150,40 @@ impl DirtyBitmap {
     /// # Ok::<(), dirty_log::Error>(())
     /// ```
     pub fn runs(&self) -> Runs<'_> {
-        Runs::new(&self.words)
+        Runs::new(&self.words, 0)
     }
 
-    pub(crate) fn word_mut(&mut self, index: usize) -> Option<&mut u64> {
-        self.words.get_mut(index)
+    /// The dirty pages of a part that begins and ends at a word's end, or at the bitmap's: runs that
+    /// reach beyond it are cut.
+    pub(crate) fn runs_in(&self, part: PageRun) -> Runs<'_> {
+        Runs::new(self.words_in(part), (part.first / WORD_BITS) as usize)
+    }
+
+    /// How many pages of such a part are dirty.
+    pub(crate) fn count_in(&self, part: PageRun) -> u64 {
+        count(self.words_in(part))
+    }
+
+    fn words_in(&self, part: PageRun) -> &[u64] {
+        self.words
+            .get((part.first / WORD_BITS) as usize..words_for(part.end()))
+            .unwrap_or_default()
+    }
+
+    /// Adds `words`, whose first is this bitmap's word `first`; what lies beyond the end is ignored.
+    #[cfg(feature = "kvm")]
+    pub(crate) fn merge_at(&mut self, first: usize, words: &[u64]) {
+        if let Some(mine) = self.words.get_mut(first..) {
+            mine.iter_mut()
+                .zip(words)
+                .for_each(|(mine, theirs)| *mine |= theirs);
+        }
+        self.trim();
+    }
+
+    /// Callers keep the bits beyond the last page zero.
+    pub(crate) fn words_mut(&mut self) -> &mut [u64] {
+        &mut self.words
     }
 
     /// Holds the invariant: no bit stands for no page.
@@ -188,4 +214,8 @@ impl DirtyBitmap {
             }),
         }
     }
+}
+
+fn count(words: &[u64]) -> u64 {
+    words.iter().map(|word| u64::from(word.count_ones())).sum()
 }

@@ -13,21 +13,48 @@
 //! is the model. It is tempting to skip the read-modify-write where the bit is already set; that
 //! needs a full fence between the data and the look at the bit (the store may still sit in the
 //! store buffer when the harvester takes the bit and copies the page), which costs what it saves.
+//!
+//! # On and off
+//! A log that is off costs a load of a byte that nobody writes, a branch, and no memory. Turning it on
+//! while devices write meets the same reordering: a writer stores the data, looks, and sees "off",
+//! while its store still waits; who turned it on then copies the page without the data, and nobody
+//! knows. So both sides need a full barrier between their store and their look:
+//!
+//! ```text
+//!   writer                        who turns it on
+//!   data := new                   state := on
+//!   LIGHT ──────────────┐  ┌───── HEAVY
+//!   look at the state   └──┘      copy the data
+//! ```
+//!
+//! The heavy half is `membarrier(2)`, which has every CPU that runs this process execute the light
+//! one, so that the writers need a compiler's fence alone (the `srcu` crate has the whole argument).
+//! Where there is no `membarrier`, or the crate is built without the feature `kvm`, the state says so,
+//! and a writer that finds the log off executes the fence itself.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 
+use crate::barrier;
 use crate::layout::{PAGE_SIZE, for_each_word, words_for};
-use crate::sync::{AtomicU64, Ordering};
+use crate::source::fits;
+use crate::sync::{AtomicU8, AtomicU64, Ordering, compiler_fence, fence};
 use crate::{DirtyBitmap, DirtySource, Error, PageRun};
+
+/// Writers mark.
+const ON: u8 = 0;
+/// Writers do not mark; who turns it on makes their barrier happen.
+const OFF: u8 = 1;
+/// Writers do not mark, and execute the barrier themselves before they believe it.
+const OFF_FENCED: u8 = 2;
 
 /// An atomic bitmap of the pages that this process wrote, shared by clones.
 ///
-/// Give one clone to the memory region (`GuestRegionMmap<HostWrites>`, or `Option<HostWrites>`
-/// where tracking is a choice of configuration: vm-memory's `()` and `None` cost nothing), and
-/// another to a [`DirtyLog`](crate::DirtyLog). Any number of threads mark; one harvests.
+/// Give one clone to the memory region (`GuestRegionMmap<HostWrites>`), and another to a
+/// [`DirtyLog`](crate::DirtyLog). Any number of threads mark; one harvests. It is turned on and off
+/// while they do ([`start`](Self::start), [`stop`](Self::stop)).
 ///
 /// ```
 /// use dirty_log::{DirtyBitmap, DirtySource, HostWrites, PageRun};
@@ -45,23 +72,128 @@ use crate::{DirtyBitmap, DirtySource, Error, PageRun};
 pub struct HostWrites(Arc<Inner>);
 
 struct Inner {
-    words: Box<[AtomicU64]>,
+    state: AtomicU8,
+    /// Made when the log is first on.
+    words: OnceLock<Box<[AtomicU64]>>,
     pages: u64,
 }
 
 impl HostWrites {
-    /// A clean log for `pages` pages.
+    /// A clean log for `pages` pages that is on.
     pub fn new(pages: u64) -> Self {
-        let words = (0..words_for(pages)).map(|_| AtomicU64::new(0)).collect();
-        Self(Arc::new(Inner { words, pages }))
+        let log = Self::in_state(pages, ON);
+        log.0.words();
+        log
+    }
+
+    /// A log for `pages` pages that is off: [`start`](Self::start) turns it on. Takes no memory until
+    /// then.
+    pub fn off(pages: u64) -> Self {
+        Self::in_state(pages, off_state())
+    }
+
+    fn in_state(pages: u64, state: u8) -> Self {
+        Self(Arc::new(Inner {
+            state: AtomicU8::new(state),
+            words: OnceLock::new(),
+            pages,
+        }))
+    }
+
+    /// Turns the log on, for all clones. When it returns, each write whose data are not yet visible to
+    /// the caller will be marked: copy what was there before *after* this call. One that is on stays
+    /// so. Allocates the bitmap the first time; interrupts this process's running threads for some
+    /// microseconds (`membarrier(2)`).
+    ///
+    /// # Errors
+    /// [`Error::Barrier`] where the kernel refuses a `membarrier` that it granted before (a seccomp
+    /// filter that came later): the log is off then.
+    pub fn start(&self) -> Result<(), Error> {
+        let inner = &*self.0;
+        inner.words();
+        // AcqRel: the words are there for whoever sees ON, and of two who start at once each goes on to
+        // its own barrier, since the state that it needs one for is not known to the second.
+        let before = inner.state.swap(ON, Ordering::AcqRel);
+        // Pairs with the fences in `Inner::is_on`.
+        fence(Ordering::SeqCst);
+        if let Err(source) = barrier::heavy() {
+            if before == ON {
+                return Ok(()); // and whoever turned it on has the barrier
+            }
+            if before == OFF {
+                inner.state.store(OFF_FENCED, Ordering::Release);
+                return Err(Error::Barrier { source });
+            }
+            // OFF_FENCED: the writers have executed theirs.
+        }
+        Ok(())
+    }
+
+    /// Turns the log off, for all clones. What is marked stays until it is taken, and writers that are
+    /// in the middle of a write may mark it still.
+    pub fn stop(&self) {
+        // Release: nothing is ordered by it but what a writer would mark anyway.
+        self.0.state.store(off_state(), Ordering::Release);
+    }
+
+    /// Whether it is on.
+    pub fn is_on(&self) -> bool {
+        self.0.state.load(Ordering::Relaxed) == ON
+    }
+}
+
+fn off_state() -> u8 {
+    if barrier::is_asymmetric() {
+        OFF
+    } else {
+        OFF_FENCED
     }
 }
 
 impl Inner {
+    fn words(&self) -> &[AtomicU64] {
+        self.words.get_or_init(|| {
+            (0..words_for(self.pages))
+                .map(|_| AtomicU64::new(0))
+                .collect()
+        })
+    }
+
+    /// Whether a write that was made must be marked.
+    #[inline(always)]
+    fn is_on(&self) -> bool {
+        // The processor's barrier, where one is needed, comes from `start` (see the module).
+        compiler_fence(Ordering::SeqCst);
+        // Acquire, free on x86: who sees ON has the words.
+        match self.state.load(Ordering::Acquire) {
+            ON => true,
+            OFF => false,
+            _ => self.is_on_after_fence(),
+        }
+    }
+
+    #[cold]
+    fn is_on_after_fence(&self) -> bool {
+        // Pairs with the fence in `start`: of this writer's data and that state, one is seen.
+        fence(Ordering::SeqCst);
+        self.state.load(Ordering::Acquire) == ON
+    }
+
     /// Marks the pages of `len` bytes from `offset`. What lies beyond the end is ignored, as
     /// vm-memory's own bitmaps do: the access itself was bounds-checked before.
     #[inline]
     fn mark(&self, offset: usize, len: usize) {
+        if !self.is_on() {
+            return;
+        }
+        self.mark_on(offset, len);
+    }
+
+    #[inline]
+    fn mark_on(&self, offset: usize, len: usize) {
+        let Some(words) = self.words.get() else {
+            return; // not reached: who turns it on makes them first
+        };
         let Some(last_byte) = len.checked_sub(1).map(|more| offset.saturating_add(more)) else {
             return;
         };
@@ -72,7 +204,9 @@ impl Inner {
             |word, mask| {
                 // Release pairs with the Acquire in `take`: whoever takes the bit sees the data that
                 // was stored before it was set.
-                self.words[word].fetch_or(mask, Ordering::Release);
+                if let Some(word) = words.get(word) {
+                    word.fetch_or(mask, Ordering::Release);
+                }
             },
         );
     }
@@ -81,7 +215,11 @@ impl Inner {
         let page = offset as u64 / PAGE_SIZE;
         // Acquire: a page seen as marked has its data.
         page < self.pages
-            && self.words[(page / 64) as usize].load(Ordering::Acquire) & (1 << (page % 64)) != 0
+            && self.words.get().is_some_and(|words| {
+                words
+                    .get((page / 64) as usize)
+                    .is_some_and(|word| word.load(Ordering::Acquire) & (1 << (page % 64)) != 0)
+            })
     }
 }
 
@@ -93,21 +231,16 @@ impl DirtySource for HostWrites {
     /// Never fails but for the size. Clean words are only read, so that a harvest does not steal
     /// their cache lines from the writers.
     fn take(&mut self, into: &mut DirtyBitmap) -> Result<(), Error> {
-        if into.pages() != self.0.pages {
-            return Err(Error::SizeMismatch {
-                want: self.0.pages,
-                got: into.pages(),
-            });
-        }
-        for (index, word) in self.0.words.iter().enumerate() {
+        fits(self.0.pages, into.pages())?;
+        let Some(words) = self.0.words.get() else {
+            return Ok(()); // never on
+        };
+        for (mine, word) in into.words_mut().iter_mut().zip(words) {
             // A word seen as clean may be behind; its bits are in the next harvest, together with
             // data that this harvest's copier may or may not see.
             if word.load(Ordering::Relaxed) != 0 {
                 // Acquire pairs with the Release in `mark`.
-                let taken = word.swap(0, Ordering::Acquire);
-                if let Some(pending) = into.word_mut(index) {
-                    *pending |= taken;
-                }
+                *mine |= word.swap(0, Ordering::Acquire);
             }
         }
         Ok(())
@@ -152,6 +285,7 @@ impl fmt::Debug for HostWrites {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HostWrites")
             .field("pages", &self.0.pages)
+            .field("on", &self.is_on())
             .finish_non_exhaustive()
     }
 }

@@ -98,24 +98,40 @@
 
 #![cfg_attr(not(feature = "kvm"), forbid(unsafe_code))]
 
+mod barrier;
 mod bitmap;
 mod error;
+pub mod estimate;
 mod harvest;
 mod host_writes;
 #[cfg(feature = "kvm")]
 mod kvm;
 mod layout;
+mod ring;
 mod runs;
+mod shared;
+mod source;
 mod sync;
 
 pub use bitmap::DirtyBitmap;
 pub use error::Error;
-pub use harvest::{DirtyLog, DirtySource, Harvest};
+pub use harvest::{DirtyLog, Harvest, Parts};
 pub use host_writes::{HostWrites, HostWritesSlice};
 #[cfg(feature = "kvm")]
-pub use kvm::{GetDirtyLog, KvmBitmap, LogBuffer};
+pub use kvm::{
+    ChooseLog, ClearDirtyLog, GetDirtyLog, KvmBitmap, KvmManualBitmap, LogBuffer, LogChoice,
+    LogInForce, MappedRing, SharedLog,
+};
+#[cfg(feature = "uffd")]
+pub use kvm::{PageRegion, ScanPages, Scanned, WrittenPages};
 pub use layout::{PAGE_SIZE, dirty_bitmap_bytes};
+pub use ring::{
+    DirtyRings, Reaped, ResetRings, RingEntry, RingMemory, RingSize, RingSource, SlotKey,
+    UnknownEntry,
+};
 pub use runs::{PageRun, Runs};
+pub use shared::{SharedSource, SharedWords};
+pub use source::{DirtySource, Union};
 
 /// The README's example, so that it compiles.
 #[cfg(all(doctest, feature = "kvm"))]

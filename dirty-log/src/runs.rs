@@ -3,8 +3,9 @@
 //! From bits to runs of pages: what a copier wants, found at memory bandwidth.
 //!
 //! A page-by-page walk asks one question a page; most answers are "clean" or "as the page before".
-//! This walk asks one question for eight words (512 pages) while it looks for a run, and the same
-//! while it looks for the end of a long one. Inside a word the next edge is one `tzcnt`.
+//! This walk asks one question for 64 words (4096 pages) while it looks for a run, and the same while
+//! it looks for the end of a long one. Among eight words the next that is not clean, and inside a word
+//! the next edge, is one `tzcnt`.
 
 use std::iter::FusedIterator;
 use std::ops::Range;
@@ -57,75 +58,150 @@ impl PageRun {
 /// The runs of set bits in a bitmap, ascending and maximal: two runs never touch.
 ///
 /// Made by [`DirtyBitmap::runs`](crate::DirtyBitmap::runs). Clean words and fully dirty words are
-/// passed eight at a time; nothing is allocated.
+/// passed many at a time; nothing is allocated.
 #[derive(Clone, Debug)]
 pub struct Runs<'a> {
     words: &'a [u64],
+    /// The number of the first word, where the words are a part of a bitmap.
+    base: u64,
     /// The word under the cursor.
     at: usize,
     /// What is left of it: bits already passed are zero here.
     left: u64,
+    /// Where the present stride begins. The cursor is in it, or before it at the very start.
+    stride: usize,
+    /// The words of the stride that lie behind the cursor and are not zero, a bit each.
+    more: u32,
 }
 
 impl<'a> Runs<'a> {
-    /// The words must hold no bit beyond the bitmap's last page.
-    pub(crate) fn new(words: &'a [u64]) -> Self {
-        Self {
+    /// The words must hold no bit beyond the bitmap's last page; `base` is the number of the first.
+    pub(crate) fn new(words: &'a [u64], base: usize) -> Self {
+        let mut runs = Self {
             words,
+            base: base as u64,
             at: 0,
-            left: words.first().copied().unwrap_or(0),
-        }
+            left: 0,
+            stride: 0,
+            more: 0,
+        };
+        runs.enter(0);
+        runs
     }
 
-    /// First index from `from` on whose word differs from `plain` (all zeros or all ones).
-    fn past(&self, mut from: usize, plain: u64) -> usize {
-        // Words up to the next stride first: every later stride is then one whole line.
-        while let Some(stride) = self.words.get(from..from + STRIDE) {
-            if stride
+    /// Goes to the stride that begins at `from`, with no word taken yet.
+    fn enter(&mut self, from: usize) {
+        self.stride = from;
+        // Which of the words are not zero is found without a branch, so that a sparse bitmap does not
+        // cost a misprediction a word.
+        self.more = match self.words.get(from..from + STRIDE) {
+            Some(stride) => stride
                 .iter()
-                .fold(0, |differs, word| differs | (word ^ plain))
-                != 0
-            {
-                break;
+                .rev()
+                .fold(0, |more, word| more << 1 | u32::from(*word != 0)),
+            None => self
+                .words
+                .get(from..)
+                .unwrap_or_default()
+                .iter()
+                .rev()
+                .fold(0, |more, word| more << 1 | u32::from(*word != 0)),
+        };
+    }
+
+    /// Goes to the next word that is not zero; `None` at the end.
+    #[inline]
+    fn advance(&mut self) -> Option<()> {
+        while self.more == 0 {
+            let from = past(self.words, self.stride + STRIDE, 0);
+            if from >= self.words.len() {
+                // Stay there: an iterator that is finished stays finished.
+                self.stride = self.words.len();
+                return None;
             }
-            from += STRIDE;
+            self.enter(from);
         }
-        while self.words.get(from).is_some_and(|word| *word == plain) {
+        self.at = self.stride + self.more.trailing_zeros() as usize;
+        self.more &= self.more - 1;
+        self.left = *self.words.get(self.at)?;
+        Some(())
+    }
+
+    /// The end of a run that reaches the end of the word under the cursor, which moves there.
+    #[inline(never)]
+    fn end_of_long(&mut self) -> u64 {
+        let next = self.at + 1;
+        self.at = match self.words.get(next) {
+            Some(&u64::MAX) => past(self.words, next + 1, u64::MAX),
+            _ => next,
+        };
+        let word = self.words.get(self.at).copied().unwrap_or(0);
+        let ones = word.trailing_ones();
+        self.left = word & u64::MAX.checked_shl(ones).unwrap_or(0);
+        // The stride under the cursor may be another one now; a word that was entered is no more "more".
+        if self.at < self.stride + STRIDE {
+            let passed = self.at - self.stride;
+            self.more &= u32::MAX << passed << 1;
+        } else {
+            self.enter(self.at);
+            self.more &= !1;
+        }
+        self.at as u64 * WORD_BITS + u64::from(ones)
+    }
+}
+
+/// First index from `from` on at which words that differ from `plain` (all zeros or all ones) may
+/// begin: everything before it is plain. Exact for `plain` all ones.
+fn past(words: &[u64], mut from: usize, plain: u64) -> usize {
+    /// Looked at together where nothing differs: eight cache lines.
+    const FAR: usize = 8 * STRIDE;
+    let differs = |part: &[u64]| {
+        part.iter()
+            .fold(0, |differs, word| differs | (word ^ plain))
+            != 0
+    };
+    while words
+        .get(from..from + FAR)
+        .is_some_and(|part| !differs(part))
+    {
+        from += FAR;
+    }
+    while words
+        .get(from..from + STRIDE)
+        .is_some_and(|part| !differs(part))
+    {
+        from += STRIDE;
+    }
+    if plain != 0 {
+        while words.get(from) == Some(&plain) {
             from += 1;
         }
-        from
     }
+    from
 }
 
 impl Iterator for Runs<'_> {
     type Item = PageRun;
 
+    #[inline]
     fn next(&mut self) -> Option<PageRun> {
         if self.left == 0 {
-            self.at = self.past(self.at + 1, 0);
-            self.left = *self.words.get(self.at)?;
+            self.advance()?;
         }
         let low = self.left.trailing_zeros();
-        let first = self.at as u64 * WORD_BITS + u64::from(low);
+        let start = self.at as u64 * WORD_BITS + u64::from(low);
         // Adding the run's lowest bit carries through the run: the ones above stay, and a carry
         // out of the word says that the run reaches its end.
         let (rest, reaches_end) = self.left.overflowing_add(1 << low);
-        if !reaches_end {
-            let high = rest.trailing_zeros();
+        let pages = if reaches_end {
+            self.end_of_long() - start
+        } else {
             self.left &= rest;
-            return Some(PageRun {
-                first,
-                pages: u64::from(high - low),
-            });
-        }
-        self.at = self.past(self.at + 1, u64::MAX);
-        let word = self.words.get(self.at).copied().unwrap_or(0);
-        let ones = word.trailing_ones();
-        self.left = word & (u64::MAX << ones);
-        let end = self.at as u64 * WORD_BITS + u64::from(ones);
+            u64::from(rest.trailing_zeros() - low)
+        };
         Some(PageRun {
-            first,
-            pages: end - first,
+            first: self.base * WORD_BITS + start,
+            pages,
         })
     }
 }
@@ -137,7 +213,7 @@ mod tests {
     use super::*;
 
     fn runs(words: &[u64]) -> Vec<(u64, u64)> {
-        Runs::new(words).map(|r| (r.first, r.pages)).collect()
+        Runs::new(words, 0).map(|r| (r.first, r.pages)).collect()
     }
 
     #[test]
@@ -162,7 +238,7 @@ mod tests {
 
     #[test]
     fn the_iterator_stays_finished() {
-        let mut all = Runs::new(&[1]);
+        let mut all = Runs::new(&[1], 0);
         assert!(all.next().is_some());
         assert!(all.next().is_none());
         assert!(all.next().is_none());

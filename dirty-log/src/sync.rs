@@ -2,7 +2,17 @@
 
 //! The atomics, or loom's under `--cfg loom`.
 
-#[cfg(loom)]
-pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
 #[cfg(not(loom))]
-pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
+mod imp {
+    pub(crate) use std::sync::atomic::{
+        AtomicU8, AtomicU32, AtomicU64, Ordering, compiler_fence, fence,
+    };
+}
+
+#[cfg(loom)]
+mod imp {
+    pub(crate) use loom::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+    pub(crate) use std::sync::atomic::compiler_fence;
+}
+
+pub(crate) use imp::*;

@@ -43,10 +43,12 @@ pub mod image;
 pub mod io;
 pub mod irq;
 pub mod monitor;
+mod page_sequence;
 mod page_writer;
 mod parts;
 pub mod state;
 pub mod vcpu;
 pub mod virtio;
 
+pub use page_sequence::{page_sequence, page_sequence_step};
 pub use page_writer::{PAGE_WRITER_PORT, PAGE_WRITER_STOP, page_writer};

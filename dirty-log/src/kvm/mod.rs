@@ -1,10 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! KVM's bitmap as a source: the ioctl, its buffer, and the trait that stands for both in tests.
+//! The kernel's side: ioctls, mappings, and the traits that stand for them in tests. Here is KVM's plain
+//! bitmap; each other log has a file.
 //!
 //! All of the crate's `unsafe` is in this folder.
 
 mod buffer;
+mod choice;
+mod manual;
+#[cfg_attr(any(loom, miri), allow(dead_code))]
+pub(crate) mod membarrier;
+mod ring;
+mod shared;
+#[cfg(feature = "uffd")]
+mod written;
 
 use std::io;
 use std::sync::Arc;
@@ -15,7 +24,14 @@ use memslots::{SlotExtent, SlotId};
 use vmm_sys_util::ioctl::{_IOC_WRITE, ioctl_expr, ioctl_with_ref};
 
 pub use buffer::LogBuffer;
+pub use choice::{ChooseLog, LogChoice, LogInForce};
+pub use manual::{ClearDirtyLog, KvmManualBitmap};
+pub use ring::MappedRing;
+pub use shared::SharedLog;
+#[cfg(feature = "uffd")]
+pub use written::{PageRegion, ScanPages, Scanned, WrittenPages};
 
+use crate::source::fits;
 use crate::{DirtyBitmap, DirtySource, Error};
 
 const KVM_GET_DIRTY_LOG: libc::c_ulong =
@@ -103,12 +119,7 @@ impl<H: GetDirtyLog> DirtySource for KvmBitmap<H> {
     /// [`Error::GetDirtyLog`]. `EFAULT` is the one errno before which KVM may have forgotten bits
     /// (it clears them, then copies them out): the whole slot counts as dirty from then on.
     fn take(&mut self, into: &mut DirtyBitmap) -> Result<(), Error> {
-        if into.pages() != self.pages() {
-            return Err(Error::SizeMismatch {
-                want: self.pages(),
-                got: into.pages(),
-            });
-        }
+        fits(self.pages(), into.pages())?;
         let slot = self.slot.id();
         match self.host.get_dirty_log(slot, &mut self.buffer) {
             Ok(()) => into.merge_words(self.buffer.words()),
