@@ -76,3 +76,29 @@ fn a_page_written_again_is_copied_again() {
         assert_eq!(copy, 2, "the last write was lost");
     });
 }
+
+/// A log is turned on while a device writes: what the device wrote is seen by whoever turned it on, or marked.
+#[test]
+fn a_write_while_the_log_is_turned_on_is_marked_or_visible() {
+    loom::model(|| {
+        let log = HostWrites::off(1);
+        let data = Arc::new(AtomicU64::new(0));
+        let writer = {
+            let (log, data) = (log.clone(), data.clone());
+            thread::spawn(move || {
+                data.store(1, Ordering::Relaxed);
+                log.mark_dirty(0, 8);
+            })
+        };
+        log.start().unwrap();
+        // The first copy of everything, and the harvest behind it.
+        let mut copy = data.load(Ordering::Relaxed);
+        writer.join().unwrap();
+        let mut dirty = DirtyBitmap::new(1);
+        log.clone().take(&mut dirty).unwrap();
+        if !dirty.is_clean() {
+            copy = data.load(Ordering::Relaxed);
+        }
+        assert_eq!(copy, 1, "a write was lost");
+    });
+}
