@@ -8,11 +8,22 @@ use std::hint::black_box;
 use std::num::NonZeroUsize;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dirty_log::{DirtyBitmap, HostWrites, PAGE_SIZE, PageRun};
+use dirty_log::{DirtyBitmap, DirtySource, HostWrites, PAGE_SIZE, PageRun};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 
-/// 64 GiB of guest memory: 2 MiB of bitmap.
-const PAGES: u64 = 64 << 30 >> 12;
+/// 512 GiB of guest memory: 16 MiB of bitmap.
+const PAGES: u64 = 512 << 30 >> 12;
+
+/// What the host reads at most: each word once, in as wide pieces as the compiler makes of it.
+fn read(words: &[u64]) -> u64 {
+    let mut all = [0; 32];
+    for piece in words.chunks_exact(all.len()) {
+        all.iter_mut()
+            .zip(piece)
+            .for_each(|(all, word)| *all |= word);
+    }
+    all.iter().fold(0, |one, other| one | other)
+}
 
 /// One question a page, as the loops of peers ask it, with their merging of neighbours.
 fn bit_by_bit(words: &[u64], mut run: impl FnMut(PageRun)) {
@@ -56,20 +67,22 @@ fn walk(c: &mut Criterion) {
     }
     let mut full = DirtyBitmap::new(PAGES);
     full.set_all();
-    for (name, bitmap) in [
-        ("clean", DirtyBitmap::new(PAGES)),
-        ("1 percent", sparse),
-        ("full", full),
-    ] {
-        let mut group = c.benchmark_group(format!("walk of 64 GiB, {name}"));
+    // Written once: memory that nobody has touched is one page of zeros, and always in the cache.
+    let mut clean = full.clone();
+    clean.clear_all();
+    for (name, bitmap) in [("clean", clean), ("1 percent", sparse), ("full", full)] {
+        let mut group = c.benchmark_group(format!("walk of 512 GiB, {name}"));
         group.throughput(Throughput::Bytes(PAGES / 8));
-        group.sample_size(20);
+        group.sample_size(10);
         group.bench_function("runs", |b| {
             b.iter(|| {
                 black_box(&bitmap).runs().for_each(|run| {
                     black_box(run);
                 })
             });
+        });
+        group.bench_function("a read of it", |b| {
+            b.iter(|| read(black_box(&bitmap).words()))
         });
         group.bench_function("bit by bit", |b| {
             b.iter(|| {
@@ -82,27 +95,59 @@ fn walk(c: &mut Criterion) {
     }
 }
 
-fn mark(c: &mut Criterion) {
-    let mut group = c.benchmark_group("mark 256 pages");
-    let ours = HostWrites::new(1 << 18);
-    let theirs = AtomicBitmap::new(1 << 30, NonZeroUsize::new(PAGE_SIZE as usize).unwrap());
-    let (at, len) = (37 * PAGE_SIZE as usize, 256 * PAGE_SIZE as usize);
-    group.bench_function("HostWrites", |b| {
-        b.iter(|| ours.mark_dirty(black_box(at), len))
+/// Each of the operations on whole bitmaps, against a plain read.
+fn whole(c: &mut Criterion) {
+    let (mut one, mut other) = (DirtyBitmap::new(PAGES), DirtyBitmap::new(PAGES));
+    one.set_all();
+    other
+        .set(PageRun {
+            first: 5,
+            pages: PAGES / 2,
+        })
+        .unwrap();
+    let mut group = c.benchmark_group("whole bitmaps of 512 GiB");
+    group.throughput(Throughput::Bytes(PAGES / 8));
+    group.sample_size(10);
+    group.bench_function("a read of it", |b| b.iter(|| read(black_box(&one).words())));
+    group.bench_function("count", |b| b.iter(|| black_box(&one).count()));
+    group.bench_function("is clean, and it is", |b| {
+        let mut clean = one.clone();
+        clean.clear_all();
+        b.iter(|| black_box(&clean).is_clean());
     });
-    group.bench_function("vm-memory AtomicBitmap", |b| {
-        b.iter(|| theirs.mark_dirty(black_box(at), len));
+    group.bench_function("merge", |b| {
+        b.iter(|| one.merge(black_box(&other)).unwrap())
     });
-    group.finish();
-    let mut group = c.benchmark_group("mark one page");
-    group.bench_function("HostWrites", |b| {
-        b.iter(|| ours.mark_dirty(black_box(at), 8))
-    });
-    group.bench_function("vm-memory AtomicBitmap", |b| {
-        b.iter(|| theirs.mark_dirty(black_box(at), 8));
+    group.bench_function("invert", |b| b.iter(|| black_box(&mut one).invert()));
+    let mut writes = HostWrites::new(PAGES);
+    group.bench_function("harvest of clean HostWrites", |b| {
+        b.iter(|| writes.take(black_box(&mut other)).unwrap());
     });
     group.finish();
 }
 
-criterion_group!(benches, walk, mark);
+fn mark(c: &mut Criterion) {
+    let (at, len) = (37 * PAGE_SIZE as usize, 256 * PAGE_SIZE as usize);
+    for (name, len) in [("mark 256 pages", len), ("mark one page", 8)] {
+        let mut group = c.benchmark_group(name);
+        let ours = HostWrites::new(1 << 18);
+        let theirs = AtomicBitmap::new(1 << 30, NonZeroUsize::new(PAGE_SIZE as usize).unwrap());
+        group.bench_function("HostWrites", |b| {
+            b.iter(|| ours.mark_dirty(black_box(at), len))
+        });
+        ours.stop();
+        group.bench_function("HostWrites, off", |b| {
+            b.iter(|| ours.mark_dirty(black_box(at), len))
+        });
+        group.bench_function("no bitmap", |b| {
+            b.iter(|| ().mark_dirty(black_box(at), len))
+        });
+        group.bench_function("vm-memory AtomicBitmap", |b| {
+            b.iter(|| theirs.mark_dirty(black_box(at), len));
+        });
+        group.finish();
+    }
+}
+
+criterion_group!(benches, walk, whole, mark);
 criterion_main!(benches);

@@ -149,6 +149,7 @@ impl DirtyBitmap {
     /// assert_eq!(runs, [60..70, 999..1000]);
     /// # Ok::<(), dirty_log::Error>(())
     /// ```
+    #[inline]
     pub fn runs(&self) -> Runs<'_> {
         Runs::new(&self.words, 0)
     }

@@ -76,6 +76,7 @@ pub struct Runs<'a> {
 
 impl<'a> Runs<'a> {
     /// The words must hold no bit beyond the bitmap's last page; `base` is the number of the first.
+    #[inline]
     pub(crate) fn new(words: &'a [u64], base: usize) -> Self {
         let mut runs = Self {
             words,
@@ -90,6 +91,7 @@ impl<'a> Runs<'a> {
     }
 
     /// Goes to the stride that begins at `from`, with no word taken yet.
+    #[inline]
     fn enter(&mut self, from: usize) {
         self.stride = from;
         // Which of the words are not zero is found without a branch, so that a sparse bitmap does not
@@ -99,13 +101,7 @@ impl<'a> Runs<'a> {
                 .iter()
                 .rev()
                 .fold(0, |more, word| more << 1 | u32::from(*word != 0)),
-            None => self
-                .words
-                .get(from..)
-                .unwrap_or_default()
-                .iter()
-                .rev()
-                .fold(0, |more, word| more << 1 | u32::from(*word != 0)),
+            None => not_zero(self.words.get(from..).unwrap_or_default()),
         };
     }
 
@@ -113,13 +109,17 @@ impl<'a> Runs<'a> {
     #[inline]
     fn advance(&mut self) -> Option<()> {
         while self.more == 0 {
-            let from = past(self.words, self.stride + STRIDE, 0);
-            if from >= self.words.len() {
-                // Stay there: an iterator that is finished stays finished.
-                self.stride = self.words.len();
-                return None;
+            // The next stride first: in a bitmap that is not clean there is something in it.
+            self.enter(self.stride + STRIDE);
+            if self.more == 0 {
+                let from = past(self.words, self.stride + STRIDE, 0);
+                if from >= self.words.len() {
+                    // Stay there: an iterator that is finished stays finished.
+                    self.stride = self.words.len();
+                    return None;
+                }
+                self.enter(from);
             }
-            self.enter(from);
         }
         self.at = self.stride + self.more.trailing_zeros() as usize;
         self.more &= self.more - 1;
@@ -127,38 +127,61 @@ impl<'a> Runs<'a> {
         Some(())
     }
 
-    /// The end of a run that reaches the end of the word under the cursor, which moves there.
-    #[inline(never)]
-    fn end_of_long(&mut self) -> u64 {
-        let next = self.at + 1;
-        self.at = match self.words.get(next) {
-            Some(&u64::MAX) => past(self.words, next + 1, u64::MAX),
-            _ => next,
-        };
-        let word = self.words.get(self.at).copied().unwrap_or(0);
-        let ones = word.trailing_ones();
+    /// Goes to the end of a run that reaches the end of the word under the cursor, and says where it is.
+    #[inline]
+    fn follow(&mut self) -> u64 {
+        let (at, ones) = end_of_long(self.words, self.at + 1);
+        self.at = at;
+        let word = self.words.get(at).copied().unwrap_or(0);
         self.left = word & u64::MAX.checked_shl(ones).unwrap_or(0);
-        // The stride under the cursor may be another one now; a word that was entered is no more "more".
-        if self.at < self.stride + STRIDE {
-            let passed = self.at - self.stride;
-            self.more &= u32::MAX << passed << 1;
+        // The word under the cursor is entered, and so no more "more".
+        if at < self.stride + STRIDE {
+            self.more &= u32::MAX << (at - self.stride) << 1;
         } else {
-            self.enter(self.at);
+            self.enter(at);
             self.more &= !1;
         }
-        self.at as u64 * WORD_BITS + u64::from(ones)
+        at as u64 * WORD_BITS + u64::from(ones)
     }
+}
+
+/// Where a run ends that goes on at the start of word `next`: the word, and how many of its bits are the
+/// run's. Takes and gives numbers alone, so that the iterator's own can stay in registers.
+#[inline(never)]
+fn end_of_long(words: &[u64], next: usize) -> (usize, u32) {
+    let at = match words.get(next) {
+        Some(&u64::MAX) => past(words, next + 1, u64::MAX),
+        _ => next,
+    };
+    (at, words.get(at).copied().unwrap_or(0).trailing_ones())
+}
+
+/// Which words are not zero, a bit each; fewer than a stride, at the end.
+#[cold]
+#[inline(never)]
+fn not_zero(words: &[u64]) -> u32 {
+    words
+        .iter()
+        .rev()
+        .fold(0, |more, word| more << 1 | u32::from(*word != 0))
 }
 
 /// First index from `from` on at which words that differ from `plain` (all zeros or all ones) may
 /// begin: everything before it is plain. Exact for `plain` all ones.
+#[inline(never)]
 fn past(words: &[u64], mut from: usize, plain: u64) -> usize {
     /// Looked at together where nothing differs: eight cache lines.
     const FAR: usize = 8 * STRIDE;
+    // Lane by lane, so that the compiler makes wide loads of it and no chain.
     let differs = |part: &[u64]| {
-        part.iter()
-            .fold(0, |differs, word| differs | (word ^ plain))
-            != 0
+        let mut lanes = [0; STRIDE];
+        for line in part.chunks_exact(STRIDE) {
+            lanes
+                .iter_mut()
+                .zip(line)
+                .for_each(|(lane, word)| *lane |= word ^ plain);
+        }
+        lanes.iter().fold(0, |one, other| one | other) != 0
     };
     while words
         .get(from..from + FAR)
@@ -194,7 +217,7 @@ impl Iterator for Runs<'_> {
         // out of the word says that the run reaches its end.
         let (rest, reaches_end) = self.left.overflowing_add(1 << low);
         let pages = if reaches_end {
-            self.end_of_long() - start
+            self.follow() - start
         } else {
             self.left &= rest;
             u64::from(rest.trailing_zeros() - low)

@@ -192,9 +192,7 @@ fn a_refused_scan_loses_nothing() {
             }
             let mut source = WrittenPages::with_host(&fake, START, 500);
             let mut dirty = DirtyBitmap::new(500);
-            let refused = (0..3)
-                .filter(|_| source.take(&mut dirty).is_err())
-                .count();
+            let refused = (0..3).filter(|_| source.take(&mut dirty).is_err()).count();
             let seen: BTreeSet<u64> = dirty.runs().flat_map(|run| run.first..run.end()).collect();
             assert!(seen.is_superset(&wrote), "{errno} at call {call}");
             if refused == 0 || errno == libc::EINVAL {

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The README's table: each thing and what one would use instead, by turns in one run, the least time of
+//! each. For hosts that others use too, where two means of a minute each say little about one another.
+//! `cargo bench -p dirty-log --bench ratios`.
+#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
+
+use std::hint::black_box;
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
+
+use dirty_log::{DirtyBitmap, HostWrites, PAGE_SIZE, PageRun};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+
+/// 512 GiB of guest memory: 16 MiB of bitmap.
+const PAGES: u64 = 512 << 30 >> 12;
+
+/// One question a page, as the loops of peers ask it, with their merging of neighbours.
+fn bit_by_bit(words: &[u64], mut run: impl FnMut(u64, u64)) {
+    let (mut first, mut open) = (0, false);
+    for (index, word) in words.iter().enumerate() {
+        for bit in 0..64 {
+            let page = index as u64 * 64 + bit;
+            let dirty = word & (1 << bit) != 0;
+            if dirty && !open {
+                (first, open) = (page, true);
+            } else if !dirty && open {
+                run(first, page - first);
+                open = false;
+            }
+        }
+    }
+    if open {
+        run(first, words.len() as u64 * 64 - first);
+    }
+}
+
+/// What the host reads at most: each word once, in as wide pieces as the compiler makes of it.
+fn read(words: &[u64]) -> u64 {
+    let mut all = [0; 32];
+    for piece in words.chunks_exact(all.len()) {
+        all.iter_mut()
+            .zip(piece)
+            .for_each(|(all, word)| *all |= word);
+    }
+    all.iter().fold(0, |one, other| one | other)
+}
+
+fn keep<T>(value: T) {
+    black_box(value);
+}
+
+/// The least time of each, by turns.
+fn least<const N: usize>(rounds: u32, mut each: [&mut dyn FnMut(); N]) -> [Duration; N] {
+    let mut least = [Duration::MAX; N];
+    for _ in 0..rounds {
+        for (least, run) in least.iter_mut().zip(&mut each) {
+            let start = Instant::now();
+            run();
+            *least = (*least).min(start.elapsed());
+        }
+    }
+    least
+}
+
+fn row(what: &str, ours: Duration, instead: &str, theirs: Duration, times: u32) {
+    let each = |time: Duration| {
+        let nanos = time.as_secs_f64() * 1e9 / f64::from(times);
+        if nanos < 1e5 {
+            format!("{nanos:.1} ns")
+        } else {
+            format!("{:.2} ms", nanos / 1e6)
+        }
+    };
+    let ratio = theirs.as_secs_f64() / ours.as_secs_f64();
+    println!(
+        "| {what} | {} | {}, {instead} | {ratio:.2} |",
+        each(ours),
+        each(theirs)
+    );
+}
+
+fn main() {
+    let mut sparse = DirtyBitmap::new(PAGES);
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for _ in 0..PAGES / 100 {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let first = state % PAGES;
+        sparse.set(PageRun { first, pages: 1 }).unwrap();
+    }
+    let mut full = DirtyBitmap::new(PAGES);
+    full.set_all();
+    // Written once: memory that nobody has touched is one page of zeros, and always in the cache.
+    let mut clean = full.clone();
+    clean.clear_all();
+
+    println!("| | dirty-log | instead | times |\n| --- | --- | --- | --- |");
+    for (name, bitmap, rounds) in [("clean", &clean, 30), ("all dirty", &full, 30)] {
+        let [ours, theirs] = least(
+            rounds,
+            [&mut || black_box(bitmap).runs().for_each(keep), &mut || {
+                keep(read(black_box(bitmap).words()))
+            }],
+        );
+        row(&format!("512 GiB, {name}"), ours, "a plain read", theirs, 1);
+    }
+    let [ours, theirs] = least(
+        8,
+        [
+            &mut || black_box(&sparse).runs().for_each(keep),
+            &mut || bit_by_bit(black_box(&sparse).words(), |a, b| keep((a, b))),
+        ],
+    );
+    row("512 GiB, 1 % dirty", ours, "bit by bit", theirs, 1);
+
+    let (log, at) = (HostWrites::new(1 << 18), 37 * PAGE_SIZE as usize);
+    let off = HostWrites::off(1 << 18);
+    let theirs = AtomicBitmap::new(1 << 30, NonZeroUsize::new(PAGE_SIZE as usize).unwrap());
+    for (name, len) in [("256 pages", 256 * PAGE_SIZE as usize), ("one page", 8)] {
+        let times = 1000;
+        let [ours, atomic, is_off, none] = least(
+            50,
+            [
+                &mut || (0..times).for_each(|_| log.mark_dirty(black_box(at), len)),
+                &mut || (0..times).for_each(|_| theirs.mark_dirty(black_box(at), len)),
+                &mut || (0..times).for_each(|_| off.mark_dirty(black_box(at), len)),
+                &mut || (0..times).for_each(|_| ().mark_dirty(black_box(at), len)),
+            ],
+        );
+        let marking = |what: &str| format!("marking {name}{what}");
+        row(&marking(""), ours, "`AtomicBitmap`", atomic, times);
+        row(&marking(", off"), is_off, "no bitmap", none, times);
+    }
+}
