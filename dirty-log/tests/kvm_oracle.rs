@@ -305,6 +305,8 @@ fn a_ring_that_fills_is_reaped_by_its_vcpu_and_loses_nothing() {
         println!("this host's KVM overran its rings; all {MANY} pages count as dirty");
         assert_eq!(seen.len() as u64, MANY);
         assert!(!machine.rings.trust(), "an overrun is for good");
+        // The lab's kvm_amd runs the guest on (an emulated) processor, and stops at the soft limit.
+        assert!(std::env::var_os("REFERENCE_VMM_LAB").is_none());
     } else {
         assert_eq!(seen, wrote);
     }
