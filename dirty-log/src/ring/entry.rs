@@ -78,7 +78,9 @@ impl RingEntry {
     /// What KVM does when its vCPU writes a page that is watched: for a fake, and for models. Says
     /// whether the entry was free.
     pub fn push(&self, slot: SlotKey, offset: u64) -> bool {
-        if self.flags.load(Ordering::Acquire) != 0 {
+        // A read-modify-write, for loom: it remembers the last access to an atomic alone, and behind a load here
+        // it would not see that the store below meets a load of another thread's.
+        if self.flags.fetch_or(0, Ordering::Acquire) != 0 {
             return false;
         }
         self.slot.store(slot.0, Ordering::Relaxed);
