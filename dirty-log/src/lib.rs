@@ -126,8 +126,8 @@
 //! * x86's ring and bitmap exclude each other. The combination that arm64 has
 //!   (`KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP`) is not made use of.
 //! * A ring that KVM overran ([`Reaped::overrun`]), or whose reset was interrupted ([`Reaped::suspect`]), makes
-//!   pages dirty for good. Hardware KVM was seen to do neither with this crate; the software KVM of
-//!   HOSTS.md overruns small rings.
+//!   pages dirty for good. The lab's `kvm_amd` (Linux 6.12) was seen to do neither; the software
+//!   KVM of the development hosts overruns small rings.
 //! * The working-set curve and what is built on it know writes, not reads.
 
 #![cfg_attr(not(feature = "kvm"), forbid(unsafe_code))]

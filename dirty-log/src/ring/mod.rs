@@ -27,7 +27,7 @@
 //! # Overruns
 //! "Almost full" leaves KVM 64 entries of reserve (and 512 where the processor has a log of its own), and
 //! it looks whether a ring is so full when it enters the guest. Hardware comes back after each page that
-//! was watched. A KVM that *interprets* the guest (the software KVM of HOSTS.md, Linux 6.18) makes an
+//! was watched. A KVM that *interprets* the guest (the software KVM of the development hosts, Linux 6.18) makes an
 //! entry for each write, watched or not, and was seen to make more than a thousand before it looked: it
 //! goes on over entries that nobody has taken. Two things give it away, a ring that is taken whole and a
 //! reset that counts less than was taken, and then every page counts as dirty ([`Reaped::overrun`]).
