@@ -24,7 +24,8 @@ pub(crate) const WATCH_COMMAND: &str = "boot-watch";
 const USAGE: &str = "\
 Boots a stock Debian kernel under reference-vmm, to a shell on this terminal (Ctrl-A x ends it at once). When stdin
 is no terminal, the guest reports what it sees and powers off. Where this host has no hardware KVM, all of it happens
-in the lab. The timeline of the boot follows on stderr.
+in the lab: there the files that OPTIONS name (disks, consoles) are this host's to read, and what is written to them is
+gone at the end. The timeline of the boot follows on stderr.
 
 Usage: cargo xtask boot [OPTIONS] [-- OPTIONS OF reference-vmm run]
 

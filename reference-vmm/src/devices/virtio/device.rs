@@ -58,6 +58,7 @@ pub trait VirtioDevice: Send + 'static {
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
     /// Writes to the configuration space. Most have nothing there for the driver to write.
+    /// No handler is told: one that has to know at once waits for an eventfd of its own ([`Handler::sources`]).
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         let _ = (offset, data);
     }
@@ -82,6 +83,15 @@ pub trait VirtioDevice: Send + 'static {
     /// The process ends and drops nothing: what would outlast it is removed, such as a socket's file. After
     /// [`retire`](Self::retire), if the device came to rest; nothing is called behind it.
     fn leave(&mut self) {}
+
+    /// At rest, before its [`state`](Self::state) goes into a snapshot: has the host keep for good what it has of the
+    /// guest's, such as a disk's contents. May block for the host's I/O.
+    ///
+    /// # Errors
+    /// The host's; there is no snapshot then.
+    fn make_durable(&self) -> std::io::Result<()> {
+        Ok(())
+    }
 
     /// At rest, after [`retire`](Self::retire): what [`State`](Self::State) says. Each device has a `from_state` of its
     /// own beside it, which takes what a new process has to bring: files, taps, sockets.
@@ -140,7 +150,8 @@ pub trait Handler: Send + 'static {
     /// [`Fault`].
     fn notified(&mut self, cx: &mut Cx<'_>, queue: usize) -> Result<(), Fault>;
 
-    /// The source with this token is ready for these. `ERROR` and `HANG_UP` come even where there is no interest in
+    /// The source with this token is ready for these, and comes again as long as it is: what made it ready is taken
+    /// here, or its interest given up. `ERROR` and `HANG_UP` come even where there is no interest in
     /// them, again and again until the cause is gone or the source is [forgotten](Cx::forget_source).
     ///
     /// # Errors
