@@ -42,11 +42,13 @@ pub mod debug;
 pub mod image;
 pub mod io;
 pub mod irq;
+pub mod keeper;
 pub mod monitor;
 mod page_sequence;
 mod page_writer;
 mod parts;
 pub mod state;
+pub mod tally;
 pub mod vcpu;
 pub mod virtio;
 

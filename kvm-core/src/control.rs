@@ -27,6 +27,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::access::{OnThread, Tasks};
 use crate::blocker::{Blocker, Waker};
@@ -36,7 +37,9 @@ use crate::kick::Gate;
 use crate::mode::GuestMode;
 use crate::request::{Request, Requests};
 use crate::run::{ExitHandler, Halt, RunVcpu, Runner};
-use crate::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, lock, thread_local, wait};
+use crate::sync::{
+    AtomicU64, Condvar, Mutex, MutexGuard, Ordering, lock, thread_local, wait, wait_for,
+};
 
 thread_local! {
     /// The sets whose vCPUs this thread is running, by address: one, or several where a handler runs another
@@ -161,7 +164,7 @@ impl Control {
 
 /// The vCPUs of a VM: the handle that starts, pauses, resumes, stops and kicks them. Cheap to clone.
 ///
-/// Every method may be called from any thread. Those that wait ([`VcpuSet::pause`],
+/// Every method may be called from any thread. Those that wait ([`VcpuSet::pause`], [`VcpuSet::pause_within`],
 /// [`VcpuSet::stop`], [`VcpuSet::wait`], [`VcpuSet::request_all_and_wait`]) refuse on a vCPU thread
 /// of the same set. A wait is for handlers to return and no longer than that; it never sleeps for a
 /// time and never polls.
@@ -267,6 +270,30 @@ impl VcpuSet {
         }
         drop(state);
         Ok(pause)
+    }
+
+    /// As [`VcpuSet::pause`], but waits no longer than `patience` for the handlers that are at work, for those whose
+    /// device may never come to an end. `None`: one is at work still, and no pause holds; those vCPUs that had parked
+    /// run on.
+    ///
+    /// # Errors
+    /// [`ControlError::OnVcpuThread`].
+    pub fn pause_within(&self, patience: Duration) -> Result<Option<Pause>, ControlError> {
+        self.not_on_vcpu_thread()?;
+        let begun = Instant::now();
+        let pause = self.begin_pause();
+        let mut state = lock(&self.control.state);
+        while state.active > 0 {
+            let left = patience.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                // Unlocked first: the pause takes the lock to end.
+                drop(state);
+                return Ok(None);
+            }
+            state = wait_for(&self.control.changed, state, left);
+        }
+        drop(state);
+        Ok(Some(pause))
     }
 
     /// As [`VcpuSet::pause`], but does not wait: vCPUs park as they come out. May be called by a

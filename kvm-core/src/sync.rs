@@ -22,6 +22,7 @@ pub(crate) use loom::sync::{
 };
 
 pub(crate) use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 #[cfg(loom)]
 pub(crate) use loom::thread_local;
@@ -42,5 +43,17 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
     match condvar.wait(guard) {
         Ok(guard) => guard,
         Err(poisoned) => poisoned.into_inner(),
+    }
+}
+
+/// As [`wait`], but for `patience` at most. Loom's twin knows no time, and waits like [`wait`].
+pub(crate) fn wait_for<'a, T>(
+    condvar: &Condvar,
+    guard: MutexGuard<'a, T>,
+    patience: Duration,
+) -> MutexGuard<'a, T> {
+    match condvar.wait_timeout(guard, patience) {
+        Ok((guard, _)) => guard,
+        Err(poisoned) => poisoned.into_inner().0,
     }
 }

@@ -96,6 +96,42 @@ fn no_vcpu_handles_an_exit_while_a_pause_holds() {
 }
 
 #[test]
+fn a_pause_that_a_handler_keeps_waiting_is_given_up_and_the_others_run_on() {
+    watchdog(|| {
+        let set = set();
+        let (leave, left) = mpsc::channel::<()>();
+        let (at_work, begun) = mpsc::channel();
+        let stuck = move |_: &VcpuView<'_, ()>, _: Exit<'_>| -> Flow<Infallible> {
+            at_work.send(()).unwrap();
+            let _ = left.recv();
+            Flow::Continue
+        };
+        let vcpu = FakeVcpu::new(VcpuId(0), [Step::pio_out(1, 1, &[0])]);
+        let stuck = set.spawn("stuck", vcpu, stuck).unwrap();
+        let other = set.spawn("other", running(1), ignore).unwrap();
+        begun.recv().unwrap();
+        assert!(set.pause_within(Duration::ZERO).unwrap().is_none());
+        assert!(
+            set.pause_within(Duration::from_millis(20))
+                .unwrap()
+                .is_none()
+        );
+        // Nothing holds.
+        while set.mode(VcpuId(1)) != Ok(GuestMode::InGuestMode) {
+            thread::yield_now();
+        }
+        leave.send(()).unwrap();
+        let pause = set.pause_within(Duration::from_secs(100)).unwrap();
+        assert!(pause.is_some());
+        assert_eq!(set.active(), 0);
+        drop(pause);
+        set.stop().unwrap();
+        assert_eq!(stuck.join().unwrap().reason, HaltReason::Stopped);
+        assert_eq!(other.join().unwrap().reason, HaltReason::Stopped);
+    });
+}
+
+#[test]
 fn pauses_nest_and_the_last_one_lets_go() {
     watchdog(|| {
         let set = set();

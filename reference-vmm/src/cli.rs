@@ -3,6 +3,8 @@
 //! The command line: each flag sets a field of [`Config`], so that what can be said here can be
 //! said in a file or by a program as well.
 
+mod restore;
+
 use std::ffi::OsString;
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -14,17 +16,19 @@ use lexopt::prelude::*;
 use crate::config::{Config, ConfigError, Irqchip, MAX_CPUS, check_path};
 use crate::cpu_model::CpuModel;
 use crate::cpus::Cpus;
+use crate::ctl;
 use crate::devices::virtio::block::DiskConfig;
 use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::net::NetConfig;
 use crate::devices::virtio::vsock::VsockConfig;
 use crate::gdb;
 use crate::memory::Memory;
+use crate::snapshot::RestoreRequest;
 
 /// What the user asked for.
 #[derive(Debug)]
 pub enum Command {
-    /// `run`: boot a guest.
+    /// `run` and `restore`: boot a guest, or have one go on.
     Run(Box<Run>),
     /// `cpu`: which processors this host can be.
     Cpu {
@@ -42,6 +46,8 @@ pub enum Command {
         /// The KVM device.
         kvm: PathBuf,
     },
+    /// `ctl`: something of a monitor that runs.
+    Ctl(ctl::Ctl),
     /// `--help`, with the text.
     Help(&'static str),
     /// `--version`.
@@ -51,8 +57,10 @@ pub enum Command {
 /// `run` and how it is watched.
 #[derive(Debug)]
 pub struct Run {
-    /// The machine.
+    /// The machine; of `restore`, what is not the snapshot's.
     pub config: Config,
+    /// The snapshot that the machine goes on from, instead of being booted.
+    pub restore: Option<RestoreRequest>,
     /// Print the timeline at the end.
     pub timeline: bool,
     /// Count accesses, and print all counters at the end.
@@ -63,6 +71,8 @@ pub struct Run {
     pub shutdown_timeout: u32,
     /// Where a debugger is waited for.
     pub gdb: Option<gdb::Address>,
+    /// The control socket.
+    pub api_sock: Option<PathBuf>,
 }
 
 /// How the counters are printed.
@@ -118,11 +128,15 @@ A microVM monitor for KVM.
 
 Usage: reference-vmm run --kernel FILE [OPTIONS]
        reference-vmm run --config FILE [OPTIONS]
+       reference-vmm restore --from DIR [OPTIONS]
        reference-vmm cpu [--cpu MODEL] [--json] [--kvm PATH]
+       reference-vmm ctl --api-sock PATH COMMAND [--json]
        reference-vmm doctor [--json] [--kvm PATH]
 
 Commands:
   run      Boot a guest with its serial console on this terminal
+  restore  Have the guest of a snapshot go on where it was
+  ctl      Ask something of a monitor that runs: pause, resume, snapshot, status, power-button, stats
   cpu      Say which processors this host can be for a guest, and what a model changes
   doctor   Say what this host's KVM offers, and try it
 
@@ -207,6 +221,9 @@ Options:
                            KVM itself counted that is not 0
   --gdb ADDRESS            Wait for gdb before the guest's first instruction, at unix:PATH or
                            tcp:ADDRESS:PORT; who can connect there owns the guest
+  --api-sock PATH          Listen at this Unix socket for what is asked of the guest while it runs: HTTP with
+                           Firecracker's paths; `reference-vmm ctl` and curl are clients. Who can
+                           connect owns the guest: the socket is its user's alone
   --timeline               Say on stderr at the end what happened when, in microseconds
   --log LEVEL              off, error, warn, info, debug or trace [warn]
   -h, --help               Show this help
@@ -214,7 +231,7 @@ Options:
 The guest's console is on stdin and stdout, everything else on stderr. On a terminal, Ctrl-A x
 stops the guest and Ctrl-A Ctrl-A types one Ctrl-A. SIGTERM presses the guest's power button and
 stops it after the timeout, or at once if the guest has no ACPI; a second one, SIGINT, SIGHUP and
-SIGQUIT stop it at once. SIGUSR1 shows where each vCPU is: its registers, on stderr; with --stats
+SIGQUIT stop it at once, and SIGTERM does a guest that is paused. SIGUSR1 shows where each vCPU is: its registers, on stderr; with --stats
 also the numbers so far, while the guest runs on (as JSON they are a line of their own).
 What the guest wrote before its end is waited for; a signal that stops it cuts that short. While
 memory is made present, before the guest starts, SIGTERM also stops it at once. A signal that is
@@ -281,10 +298,15 @@ where
         Some(Short('h') | Long("help")) => alone(parser, Command::Help(HELP)),
         Some(Short('V') | Long("version")) => alone(parser, Command::Version),
         Some(Value(command)) if command == "run" => run(parser),
+        Some(Value(command)) if command == "restore" => restore::parse(parser),
+        Some(Value(command)) if command == "ctl" => {
+            let asked = ctl::parse(parser)?;
+            Ok(asked.map_or(Command::Help(ctl::HELP), Command::Ctl))
+        }
         Some(Value(command)) if command == "doctor" => doctor(parser),
         Some(Value(command)) if command == "cpu" => cpu(parser),
         Some(Value(command)) => Err(UsageError::Command(format!(
-            "{} is not a command; the commands are run, cpu and doctor",
+            "{} is not a command; the commands are run, restore, cpu, ctl and doctor",
             command.display()
         ))),
         Some(other) => Err(other.unexpected().into()),
@@ -310,7 +332,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     let mut initrd = Vec::new();
     let (mut disks, mut nets, mut ports) = (Vec::new(), Vec::new(), Vec::new());
     let (mut timeline, mut log, mut shutdown_timeout) = (false, log::LevelFilter::Warn, 10);
-    let (mut stats, mut gdb) = (None, None);
+    let (mut stats, mut gdb, mut api_sock) = (None, None, None);
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help(RUN_HELP)),
@@ -387,29 +409,19 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.kvm = path));
             }
             Long("timeline") => timeline = true,
+            Long("api-sock") => api_sock = Some(self::api_sock(&mut parser)?),
             Long("gdb") => {
                 let address = parser.value()?.string()?.parse();
                 gdb = Some(address.map_err(UsageError::Gdb)?);
             }
             Long("stats") => {
-                stats = Some(match parser.optional_value() {
-                    None => StatsForm::Text,
-                    Some(form) => form.parse_with(|form| match form {
-                        "json" => Ok(StatsForm::Json),
-                        "text" => Ok(StatsForm::Text),
-                        _ => Err("--stats has one form besides text: json"),
-                    })?,
-                });
+                stats = Some(stats_form(parser.optional_value())?);
             }
             Long("shutdown-timeout") => {
                 shutdown_timeout = number("--shutdown-timeout", parser.value()?, 0..=u32::MAX)?;
             }
             Long("log") => {
-                log = parser.value()?.parse_with(|level| {
-                    level
-                        .parse()
-                        .map_err(|_| "--log is off, error, warn, info, debug or trace")
-                })?;
+                log = log_level(parser.value()?)?;
             }
             other => return Err(other.unexpected().into()),
         }
@@ -436,12 +448,33 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     config.validate()?;
     Ok(Command::Run(Box::new(Run {
         config,
+        restore: None,
         timeline,
         stats,
         log,
         shutdown_timeout,
         gdb,
+        api_sock,
     })))
+}
+
+fn stats_form(form: Option<OsString>) -> Result<StatsForm, UsageError> {
+    let Some(form) = form else {
+        return Ok(StatsForm::Text);
+    };
+    Ok(form.parse_with(|form| match form {
+        "json" => Ok(StatsForm::Json),
+        "text" => Ok(StatsForm::Text),
+        _ => Err("--stats has one form besides text: json"),
+    })?)
+}
+
+fn log_level(level: OsString) -> Result<log::LevelFilter, UsageError> {
+    Ok(level.parse_with(|level| {
+        level
+            .parse()
+            .map_err(|_| "--log is off, error, warn, info, debug or trace")
+    })?)
 }
 
 /// A device's options, which its own module reads.
@@ -513,8 +546,15 @@ fn cpus(value: OsString) -> Result<Cpus, UsageError> {
     Ok(cpus)
 }
 
+/// The value of `--api-sock`.
+pub(crate) fn api_sock(parser: &mut lexopt::Parser) -> Result<PathBuf, UsageError> {
+    let path = PathBuf::from(parser.value()?);
+    check_path("--api-sock", &path)?;
+    Ok(path)
+}
+
 /// `range` is only told.
-fn number(
+pub(crate) fn number(
     flag: &'static str,
     value: OsString,
     range: RangeInclusive<u32>,
@@ -694,6 +734,8 @@ mod tests {
                 "--gdb \"1234\": unix:PATH or tcp:ADDRESS:PORT",
             ),
             (&["run", "--kernel", "k", "--gdb"], "--gdb"),
+            (&["run", "--kernel", "k", "--api-sock="], "--api-sock \"\""),
+            (&["ctl", "--api-sock", "s"], "no command"),
             (&["boot"], "boot"),
             (&["doctor", "--xml"], "--xml"),
             (&[], "--help"),
@@ -711,7 +753,7 @@ mod tests {
         let source = include_str!("cli.rs");
         for (start, _) in source.match_indices("Long(\"") {
             let flag = source[start + 6..].split('"').next().unwrap();
-            let help = [HELP, RUN_HELP, CPU_HELP, DOCTOR_HELP].concat();
+            let help = [HELP, ctl::HELP, RUN_HELP, CPU_HELP, DOCTOR_HELP].concat();
             assert!(
                 flag.is_empty() || help.contains(&format!("--{flag}")),
                 "--{flag}"

@@ -285,7 +285,7 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
     }
 }
 
-fn show_registers(vcpu: &VcpuView<'_, VcpuFd>) {
+pub(crate) fn show_registers(vcpu: &VcpuView<'_, VcpuFd>) {
     let id = vcpu.id();
     // One write each, so that several vCPUs' do not mix. Stderr closed or full stops no guest.
     let text = match vcpu.registers() {

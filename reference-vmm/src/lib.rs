@@ -43,7 +43,8 @@
 //! named `cpuid` waits for KVM's slowest answer; where the build fails before it is needed, that
 //! thread outlives the call by as long as the answer takes. While a guest writes much to its serial
 //! port, a thread named `com1-drain` takes the output out of KVM's ring ([`devices::coalesce`]). With
-//! `--gdb` a thread named `gdb` serves the debugger ([`gdb`]); without it there is nothing of that. A virtio device whose
+//! `--gdb` a thread named `gdb` serves the debugger ([`gdb`]), and with `--api-sock` one named `api` the control socket
+//! ([`api`]); without them there is nothing of that. A virtio device whose
 //! driver is ready has a thread for each of its handlers, with the device's name ([`devices::virtio`]).
 //!
 //! # Threat model
@@ -55,16 +56,16 @@
 //!
 //! # What is saved and restored
 //!
-//! Nothing of a whole machine yet. Each virtio device at rest is plain data
-//! ([`MmioState`](devices::virtio::mmio::MmioState)).
+//! All that the guest can tell of its machine ([`snapshot`]): memory, vCPUs, clocks, interrupts, devices. Not saved are the
+//! contents of disks, which are only known again; connections; what is counted; and how a guest is watched (gdb, control
+//! socket).
 //!
 //! # Known limits
 //!
 //! With 1 GiB pages the firmware lies in RAM that the guest can write; with 2 MiB pages the first
 //! 2 MiB are ordinary memory. A machine has at most 18 virtio devices, and a driver that stops one queue alone
 //! has to reset the device. A reset ends the monitor instead of restarting the guest. The real-time clock raises no interrupt. vCPUs number at most 255, and their APIC ids end
-//! at 254: sockets or cores in numbers that are no powers of two leave ids out. A pause of a guest that gdb has
-//! stopped waits until gdb lets it go on; software breakpoints are not told from each other where one
+//! at 254: sockets or cores in numbers that are no powers of two leave ids out. Software breakpoints are not told from each other where one
 //! page is mapped at several addresses; what gdb may do is not written to a log.
 //!
 //! [kvm-core]: kvm_core
@@ -72,6 +73,7 @@
 //! [io-bus]: io_bus
 //! [irq-routing]: irq_routing
 
+pub mod api;
 pub mod arch;
 pub mod cli;
 pub mod config;
@@ -79,6 +81,7 @@ pub mod console;
 pub mod cpu_model;
 pub mod cpu_report;
 pub mod cpus;
+pub mod ctl;
 pub mod devices;
 pub mod doctor;
 pub mod end;
@@ -94,6 +97,7 @@ mod no_wait;
 pub mod process;
 pub mod run;
 pub mod signals;
+pub mod snapshot;
 pub mod stats;
 pub mod stderr;
 pub mod timeline;

@@ -12,7 +12,7 @@ use reference_vmm::cpu_report::CpuReport;
 use reference_vmm::end::Chain;
 use reference_vmm::timeline::{Event, timeline};
 use reference_vmm::vm::BuildError;
-use reference_vmm::{doctor, logger, process, run, stderr};
+use reference_vmm::{ctl, doctor, logger, process, run, stderr};
 
 /// Exit status of a command line or configuration that cannot be.
 const USAGE: u8 = 2;
@@ -71,6 +71,7 @@ fn command(args: Vec<OsString>) -> u8 {
                 1
             })
         }
+        Command::Ctl(options) => ctl::run(&options, |text| _ = print(text), say),
         Command::Help(text) => print(text),
         Command::Version => print(concat!("reference-vmm ", env!("CARGO_PKG_VERSION"), "\n")),
     }

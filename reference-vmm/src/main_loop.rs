@@ -34,6 +34,10 @@ pub trait GuestSide: Send + Sync {
     fn clear_drained(&self);
     /// Presses the power button; false if no one in the guest will notice.
     fn press_power_button(&self) -> bool;
+    /// The guest is paused, and reacts to nothing.
+    fn is_paused(&self) -> bool {
+        false
+    }
     /// Has each vCPU's registers shown on stderr, soon. Does not wait for it.
     fn show_registers(&self);
 }
@@ -80,7 +84,7 @@ struct Subscriber<'a> {
 }
 
 /// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers, and `show_more`; SIGWINCH tells the guest
-/// that the terminal has another size; the first SIGTERM presses the power button and gives the guest `shutdown_timeout` to react; any other stop signal, or
+/// that the terminal has another size; the first SIGTERM stops a guest that is paused, and else presses the power button and gives the guest `shutdown_timeout` to react; any other stop signal, or
 /// a second one, ends at once.
 ///
 /// `terminal` says that stdin is a terminal, on which the console's escapes are taken out.
@@ -197,6 +201,11 @@ impl Subscriber<'_> {
             // First: the log's reader may be slow.
             stop();
             return log::info!("{name} stops the guest");
+        }
+        // It could not power off.
+        if self.guest.is_paused() {
+            stop();
+            return log::info!("{name} stops the guest, which is paused");
         }
         // Before the button: a guest that is told must have a deadline.
         self.set_deadline(ops);

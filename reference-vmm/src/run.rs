@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `reference-vmm run`: build the machine, let it run, say how it ended.
+//! `reference-vmm run` and `restore`: build the machine, let it run, say how it ended.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::api::{self, Server};
 use crate::cli::{Run, StatsForm};
+use crate::config::Config;
 use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::gdb::Listener;
@@ -14,7 +16,7 @@ use crate::main_loop;
 use crate::signals::{self, Signals};
 use crate::stats::Stats;
 use crate::timeline::{Event, timeline};
-use crate::vm::{BuildError, Machine};
+use crate::vm::{BuildError, Machine, Running};
 
 /// Runs a guest with its console on this process's stdin and stdout, and returns the process's exit
 /// status. `say` gets what the user is to read besides the log, one line (or for a crash, one block)
@@ -63,6 +65,45 @@ fn show(stats: &Stats, form: StatsForm) {
     });
 }
 
+/// Serves the control socket on a thread of its own while `meanwhile` is at work, and stops the machine behind it: what the
+/// thread is at, a pause for one, ends by that.
+fn with_api(
+    server: &Server,
+    running: &Running,
+    config: &Config,
+    end: &EndSignal,
+    meanwhile: impl FnOnce(),
+) {
+    /// Also where something unwinds: the scope below waits for the thread.
+    struct StopAtEnd<'a>(&'a Server);
+    impl Drop for StopAtEnd<'_> {
+        fn drop(&mut self) {
+            self.0.stop();
+        }
+    }
+    let machine = api::Machine::new(running, config);
+    std::thread::scope(|scope| {
+        let builder = std::thread::Builder::new().name("api".into());
+        let thread = builder.spawn_scoped(scope, || server.serve(&machine));
+        let thread = match thread {
+            Ok(thread) => thread,
+            Err(error) => {
+                let what = format!("cannot start the control socket's thread: {error}");
+                return end.tell(GuestEnd::Failed(what));
+            }
+        };
+        let stop = StopAtEnd(server);
+        meanwhile();
+        drop(stop);
+        running.stop();
+        match thread.join() {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => log::error!("the control socket was served no more: {error}"),
+            Err(_) => log::error!("the control socket's thread panicked"),
+        }
+    });
+}
+
 fn run_to_end(
     options: &Run,
     say: &impl Fn(fmt::Arguments<'_>),
@@ -76,6 +117,7 @@ fn run_to_end(
         log::warn!("lost guest memory will kill the monitor: {error}");
     }
     let end = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
+    let api = options.api_sock.as_deref().map(Server::bind).transpose()?;
     let debugger = options.gdb.as_ref().map(Listener::bind).transpose()?;
     // What stops a guest ends its building as well. Registers are shown when there are any.
     let stop = |signal| end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
@@ -85,7 +127,10 @@ fn run_to_end(
             stop(signal);
         }
     };
-    let built = Machine::build_watched(&options.config, std::io::stdout(), &end, watch);
+    let built = match &options.restore {
+        Some(request) => Machine::restore(request, std::io::stdout(), &end),
+        None => Machine::build_watched(&options.config, std::io::stdout(), &end, watch),
+    };
     let mut machine = match (built, end.get()) {
         (Err(BuildError::Ended), Some(end)) => {
             let none = options
@@ -116,18 +161,24 @@ fn run_to_end(
             show(&running.stats(), form);
         }
     };
-    let looped = main_loop::run(
-        &end,
-        &stop_signals,
-        &running,
-        &show_more,
-        terminal.is_some(),
-        Duration::from_secs(options.shutdown_timeout.into()),
-    );
-    if let Err(error) = looped {
-        end.tell(GuestEnd::Failed(format!(
-            "cannot wait for the guest: {error}"
-        )));
+    let wait_for_the_end = || {
+        let looped = main_loop::run(
+            &end,
+            &stop_signals,
+            &running,
+            &show_more,
+            terminal.is_some(),
+            Duration::from_secs(options.shutdown_timeout.into()),
+        );
+        if let Err(error) = looped {
+            end.tell(GuestEnd::Failed(format!(
+                "cannot wait for the guest: {error}"
+            )));
+        }
+    };
+    match &api {
+        None => wait_for_the_end(),
+        Some(server) => with_api(server, &running, running.config(), &end, wait_for_the_end),
     }
     running.stop();
     timeline().mark(Event::Exit);

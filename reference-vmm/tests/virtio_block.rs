@@ -496,7 +496,7 @@ fn a_pause_waits_for_io_under_way_and_leaves_the_rest_to_the_resumed_disk() {
         let new = config(copy.path(), io);
         let mut driver = {
             let disk: &reference_vmm::devices::virtio::mmio::MmioState<_> = &state;
-            driver.restored(&state, new.open_from(&disk.device).unwrap())
+            driver.restored(&state, new.open_from(&disk.device, true).unwrap())
         };
         driver.device.resume();
         while done < 10 {
@@ -521,11 +521,11 @@ fn a_state_is_of_a_disk_of_its_size_that_can_be_written_if_it_was() {
     // What the driver knows stays, whatever the configuration says now.
     one.queues = 1;
     one.id = None;
-    let same = one.open_from(&state).unwrap();
+    let same = one.open_from(&state, false).unwrap();
     assert_eq!((same.offer(), same.offer().queues), (&state.offer, 2));
     drop(same);
     one.readonly = true;
-    let error = one.open_from(&state).unwrap_err();
+    let error = one.open_from(&state, false).unwrap_err();
     assert!(
         matches!(&error, OpenError::State { why, .. } if why.contains("readonly")),
         "{error}"
@@ -533,18 +533,26 @@ fn a_state_is_of_a_disk_of_its_size_that_can_be_written_if_it_was() {
     assert!(error.is_users_fault());
     one.readonly = false;
     file.as_file().set_len(1 << 17).unwrap();
-    let error = one.open_from(&state).unwrap_err();
+    let error = one.open_from(&state, false).unwrap_err();
     assert!(
         error
             .to_string()
-            .contains("it has 256 sectors, the guest's disk 128"),
+            .contains("it had 65536 bytes and has 131072"),
+        "{error}"
+    );
+    // Without what it is known by, its size counts.
+    let mut unknown = state.clone();
+    unknown.image = None;
+    let error = one.open_from(&unknown, false).unwrap_err().to_string();
+    assert!(
+        error.contains("it has 256 sectors, the guest's disk 128"),
         "{error}"
     );
     for queues in [0, 17, u16::MAX] {
-        let mut wrong = state.clone();
+        let mut wrong = unknown.clone();
         wrong.offer.queues = queues;
         wrong.offer.sectors = 256;
-        assert!(one.open_from(&wrong).is_err());
+        assert!(one.open_from(&wrong, false).is_err());
     }
 }
 

@@ -523,6 +523,37 @@ fn a_reset_waits_for_io_that_is_under_way_and_holds_nobody_else() {
 }
 
 #[test]
+fn a_pause_that_io_keeps_waiting_is_given_up_and_the_device_goes_on_behind_its_io() {
+    let (control, mut driver) = probe(&[&[8], &[8]]);
+    driver.start(0);
+    echo(&mut driver, 0, b"before");
+    control.set(|log| log.hold_rest = true);
+    assert!(!driver.device.pause(Duration::from_millis(1)));
+    control.wait(|log| log.resting == 2);
+    driver.device.resume();
+    // What the driver asks for meanwhile waits for that.
+    let request = driver.request(0, &[b"meanwhile"], &[16]);
+    driver.notify(0);
+    control.set(|log| log.hold_rest = false);
+    assert_eq!(driver.used(0).0, request.head);
+    echo(&mut driver, 1, b"after");
+    // A later pause that is not given up holds.
+    assert!(driver.device.pause(PATIENCE));
+    assert!(driver.device.state().is_some());
+    // One that is given up, and then asked for again.
+    driver.device.resume();
+    control.set(|log| log.hold_rest = true);
+    assert!(!driver.device.pause(Duration::from_millis(1)));
+    driver.device.resume();
+    assert!(!driver.device.pause(Duration::from_millis(1)));
+    control.set(|log| log.hold_rest = false);
+    assert!(driver.device.pause(PATIENCE));
+    assert!(driver.device.state().is_some());
+    driver.device.resume();
+    echo(&mut driver, 0, b"end");
+}
+
+#[test]
 fn a_vcpu_that_no_longer_waits_for_its_reset_holds_nobody() {
     let (control, mut driver) = probe(&[&[8]]);
     driver.start(0);

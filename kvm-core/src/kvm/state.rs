@@ -17,7 +17,7 @@ use vmm_sys_util::errno::Error as Errno;
 use super::machine_check::KVM_X86_SETUP_MCE;
 use super::system::Kvm;
 use super::vcpu::Vcpu;
-use super::vm::{Error, Vm};
+use super::vm::{Error, Vm, VmSetup};
 use crate::arch::x86_64::state::{
     AccessClock, AccessVcpu, ClockError, ClockRestore, ClockState, CpuidLeaf, DebugRegisters,
     Events, GeneralRegisters, Msr, OneRegister, Passage, RestoreError, Restored, SaveError,
@@ -67,6 +67,16 @@ unsafe fn ioctl<T>(fd: &impl AsRawFd, request: u64, argument: *mut T) -> Result<
     }
 }
 
+impl VmSetup {
+    /// [`Vm::state_host`] of the VM that is being made: for who refuses a state before anything else is made.
+    ///
+    /// # Errors
+    /// As [`Vm::state_host`].
+    pub fn state_host(&self, kvm: &Kvm) -> Result<StateHost, Error> {
+        state_host(self.fd(), kvm)
+    }
+}
+
 impl Vm {
     /// What this host saves of this VM's vCPUs, and takes. The same for all of them and for the VM's
     /// whole life, but that `arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM)` comes before it.
@@ -77,29 +87,7 @@ impl Vm {
     /// # Errors
     /// [`Error::SupportedCpuid`], [`Error::MsrList`], and what a scratch VM may fail with.
     pub fn state_host(&self, kvm: &Kvm) -> Result<StateHost, Error> {
-        let capabilities = Capabilities::new(self.fd());
-        let mut cpuid = kvm.supported_cpuid()?;
-        if !has_hardware_virtualization() {
-            cpuid = given_cpuid(kvm, &cpuid)?;
-        }
-        let msrs = kvm.fd().get_msr_index_list();
-        let msrs = msrs.map_err(|errno| Error::MsrList { errno })?;
-        let number = |capability| usize::try_from(capabilities.raw(capability)).unwrap_or(0);
-        let xsave2 = number(kvm::KVM_CAP_XSAVE2);
-        let host = StateHost {
-            cpuid: cpuid.as_slice().iter().map(|&leaf| leaf.into()).collect(),
-            msrs: msrs.as_slice().to_vec(),
-            xsave_bytes: xsave2.max(XSAVE_MIN),
-            xsave2: xsave2 > 0,
-            xcrs: capabilities.has(kvm::KVM_CAP_XCRS),
-            sregs2: capabilities.has(kvm::KVM_CAP_SREGS2),
-            one_reg: capabilities.has(kvm::KVM_CAP_ONE_REG),
-            tsc_control: capabilities.has(kvm::KVM_CAP_TSC_CONTROL),
-            tsc_deadline: capabilities.tsc_deadline_timer(),
-            disable_exits: number(kvm::KVM_CAP_X86_DISABLE_EXITS) as u32,
-            nested_bytes: number(kvm::KVM_CAP_NESTED_STATE),
-        };
-        Ok(host.with_unlisted_msrs())
+        state_host(self.fd(), kvm)
     }
 
     /// Saves what is the VM's and no vCPU's: its clock. All vCPUs are paused.
@@ -166,6 +154,32 @@ impl VcpuView<'_, VcpuFd> {
     ) -> Result<Restored, RestoreError> {
         host.restore(self.fd(), state, passage)
     }
+}
+
+fn state_host(vm: &VmFd, kvm: &Kvm) -> Result<StateHost, Error> {
+    let capabilities = Capabilities::new(vm);
+    let mut cpuid = kvm.supported_cpuid()?;
+    if !has_hardware_virtualization() {
+        cpuid = given_cpuid(kvm, &cpuid)?;
+    }
+    let msrs = kvm.fd().get_msr_index_list();
+    let msrs = msrs.map_err(|errno| Error::MsrList { errno })?;
+    let number = |capability| usize::try_from(capabilities.raw(capability)).unwrap_or(0);
+    let xsave2 = number(kvm::KVM_CAP_XSAVE2);
+    let host = StateHost {
+        cpuid: cpuid.as_slice().iter().map(|&leaf| leaf.into()).collect(),
+        msrs: msrs.as_slice().to_vec(),
+        xsave_bytes: xsave2.max(XSAVE_MIN),
+        xsave2: xsave2 > 0,
+        xcrs: capabilities.has(kvm::KVM_CAP_XCRS),
+        sregs2: capabilities.has(kvm::KVM_CAP_SREGS2),
+        one_reg: capabilities.has(kvm::KVM_CAP_ONE_REG),
+        tsc_control: capabilities.has(kvm::KVM_CAP_TSC_CONTROL),
+        tsc_deadline: capabilities.tsc_deadline_timer(),
+        disable_exits: number(kvm::KVM_CAP_X86_DISABLE_EXITS) as u32,
+        nested_bytes: number(kvm::KVM_CAP_NESTED_STATE),
+    };
+    Ok(host.with_unlisted_msrs())
 }
 
 /// Whether the processor has VMX or SVM.

@@ -14,6 +14,7 @@
 //! 0x9fc00           EBDA (reserved, empty), then the PC's video and option ROM window
 //! FIRMWARE          read-only to the guest, in machines with ACPI
 //!   ACPI_TABLES       RSDP first, then the other tables
+//!   GENERATION_ID     the machine's number
 //!   RESET_VECTOR      code that resets the machine
 //! 1 MiB             RAM for the kernel and its initrd
 //! MMIO_HOLE         3 GiB to 4 GiB: no RAM
@@ -75,6 +76,10 @@ pub const CMDLINE_MAX: usize = 0x1_0000;
 /// boundary between 0xe0000 and 0xfffff, where kernels that no one tells the address (multiboot,
 /// boot protocols before 2.14) search for it.
 pub const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_f000;
+
+/// The machine's generation id, 16 bytes: another one after each restore (Microsoft's "Virtual Machine Generation ID",
+/// which Linux's `vmgenid` driver knows).
+pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_f000);
 
 /// What a PC's BIOS takes, the tables and the reset vector here: reserved in every memory map, and a
 /// slot of its own that the guest can only read where there is something in it.
@@ -155,6 +160,9 @@ pub const GED_GSI: u32 = 9;
 /// Bit of [`GED_PORT`]: the power button was pressed.
 pub const GED_EVENT_POWER_BUTTON: u8 = 1 << 0;
 
+/// Bit of [`GED_PORT`]: the machine's [generation id](GENERATION_ID) is another one.
+pub const GED_EVENT_GENERATION: u8 = 1 << 1;
+
 /// First GSI for virtio-mmio devices: below are the PC's.
 pub const VIRTIO_MMIO_FIRST_GSI: u32 = 16;
 
@@ -170,6 +178,7 @@ const _: () = {
     assert!(ISA_WINDOW.start == EBDA.end && ISA_WINDOW.end == HIGH_RAM.0);
     assert!(ACPI_TABLES.start >= ISA_WINDOW.start && ACPI_TABLES.end <= ISA_WINDOW.end);
     assert!(ACPI_TABLES.start == FIRMWARE.start && ACPI_TABLES.end <= FIRMWARE.end);
+    assert!(GENERATION_ID.0 >= ACPI_TABLES.end && GENERATION_ID.0 + 16 <= RESET_VECTOR.0);
     assert!(RESET_VECTOR.0 >= FIRMWARE.start && FIRMWARE.end == HIGH_RAM.0);
     assert!(FIRMWARE.start.is_multiple_of(PAGE) && FIRMWARE.end.is_multiple_of(PAGE));
     assert!(VIRTIO_MMIO.start >= MMIO_HOLE.start && VIRTIO_MMIO.end <= IOAPIC_ADDR.0);

@@ -10,12 +10,15 @@
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Once};
 
+use serde::{Deserialize, Serialize};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 use vm_superio::Trigger;
 
 use super::edge::{Edge, Owing, TryTrigger};
-use crate::arch::layout::{GED_EVENT_POWER_BUTTON, GED_PORT, SLEEP_CONTROL_PORT, SLEEP_CONTROL_S5};
+use crate::arch::layout::{
+    GED_EVENT_GENERATION, GED_EVENT_POWER_BUTTON, GED_PORT, SLEEP_CONTROL_PORT, SLEEP_CONTROL_S5,
+};
 use crate::end::{EndSignal, GuestEnd};
 
 const EVENTS: u16 = GED_PORT - SLEEP_CONTROL_PORT;
@@ -37,6 +40,18 @@ pub struct AcpiPower<T> {
     said: Once,
 }
 
+/// The device as plain data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PowerState {
+    /// Events that the guest has not read.
+    pub pending: u8,
+    /// An ACPI system runs in the guest.
+    pub listening: bool,
+    /// An interrupt is due that has not been sent.
+    pub owes_interrupt: bool,
+}
+
 impl<T: TryTrigger> AcpiPower<T> {
     /// A machine whose power is on.
     pub fn new(end: Arc<EndSignal>, interrupt: T) -> Self {
@@ -46,6 +61,36 @@ impl<T: TryTrigger> AcpiPower<T> {
             pending: AtomicU8::new(0),
             listening: AtomicBool::new(false),
             said: Once::new(),
+        }
+    }
+
+    /// A device in this state. An interrupt that is due is owed ([`AcpiPower::owes_interrupt`]) until somebody sends it.
+    pub fn from_state(end: Arc<EndSignal>, interrupt: T, state: &PowerState) -> Self {
+        let power = Self::new(end, interrupt);
+        power.pending.store(state.pending, Ordering::Relaxed);
+        power.listening.store(state.listening, Ordering::Relaxed);
+        if state.owes_interrupt {
+            power.interrupt.want();
+        }
+        power
+    }
+
+    /// The device as plain data. To be asked while no vCPU runs.
+    pub fn state(&self) -> PowerState {
+        PowerState {
+            pending: self.pending.load(Ordering::Relaxed),
+            listening: self.listening.load(Ordering::Relaxed),
+            owes_interrupt: self.interrupt.is_wanted(),
+        }
+    }
+
+    /// The machine has another generation id than it had ([`arch::acpi`](crate::arch::acpi)): an ACPI system that runs in
+    /// the guest is to hear of it. The interrupt is owed ([`AcpiPower::owes_interrupt`]).
+    pub fn tell_generation(&self) {
+        if self.listening.load(Ordering::Relaxed) {
+            self.pending
+                .fetch_or(GED_EVENT_GENERATION, Ordering::Release);
+            self.interrupt.want();
         }
     }
 

@@ -75,6 +75,8 @@ pub trait PolledOutput: Send + Sync {
     fn hold(&self);
     /// What was sent goes out, unless another holds it too. Blocks while the console is full.
     fn release(&self);
+    /// Ends a [`hold`](Self::hold) and brings nothing out: the next who releases, syncs or sends does. Does not block.
+    fn let_go(&self);
     /// What was sent before goes out, held or not, also what another thread is at. Blocks while the
     /// console is full, until the guest's end has been told.
     fn sync(&self);
@@ -164,6 +166,18 @@ where
             self.drain(&mut bus.dispatcher());
         }
         self.port.sync();
+    }
+
+    /// With all vCPUs out of the guest: carries out what KVM has kept, and waits for no console. What it brought is on the
+    /// console a [`TICK`] later, or when that takes it.
+    pub fn settle(&self, bus: &IoBus) {
+        let mut io = bus.dispatcher();
+        if self.has_ring.load(Ordering::Relaxed) && io.has_coalesced() {
+            self.port.hold();
+            io.before_exit();
+            // As long as there is something in the ring there is the thread that takes it out, and it finds the bytes.
+            self.port.let_go();
+        }
     }
 
     /// As [`finish`](Self::finish), after [`before_exit`](Self::before_exit).
@@ -345,6 +359,7 @@ mod tests {
         }
         fn hold(&self) {}
         fn release(&self) {}
+        fn let_go(&self) {}
         fn sync(&self) {}
     }
 

@@ -7,9 +7,10 @@
 //! an ACPI system does not wait for one). A guest that sets the clock moves an offset that lives as
 //! long as the VM.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
 
@@ -65,6 +66,21 @@ pub struct Rtc {
     now: fn() -> i64,
 }
 
+/// A clock as plain data. Its time is told by what it is ahead of the host's, so a restored guest reads the time of day
+/// that it is then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RtcState {
+    /// The register that the data port shows.
+    pub index: u8,
+    /// The 128 bytes of its memory.
+    pub ram: Vec<u8>,
+    /// The guest's time less the host's, seconds.
+    pub offset: i64,
+    /// Year, month, day, hour, minute and second, while the guest is setting them.
+    pub setting: Option<(i64, [u8; 5])>,
+}
+
 impl Rtc {
     /// Index port; the data port follows it.
     pub const PORT: u16 = 0x70;
@@ -94,6 +110,55 @@ impl Rtc {
             }),
             now,
         }
+    }
+
+    /// A clock that tells the host's UTC, in this state; none where no clock can have it.
+    pub fn from_state(state: &RtcState) -> Option<Self> {
+        let ram = <[u8; 128]>::try_from(state.ram.as_slice()).ok()?;
+        let possible = -MAX_OFFSET..=MAX_OFFSET;
+        let setting = state.setting.map(|(year, rest)| {
+            let [month, day, hour, minute, second] = rest;
+            Civil {
+                year,
+                month,
+                day,
+                hour,
+                minute,
+                second,
+                weekday: 1,
+            }
+        });
+        // What a guest can set: two digits of a year and two of its century.
+        let years = setting.is_none_or(|time| (-25_600..=25_600).contains(&time.year));
+        if state.index > 127 || !possible.contains(&state.offset) || !years {
+            return None;
+        }
+        let rtc = Rtc::new();
+        *rtc.lock() = State {
+            index: state.index,
+            ram,
+            offset: state.offset,
+            setting,
+        };
+        Some(rtc)
+    }
+
+    /// The clock as plain data.
+    pub fn state(&self) -> RtcState {
+        let state = self.lock();
+        RtcState {
+            index: state.index,
+            ram: state.ram.to_vec(),
+            offset: state.offset,
+            setting: state.setting.map(|time| {
+                let rest = [time.month, time.day, time.hour, time.minute, time.second];
+                (time.year, rest)
+            }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read(&self, state: &State) -> u8 {

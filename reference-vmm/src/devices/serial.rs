@@ -18,9 +18,10 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_device::DevicePio;
 use vm_device::bus::{PioAddress, PioAddressOffset};
-use vm_superio::serial::SerialEvents;
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -159,6 +160,33 @@ pub struct SerialPort<T: Trigger, W: Write> {
 /// Its output is a buffer that [`SerialPort`] empties after each access.
 type Uart<T> = Serial<Wanted<T>, Drained, Vec<u8>>;
 
+/// A serial port as plain data: its registers, and the input that the guest has not read. What the guest has sent is
+/// on the console.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortState {
+    /// Divisor latch: DLL, DLM.
+    pub divisor: [u8; 2],
+    /// IER.
+    pub interrupt_enable: u8,
+    /// IIR.
+    pub interrupt_identification: u8,
+    /// LCR.
+    pub line_control: u8,
+    /// LSR.
+    pub line_status: u8,
+    /// MCR.
+    pub modem_control: u8,
+    /// MSR.
+    pub modem_status: u8,
+    /// SCR.
+    pub scratch: u8,
+    /// The receiver's FIFO, the next byte first.
+    pub input: Vec<u8>,
+    /// An interrupt is due that has not been sent.
+    pub owes_interrupt: bool,
+}
+
 impl<T: Trigger, W: Write> SerialPort<T, W> {
     /// A port that interrupts through `interrupt` and speaks to `out`.
     ///
@@ -178,6 +206,57 @@ impl<T: Trigger, W: Write> SerialPort<T, W> {
             pending: AtomicBool::new(false),
             held: AtomicU32::new(0),
         })
+    }
+
+    /// A port in this state. An interrupt that is due is owed ([`SerialPort::owes_interrupt`]) until somebody sends it.
+    ///
+    /// # Errors
+    /// The errno of `eventfd(2)`; `InvalidData` of a state whose FIFO holds more than one can.
+    pub fn from_state(interrupt: T, out: W, state: &PortState) -> io::Result<Self> {
+        let port = Self::new(interrupt, out)?;
+        let [baud_divisor_low, baud_divisor_high] = state.divisor;
+        let registers = SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.input.clone(),
+        };
+        let wanted = Wanted(port.interrupt.clone());
+        let events = Drained(port.drained.try_clone()?);
+        let uart = Serial::from_state(&registers, wanted, events, Vec::new());
+        *port.uart() = uart.map_err(|_| {
+            let len = state.input.len();
+            let text = format!("a serial port's FIFO with {len} bytes, and 64 are the most");
+            io::Error::new(io::ErrorKind::InvalidData, text)
+        })?;
+        if state.owes_interrupt {
+            port.interrupt.want();
+        }
+        Ok(port)
+    }
+
+    /// The port as plain data. To be asked while no vCPU runs and no input comes, and after
+    /// [`sync`](PolledOutput::sync).
+    pub fn state(&self) -> PortState {
+        let state = self.uart().state();
+        PortState {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+            owes_interrupt: self.interrupt.is_wanted(),
+        }
     }
 
     /// Hands input to the guest and returns how many bytes the FIFO took: 0 when it is full, and
@@ -286,6 +365,10 @@ where
         if self.pending.load(Ordering::SeqCst) {
             self.flush();
         }
+    }
+
+    fn let_go(&self) {
+        self.held.fetch_sub(1, Ordering::SeqCst);
     }
 
     fn sync(&self) {

@@ -18,9 +18,9 @@
 //! pause and the jobs. The pause comes first because it completes the access that a vCPU is at:
 //! registers are those behind it.
 //!
-//! A vCPU that waits for jobs is, for its set, in its handler. So another pause of the same set waits
-//! until the debugger lets the guest go on; the end of the machine does not, for [`Link::close`] lets
-//! all of them go.
+//! A vCPU that waits for jobs is, for its set, in its handler. So another pause of the same set would wait
+//! until the debugger lets the guest go on, and who wants one asks first ([`Link::is_holding`]); the end of the
+//! machine does not wait, for [`Link::close`] lets all of them go.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -80,6 +80,8 @@ pub(crate) struct Link {
 #[derive(Default)]
 struct State {
     closed: bool,
+    /// vCPUs wait for jobs, or are about to.
+    holding: bool,
     /// How often the vCPUs were stopped.
     stops: u64,
     events: Vec<Event>,
@@ -167,6 +169,17 @@ impl Link {
             std::mem::take(&mut state.events),
             std::mem::take(&mut state.pauses),
         )
+    }
+
+    /// Says whether there are vCPUs that wait for jobs.
+    pub(super) fn set_holding(&self, holding: bool) {
+        self.state().holding = holding;
+    }
+
+    /// Whether the debugger has vCPUs that wait for it.
+    pub(crate) fn is_holding(&self) -> bool {
+        let state = self.state();
+        state.holding && !state.closed
     }
 
     /// Lets a vCPU go that waits in the stop that is now. One that has ended needs no leave.

@@ -34,6 +34,10 @@
 //! Stopping is kvm-core's pause, with all that it does: kvm-clock is told, accesses are completed. The
 //! guest's other clocks go on while it is stopped.
 //!
+//! A [pause of the machine](crate::vm::Running::pause) is refused while the guest is stopped here, for the vCPUs wait in
+//! the debugger's hands. In a machine that is paused gdb's own stop takes place as well, and what gdb asks of the vCPUs
+//! is answered when the machine is resumed, before they run.
+//!
 //! # Threat model
 //!
 //! Who can connect owns the guest: that is what a debugger is for. Of the monitor a peer owns nothing:
@@ -97,6 +101,11 @@ impl Debugger {
             link: link.clone(),
             thread: Some(thread),
         })
+    }
+
+    /// Whether the guest is stopped in the debugger.
+    pub(crate) fn is_holding(&self) -> bool {
+        self.link.is_holding()
     }
 
     /// Lets the vCPUs go, for the machine ends. Does not block.

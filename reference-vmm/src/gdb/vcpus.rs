@@ -196,6 +196,7 @@ impl Vcpus for Live {
         self.go(&self.held.iter().copied().collect::<Vec<_>>());
         let whole = self.link.set().pause()?;
         let (events, pauses) = self.link.next_stop();
+        self.link.set_holding(true);
         self.link.set().request_all(debug);
         drop((begun, whole, pauses));
         self.held = self.link.set().ids().into_iter().collect();
@@ -207,6 +208,7 @@ impl Vcpus for Live {
             self.held.remove(id);
             self.link.go(*id);
         }
+        self.link.set_holding(!self.held.is_empty());
     }
 
     fn state(&self, id: VcpuId) -> Result<State, Trouble> {

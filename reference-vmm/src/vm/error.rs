@@ -8,11 +8,13 @@ use irq_routing::IrqchipError;
 use kvm_core::arch::x86_64::cpuid::TemplateError;
 use kvm_core::arch::x86_64::{CpuidError, TablesError};
 
+use crate::api;
 use crate::arch::acpi;
 use crate::arch::boot::BootError;
 use crate::config;
 use crate::devices::virtio::list::DeviceError;
 use crate::gdb;
+use crate::snapshot::RestoreError;
 
 /// A VM could not be built or started.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +54,9 @@ pub enum BuildError {
     /// Not all of guest memory could be made present.
     #[error("cannot make the guest's memory present")]
     Prefault(#[source] memslots::MapError),
+    /// A snapshot cannot be gone on from.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     /// The end was told while the machine was built.
     #[error("the machine was ended before it was built")]
     Ended,
@@ -113,6 +118,9 @@ pub enum BuildError {
     /// A virtio device cannot be had. Found before anything was made.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The control socket cannot be listened at.
+    #[error(transparent)]
+    Api(#[from] api::ListenError),
     /// A debugger cannot be listened for.
     #[error(transparent)]
     Gdb(#[from] gdb::ListenError),
@@ -150,6 +158,8 @@ impl BuildError {
                 address: gdb::Address::Unix(_),
                 source,
             }) if config::is_about_the_path(source) => 2,
+            BuildError::Restore(error) => error.exit_status(),
+            BuildError::Api(error) if error.is_users_fault() => 2,
             BuildError::Device(error) if !error.is_users_fault() => 1,
             BuildError::Device(_)
             | BuildError::AddressBits { .. }

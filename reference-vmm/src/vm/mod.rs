@@ -35,50 +35,54 @@
 //!
 //! `tests/kvm_ioctl_order.rs` holds it against the ioctls of a real run.
 
+mod compose;
+pub mod control;
 mod cpuid;
 mod error;
+mod restore;
 mod running;
+mod saving;
 mod start;
 mod wiring;
 
-use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex};
 
-use io_bus::{IoBus, IoRange, Registration};
+use io_bus::{IoBus, Registration};
+use irq_routing::Irqchip;
 use irq_routing::ioapic::{Notifier, SplitIoapic};
-use irq_routing::{Gsi, Irqchip, IrqchipError, IrqchipKind, Pit, Routing};
-use kvm_bindings::KVM_CAP_X86_USER_SPACE_MSR;
 use kvm_core::stats::{StatsError, StatsFd};
-use kvm_core::{KickSignal, Vcpu, VcpuId, VcpuSet, Vm};
+use kvm_core::{Vcpu, VcpuId, VcpuSet, Vm};
 use kvm_ioctls::VmFd;
 use memslots::{Memslots, Slot};
-use vm_device::bus::{PioAddress, PioRange};
 
 use crate::arch::boot::{self, BootConfig, Image, ImageKind};
 use crate::arch::{acpi, layout, reset_vector};
 use crate::config::{self, Config};
 use crate::devices::acpi_power::AcpiPower;
-use crate::devices::coalesce::{Coalescing, PolledOutput};
+use crate::devices::coalesce::Coalescing;
 use crate::devices::interrupt::{Interrupt, Wire};
 use crate::devices::ioapic::Ioapic;
+use crate::devices::rtc::Rtc;
 use crate::devices::serial::{ConsoleOut, SerialPort};
 use crate::devices::virtio::any::{Devices, PlacedDevice};
 use crate::devices::virtio::bay;
 use crate::devices::virtio::console::config::Stdio;
+use crate::devices::virtio::rng::random;
 use crate::end::EndSignal;
 use crate::exits::{self, Handler, run_vcpu};
+use crate::gdb;
 use crate::host_memory::SYSFS;
 use crate::kvm_stats::KvmReaders;
 use crate::stats::{ExitCounters, Named};
-use crate::{gdb, msrs};
+use compose::Composition;
+pub use control::{ControlError, RunState};
 use cpuid::ask_kvm;
 pub use error::BuildError;
 pub use running::Running;
 use start::StartState;
-use wiring::{Wiring, register_devices, register_ioapic, wire_virtio};
 
 /// The vCPU that KVM starts at once; the others wait for it.
 const BOOT_VCPU: VcpuId = VcpuId(0);
@@ -95,6 +99,8 @@ pub struct Machine {
     kvm_stats: Option<KvmReaders<StatsFd>>,
     /// Where a debugger is listened for.
     gdb: Option<gdb::Listener>,
+    /// It goes on from a snapshot.
+    restored: bool,
     /// The KVM device.
     kvm: PathBuf,
 }
@@ -102,8 +108,16 @@ pub struct Machine {
 /// What lives as long as the guest. Fields are dropped in this order: devices first, which hold
 /// interrupts, then interrupts' owner, then memory.
 struct Parts {
+    /// What it is made of.
+    config: Config,
+    /// So many of the virtio devices are of the configuration.
+    configured: usize,
+    irqchip: Irqchip,
+    /// The chip of `ioapic`.
+    chip: Option<SplitIoapic<Host>>,
     com1: Arc<Com1>,
     power: Arc<Power>,
+    rtc: Arc<Rtc>,
     /// Before the bus: its zone is one of the bus's.
     console: Arc<Coalescing<Host, Com1>>,
     /// With the split irqchip.
@@ -270,145 +284,44 @@ impl Machine {
         if let Some(acpi) = &acpi {
             boot::write_all(&*memory, &acpi.writes)?;
             boot::write_all(&*memory, &[reset_vector::block()])?;
+            let mut generation = vec![0; 16];
+            random(&mut generation).map_err(|fault| BuildError::Process {
+                what: "make the machine's generation id",
+                source: std::io::Error::other(fault),
+            })?;
+            boot::write_all(&*memory, &[(layout::GENERATION_ID, generation)])?;
         }
         let start = StartState::of(&plan.entry)?;
         boot::write_all(&*memory, &[start.tables()])?;
         drop((memory, kernel, initrds));
 
-        // 5. The irqchip.
-        setup.set_tss_address(layout::TSS_ADDR)?;
-        let irqchip =
-            Irqchip::create(setup.fd(), irqchip_kind(config)).map_err(|error| {
-                match (&error, config.irqchip) {
-                    (IrqchipError::Unsupported(_), config::Irqchip::Split) => {
-                        BuildError::NoSplitIrqchip(error)
-                    }
-                    _ => error.into(),
-                }
-            })?;
-        let routing = Routing::new(setup.fd().clone(), &irqchip);
-        // Only to be told of them: the guest gets the fault that KVM would give it.
-        if setup.capabilities().has(KVM_CAP_X86_USER_SPACE_MSR) {
-            setup.exit_on_msrs(msrs::EXITS)?;
-        }
-
-        // 6. vCPUs.
-        // Below SIGRTMIN: a kick arrives also where the user's pending signals have reached their
-        // limit. SIGURG of these: one that comes from elsewhere does no harm and never did.
-        let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
-        let vm = setup.kick_signal(kick).finish();
-        let mut cpuid = cpuid.answer(&ram)?;
-        let vcpus = topology
-            .apic_ids()
-            .map(|id| {
-                let vcpu = vm.create_vcpu(id)?;
-                if id == BOOT_VCPU {
-                    cpuid.tell_time(&vcpu);
-                }
-                cpuid.set_up(&vcpu, config)?;
-                if id == BOOT_VCPU {
-                    start.set(&vcpu, &plan.entry)?;
-                }
-                Ok(vcpu)
-            })
-            .collect::<Result<Vec<_>, BuildError>>()?;
-
-        // 7. Devices.
-        let chip = match config.irqchip {
-            config::Irqchip::Split => Some(SplitIoapic::new(&routing).map_err(|source| {
-                let device = "the IOAPIC";
-                BuildError::Interrupt { device, source }
-            })?),
-            _ => None,
-        };
-        let interrupt = |device: &'static str, gsi| {
-            let refused = |source| BuildError::Interrupt { device, source };
-            let gsi = routing.reserve(Gsi(gsi)).map_err(refused)?;
-            let wire = match &chip {
-                Some(chip) => Wire::Pin(chip.line(&gsi).map_err(refused)?),
-                None => Wire::Eventfd(routing.source(&gsi)),
-            };
-            Ok::<_, BuildError>(Interrupt::new(device, wire, end.clone()))
-        };
-        let out = ConsoleOut::new(console, end.clone()).map_err(|source| BuildError::Process {
-            what: "duplicate stdout",
-            source,
-        })?;
-        let com1 =
-            SerialPort::new(interrupt("COM1", layout::COM1_GSI)?, out).map_err(|source| {
-                BuildError::Process {
-                    what: "make the serial port's event",
-                    source,
-                }
-            })?;
-        let com1 = Arc::new(com1);
-        // Weak: the port's console has the end.
-        let console_of = Arc::downgrade(&com1);
-        end.before_own_end(move || {
-            if let Some(com1) = console_of.upgrade() {
-                com1.sync();
-            }
-        });
-        let power = Arc::new(Power::new(end.clone(), interrupt("ACPI", layout::GED_GSI)?));
-        let bus = IoBus::new();
-        let (mut registrations, mut names) = register_devices(&bus, config, &com1, &power, end)?;
-        let ioapic = chip
-            .clone()
-            .map(|chip| Arc::new(Ioapic::new(chip, end.clone())));
-        if let Some(ioapic) = &ioapic {
-            let (registration, name) = register_ioapic(&bus, ioapic)?;
-            registrations.push(registration);
-            names.push(name);
-        }
-        let mut virtio = Vec::with_capacity(devices.len());
-        let mut unmasked = Vec::new();
-        for ((name, device), place) in devices.list.into_iter().zip(&places) {
-            let wiring = Wiring {
-                routing: &routing,
-                chip: chip.as_ref(),
-                ram: &memslots.ram(),
-                host: vm.fd(),
-                bus: &bus,
-                end,
-            };
-            let wired = wire_virtio(&wiring, name, device, place)?;
-            virtio.push(wired.device);
-            unmasked.extend(wired.unmasked);
-            registrations.push(wired.registration);
-            names.push(wired.name);
-        }
-        // Only the transmit register; nothing is asked of KVM before a guest writes much.
-        let transmit = PioRange::new(PioAddress(layout::COM1_PORT), 1).map(IoRange::from);
-        let transmit = transmit.map_err(|_| BuildError::Process {
-            what: "name the serial port's transmit register",
-            source: io::ErrorKind::InvalidInput.into(),
-        })?;
-        let console = Coalescing::new(vm.fd().clone(), com1.clone(), transmit);
-        if !config.coalesce_console {
-            console.leave_off();
-        }
-        let parts = Parts {
-            com1,
-            power,
-            console,
-            ioapic,
-            virtio,
-            stdio: devices.stdio,
-            _unmasked: unmasked,
-            _registrations: registrations,
-            names,
-            bus,
-            _slots: slots,
+        // 5. to 7.
+        let composition = Composition {
+            config,
+            setup,
             memslots,
-            vm,
+            slots,
+            devices,
+            console,
+            end,
+            saved: None,
         };
-        Ok(Machine {
-            parts,
-            vcpus,
-            end: end.clone(),
-            kvm_stats: None,
-            gdb: None,
-            kvm: config.kvm.clone(),
+        composition.compose(|vm| {
+            let mut cpuid = cpuid.answer(&ram)?;
+            topology
+                .apic_ids()
+                .map(|id| {
+                    let vcpu = vm.create_vcpu(id)?;
+                    if id == BOOT_VCPU {
+                        cpuid.tell_time(&vcpu);
+                    }
+                    cpuid.set_up(&vcpu, config)?;
+                    if id == BOOT_VCPU {
+                        start.set(&vcpu, &plan.entry)?;
+                    }
+                    Ok(vcpu)
+                })
+                .collect()
         })
     }
 
@@ -445,6 +358,7 @@ impl Machine {
             end,
             kvm_stats,
             gdb,
+            restored,
             kvm,
         } = self;
         let set = VcpuSet::new(parts.vm.identity().clone());
@@ -465,6 +379,7 @@ impl Machine {
         });
         let mut running = Running {
             debugger: None,
+            control: control::Control::default(),
             set,
             threads: Vec::with_capacity(vcpus.len()),
             stopping,
@@ -483,6 +398,14 @@ impl Machine {
             running.counters.push(counters);
             running.waits.push(handler.interrupter());
             ready.push((running.set.enroll(vcpu)?, handler));
+        }
+        if restored {
+            // Before the vCPUs, so that what these tell them finds them awake.
+            running
+                .parts
+                .virtio
+                .iter()
+                .for_each(|device| device.resume());
         }
         // The boot vCPU is the first, and begins as soon as it has a thread; KVM has the others wait until
         // it starts them. So it is the last here: a start that fails has run nothing of the guest.
@@ -507,21 +430,5 @@ impl Machine {
             running.debugger = Some(debugger.map_err(process("start the debugger's thread"))?);
         }
         Ok(running)
-    }
-}
-
-fn irqchip_kind(config: &Config) -> IrqchipKind {
-    match config.irqchip {
-        config::Irqchip::Kernel => IrqchipKind::Kernel {
-            pit: if config.pit {
-                Pit::PresentWithSpeaker
-            } else {
-                Pit::Absent
-            },
-        },
-        config::Irqchip::Split => IrqchipKind::Split {
-            pins: layout::IOAPIC_PINS,
-        },
-        config::Irqchip::None => IrqchipKind::None,
     }
 }

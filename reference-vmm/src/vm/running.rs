@@ -15,6 +15,7 @@ use kvm_core::stats::StatsFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Parts;
+use super::control::{self, Control, RunState};
 use crate::console::{CHUNK, MOST_AT_ONCE};
 use crate::devices::virtio::console::config::terminal_size;
 use crate::exits::{SEND_OWED, SHOW_REGISTERS};
@@ -24,12 +25,14 @@ use crate::main_loop::GuestSide;
 use crate::stats::{ExitCounters, Stats};
 
 /// How long the end of a machine waits for a device's I/O that is under way.
-const DEVICE_PATIENCE: Duration = Duration::from_secs(5);
+const DEVICE_PATIENCE: Duration = control::PATIENCE;
 
 /// A machine whose vCPUs run.
 pub struct Running {
     /// Before the vCPUs' set and the memory, which it uses.
     pub(super) debugger: Option<gdb::Debugger>,
+    /// Before the vCPUs' set and the devices.
+    pub(super) control: Control,
     pub(super) set: VcpuSet,
     pub(super) threads: Vec<JoinHandle<()>>,
     pub(super) stopping: Arc<AtomicBool>,
@@ -60,6 +63,8 @@ impl Running {
         if let Err(error) = self.set.stop() {
             log::error!("cannot stop the vCPUs: {error}");
         }
+        // Behind this nobody has devices go on.
+        self.control.close();
         self.parts.console.stop(&self.parts.bus);
         self.rest_devices();
     }
@@ -162,7 +167,7 @@ impl Drop for Running {
 
 impl Running {
     /// Readable when who has the input has room for more.
-    fn drained_event(&self) -> &EventFd {
+    pub(super) fn drained_event(&self) -> &EventFd {
         match &self.parts.stdio {
             Some(stdio) => stdio.input.drained(),
             None => self.parts.com1.drained(),
@@ -179,6 +184,10 @@ impl Running {
 
 impl GuestSide for Running {
     fn input(&self, bytes: &[u8]) -> usize {
+        // A guest that is paused, or about to be, is told nothing: the drained event says when to come again.
+        let Some(_running) = self.input_gate() else {
+            return 0;
+        };
         if let Some(stdio) = &self.parts.stdio {
             return stdio.input.offer(bytes);
         }
@@ -220,7 +229,14 @@ impl GuestSide for Running {
         pressed
     }
 
+    fn is_paused(&self) -> bool {
+        self.state() == RunState::Paused
+    }
+
     fn show_registers(&self) {
+        if self.show_paused_registers() {
+            return;
+        }
         if let Some(request) = SHOW_REGISTERS {
             self.set.request_all(request);
         }

@@ -34,6 +34,7 @@ pub(super) fn register_devices(
     config: &Config,
     com1: &Arc<Com1>,
     power: &Arc<Power>,
+    rtc: &Arc<Rtc>,
     end: &Arc<EndSignal>,
 ) -> Result<(Vec<Registration>, Vec<Named>), BuildError> {
     let mut registrations = Vec::with_capacity(8);
@@ -55,7 +56,7 @@ pub(super) fn register_devices(
         com1.clone(),
         i8042.clone(),
         i8042,
-        Arc::new(Rtc::new()),
+        rtc.clone(),
         power.clone(),
         Arc::new(Pvpanic::new(end.clone())),
     ];

@@ -18,6 +18,9 @@ use crate::arch::layout;
 /// Notification of a power button: it was pressed (ACPI 6.5, 5.6.6, table 5.147).
 const BUTTON_PRESSED: u8 = 0x80;
 
+/// Notification of a generation id: it is another one.
+const GENERATION_CHANGED: u8 = 0x80;
+
 /// The DSDT's contents behind its header.
 pub(super) fn body(config: &AcpiConfig<'_>) -> Vec<u8> {
     let mut devices = Vec::new();
@@ -31,6 +34,7 @@ pub(super) fn body(config: &AcpiConfig<'_>) -> Vec<u8> {
         pvpanic(port, &mut devices);
     }
     power_button(config.ged, &mut devices);
+    generation(&mut devices);
     for (uid, device) in (0_u32..).zip(config.virtio_mmio) {
         virtio_mmio(uid, device, &mut devices);
     }
@@ -138,8 +142,32 @@ fn power_button((port, gsi): (u16, u32), out: &mut Vec<u8>) {
                         &And::new(&ZERO, &Local(0), &layout::GED_EVENT_POWER_BUTTON),
                         vec![&Notify::new(&path("PWRB"), &BUTTON_PRESSED)],
                     ),
+                    &If::new(
+                        &And::new(&ZERO, &Local(0), &layout::GED_EVENT_GENERATION),
+                        vec![&Notify::new(&path("VGEN"), &GENERATION_CHANGED)],
+                    ),
                 ],
             ),
+        ],
+    )
+    .to_aml_bytes(out);
+}
+
+/// The generation id (Microsoft, "Virtual Machine Generation ID", 2012): `ADDR` says where its 16 bytes are, by two
+/// halves of the address. A guest that hears of another one has been restored, perhaps not for the first time, and
+/// makes its random numbers anew. Linux's driver finds the device by its `_CID`.
+fn generation(out: &mut Vec<u8>) {
+    let (low, high) = (
+        layout::GENERATION_ID.0 as u32,
+        (layout::GENERATION_ID.0 >> 32) as u32,
+    );
+    Device::new(
+        path("VGEN"),
+        vec![
+            &Name::new(path("_HID"), &"REFV0001"),
+            &Name::new(path("_CID"), &"VM_Gen_Counter"),
+            &Name::new(path("_DDN"), &"VM_Gen_Counter"),
+            &Name::new(path("ADDR"), &Package::new(vec![&low, &high])),
         ],
     )
     .to_aml_bytes(out);

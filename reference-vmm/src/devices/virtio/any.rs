@@ -10,7 +10,7 @@ use io_bus::IoDevice;
 use super::console::config::Stdio;
 use super::device::VirtioDevice;
 use super::interrupt::DriverLink;
-use super::mmio::{MmioDevice, Place};
+use super::mmio::{MmioDevice, MmioState, Place};
 
 /// A virtio device that has no place in a machine yet. Every [`VirtioDevice`] is one.
 pub trait AnyDevice: Send {
@@ -43,6 +43,11 @@ pub trait PlacedDevice: IoDevice {
     /// # Errors
     /// The state is none that JSON has a form for.
     fn state(&self) -> Option<serde_json::Result<serde_json::Value>>;
+    /// [`MmioDevice::make_durable`].
+    ///
+    /// # Errors
+    /// The host's.
+    fn make_durable(&self) -> std::io::Result<()>;
     /// [`MmioDevice::leave`].
     fn leave(&self);
     /// Its way to its driver.
@@ -66,6 +71,10 @@ impl<D: VirtioDevice> PlacedDevice for MmioDevice<D> {
         MmioDevice::state(self).map(serde_json::to_value)
     }
 
+    fn make_durable(&self) -> std::io::Result<()> {
+        MmioDevice::make_durable(self)
+    }
+
     fn leave(&self) {
         MmioDevice::leave(self);
     }
@@ -75,12 +84,31 @@ impl<D: VirtioDevice> PlacedDevice for MmioDevice<D> {
     }
 }
 
+/// A device that goes on in a state: its own is in `device`, the transport's in `state`.
+struct Resumed<D: VirtioDevice> {
+    device: D,
+    state: MmioState<D::State>,
+}
+
+impl<D: VirtioDevice> AnyDevice for Resumed<D> {
+    fn kind(&self) -> &'static str {
+        D::NAME
+    }
+
+    fn put(self: Box<Self>, place: Place) -> Arc<dyn PlacedDevice> {
+        let Resumed { device, state } = *self;
+        Arc::new(MmioDevice::from_state(device, place, &state))
+    }
+}
+
 /// The virtio devices that a machine is to have, in order. A driver finds them in this order.
 #[derive(Default)]
 pub struct Devices {
     pub(crate) list: Vec<(String, Box<dyn AnyDevice>)>,
     /// What of the monitor's stdin and terminal one of them has.
     pub(crate) stdio: Option<Stdio>,
+    /// So many of them, from the first on, are of a configuration, by which they can be opened again.
+    pub(crate) configured: usize,
 }
 
 impl Devices {
@@ -92,6 +120,17 @@ impl Devices {
     /// Adds a device. `name` is for people: its threads', and messages'.
     pub fn add(&mut self, name: impl Into<String>, device: impl AnyDevice + 'static) {
         self.list.push((name.into(), Box::new(device)));
+    }
+
+    /// Adds a device that goes on in a state: `device` has been made from `state.device`.
+    pub(crate) fn add_resumed<D: VirtioDevice>(
+        &mut self,
+        name: impl Into<String>,
+        device: D,
+        state: MmioState<D::State>,
+    ) {
+        let resumed = Resumed { device, state };
+        self.list.push((name.into(), Box::new(resumed)));
     }
 
     /// How many there are.

@@ -2,13 +2,22 @@
 
 //! The virtio devices of a configuration: a line a kind.
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::os::fd::AsFd;
 
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
 use super::any::Devices;
 use super::bay::MOST;
+use super::block::BlockState;
+use super::console::ConsoleState;
 use super::console::config::{self as console, Files};
-use super::rng::Rng;
+use super::mmio::MmioState;
+use super::net::NetState;
+use super::rng::{Rng, RngState};
+use super::vsock::{Vsock, VsockState};
 use crate::config::Config;
 
 /// A device of the configuration cannot be had. Found before the VM exists.
@@ -25,6 +34,14 @@ pub enum DeviceError {
         /// Whether the user asked for what cannot be; else the host refused.
         users_fault: bool,
     },
+    /// A state is none of the device that the configuration has in its place.
+    #[error("the snapshot's state of {name}: {why}")]
+    State {
+        /// The device's name in the machine.
+        name: String,
+        /// What is wrong.
+        why: String,
+    },
     /// More than there are places.
     #[error("{0} virtio devices: a machine has places for {MOST}, an interrupt for each")]
     TooMany(usize),
@@ -35,8 +52,49 @@ impl DeviceError {
     pub fn is_users_fault(&self) -> bool {
         match self {
             DeviceError::Open { users_fault, .. } => *users_fault,
-            DeviceError::TooMany(_) => true,
+            DeviceError::TooMany(_) | DeviceError::State { .. } => true,
         }
+    }
+}
+
+/// A virtio device at rest, whatever kind it is of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceState {
+    /// Its name in the machine.
+    pub name: String,
+    /// [`MmioState`] of its kind, as JSON.
+    pub state: serde_json::Value,
+}
+
+/// States of a snapshot, to be taken in order.
+struct States<'a>(std::slice::Iter<'a, DeviceState>);
+
+impl States<'_> {
+    fn next<S: DeserializeOwned>(&mut self, name: &str) -> Result<MmioState<S>, DeviceError> {
+        let wrong = |why: String| DeviceError::State {
+            name: name.to_owned(),
+            why,
+        };
+        let state = self.0.next();
+        let state = state.ok_or_else(|| wrong("it is not there".into()))?;
+        if state.name != name {
+            return Err(wrong(format!(
+                "in its place there is one of {}",
+                state.name
+            )));
+        }
+        MmioState::deserialize(&state.state).map_err(|error| wrong(error.to_string()))
+    }
+
+    fn end(mut self) -> Result<(), DeviceError> {
+        let left = self.0.next();
+        left.map_or(Ok(()), |state| {
+            Err(DeviceError::State {
+                name: state.name.clone(),
+                why: "the configuration beside it has no such device".into(),
+            })
+        })
     }
 }
 
@@ -88,6 +146,67 @@ impl Devices {
         if config.rng {
             devices.add("rng", Rng);
         }
+        devices.configured = devices.len();
+        Ok(devices)
+    }
+
+    /// Opens what `config` has, each in the state of its name, of which `states` has those of all devices, in order.
+    /// What a new process has to bring is `config`'s, and so is what a clone has of its own: paths, taps, a network
+    /// card's address and the CID. `copies` says of which disks another file than that of the state may be the image.
+    ///
+    /// # Errors
+    /// [`DeviceError`]; nothing is left behind.
+    pub(crate) fn open_from(
+        config: &Config,
+        states: &[DeviceState],
+        copies: &BTreeSet<usize>,
+        stdout: impl AsFd,
+    ) -> Result<Self, DeviceError> {
+        let mut devices = Devices::new();
+        let mut states = States(states.iter());
+        for (number, disk) in config.disks.iter().enumerate() {
+            let name = format!("disk{number}");
+            let state = states.next::<BlockState>(&name)?;
+            let opened = disk.open_from(&state.device, copies.contains(&number));
+            let opened = opened.map_err(|error| failed("--disk", error.is_users_fault(), error))?;
+            devices.add_resumed(name, opened, state);
+        }
+        for (number, net) in config.nets.iter().enumerate() {
+            let name = format!("net{number}");
+            let mut state = states.next::<NetState>(&name)?;
+            state.device.mac = net.mac.unwrap_or(state.device.mac);
+            let opened = net.restore(&state.device);
+            let opened = opened.map_err(|error| failed("--net", error.is_users_fault(), error))?;
+            devices.add_resumed(name, opened, state);
+        }
+        if let Some(vsock) = &config.vsock {
+            let mut state = states.next::<VsockState>("vsock")?;
+            state.device.cid = vsock.cid;
+            let opened = Vsock::from_state(&state.device, Some(&vsock.uds));
+            let opened =
+                opened.map_err(|error| failed("--vsock", error.is_users_fault(), error))?;
+            devices.add_resumed("vsock", opened, state);
+        }
+        let opened = console::open(&config.console, &config.ports, stdout, Files::Keep)
+            .map_err(|error| failed(error.flag(), error.is_users_fault(), error))?;
+        let consoles = [
+            ("hvc0", "--console", opened.console),
+            ("ports", "--port", opened.ports),
+        ];
+        for (name, flag, console) in consoles {
+            let Some(console) = console else { continue };
+            let state = states.next::<ConsoleState>(name)?;
+            let console = console.from_state(&state.device);
+            let console = console.map_err(|error| failed(flag, true, error))?;
+            devices.add_resumed(name, console, state);
+        }
+        devices.stdio = opened.stdio;
+        if config.rng {
+            let state = states.next::<RngState>("rng")?;
+            devices.add_resumed("rng", Rng::from_state(RngState), state);
+        }
+        states.end()?;
+        devices.configured = devices.len();
         Ok(devices)
     }
 

@@ -141,7 +141,9 @@ struct Serving<H> {
     rested: Vec<Option<Rested<H>>>,
     /// It is to be reset then.
     reset: bool,
-    /// It is to go on then: a pause was given up.
+    /// A pause has told the handlers to rest.
+    resting: bool,
+    /// It is to go on then: that pause was given up.
     go_on: bool,
     /// The driver's writes that wait for the rest.
     waiting: Vec<Completion>,
@@ -206,13 +208,11 @@ impl<D: VirtioDevice> MmioDevice<D> {
     pub fn pause(&self, patience: Duration) -> bool {
         let begin = Instant::now();
         let mut inner = self.0.lock();
-        if let Phase::Serving(serving) = &mut inner.phase {
-            serving.go_on = false;
-        }
         loop {
-            let Phase::Serving(serving) = &inner.phase else {
+            let Phase::Serving(serving) = &mut inner.phase else {
                 return true;
             };
+            (serving.resting, serving.go_on) = (true, false);
             serving.workers.iter().for_each(Worker::rest);
             let left = patience.saturating_sub(begin.elapsed());
             if left.is_zero() {
@@ -230,7 +230,7 @@ impl<D: VirtioDevice> MmioDevice<D> {
         match &mut inner.phase {
             Phase::Idle => self.0.go_on(&mut inner),
             // Its handlers may have been told to rest, which is not taken back.
-            Phase::Serving(serving) => serving.go_on = true,
+            Phase::Serving(serving) => serving.go_on = serving.resting,
         }
     }
 
@@ -246,6 +246,19 @@ impl<D: VirtioDevice> MmioDevice<D> {
             positions: inner.positions.clone(),
             device: inner.device.state(),
         })
+    }
+
+    /// Has the host keep what it has of the guest's ([`VirtioDevice::make_durable`]), if the device is at rest. Blocks for
+    /// the host's I/O.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn make_durable(&self) -> std::io::Result<()> {
+        let inner = self.0.lock();
+        match inner.phase {
+            Phase::Idle => inner.device.make_durable(),
+            Phase::Serving(_) => Ok(()),
+        }
     }
 
     /// The process ends, and this is not dropped: what would outlast it is removed, if the device is at rest.
@@ -429,6 +442,7 @@ impl<D: VirtioDevice> Shared<D> {
             workers: Vec::with_capacity(assignments.len()),
             rested: Vec::new(),
             reset: false,
+            resting: false,
             go_on: false,
             waiting: Vec::new(),
         };

@@ -79,7 +79,7 @@ impl Handler for Source {
 }
 
 /// The host's own randomness. Waits only on a host that has just started and has none yet.
-pub(super) fn random(mut bytes: &mut [u8]) -> Result<(), Fault> {
+pub(crate) fn random(mut bytes: &mut [u8]) -> Result<(), Fault> {
     while !bytes.is_empty() {
         // SAFETY: the pointer and the length are those of one slice, which lives through the call.
         let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::fingerprint::Fingerprint;
 use super::lock::{Locked, lock};
 use super::space::SECTOR;
 
@@ -158,6 +159,19 @@ impl Image {
     /// # Errors
     /// [`OpenError`]; nothing has changed.
     pub fn open(path: &Path, readonly: bool) -> Result<Self, OpenError> {
+        Self::open_asking(path, readonly, None)
+    }
+
+    /// [`open`](Self::open) without a try of what its file system can do, which sets the time of the image's last write:
+    /// `punch` says whether holes can be made. Where that is wrong the first request finds it out.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_untouched(path: &Path, readonly: bool, punch: bool) -> Result<Self, OpenError> {
+        Self::open_asking(path, readonly, Some(punch))
+    }
+
+    fn open_asking(path: &Path, readonly: bool, punch: Option<bool>) -> Result<Self, OpenError> {
         let named = || path.to_owned();
         // A FIFO or a device would wait for its other side.
         let opened = OpenOptions::new()
@@ -225,7 +239,7 @@ impl Image {
         }
         let host = match is_device {
             true => Host::of_device(&file, metadata.rdev()),
-            false => Host::of_file(&file, &metadata, readonly),
+            false => Host::of_file(&file, &metadata, readonly, punch),
         };
         Ok(Image(Arc::new(Inner {
             file,
@@ -258,6 +272,22 @@ impl Image {
     /// Its size when it was opened, in sectors of 512 bytes.
     pub fn sectors(&self) -> u64 {
         self.0.sectors
+    }
+
+    /// By what it is known again.
+    ///
+    /// # Errors
+    /// The errno of `fstat(2)`.
+    pub fn fingerprint(&self) -> io::Result<Fingerprint> {
+        Fingerprint::of(&self.0.file, self.0.readonly)
+    }
+
+    /// Has all that was written on the disk, and the times that it was written at. Blocks for it.
+    ///
+    /// # Errors
+    /// The errno of `fsync(2)`.
+    pub fn sync(&self) -> io::Result<()> {
+        self.0.file.sync_all()
     }
 
     /// Its block sizes.
@@ -361,11 +391,11 @@ struct Host {
 }
 
 impl Host {
-    fn of_file(file: &File, metadata: &fs::Metadata, readonly: bool) -> Self {
+    fn of_file(file: &File, metadata: &fs::Metadata, readonly: bool, punch: Option<bool>) -> Self {
         // The file system's block: less than one is read before it is written.
         let block = metadata.blksize().clamp(SECTOR, 64 << 10);
         let block = block.next_power_of_two() as u32;
-        let punch = !readonly && can_punch(file, metadata.len());
+        let punch = !readonly && punch.unwrap_or_else(|| can_punch(file, metadata.len()));
         Host {
             topology: topology([SECTOR as u32, block, block, 0], 0, u64::from(block)),
             discard: punch,

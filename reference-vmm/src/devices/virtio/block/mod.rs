@@ -35,6 +35,7 @@
 
 mod config;
 pub mod engine;
+mod fingerprint;
 mod handler;
 mod image;
 pub(super) mod lock;
@@ -61,6 +62,7 @@ use super::device::{Activation, Assignment, VirtioDevice};
 use super::fault::Fault;
 
 pub use self::config::{Cache, DiskConfig, DiskConfigError, Io, MAX_QUEUES, MAX_SERIAL};
+pub use self::fingerprint::Fingerprint;
 pub use self::handler::BlockHandler;
 pub use self::image::{Image, OpenError, Topology};
 pub use self::space::{Offer, SECTOR};
@@ -91,6 +93,9 @@ pub struct BlockState {
     pub offer: Offer,
     /// The driver has the cache on; it counts while `VIRTIO_BLK_F_CONFIG_WCE` is negotiated.
     pub writeback: bool,
+    /// By what the image is known again; none where the host did not say.
+    #[serde(default)]
+    pub image: Option<Fingerprint>,
 }
 
 impl DiskConfig {
@@ -104,15 +109,30 @@ impl DiskConfig {
         Block::new(image, self)
     }
 
-    /// Opens the image for a disk that goes on from `state`. What the driver knows of the disk is the state's: serial
+    /// Opens the image for a disk that goes on from `state`, unless the image has moved on since. With `copy` another
+    /// file may be the disk: the caller knows that it is what the image was. What the driver knows of the disk is the state's: serial
     /// number, queues, block sizes. The image has to have the size that the driver knows, and to be writable if the
     /// driver writes.
     ///
     /// # Errors
     /// [`OpenError`]; nothing has changed.
-    pub fn open_from(&self, state: &BlockState) -> Result<Block, OpenError> {
+    pub fn open_from(&self, state: &BlockState, copy: bool) -> Result<Block, OpenError> {
         self.check()?;
-        let image = Image::open(&self.path, self.readonly)?;
+        // Who refuses, and who goes on from the same snapshot later, finds the image as it was.
+        let image = Image::open_untouched(&self.path, self.readonly, state.offer.zeroes_unmap)?;
+        let now = image.fingerprint();
+        let now = now.map_err(|source| OpenError::Ask {
+            path: image.path().to_owned(),
+            source,
+        })?;
+        let was = state.image.as_ref();
+        let differs = was
+            .filter(|was| !copy || was.inode == now.inode)
+            .and_then(|was| was.differs(&now));
+        if let Some(why) = differs {
+            let path = image.path().to_owned();
+            return Err(OpenError::State { path, why });
+        }
         Block::from_state(image, self, state)
     }
 }
@@ -140,7 +160,9 @@ impl Block {
             let path = image.path().to_owned();
             Err(OpenError::State { path, why })
         };
-        let BlockState { offer, writeback } = state;
+        let BlockState {
+            offer, writeback, ..
+        } = state;
         if offer.sectors != image.sectors() {
             let (was, is) = (offer.sectors, image.sectors());
             return not_it(format!("it has {is} sectors, the guest's disk {was}"));
@@ -312,6 +334,14 @@ impl VirtioDevice for Block {
         BlockState {
             offer: self.offer.clone(),
             writeback: self.writeback.load(Ordering::Relaxed),
+            image: self.image.fingerprint().ok(),
+        }
+    }
+
+    fn make_durable(&self) -> io::Result<()> {
+        match self.image.is_readonly() {
+            true => Ok(()),
+            false => self.image.sync(),
         }
     }
 }

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `run --api-sock PATH`: the control socket, HTTP/1.1 over a Unix socket with Firecracker's paths, bodies and status
+//! codes, so that its clients work here. [`ctl`](crate::ctl) is one of our own.
+//!
+//! ```text
+//!   socket ──► server ── bytes ──► http ── request ──► router ── action ──► Monitor (the machine)
+//!   (thread       ▲                                                              │
+//!     "api")      └── bytes ◄── http ◄── response ◄── router ◄── outcome ────────┘
+//! ```
+//!
+//! [`http`] and [`router`] are functions of bytes and values; only [`server`] knows sockets.
+//!
+//! | request | what it does |
+//! | --- | --- |
+//! | `GET /` | `id`, `state` (`Running`, `Paused`), `vmm_version`, `app_name` |
+//! | `GET /version` | this program's version, as `firecracker_version`: the name that clients read |
+//! | `GET /machine-config` | vCPUs, memory, threads, huge pages |
+//! | `GET /vm/config` | the same, kernel, disks, cards, vsock, entropy: as far as Firecracker has words for it |
+//! | `GET /stats` | not Firecracker's: what `--stats=json` says, now |
+//! | `PATCH /vm` | `{"state": "Paused"}` or `"Resumed"` ([`vm::control`](crate::vm::control)) |
+//! | `PUT /actions` | `{"action_type": "SendCtrlAltDel"}` presses the power button |
+//!
+//! Success is 200 with JSON or 204 with nothing; what is refused is 400 with `{"fault_message": …}`, and has changed
+//! nothing. To ask for the state that there is is no error. A path that there is not is 404, a method 405. The machine
+//! starts by itself: `InstanceStart` and all that Firecracker takes before it are refused.
+//!
+//! # The parser
+//!
+//! httparse, hyper's: fuzzed by many, no dependencies, and only heads. Firecracker's `micro_http` is on no registry (the
+//! crate of that name is another), dbs-uhttp is a copy of it that has not moved with it, and both come with a server of
+//! their own, whose clients can wait for each other.
+//!
+//! # Clients
+//!
+//! Who can connect owns the guest; the socket is its user's alone (mode 0600). What is limited is what one can do by
+//! mistake: heads, bodies, headers and connections are bounded ([`http`], [`server::MAX_CONNECTIONS`]), a client that
+//! reads nothing is read from no more, and one that is silent loses its connection to newcomers when there are too many.
+//!
+//! The socket is there as soon as the configuration is known to be good, and answers when the guest has started. It goes
+//! with the guest: what is under way then gets no answer. While an action is at work (a pause waits for the guest's I/O,
+//! for [`PATIENCE`](crate::vm::control::PATIENCE) at most) other clients wait.
+//!
+//! # In a program of one's own
+//!
+//! ```no_run
+//! use reference_vmm::api::{self, Server};
+//! # use reference_vmm::{config::Config, vm::Running};
+//! # fn serve(running: &Running, config: &Config) -> Result<(), Box<dyn std::error::Error>> {
+//! let server = Server::bind("/run/guest.api".as_ref())?;
+//! let machine = api::Machine::new(running, config);
+//! std::thread::scope(|scope| {
+//!     let thread = scope.spawn(|| server.serve(&machine));
+//!     // … until the guest's end.
+//!     server.stop();
+//!     thread.join()
+//! });
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod client;
+pub mod http;
+pub mod monitor;
+pub mod router;
+pub mod server;
+
+pub use client::Client;
+pub use monitor::{Machine, Monitor};
+pub use server::{ListenError, Server};

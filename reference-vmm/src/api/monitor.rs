@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What is behind the API: a machine that runs, and what it was configured to be.
+
+use memslots::HugePages;
+use serde_json::{Value, json};
+
+use super::router::{Action, Outcome};
+use crate::config::Config;
+use crate::devices::virtio::block::{Cache, Io};
+use crate::end::Chain;
+use crate::main_loop::GuestSide;
+use crate::snapshot::SnapshotRequest;
+use crate::vm::{RunState, Running};
+
+/// Who does what a client asks for.
+pub trait Monitor: Sync {
+    /// Does it, on the server's thread; while this blocks all clients wait.
+    fn perform(&self, action: Action) -> Outcome;
+}
+
+/// A machine that runs.
+pub struct Machine<'a> {
+    running: &'a Running,
+    machine_config: Value,
+    vm_config: Value,
+}
+
+impl<'a> Machine<'a> {
+    /// `running`, which was built from `config`.
+    pub fn new(running: &'a Running, config: &Config) -> Self {
+        let machine_config = machine_config(config);
+        Machine {
+            running,
+            vm_config: vm_config(config, &machine_config),
+            machine_config,
+        }
+    }
+}
+
+impl Monitor for Machine<'_> {
+    fn perform(&self, action: Action) -> Outcome {
+        let done = |result: Result<(), crate::vm::ControlError>| match result {
+            Ok(()) => Outcome::Done,
+            Err(error) => Outcome::Refused(error.to_string()),
+        };
+        match action {
+            Action::Describe => Outcome::Json(describe(self.running.state()).to_string()),
+            Action::Version => {
+                let version = env!("CARGO_PKG_VERSION");
+                Outcome::Json(json!({ "firecracker_version": version }).to_string())
+            }
+            Action::MachineConfig => Outcome::Json(self.machine_config.to_string()),
+            Action::VmConfig => Outcome::Json(self.vm_config.to_string()),
+            Action::Stats => Outcome::Json(self.running.stats().json()),
+            Action::Pause => done(self.running.pause()),
+            Action::Resume => done(self.running.resume()),
+            Action::Snapshot(dir) => match self.running.snapshot(&SnapshotRequest { dir }) {
+                Ok(report) => {
+                    log::info!("a snapshot was taken: {report:?}");
+                    Outcome::Done
+                }
+                Err(error) => Outcome::Refused(Chain(&error).to_string()),
+            },
+            Action::PowerButton => match self.running.press_power_button() {
+                true => Outcome::Done,
+                false => {
+                    let why = "nobody in the guest listens to the power button: it has no ACPI, or has not \
+                               come to it yet";
+                    Outcome::Refused(why.into())
+                }
+            },
+        }
+    }
+}
+
+/// Firecracker's `InstanceInfo`.
+fn describe(state: RunState) -> Value {
+    json!({
+        // Firecracker's for one that was given none.
+        "id": "anonymous-instance",
+        "state": match state {
+            RunState::Running => "Running",
+            RunState::Paused => "Paused",
+        },
+        "vmm_version": env!("CARGO_PKG_VERSION"),
+        "app_name": "reference-vmm",
+    })
+}
+
+/// Firecracker's `MachineConfiguration`.
+fn machine_config(config: &Config) -> Value {
+    let memory = &config.memory;
+    json!({
+        "vcpu_count": config.cpus.count,
+        "mem_size_mib": memory.size >> 20,
+        "smt": config.cpus.threads.is_some_and(|threads| threads > 1),
+        "track_dirty_pages": false,
+        "huge_pages": match (memory.hugepages, memory.thp) {
+            (Some(size), _) => format!("{}M", size.bytes() >> 20),
+            (None, HugePages::Advise) => "Transparent".into(),
+            (None, _) => "None".into(),
+        },
+    })
+}
+
+/// Firecracker's `FullVmConfiguration`, as far as it has words for what this machine has.
+fn vm_config(config: &Config, machine_config: &Value) -> Value {
+    let path = |path: &std::path::Path| path.to_string_lossy().into_owned();
+    let drives = config.disks.iter().enumerate().map(|(at, disk)| {
+        let mut drive = json!({
+            "drive_id": disk.id.clone().unwrap_or_else(|| format!("disk{at}")),
+            "is_root_device": false,
+            "cache_type": match disk.cache {
+                Cache::Writeback => "Writeback",
+                Cache::Unsafe => "Unsafe",
+            },
+            "is_read_only": disk.readonly,
+            "path_on_host": path(&disk.path),
+        });
+        match disk.io {
+            Io::Auto => {}
+            Io::Uring => drive["io_engine"] = "Async".into(),
+            Io::Threads => drive["io_engine"] = "Sync".into(),
+        }
+        drive
+    });
+    let nets = config.nets.iter().enumerate().map(|(at, net)| {
+        let mut card = json!({ "iface_id": format!("net{at}"), "host_dev_name": net.tap });
+        if let Some(mac) = net.mac {
+            card["guest_mac"] = mac.to_string().into();
+        }
+        card
+    });
+    let mut boot = json!({ "boot_args": config.cmdline });
+    if let Some(kernel) = &config.kernel {
+        boot["kernel_image_path"] = path(kernel).into();
+    }
+    if let Some(initrd) = config.initrd.first() {
+        boot["initrd_path"] = path(initrd).into();
+    }
+    let mut whole = json!({
+        "boot-source": boot,
+        "drives": drives.collect::<Vec<_>>(),
+        "machine-config": machine_config,
+        "network-interfaces": nets.collect::<Vec<_>>(),
+    });
+    if let Some(vsock) = &config.vsock {
+        whole["vsock"] = json!({ "guest_cid": vsock.cid, "uds_path": path(&vsock.uds) });
+    }
+    if config.rng {
+        whole["entropy"] = json!({});
+    }
+    whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::virtio::block::DiskConfig;
+    use crate::memory::Memory;
+
+    #[test]
+    fn a_machine_is_told_in_firecrackers_words() {
+        let mut disk = DiskConfig::new("/d");
+        (disk.readonly, disk.io) = (true, Io::Uring);
+        let config = Config {
+            initrd: vec!["/i".into()],
+            cmdline: "quiet".into(),
+            memory: Memory::new(512 << 20),
+            cpus: 3.into(),
+            disks: vec![disk],
+            rng: true,
+            ..Config::new("/k")
+        };
+        let machine = json!({
+            "vcpu_count": 3, "mem_size_mib": 512, "smt": false, "track_dirty_pages": false, "huge_pages": "None",
+        });
+        assert_eq!(machine_config(&config), machine);
+        let expected = json!({
+            "boot-source": {"kernel_image_path": "/k", "initrd_path": "/i", "boot_args": "quiet"},
+            "drives": [{
+                "drive_id": "disk0", "is_root_device": false, "cache_type": "Writeback", "is_read_only": true,
+                "path_on_host": "/d", "io_engine": "Async",
+            }],
+            "machine-config": machine,
+            "network-interfaces": [],
+            "entropy": {},
+        });
+        assert_eq!(vm_config(&config, &machine), expected);
+    }
+
+    #[test]
+    fn whether_it_runs_is_told_in_firecrackers_words() {
+        assert_eq!(describe(RunState::Running)["state"], "Running");
+        assert_eq!(describe(RunState::Paused)["state"], "Paused");
+    }
+}

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! From a request to what is to be done, and from what came of it to the response. Nothing is done here.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::http::{Request, Response, Status};
+
+/// What a request asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Action {
+    /// `GET /`: who this is, and whether it runs.
+    Describe,
+    /// `GET /version`.
+    Version,
+    /// `GET /machine-config`.
+    MachineConfig,
+    /// `GET /vm/config`.
+    VmConfig,
+    /// `GET /stats`, which Firecracker has not: what the guest has done so far, in numbers.
+    Stats,
+    /// `PATCH /vm` with `{"state": "Paused"}`.
+    Pause,
+    /// `PATCH /vm` with `{"state": "Resumed"}`.
+    Resume,
+    /// `PUT /snapshot/create` with `{"snapshot_path": DIR}`: Firecracker's `snapshot_path` is a file's, beside which there
+    /// is `mem_file_path`; here it is the directory with both.
+    Snapshot(PathBuf),
+    /// `PUT /actions` with `{"action_type": "SendCtrlAltDel"}`: the power button, by which this machine's guests are asked
+    /// to power off. It has no keyboard.
+    PowerButton,
+}
+
+/// What came of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is done.
+    Done,
+    /// This JSON is the answer.
+    Json(String),
+    /// It was not done, and nothing has changed; why.
+    Refused(String),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Vm {
+    state: State,
+}
+
+#[derive(Deserialize)]
+enum State {
+    Paused,
+    Resumed,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Snapshot {
+    #[serde(default)]
+    snapshot_type: SnapshotType,
+    snapshot_path: PathBuf,
+    mem_file_path: Option<PathBuf>,
+}
+
+#[derive(Default, Deserialize)]
+enum SnapshotType {
+    #[default]
+    Full,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Actions {
+    action_type: ActionType,
+}
+
+#[derive(Deserialize)]
+enum ActionType {
+    FlushMetrics,
+    InstanceStart,
+    SendCtrlAltDel,
+}
+
+/// What `request` asks for.
+///
+/// # Errors
+/// The response to one that asks for nothing that there is. Firecracker says 400 to a path or a method that it has not;
+/// here that is 404 and 405, which its clients take for the same.
+pub fn route(request: &Request) -> Result<Action, Response> {
+    // One slash at the end is as good as none.
+    let path = match request.path.as_str() {
+        "/" => "/",
+        path => path.strip_suffix('/').unwrap_or(path),
+    };
+    let get = |action| {
+        allow(request, "GET")?;
+        match request.body.is_empty() {
+            true => Ok(action),
+            false => Err(bad("GET request cannot have a body.".into())),
+        }
+    };
+    match path {
+        "/" => get(Action::Describe),
+        "/version" => get(Action::Version),
+        "/machine-config" => get(Action::MachineConfig),
+        "/vm/config" => get(Action::VmConfig),
+        "/stats" => get(Action::Stats),
+        "/vm" => match body::<Vm>(request, "PATCH")?.state {
+            State::Paused => Ok(Action::Pause),
+            State::Resumed => Ok(Action::Resume),
+        },
+        "/snapshot/create" => {
+            let Snapshot {
+                snapshot_type: SnapshotType::Full,
+                snapshot_path: dir,
+                mem_file_path: memory,
+            } = body(request, "PUT")?;
+            match memory {
+                Some(memory) if memory != dir.join(crate::snapshot::files::MEMORY) => Err(bad(
+                    "A snapshot of this monitor's is a directory, snapshot_path, with the guest's memory in it: leave \
+                     mem_file_path out."
+                        .into(),
+                )),
+                _ => Ok(Action::Snapshot(dir)),
+            }
+        }
+        "/snapshot/load" => {
+            allow(request, "PUT")?;
+            Err(bad(
+                "Loading a microVM snapshot is not allowed after starting the microVM, which this monitor does by itself: \
+                 reference-vmm restore --from DIR."
+                    .into(),
+            ))
+        }
+        "/actions" => match body::<Actions>(request, "PUT")?.action_type {
+            ActionType::SendCtrlAltDel => Ok(Action::PowerButton),
+            ActionType::InstanceStart => Err(bad(
+                "The requested operation is not supported after starting the microVM, which this monitor does by \
+                 itself."
+                    .into(),
+            )),
+            ActionType::FlushMetrics => Err(bad(
+                "This monitor writes no metrics to a file; GET /stats has its numbers.".into(),
+            )),
+        },
+        _ => Err(Response::fault(
+            Status::NotFound,
+            format!(
+                "Invalid request method and/or path: {} {}.",
+                request.method, request.path
+            ),
+        )),
+    }
+}
+
+/// The response to what came of a request.
+pub fn respond(outcome: Outcome) -> Response {
+    match outcome {
+        Outcome::Done => Response::done(),
+        Outcome::Json(body) => Response::json(body),
+        Outcome::Refused(why) => bad(why),
+    }
+}
+
+fn bad(message: String) -> Response {
+    Response::fault(Status::BadRequest, message)
+}
+
+/// Refuses another method than `method`.
+fn allow(request: &Request, method: &'static str) -> Result<(), Response> {
+    if request.method == method {
+        return Ok(());
+    }
+    let text = format!(
+        "Invalid request method and/or path: {} {}.",
+        request.method, request.path
+    );
+    let mut refusal = Response {
+        allow: Some(method),
+        ..Response::fault(Status::MethodNotAllowed, text)
+    };
+    // A response to HEAD has no body.
+    if request.method == "HEAD" {
+        refusal.body = None;
+    }
+    Err(refusal)
+}
+
+/// The body of a request that has to have one.
+fn body<T: DeserializeOwned>(request: &Request, method: &'static str) -> Result<T, Response> {
+    allow(request, method)?;
+    if request.body.is_empty() {
+        return Err(bad(format!("Empty {method} request.")));
+    }
+    serde_json::from_slice(&request.body).map_err(|error| {
+        bad(format!(
+            "An error occurred when deserializing the json body of a request: {error}."
+        ))
+    })
+}

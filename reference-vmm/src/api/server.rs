@@ -1,0 +1,354 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The control socket's thread: connections, and what each has sent and is still to get. Waits with event-manager, and
+//! never for a client.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::http::{CONTINUE, Decoder, Incoming};
+use super::monitor::Monitor;
+use super::router::{respond, route};
+use crate::config::is_about_the_path;
+use crate::unix_socket::{BindError, Listener};
+
+/// So many connections at once. One more takes the place of the one that has been silent for longest.
+pub const MAX_CONNECTIONS: usize = 10;
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 32;
+/// What is read at a time, so that each client gets its turn.
+const CHUNK: usize = 4096;
+/// How long no connection is accepted where the host has no descriptor for one.
+const DEAF_MS: i32 = 500;
+
+const STOP: u32 = 0;
+const ACCEPT: u32 = 1;
+const FIRST: u32 = 2;
+
+/// The control socket cannot be listened at.
+#[derive(Debug, thiserror::Error)]
+#[error("--api-sock {}: {source}", path.display())]
+pub struct ListenError {
+    /// Where.
+    pub path: PathBuf,
+    /// Why.
+    pub source: BindError,
+}
+
+impl ListenError {
+    /// Whether another path would do.
+    pub fn is_users_fault(&self) -> bool {
+        match &self.source {
+            BindError::Occupied => true,
+            BindError::Refused(error) => is_about_the_path(error),
+            _ => false,
+        }
+    }
+}
+
+/// A control socket that listens. Dropped, its file is removed.
+#[derive(Debug)]
+pub struct Server {
+    listener: Listener,
+    stop: Arc<Stop>,
+}
+
+#[derive(Debug)]
+struct Stop {
+    told: AtomicBool,
+    event: EventFd,
+}
+
+impl Server {
+    /// Listens at `path`: its user's alone, in the place of a socket that nobody listens at any more. Clients may connect
+    /// from now on, and are answered by [`serve`](Self::serve).
+    ///
+    /// # Errors
+    /// [`ListenError`]; nothing was made.
+    pub fn bind(path: &Path) -> Result<Self, ListenError> {
+        let failed = |source| ListenError {
+            path: path.to_owned(),
+            source,
+        };
+        let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+            .map_err(|error| failed(BindError::Refused(error)))?;
+        let told = AtomicBool::new(false);
+        Ok(Server {
+            listener: Listener::bind(path, BACKLOG).map_err(failed)?,
+            stop: Arc::new(Stop { told, event }),
+        })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        self.listener.path()
+    }
+
+    /// Serves clients on this thread until it is told to [`stop`](Self::stop).
+    ///
+    /// # Errors
+    /// epoll cannot be set up, or fails.
+    pub fn serve(&self, monitor: &dyn Monitor) -> io::Result<()> {
+        let failed = |error: event_manager::Error| io::Error::other(error.to_string());
+        let mut manager = EventManager::new_with_capacity(16).map_err(failed)?;
+        let id = manager.add_subscriber(Clients {
+            server: self,
+            monitor,
+            connections: std::array::from_fn(|_| None),
+            turns: 0,
+            listening: false,
+            failed: None,
+        });
+        // Relaxed: the eventfd wakes after it was set.
+        while !self.stop.told.load(Ordering::Relaxed) {
+            let clients = manager.subscriber_mut(id).map_err(failed)?;
+            if let Some(error) = clients.failed.take() {
+                return Err(io::Error::other(error));
+            }
+            if clients.listening {
+                manager.run().map_err(failed)?;
+            } else {
+                manager.run_with_timeout(DEAF_MS).map_err(failed)?;
+                let mut ops = manager.event_ops(id).map_err(failed)?;
+                let accept = Events::with_data(&self.listener, ACCEPT, EventSet::IN);
+                ops.add(accept).map_err(failed)?;
+                manager.subscriber_mut(id).map_err(failed)?.listening = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has [`serve`](Self::serve) come back, now or when it begins. Does not block.
+    pub fn stop(&self) {
+        self.stop.told.store(true, Ordering::Relaxed);
+        // EAGAIN: it is readable as it is.
+        let _ = self.stop.event.write(1);
+    }
+}
+
+struct Clients<'a> {
+    server: &'a Server,
+    monitor: &'a dyn Monitor,
+    connections: [Option<Connection>; MAX_CONNECTIONS],
+    /// Counts what the connections do, to find the one that has done nothing for longest.
+    turns: u64,
+    /// The listener is waited for.
+    listening: bool,
+    failed: Option<String>,
+}
+
+struct Connection {
+    stream: UnixStream,
+    decoder: Decoder,
+    /// What the client has not taken yet.
+    out: Vec<u8>,
+    /// Bytes of `out` that it has.
+    sent: usize,
+    /// The client sends no more.
+    read_all: bool,
+    /// The connection ends when `out` is out.
+    closing: bool,
+    /// What is waited for.
+    interest: EventSet,
+    /// When it was accepted, or made its last request.
+    turn: u64,
+}
+
+impl Connection {
+    /// Everything that can be done without waiting; false when the connection is at its end.
+    fn turn(&mut self, monitor: &dyn Monitor, now: u64) -> io::Result<bool> {
+        self.send()?;
+        if self.out.is_empty() && !self.read_all && !self.closing {
+            self.read()?;
+        }
+        // A client that does not take its answers gets no more of them.
+        while self.out.is_empty() && !self.closing {
+            match self.decoder.next() {
+                None => break,
+                Some(Incoming::Continue) => self.out.extend_from_slice(CONTINUE),
+                Some(Incoming::Refused(response)) => {
+                    self.closing = true;
+                    response.encode(false, &mut self.out);
+                }
+                Some(Incoming::Request(request)) => {
+                    self.turn = now;
+                    self.closing = !request.keep_alive;
+                    let action = route(&request);
+                    log::debug!(
+                        "api: {} {:?}: {action:?}",
+                        request.method.escape_debug(),
+                        request.path
+                    );
+                    let response = match action {
+                        Ok(action) => respond(monitor.perform(action)),
+                        Err(response) => response,
+                    };
+                    response.encode(request.keep_alive, &mut self.out);
+                }
+            }
+            self.send()?;
+        }
+        self.interest = match self.out.is_empty() {
+            true => EventSet::IN,
+            false => EventSet::OUT,
+        };
+        Ok(!self.out.is_empty() || !(self.closing || self.read_all))
+    }
+
+    fn read(&mut self) -> io::Result<()> {
+        let mut chunk = [0; CHUNK];
+        match self.stream.read(&mut chunk) {
+            Ok(0) => self.read_all = true,
+            Ok(len) => self.decoder.feed(chunk.get(..len).unwrap_or_default()),
+            Err(error) if is_soon(&error) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn send(&mut self) -> io::Result<()> {
+        while let Some(rest) = self.out.get(self.sent..).filter(|rest| !rest.is_empty()) {
+            match self.stream.write(rest) {
+                Ok(len) => self.sent += len,
+                Err(error) if is_soon(&error) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        self.out.clear();
+        self.sent = 0;
+        Ok(())
+    }
+}
+
+fn is_soon(error: &io::Error) -> bool {
+    use io::ErrorKind::{Interrupted, WouldBlock};
+    matches!(error.kind(), Interrupted | WouldBlock)
+}
+
+fn events(fd: RawFd, place: usize, interest: EventSet) -> Events {
+    Events::with_data_raw(fd, FIRST + place as u32, interest)
+}
+
+impl Clients<'_> {
+    /// Accepts who has connected.
+    fn accept(&mut self, ops: &mut EventOps<'_>) {
+        // Then the others have their turn.
+        for _ in 0..MAX_CONNECTIONS {
+            match self.server.listener.accept() {
+                Ok(stream) => self.take(stream, ops),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    log::debug!("api: cannot accept a connection: {error}");
+                    // A descriptor for the newcomer.
+                    if !self.close_quietest(ops) {
+                        let listener = &self.server.listener;
+                        let accept = Events::with_data(listener, ACCEPT, EventSet::IN);
+                        self.listening = ops.remove(accept).is_err();
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, stream: UnixStream, ops: &mut EventOps<'_>) {
+        if self.connections.iter().all(Option::is_some) {
+            self.close_quietest(ops);
+        }
+        let free = self.connections.iter_mut().enumerate();
+        let Some((place, free)) = free.into_iter().find(|(_, place)| place.is_none()) else {
+            return;
+        };
+        self.turns += 1;
+        // Refused, the connection is closed.
+        match ops.add(events(stream.as_raw_fd(), place, EventSet::IN)) {
+            Err(error) => log::debug!("api: cannot wait for a connection: {error}"),
+            Ok(()) => {
+                *free = Some(Connection {
+                    stream,
+                    decoder: Decoder::default(),
+                    out: Vec::new(),
+                    sent: 0,
+                    read_all: false,
+                    closing: false,
+                    interest: EventSet::IN,
+                    turn: self.turns,
+                });
+            }
+        }
+    }
+
+    /// Closes the connection that has asked for nothing for longest; false if there is none.
+    fn close_quietest(&mut self, ops: &mut EventOps<'_>) -> bool {
+        let all = self.connections.iter().enumerate();
+        let all = all.filter_map(|(place, of)| Some((of.as_ref()?.turn, place)));
+        match all.min() {
+            Some((_, place)) => {
+                self.close(place, ops);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn close(&mut self, place: usize, ops: &mut EventOps<'_>) {
+        if let Some(of) = self.connections.get_mut(place).and_then(Option::take) {
+            let _ = ops.remove(events(of.stream.as_raw_fd(), place, of.interest));
+        }
+    }
+
+    fn turn(&mut self, place: usize, ops: &mut EventOps<'_>) {
+        self.turns += 1;
+        let Some(Some(of)) = self.connections.get_mut(place) else {
+            return;
+        };
+        let before = of.interest;
+        match of.turn(self.monitor, self.turns) {
+            Ok(true) if of.interest == before => {}
+            Ok(true) => {
+                let interest = events(of.stream.as_raw_fd(), place, of.interest);
+                if let Err(error) = ops.modify(interest) {
+                    log::debug!("api: cannot wait for a connection: {error}");
+                    self.close(place, ops);
+                }
+            }
+            Ok(false) => self.close(place, ops),
+            // A client that is gone.
+            Err(error) => {
+                log::debug!("api: a connection breaks off: {error}");
+                self.close(place, ops);
+            }
+        }
+    }
+}
+
+impl MutEventSubscriber for Clients<'_> {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let stop = Events::with_data(&self.server.stop.event, STOP, EventSet::IN);
+        let accept = Events::with_data(&self.server.listener, ACCEPT, EventSet::IN);
+        match ops.add(stop).and_then(|()| ops.add(accept)) {
+            Ok(()) => self.listening = true,
+            Err(error) => self.failed = Some(error.to_string()),
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        match events.data() {
+            // The loop looks.
+            STOP => {}
+            _ if self.server.stop.told.load(Ordering::Relaxed) => {}
+            ACCEPT => self.accept(ops),
+            place => self.turn((place - FIRST) as usize, ops),
+        }
+    }
+}

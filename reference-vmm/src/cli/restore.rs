@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `reference-vmm restore`.
+
+use std::path::PathBuf;
+
+use kvm_core::arch::x86_64::state::ClockRestore;
+use lexopt::prelude::*;
+
+use super::{Command, Run, UsageError, device, log_level, number, stats_form};
+use crate::config::{Config, check_path};
+use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
+use crate::devices::virtio::net::{Mac, NetConfig};
+use crate::snapshot::RestoreRequest;
+
+/// `reference-vmm restore --help`.
+pub const RESTORE_HELP: &str = "\
+Have the guest of a snapshot go on where it was, with its serial console on this terminal.
+
+Usage: reference-vmm restore --from DIR [OPTIONS]
+
+Options:
+  --from DIR               The snapshot. All of it is read and checked before anything is made. The file of
+                           guest memory in it is mapped: leave it alone as long as the guest runs. Many
+                           guests may go on from one snapshot
+  --disk N:path=FILE       Disk N of the guest, from 0 on, is FILE now: a copy of what the disk was when the
+                           snapshot was taken. Without it the disk's file has to be the same one, not written
+                           since (of one that is readonly: of the same size, not written since)
+  --net N:[tap=NAME][,mac=MAC]
+                           Network card N, from 0 on, is at the tap NAME now, or has the address MAC, which
+                           the guest's driver sees when it starts anew
+  --vsock [cid=N][,uds=PATH]
+                           The guest has the address N now, and the host's side is at PATH. Its connections
+                           are gone in any case, and it is told so
+  --console TO             hvc0 leads there now: stdio, file=PATH or unix=PATH. Files are written on
+  --port name=NAME,unix=PATH|file=PATH
+                           The port NAME leads there now; may be repeated
+  --clock advanced|saved   Whether the guest's clocks show the time between, and its timers that are due
+                           expire at once, or go on from where they were [advanced]
+  --verify=off             Guest memory is not compared with its checksums, which reads all of it
+  --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
+  --kvm PATH               KVM device [the snapshot's]
+  --api-sock PATH          As of `run`: pause, resume and snapshot the guest through a socket
+  --stats[=json]           As of `run`
+  --gdb ADDRESS            As of `run`: before the guest goes on
+  --timeline               As of `run`
+  --log LEVEL              off, error, warn, info, debug or trace [warn]
+  -h, --help               Show this help
+
+Memory, processors and devices are those of the snapshot, and no kernel is read. The guest hears by ACPI
+(\"VM Generation ID\") that it goes on from a snapshot, and Linux makes its random numbers anew.
+
+Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor failed; 2 the arguments or the
+snapshot were wrong, it is not for this host, or a disk has moved on; 3 the guest crashed.
+";
+
+/// Reads the command line behind the word.
+pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
+    let mut request = RestoreRequest::new("");
+    let mut run = Run {
+        config: Config::default(),
+        restore: None,
+        timeline: false,
+        stats: None,
+        log: log::LevelFilter::Warn,
+        shutdown_timeout: 10,
+        gdb: None,
+        api_sock: None,
+    };
+    while let Some(arg) = parser.next()? {
+        let of = &mut request.overrides;
+        match arg {
+            Short('h') | Long("help") => return Ok(Command::Help(RESTORE_HELP)),
+            Long("from") => {
+                request.dir = parser.value()?.into();
+                check_path("--from", &request.dir)?;
+            }
+            Long("disk") => {
+                let disk = device("--disk", parser.value()?, disk)?;
+                of.disks.push(disk);
+            }
+            Long("net") => of.nets.push(device("--net", parser.value()?, net)?),
+            Long("vsock") => {
+                let (cid, uds) = device("--vsock", parser.value()?, vsock)?;
+                (of.cid, of.uds) = (cid.or(of.cid), uds.or(of.uds.take()));
+            }
+            Long("console") => {
+                let to = device("--console", parser.value()?, ConsoleConfig::parse)?;
+                of.console = Some(to);
+            }
+            Long("port") => {
+                let port = device("--port", parser.value()?, PortConfig::parse)?;
+                of.ports.push(port);
+            }
+            Long("clock") => {
+                request.clock = parser.value()?.parse_with(|word| match word {
+                    "advanced" => Ok(ClockRestore::Advanced),
+                    "saved" => Ok(ClockRestore::AsSaved),
+                    _ => Err("--clock is advanced or saved"),
+                })?;
+            }
+            Long("verify") => {
+                request.verify = match parser.optional_value() {
+                    None => true,
+                    Some(word) => word.parse_with(|word| match word {
+                        "on" => Ok(true),
+                        "off" => Ok(false),
+                        _ => Err("--verify is on or off"),
+                    })?,
+                };
+            }
+            Long("kvm") => {
+                let kvm: PathBuf = parser.value()?.into();
+                check_path("--kvm", &kvm)?;
+                of.kvm = Some(kvm);
+            }
+            Long("timeline") => run.timeline = true,
+            Long("stats") => run.stats = Some(stats_form(parser.optional_value())?),
+            Long("log") => run.log = log_level(parser.value()?)?,
+            Long("shutdown-timeout") => {
+                run.shutdown_timeout = number("--shutdown-timeout", parser.value()?, 0..=u32::MAX)?;
+            }
+            Long("api-sock") => run.api_sock = Some(super::api_sock(&mut parser)?),
+            Long("gdb") => {
+                let address = parser.value()?.string()?.parse();
+                run.gdb = Some(address.map_err(UsageError::Gdb)?);
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    if request.dir.as_os_str().is_empty() {
+        let text = "--from DIR is missing: the snapshot that the guest goes on from";
+        return Err(UsageError::Command(text.into()));
+    }
+    run.restore = Some(request);
+    Ok(Command::Run(Box::new(run)))
+}
+
+/// `N:OPTIONS`.
+fn numbered(text: &str) -> Result<(usize, &str), String> {
+    let wrong = || {
+        format!(
+            "{text:?}: a device's number, from 0 on, and a colon are wanted first, as in 0:path=FILE"
+        )
+    };
+    let (number, options) = text.split_once(':').ok_or_else(wrong)?;
+    let digits = number.bytes().all(|byte| byte.is_ascii_digit());
+    let number = number.parse().ok().filter(|_| digits);
+    Ok((number.ok_or_else(wrong)?, options))
+}
+
+/// `KEY=VALUE[,KEY=VALUE]...`, each key one of `keys` and there once: the values, in the order of `keys`.
+fn options<'a, const N: usize>(
+    text: &'a str,
+    keys: [&str; N],
+) -> Result<[Option<&'a str>; N], String> {
+    let mut values = [None; N];
+    for option in text.split(',') {
+        let known = option.split_once('=').and_then(|(key, value)| {
+            let at = keys.iter().position(|known| *known == key)?;
+            Some((values.get_mut(at)?, value))
+        });
+        let Some((place, value)) = known else {
+            let keys = keys.map(|key| format!("{key}=…")).join(", ");
+            return Err(format!("{option:?}: not one of {keys}"));
+        };
+        if value.is_empty() {
+            return Err(format!("{option:?}: a value is wanted"));
+        }
+        if place.replace(value).is_some() {
+            return Err(format!("{option:?}: it is there twice"));
+        }
+    }
+    Ok(values)
+}
+
+fn disk(text: &str) -> Result<(usize, PathBuf), String> {
+    let (number, text) = numbered(text)?;
+    // A path may have commas in it: it is all there is.
+    match text.strip_prefix("path=") {
+        Some(path) if !path.is_empty() => Ok((number, path.into())),
+        _ => Err(format!("{text:?}: path=FILE is wanted")),
+    }
+}
+
+fn net(text: &str) -> Result<(usize, Option<String>, Option<Mac>), String> {
+    let (number, text) = numbered(text)?;
+    let [tap, mac] = options(text, ["tap", "mac"])?;
+    if let Some(tap) = tap {
+        let checked = NetConfig::new(tap).check();
+        checked.map_err(|error| error.to_string())?;
+    }
+    let mac = mac.map(|mac| mac.parse().map_err(|why| format!("{mac:?}: {why}")));
+    Ok((number, tap.map(str::to_owned), mac.transpose()?))
+}
+
+fn vsock(text: &str) -> Result<(Option<u32>, Option<PathBuf>), String> {
+    let [cid, uds] = options(text, ["cid", "uds"])?;
+    let number = |cid: &str| {
+        let digits = cid.bytes().all(|byte| byte.is_ascii_digit());
+        let number = cid.parse().ok().filter(|_| digits);
+        number.ok_or_else(|| format!("cid={cid}: a number is wanted"))
+    };
+    Ok((cid.map(number).transpose()?, uds.map(PathBuf::from)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(words: &str) -> Result<RestoreRequest, String> {
+        let words = ["reference-vmm", "restore"]
+            .into_iter()
+            .chain(words.split_whitespace());
+        match super::super::parse(words) {
+            Ok(Command::Run(run)) => Ok(run.restore.unwrap()),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(crate::end::Chain(&error).to_string()),
+        }
+    }
+
+    #[test]
+    fn a_clone_gets_files_taps_and_addresses_of_its_own() {
+        let request = parsed(
+            "--from /s --disk 0:path=/a,b --disk 2:path=c --net 1:tap=t1,mac=02:00:00:00:00:01 --net 0:tap=t0 \
+             --vsock uds=/v,cid=7 --console file=/c --port name=p,unix=/p --clock saved --verify=off --kvm /k",
+        );
+        let request = request.unwrap();
+        let of = &request.overrides;
+        assert_eq!(of.disks, [(0, "/a,b".into()), (2, "c".into())]);
+        let mac = "02:00:00:00:00:01".parse().ok();
+        let nets = [
+            (1, Some("t1".to_owned()), mac),
+            (0, Some("t0".to_owned()), None),
+        ];
+        assert_eq!(of.nets, nets);
+        assert_eq!((of.cid, of.uds.clone()), (Some(7), Some("/v".into())));
+        assert_eq!(of.console, Some(ConsoleConfig::File("/c".into())));
+        assert_eq!((of.ports.len(), of.kvm.clone()), (1, Some("/k".into())));
+        assert_eq!(
+            (request.clock, request.verify),
+            (ClockRestore::AsSaved, false)
+        );
+        assert_eq!(parsed("--from /s").unwrap(), RestoreRequest::new("/s"));
+    }
+
+    #[test]
+    fn every_flag_is_in_the_help() {
+        let source = include_str!("restore.rs");
+        for (start, _) in source.match_indices("Long(\"") {
+            let flag = source[start + 6..].split('"').next().unwrap();
+            assert!(
+                flag.is_empty() || RESTORE_HELP.contains(&format!("--{flag}")),
+                "{flag}"
+            );
+        }
+        assert!(RESTORE_HELP.lines().all(|line| line.len() <= 120));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_told_with_its_value() {
+        for (words, needle) in [
+            ("", "--from DIR is missing"),
+            ("--from=", "--from"),
+            ("--from s --disk path=a", "\"path=a\""),
+            ("--from s --disk +1:path=a", "\"+1:path=a\""),
+            ("--from s --disk 0:path=", "path=FILE"),
+            ("--from s --disk 0:readonly", "\"readonly\""),
+            (
+                "--from s --net 0:queues=2",
+                "\"queues=2\": not one of tap=…, mac=…",
+            ),
+            ("--from s --net 0:mac=1", "\"1\": six bytes"),
+            ("--from s --net 0:tap=a,tap=b", "twice"),
+            ("--from s --net 0:tap=a/b", "a/b"),
+            ("--from s --vsock cid=-3", "cid=-3"),
+            ("--from s --vsock uds=", "\"uds=\""),
+            ("--from s --clock now", "advanced or saved"),
+            ("--from s --verify=maybe", "on or off"),
+            ("--from s --memory 1G", "--memory"),
+            ("--from s x", "x"),
+        ] {
+            let error = parsed(words).unwrap_err();
+            assert!(
+                error.contains(needle),
+                "{words}: {error:?} has no {needle:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `reference-vmm ctl`: the control socket's client on the command line. All that it does is a request of the
+//! [API](crate::api)'s.
+
+use std::fmt::{self, Write as _};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use lexopt::prelude::*;
+use serde_json::{Value, json};
+
+use crate::api::Client;
+use crate::api::client::ClientError;
+use crate::cli::{self, UsageError};
+
+/// `reference-vmm ctl --help`.
+pub const HELP: &str = "\
+Ask something of a monitor that runs, through its control socket (`run --api-sock PATH`).
+
+Usage: reference-vmm ctl --api-sock PATH COMMAND [--json] [--timeout SECS]
+
+Commands:
+  status        Say whether the guest is running or paused
+  pause         Pause the guest: its vCPUs, its devices and its input
+  resume        Let it go on
+  snapshot DIR  Write a snapshot of it to the directory DIR, which is new, empty, or an older snapshot that is
+                replaced. A guest that runs is paused for it and goes on. `restore --from DIR` has it go on
+  power-button  Press the power button, at which a guest with ACPI powers off
+  config        Say what the machine is
+  stats         Say what the guest has done so far, in numbers
+  version       Say the monitor's version
+
+Options:
+  --api-sock PATH  The monitor's control socket
+  --json           One line of JSON, also of a refusal (fault_message), instead of words
+  --timeout SECS   How long to wait for the answer [60]
+  -h, --help       Show this help
+
+Exit status: 0 done; 1 the monitor refused, or is gone; 2 the arguments were wrong.
+";
+
+/// What is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Question {
+    /// Whether it runs.
+    Status,
+    /// To pause.
+    Pause,
+    /// To go on.
+    Resume,
+    /// To write a snapshot to this directory.
+    Snapshot(PathBuf),
+    /// To press the power button.
+    PowerButton,
+    /// What the machine is.
+    Config,
+    /// What the guest has done.
+    Stats,
+    /// The monitor's version.
+    Version,
+}
+
+/// A command line of `ctl`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ctl {
+    /// The monitor's socket.
+    pub api_sock: PathBuf,
+    /// What is asked.
+    pub question: Question,
+    /// One line of JSON instead of words.
+    pub json: bool,
+    /// How long the answer is waited for.
+    pub timeout: Duration,
+}
+
+const QUESTIONS: [(&str, Question); 7] = [
+    ("status", Question::Status),
+    ("pause", Question::Pause),
+    ("resume", Question::Resume),
+    ("power-button", Question::PowerButton),
+    ("config", Question::Config),
+    ("stats", Question::Stats),
+    ("version", Question::Version),
+];
+
+/// The question with an argument.
+const SNAPSHOT: &str = "snapshot";
+
+/// Reads what follows `ctl`; none if its help is asked for.
+pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageError> {
+    let (mut api_sock, mut question, mut json, mut timeout) = (None, None, false, 60);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Short('h') | Long("help") => return Ok(None),
+            Long("api-sock") => api_sock = Some(cli::api_sock(&mut parser)?),
+            Long("json") => json = true,
+            Long("timeout") => {
+                timeout = cli::number("--timeout", parser.value()?, 1..=u32::MAX)?;
+            }
+            Value(word) if question.is_none() && word == SNAPSHOT => {
+                let dir = match parser.next()? {
+                    Some(Value(dir)) if !dir.is_empty() => PathBuf::from(dir),
+                    _ => {
+                        let text = "ctl snapshot: the directory that it is to be is wanted behind the word";
+                        return Err(UsageError::Command(text.into()));
+                    }
+                };
+                let dir = std::path::absolute(&dir).unwrap_or(dir);
+                question = Some(Question::Snapshot(dir));
+            }
+            Value(word) if question.is_none() => {
+                let known = QUESTIONS.iter().find(|(name, _)| word == *name);
+                let Some((_, known)) = known else {
+                    let names = QUESTIONS.iter().map(|(name, _)| *name);
+                    let names: Vec<_> = names.chain([SNAPSHOT]).collect();
+                    return Err(UsageError::Command(format!(
+                        "ctl {} is not a command; there are {}",
+                        word.display(),
+                        names.join(", ")
+                    )));
+                };
+                question = Some(known.clone());
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    let missing = |what: &str| UsageError::Command(format!("ctl: {what}; try ctl --help"));
+    Ok(Some(Ctl {
+        api_sock: api_sock.ok_or_else(|| missing("no --api-sock PATH"))?,
+        question: question.ok_or_else(|| missing("no command"))?,
+        json,
+        timeout: Duration::from_secs(timeout.into()),
+    }))
+}
+
+/// Asks, and says the answer: `print` gets what is for stdout, `say` the line for stderr. The exit status.
+pub fn run(options: &Ctl, print: impl FnOnce(&str), say: impl FnOnce(fmt::Arguments<'_>)) -> u8 {
+    let refused = match ask(options) {
+        Ok(Said::Yes(text)) => {
+            print(&text);
+            return 0;
+        }
+        Ok(Said::Refused(why)) => why,
+        Err(error) => error.to_string(),
+    };
+    if options.json {
+        print(&format!("{}\n", json!({ "fault_message": refused })));
+    }
+    say(format_args!("{}", crate::end::Chain(&Refused(refused))));
+    1
+}
+
+/// A line on its way to a terminal.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Refused(String);
+
+enum Said {
+    Yes(String),
+    Refused(String),
+}
+
+fn ask(options: &Ctl) -> Result<Said, ClientError> {
+    let state = |state: &str| Some(json!({ "state": state }));
+    let (method, target, body) = match &options.question {
+        Question::Status => ("GET", "/", None),
+        Question::Pause => ("PATCH", "/vm", state("Paused")),
+        Question::Resume => ("PATCH", "/vm", state("Resumed")),
+        Question::PowerButton => {
+            let action = json!({ "action_type": "SendCtrlAltDel" });
+            ("PUT", "/actions", Some(action))
+        }
+        Question::Snapshot(dir) => {
+            let snapshot = json!({ "snapshot_type": "Full", "snapshot_path": dir });
+            ("PUT", "/snapshot/create", Some(snapshot))
+        }
+        Question::Config => ("GET", "/vm/config", None),
+        Question::Stats => ("GET", "/stats", None),
+        Question::Version => ("GET", "/version", None),
+    };
+    let mut client = Client::connect(&options.api_sock, options.timeout)?;
+    let answer = client.call(method, target, body.as_ref())?;
+    Ok(match answer.fault() {
+        Some(why) => Said::Refused(why),
+        None => Said::Yes(told(options, answer.body.unwrap_or_default())),
+    })
+}
+
+/// The answer as it is printed.
+fn told(options: &Ctl, body: Value) -> String {
+    let (words, body) = match &options.question {
+        Question::Pause => ("paused".into(), json!({ "state": "Paused" })),
+        Question::Resume => ("running".into(), json!({ "state": "Running" })),
+        Question::Snapshot(dir) => {
+            let dir = dir.display().to_string();
+            (
+                dir.escape_debug().to_string(),
+                json!({ "snapshot_path": dir }),
+            )
+        }
+        Question::PowerButton => ("pressed".into(), json!({ "pressed": true })),
+        Question::Status => (text(&body["state"]).to_lowercase(), body),
+        Question::Version => (text(&body["firecracker_version"]), body),
+        Question::Config | Question::Stats => {
+            let mut lines = String::new();
+            flat("", &body, &mut lines);
+            // The newline of the last is added below.
+            lines.pop();
+            (lines, body)
+        }
+    };
+    match options.json {
+        true => format!("{body}\n"),
+        false => words + "\n",
+    }
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        // A terminal obeys control characters.
+        Value::String(text) => text.escape_debug().to_string(),
+        other => other.to_string(),
+    }
+}
+
+/// A line for each number and word: where it is, and what it is.
+fn flat(path: &str, value: &Value, lines: &mut String) {
+    let below = |name: &str| match path {
+        "" => name.escape_debug().to_string(),
+        path => format!("{path}.{}", name.escape_debug()),
+    };
+    match value {
+        Value::Object(fields) if !fields.is_empty() => {
+            for (name, value) in fields {
+                flat(&below(name), value, lines);
+            }
+        }
+        Value::Array(values) if !values.is_empty() => {
+            for (at, value) in values.iter().enumerate() {
+                flat(&below(&at.to_string()), value, lines);
+            }
+        }
+        // A string of String's takes everything.
+        leaf => drop(writeln!(lines, "{path} {}", text(leaf))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(words: &str) -> Result<Option<Ctl>, UsageError> {
+        parse(lexopt::Parser::from_args(words.split_whitespace()))
+    }
+
+    #[test]
+    fn a_command_line_is_a_socket_and_a_question() {
+        let expected = Ctl {
+            api_sock: "/s".into(),
+            question: Question::PowerButton,
+            json: true,
+            timeout: Duration::from_secs(5),
+        };
+        for words in [
+            "--api-sock /s power-button --json --timeout 5",
+            "--json --timeout=5 power-button --api-sock=/s",
+        ] {
+            assert_eq!(parsed(words).unwrap(), Some(expected.clone()));
+        }
+        assert_eq!(parsed("--help").unwrap(), None);
+        let asked = parsed("--api-sock /s snapshot /a/b").unwrap().unwrap();
+        assert_eq!(asked.question, Question::Snapshot("/a/b".into()));
+        for (words, needle) in [
+            ("pause", "--api-sock"),
+            ("--api-sock /s", "no command"),
+            ("--api-sock /s halt", "halt"),
+            ("--api-sock /s snapshot", "directory"),
+            ("--api-sock /s snapshot --json", "directory"),
+            ("--api-sock /s pause resume", "resume"),
+            ("--api-sock= pause", "--api-sock \"\""),
+            ("--api-sock /s pause --timeout 0s", "--timeout"),
+            ("--api-sock /s pause --frob", "--frob"),
+        ] {
+            let refused = parsed(words).unwrap_err().to_string();
+            assert!(refused.contains(needle), "{words}: {refused}");
+        }
+    }
+
+    #[test]
+    fn every_word_is_in_the_help() {
+        let source = include_str!("ctl.rs");
+        for (start, _) in source.match_indices("Long(\"") {
+            let flag = source[start + 6..].split('"').next().unwrap();
+            assert!(
+                flag.is_empty() || HELP.contains(&format!("--{flag}")),
+                "{flag}"
+            );
+        }
+        for (name, _) in QUESTIONS {
+            assert!(HELP.contains(&format!("\n  {name} ")), "{name}");
+        }
+        assert!(HELP.contains(&format!("\n  {SNAPSHOT} DIR ")));
+    }
+
+    #[test]
+    fn an_answer_is_a_line_for_each_thing_that_it_says() {
+        let options = |question, json| Ctl {
+            api_sock: "/s".into(),
+            question,
+            json,
+            timeout: Duration::from_secs(1),
+        };
+        let body = json!({"a": {"b": [1, "x\n"]}, "c": []});
+        let words = told(&options(Question::Stats, false), body.clone());
+        assert_eq!(words, "a.b.0 1\na.b.1 x\\n\nc []\n");
+        let line = told(&options(Question::Stats, true), body);
+        assert_eq!(line.lines().count(), 1);
+        let status = json!({ "state": "Paused" });
+        assert_eq!(told(&options(Question::Status, false), status), "paused\n");
+    }
+}

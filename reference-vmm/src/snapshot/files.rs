@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A snapshot comes into being whole, or not at all.
+//!
+//! ```text
+//!   begin    .NAME.partial/            made beside NAME, locked
+//!   write      state, memory           each synced, then the directory
+//!   commit   .NAME.partial ──► NAME    renamed; where there was a NAME the two are exchanged, and the older removed
+//!            the parent directory      synced
+//! ```
+//!
+//! Until the rename the older snapshot is what it was, and after it the new one is whole and durable: a crash in between
+//! leaves one of the two under the name. What it leaves under `.NAME.partial` is nobody's, for its lock went with the
+//! process, and the next snapshot of that name removes it. A call that fails leaves nothing behind.
+
+use std::ffi::{CString, OsString};
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::format;
+
+/// The file of the machine's state, in a snapshot's directory.
+pub const STATE: &str = "state";
+/// The file of guest memory.
+pub const MEMORY: &str = "memory";
+
+/// What a snapshot asks of the host's file system: a call each. A test plays one that is full or broken.
+#[allow(clippy::missing_errors_doc, reason = "always the errno of the call")]
+pub trait SnapshotFiles {
+    /// Makes a directory that nobody else may read, and locks it for as long as what is returned lives. One that is there
+    /// and that nobody has locked is removed first. `WouldBlock`: somebody has.
+    fn create_dir(&self, path: &Path) -> io::Result<File>;
+    /// Makes a file that nobody else may read.
+    fn create(&self, path: &Path) -> io::Result<File>;
+    /// `ftruncate(2)`.
+    fn set_len(&self, file: &File, len: u64) -> io::Result<()>;
+    /// `pwrite(2)`: how many of the bytes were written.
+    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<usize>;
+    /// `fsync(2)`, of a file or a directory.
+    fn sync(&self, file: &File) -> io::Result<()>;
+    /// Opens a directory, to sync it.
+    fn open_dir(&self, path: &Path) -> io::Result<File>;
+    /// Renames, if there is nothing of the new name.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Exchanges two names.
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()>;
+    /// Removes a directory and what is in it.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+}
+
+/// The host's own.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HostFiles;
+
+impl SnapshotFiles for HostFiles {
+    fn create_dir(&self, path: &Path) -> io::Result<File> {
+        let mut builder = DirBuilder::new();
+        builder.mode(0o700);
+        if let Err(error) = builder.create(path) {
+            if error.kind() != io::ErrorKind::AlreadyExists {
+                return Err(error);
+            }
+            let _stale = lock_dir(path)?;
+            std::fs::remove_dir_all(path)?;
+            builder.create(path)?;
+        }
+        lock_dir(path)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        options.open(path)
+    }
+
+    fn set_len(&self, file: &File, len: u64) -> io::Result<()> {
+        file.set_len(len)
+    }
+
+    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        file.write_at(bytes, offset)
+    }
+
+    fn sync(&self, file: &File) -> io::Result<()> {
+        file.sync_all()
+    }
+
+    fn open_dir(&self, path: &Path) -> io::Result<File> {
+        File::open(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        rename(from, to, libc::RENAME_NOREPLACE)
+    }
+
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        rename(one, other, libc::RENAME_EXCHANGE)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_dir_all(path)
+    }
+}
+
+/// Locks a directory, which is still the one of this name then.
+fn lock_dir(path: &Path) -> io::Result<File> {
+    let dir = File::open(path)?;
+    // SAFETY: an open descriptor.
+    if unsafe { libc::flock(dir.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let (locked, named) = (dir.metadata()?, std::fs::symlink_metadata(path)?);
+    match (locked.dev(), locked.ino()) == (named.dev(), named.ino()) {
+        true => Ok(dir),
+        false => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
+fn rename(from: &Path, to: &Path, flags: libc::c_uint) -> io::Result<()> {
+    let (from, to) = (c_path(from)?, c_path(to)?);
+    let at = libc::AT_FDCWD;
+    // SAFETY: both names end with a NUL and live through the call.
+    match unsafe { libc::renameat2(at, from.as_ptr(), at, to.as_ptr(), flags) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// A step of the writing was refused. The older snapshot, if there was one, is what it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WriteError {
+    /// There is no name in the path, as in `/` or `..`.
+    #[error("{0} names no directory that a snapshot could be")]
+    NoName(PathBuf),
+    /// Something else is there.
+    #[error("{0} is there and is no snapshot: name another place, or remove it")]
+    Occupied(PathBuf),
+    /// Another process writes a snapshot of this name.
+    #[error("another snapshot to {0} is being written")]
+    InUse(PathBuf),
+    /// A call failed.
+    #[error("cannot {what} {path}: {source}")]
+    Call {
+        /// What it was for.
+        what: &'static str,
+        /// Of what.
+        path: PathBuf,
+        /// The errno.
+        source: io::Error,
+    },
+}
+
+/// A snapshot that is being written. Dropped, nothing of it is left.
+#[derive(Debug)]
+pub struct Draft<'a, F: SnapshotFiles> {
+    files: &'a F,
+    /// Where it is to be.
+    target: PathBuf,
+    /// Where it is.
+    partial: PathBuf,
+    parent: PathBuf,
+    /// There is an older one.
+    replaces: bool,
+    /// Keeps others out.
+    lock: File,
+    done: bool,
+}
+
+/// A file of a draft, with its name for errors.
+#[derive(Debug)]
+pub struct DraftFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl<'a, F: SnapshotFiles> Draft<'a, F> {
+    /// Begins one that is to be the directory `target`: new, empty, or an older snapshot that is replaced.
+    ///
+    /// # Errors
+    /// [`WriteError`]; nothing was made.
+    pub fn begin(files: &'a F, target: &Path) -> Result<Self, WriteError> {
+        let name = target.file_name();
+        let name = name.ok_or_else(|| WriteError::NoName(target.to_owned()))?;
+        let replaces = look(target)?;
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        let mut hidden = OsString::from(".");
+        hidden.push(name);
+        hidden.push(".partial");
+        let partial = parent.join(hidden);
+        let lock = files
+            .create_dir(&partial)
+            .map_err(|source| match source.kind() {
+                io::ErrorKind::WouldBlock => WriteError::InUse(target.to_owned()),
+                _ => call("make the directory", &partial)(source),
+            })?;
+        Ok(Draft {
+            files,
+            target: target.to_owned(),
+            partial,
+            parent,
+            replaces,
+            lock,
+            done: false,
+        })
+    }
+
+    /// Makes one of its files.
+    ///
+    /// # Errors
+    /// [`WriteError::Call`].
+    pub fn create(&self, name: &str, len: u64) -> Result<DraftFile, WriteError> {
+        let path = self.partial.join(name);
+        let file = self.files.create(&path);
+        let file = file.map_err(call("make", &path))?;
+        let sized = self.files.set_len(&file, len);
+        sized.map_err(call("set the length of", &path))?;
+        Ok(DraftFile { file, path })
+    }
+
+    /// Writes all of `bytes`.
+    ///
+    /// # Errors
+    /// [`WriteError::Call`].
+    pub fn write(&self, of: &DraftFile, bytes: &[u8], offset: u64) -> Result<(), WriteError> {
+        let (mut rest, mut offset) = (bytes, offset);
+        while !rest.is_empty() {
+            let written = match self.files.write_at(&of.file, rest, offset) {
+                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                written => written,
+            };
+            let written = written.map_err(call("write", &of.path))?;
+            rest = rest.get(written..).unwrap_or_default();
+            offset += written as u64;
+        }
+        Ok(())
+    }
+
+    /// Has a file on the disk. Blocks for it.
+    ///
+    /// # Errors
+    /// [`WriteError::Call`].
+    pub fn sync(&self, of: &DraftFile) -> Result<(), WriteError> {
+        let synced = self.files.sync(&of.file);
+        synced.map_err(call("sync", &of.path))
+    }
+
+    /// Puts it in its place. Blocks for the disk.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn commit(mut self) -> Result<(), WriteError> {
+        let synced = self.files.sync(&self.lock);
+        synced.map_err(call("sync", &self.partial))?;
+        let parent = self.files.open_dir(&self.parent);
+        let parent = parent.map_err(call("open", &self.parent))?;
+        self.swap()
+            .map_err(call("rename the new snapshot to", &self.target))?;
+        if let Err(error) = self.files.sync(&parent) {
+            // What is on the disk nobody knows then. Under the name is the older one again, which was whole before.
+            let back = match self.replaces {
+                true => self.swap(),
+                false => self.files.rename(&self.target, &self.partial),
+            };
+            if let Err(back) = back {
+                log::error!(
+                    "{}: the new snapshot stays there, though its name may not be durable: {back}",
+                    self.target.display()
+                );
+                self.done = true;
+            }
+            return Err(call("sync", &self.parent)(error));
+        }
+        self.done = true;
+        if self.replaces
+            && let Err(error) = self.files.remove(&self.partial)
+        {
+            log::warn!(
+                "the snapshot before this one is left in {}: {error}",
+                self.partial.display()
+            );
+        }
+        Ok(())
+    }
+
+    fn swap(&self) -> io::Result<()> {
+        match self.replaces {
+            true => self.files.exchange(&self.partial, &self.target),
+            false => self.files.rename(&self.partial, &self.target),
+        }
+    }
+}
+
+impl<F: SnapshotFiles> Drop for Draft<'_, F> {
+    fn drop(&mut self) {
+        if !self.done
+            && let Err(error) = self.files.remove(&self.partial)
+        {
+            log::warn!(
+                "what was written of a snapshot is left in {}: {error}",
+                self.partial.display()
+            );
+        }
+    }
+}
+
+fn call(what: &'static str, path: &Path) -> impl Fn(io::Error) -> WriteError {
+    let path = path.to_owned();
+    move |source| WriteError::Call {
+        what,
+        path: path.clone(),
+        source,
+    }
+}
+
+/// Whether there is something that a new snapshot replaces.
+fn look(target: &Path) -> Result<bool, WriteError> {
+    let occupied = || WriteError::Occupied(target.to_owned());
+    match std::fs::symlink_metadata(target) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(call("look at", target)(error)),
+        Ok(there) if !there.is_dir() => return Err(occupied()),
+        Ok(_) => {}
+    }
+    let mut entries = std::fs::read_dir(target).map_err(call("read", target))?;
+    if entries.next().is_none() {
+        return Ok(true);
+    }
+    let mut magic = [0; format::MAGIC.len()];
+    let path = target.join(STATE);
+    let is_file = std::fs::symlink_metadata(&path).is_ok_and(|file| file.is_file());
+    let file = is_file.then(|| File::open(&path).ok()).flatten();
+    let read = file.is_some_and(|file| file.read_exact_at(&mut magic, 0).is_ok());
+    match read && magic == format::MAGIC {
+        true => Ok(true),
+        false => Err(occupied()),
+    }
+}

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A paused machine as files, and a machine that goes on from them.
+//!
+//! ```text
+//!   Running::snapshot                                          Machine::restore
+//!      │ paused: devices, controllers, vCPUs, clock               ▲ clock, vCPUs, controllers, lines
+//!      ▼                                                          │
+//!   MachineState ── machine ──► sections ── format ──► state ── parsed, checked
+//!   guest memory ── pages ────► pieces ──────────────► memory ─ checked, mapped
+//!                                 files: written beside, synced, renamed
+//! ```
+//!
+//! # The directory
+//!
+//! | file | what it is | where it is described |
+//! | --- | --- | --- |
+//! | `state` | a header, a table of sections, the sections | [`format`](mod@format), byte by byte |
+//! | `memory` | guest memory, sparse: what is zero is a hole | [`pages`] |
+//!
+//! The sections of `state` are
+//!
+//! | kind | what | form |
+//! | --- | --- | --- |
+//! | 1 config | what the machine is made of, paths absolute | JSON, as `--config` reads it ([`config_form`]) |
+//! | 2 vm | clock, PICs, IOAPIC and timer in KVM, or the monitor's IOAPIC | JSON ([`machine::VmSection`]) |
+//! | 3 vcpus | of each its number and all that KVM knows of it | JSON ([`machine::VcpuSection`]) |
+//! | 4 devices | COM1, clock, power switch, virtio devices with their queues | JSON ([`machine::DevicesSection`]) |
+//! | 5 memory | regions and their places in the file, a checksum for each MiB | binary ([`pages`]) |
+//! | 6 parent, 7 page-sources | kept for incremental snapshots; a snapshot with one is refused | |
+//!
+//! The state of KVM's parts has versions of its own
+//! ([`kvm_core::state::StateVersion`](kvm_core::arch::x86_64::state::StateVersion) has the policy), and a field that a build
+//! does not know is refused there and here, never passed over.
+//!
+//! # What is in it, and what is not
+//!
+//! All that the guest can tell: memory, registers, clocks, interrupts that are pending, devices. A virtio device rests when
+//! it is saved: what it had begun for the driver is finished, and what it had not is in its queue, into which it looks
+//! first when it goes on. Connections are not: of vsock, of sockets behind ports, of a debugger. The guest is told of those
+//! as if the other side had closed them. The contents of disks are not either: a snapshot knows by what it finds a disk
+//! again ([`Fingerprint`](crate::devices::virtio::block::Fingerprint)), and a restore refuses one that has moved on. What
+//! the monitor counts begins at zero.
+//!
+//! # Old and new
+//!
+//! The machine has a number, its generation id, that is another one after each restore, and a guest that listens hears of
+//! it at once (ACPI; Linux has `vmgenid` from 5.18 on, Debian's cloud kernels leave it out). Two guests of one snapshot
+//! would else have the same random numbers, and the same session keys.
+//!
+//! # Who may write to it
+//!
+//! Who owns the snapshot owns the guest: there is a checksum against damage and none against forgery. The files are
+//! readable by their owner alone. The parser holds for any bytes all the same: it is fuzzed
+//! (`cargo xtask fuzz snapshot`), and what it lets pass is data to KVM and to the devices, which refuse what cannot be.
+//!
+//! # What went wrong elsewhere, and here cannot
+//!
+//! - A worker waited after the restore for a notification that the driver had given before it (cloud-hypervisor 8004):
+//!   queues are looked into at each start.
+//! - A device that no driver had set up was restored with rings at address 0, and the monitor panicked (cloud-hypervisor
+//!   8693): rings are made when the driver is ready, and only then.
+//! - What was not synced was full of zeros after a crash of the host, with the right name and length (reported of
+//!   Firecracker's files): both files, the directory and its parent are synced, in this order.
+//! - A snapshot of a guest whose memory is still being paged in took the pages that were not there for empty
+//!   (cloud-hypervisor 8525): memory is read through the mapping, which pages them in.
+//! - State that was added to without a version, and read by position (Firecracker, before its format 2): all fields have
+//!   names.
+
+pub mod config_form;
+pub mod files;
+pub mod format;
+pub mod machine;
+pub mod pages;
+mod restore;
+mod save;
+
+pub use restore::{Overrides, RestoreError, RestoreRequest, Snapshot};
+pub use save::{SnapshotError, SnapshotReport, SnapshotRequest};

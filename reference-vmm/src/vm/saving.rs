@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a snapshot asks of a machine that runs.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use irq_routing::Irqchip;
+use irq_routing::ioapic::IoapicState;
+use kvm_core::Vm;
+use memslots::{SlotTable, Snapshot};
+
+use super::{Parts, Running};
+use crate::config::Config;
+use crate::devices::acpi_power::PowerState;
+use crate::devices::coalesce::PolledOutput;
+use crate::devices::rtc::RtcState;
+use crate::devices::serial::PortState;
+use crate::devices::virtio::any::PlacedDevice;
+use crate::snapshot::SnapshotError;
+
+impl Running {
+    /// Refuses what no snapshot could be of, before anything is done.
+    pub(crate) fn check_for_snapshot(&self) -> Result<(), SnapshotError> {
+        if self.debugger.is_some() {
+            return Err(SnapshotError::Debugger);
+        }
+        let own = self.parts.virtio.get(self.parts.configured..);
+        if let Some(own) = own.and_then(<[_]>::first) {
+            return Err(SnapshotError::Device(own.name().to_owned()));
+        }
+        Ok(())
+    }
+
+    /// What it is made of.
+    pub(crate) fn config(&self) -> &Config {
+        &self.parts.config
+    }
+
+    pub(crate) fn vm(&self) -> &Vm {
+        &self.parts.vm
+    }
+
+    pub(crate) fn irqchip(&self) -> &Irqchip {
+        &self.parts.irqchip
+    }
+
+    /// With the split irqchip.
+    pub(crate) fn ioapic_state(&self) -> Option<IoapicState> {
+        self.parts.chip.as_ref().map(|chip| chip.state())
+    }
+
+    pub(crate) fn virtio(&self) -> &[Arc<dyn PlacedDevice>] {
+        &self.parts.virtio
+    }
+
+    pub(crate) fn memory(&self) -> Snapshot<SlotTable> {
+        self.parts.memslots.snapshot()
+    }
+
+    /// Of COM1, whose output has reached the console, of the clock and of the power switch.
+    pub(crate) fn device_states(&self) -> (PortState, RtcState, PowerState) {
+        let Parts {
+            com1, rtc, power, ..
+        } = &self.parts;
+        com1.sync();
+        (com1.state(), rtc.state(), power.state())
+    }
+
+    /// Whether its end has begun.
+    pub(crate) fn is_stopping(&self) -> bool {
+        // Relaxed: who misses it looks again.
+        self.stopping.load(Ordering::Relaxed)
+    }
+}

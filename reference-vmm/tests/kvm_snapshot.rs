@@ -1,0 +1,477 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Snapshots over the real KVM: a guest that knows what it has is stopped anywhere, and goes on elsewhere.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use guests::image;
+use guests::keeper::{QUIT, keeper64};
+use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::devices::virtio::any::Devices;
+use reference_vmm::devices::virtio::rng::Rng;
+use reference_vmm::end::{EndSignal, GuestEnd};
+use reference_vmm::main_loop::GuestSide;
+use reference_vmm::memory::Memory;
+use reference_vmm::snapshot::files::{HostFiles, SnapshotFiles};
+use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
+use reference_vmm::vm::{Machine, RunState, Running};
+use support::{Vmm, WATCHDOG, file, long, need_kvm};
+
+/// A guest that runs, and what it says.
+struct Guest {
+    running: Running,
+    end: Arc<EndSignal>,
+    console: std::io::PipeReader,
+    said: Vec<u8>,
+}
+
+impl Guest {
+    fn boot(config: &Config) -> Self {
+        Self::start(|console, end| Machine::build(config, console, end).unwrap())
+    }
+
+    fn restore(dir: &Path) -> Self {
+        let request = RestoreRequest::new(dir);
+        Self::start(|console, end| Machine::restore(&request, console, end).unwrap())
+    }
+
+    fn start(make: impl FnOnce(&std::io::PipeWriter, &Arc<EndSignal>) -> Machine) -> Self {
+        let end = Arc::new(EndSignal::new().unwrap());
+        let (console, writer) = std::io::pipe().unwrap();
+        let running = make(&writer, &end).start().unwrap();
+        Guest {
+            running,
+            end,
+            console,
+            said: Vec::new(),
+        }
+    }
+
+    /// Waits until it says something or ends.
+    fn listen(&mut self) {
+        let entry = |fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let mut fds = [entry(self.console.as_raw_fd()), entry(self.end.as_raw_fd())];
+        // SAFETY: two pollfds.
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), 2, WATCHDOG.as_millis() as i32) };
+        let said = String::from_utf8_lossy(&self.said);
+        assert!(ready > 0, "nothing comes behind {said:?}");
+        if fds[0].revents != 0 {
+            let mut chunk = [0; 64];
+            let got = self.console.read(&mut chunk).unwrap();
+            self.said.extend(&chunk[..got]);
+        }
+    }
+
+    /// Until it has said so many bytes in all.
+    fn hear(&mut self, bytes: usize) {
+        while self.said.len() < bytes {
+            self.listen();
+            assert!(!self.end.is_told(), "{:?}: {:?}", self.end.get(), self.said);
+        }
+    }
+
+    fn snapshot(&self, dir: &Path) {
+        let request = SnapshotRequest {
+            dir: dir.to_owned(),
+        };
+        self.running.snapshot(&request).unwrap();
+    }
+
+    /// Lets go of it; all that it said.
+    fn leave(mut self) -> (String, Option<GuestEnd>) {
+        self.running.stop();
+        let end = self.end.get().cloned();
+        drop(self.running);
+        self.console.read_to_end(&mut self.said).unwrap();
+        (String::from_utf8(self.said).unwrap(), end)
+    }
+
+    /// Has it quit, and waits for that.
+    fn quit(mut self) -> (String, Option<GuestEnd>) {
+        assert_eq!(self.running.input(&[QUIT]), 1);
+        while !self.end.is_told() {
+            self.listen();
+        }
+        self.leave()
+    }
+}
+
+/// Where snapshots go.
+fn place() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("snapshot");
+    (folder, dir)
+}
+
+fn keeper(cpus: u32, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
+    let kernel = file(&image::elf64(keeper64()));
+    let config = Config {
+        cmdline: format!("{cpus} "),
+        memory: Memory::new(16 << 20),
+        cpus: cpus.into(),
+        irqchip,
+        debug_exit: Some(0xf4),
+        ..Config::new(&*kernel)
+    };
+    (kernel, config)
+}
+
+/// 1 2 3 … 9 0 1 …
+fn digits(count: usize) -> String {
+    (1..=count)
+        .map(|pass| char::from(b'0' + (pass % 10) as u8))
+        .collect()
+}
+
+#[test]
+fn a_guest_goes_on_where_it_was_again_and_again_and_has_lost_nothing() {
+    need_kvm();
+    let rounds = if long() { 40 } else { 4 };
+    for (cpus, irqchip) in [
+        (1, Irqchip::Split),
+        (1, Irqchip::Kernel),
+        (4, Irqchip::Split),
+        (4, Irqchip::Kernel),
+    ] {
+        let (kernel, config) = keeper(cpus, irqchip);
+        let (_folder, dir) = place();
+        let mut guest = Guest::boot(&config);
+        // No restore needs it.
+        drop(kernel);
+        let mut all = String::new();
+        for round in 0..rounds {
+            // Anywhere: the guest does not wait for who hears it.
+            guest.hear(1 + round * 7 % 5);
+            guest.running.pause().unwrap();
+            guest.snapshot(&dir);
+            assert_eq!(guest.running.state(), RunState::Paused);
+            let (said, end) = guest.leave();
+            assert_eq!(end, None, "{cpus} {irqchip:?} round {round}: {said}");
+            all += &said;
+            guest = Guest::restore(&dir);
+        }
+        guest.hear(2);
+        let (said, end) = guest.quit();
+        all += &said;
+        assert_eq!(
+            end,
+            Some(GuestEnd::DebugExit(0)),
+            "{cpus} {irqchip:?}: {all}"
+        );
+        let count = all.len() - 1;
+        assert_eq!(all, digits(count) + "!", "{cpus} {irqchip:?}");
+    }
+}
+
+#[test]
+fn what_was_typed_before_the_snapshot_is_read_behind_it() {
+    need_kvm();
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    // The guest looks once a pass: of a few tries it is stopped before it has in most.
+    for _ in 0..20 {
+        let (_folder, dir) = place();
+        let mut guest = Guest::boot(&config);
+        guest.hear(1);
+        assert_eq!(guest.running.input(&[QUIT]), 1);
+        if guest.running.pause().is_err() || guest.end.is_told() {
+            continue;
+        }
+        guest.snapshot(&dir);
+        let (said, end) = guest.leave();
+        if said.contains('!') {
+            continue;
+        }
+        assert_eq!(end, None);
+        let mut guest = Guest::restore(&dir);
+        while !guest.end.is_told() {
+            guest.listen();
+        }
+        assert_eq!(guest.leave().1, Some(GuestEnd::DebugExit(0)));
+        return;
+    }
+    panic!("the guest was always faster");
+}
+
+/// A snapshot of a keeper that stands still, in `dir`.
+fn taken(dir: &Path, irqchip: Irqchip) {
+    let (_kernel, config) = keeper(1, irqchip);
+    let mut guest = Guest::boot(&config);
+    guest.hear(2);
+    guest.running.pause().unwrap();
+    guest.snapshot(dir);
+    guest.leave();
+}
+
+#[test]
+fn a_guest_runs_on_behind_its_snapshot_and_many_go_on_from_it() {
+    need_kvm();
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let (_folder, dir) = place();
+    let mut first = Guest::boot(&config);
+    first.hear(2);
+    first.snapshot(&dir);
+    assert_eq!(first.running.state(), RunState::Running);
+    let mut clones: Vec<_> = (0..3).map(|_| Guest::restore(&dir)).collect();
+    // The files may go: who goes on from them has them.
+    std::fs::remove_dir_all(&dir).unwrap();
+    for clone in &mut clones {
+        clone.hear(2);
+    }
+    for guest in clones.into_iter().chain([first]) {
+        let (said, end) = guest.quit();
+        assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{said}");
+    }
+}
+
+#[test]
+fn memory_that_cannot_be_mapped_is_read() {
+    need_kvm();
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let config = Config {
+        memory: "16M,shared".parse().unwrap(),
+        ..config
+    };
+    let (_folder, dir) = place();
+    let mut guest = Guest::boot(&config);
+    guest.hear(2);
+    guest.snapshot(&dir);
+    guest.leave();
+    let mut guest = Guest::restore(&dir);
+    guest.hear(2);
+    let (said, end) = guest.quit();
+    assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{said}");
+}
+
+#[test]
+fn the_command_line_takes_a_snapshot_and_goes_on_from_it() {
+    need_kvm();
+    let (folder, dir) = place();
+    let socket = folder.path().join("api");
+    let mut run = Vmm::boot(keeper64())
+        .words("--cmdline 1 --memory 16M --debug-exit --rng --api-sock")
+        .arg(&socket)
+        .stdin_pipe()
+        .start();
+    run.wait_for("12");
+    let ctl = |words: &[&str]| {
+        let mut ctl = Vmm::command(["ctl", "--api-sock"]).arg(&socket);
+        ctl = ctl.args(words);
+        ctl.output()
+    };
+    let dir_text = dir.to_str().unwrap();
+    ctl(&["snapshot", dir_text])
+        .expect_status(0)
+        .expect_stdout(&format!("{dir_text}\n"));
+    // Where there is something else, nothing is done and the guest runs on.
+    let refused = ctl(&["snapshot", folder.path().to_str().unwrap()]);
+    refused.expect_status(1).expect_line(&["is no snapshot"]);
+    let status = |of: support::Running, quit: bool| {
+        let mut of = of;
+        if quit {
+            of.type_in(b"q");
+        }
+        of.wait()
+    };
+    status(run, true).expect_status(1).expect_silence();
+    let mut on = Vmm::command(["restore", "--from"])
+        .arg(&dir)
+        .stdin_pipe()
+        .start();
+    on.wait_for("5");
+    status(on, true).expect_status(1).expect_silence();
+}
+
+#[test]
+fn what_is_damaged_is_refused_with_what_is_wrong_and_status_2() {
+    need_kvm();
+    let (folder, dir) = place();
+    taken(&dir, Irqchip::Split);
+    let other = folder.path().join("other");
+    taken(&other, Irqchip::Split);
+    let (state, memory) = (dir.join("state"), dir.join("memory"));
+    let good = std::fs::read(&state).unwrap();
+    let len = std::fs::metadata(&memory).unwrap().len();
+    let refused = |needles: &[&str]| {
+        let ended = Vmm::command(["restore", "--from"]).arg(&dir).output();
+        ended
+            .expect_status(2)
+            .expect_stdout("")
+            .expect_line(needles);
+    };
+    let name = state.to_str().unwrap();
+    std::fs::write(&state, &good[..good.len() - 1]).unwrap();
+    refused(&[name, "cut off"]);
+    std::fs::write(&state, b"").unwrap();
+    refused(&[name, "which no snapshot does"]);
+    let mut newer = good.clone();
+    newer[8] = 2;
+    std::fs::write(&state, newer).unwrap();
+    refused(&[name, "version 2"]);
+    let mut damaged = good.clone();
+    *damaged.last_mut().unwrap() ^= 1;
+    std::fs::write(&state, damaged).unwrap();
+    refused(&[name, "section memory", "0x"]);
+    std::fs::remove_file(&state).unwrap();
+    refused(&[name, "No such file"]);
+    std::fs::create_dir(&state).unwrap();
+    refused(&[name, "no regular file"]);
+    std::fs::remove_dir(&state).unwrap();
+    std::fs::write(&state, &good).unwrap();
+
+    let name = memory.to_str().unwrap();
+    let open = || {
+        std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&memory)
+            .unwrap()
+    };
+    open().set_len(len - 1).unwrap();
+    refused(&[name, &(len - 1).to_string(), &len.to_string()]);
+    open().set_len(len).unwrap();
+    // The kept memory, and where nothing was.
+    for at in [(2 << 20) + 0x10_0000 + 0x30_0000_u64, len - 1] {
+        let mut byte = [0];
+        open().read_exact_at(&mut byte, at).unwrap();
+        open().write_all_at(&[!byte[0]], at).unwrap();
+        refused(&[name, "damaged between"]);
+        open().write_all_at(&byte, at).unwrap();
+    }
+    std::fs::copy(other.join("memory"), &memory).unwrap();
+    refused(&[name, "is of the snapshot"]);
+    std::fs::copy(&memory, other.join("memory")).unwrap();
+    let mut on = Vmm::command(["restore", "--from"])
+        .arg(&other)
+        .stdin_pipe()
+        .start();
+    on.wait_for("5");
+    on.type_in(b"q");
+    on.wait().expect_status(1).expect_silence();
+}
+
+#[test]
+fn what_the_snapshot_has_not_cannot_be_another_one() {
+    need_kvm();
+    let (_folder, dir) = place();
+    taken(&dir, Irqchip::Kernel);
+    for (words, needle) in [
+        ("--disk 0:path=/x", "there is no disk 0: the guest has 0"),
+        ("--net 1:tap=t", "there is no network card 1"),
+        ("--vsock cid=5", "no vsock device"),
+        ("--console stdio", "no hvc0"),
+        ("--port name=p,unix=/x", "no port \"p\""),
+        ("--kvm /nonexistent", "/nonexistent"),
+    ] {
+        let ended = Vmm::command(["restore", "--from"])
+            .arg(&dir)
+            .words(words)
+            .output();
+        let status = if words.starts_with("--kvm") { 1 } else { 2 };
+        ended.expect_status(status).expect_line(&[needle]);
+    }
+}
+
+#[test]
+fn a_device_of_a_programs_own_is_refused_by_its_name_and_the_guest_runs_on() {
+    need_kvm();
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let (folder, dir) = place();
+    let mut guest = Guest::start(|console, end| {
+        let mut devices = Devices::open(&config, console).unwrap();
+        devices.add("mine", Rng);
+        Machine::build_with(&config, devices, console, end).unwrap()
+    });
+    guest.hear(1);
+    let error = guest
+        .running
+        .snapshot(&SnapshotRequest { dir })
+        .unwrap_err();
+    assert!(error.to_string().starts_with("mine "), "{error}");
+    assert_eq!(guest.running.state(), RunState::Running);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    let (said, end) = guest.quit();
+    assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{said}");
+}
+
+/// The host's files, with room for so many bytes.
+struct Small(std::cell::Cell<u64>);
+
+impl SnapshotFiles for Small {
+    fn create_dir(&self, path: &Path) -> std::io::Result<File> {
+        HostFiles.create_dir(path)
+    }
+    fn create(&self, path: &Path) -> std::io::Result<File> {
+        HostFiles.create(path)
+    }
+    fn set_len(&self, file: &File, len: u64) -> std::io::Result<()> {
+        HostFiles.set_len(file, len)
+    }
+    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> std::io::Result<usize> {
+        let room = self.0.get().min(bytes.len() as u64);
+        self.0.set(self.0.get() - room);
+        match room {
+            0 => Err(std::io::Error::from_raw_os_error(libc::ENOSPC)),
+            _ => HostFiles.write_at(file, &bytes[..room as usize], offset),
+        }
+    }
+    fn sync(&self, file: &File) -> std::io::Result<()> {
+        HostFiles.sync(file)
+    }
+    fn open_dir(&self, path: &Path) -> std::io::Result<File> {
+        HostFiles.open_dir(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> std::io::Result<()> {
+        HostFiles.rename(from, to)
+    }
+    fn exchange(&self, one: &Path, other: &Path) -> std::io::Result<()> {
+        HostFiles.exchange(one, other)
+    }
+    fn remove(&self, path: &Path) -> std::io::Result<()> {
+        HostFiles.remove(path)
+    }
+}
+
+#[test]
+fn a_disk_that_is_full_leaves_the_older_snapshot_and_the_guest_running_or_paused_as_it_was() {
+    need_kvm();
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let (folder, dir) = place();
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    guest.snapshot(&dir);
+    let before = std::fs::read(dir.join("state")).unwrap();
+    let request = SnapshotRequest { dir: dir.clone() };
+    for room in [0, 100, 5000, 200_000] {
+        for state in [RunState::Running, RunState::Paused] {
+            match state {
+                RunState::Running => guest.running.resume().unwrap(),
+                RunState::Paused => guest.running.pause().unwrap(),
+            }
+            let files = Small(room.into());
+            let error = guest.running.snapshot_with(&request, &files).unwrap_err();
+            assert!(error.to_string().contains("No space left"), "{error}");
+            assert_eq!(guest.running.state(), state);
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+            assert!(std::fs::read(dir.join("state")).unwrap() == before);
+        }
+    }
+    guest.running.resume().unwrap();
+    let (said, end) = guest.quit();
+    assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{said}");
+    let mut guest = Guest::restore(&dir);
+    guest.hear(2);
+    assert_eq!(guest.quit().1, Some(GuestEnd::DebugExit(0)));
+}

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Snapshots of a guest at its disk: requests under way, and a disk that has moved on.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use guests::virtio::{INTERRUPTS, MEMORY, Op, REGISTERS, driver};
+use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::devices::virtio::block::DiskConfig;
+use reference_vmm::devices::virtio::registers::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};
+use reference_vmm::end::{EndSignal, GuestEnd};
+use reference_vmm::memory::Memory;
+use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
+use reference_vmm::vm::{BuildError, Machine, Running};
+use support::{WATCHDOG, file, long, need_kvm};
+use virtio_bindings::virtio_mmio::*;
+
+const READY: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
+const ENTRIES: u32 = 8;
+const AVAILABLE: u32 = MEMORY + 0x1000;
+const USED: u32 = MEMORY + 0x2000;
+/// Of each request, 16 bytes.
+const HEADERS: u32 = MEMORY + 0x3000;
+const STATUS: u32 = MEMORY + 0x3800;
+const DATA: u32 = MEMORY + 0x4000;
+const NEXT: u32 = 1;
+const WRITE: u32 = 2;
+const SECTORS: u32 = 40;
+
+/// What is written to a sector, each 32 bits of it.
+fn word(sector: u32) -> u32 {
+    0x5eed_0000 | sector
+}
+
+/// A guest that writes each sector and reads it back, by interrupts; debug-exit value 0.
+fn writer() -> Vec<u8> {
+    let mut ops = Vec::new();
+    let register = |register, value| Op::Write(REGISTERS + register, value);
+    ops.extend([
+        register(VIRTIO_MMIO_STATUS, 0),
+        register(VIRTIO_MMIO_STATUS, ACKNOWLEDGE | DRIVER),
+        register(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1),
+        register(VIRTIO_MMIO_DRIVER_FEATURES, 1),
+        register(VIRTIO_MMIO_STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK),
+        register(VIRTIO_MMIO_QUEUE_SEL, 0),
+        register(VIRTIO_MMIO_QUEUE_NUM, ENTRIES),
+        register(VIRTIO_MMIO_QUEUE_DESC_LOW, MEMORY),
+        register(VIRTIO_MMIO_QUEUE_AVAIL_LOW, AVAILABLE),
+        register(VIRTIO_MMIO_QUEUE_USED_LOW, USED),
+        register(VIRTIO_MMIO_QUEUE_READY, 1),
+        register(VIRTIO_MMIO_STATUS, READY),
+    ]);
+    let mut requests = 0;
+    let mut request = |ops: &mut Vec<Op>, read: bool, sector: u32| {
+        let descriptor = |number: u32, address, len, flags| {
+            let at = MEMORY + 16 * number;
+            [
+                Op::Write(at, address),
+                Op::Write(at + 8, len),
+                Op::Write(at + 12, flags | (number + 1) << 16),
+            ]
+        };
+        ops.extend([
+            Op::Write(HEADERS, u32::from(!read)),
+            Op::Write(HEADERS + 8, sector),
+            Op::Write(STATUS, 0xff),
+        ]);
+        let data = if read { WRITE } else { 0 };
+        ops.extend(descriptor(0, HEADERS, 16, NEXT));
+        ops.extend(descriptor(1, DATA, 512, NEXT | data));
+        ops.extend(descriptor(2, STATUS, 1, WRITE));
+        ops.push(Op::Write16(AVAILABLE + 4 + 2 * (requests % ENTRIES), 0));
+        requests += 1;
+        ops.push(Op::Write16(AVAILABLE + 2, requests as u16));
+        ops.push(register(VIRTIO_MMIO_QUEUE_NOTIFY, 0));
+        // Asleep, until the interrupt for this request has come: one that is lost is the end of it.
+        ops.push(Op::Sleep {
+            address: USED,
+            value: requests << 16,
+            mask: 0xffff_0000,
+        });
+        ops.push(Op::Poll {
+            address: STATUS,
+            value: 0,
+            mask: 0xff,
+        });
+    };
+    for sector in 0..SECTORS {
+        for at in (0..512).step_by(128) {
+            ops.push(Op::Write(DATA + at, word(sector)));
+        }
+        request(&mut ops, false, sector);
+        ops.extend((0..512).step_by(128).map(|at| Op::Write(DATA + at, 0)));
+        request(&mut ops, true, sector);
+        for at in (0..512).step_by(128) {
+            ops.push(Op::Poll {
+                address: DATA + at,
+                value: word(sector),
+                mask: u32::MAX,
+            });
+        }
+        ops.push(Op::Say(b'.'));
+    }
+    ops.push(Op::Show(INTERRUPTS));
+    ops.push(Op::End(0));
+    driver(&ops)
+}
+
+struct Guest {
+    running: Running,
+    end: Arc<EndSignal>,
+}
+
+impl Guest {
+    fn of(machine: impl FnOnce(&File, &Arc<EndSignal>) -> Result<Machine, BuildError>) -> Self {
+        let end = Arc::new(EndSignal::new().unwrap());
+        let nowhere = File::create("/dev/null").unwrap();
+        let running = machine(&nowhere, &end).unwrap().start().unwrap();
+        Guest { running, end }
+    }
+
+    /// Waits for its end for so many milliseconds; whether it came.
+    fn ends_within(&self, ms: i32) -> bool {
+        use std::os::fd::AsRawFd;
+        let mut fd = libc::pollfd {
+            fd: self.end.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one pollfd.
+        unsafe { libc::poll(&raw mut fd, 1, ms) > 0 }
+    }
+}
+
+fn disk(sectors: u64) -> tempfile::TempPath {
+    let path = file(&[]);
+    let image = File::options().write(true).open(&path).unwrap();
+    image.set_len(sectors * 512).unwrap();
+    path
+}
+
+fn config(kernel: &Path, irqchip: Irqchip, disk: DiskConfig) -> Config {
+    Config {
+        memory: Memory::new(16 << 20),
+        irqchip,
+        debug_exit: Some(0xf4),
+        disks: vec![disk],
+        ..Config::new(kernel)
+    }
+}
+
+#[test]
+fn a_disks_requests_are_neither_lost_nor_done_twice_wherever_the_guest_is_stopped() {
+    need_kvm();
+    let rounds = if long() { 40 } else { 6 };
+    let kernel = file(&writer());
+    for irqchip in [Irqchip::Split, Irqchip::Kernel] {
+        let image = disk(u64::from(SECTORS));
+        let config = config(&kernel, irqchip, DiskConfig::new(&*image));
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("s");
+        let mut guest = Guest::of(|console, end| Machine::build(&config, console, end));
+        let mut restores = 0;
+        for round in 0..rounds {
+            // Wherever it is then.
+            if guest.ends_within(round * 7 % 23) {
+                break;
+            }
+            guest.running.pause().unwrap();
+            let request = SnapshotRequest { dir: dir.clone() };
+            guest.running.snapshot(&request).unwrap();
+            if guest.end.is_told() {
+                break;
+            }
+            // It lets go of the disk.
+            drop(guest);
+            let request = RestoreRequest::new(&dir);
+            guest = Guest::of(|console, end| Machine::restore(&request, console, end));
+            restores += 1;
+        }
+        assert!(
+            guest.ends_within(WATCHDOG.as_millis() as i32),
+            "{irqchip:?}: it stands still"
+        );
+        assert_eq!(
+            guest.end.get(),
+            Some(&GuestEnd::DebugExit(0)),
+            "{irqchip:?}"
+        );
+        assert!(restores > 1, "{restores}");
+        let image = File::open(&image).unwrap();
+        for sector in 0..SECTORS {
+            let mut bytes = [0; 4];
+            image
+                .read_exact_at(&mut bytes, u64::from(sector) * 512)
+                .unwrap();
+            assert_eq!(u32::from_le_bytes(bytes), word(sector));
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_has_moved_on_is_refused_and_a_copy_of_what_it_was_is_taken() {
+    need_kvm();
+    let kernel = file(&writer());
+    for readonly in [false, true] {
+        let image = disk(u64::from(SECTORS) + 8);
+        let disk = DiskConfig {
+            readonly,
+            ..DiskConfig::new(&*image)
+        };
+        let config = config(&kernel, Irqchip::Split, disk);
+        let folder = tempfile::tempdir().unwrap();
+        let (dir, copy) = (folder.path().join("s"), folder.path().join("copy"));
+        let guest = Guest::of(|console, end| Machine::build(&config, console, end));
+        // It has to wait for the guest's first tries.
+        guest.running.pause().unwrap();
+        let request = SnapshotRequest { dir: dir.clone() };
+        guest.running.snapshot(&request).unwrap();
+        drop(guest);
+        std::fs::copy(&image, &copy).unwrap();
+
+        let restore = |request: &RestoreRequest| {
+            let end = Arc::new(EndSignal::new().unwrap());
+            let nowhere = File::create("/dev/null").unwrap();
+            Machine::restore(request, nowhere, &end).map(drop)
+        };
+        let request = RestoreRequest::new(&dir);
+        // As often as one likes.
+        restore(&request).unwrap();
+        restore(&request).unwrap();
+        let mut elsewhere = request.clone();
+        elsewhere.overrides.disks = vec![(0, copy)];
+        restore(&elsewhere).unwrap();
+
+        let file = File::options().write(true).open(&image).unwrap();
+        file.write_all_at(b"moved on", 512 * u64::from(SECTORS))
+            .unwrap();
+        let refused = |request: &RestoreRequest, needles: &[&str]| {
+            let error = restore(request).unwrap_err();
+            assert_eq!(error.exit_status(), 2);
+            let text = reference_vmm::end::Chain(&error).to_string();
+            for needle in needles {
+                assert!(text.contains(needle), "{text}");
+            }
+        };
+        let name = image.to_str().unwrap();
+        refused(&request, &["--disk", name, "has been written since"]);
+        restore(&elsewhere).unwrap();
+        // To call it a copy does not make it one.
+        let mut same = request.clone();
+        same.overrides.disks = vec![(0, image.to_path_buf())];
+        refused(&same, &["has been written since"]);
+        file.set_len(512).unwrap();
+        refused(&request, &["it had", "bytes and has 512"]);
+        std::fs::remove_file(&image).unwrap();
+        refused(&request, &["No such file"]);
+        std::fs::write(&image, vec![0; 512 * (SECTORS as usize + 8)]).unwrap();
+        refused(&request, &["since"]);
+    }
+}

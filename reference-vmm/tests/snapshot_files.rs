@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A snapshot comes into being whole or not at all, whatever call the host refuses.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use reference_vmm::snapshot::files::{Draft, HostFiles, SnapshotFiles, WriteError};
+use reference_vmm::snapshot::format::{Kind, SnapshotId, encode};
+
+/// The host's files, of which one call is refused, or writes half of what it is given.
+struct Faulty {
+    calls: Cell<usize>,
+    /// Which call, from 0 on.
+    at: usize,
+    /// None: a short write.
+    errno: Option<i32>,
+}
+
+impl Faulty {
+    fn new(at: usize, errno: Option<i32>) -> Self {
+        let calls = Cell::new(0);
+        Faulty { calls, at, errno }
+    }
+
+    fn is_due(&self) -> bool {
+        let call = self.calls.get();
+        self.calls.set(call + 1);
+        call == self.at
+    }
+
+    fn check(&self) -> io::Result<()> {
+        match (self.is_due(), self.errno) {
+            (true, Some(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl SnapshotFiles for Faulty {
+    fn create_dir(&self, path: &Path) -> io::Result<File> {
+        self.check()?;
+        HostFiles.create_dir(path)
+    }
+    fn create(&self, path: &Path) -> io::Result<File> {
+        self.check()?;
+        HostFiles.create(path)
+    }
+    fn set_len(&self, file: &File, len: u64) -> io::Result<()> {
+        self.check()?;
+        HostFiles.set_len(file, len)
+    }
+    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        match (self.is_due(), self.errno) {
+            (true, Some(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            (true, None) => HostFiles.write_at(file, &bytes[..bytes.len() / 2], offset),
+            _ => HostFiles.write_at(file, bytes, offset),
+        }
+    }
+    fn sync(&self, file: &File) -> io::Result<()> {
+        self.check()?;
+        HostFiles.sync(file)
+    }
+    fn open_dir(&self, path: &Path) -> io::Result<File> {
+        self.check()?;
+        HostFiles.open_dir(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.check()?;
+        HostFiles.rename(from, to)
+    }
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        self.check()?;
+        HostFiles.exchange(one, other)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        // What is refused here cannot but be left, which is told.
+        HostFiles.remove(path)
+    }
+}
+
+fn state(text: &str) -> Vec<u8> {
+    encode(SnapshotId([1; 16]), &[(Kind::Vm, text.into())])
+}
+
+fn write(files: &impl SnapshotFiles, target: &Path, text: &str) -> Result<(), WriteError> {
+    let draft = Draft::begin(files, target)?;
+    let memory = draft.create("memory", 1 << 20)?;
+    draft.write(&memory, text.as_bytes(), 4096)?;
+    let bytes = state(text);
+    let file = draft.create("state", bytes.len() as u64)?;
+    draft.write(&file, &bytes, 0)?;
+    draft.sync(&memory)?;
+    draft.sync(&file)?;
+    draft.commit()
+}
+
+/// Every file below, and what is in it.
+fn tree(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(tree(&path)),
+            false => drop(found.insert(path.clone(), fs::read(&path).unwrap())),
+        }
+    }
+    found
+}
+
+#[test]
+fn a_refused_call_leaves_the_older_snapshot_whole_and_nothing_beside_it() {
+    for older in [false, true] {
+        // How many calls there are.
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("s");
+        let good = Faulty::new(usize::MAX, None);
+        write(&HostFiles, &target, "old").unwrap();
+        if !older {
+            fs::remove_dir_all(&target).unwrap();
+        }
+        write(&good, &target, "new").unwrap();
+        let calls = good.calls.get();
+        assert!(calls >= 11, "{calls}");
+        for at in 0..calls {
+            for errno in [libc::ENOSPC, libc::EIO, libc::EDQUOT] {
+                let folder = tempfile::tempdir().unwrap();
+                let target = folder.path().join("s");
+                if older {
+                    write(&HostFiles, &target, "old").unwrap();
+                }
+                let before = tree(folder.path());
+                let error = write(&Faulty::new(at, Some(errno)), &target, "new").unwrap_err();
+                let text = error.to_string();
+                assert!(text.contains(&format!("os error {errno}")), "{at}: {text}");
+                assert!(
+                    text.contains(folder.path().to_str().unwrap()),
+                    "{at}: {text}"
+                );
+                assert_eq!(tree(folder.path()), before, "{older} {at} {text}");
+                let entries = fs::read_dir(folder.path()).unwrap().count();
+                assert_eq!(entries, usize::from(older), "{at}: {text}");
+                // And it works afterwards.
+                write(&HostFiles, &target, "new").unwrap();
+                assert_eq!(fs::read(target.join("state")).unwrap(), state("new"));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_short_write_is_gone_on_with() {
+    for at in 0..12 {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("s");
+        write(&Faulty::new(at, None), &target, "new").unwrap();
+        assert_eq!(fs::read(target.join("state")).unwrap(), state("new"));
+        let memory = fs::read(target.join("memory")).unwrap();
+        assert_eq!((memory.len(), &memory[4096..4099]), (1 << 20, &b"new"[..]));
+    }
+}
+
+#[test]
+fn what_a_crash_left_is_removed_by_the_next_and_what_is_being_written_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("s");
+    let partial = folder.path().join(".s.partial");
+    fs::create_dir(&partial).unwrap();
+    fs::write(partial.join("memory"), "half").unwrap();
+    write(&HostFiles, &target, "new").unwrap();
+    assert!(!partial.exists());
+    let held = Draft::begin(&HostFiles, &target).unwrap();
+    let error = write(&HostFiles, &target, "other").unwrap_err();
+    assert!(matches!(error, WriteError::InUse(_)), "{error}");
+    drop(held);
+    assert!(!partial.exists());
+    assert_eq!(fs::read(target.join("state")).unwrap(), state("new"));
+}
+
+#[test]
+fn only_a_snapshot_or_an_empty_directory_is_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::create_dir(at("empty")).unwrap();
+    write(&HostFiles, &at("empty"), "new").unwrap();
+    fs::write(at("file"), "x").unwrap();
+    fs::create_dir(at("full")).unwrap();
+    fs::write(at("full").join("state"), "mine").unwrap();
+    std::os::unix::fs::symlink(at("empty"), at("link")).unwrap();
+    for name in ["file", "full", "link"] {
+        let error = write(&HostFiles, &at(name), "new").unwrap_err();
+        assert!(matches!(error, WriteError::Occupied(_)), "{name}: {error}");
+    }
+    assert_eq!(fs::read(at("full").join("state")).unwrap(), b"mine");
+    for path in ["/", ".."] {
+        let error = write(&HostFiles, Path::new(path), "new").unwrap_err();
+        assert!(matches!(error, WriteError::NoName(_)), "{error}");
+    }
+    // Its owner's alone.
+    use std::os::unix::fs::PermissionsExt;
+    let mode = |path: PathBuf| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(
+        (mode(at("empty")), mode(at("empty").join("memory"))),
+        (0o700, 0o600)
+    );
+}
