@@ -352,9 +352,10 @@ fn no_vcpu_executes_while_its_machine_is_paused() {
 }
 
 #[test]
-fn nothing_writes_to_the_memory_of_a_paused_machine_and_thousands_of_pauses_lose_nothing() {
+fn nothing_writes_to_the_memory_of_a_paused_machine_and_no_pause_loses_anything() {
     for (cpus, irqchip) in [(1, "split"), (4, "kernel")] {
-        let requests = if long() { 50_000 } else { 3_000 };
+        // An emulated machine is slow with four vCPUs.
+        let requests = if long() { 50_000 } else { 600 };
         let guest = Guest::start(&asks(requests), cpus, irqchip, nowhere());
         let mut dice = Dice(0x5eed + u64::from(cpus));
         let (mut cycles, mut looks) = (0, 0);
@@ -369,7 +370,7 @@ fn nothing_writes_to_the_memory_of_a_paused_machine_and_thousands_of_pauses_lose
             }
             // The whole of memory at some of the pauses, the rings at all.
             let index = guest.word(u64::from(USED));
-            if cycles % 64 == 0 && looks < 40 {
+            if cycles % 16 == 0 && looks < 40 {
                 let before = guest.memory();
                 dice.dawdle();
                 assert!(guest.memory() == before, "cycle {cycles}, {cpus} vCPUs");
