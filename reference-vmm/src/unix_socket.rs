@@ -105,14 +105,30 @@ impl Drop for Listener {
 /// # Errors
 /// `ENOENT` and `ECONNREFUSED`: nobody listens there. `WouldBlock`: as many as it takes wait there to be accepted.
 pub fn connect(path: &Path) -> io::Result<UnixStream> {
+    connect_by(socket()?.into(), path)
+}
+
+/// The same, and where as many as it takes wait there to be accepted, waits up to `timeout`, which is not 0. The socket
+/// blocks, and its writes have the same limit.
+///
+/// # Errors
+/// As [`connect`]'s; `WouldBlock` after the time.
+pub fn connect_within(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let stream = UnixStream::from(socket()?);
+    stream.set_nonblocking(false)?;
+    // unix(7) has a connection wait by the limit of writes.
+    stream.set_write_timeout(Some(timeout))?;
+    connect_by(stream, path)
+}
+
+fn connect_by(stream: UnixStream, path: &Path) -> io::Result<UnixStream> {
     let address = socket_address(path)?;
-    let fd = socket()?;
     let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
     // SAFETY: the address is initialised and as long as is said, and is only read.
-    if unsafe { libc::connect(fd.as_raw_fd(), (&raw const address).cast(), len) } < 0 {
+    if unsafe { libc::connect(stream.as_raw_fd(), (&raw const address).cast(), len) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(fd.into())
+    Ok(stream)
 }
 
 /// Removes a socket that nobody listens at. Until what is given back is dropped no other process that does so too finds

@@ -77,18 +77,16 @@ pub enum ClientError {
 }
 
 impl Client {
-    /// Connects to the socket at `path`. An answer is waited for up to `timeout`.
+    /// Connects to the socket at `path`: its turn is waited for up to `timeout`, and so is an answer.
     ///
     /// # Errors
     /// [`ClientError::Connect`].
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, ClientError> {
         let connect = || {
-            let stream = unix_socket::connect(path)?;
-            stream.set_nonblocking(false)?;
             // std takes no 0, which would be no limit.
-            let timeout = Some(timeout.max(Duration::from_millis(1)));
-            stream.set_read_timeout(timeout)?;
-            stream.set_write_timeout(timeout)?;
+            let timeout = timeout.max(Duration::from_millis(1));
+            let stream = unix_socket::connect_within(path, timeout)?;
+            stream.set_read_timeout(Some(timeout))?;
             Ok(stream)
         };
         let path = path.to_owned();
