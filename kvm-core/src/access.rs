@@ -30,13 +30,14 @@
 use std::any::{Any, TypeId};
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::blocker::Blocker;
-use crate::control::{Control, ControlError, Pause, State};
+use crate::control::{Control, ControlError, Enrolled, Pause, State};
 use crate::identity::VcpuId;
 use crate::memory_error::{BusError, BusErrorCode};
 use crate::run::{RunVcpu, VcpuView};
-use crate::sync::{Mutex, MutexGuard, lock, wait};
+use crate::sync::{Mutex, MutexGuard, lock, wait, wait_for};
 
 /// What is done with a vCPU, on its thread.
 pub(crate) type Task = Box<dyn FnOnce(VcpuId, &mut dyn OnThread) + Send>;
@@ -227,6 +228,31 @@ impl Pause {
             None => Err(ControlError::Left(id)),
         };
         slots.into_iter().map(result).collect()
+    }
+}
+
+impl Pause {
+    /// Waits until each vCPU that is enrolled has its thread, up to `patience`: before that it cannot be asked
+    /// ([`ControlError::NotStarted`]). Whether each has.
+    ///
+    /// A thread that is spawned comes to its vCPU when the host lets it, and a pause may hold before.
+    pub fn wait_started(&self, patience: Duration) -> bool {
+        let begun = Instant::now();
+        loop {
+            let members = lock(&self.control().members);
+            let state = lock(&self.control().state);
+            let has_thread =
+                |member: &Arc<Enrolled>| state.threads.contains(&Arc::as_ptr(member).addr());
+            if members.iter().all(has_thread) {
+                return true;
+            }
+            drop(members);
+            let left = patience.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                return false;
+            }
+            drop(wait_for(&self.control().changed, state, left));
+        }
     }
 }
 

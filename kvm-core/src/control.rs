@@ -531,6 +531,7 @@ impl Member {
         state.started += 1;
         state.threads.push(self.key());
         self.started = true;
+        self.control.changed.notify_all();
         state = self.until_resumed(state, thread);
         state.active += 1;
         state.verdict()

@@ -111,13 +111,12 @@ fn a_vcpu_that_starts_while_a_pause_holds_does_tasks_too() {
         let pause = set.pause().unwrap();
         let runner = set.enroll(FakeVcpu::new(VcpuId(0), [])).unwrap();
         assert_eq!(number(&pause, 0), Err(ControlError::NotStarted(VcpuId(0))));
+        assert!(!pause.wait_started(Duration::from_millis(1)));
         let thread = thread::spawn(move || {
             let Err(halt) = runner.run(ignore);
             halt.reason
         });
-        while number(&pause, 0) == Err(ControlError::NotStarted(VcpuId(0))) {
-            thread::yield_now();
-        }
+        assert!(pause.wait_started(Duration::from_secs(60)));
         assert_eq!(number(&pause, 0), Ok(0));
         assert_eq!(set.active(), 0);
         drop(pause);

@@ -13,11 +13,10 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use irq_routing::IrqchipStateError;
-use kvm_core::arch::x86_64::state::{ClockError, SaveError, StateHost, VcpuState};
+use kvm_core::arch::x86_64::state::{ClockError, SaveError, StateHost};
 use kvm_core::{Kvm, Pause, VcpuId, VcpuView};
 use kvm_ioctls::VcpuFd;
 use memslots::SlotTable;
@@ -29,6 +28,7 @@ use super::format::SnapshotId;
 use super::machine::{DevicesSection, MachineState, StateError, VcpuSection, VmSection};
 use super::pages::{self, PIECE, PageMap, Piece};
 use crate::devices::virtio::list::DeviceState;
+use crate::devices::virtio::rng::random_id;
 use crate::vm::control::PATIENCE;
 use crate::vm::{ControlError, RunState, Running};
 
@@ -156,7 +156,7 @@ impl Running {
         self.check_for_snapshot()?;
         let config = config_form::to_json(self.config())?;
         let host = self.state_host()?;
-        let id = SnapshotId(random()?);
+        let id = SnapshotId(random_id().map_err(SnapshotError::Random)?);
         let draft = Draft::begin(files, &request.dir)?;
         let standing = Instant::now();
         let ran = self.state() == RunState::Running;
@@ -164,10 +164,9 @@ impl Running {
             self.pause()?;
         }
         let captured = self.while_paused(|pause| {
-            let captured = self.capture(pause, config, host)?;
-            let memory = draft.create(MEMORY, captured.memory.file_len())?;
+            let mut state = self.capture(pause, config, host)?;
+            let memory = draft.create(MEMORY, state.memory.file_len())?;
             draft.write(&memory, &pages::header(id), 0)?;
-            let mut state = captured;
             let table = self.memory();
             // An end waits for this.
             let go_on = || match self.is_stopping() {
@@ -246,7 +245,10 @@ impl Running {
         let irqchip = self.irqchip().state(self.vm().fd().as_ref())?;
         let ioapic = self.ioapic_state();
         let mut vcpus = Vec::new();
-        for (id, state) in save_vcpus(pause, &Arc::new(host))? {
+        // Right behind a start on a busy host a thread may not have come to its vCPU yet.
+        pause.wait_started(PATIENCE);
+        let save = move |vcpu: &VcpuView<'_, VcpuFd>| vcpu.state(&host);
+        for (id, state) in pause.with_each(save)? {
             let state = state.map_err(|source| SnapshotError::Vcpu { id, source })?;
             vcpus.push(VcpuSection { id: id.0, state });
         }
@@ -267,27 +269,6 @@ impl Running {
             devices,
             memory,
         })
-    }
-}
-
-type SavedVcpu = (VcpuId, Result<VcpuState, SaveError>);
-
-/// Each vCPU's state, from its own thread. One whose thread was made and has not come to its vCPU yet, as right behind a
-/// start on a busy host, is waited for.
-fn save_vcpus(
-    pause: &Pause,
-    host: &Arc<StateHost>,
-) -> Result<Vec<SavedVcpu>, kvm_core::ControlError> {
-    let begun = Instant::now();
-    loop {
-        let host = host.clone();
-        let save = move |vcpu: &VcpuView<'_, VcpuFd>| vcpu.state(&host);
-        match pause.with_each(save) {
-            Err(kvm_core::ControlError::NotStarted(_)) if begun.elapsed() < PATIENCE => {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            saved => return saved,
-        }
     }
 }
 
@@ -356,15 +337,4 @@ fn coarse_time() -> Duration {
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default(),
     }
-}
-
-/// 16 random bytes.
-///
-/// # Errors
-/// [`SnapshotError::Random`].
-fn random() -> Result<[u8; 16], SnapshotError> {
-    let mut bytes = [0; 16];
-    let filled = crate::devices::virtio::rng::random(&mut bytes);
-    filled.map_err(|fault| SnapshotError::Random(io::Error::other(fault)))?;
-    Ok(bytes)
 }

@@ -202,7 +202,6 @@ impl<C: AsFd> Composition<'_, C> {
             kvm_stats: None,
             gdb: None,
             restored: saved.is_some(),
-            kvm: config.kvm.clone(),
         })
     }
 }

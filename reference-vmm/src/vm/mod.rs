@@ -46,7 +46,7 @@ mod start;
 mod wiring;
 
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Mutex};
 
@@ -70,7 +70,7 @@ use crate::devices::serial::{ConsoleOut, SerialPort};
 use crate::devices::virtio::any::{Devices, PlacedDevice};
 use crate::devices::virtio::bay;
 use crate::devices::virtio::console::config::Stdio;
-use crate::devices::virtio::rng::random;
+use crate::devices::virtio::rng::random_id;
 use crate::end::EndSignal;
 use crate::exits::{self, Handler, run_vcpu};
 use crate::gdb;
@@ -101,8 +101,6 @@ pub struct Machine {
     gdb: Option<gdb::Listener>,
     /// It goes on from a snapshot.
     restored: bool,
-    /// The KVM device.
-    kvm: PathBuf,
 }
 
 /// What lives as long as the guest. Fields are dropped in this order: devices first, which hold
@@ -284,12 +282,11 @@ impl Machine {
         if let Some(acpi) = &acpi {
             boot::write_all(&*memory, &acpi.writes)?;
             boot::write_all(&*memory, &[reset_vector::block()])?;
-            let mut generation = vec![0; 16];
-            random(&mut generation).map_err(|fault| BuildError::Process {
+            let generation = random_id().map_err(|source| BuildError::Process {
                 what: "make the machine's generation id",
-                source: std::io::Error::other(fault),
+                source,
             })?;
-            boot::write_all(&*memory, &[(layout::GENERATION_ID, generation)])?;
+            boot::write_all(&*memory, &[(layout::GENERATION_ID, generation.to_vec())])?;
         }
         let start = StartState::of(&plan.entry)?;
         boot::write_all(&*memory, &[start.tables()])?;
@@ -359,7 +356,6 @@ impl Machine {
             kvm_stats,
             gdb,
             restored,
-            kvm,
         } = self;
         let set = VcpuSet::new(parts.vm.identity().clone());
         let process = |what| move |source| BuildError::Process { what, source };
@@ -425,8 +421,8 @@ impl Machine {
         }
         // Last: a debugger that connects at once stops those vCPUs that are enrolled.
         if let (Some(listener), Some(link)) = (gdb, &link) {
-            let memory = &running.parts.memslots;
-            let debugger = gdb::Debugger::start(listener, link, memory, &kvm, &end);
+            let (memory, kvm) = (&running.parts.memslots, &running.parts.config.kvm);
+            let debugger = gdb::Debugger::start(listener, link, memory, kvm, &end);
             running.debugger = Some(debugger.map_err(process("start the debugger's thread"))?);
         }
         Ok(running)

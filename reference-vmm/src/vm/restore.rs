@@ -25,7 +25,7 @@ use super::{BuildError, Machine};
 use crate::arch::layout;
 use crate::config::Irqchip;
 use crate::devices::edge::Owing;
-use crate::devices::virtio::rng::random;
+use crate::devices::virtio::rng::random_id;
 use crate::end::EndSignal;
 use crate::snapshot::{RestoreError, RestoreRequest, Snapshot};
 
@@ -93,11 +93,8 @@ impl Machine {
             snapshot.load(&memory)?;
         }
         if acpi {
-            let mut generation = [0; 16];
-            random(&mut generation)
-                .map_err(|fault| RestoreError::Random(std::io::Error::other(fault)))?;
-            let address = layout::GENERATION_ID;
-            write(&memory, &generation, address)?;
+            let generation = random_id().map_err(RestoreError::Random)?;
+            write(&memory, &generation, layout::GENERATION_ID)?;
         }
         drop(memory);
 

@@ -78,8 +78,18 @@ impl Handler for Source {
     }
 }
 
+/// A number that nothing else has, of 16 random bytes.
+///
+/// # Errors
+/// The host gives none.
+pub(crate) fn random_id() -> io::Result<[u8; 16]> {
+    let mut id = [0; 16];
+    random(&mut id).map_err(io::Error::other)?;
+    Ok(id)
+}
+
 /// The host's own randomness. Waits only on a host that has just started and has none yet.
-pub(crate) fn random(mut bytes: &mut [u8]) -> Result<(), Fault> {
+pub(super) fn random(mut bytes: &mut [u8]) -> Result<(), Fault> {
     while !bytes.is_empty() {
         // SAFETY: the pointer and the length are those of one slice, which lives through the call.
         let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
