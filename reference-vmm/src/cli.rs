@@ -331,8 +331,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     let mut changes: Vec<Edit> = Vec::new();
     let mut initrd = Vec::new();
     let (mut disks, mut nets, mut ports) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut timeline, mut log, mut shutdown_timeout) = (false, log::LevelFilter::Warn, 10);
-    let (mut stats, mut gdb, mut api_sock) = (None, None, None);
+    let mut run = Run::new(Config::default());
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(Command::Help(RUN_HELP)),
@@ -408,28 +407,17 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 let path = PathBuf::from(parser.value()?);
                 changes.push(Box::new(move |config| config.kvm = path));
             }
-            Long("timeline") => timeline = true,
-            Long("api-sock") => api_sock = Some(self::api_sock(&mut parser)?),
-            Long("gdb") => {
-                let address = parser.value()?.string()?.parse();
-                gdb = Some(address.map_err(UsageError::Gdb)?);
-            }
-            Long("stats") => {
-                stats = Some(stats_form(parser.optional_value())?);
-            }
-            Long("shutdown-timeout") => {
-                shutdown_timeout = number("--shutdown-timeout", parser.value()?, 0..=u32::MAX)?;
-            }
-            Long("log") => {
-                log = log_level(parser.value()?)?;
+            Long(flag) => {
+                let flag = flag.to_owned();
+                run.take_flag(&flag, &mut parser)?;
             }
             other => return Err(other.unexpected().into()),
         }
     }
-    let mut config = match file {
-        Some(file) => Config::from_file(&file)?,
-        None => Config::default(),
-    };
+    let config = &mut run.config;
+    if let Some(file) = file {
+        *config = Config::from_file(&file)?;
+    }
     if !initrd.is_empty() {
         config.initrd = initrd;
     }
@@ -443,19 +431,45 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         config.ports = ports;
     }
     for change in changes {
-        change(&mut config);
+        change(config);
     }
     config.validate()?;
-    Ok(Command::Run(Box::new(Run {
-        config,
-        restore: None,
-        timeline,
-        stats,
-        log,
-        shutdown_timeout,
-        gdb,
-        api_sock,
-    })))
+    Ok(Command::Run(Box::new(run)))
+}
+
+impl Run {
+    fn new(config: Config) -> Self {
+        Run {
+            config,
+            restore: None,
+            timeline: false,
+            stats: None,
+            log: log::LevelFilter::Warn,
+            shutdown_timeout: 10,
+            gdb: None,
+            api_sock: None,
+        }
+    }
+
+    /// Takes one of the flags that `run` and `restore` have in common: those of how the machine is watched.
+    fn take_flag(&mut self, flag: &str, parser: &mut lexopt::Parser) -> Result<(), UsageError> {
+        match Long(flag) {
+            Long("timeline") => self.timeline = true,
+            Long("stats") => self.stats = Some(stats_form(parser.optional_value())?),
+            Long("log") => self.log = log_level(parser.value()?)?,
+            Long("shutdown-timeout") => {
+                let flag = "--shutdown-timeout";
+                self.shutdown_timeout = number(flag, parser.value()?, 0..=u32::MAX)?;
+            }
+            Long("api-sock") => self.api_sock = Some(api_sock(parser)?),
+            Long("gdb") => {
+                let address = parser.value()?.string()?.parse();
+                self.gdb = Some(address.map_err(UsageError::Gdb)?);
+            }
+            other => return Err(other.unexpected().into()),
+        }
+        Ok(())
+    }
 }
 
 fn stats_form(form: Option<OsString>) -> Result<StatsForm, UsageError> {

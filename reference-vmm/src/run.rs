@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use crate::api::{self, Server};
 use crate::cli::{Run, StatsForm};
-use crate::config::Config;
 use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::gdb::Listener;
@@ -67,13 +66,7 @@ fn show(stats: &Stats, form: StatsForm) {
 
 /// Serves the control socket on a thread of its own while `meanwhile` is at work, and stops the machine behind it: what the
 /// thread is at, a pause for one, ends by that.
-fn with_api(
-    server: &Server,
-    running: &Running,
-    config: &Config,
-    end: &EndSignal,
-    meanwhile: impl FnOnce(),
-) {
+fn with_api(server: &Server, running: &Running, end: &EndSignal, meanwhile: impl FnOnce()) {
     /// Also where something unwinds: the scope below waits for the thread.
     struct StopAtEnd<'a>(&'a Server);
     impl Drop for StopAtEnd<'_> {
@@ -81,7 +74,7 @@ fn with_api(
             self.0.stop();
         }
     }
-    let machine = api::Machine::new(running, config);
+    let machine = api::Machine::new(running);
     std::thread::scope(|scope| {
         let builder = std::thread::Builder::new().name("api".into());
         let thread = builder.spawn_scoped(scope, || server.serve(&machine));
@@ -178,7 +171,7 @@ fn run_to_end(
     };
     match &api {
         None => wait_for_the_end(),
-        Some(server) => with_api(server, &running, running.config(), &end, wait_for_the_end),
+        Some(server) => with_api(server, &running, &end, wait_for_the_end),
     }
     running.stop();
     timeline().mark(Event::Exit);

@@ -45,10 +45,10 @@
 //!
 //! ```no_run
 //! use reference_vmm::api::{self, Server};
-//! # use reference_vmm::{config::Config, vm::Running};
-//! # fn serve(running: &Running, config: &Config) -> Result<(), Box<dyn std::error::Error>> {
+//! # use reference_vmm::vm::Running;
+//! # fn serve(running: &Running) -> Result<(), Box<dyn std::error::Error>> {
 //! let server = Server::bind("/run/guest.api".as_ref())?;
-//! let machine = api::Machine::new(running, config);
+//! let machine = api::Machine::new(running);
 //! std::thread::scope(|scope| {
 //!     let thread = scope.spawn(|| server.serve(&machine));
 //!     // … until the guest's end.

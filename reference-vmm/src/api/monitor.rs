@@ -27,8 +27,9 @@ pub struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    /// `running`, which was built from `config`.
-    pub fn new(running: &'a Running, config: &Config) -> Self {
+    /// What asks `running`.
+    pub fn new(running: &'a Running) -> Self {
+        let config = running.config();
         let machine_config = machine_config(config);
         Machine {
             running,

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use kvm_core::arch::x86_64::state::ClockRestore;
 use lexopt::prelude::*;
 
-use super::{Command, Run, UsageError, device, log_level, number, stats_form};
+use super::{Command, Run, UsageError, device};
 use crate::config::{Config, check_path};
 use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::net::{Mac, NetConfig};
@@ -57,16 +57,7 @@ snapshot were wrong, it is not for this host, or a disk has moved on; 3 the gues
 /// Reads the command line behind the word.
 pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     let mut request = RestoreRequest::new("");
-    let mut run = Run {
-        config: Config::default(),
-        restore: None,
-        timeline: false,
-        stats: None,
-        log: log::LevelFilter::Warn,
-        shutdown_timeout: 10,
-        gdb: None,
-        api_sock: None,
-    };
+    let mut run = Run::new(Config::default());
     while let Some(arg) = parser.next()? {
         let of = &mut request.overrides;
         match arg {
@@ -114,16 +105,9 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 check_path("--kvm", &kvm)?;
                 of.kvm = Some(kvm);
             }
-            Long("timeline") => run.timeline = true,
-            Long("stats") => run.stats = Some(stats_form(parser.optional_value())?),
-            Long("log") => run.log = log_level(parser.value()?)?,
-            Long("shutdown-timeout") => {
-                run.shutdown_timeout = number("--shutdown-timeout", parser.value()?, 0..=u32::MAX)?;
-            }
-            Long("api-sock") => run.api_sock = Some(super::api_sock(&mut parser)?),
-            Long("gdb") => {
-                let address = parser.value()?.string()?.parse();
-                run.gdb = Some(address.map_err(UsageError::Gdb)?);
+            Long(flag) => {
+                let flag = flag.to_owned();
+                run.take_flag(&flag, &mut parser)?;
             }
             other => return Err(other.unexpected().into()),
         }
@@ -246,7 +230,13 @@ mod tests {
 
     #[test]
     fn every_flag_is_in_the_help() {
-        let source = include_str!("restore.rs");
+        // Its own, and those that it has in common with `run`.
+        let (_, common) = include_str!("../cli.rs")
+            .split_once("fn take_flag")
+            .unwrap();
+        let (common, _) = common.split_once("\n    }\n").unwrap();
+        assert!(common.contains("Long(\"gdb\")"));
+        let source = [include_str!("restore.rs"), common].concat();
         for (start, _) in source.match_indices("Long(\"") {
             let flag = source[start + 6..].split('"').next().unwrap();
             assert!(
