@@ -5,46 +5,18 @@
 //! `cargo bench -p dirty-log --bench ratios`.
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
 
+mod peers;
+
 use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
 use dirty_log::{DirtyBitmap, HostWrites, PAGE_SIZE, PageRun};
+use peers::{bit_by_bit, read};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 
 /// 512 GiB of guest memory: 16 MiB of bitmap.
 const PAGES: u64 = 512 << 30 >> 12;
-
-/// One question a page, as the loops of peers ask it, with their merging of neighbours.
-fn bit_by_bit(words: &[u64], mut run: impl FnMut(u64, u64)) {
-    let (mut first, mut open) = (0, false);
-    for (index, word) in words.iter().enumerate() {
-        for bit in 0..64 {
-            let page = index as u64 * 64 + bit;
-            let dirty = word & (1 << bit) != 0;
-            if dirty && !open {
-                (first, open) = (page, true);
-            } else if !dirty && open {
-                run(first, page - first);
-                open = false;
-            }
-        }
-    }
-    if open {
-        run(first, words.len() as u64 * 64 - first);
-    }
-}
-
-/// What the host reads at most: each word once, in as wide pieces as the compiler makes of it.
-fn read(words: &[u64]) -> u64 {
-    let mut all = [0; 32];
-    for piece in words.chunks_exact(all.len()) {
-        all.iter_mut()
-            .zip(piece)
-            .for_each(|(all, word)| *all |= word);
-    }
-    all.iter().fold(0, |one, other| one | other)
-}
 
 fn keep<T>(value: T) {
     black_box(value);
@@ -110,7 +82,7 @@ fn main() {
         8,
         [
             &mut || black_box(&sparse).runs().for_each(keep),
-            &mut || bit_by_bit(black_box(&sparse).words(), |a, b| keep((a, b))),
+            &mut || bit_by_bit(black_box(&sparse).words(), keep),
         ],
     );
     row("512 GiB, 1 % dirty", ours, "bit by bit", theirs, 1);

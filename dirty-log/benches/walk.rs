@@ -4,52 +4,18 @@
 //! a range against vm-memory's `AtomicBitmap`. `cargo bench -p dirty-log`.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod peers;
+
 use std::hint::black_box;
 use std::num::NonZeroUsize;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dirty_log::{DirtyBitmap, DirtySource, HostWrites, PAGE_SIZE, PageRun};
+use peers::{bit_by_bit, read};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 
 /// 512 GiB of guest memory: 16 MiB of bitmap.
 const PAGES: u64 = 512 << 30 >> 12;
-
-/// What the host reads at most: each word once, in as wide pieces as the compiler makes of it.
-fn read(words: &[u64]) -> u64 {
-    let mut all = [0; 32];
-    for piece in words.chunks_exact(all.len()) {
-        all.iter_mut()
-            .zip(piece)
-            .for_each(|(all, word)| *all |= word);
-    }
-    all.iter().fold(0, |one, other| one | other)
-}
-
-/// One question a page, as the loops of peers ask it, with their merging of neighbours.
-fn bit_by_bit(words: &[u64], mut run: impl FnMut(PageRun)) {
-    let mut open: Option<PageRun> = None;
-    for (index, word) in words.iter().enumerate() {
-        for bit in 0..64 {
-            let page = index as u64 * 64 + bit;
-            if word & (1 << bit) != 0 {
-                match &mut open {
-                    Some(run) => run.pages += 1,
-                    None => {
-                        open = Some(PageRun {
-                            first: page,
-                            pages: 1,
-                        })
-                    }
-                }
-            } else if let Some(done) = open.take() {
-                run(done);
-            }
-        }
-    }
-    if let Some(done) = open {
-        run(done);
-    }
-}
 
 fn walk(c: &mut Criterion) {
     let mut sparse = DirtyBitmap::new(PAGES);

@@ -4,6 +4,8 @@
 //! each harvest is exactly what was written since the one before.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod common;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -58,27 +60,7 @@ impl Guest {
         }
         vm.set_tss_address(0xfffb_d000).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
-        let mut sregs = vcpu.get_sregs().unwrap();
-        sregs.cr0 |= 1;
-        for segment in [
-            &mut sregs.cs,
-            &mut sregs.ds,
-            &mut sregs.es,
-            &mut sregs.ss,
-            &mut sregs.fs,
-            &mut sregs.gs,
-        ] {
-            (segment.base, segment.limit, segment.selector) = (0, u32::MAX, 16);
-            (
-                segment.g,
-                segment.db,
-                segment.s,
-                segment.present,
-                segment.type_,
-            ) = (1, 1, 1, 1, 3);
-        }
-        (sregs.cs.selector, sregs.cs.type_) = (8, 11);
-        vcpu.set_sregs(&sregs).unwrap();
+        common::flat_32_bit(&vcpu);
         let mut regs = vcpu.get_regs().unwrap();
         (regs.rip, regs.rflags) = (CODE, 2);
         vcpu.set_regs(&regs).unwrap();

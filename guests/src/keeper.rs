@@ -32,21 +32,7 @@ crate::blob! {
         mov eax, 0x1ff
         xor edx, edx
         wrmsr
-        mov al, 0xff                        // no pin of a PIC, where there is one
-        out 0x21, al
-        out 0xa1, al
-        lea rax, [rip + 21f]                // vector 0x40
-        mov edi, 0x30400
-        mov [rdi], ax
-        mov cx, cs
-        mov [rdi + 2], cx
-        mov word ptr [rdi + 4], 0x8e00
-        shr rax, 16
-        mov [rdi + 6], ax
-        shr rax, 16
-        mov [rdi + 8], eax
-        mov dword ptr [rdi + 12], 0
-        lidt [rip + 22f]
+    ", crate::parts::interrupt_gate!("21f", "22f", "0x30400"), "
         mov dword ptr [0x34000], 0
         mov ecx, 0x832                      // the timer: TSC-deadline mode, vector 0x40
         mov eax, 0x40040
@@ -149,29 +135,7 @@ crate::blob! {
     22: .word 0x40f
         .quad 0x30000
     6:
-    .code16
-        mov ax, 0x7f00
-        mov ds, ax
-        mov al, 1
-        lock xadd byte ptr ds:[4], al
-        xor ah, ah
-        shl ax, 6
-        add ax, 0x40
-        mov di, ax
-        xor ecx, ecx
-        mov dword ptr ds:[di], ecx
-    7:  inc ecx
-        inc dword ptr ds:[di]
-        cmp dword ptr ds:[di], ecx
-        jne 9f
-        cmp dword ptr ds:[8], 0
-        je 7b
-        lock dec dword ptr ds:[0]
-    5:  hlt
-        jmp 5b
-    9:  mov al, 1
-        out 0xf4, al
-        jmp 5b
+    ", crate::parts::others_count!(""), "
     8:
     .code64
     ")

@@ -23,17 +23,17 @@ macro_rules! command_line_number {
 }
 pub(crate) use command_line_number;
 
-/// COM1's interrupt, GSI 4 through the IOAPIC, as vector 0x24, edge-triggered: the IDT at 0x30000 with a gate to the
-/// label `$handler`, the IDT's register from the label `$idtr`, both APICs mapped by a page directory at 0x32000, the
-/// local one enabled. For a guest whose tables map less than 3 GiB. Uses `rax`, `rcx` and `rdi`; leaves the local
-/// APIC's address in `rbp`, for [`end_of_interrupt`].
-macro_rules! com1_interrupt {
-    ($handler:literal, $idtr:literal) => {
+/// An IDT at 0x30000, its register from the label `$idtr`, with a gate at `$gate` (16 bytes a vector) to the label
+/// `$handler`. No pin of a PIC interrupts. Uses `rax`, `rcx` and `rdi`.
+macro_rules! interrupt_gate {
+    ($handler:literal, $idtr:literal, $gate:literal) => {
         concat!(
             "\n        lea rax, [rip + ",
             $handler,
             "]
-        mov edi, 0x30240
+        mov edi, ",
+            $gate,
+            "
         mov [rdi], ax
         mov cx, cs
         mov [rdi + 2], cx
@@ -49,7 +49,21 @@ macro_rules! com1_interrupt {
         mov al, 0xff                        // no pin of a PIC, where there is one
         out 0x21, al
         out 0xa1, al
-        mov rcx, cr3
+    "
+        )
+    };
+}
+pub(crate) use interrupt_gate;
+
+/// COM1's interrupt, GSI 4 through the IOAPIC, as vector 0x24, edge-triggered: the IDT at 0x30000 with a gate to the
+/// label `$handler`, the IDT's register from the label `$idtr`, both APICs mapped by a page directory at 0x32000, the
+/// local one enabled. For a guest whose tables map less than 3 GiB. Uses `rax`, `rcx` and `rdi`; leaves the local
+/// APIC's address in `rbp`, for [`end_of_interrupt`].
+macro_rules! com1_interrupt {
+    ($handler:literal, $idtr:literal) => {
+        concat!(
+            crate::parts::interrupt_gate!($handler, $idtr, "0x30240"),
+            "\n        mov rcx, cr3
         mov rdi, [rcx]
         and rdi, -4096
         mov qword ptr [rdi + 24], 0x32003   // the fourth GiB
@@ -117,3 +131,41 @@ macro_rules! start_others {
     };
 }
 pub(crate) use start_others;
+
+/// What the others do from there, in 16-bit mode, as [`tally`](crate::tally) has it: each counts, compares what it counts
+/// in a register with what it counts in memory, and halts when it is told to stop, behind what `$stopped` does (0 is in
+/// the zero flag of who is the last). One that finds another number ends the guest with debug-exit value 1.
+macro_rules! others_count {
+    ($stopped:literal) => {
+        concat!(
+            "
+    .code16
+        mov ax, 0x7f00
+        mov ds, ax
+        mov al, 1
+        lock xadd byte ptr ds:[4], al
+        xor ah, ah
+        shl ax, 6
+        add ax, 0x40
+        mov di, ax
+        xor ecx, ecx
+    7:  inc ecx
+        inc dword ptr ds:[di]
+        cmp dword ptr ds:[di], ecx
+        jne 9f
+        cmp dword ptr ds:[8], 0
+        je 7b
+        lock dec dword ptr ds:[0]
+        ",
+            $stopped,
+            "
+    5:  hlt
+        jmp 5b
+    9:  mov al, 1
+        out 0xf4, al
+        jmp 5b
+    "
+        )
+    };
+}
+pub(crate) use others_count;

@@ -38,31 +38,9 @@ crate::blob! {
         out 0xf4, al
         jmp 4b
     6:
-    .code16
-        mov ax, 0x7f00
-        mov ds, ax
-        mov al, 1
-        lock xadd byte ptr ds:[4], al
-        xor ah, ah
-        shl ax, 6
-        add ax, 0x40
-        mov di, ax
-        xor ecx, ecx
-    7:  inc ecx
-        inc dword ptr ds:[di]
-        cmp dword ptr ds:[di], ecx
-        jne 9f
-        cmp dword ptr ds:[8], 0
-        je 7b
-        lock dec dword ptr ds:[0]
-        jnz 5f
+    ", crate::parts::others_count!("jnz 5f
         xor ax, ax
-        out 0xf4, al
-    5:  hlt
-        jmp 5b
-    9:  mov al, 1
-        out 0xf4, al
-        jmp 5b
+        out 0xf4, al"), "
     8:
     .code64
     ")

@@ -176,6 +176,15 @@ impl Guest {
         self.ram.memory().read_obj(GuestAddress(at)).unwrap()
     }
 
+    /// Pauses it; false if it has ended.
+    fn pauses(&self) -> bool {
+        match self.running.pause() {
+            Ok(()) => true,
+            Err(ControlError::Ended) => false,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
     /// Waits until this is so.
     fn until(&self, what: &str, so: impl Fn(&Guest) -> bool) {
         while !so(self) {
@@ -363,10 +372,8 @@ fn nothing_writes_to_the_memory_of_a_paused_machine_and_no_pause_loses_anything(
         while !guest.end.is_told() {
             assert!(Instant::now() < guest.deadline, "{cycles} cycles");
             dice.dawdle();
-            match guest.running.pause() {
-                Ok(()) => {}
-                Err(ControlError::Ended) => break,
-                Err(error) => panic!("{error}"),
+            if !guest.pauses() {
+                break;
             }
             // The whole of memory at some of the pauses, the rings at all.
             let index = guest.word(u64::from(USED));
@@ -413,10 +420,8 @@ fn a_disk_that_is_written_while_its_machine_is_paused_again_and_again_has_every_
         while !guest.end.is_told() {
             assert!(Instant::now() < guest.deadline, "{cycles} cycles");
             dice.dawdle();
-            match guest.running.pause() {
-                Ok(()) => {}
-                Err(ControlError::Ended) => break,
-                Err(error) => panic!("{error}"),
+            if !guest.pauses() {
+                break;
             }
             // Nothing of it is under way: what the guest was told of is in the file.
             let told = guest.word(u64::from(USED)) >> 16;

@@ -236,7 +236,7 @@ fn region(slot: u32, flags: u32, at: u64, size: u64, host: u64) -> kvm_userspace
     }
 }
 
-fn flat_32_bit(vcpu: &VcpuFd) {
+pub fn flat_32_bit(vcpu: &VcpuFd) {
     let mut sregs = vcpu.get_sregs().unwrap();
     sregs.cr0 |= 1;
     for segment in [

@@ -8,10 +8,10 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::boot;
+use super::{Ended, boot};
 use crate::assets::{Assets, Flavour, Series};
 use crate::cargo;
 use crate::cpio::Archive;
@@ -207,13 +207,7 @@ fn round(argv: &[OsString], icount: bool) -> Result<Vec<(usize, String, f64)>> {
 pub(crate) fn run_command(args: Vec<OsString>) -> Result<i32> {
     let mut args = args.into_iter();
     let tool = args.next().ok_or_else(|| Failure::usage("no program"))?;
-    let made = Command::new(&tool).args(["tap", TAP]).status();
-    if !made
-        .context(|| "the tap's maker does not start".into())?
-        .success()
-    {
-        return Err(Failure::new("there is no tap"));
-    }
+    super::make_tap(&tool, TAP)?;
     let mut at = 0;
     while let Some(vsock) = args.next() {
         let count = args
@@ -272,16 +266,6 @@ fn measure(tool: &OsString, unix: bool, words: &[OsString]) -> Result<Vec<(Strin
 
 /// Of the disk five, of TCP two, of vsock one.
 const FIGURES: usize = 8;
-
-/// A process that does not outlive its measurement.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 fn parse_figure(line: &str) -> Option<(String, f64)> {
     let (name, value) = line.split_once("guest: io ")?.1.trim().split_once(' ')?;

@@ -6,10 +6,10 @@
 use std::ffi::OsString;
 use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::boot;
+use super::{Ended, boot};
 use crate::assets::Assets;
 use crate::cargo;
 use crate::distro::{self, Distro, LAB_DISK, LABEL};
@@ -134,13 +134,7 @@ fn parse_result(line: &str) -> Option<f64> {
 pub(crate) fn run_command(args: Vec<OsString>) -> Result<i32> {
     let mut args = args.into_iter();
     let tool = args.next().ok_or_else(|| Failure::usage("no program"))?;
-    let made = Command::new(&tool).args(["tap", TAP]).status();
-    if !made
-        .context(|| "the tap's maker does not start".into())?
-        .success()
-    {
-        return Err(Failure::new("there is no tap"));
-    }
+    super::make_tap(&tool, TAP)?;
     let program = args
         .next()
         .ok_or_else(|| Failure::usage("a contender has no words"))?;
@@ -169,16 +163,6 @@ pub(crate) fn run_command(args: Vec<OsString>) -> Result<i32> {
     }
     println!("{RESULT_MARK}{}", begun.elapsed().as_secs_f64());
     Ok(0)
-}
-
-/// A process that does not outlive its measurement.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[cfg(test)]

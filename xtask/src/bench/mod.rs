@@ -8,8 +8,9 @@ mod login;
 mod startup;
 
 use std::ffi::{OsStr, OsString};
+use std::process::{Child, Command};
 
-use crate::failure::{Failure, Result};
+use crate::failure::{Context, Failure, Result};
 pub(crate) use boot::{RUN_COMMAND, run_command};
 pub(crate) use io::{RUN_COMMAND as RUN_IO_COMMAND, run_command as run_io_command};
 pub(crate) use login::{RUN_COMMAND as RUN_LOGIN_COMMAND, run_command as run_login_command};
@@ -62,6 +63,28 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         _ => Err(Failure::usage(
             "cargo xtask bench startup, boot, io or login",
         )),
+    }
+}
+
+/// A process that does not outlive its measurement.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// In the lab: a tap by `guest_io`, with the host's address, up.
+fn make_tap(guest_io: &OsStr, name: &str) -> Result<()> {
+    let made = Command::new(guest_io).args(["tap", name]).status();
+    match made
+        .context(|| "the tap's maker does not start".into())?
+        .success()
+    {
+        true => Ok(()),
+        false => Err(Failure::new("there is no tap")),
     }
 }
 
