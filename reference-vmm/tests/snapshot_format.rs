@@ -178,7 +178,7 @@ fn regions_are_placed_as_in_the_guest_relative_to_a_huge_page() {
     assert_eq!((map.expected(), map.file_len()), (6, 4 * ALIGN + PAGE));
     let places: Vec<_> = map
         .each()
-        .map(|(at, len, _)| (at / PAGE, len / PAGE))
+        .map(|(place, _)| (place.offset / PAGE, place.len / PAGE))
         .collect();
     assert_eq!(
         places,

@@ -132,17 +132,18 @@ impl PageMap {
         self.regions.iter().map(of).sum()
     }
 
-    /// Each piece: its offset in the file, its length, and what it is.
-    pub fn each(&self) -> impl Iterator<Item = (u64, u64, Piece)> {
+    /// Each piece: where it is, as a [`Region`] of its own, and what it is.
+    pub fn each(&self) -> impl Iterator<Item = (Region, Piece)> {
         let size = u64::from(self.piece);
         let places = self.regions.iter().flat_map(move |region| {
             let starts = (0..region.len).step_by(size as usize);
-            starts.map(move |at| (region.offset + at, (region.len - at).min(size)))
+            starts.map(move |at| Region {
+                guest: region.guest + at,
+                len: (region.len - at).min(size),
+                offset: region.offset + at,
+            })
         });
-        let pieces = self.pieces.iter();
-        places
-            .zip(pieces)
-            .map(|((at, len), piece)| (at, len, *piece))
+        places.zip(self.pieces.iter().copied())
     }
 
     /// The section's bytes.

@@ -335,23 +335,18 @@ impl Snapshot {
     pub(crate) fn load(&self, table: &SlotTable) -> Result<(), RestoreError> {
         let map = &self.state.memory;
         let mut buffer = vec![0; map.piece as usize];
-        let mut regions = map.regions.iter();
-        let mut region = regions.next();
-        for (at, len, piece) in map.each() {
-            while region.is_some_and(|region| at >= region.offset + region.len) {
-                region = regions.next();
-            }
-            let (Some(region), Some(_)) = (region, piece.checksum) else {
+        for (place, piece) in map.each() {
+            if piece.checksum.is_none() {
                 continue;
-            };
-            let bytes = buffer.get_mut(..len as usize).unwrap_or_default();
-            let read = self.memory.read_exact_at(bytes, at);
+            }
+            let bytes = buffer.get_mut(..place.len as usize).unwrap_or_default();
+            let read = self.memory.read_exact_at(bytes, place.offset);
             read.map_err(|source| RestoreError::Read {
                 path: self.dir.join(MEMORY),
                 source,
             })?;
             for (start, len) in pages::runs(bytes) {
-                let address = region.guest + (at - region.offset) + start as u64;
+                let address = place.guest + start as u64;
                 let run = bytes.get(start..start + len).unwrap_or_default();
                 let written = table.write_slice(run, GuestAddress(address));
                 written.map_err(|error| RestoreError::Memory {
@@ -411,7 +406,8 @@ fn check_layout(path: &Path, state: &MachineState, config: &Config) -> Result<()
 /// Compares memory with its checksums.
 fn verify(file: &File, path: &Path, state: &MachineState) -> Result<(), RestoreError> {
     let mut buffer = vec![0; state.memory.piece as usize];
-    for (at, len, piece) in state.memory.each() {
+    for (place, piece) in state.memory.each() {
+        let (at, len) = (place.offset, place.len);
         let damaged = |what: String| RestoreError::MemoryDamaged {
             path: path.to_owned(),
             from: at,
