@@ -19,7 +19,6 @@ use irq_routing::IrqchipStateError;
 use kvm_core::arch::x86_64::state::{ClockError, SaveError, StateHost};
 use kvm_core::{Kvm, Pause, VcpuId, VcpuView};
 use kvm_ioctls::VcpuFd;
-use memslots::SlotTable;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::config_form::{self, PathError};
@@ -29,6 +28,7 @@ use super::machine::{DevicesSection, MachineState, StateError, VcpuSection, VmSe
 use super::pages::{self, PIECE, PageMap, Piece};
 use crate::devices::virtio::list::DeviceState;
 use crate::devices::virtio::rng::random_id;
+use crate::memory::SlotTable;
 use crate::vm::control::PATIENCE;
 use crate::vm::{ControlError, RunState, Running};
 

@@ -17,7 +17,6 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use kvm_core::{Kvm, Vcpu, VcpuId};
-use memslots::Memslots;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::compose::Composition;
@@ -27,6 +26,7 @@ use crate::config::Irqchip;
 use crate::devices::edge::Owing;
 use crate::devices::virtio::rng::random_id;
 use crate::end::EndSignal;
+use crate::memory::{SlotTable, slots_of};
 use crate::snapshot::{RestoreError, RestoreRequest, Snapshot};
 
 impl Machine {
@@ -81,7 +81,7 @@ impl Machine {
         devices.check()?;
 
         // 4. Memory.
-        let memslots = Memslots::new(setup.fd().clone());
+        let memslots = slots_of(setup.fd().clone());
         let slots = memslots.create_all(new_slots)?;
         let memory = memslots.snapshot();
         let present = config.memory.make_present(&memory, || !end.is_told());
@@ -149,11 +149,7 @@ impl Machine {
     }
 }
 
-fn write(
-    memory: &memslots::SlotTable,
-    bytes: &[u8],
-    address: GuestAddress,
-) -> Result<(), RestoreError> {
+fn write(memory: &SlotTable, bytes: &[u8], address: GuestAddress) -> Result<(), RestoreError> {
     let written = memory.write_slice(bytes, address);
     written.map_err(|error| RestoreError::Memory {
         address: address.0,

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use irq_routing::Irqchip;
 use irq_routing::ioapic::IoapicState;
 use kvm_core::Vm;
-use memslots::{SlotTable, Snapshot};
+use memslots::Snapshot;
 
 use super::{Parts, Running};
 use crate::config::Config;
@@ -17,6 +17,7 @@ use crate::devices::coalesce::PolledOutput;
 use crate::devices::rtc::RtcState;
 use crate::devices::serial::PortState;
 use crate::devices::virtio::any::PlacedDevice;
+use crate::memory::SlotTable;
 use crate::snapshot::SnapshotError;
 
 impl Running {
@@ -54,7 +55,8 @@ impl Running {
         &self.parts.virtio
     }
 
-    pub(crate) fn memory(&self) -> Snapshot<SlotTable> {
+    /// Guest memory of now, without permissions. What is read of it while the guest runs is of no one moment.
+    pub fn memory(&self) -> Snapshot<SlotTable> {
         self.parts.memslots.snapshot()
     }
 

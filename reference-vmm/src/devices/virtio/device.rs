@@ -15,7 +15,6 @@
 
 use std::os::fd::RawFd;
 
-use memslots::{GuestRam, LoadedMemory};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use vmm_sys_util::epoll::EventSet;
@@ -23,6 +22,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::fault::Fault;
 use super::interrupt::DriverLink;
 use super::queue::DeviceQueue;
+use crate::memory::{GuestRam, LoadedMemory};
 
 /// Guest memory as devices have it: with permissions.
 pub type Ram = GuestRam;
