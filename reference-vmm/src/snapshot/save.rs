@@ -199,7 +199,7 @@ impl Running {
     }
 
     /// What KVM can save of the vCPUs.
-    fn state_host(&self) -> Result<StateHost, SnapshotError> {
+    pub(crate) fn state_host(&self) -> Result<StateHost, SnapshotError> {
         let kvm = |error: &dyn std::error::Error| {
             SnapshotError::Kvm(crate::end::Chain(error).to_string())
         };
@@ -208,8 +208,8 @@ impl Running {
         host.map_err(|error| kvm(&error))
     }
 
-    /// All of the machine but its memory.
-    fn capture(
+    /// All of the machine but its memory, of which there are the places alone.
+    pub(crate) fn capture(
         &self,
         pause: &Pause,
         config: serde_json::Value,

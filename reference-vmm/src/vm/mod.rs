@@ -35,6 +35,7 @@
 //!
 //! `tests/kvm_ioctl_order.rs` holds it against the ioctls of a real run.
 
+mod blank;
 mod compose;
 pub mod control;
 mod cpuid;
@@ -83,6 +84,7 @@ pub use control::{ControlError, RunState};
 use cpuid::ask_kvm;
 pub use error::BuildError;
 pub use running::Running;
+pub use saving::HostSideError;
 use start::StartState;
 use tracking::Tracker;
 

@@ -2,6 +2,7 @@
 
 //! What a snapshot asks of a machine that runs.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -19,6 +20,16 @@ use crate::devices::serial::PortState;
 use crate::devices::virtio::any::PlacedDevice;
 use crate::memory::SlotTable;
 use crate::snapshot::SnapshotError;
+
+/// What a device has of the host cannot change hands.
+#[derive(Debug, thiserror::Error)]
+#[error("{device}: what it has of the host cannot change hands: {source}")]
+pub struct HostSideError {
+    /// Its name in the machine.
+    pub device: String,
+    /// `WouldBlock`: another process has it. Else the host's errno.
+    pub source: io::Error,
+}
 
 impl Running {
     /// Refuses what no snapshot could be of, before anything is done.
@@ -67,6 +78,38 @@ impl Running {
         } = &self.parts;
         com1.sync();
         (com1.state(), rtc.state(), power.state())
+    }
+
+    /// Has the devices of a paused machine let go of what only one process may have: it is about to go on in another one.
+    ///
+    /// # Errors
+    /// A device's name, and why it does not; those that did have it again.
+    pub fn release_host(&self) -> Result<(), HostSideError> {
+        for (at, device) in self.parts.virtio.iter().enumerate() {
+            if let Err(source) = device.let_go() {
+                let before = self.parts.virtio.iter().take(at);
+                // Nobody was told that it is free.
+                before.for_each(|device| drop(device.take_back()));
+                let device = device.name().to_owned();
+                return Err(HostSideError { device, source });
+            }
+        }
+        Ok(())
+    }
+
+    /// The machine goes on here after all.
+    ///
+    /// # Errors
+    /// A device whose host side somebody else has. The others have theirs.
+    pub fn take_host_back(&self) -> Result<(), HostSideError> {
+        let mut outcome = Ok(());
+        for device in &self.parts.virtio {
+            if let Err(source) = device.take_back() {
+                let device = device.name().to_owned();
+                outcome = outcome.and(Err(HostSideError { device, source }));
+            }
+        }
+        outcome
     }
 
     /// Whether its end has begun.

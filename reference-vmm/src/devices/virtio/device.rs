@@ -93,6 +93,23 @@ pub trait VirtioDevice: Send + 'static {
         Ok(())
     }
 
+    /// At rest, for a machine that goes on in another process: lets go of what only one process may have at a time, such as
+    /// the lock on a disk's image. Nothing is read or written until [`take_back`](Self::take_back).
+    ///
+    /// # Errors
+    /// The host's; nothing was let go.
+    fn let_go(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    /// The machine goes on here after all: takes what [`let_go`](Self::let_go) let go of.
+    ///
+    /// # Errors
+    /// Somebody else has it (`WouldBlock`), or the host's.
+    fn take_back(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
     /// At rest, after [`retire`](Self::retire): what [`State`](Self::State) says. Each device has a `from_state` of its
     /// own beside it, which takes what a new process has to bring: files, taps, sockets.
     fn state(&self) -> Self::State;
