@@ -12,10 +12,11 @@ use irq_routing::ioapic::SplitIoapic;
 use irq_routing::{Gsi, Irqchip, IrqchipError, IrqchipKind, Pit, Routing};
 use kvm_bindings::KVM_CAP_X86_USER_SPACE_MSR;
 use kvm_core::{KickSignal, Vcpu, Vm, VmSetup};
-use memslots::{Memslots, Slot};
+use memslots::Slot;
 use vm_device::bus::{PioAddress, PioRange};
 
 use super::error::BuildError;
+use super::tracking::Tracker;
 use super::wiring::{Wiring, register_devices, register_ioapic, wire_virtio};
 use super::{Machine, Parts, Power};
 use crate::arch::layout;
@@ -28,6 +29,7 @@ use crate::devices::serial::{ConsoleOut, SerialPort};
 use crate::devices::virtio::any::Devices;
 use crate::devices::virtio::bay;
 use crate::end::EndSignal;
+use crate::memory::Memslots;
 use crate::msrs;
 use crate::snapshot::RestoreError;
 use crate::snapshot::machine::DevicesSection;
@@ -191,7 +193,7 @@ impl<C: AsFd> Composition<'_, C> {
             _registrations: registrations,
             names,
             bus,
-            _slots: slots,
+            tracker: Tracker::new(slots),
             memslots,
             vm,
         };
