@@ -61,6 +61,8 @@ pub struct Run {
     pub config: Config,
     /// The snapshot that the machine goes on from, instead of being booted.
     pub restore: Option<RestoreRequest>,
+    /// A client of the control socket says what the machine goes on from (`PUT /snapshot/load`), which is laid over this.
+    pub load: Option<RestoreRequest>,
     /// Print the timeline at the end.
     pub timeline: bool,
     /// Count accesses, and print all counters at the end.
@@ -129,6 +131,7 @@ A microVM monitor for KVM.
 Usage: reference-vmm run --kernel FILE [OPTIONS]
        reference-vmm run --config FILE [OPTIONS]
        reference-vmm restore --from DIR [OPTIONS]
+       reference-vmm restore --api-sock PATH [OPTIONS]
        reference-vmm cpu [--cpu MODEL] [--json] [--kvm PATH]
        reference-vmm ctl --api-sock PATH COMMAND [--json]
        reference-vmm doctor [--json] [--kvm PATH]
@@ -442,6 +445,7 @@ impl Run {
         Run {
             config,
             restore: None,
+            load: None,
             timeline: false,
             stats: None,
             log: log::LevelFilter::Warn,

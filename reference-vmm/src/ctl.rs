@@ -21,11 +21,14 @@ Ask something of a monitor that runs, through its control socket (`run --api-soc
 Usage: reference-vmm ctl --api-sock PATH COMMAND [--json] [--timeout SECS]
 
 Commands:
-  status        Say whether the guest is running or paused
+  status        Say whether the guest is running, paused or not started
   pause         Pause the guest: its vCPUs, its devices and its input
   resume        Let it go on
   snapshot DIR  Write a snapshot of it to the directory DIR, which is new, empty, or an older snapshot that is
                 replaced. A guest that runs is paused for it and goes on. `restore --from DIR` has it go on
+  load DIR [--resume]
+                Have a monitor that waits for it (`restore` without --from) make the guest of the snapshot DIR, which
+                stays paused without --resume
   power-button  Press the power button, at which a guest with ACPI powers off
   config        Say what the machine is
   stats         Say what the guest has done so far, in numbers
@@ -52,6 +55,8 @@ pub enum Question {
     Resume,
     /// To write a snapshot to this directory.
     Snapshot(PathBuf),
+    /// To go on from this snapshot, and whether at once.
+    Load(PathBuf, bool),
     /// To press the power button.
     PowerButton,
     /// What the machine is.
@@ -85,12 +90,14 @@ const QUESTIONS: [(&str, Question); 7] = [
     ("version", Question::Version),
 ];
 
-/// The question with an argument.
+/// The questions with an argument.
 const SNAPSHOT: &str = "snapshot";
+const LOAD: &str = "load";
 
 /// Reads what follows `ctl`; none if its help is asked for.
 pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageError> {
     let (mut api_sock, mut question, mut json, mut timeout) = (None, None, false, 60);
+    let mut resume = false;
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(None),
@@ -99,22 +106,20 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
             Long("timeout") => {
                 timeout = cli::number("--timeout", parser.value()?, 1..=u32::MAX)?;
             }
+            Long("resume") => resume = true,
             Value(word) if question.is_none() && word == SNAPSHOT => {
-                let dir = match parser.next()? {
-                    Some(Value(dir)) if !dir.is_empty() => PathBuf::from(dir),
-                    _ => {
-                        let text = "ctl snapshot: the directory that it is to be is wanted behind the word";
-                        return Err(UsageError::Command(text.into()));
-                    }
-                };
-                let dir = std::path::absolute(&dir).unwrap_or(dir);
+                let dir = dir(&mut parser, "ctl snapshot: the directory that it is to be")?;
                 question = Some(Question::Snapshot(dir));
+            }
+            Value(word) if question.is_none() && word == LOAD => {
+                let dir = dir(&mut parser, "ctl load: the snapshot's directory")?;
+                question = Some(Question::Load(dir, false));
             }
             Value(word) if question.is_none() => {
                 let known = QUESTIONS.iter().find(|(name, _)| word == *name);
                 let Some((_, known)) = known else {
                     let names = QUESTIONS.iter().map(|(name, _)| *name);
-                    let names: Vec<_> = names.chain([SNAPSHOT]).collect();
+                    let names: Vec<_> = names.chain([SNAPSHOT, LOAD]).collect();
                     return Err(UsageError::Command(format!(
                         "ctl {} is not a command; there are {}",
                         word.display(),
@@ -126,6 +131,15 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
             other => return Err(other.unexpected().into()),
         }
     }
+    match &mut question {
+        Some(Question::Load(_, at_once)) => *at_once = resume,
+        _ if resume => {
+            let text =
+                "ctl: --resume is of `load` alone; a guest that is paused goes on by `resume`";
+            return Err(UsageError::Command(text.into()));
+        }
+        _ => {}
+    }
     let missing = |what: &str| UsageError::Command(format!("ctl: {what}; try ctl --help"));
     Ok(Some(Ctl {
         api_sock: api_sock.ok_or_else(|| missing("no --api-sock PATH"))?,
@@ -133,6 +147,19 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
         json,
         timeout: Duration::from_secs(timeout.into()),
     }))
+}
+
+/// The directory behind a word, as the monitor has to know it: it may be at home elsewhere.
+fn dir(parser: &mut lexopt::Parser, what: &str) -> Result<PathBuf, UsageError> {
+    match parser.next()? {
+        Some(Value(dir)) if !dir.is_empty() => {
+            let dir = PathBuf::from(dir);
+            Ok(std::path::absolute(&dir).unwrap_or(dir))
+        }
+        _ => Err(UsageError::Command(format!(
+            "{what} is wanted behind the word"
+        ))),
+    }
 }
 
 /// Asks, and says the answer: `print` gets what is for stdout, `say` the line for stderr. The exit status.
@@ -176,6 +203,10 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
             let snapshot = json!({ "snapshot_type": "Full", "snapshot_path": dir });
             ("PUT", "/snapshot/create", Some(snapshot))
         }
+        Question::Load(dir, resume) => {
+            let load = json!({ "snapshot_path": dir, "resume_vm": resume });
+            ("PUT", "/snapshot/load", Some(load))
+        }
         Question::Config => ("GET", "/vm/config", None),
         Question::Stats => ("GET", "/stats", None),
         Question::Version => ("GET", "/version", None),
@@ -191,8 +222,12 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
 /// The answer as it is printed.
 fn told(options: &Ctl, body: Value) -> String {
     let (words, body) = match &options.question {
-        Question::Pause => ("paused".into(), json!({ "state": "Paused" })),
-        Question::Resume => ("running".into(), json!({ "state": "Running" })),
+        Question::Pause | Question::Load(_, false) => {
+            ("paused".into(), json!({ "state": "Paused" }))
+        }
+        Question::Resume | Question::Load(_, true) => {
+            ("running".into(), json!({ "state": "Running" }))
+        }
         Question::Snapshot(dir) => {
             let dir = dir.display().to_string();
             (
@@ -272,6 +307,18 @@ mod tests {
         assert_eq!(parsed("--help").unwrap(), None);
         let asked = parsed("--api-sock /s snapshot /a/b").unwrap().unwrap();
         assert_eq!(asked.question, Question::Snapshot("/a/b".into()));
+        for (words, resume) in [
+            ("load /a", false),
+            ("load /a --resume", true),
+            ("--resume load /a", true),
+        ] {
+            let asked = parsed(&format!("--api-sock /s {words}")).unwrap().unwrap();
+            assert_eq!(
+                asked.question,
+                Question::Load("/a".into(), resume),
+                "{words}"
+            );
+        }
         for (words, needle) in [
             ("pause", "--api-sock"),
             ("--api-sock /s", "no command"),
@@ -279,6 +326,8 @@ mod tests {
             ("--api-sock /s snapshot", "directory"),
             ("--api-sock /s snapshot --json", "directory"),
             ("--api-sock /s pause resume", "resume"),
+            ("--api-sock /s load --resume", "directory"),
+            ("--api-sock /s pause --resume", "--resume is of `load`"),
             ("--api-sock= pause", "--api-sock \"\""),
             ("--api-sock /s pause --timeout 0s", "--timeout"),
             ("--api-sock /s pause --frob", "--frob"),
@@ -301,7 +350,9 @@ mod tests {
         for (name, _) in QUESTIONS {
             assert!(HELP.contains(&format!("\n  {name} ")), "{name}");
         }
-        assert!(HELP.contains(&format!("\n  {SNAPSHOT} DIR ")));
+        for name in [SNAPSHOT, LOAD] {
+            assert!(HELP.contains(&format!("\n  {name} DIR ")));
+        }
     }
 
     #[test]

@@ -2,11 +2,14 @@
 
 //! `reference-vmm run` and `restore`: build the machine, let it run, say how it ended.
 
+mod load;
+
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::api::{self, Server};
+use crate::api::{self, Monitor, Server};
 use crate::cli::{Run, StatsForm};
 use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
@@ -15,7 +18,7 @@ use crate::main_loop;
 use crate::signals::{self, Signals};
 use crate::stats::Stats;
 use crate::timeline::{Event, timeline};
-use crate::vm::{BuildError, Machine, Running};
+use crate::vm::{BuildError, Machine, RunState, Running};
 
 /// Runs a guest with its console on this process's stdin and stdout, and returns the process's exit
 /// status. `say` gets what the user is to read besides the log, one line (or for a crash, one block)
@@ -64,9 +67,20 @@ fn show(stats: &Stats, form: StatsForm) {
     });
 }
 
-/// Serves the control socket on a thread of its own while `meanwhile` is at work, and stops the machine behind it: what the
-/// thread is at, a pause for one, ends by that.
-fn with_api(server: &Server, running: &Running, end: &EndSignal, meanwhile: impl FnOnce()) {
+/// How a guest ended, and its numbers where they are wanted.
+type Ended = (GuestEnd, Option<Stats>);
+
+/// Serves the control socket on a thread of its own while `meanwhile` is at work, and stops the machine by `stop` behind it:
+/// what the thread is at, a pause for one, ends by that.
+///
+/// # Errors
+/// There is no thread; nothing was done but `stop`.
+fn with_api(
+    server: &Server,
+    monitor: &dyn Monitor,
+    stop: impl FnOnce(),
+    meanwhile: impl FnOnce(),
+) -> io::Result<()> {
     /// Also where something unwinds: the scope below waits for the thread.
     struct StopAtEnd<'a>(&'a Server);
     impl Drop for StopAtEnd<'_> {
@@ -74,36 +88,32 @@ fn with_api(server: &Server, running: &Running, end: &EndSignal, meanwhile: impl
             self.0.stop();
         }
     }
-    let machine = api::Machine::new(running);
     std::thread::scope(|scope| {
         let builder = std::thread::Builder::new().name("api".into());
-        let thread = builder.spawn_scoped(scope, || server.serve(&machine));
-        let thread = match thread {
-            Ok(thread) => thread,
-            Err(error) => {
-                let what = format!("cannot start the control socket's thread: {error}");
-                return end.tell(GuestEnd::Failed(what));
-            }
-        };
-        let stop = StopAtEnd(server);
-        meanwhile();
-        drop(stop);
-        running.stop();
-        match thread.join() {
+        let thread = builder.spawn_scoped(scope, || server.serve(monitor));
+        if thread.is_ok() {
+            let _stop = StopAtEnd(server);
+            meanwhile();
+        }
+        stop();
+        match thread?.join() {
             Ok(Ok(())) => {}
             Ok(Err(error)) => log::error!("the control socket was served no more: {error}"),
             Err(_) => log::error!("the control socket's thread panicked"),
         }
-    });
+        Ok(())
+    })
 }
 
-fn run_to_end(
-    options: &Run,
-    say: &impl Fn(fmt::Arguments<'_>),
-) -> Result<(GuestEnd, Option<Stats>), BuildError> {
+fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended, BuildError> {
     let host = |what| move |source| BuildError::Process { what, source };
     // Before any thread exists, so that all of them inherit the mask.
-    let stop_signals = Signals::take_over().map_err(host("take over the stop signals"))?;
+    let signals = Signals::take_over().map_err(host("take over the stop signals"))?;
+    let session = Session {
+        options,
+        say,
+        signals,
+    };
     // Guest memory with a hardware error is told to a vCPU's thread by SIGBUS, and is a line and a status
     // then. Without it the process would be killed where it stands.
     if let Err(error) = kvm_core::BusErrors::install() {
@@ -112,19 +122,22 @@ fn run_to_end(
     let end = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);
     let api = options.api_sock.as_deref().map(Server::bind).transpose()?;
     let debugger = options.gdb.as_ref().map(Listener::bind).transpose()?;
+    if let (Some(base), Some(server)) = (&options.load, &api) {
+        return session.run_loaded(base, server, debugger);
+    }
     // What stops a guest ends its building as well. Registers are shown when there are any.
     let stop = |signal| end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
     let watch = || {
         // One is enough, and has come however fast others follow.
-        if let Some(signal) = stop_signals.next_stop() {
+        if let Some(signal) = session.signals.next_stop() {
             stop(signal);
         }
     };
     let built = match &options.restore {
-        Some(request) => Machine::restore(request, std::io::stdout(), &end),
-        None => Machine::build_watched(&options.config, std::io::stdout(), &end, watch),
+        Some(request) => Machine::restore(request, io::stdout(), &end),
+        None => Machine::build_watched(&options.config, io::stdout(), &end, watch),
     };
-    let mut machine = match (built, end.get()) {
+    let machine = match (built, end.get()) {
         (Err(BuildError::Ended), Some(end)) => {
             let none = options
                 .stats
@@ -133,52 +146,89 @@ fn run_to_end(
         }
         (built, _) => built?,
     };
-    if options.stats.is_some() {
-        machine.count_accesses();
-        if let Err(error) = machine.read_kvm_statistics() {
-            log::warn!("the statistics are without KVM's own: {error}");
+    let (running, terminal) = session.start(machine, debugger, RunState::Running)?;
+    let wait_for_the_end = || session.wait(&end, &running, terminal.is_some());
+    match &api {
+        None => wait_for_the_end(),
+        Some(server) => {
+            let machine = api::Machine::new(&running);
+            let served = with_api(server, &machine, || running.stop(), wait_for_the_end);
+            if let Err(error) = served {
+                let what = format!("cannot start the control socket's thread: {error}");
+                end.tell(GuestEnd::Failed(what));
+            }
         }
     }
-    if let Some(listener) = debugger {
-        say(format_args!(
-            "the guest waits for a debugger: gdb -ex 'target remote {}'",
-            listener.address()
-        ));
-        machine.debug(listener);
-    }
-    // Last before the guest speaks: what fails above is told on a terminal in its usual mode.
-    let terminal = RawTerminal::enter().map_err(host("put the terminal into raw mode"))?;
-    let running = machine.start()?;
-    let show_more = || {
-        if let Some(form) = options.stats {
-            show(&running.stats(), form);
+    Ok(session.finish(&end, running, terminal))
+}
+
+/// What a run has, whatever its machine.
+struct Session<'a, S> {
+    options: &'a Run,
+    say: &'a S,
+    signals: Signals,
+}
+
+impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
+    /// Lets a machine go, watched as the options say, under the terminal in raw mode.
+    fn start(
+        &self,
+        mut machine: Machine,
+        debugger: Option<Listener>,
+        state: RunState,
+    ) -> Result<(Running, Option<RawTerminal>), BuildError> {
+        if self.options.stats.is_some() {
+            machine.count_accesses();
+            if let Err(error) = machine.read_kvm_statistics() {
+                log::warn!("the statistics are without KVM's own: {error}");
+            }
         }
-    };
-    let wait_for_the_end = || {
+        if let Some(listener) = debugger {
+            (self.say)(format_args!(
+                "the guest waits for a debugger: gdb -ex 'target remote {}'",
+                listener.address()
+            ));
+            machine.debug(listener);
+        }
+        // Last before the guest speaks: what fails above is told on a terminal in its usual mode.
+        let terminal = RawTerminal::enter().map_err(|source| BuildError::Process {
+            what: "put the terminal into raw mode",
+            source,
+        })?;
+        Ok((machine.start_as(state)?, terminal))
+    }
+
+    /// Serves the guest until its end has been told.
+    fn wait(&self, end: &Arc<EndSignal>, running: &Running, terminal: bool) {
+        let show_more = || {
+            if let Some(form) = self.options.stats {
+                show(&running.stats(), form);
+            }
+        };
         let looped = main_loop::run(
-            &end,
-            &stop_signals,
-            &running,
+            end,
+            &self.signals,
+            running,
             &show_more,
-            terminal.is_some(),
-            Duration::from_secs(options.shutdown_timeout.into()),
+            terminal,
+            Duration::from_secs(self.options.shutdown_timeout.into()),
         );
         if let Err(error) = looped {
             end.tell(GuestEnd::Failed(format!(
                 "cannot wait for the guest: {error}"
             )));
         }
-    };
-    match &api {
-        None => wait_for_the_end(),
-        Some(server) => with_api(server, &running, &end, wait_for_the_end),
     }
-    running.stop();
-    timeline().mark(Event::Exit);
-    drop(terminal);
-    let stats = options.stats.map(|_| running.stats());
-    running.leave_to_exit();
-    // The loop above comes back only when an end has been told, or has failed and is told just there.
-    let untold = || GuestEnd::Failed("the guest stopped without a reason".into());
-    Ok((end.get().cloned().unwrap_or_else(untold), stats))
+
+    /// Takes the machine down, for a process that exits next.
+    fn finish(&self, end: &EndSignal, running: Running, terminal: Option<RawTerminal>) -> Ended {
+        running.stop();
+        timeline().mark(Event::Exit);
+        drop(terminal);
+        let stats = self.options.stats.map(|_| running.stats());
+        running.leave_to_exit();
+        // The wait comes back only when an end has been told, or has failed and is told just there.
+        let untold = || GuestEnd::Failed("the guest stopped without a reason".into());
+        (end.get().cloned().unwrap_or_else(untold), stats)
+    }
 }

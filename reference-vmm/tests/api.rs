@@ -7,10 +7,12 @@
 mod api_bytes;
 
 use api_bytes::{decode, readable, run};
+use kvm_core::arch::x86_64::state::ClockRestore;
 use proptest::prelude::*;
 use reference_vmm::api::http::{
     Decoder, Incoming, MAX_BODY, MAX_HEAD, MAX_HEADERS, Request, Response, Status,
 };
+use reference_vmm::api::load::LoadRequest;
 use reference_vmm::api::router::{Action, Outcome, respond, route};
 use serde_json::Value;
 
@@ -181,6 +183,7 @@ fn each_path_has_its_method_and_its_body() {
             &action("SendCtrlAltDel"),
             Action::PowerButton,
         ),
+        ("PUT", "/actions", &action("InstanceStart"), Action::Start),
     ] {
         assert_eq!(route(&request(method, path, body)), Ok(expected), "{path}");
     }
@@ -197,13 +200,6 @@ fn each_path_has_its_method_and_its_body() {
         ("PATCH", "/vm", r#"{"state": "paused"}"#, 400, "paused"),
         ("PATCH", "/vm", r#"{"state": "Paused", "x": 1}"#, 400, "`x`"),
         ("PUT", "/actions", "", 400, "Empty PUT"),
-        (
-            "PUT",
-            "/actions",
-            &action("InstanceStart"),
-            400,
-            "after starting",
-        ),
         ("PUT", "/actions", &action("FlushMetrics"), 400, "/stats"),
         ("PUT", "/actions", &action("Explode"), 400, "Explode"),
     ] {
@@ -215,6 +211,97 @@ fn each_path_has_its_method_and_its_body() {
     }
     let head = route(&request("HEAD", "/", "")).unwrap_err();
     assert_eq!((head.allow, readable(&head)), (Some("GET"), (405, 0)));
+}
+
+#[test]
+fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
+    let load = LoadRequest {
+        dir: "/s".into(),
+        resume: false,
+        nets: vec![],
+        uds: None,
+        clock: None,
+    };
+    let all = LoadRequest {
+        resume: true,
+        nets: vec![(0, "tap5".into()), (12, "tap6".into())],
+        uds: Some("/v".into()),
+        clock: Some(ClockRestore::AsSaved),
+        ..load.clone()
+    };
+    for (body, expected) in [
+        (r#"{"snapshot_path": "/s"}"#, &load),
+        (
+            r#"{"snapshot_path": "/s", "mem_file_path": "/s/memory"}"#,
+            &load,
+        ),
+        (
+            r#"{"snapshot_path": "/s", "mem_backend": {"backend_type": "File", "backend_path": "/s/memory"},
+                "track_dirty_pages": false, "enable_diff_snapshots": false, "network_overrides": []}"#,
+            &load,
+        ),
+        (
+            r#"{"snapshot_path": "/s", "resume_vm": true, "vsock_override": {"uds_path": "/v"}, "clock_realtime": false,
+                "network_overrides": [{"iface_id": "net0", "host_dev_name": "tap5"},
+                                      {"iface_id": "net12", "host_dev_name": "tap6"}]}"#,
+            &all,
+        ),
+    ] {
+        let taken = route(&request("PUT", "/snapshot/load", body)).unwrap();
+        assert_eq!(taken, Action::Load(expected.clone()), "{body}");
+        assert!(taken.is_long());
+    }
+    let net = |name: &str| {
+        format!(
+            r#"{{"snapshot_path": "/s", "network_overrides": [{{"iface_id": "{name}", "host_dev_name": "t"}}]}}"#
+        )
+    };
+    for (body, needle) in [
+        ("", "Empty PUT"),
+        ("{}", "snapshot_path"),
+        (
+            r#"{"snapshot_path": "/s", "mem_file_path": "/m"}"#,
+            "leave mem_file_path out",
+        ),
+        (
+            r#"{"snapshot_path": "/s", "mem_backend": {"backend_type": "Uffd", "backend_path": "/s/memory"}}"#,
+            "backend_type is File",
+        ),
+        (
+            r#"{"snapshot_path": "/s", "mem_backend": {"backend_type": "File", "backend_path": "/m"}}"#,
+            "leave mem_file_path out",
+        ),
+        (
+            r#"{"snapshot_path": "/s", "mem_file_path": "/s/memory",
+                "mem_backend": {"backend_type": "File", "backend_path": "/s/memory"}}"#,
+            "too many fields",
+        ),
+        (
+            r#"{"snapshot_path": "/s", "track_dirty_pages": true}"#,
+            "track_dirty_pages",
+        ),
+        (
+            r#"{"snapshot_path": "/s", "enable_diff_snapshots": true}"#,
+            "track_dirty_pages",
+        ),
+        (
+            r#"{"snapshot_path": "/s", "huge_pages": "2M"}"#,
+            "huge_pages",
+        ),
+        (&net("eth0"), "\"eth0\""),
+        (&net("net"), "\"net\""),
+        (&net("net+1"), "\"net+1\""),
+        (
+            &net("net99999999999999999999"),
+            "\"net99999999999999999999\"",
+        ),
+    ] {
+        let refused = route(&request("PUT", "/snapshot/load", body)).unwrap_err();
+        assert_eq!(refused.status.code(), 400, "{body}");
+        assert!(fault(&refused).contains(needle), "{body}: {refused:?}");
+    }
+    let refused = route(&request("GET", "/snapshot/load", "")).unwrap_err();
+    assert_eq!(refused.status.code(), 405);
 }
 
 #[test]

@@ -13,17 +13,20 @@
 //!
 //! | request | what it does |
 //! | --- | --- |
-//! | `GET /` | `id`, `state` (`Running`, `Paused`), `vmm_version`, `app_name` |
+//! | `GET /` | `id`, `state` (`Running`, `Paused`, `Not started`), `vmm_version`, `app_name` |
 //! | `GET /version` | this program's version, as `firecracker_version`: the name that clients read |
 //! | `GET /machine-config` | vCPUs, memory, threads, huge pages |
 //! | `GET /vm/config` | the same, kernel, disks, cards, vsock, entropy: as far as Firecracker has words for it |
 //! | `GET /stats` | not Firecracker's: what `--stats=json` says, now |
 //! | `PATCH /vm` | `{"state": "Paused"}` or `"Resumed"` ([`vm::control`](crate::vm::control)) |
+//! | `PUT /snapshot/create` | `{"snapshot_path": DIR}` ([`snapshot`](crate::snapshot)) |
+//! | `PUT /snapshot/load` | the same, where the monitor waits for it ([`load`]) |
 //! | `PUT /actions` | `{"action_type": "SendCtrlAltDel"}` presses the power button |
 //!
 //! Success is 200 with JSON or 204 with nothing; what is refused is 400 with `{"fault_message": …}`, and has changed
 //! nothing. To ask for the state that there is is no error. A path that there is not is 404, a method 405. The machine
-//! starts by itself: `InstanceStart` and all that Firecracker takes before it are refused.
+//! starts by itself: `InstanceStart` and all that Firecracker takes before it are refused, but for `PUT /snapshot/load`
+//! where the monitor was started to wait for it (`restore` without `--from`).
 //!
 //! # The parser
 //!
@@ -37,15 +40,15 @@
 //! mistake: heads, bodies, headers and connections are bounded ([`http`], [`server::MAX_CONNECTIONS`]), a client that
 //! reads nothing is read from no more, and one that is silent loses its connection to newcomers when there are too many.
 //!
-//! The socket is there as soon as the configuration is known to be good, and answers when the guest has started. It goes
-//! with the guest: what is under way then gets no answer.
+//! The socket is there as soon as the configuration is known to be good, and answers when the guest has started, or waits
+//! to be loaded. It goes with the guest: what is under way then gets no answer.
 //!
 //! # One after another, and meanwhile
 //!
-//! What takes its time ([`Action::is_long`](router::Action::is_long): a pause, a resume, a snapshot) is done in the order in
-//! which it came, one after another, on a thread of its own; its answer goes to the connection that asked. All else is
-//! answered meanwhile. Up to [`worker::MAX_WAITING`] requests wait for the one that is at work, and one more is refused. A
-//! connection that is closed loses its answer: what has begun is done to its end, what still waits is not begun.
+//! What takes its time ([`Action::is_long`](router::Action::is_long): a pause, a resume, a snapshot, a load) is done in the
+//! order in which it came, one after another, on a thread of its own; its answer goes to the connection that asked. All
+//! else is answered meanwhile. Up to [`worker::MAX_WAITING`] requests wait for the one that is at work, and one more is
+//! refused. A connection that is closed loses its answer: what has begun is done to its end, what still waits is not begun.
 //!
 //! # In a program of one's own
 //!
@@ -67,6 +70,7 @@
 
 pub mod client;
 pub mod http;
+pub mod load;
 pub mod monitor;
 pub mod router;
 pub mod server;

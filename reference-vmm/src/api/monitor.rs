@@ -47,11 +47,8 @@ impl Monitor for Machine<'_> {
             Err(error) => Outcome::Refused(error.to_string()),
         };
         match action {
-            Action::Describe => Outcome::Json(describe(self.running.state()).to_string()),
-            Action::Version => {
-                let version = env!("CARGO_PKG_VERSION");
-                Outcome::Json(json!({ "firecracker_version": version }).to_string())
-            }
+            Action::Describe => Outcome::Json(describe(state(self.running.state())).to_string()),
+            Action::Version => version(),
             Action::MachineConfig => Outcome::Json(self.machine_config.to_string()),
             Action::VmConfig => Outcome::Json(self.vm_config.to_string()),
             Action::Stats => Outcome::Json(self.running.stats().json()),
@@ -64,6 +61,16 @@ impl Monitor for Machine<'_> {
                 }
                 Err(error) => Outcome::Refused(Chain(&error).to_string()),
             },
+            Action::Load(_) => Outcome::Refused(
+                "Loading a microVM snapshot is not allowed after starting the microVM, which this monitor does by itself: \
+                 reference-vmm restore --from DIR."
+                    .into(),
+            ),
+            Action::Start => Outcome::Refused(
+                "The requested operation is not supported after starting the microVM, which this monitor does by \
+                 itself."
+                    .into(),
+            ),
             Action::PowerButton => match self.running.press_power_button() {
                 true => Outcome::Done,
                 false => {
@@ -76,15 +83,26 @@ impl Monitor for Machine<'_> {
     }
 }
 
+/// Firecracker's word for it.
+fn state(state: RunState) -> &'static str {
+    match state {
+        RunState::Running => "Running",
+        RunState::Paused => "Paused",
+    }
+}
+
+/// This program's version.
+pub(super) fn version() -> Outcome {
+    let version = env!("CARGO_PKG_VERSION");
+    Outcome::Json(json!({ "firecracker_version": version }).to_string())
+}
+
 /// Firecracker's `InstanceInfo`.
-fn describe(state: RunState) -> Value {
+pub(super) fn describe(state: &str) -> Value {
     json!({
         // Firecracker's for one that was given none.
         "id": "anonymous-instance",
-        "state": match state {
-            RunState::Running => "Running",
-            RunState::Paused => "Paused",
-        },
+        "state": state,
         "vmm_version": env!("CARGO_PKG_VERSION"),
         "app_name": "reference-vmm",
     })
@@ -194,7 +212,7 @@ mod tests {
 
     #[test]
     fn whether_it_runs_is_told_in_firecrackers_words() {
-        assert_eq!(describe(RunState::Running)["state"], "Running");
-        assert_eq!(describe(RunState::Paused)["state"], "Paused");
+        assert_eq!(describe(state(RunState::Running))["state"], "Running");
+        assert_eq!(describe(state(RunState::Paused))["state"], "Paused");
     }
 }

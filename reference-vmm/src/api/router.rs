@@ -2,12 +2,16 @@
 
 //! From a request to what is to be done, and from what came of it to the response. Nothing is done here.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use kvm_core::arch::x86_64::state::ClockRestore;
+
 use super::http::{Request, Response, Status};
+use super::load::LoadRequest;
+use crate::snapshot::files::MEMORY;
 
 /// What a request asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +34,10 @@ pub enum Action {
     /// `PUT /snapshot/create` with `{"snapshot_path": DIR}`: Firecracker's `snapshot_path` is a file's, beside which there
     /// is `mem_file_path`; here it is the directory with both.
     Snapshot(PathBuf),
+    /// `PUT /snapshot/load`.
+    Load(LoadRequest),
+    /// `PUT /actions` with `{"action_type": "InstanceStart"}`.
+    Start,
     /// `PUT /actions` with `{"action_type": "SendCtrlAltDel"}`: the power button, by which this machine's guests are asked
     /// to power off. It has no keyboard.
     PowerButton,
@@ -40,12 +48,13 @@ impl Action {
     /// short one is done at once, also while a long one is at work, and must not wait for it.
     pub fn is_long(&self) -> bool {
         match self {
-            Action::Pause | Action::Resume | Action::Snapshot(_) => true,
+            Action::Pause | Action::Resume | Action::Snapshot(_) | Action::Load(_) => true,
             Action::Describe
             | Action::Version
             | Action::MachineConfig
             | Action::VmConfig
             | Action::Stats
+            | Action::Start
             | Action::PowerButton => false,
         }
     }
@@ -87,6 +96,109 @@ struct Snapshot {
 enum SnapshotType {
     #[default]
     Full,
+}
+
+/// Firecracker's `SnapshotLoadParams`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Load {
+    snapshot_path: PathBuf,
+    mem_file_path: Option<PathBuf>,
+    mem_backend: Option<MemoryBackend>,
+    #[serde(default)]
+    resume_vm: bool,
+    #[serde(default)]
+    track_dirty_pages: bool,
+    #[serde(default)]
+    enable_diff_snapshots: bool,
+    #[serde(default)]
+    network_overrides: Vec<NetworkOverride>,
+    vsock_override: Option<VsockOverride>,
+    clock_realtime: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MemoryBackend {
+    backend_type: BackendType,
+    backend_path: PathBuf,
+}
+
+#[derive(Deserialize)]
+enum BackendType {
+    File,
+    Uffd,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworkOverride {
+    iface_id: String,
+    host_dev_name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VsockOverride {
+    uds_path: PathBuf,
+}
+
+impl Load {
+    fn request(self) -> Result<LoadRequest, Response> {
+        let file = match (self.mem_file_path, self.mem_backend) {
+            (Some(_), Some(_)) => {
+                let text = "too many fields: mem_backend and mem_file_path are the same thing.";
+                return Err(bad(text.into()));
+            }
+            (file, None) => file,
+            (None, Some(backend)) => match backend.backend_type {
+                BackendType::File => Some(backend.backend_path),
+                BackendType::Uffd => {
+                    let text = "Guest memory comes from the snapshot's own file here: backend_type is File.";
+                    return Err(bad(text.into()));
+                }
+            },
+        };
+        check_memory(&self.snapshot_path, file.as_deref())?;
+        if self.track_dirty_pages || self.enable_diff_snapshots {
+            let text =
+                "A guest that goes on from a snapshot is not tracked: leave track_dirty_pages out.";
+            return Err(bad(text.into()));
+        }
+        let nets = self.network_overrides.into_iter().map(|of| {
+            let number = of.iface_id.strip_prefix("net");
+            let number = number.filter(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
+            match number.and_then(|number| number.parse().ok()) {
+                Some(number) => Ok((number, of.host_dev_name)),
+                None => Err(bad(format!(
+                    "There is no network card {:?}: they are net0, net1 and so on, as GET /vm/config says them.",
+                    of.iface_id
+                ))),
+            }
+        });
+        Ok(LoadRequest {
+            nets: nets.collect::<Result<_, _>>()?,
+            dir: self.snapshot_path,
+            resume: self.resume_vm,
+            uds: self.vsock_override.map(|of| of.uds_path),
+            clock: self.clock_realtime.map(|advanced| match advanced {
+                true => ClockRestore::Advanced,
+                false => ClockRestore::AsSaved,
+            }),
+        })
+    }
+}
+
+/// Whether `memory` is the file in `dir`, where it is said at all.
+fn check_memory(dir: &Path, memory: Option<&Path>) -> Result<(), Response> {
+    match memory {
+        Some(memory) if memory != dir.join(MEMORY) => Err(bad(
+            "A snapshot of this monitor's is a directory, snapshot_path, with the guest's memory in it: leave \
+             mem_file_path out."
+                .into(),
+        )),
+        _ => Ok(()),
+    }
 }
 
 #[derive(Deserialize)]
@@ -136,30 +248,13 @@ pub fn route(request: &Request) -> Result<Action, Response> {
                 snapshot_path: dir,
                 mem_file_path: memory,
             } = body(request, "PUT")?;
-            match memory {
-                Some(memory) if memory != dir.join(crate::snapshot::files::MEMORY) => Err(bad(
-                    "A snapshot of this monitor's is a directory, snapshot_path, with the guest's memory in it: leave \
-                     mem_file_path out."
-                        .into(),
-                )),
-                _ => Ok(Action::Snapshot(dir)),
-            }
+            check_memory(&dir, memory.as_deref())?;
+            Ok(Action::Snapshot(dir))
         }
-        "/snapshot/load" => {
-            allow(request, "PUT")?;
-            Err(bad(
-                "Loading a microVM snapshot is not allowed after starting the microVM, which this monitor does by itself: \
-                 reference-vmm restore --from DIR."
-                    .into(),
-            ))
-        }
+        "/snapshot/load" => Ok(Action::Load(body::<Load>(request, "PUT")?.request()?)),
         "/actions" => match body::<Actions>(request, "PUT")?.action_type {
             ActionType::SendCtrlAltDel => Ok(Action::PowerButton),
-            ActionType::InstanceStart => Err(bad(
-                "The requested operation is not supported after starting the microVM, which this monitor does by \
-                 itself."
-                    .into(),
-            )),
+            ActionType::InstanceStart => Ok(Action::Start),
             ActionType::FlushMetrics => Err(bad(
                 "This monitor writes no metrics to a file; GET /stats has its numbers.".into(),
             )),

@@ -18,6 +18,10 @@ pub const RESTORE_HELP: &str = "\
 Have the guest of a snapshot go on where it was, with its serial console on this terminal.
 
 Usage: reference-vmm restore --from DIR [OPTIONS]
+       reference-vmm restore --api-sock PATH [OPTIONS]
+
+Without --from the monitor waits for `ctl load DIR`, or Firecracker's PUT /snapshot/load, which says what the
+guest goes on from. All other options hold for that; a load that fails is answered, and another one may come.
 
 Options:
   --from DIR               The snapshot. All of it is read and checked before anything is made. The file of
@@ -113,10 +117,15 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         }
     }
     if request.dir.as_os_str().is_empty() {
-        let text = "--from DIR is missing: the snapshot that the guest goes on from";
-        return Err(UsageError::Command(text.into()));
+        if run.api_sock.is_none() {
+            let text = "--from DIR is missing: the snapshot that the guest goes on from (or --api-sock PATH, where that \
+                        is said later)";
+            return Err(UsageError::Command(text.into()));
+        }
+        run.load = Some(request);
+    } else {
+        run.restore = Some(request);
     }
-    run.restore = Some(request);
     Ok(Command::Run(Box::new(run)))
 }
 
@@ -226,6 +235,18 @@ mod tests {
             (ClockRestore::AsSaved, false)
         );
         assert_eq!(parsed("--from /s").unwrap(), RestoreRequest::new("/s"));
+    }
+
+    #[test]
+    fn without_a_snapshot_one_is_waited_for_where_it_can_be_said() {
+        let words = "reference-vmm restore --api-sock /a --net 0:tap=t --clock saved";
+        let Ok(Command::Run(run)) = super::super::parse(words.split_whitespace()) else {
+            panic!("not taken");
+        };
+        assert_eq!((run.restore, run.api_sock), (None, Some("/a".into())));
+        let load = run.load.unwrap();
+        assert_eq!(load.overrides.nets, [(0, Some("t".to_owned()), None)]);
+        assert_eq!((load.dir, load.clock), ("".into(), ClockRestore::AsSaved));
     }
 
     #[test]

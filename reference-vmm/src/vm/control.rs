@@ -105,6 +105,14 @@ enum Hold {
 }
 
 impl Control {
+    /// Of a machine that is held from its start on.
+    pub(super) fn held(pause: Pause) -> Self {
+        Control {
+            hold: Mutex::new(Hold::Paused(pause)),
+            paused: AtomicBool::new(true),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Hold> {
         // What is in it is whole after each statement.
         self.hold.lock().unwrap_or_else(PoisonError::into_inner)

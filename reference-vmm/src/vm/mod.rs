@@ -353,6 +353,14 @@ impl Machine {
     /// # Errors
     /// A thread cannot be started; those that were have been stopped again, and the guest has not run.
     pub fn start(self) -> Result<Running, BuildError> {
+        self.start_as(RunState::Running)
+    }
+
+    /// As [`start`](Self::start), or [paused](Running::pause) before the first instruction: `state` is what it is then.
+    ///
+    /// # Errors
+    /// As of [`start`](Self::start).
+    pub fn start_as(self, state: RunState) -> Result<Running, BuildError> {
         let Machine {
             parts,
             vcpus,
@@ -366,6 +374,11 @@ impl Machine {
         // Before there is a vCPU's thread: none runs an instruction before the debugger lets it.
         let link = gdb.is_some().then(|| gdb::Link::new(&set));
         let link = link.transpose().map_err(process("make an eventfd"))?;
+        let control = match state {
+            RunState::Running => control::Control::default(),
+            // As early.
+            RunState::Paused => control::Control::held(set.begin_pause()),
+        };
         let live = Arc::new(AtomicUsize::new(vcpus.len()));
         let stopping = Arc::new(AtomicBool::new(false));
         let shared = Arc::new(exits::Shared {
@@ -379,7 +392,7 @@ impl Machine {
         });
         let mut running = Running {
             debugger: None,
-            control: control::Control::default(),
+            control,
             set,
             threads: Vec::with_capacity(vcpus.len()),
             stopping,
@@ -399,13 +412,14 @@ impl Machine {
             running.waits.push(handler.interrupter());
             ready.push((running.set.enroll(vcpu)?, handler));
         }
-        if restored {
-            // Before the vCPUs, so that what these tell them finds them awake.
-            running
-                .parts
-                .virtio
-                .iter()
-                .for_each(|device| device.resume());
+        for device in &running.parts.virtio {
+            match (restored, state) {
+                // Before the vCPUs, so that what these tell them finds them awake.
+                (true, RunState::Running) => device.resume(),
+                // No driver has told it anything: it has nothing under way.
+                (false, RunState::Paused) => _ = device.pause(control::PATIENCE),
+                (true, RunState::Paused) | (false, RunState::Running) => {}
+            }
         }
         // The boot vCPU is the first, and begins as soon as it has a thread; KVM has the others wait until
         // it starts them. So it is the last here: a start that fails has run nothing of the guest.

@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `PUT /snapshot/load`: a monitor without a machine, which a client tells what to go on from.
+//!
+//! ```text
+//!   the server's worker                                    the thread that makes machines
+//!   Waiting::perform(Load) ──── Loads::hand_over ────────► Loads::next
+//!        ▲                                                     │ the machine is made, and begins
+//!        └──────────── the answer ◄──── Load::answer ◄─────────┘ Waiting::begin
+//! ```
+//!
+//! Before that the monitor is "Not started", in Firecracker's words, and does nothing but say so. A load that fails has
+//! left nothing behind, and another one may come.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use kvm_core::arch::x86_64::state::ClockRestore;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::monitor::{Machine, Monitor, describe, version};
+use super::router::{Action, Outcome};
+use crate::snapshot::RestoreRequest;
+
+/// What a client wants to go on from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadRequest {
+    /// The snapshot's directory.
+    pub dir: PathBuf,
+    /// Whether the guest goes on at once, or is paused.
+    pub resume: bool,
+    /// Network cards, by their place, and the taps where they are now.
+    pub nets: Vec<(usize, String)>,
+    /// The Unix socket of the vsock device.
+    pub uds: Option<PathBuf>,
+    /// What the guest sees of the time between.
+    pub clock: Option<ClockRestore>,
+}
+
+impl LoadRequest {
+    /// What is to be restored: `base`, with what the client said over it.
+    pub fn over(&self, base: &RestoreRequest) -> RestoreRequest {
+        let mut request = base.clone();
+        request.dir.clone_from(&self.dir);
+        // Later ones count.
+        let nets = self.nets.iter();
+        let nets = nets.map(|(number, tap)| (*number, Some(tap.clone()), None));
+        request.overrides.nets.extend(nets);
+        if let Some(uds) = &self.uds {
+            request.overrides.uds = Some(uds.clone());
+        }
+        request.clock = self.clock.unwrap_or(request.clock);
+        request
+    }
+}
+
+/// A load that a client waits for. Dropped without an answer, it is refused.
+#[derive(Debug)]
+pub struct Load {
+    /// What it asked for.
+    pub request: LoadRequest,
+    answer: Sender<Outcome>,
+}
+
+impl Load {
+    /// Tells the client what came of it.
+    pub fn answer(self, outcome: Outcome) {
+        // One who has gone hears nothing.
+        let _ = self.answer.send(outcome);
+    }
+}
+
+/// Where loads are handed over from the server to who makes machines.
+#[derive(Debug)]
+pub struct Loads {
+    state: Mutex<State>,
+    asked: EventFd,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    loads: VecDeque<Load>,
+    closed: bool,
+}
+
+impl Loads {
+    /// # Errors
+    /// The errno of `eventfd(2)`.
+    pub fn new() -> io::Result<Self> {
+        Ok(Loads {
+            state: Mutex::default(),
+            asked: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // What is in it is whole after each statement.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands `request` over, and waits for what comes of it.
+    fn hand_over(&self, request: LoadRequest) -> Outcome {
+        let (answer, answers) = channel();
+        let mut state = self.lock();
+        if !state.closed {
+            state.loads.push_back(Load { request, answer });
+            // EAGAIN: it is readable as it is.
+            let _ = self.asked.write(1);
+        }
+        drop(state);
+        let ends = || Outcome::Refused("the monitor ends".into());
+        answers.recv().unwrap_or_else(|_| ends())
+    }
+
+    /// A load that was handed over, if there is one. Does not block; what is polled is readable when there is one.
+    pub fn next(&self) -> Option<Load> {
+        // EAGAIN: there is nothing. In this order, or one that comes between would be told by nothing.
+        let _ = self.asked.read();
+        let mut state = self.lock();
+        let load = state.loads.pop_front();
+        if !state.loads.is_empty() {
+            let _ = self.asked.write(1);
+        }
+        load
+    }
+
+    /// Refuses what waits, and what comes.
+    pub fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        state.loads.clear();
+    }
+}
+
+impl AsRawFd for Loads {
+    fn as_raw_fd(&self) -> RawFd {
+        self.asked.as_raw_fd()
+    }
+}
+
+/// A monitor that has no machine before one is loaded.
+pub struct Waiting<'a> {
+    loads: &'a Loads,
+    machine: OnceLock<Machine<'a>>,
+}
+
+impl<'a> Waiting<'a> {
+    /// One whose loads go to `loads`.
+    pub fn new(loads: &'a Loads) -> Self {
+        Waiting {
+            loads,
+            machine: OnceLock::new(),
+        }
+    }
+
+    /// From now on it is this machine. Only the first call counts.
+    pub fn begin(&self, machine: Machine<'a>) {
+        let _ = self.machine.set(machine);
+    }
+}
+
+impl Monitor for Waiting<'_> {
+    fn perform(&self, action: Action) -> Outcome {
+        if let Some(machine) = self.machine.get() {
+            return machine.perform(action);
+        }
+        match action {
+            Action::Describe => Outcome::Json(describe("Not started").to_string()),
+            Action::Version => version(),
+            Action::Load(request) => self.loads.hand_over(request),
+            Action::Start => Outcome::Refused(
+                "This monitor waits for a snapshot, and has no kernel to boot: PUT /snapshot/load."
+                    .into(),
+            ),
+            _ => Outcome::Refused(
+                "The requested operation is not supported before starting the microVM: PUT /snapshot/load."
+                    .into(),
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> LoadRequest {
+        LoadRequest {
+            dir: "/s".into(),
+            resume: true,
+            nets: vec![(1, "t1".into())],
+            uds: None,
+            clock: None,
+        }
+    }
+
+    #[test]
+    fn what_the_client_says_is_laid_over_what_the_command_line_said() {
+        let mut base = RestoreRequest::new("");
+        base.overrides.nets = vec![(1, Some("old".into()), None)];
+        base.overrides.uds = Some("/old".into());
+        base.clock = ClockRestore::AsSaved;
+        base.verify = false;
+        let over = request().over(&base);
+        assert_eq!(over.dir, PathBuf::from("/s"));
+        assert_eq!(
+            over.overrides.nets.last(),
+            Some(&(1, Some("t1".into()), None))
+        );
+        assert_eq!(over.overrides.uds, Some("/old".into()));
+        assert_eq!((over.clock, over.verify), (ClockRestore::AsSaved, false));
+        let said = LoadRequest {
+            uds: Some("/new".into()),
+            clock: Some(ClockRestore::Advanced),
+            ..request()
+        };
+        let over = said.over(&base);
+        assert_eq!(over.overrides.uds, Some("/new".into()));
+        assert_eq!(over.clock, ClockRestore::Advanced);
+    }
+
+    #[test]
+    fn before_a_load_nothing_is_done_and_a_failed_one_leaves_room_for_another() {
+        let loads = Loads::new().unwrap();
+        let waiting = Waiting::new(&loads);
+        let Outcome::Json(who) = waiting.perform(Action::Describe) else {
+            panic!("not described");
+        };
+        assert!(who.contains("\"Not started\""), "{who}");
+        assert!(matches!(waiting.perform(Action::Version), Outcome::Json(_)));
+        for action in [
+            Action::Pause,
+            Action::Resume,
+            Action::Stats,
+            Action::MachineConfig,
+            Action::VmConfig,
+            Action::PowerButton,
+            Action::Snapshot("/s".into()),
+            Action::Start,
+        ] {
+            let Outcome::Refused(why) = waiting.perform(action) else {
+                panic!("not refused");
+            };
+            assert!(why.contains("PUT /snapshot/load"), "{why}");
+        }
+        assert!(loads.next().is_none());
+        for why in ["broken", "broken too"] {
+            std::thread::scope(|scope| {
+                let client = scope.spawn(|| waiting.perform(Action::Load(request())));
+                let load = loop {
+                    match loads.next() {
+                        Some(load) => break load,
+                        None => std::thread::yield_now(),
+                    }
+                };
+                assert_eq!(load.request, request());
+                load.answer(Outcome::Refused(why.into()));
+                assert_eq!(client.join().unwrap(), Outcome::Refused(why.into()));
+            });
+        }
+    }
+
+    #[test]
+    fn a_monitor_that_ends_refuses_the_load_that_waits_and_those_that_come() {
+        let loads = Loads::new().unwrap();
+        let waiting = Waiting::new(&loads);
+        let refused = Outcome::Refused("the monitor ends".into());
+        std::thread::scope(|scope| {
+            let client = scope.spawn(|| waiting.perform(Action::Load(request())));
+            while loads.lock().loads.is_empty() {
+                std::thread::yield_now();
+            }
+            loads.close();
+            assert_eq!(client.join().unwrap(), refused);
+        });
+        assert_eq!(waiting.perform(Action::Load(request())), refused);
+        // So does who drops it in the middle.
+        let loads = Loads::new().unwrap();
+        let waiting = Waiting::new(&loads);
+        std::thread::scope(|scope| {
+            let client = scope.spawn(|| waiting.perform(Action::Load(request())));
+            while loads.next().is_none() {
+                std::thread::yield_now();
+            }
+            assert_eq!(client.join().unwrap(), refused);
+        });
+    }
+}

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `restore` without `--from`: a client of the control socket says what the guest goes on from.
+
+use std::fmt;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, OnceLock};
+
+use super::{Ended, Session, with_api};
+use crate::api::load::{Load, Loads, Waiting};
+use crate::api::router::Outcome;
+use crate::api::{self, Server};
+use crate::console::RawTerminal;
+use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
+use crate::gdb::Listener;
+use crate::snapshot::RestoreRequest;
+use crate::stats::Stats;
+use crate::timeline::{Event, timeline};
+use crate::vm::{BuildError, Machine, RunState, Running};
+
+/// What came while no machine was there.
+enum Came {
+    Load(Load),
+    Stop(i32),
+}
+
+/// How the wait for a load, and for the guest behind it, came to its end.
+enum Waited {
+    /// By this signal, before a load.
+    Stopped(i32),
+    /// The guest ended.
+    Guest(Arc<EndSignal>, Option<RawTerminal>),
+}
+
+impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
+    /// Waits for a load, laid over `base`, and for the guest's end behind it.
+    ///
+    /// # Errors
+    /// [`BuildError`]: what has not to do with the snapshot. What has is the client's answer.
+    pub(super) fn run_loaded(
+        &self,
+        base: &RestoreRequest,
+        server: &Server,
+        debugger: Option<Listener>,
+    ) -> Result<Ended, BuildError> {
+        let process = |what| move |source| BuildError::Process { what, source };
+        let loads = Loads::new().map_err(process("make an eventfd"))?;
+        let guest = OnceLock::new();
+        let waited = {
+            let waiting = Waiting::new(&loads);
+            let stop = || {
+                loads.close();
+                guest.get().map(Running::stop);
+            };
+            let mut waited = None;
+            let served = with_api(server, &waiting, stop, || {
+                waited = Some(self.wait_for_loads(base, &loads, debugger, &guest, &waiting));
+            });
+            served.map_err(process("start the control socket's thread"))?;
+            waited
+        };
+        match (waited.transpose()?, guest.into_inner()) {
+            (Some(Waited::Guest(end, terminal)), Some(running)) => {
+                Ok(self.finish(&end, running, terminal))
+            }
+            (Some(Waited::Stopped(signal)), _) => {
+                timeline().mark(Event::Exit);
+                let none = || Stats::none(self.options.config.cpus.count);
+                let end = GuestEnd::Stopped(StopCause::Signal(signal));
+                Ok((end, self.options.stats.map(|_| none())))
+            }
+            // Neither can be: who has waited says how, and a guest that has ended is there.
+            (_, _) => Err(BuildError::Ended),
+        }
+    }
+
+    fn wait_for_loads<'a>(
+        &self,
+        base: &RestoreRequest,
+        loads: &'a Loads,
+        mut debugger: Option<Listener>,
+        guest: &'a OnceLock<Running>,
+        waiting: &Waiting<'a>,
+    ) -> Result<Waited, BuildError> {
+        loop {
+            let load = match self.next(loads) {
+                Ok(Came::Load(load)) => load,
+                Ok(Came::Stop(signal)) => return Ok(Waited::Stopped(signal)),
+                Err(source) => {
+                    let what = "wait for a load";
+                    return Err(BuildError::Process { what, source });
+                }
+            };
+            // One for each: what has told the end of a machine that was not to be is not the next one's.
+            let end = EndSignal::new();
+            let end = Arc::new(end.map_err(|source| BuildError::Process {
+                what: "make an eventfd",
+                source,
+            })?);
+            let request = load.request.over(base);
+            let machine = match (Machine::restore(&request, io::stdout(), &end), end.get()) {
+                (Err(BuildError::Ended), Some(GuestEnd::Failed(why))) => {
+                    load.answer(Outcome::Refused(why.clone()));
+                    continue;
+                }
+                (Err(error), _) => {
+                    load.answer(Outcome::Refused(Chain(&error).to_string()));
+                    continue;
+                }
+                (Ok(machine), _) => machine,
+            };
+            let state = match load.request.resume {
+                true => RunState::Running,
+                false => RunState::Paused,
+            };
+            // What fails here is the process's own matter, and would fail the next time as well.
+            let (running, terminal) = match self.start(machine, debugger.take(), state) {
+                Ok(started) => started,
+                Err(error) => {
+                    load.answer(Outcome::Refused(Chain(&error).to_string()));
+                    return Err(error);
+                }
+            };
+            let running = guest.get_or_init(|| running);
+            waiting.begin(api::Machine::new(running));
+            load.answer(Outcome::Done);
+            self.wait(&end, running, terminal.is_some());
+            return Ok(Waited::Guest(end, terminal));
+        }
+    }
+
+    /// Waits for a load, or for a signal that stops the monitor.
+    fn next(&self, loads: &Loads) -> io::Result<Came> {
+        loop {
+            if let Some(signal) = self.signals.next_stop() {
+                return Ok(Came::Stop(signal));
+            }
+            if let Some(load) = loads.next() {
+                return Ok(Came::Load(load));
+            }
+            let mut fds = [self.signals.stops(), loads.as_raw_fd()].map(|fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            });
+            // SAFETY: an array of pollfds, and its length.
+            let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+            if ready < 0 {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
