@@ -373,6 +373,7 @@ impl Machine {
             memslots: parts.memslots.clone(),
             console: parts.console.clone(),
             ioapic: parts.ioapic.clone(),
+            rings: parts.tracker.rings().cloned(),
             owing: [parts.com1.clone(), parts.power.clone()],
             end: end.clone(),
             stopping: stopping.clone(),
