@@ -71,6 +71,7 @@ pub mod config_form;
 pub mod files;
 pub mod format;
 pub mod machine;
+mod memory_out;
 pub mod pages;
 mod restore;
 mod save;

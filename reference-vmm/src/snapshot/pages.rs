@@ -132,8 +132,8 @@ impl PageMap {
         self.regions.iter().map(of).sum()
     }
 
-    /// Each piece: where it is, as a [`Region`] of its own, and what it is.
-    pub fn each(&self) -> impl Iterator<Item = (Region, Piece)> {
+    /// Where each piece is, as a [`Region`] of its own, with its number: the place of it in [`pieces`](Self::pieces).
+    pub fn places(&self) -> impl Iterator<Item = (usize, Region)> {
         let size = u64::from(self.piece);
         let places = self.regions.iter().flat_map(move |region| {
             let starts = (0..region.len).step_by(size as usize);
@@ -143,6 +143,12 @@ impl PageMap {
                 offset: region.offset + at,
             })
         });
+        places.enumerate()
+    }
+
+    /// Each piece: where it is, and what it is.
+    pub fn each(&self) -> impl Iterator<Item = (Region, Piece)> {
+        let places = self.places().map(|(_, place)| place);
         places.zip(self.pieces.iter().copied())
     }
 

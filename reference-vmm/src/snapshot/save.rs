@@ -19,14 +19,13 @@ use irq_routing::IrqchipStateError;
 use kvm_core::arch::x86_64::state::{ClockError, SaveError, StateHost};
 use kvm_core::{Kvm, Pause, VcpuId, VcpuView};
 use kvm_ioctls::VcpuFd;
-use memslots::SlotTable;
-use vm_memory::{Bytes, GuestAddress};
 
 use super::config_form::{self, PathError};
-use super::files::{Draft, DraftFile, HostFiles, MEMORY, STATE, SnapshotFiles, WriteError};
+use super::files::{Draft, HostFiles, MEMORY, STATE, SnapshotFiles, WriteError};
 use super::format::SnapshotId;
 use super::machine::{DevicesSection, MachineState, StateError, VcpuSection, VmSection};
-use super::pages::{self, PIECE, PageMap, Piece};
+use super::memory_out::MemoryOut;
+use super::pages::{self, PageMap};
 use crate::devices::virtio::list::DeviceState;
 use crate::devices::virtio::rng::random_id;
 use crate::vm::control::PATIENCE;
@@ -173,7 +172,10 @@ impl Running {
                 true => Err(ControlError::Ended.into()),
                 false => Ok(()),
             };
-            let written = write_memory(&draft, &memory, &table, &mut state.memory, go_on)?;
+            let places: Vec<_> = state.memory.places().collect();
+            let mut out = MemoryOut::new(&draft, &memory, &mut state.memory);
+            out.write(&table, places, go_on)?;
+            let written = out.written();
             Ok::<_, SnapshotError>((state, memory, written))
         });
         wait_for_a_tick();
@@ -270,44 +272,6 @@ impl Running {
             memory,
         })
     }
-}
-
-/// Writes guest memory piece by piece, and what is in each into `map`; how many bytes were not zero.
-///
-/// # Errors
-/// [`SnapshotError::Memory`], [`SnapshotError::Write`].
-fn write_memory<F: SnapshotFiles>(
-    draft: &Draft<'_, F>,
-    file: &DraftFile,
-    memory: &SlotTable,
-    map: &mut PageMap,
-    go_on: impl Fn() -> Result<(), SnapshotError>,
-) -> Result<u64, SnapshotError> {
-    let mut buffer = vec![0; PIECE as usize];
-    let mut written = 0;
-    for region in map.regions.clone() {
-        for at in (0..region.len).step_by(PIECE as usize) {
-            go_on()?;
-            let len = (region.len - at).min(u64::from(PIECE)) as usize;
-            let piece = buffer.get_mut(..len).unwrap_or_default();
-            let address = region.guest + at;
-            // Whatever else has it mapped may write meanwhile: what is checked and written is this copy.
-            let read = memory.read_slice(piece, GuestAddress(address));
-            read.map_err(|error| SnapshotError::Memory {
-                address,
-                why: error.to_string(),
-            })?;
-            let runs = pages::runs(piece);
-            let checksum = (!runs.is_empty()).then(|| super::format::checksum(piece));
-            map.pieces.push(Piece { checksum });
-            for (start, len) in runs {
-                let run = piece.get(start..start + len).unwrap_or_default();
-                draft.write(file, run, region.offset + at + start as u64)?;
-                written += len as u64;
-            }
-        }
-    }
-    Ok(written)
 }
 
 /// Waits until the clock by which file systems tell the time of a write has moved on: a write to a disk that comes when
