@@ -67,12 +67,20 @@
 //! - State that was added to without a version, and read by position (Firecracker, before its format 2): all fields have
 //!   names.
 
+pub mod chain;
 pub mod config_form;
+pub mod disks;
 pub mod files;
 pub mod format;
+pub mod info;
+pub mod link;
 pub mod machine;
 mod memory_out;
+pub mod merge;
+pub mod packed;
 pub mod pages;
+pub mod parent;
+pub mod ranges;
 mod restore;
 mod save;
 

@@ -31,6 +31,7 @@
 #![forbid(unsafe_code)]
 
 use super::format::{SnapshotId, checksum, u32_at, u64_at};
+use super::ranges::Ranges;
 
 /// What the file begins with.
 pub const MAGIC: [u8; 8] = *b"\x89RVMM\r\n\x1a";
@@ -144,6 +145,32 @@ impl PageMap {
             })
         });
         places.enumerate()
+    }
+
+    /// The piece that has this address, and its number.
+    pub fn locate(&self, guest: u64) -> Option<(usize, Region)> {
+        let size = u64::from(self.piece);
+        let mut before = 0;
+        for region in &self.regions {
+            let at = guest.checked_sub(region.guest)?;
+            if at < region.len {
+                let start = at / size * size;
+                let place = Region {
+                    guest: region.guest + start,
+                    len: (region.len - start).min(size),
+                    offset: region.offset + start,
+                };
+                return Some(((before + at / size) as usize, place));
+            }
+            before += region.len.div_ceil(size);
+        }
+        None
+    }
+
+    /// All of guest memory.
+    pub fn all(&self) -> Ranges {
+        let regions = self.regions.iter();
+        Ranges::of(regions.map(|region| region.guest..region.guest + region.len))
     }
 
     /// Each piece: where it is, and what it is.

@@ -9,15 +9,16 @@
 //! Plain memory is mapped from the file, privately: guests of one snapshot share the host's page cache, and each has what
 //! it writes. The file is to be left alone as long as they run, as an executable's is; that it is removed, or replaced
 //! by a newer snapshot of the same name, is no matter. Memory that is shared, of huge pages, of one NUMA node or advised
-//! to be huge is read instead.
+//! to be huge is read instead, and so is a file that is compressed.
+//!
+//! Of a chain the first file is mapped, and what the later ones have is written over it, into the machine's own pages: a
+//! private mapping costs a page for what was written, and nothing for what was not. Each page is read once, from the last
+//! snapshot that has it. A long chain of a busy guest is better merged ([`merge`](super::merge)): then all of it is mapped.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use irq_routing::IrqchipStateError;
 use irq_routing::ioapic::IoapicStateError;
@@ -26,8 +27,9 @@ use kvm_core::arch::x86_64::state::{ClockError, ClockRestore, RestoreError as Vc
 use memslots::{Backing, HugePages, NewSlot, SlotTable};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::files::{MEMORY, STATE};
-use super::format::{self, SnapshotId};
+use super::chain::{Chain, ChainError};
+use super::files::STATE;
+use super::format::SnapshotId;
 use super::machine::{MachineState, StateError};
 use super::pages::{self, HeaderError};
 use crate::arch::layout;
@@ -142,6 +144,44 @@ pub enum RestoreError {
         /// In what.
         what: String,
     },
+    /// A snapshot that it builds on cannot be read.
+    #[error("{child} builds on {parent}: {source}")]
+    Parent {
+        /// The directory of the one that builds on it.
+        child: PathBuf,
+        /// Its directory.
+        parent: PathBuf,
+        /// Why not.
+        source: Box<RestoreError>,
+    },
+    /// A snapshot that it builds on is not the one that it was.
+    #[error("{child} does not go on where {parent} ends: {source}")]
+    Chain {
+        /// The directory of the one that builds on it.
+        child: PathBuf,
+        /// Its directory.
+        parent: PathBuf,
+        /// Why not.
+        source: ChainError,
+    },
+    /// A disk that is in the snapshot's directory has another length.
+    #[error("{path} has {has} bytes, and {says} were written: it is cut off, or was written to")]
+    DiskLength {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        has: u64,
+        /// What the state says.
+        says: u64,
+    },
+    /// A disk of the snapshot's cannot be copied for the guest.
+    #[error("cannot copy a disk of the snapshot, {path}: {source}")]
+    DiskCopy {
+        /// What cannot be read or written.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// The memory that was saved is not where the machine's is.
     #[error("{path}: its memory is not that of a machine as its configuration describes: {what}")]
     Layout {
@@ -207,6 +247,7 @@ impl RestoreError {
                 Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EIO) => 1,
                 _ => 2,
             },
+            RestoreError::Parent { source, .. } => source.exit_status(),
             RestoreError::Clock(ClockError::NoRealtime)
             | RestoreError::Vcpu {
                 source: VcpuRestoreError::Refused(_),
@@ -237,8 +278,7 @@ pub struct Snapshot {
     /// Disks whose image is declared to be a copy.
     copies: BTreeSet<usize>,
     pub(crate) clock: ClockRestore,
-    memory: Arc<File>,
-    dir: PathBuf,
+    chain: Chain,
 }
 
 impl Snapshot {
@@ -249,40 +289,17 @@ impl Snapshot {
     /// # Errors
     /// [`RestoreError`]; nothing has been made.
     pub fn open(request: &RestoreRequest) -> Result<Self, RestoreError> {
-        let dir = request.dir.clone();
-        let path = dir.join(STATE);
-        let (file, len) = open(&path)?;
-        let wrong = |source| RestoreError::State {
-            path: path.clone(),
-            source,
-        };
-        if len > format::MOST_BYTES {
-            return Err(wrong(format::FormatError::Long(len).into()));
-        }
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
-        let read = |path: &Path| {
-            let path = path.to_owned();
-            move |source| RestoreError::Read { path, source }
-        };
-        file.read_exact_at(&mut bytes, 0).map_err(read(&path))?;
-        let (id, state, config) = MachineState::parse(&bytes).map_err(wrong)?;
+        let (chain, bytes) = Chain::open(&request.dir)?;
+        let path = request.dir.join(STATE);
+        let (id, state, config) =
+            MachineState::parse(&bytes).map_err(|source| RestoreError::State {
+                path: path.clone(),
+                source,
+            })?;
         drop(bytes);
         check_layout(&path, &state, &config)?;
-
-        let path = dir.join(MEMORY);
-        let (memory, has) = open(&path)?;
-        let says = state.memory.file_len();
-        if has != says {
-            return Err(RestoreError::MemoryLength { path, has, says });
-        }
-        let mut head = [0; 32];
-        memory.read_exact_at(&mut head, 0).map_err(read(&path))?;
-        pages::check_header(&head, id).map_err(|source| RestoreError::Header {
-            path: path.clone(),
-            source,
-        })?;
         if request.verify {
-            verify(&memory, &path, &state)?;
+            chain.verify()?;
         }
         let copies = request.overrides.disks.iter();
         Ok(Snapshot {
@@ -291,8 +308,7 @@ impl Snapshot {
             state,
             copies: copies.map(|(number, _)| *number).collect(),
             clock: request.clock,
-            memory: Arc::new(memory),
-            dir,
+            chain,
         })
     }
 
@@ -322,62 +338,58 @@ impl Snapshot {
         if !plain || memory.thp == HugePages::Advise {
             return false;
         }
+        let Some(base) = self.chain.base().filter(|base| !base.is_packed()) else {
+            return false;
+        };
         for (slot, region) in slots.iter_mut().zip(&self.state.memory.regions) {
-            slot.backing = Backing::file_private(self.memory.clone(), region.offset, region.len);
+            slot.backing = Backing::file_private(base.memory().clone(), region.offset, region.len);
         }
         true
     }
 
-    /// Reads what is not zero into new memory.
+    /// Writes into the machine's memory what is not there yet: of memory that is mapped the pages that are not the first
+    /// snapshot's, of new memory all that is not zero.
     ///
     /// # Errors
-    /// [`RestoreError::Read`], [`RestoreError::Memory`].
-    pub(crate) fn load(&self, table: &SlotTable) -> Result<(), RestoreError> {
-        let map = &self.state.memory;
-        let mut buffer = vec![0; map.piece as usize];
-        for (place, piece) in map.each() {
-            if piece.checksum.is_none() {
-                continue;
-            }
-            let bytes = buffer.get_mut(..place.len as usize).unwrap_or_default();
-            let read = self.memory.read_exact_at(bytes, place.offset);
-            read.map_err(|source| RestoreError::Read {
-                path: self.dir.join(MEMORY),
-                source,
-            })?;
-            for (start, len) in pages::runs(bytes) {
-                let address = place.guest + start as u64;
-                let run = bytes.get(start..start + len).unwrap_or_default();
-                let written = table.write_slice(run, GuestAddress(address));
-                written.map_err(|error| RestoreError::Memory {
-                    address,
-                    why: error.to_string(),
-                })?;
+    /// [`RestoreError::Read`], [`RestoreError::MemoryDamaged`], [`RestoreError::Memory`].
+    pub(crate) fn load(&self, table: &SlotTable, mapped: bool) -> Result<(), RestoreError> {
+        let mut buffer = Vec::new();
+        for place in self.state.memory.places().map(|(_, place)| place) {
+            let piece = place.guest..place.guest + place.len;
+            let wanted: Vec<_> = match mapped {
+                true => self.chain.later_within(piece).collect(),
+                false => vec![piece],
+            };
+            for range in wanted {
+                buffer.clear();
+                buffer.resize((range.end - range.start) as usize, 0);
+                self.chain.read(range.clone(), &mut buffer)?;
+                let runs = match mapped {
+                    // What became zero is not zero in the file that is mapped.
+                    true => vec![(0, buffer.len())],
+                    false => pages::runs(&buffer),
+                };
+                for (start, len) in runs {
+                    let address = range.start + start as u64;
+                    let run = buffer.get(start..start + len).unwrap_or_default();
+                    let written = table.write_slice(run, GuestAddress(address));
+                    written.map_err(|error| RestoreError::Memory {
+                        address,
+                        why: error.to_string(),
+                    })?;
+                }
             }
         }
         Ok(())
     }
 }
 
-/// A file of a snapshot, and its length.
-fn open(path: &Path) -> Result<(File, u64), RestoreError> {
-    let read = |source| RestoreError::Read {
-        path: path.to_owned(),
-        source,
-    };
-    // Asked before the file is opened, because opening a pipe waits for its other end.
-    let is = std::fs::metadata(path).map_err(read)?;
-    if !is.is_file() {
-        let path = path.to_owned();
-        return Err(RestoreError::NotAFile { path });
-    }
-    let file = File::open(path).map_err(read)?;
-    let len = file.metadata().map_err(read)?.len();
-    Ok((file, len))
-}
-
 /// Whether the regions are those of a machine with this configuration.
-fn check_layout(path: &Path, state: &MachineState, config: &Config) -> Result<(), RestoreError> {
+pub(super) fn check_layout(
+    path: &Path,
+    state: &MachineState,
+    config: &Config,
+) -> Result<(), RestoreError> {
     let wrong = |what: String| {
         let path = path.to_owned();
         RestoreError::Layout { path, what }
@@ -401,54 +413,6 @@ fn check_layout(path: &Path, state: &MachineState, config: &Config) -> Result<()
         }
     }
     Ok(())
-}
-
-/// Compares memory with its checksums.
-fn verify(file: &File, path: &Path, state: &MachineState) -> Result<(), RestoreError> {
-    let mut buffer = vec![0; state.memory.piece as usize];
-    for (place, piece) in state.memory.each() {
-        let (at, len) = (place.offset, place.len);
-        let damaged = |what: String| RestoreError::MemoryDamaged {
-            path: path.to_owned(),
-            from: at,
-            to: at + len,
-            what,
-        };
-        if piece.checksum.is_none() && is_hole(file, at, len) {
-            continue;
-        }
-        let bytes = buffer.get_mut(..len as usize).unwrap_or_default();
-        let read = file.read_exact_at(bytes, at);
-        read.map_err(|source| RestoreError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        match piece.checksum {
-            None if pages::is_zero(bytes) => {}
-            None => return Err(damaged("it was zero, and is not".into())),
-            Some(written) => {
-                let found = format::checksum(bytes);
-                if found != written {
-                    return Err(damaged(format!(
-                        "the checksum is {found:#010x}, and {written:#010x} was written"
-                    )));
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Whether the file has nothing there. A file system that cannot say so has everything everywhere.
-fn is_hole(file: &File, at: u64, len: u64) -> bool {
-    use std::os::fd::AsRawFd;
-    // SAFETY: an open descriptor; the position that it moves is nobody's, for all reads say theirs.
-    let data = unsafe { libc::lseek(file.as_raw_fd(), at as libc::off_t, libc::SEEK_DATA) };
-    match u64::try_from(data) {
-        Ok(data) => data >= at + len,
-        // Nothing from there to the end.
-        Err(_) => io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO),
-    }
 }
 
 impl Overrides {

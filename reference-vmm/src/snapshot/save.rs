@@ -21,6 +21,7 @@ use kvm_core::{Kvm, Pause, VcpuId, VcpuView};
 use kvm_ioctls::VcpuFd;
 
 use super::config_form::{self, PathError};
+use super::disks::CopyError;
 use super::files::{Draft, HostFiles, MEMORY, STATE, SnapshotFiles, WriteError};
 use super::format::SnapshotId;
 use super::machine::{DevicesSection, MachineState, StateError, VcpuSection, VmSection};
@@ -119,6 +120,12 @@ pub enum SnapshotError {
         /// Why.
         why: String,
     },
+    /// A disk cannot be had in the snapshot.
+    #[error(transparent)]
+    Disk(#[from] CopyError),
+    /// Memory cannot be compressed.
+    #[error("guest memory cannot be compressed: {0}")]
+    Compress(io::Error),
     /// A state has no form in the file.
     #[error(transparent)]
     State(#[from] StateError),

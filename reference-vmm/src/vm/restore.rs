@@ -89,9 +89,7 @@ impl Machine {
         if end.is_told() {
             return Err(BuildError::Ended);
         }
-        if !mapped {
-            snapshot.load(&memory)?;
-        }
+        snapshot.load(&memory, mapped)?;
         if acpi {
             let generation = random_id().map_err(RestoreError::Random)?;
             write(&memory, &generation, layout::GENERATION_ID)?;
