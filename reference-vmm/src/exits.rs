@@ -23,7 +23,7 @@ use kvm_core::{
     Requests, Runner, Vcpu, VcpuId, VcpuView, vcpu_unimpl,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
-use memslots::{Hva, Memslots, SlotTable};
+use memslots::Hva;
 use vm_device::bus::{MmioAddress, PioAddress};
 use vm_memory::GuestAddress;
 
@@ -32,6 +32,7 @@ use crate::devices::edge::Owing;
 use crate::devices::ioapic::Ioapic;
 use crate::end::{EndSignal, GuestEnd};
 use crate::gdb::{self, VcpuSide};
+use crate::memory::{Memslots, SlotTable};
 use crate::msrs::Unserved;
 use crate::stats::{ExitCounters, ExitKind};
 use crate::timeline::{Event, timeline};

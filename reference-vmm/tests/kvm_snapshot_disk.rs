@@ -13,12 +13,14 @@ use std::sync::Arc;
 
 use guests::virtio::{INTERRUPTS, MEMORY, Op, REGISTERS, driver};
 use reference_vmm::config::{Config, Irqchip};
-use reference_vmm::devices::virtio::block::DiskConfig;
+use reference_vmm::devices::virtio::block::{DiskConfig, Io};
 use reference_vmm::devices::virtio::registers::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};
 use reference_vmm::end::{EndSignal, GuestEnd};
 use reference_vmm::memory::Memory;
 use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
+use reference_vmm::vm::tracking::TrackUser;
 use reference_vmm::vm::{BuildError, Machine, Running};
+use support::tracked::{Copy, round};
 use support::{WATCHDOG, file, long, need_kvm};
 use virtio_bindings::virtio_mmio::*;
 
@@ -174,7 +176,7 @@ fn a_disks_requests_are_neither_lost_nor_done_twice_wherever_the_guest_is_stoppe
                 break;
             }
             guest.running.pause().unwrap();
-            let request = SnapshotRequest { dir: dir.clone() };
+            let request = SnapshotRequest::new(dir.clone());
             guest.running.snapshot(&request).unwrap();
             if guest.end.is_told() {
                 break;
@@ -207,6 +209,32 @@ fn a_disks_requests_are_neither_lost_nor_done_twice_wherever_the_guest_is_stoppe
 }
 
 #[test]
+fn what_the_disk_writes_to_guest_memory_is_tracked_as_what_the_guest_writes() {
+    need_kvm();
+    let kernel = file(&writer());
+    for io in [Io::Uring, Io::Threads] {
+        let image = disk(u64::from(SECTORS));
+        let disk = DiskConfig {
+            io,
+            ..DiskConfig::new(&*image)
+        };
+        let config = config(&kernel, Irqchip::Split, disk);
+        let guest = Guest::of(|console, end| Machine::build(&config, console, end));
+        guest.running.pause().unwrap();
+        guest.running.start_tracking(TrackUser::Snapshot).unwrap();
+        let mut before = Copy::of(&guest.running);
+        guest.running.resume().unwrap();
+        // The guest writes each page of a request as well, but for the sector that it reads back behind a pause.
+        let mut pauses = 0;
+        while !guest.ends_within(pauses % 3) {
+            round(&guest.running, TrackUser::Snapshot, &mut before);
+            pauses += 1;
+        }
+        assert!(pauses > 2, "{pauses}");
+    }
+}
+
+#[test]
 fn a_disk_that_has_moved_on_is_refused_and_a_copy_of_what_it_was_is_taken() {
     need_kvm();
     let kernel = file(&writer());
@@ -222,7 +250,7 @@ fn a_disk_that_has_moved_on_is_refused_and_a_copy_of_what_it_was_is_taken() {
         let guest = Guest::of(|console, end| Machine::build(&config, console, end));
         // It has to wait for the guest's first tries.
         guest.running.pause().unwrap();
-        let request = SnapshotRequest { dir: dir.clone() };
+        let request = SnapshotRequest::new(dir.clone());
         guest.running.snapshot(&request).unwrap();
         drop(guest);
         std::fs::copy(&image, &copy).unwrap();

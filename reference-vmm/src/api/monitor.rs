@@ -56,7 +56,7 @@ impl Monitor for Machine<'_> {
             Action::Stats => Outcome::Json(self.running.stats().json()),
             Action::Pause => done(self.running.pause()),
             Action::Resume => done(self.running.resume()),
-            Action::Snapshot(dir) => match self.running.snapshot(&SnapshotRequest { dir }) {
+            Action::Snapshot(dir) => match self.running.snapshot(&SnapshotRequest::new(dir)) {
                 Ok(report) => {
                     log::info!("a snapshot was taken: {report:?}");
                     Outcome::Done

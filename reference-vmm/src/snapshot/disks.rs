@@ -31,6 +31,9 @@ use super::files::{Draft, DraftFile, SnapshotFiles, WriteError};
 use super::format::{Container, Kind};
 use super::machine::StateError;
 use super::restore::RestoreError;
+use crate::devices::virtio::block::{BlockState, Fingerprint};
+use crate::devices::virtio::list::DeviceState;
+use crate::devices::virtio::mmio::MmioState;
 
 /// What a snapshot does with disks that the guest writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -125,6 +128,37 @@ pub(super) fn section(copies: &[DiskCopy]) -> Result<Option<(Kind, Vec<u8>)>, St
     let bytes =
         serde_json::to_vec(copies).map_err(|source| StateError::Section { kind, source })?;
     Ok(Some((kind, bytes)))
+}
+
+/// Opens a disk's image to read, if it still is the one that the device has.
+///
+/// # Errors
+/// [`CopyError`].
+pub(super) fn open_as_it_was(
+    path: &Path,
+    disk: usize,
+    states: &[DeviceState],
+) -> Result<File, CopyError> {
+    let read = |source| CopyError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let image = File::open(path).map_err(read)?;
+    let name = format!("disk{disk}");
+    let state = states.iter().find(|state| state.name == name);
+    let state = state.map(|state| MmioState::<BlockState>::deserialize(&state.state));
+    let was = state
+        .transpose()
+        .map_err(|error| read(io::Error::other(error)))?
+        .and_then(|state| state.device.image);
+    let now = Fingerprint::of(&image, false).map_err(read)?;
+    match was.and_then(|was| was.differs(&now)) {
+        None => Ok(image),
+        Some(what) => Err(CopyError::Other {
+            path: path.to_owned(),
+            what,
+        }),
+    }
 }
 
 /// Has what is in `image` in a file of the draft: cloned, and with `copy` copied where that cannot be. What the image has

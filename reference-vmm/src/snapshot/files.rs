@@ -374,3 +374,21 @@ fn look(target: &Path) -> Result<bool, WriteError> {
         false => Err(occupied()),
     }
 }
+
+/// Whether both are one file, or one directory.
+pub(super) fn same(one: &Path, other: &Path) -> bool {
+    let of = |path: &Path| {
+        let path = match path.as_os_str().is_empty() {
+            true => Path::new("."),
+            false => path,
+        };
+        let is = std::fs::metadata(path).ok()?;
+        Some((is.dev(), is.ino()))
+    };
+    of(one).is_some_and(|one| Some(one) == of(other))
+}
+
+/// From the root on; as it is where the process has no current directory.
+pub(super) fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}

@@ -6,7 +6,6 @@
 
 use std::ops::Range;
 
-use memslots::SlotTable;
 use vm_memory::{Bytes, GuestAddress};
 use zstd::bulk::Compressor;
 
@@ -16,6 +15,7 @@ use super::packed::{self, Compression, Duplicates, Packed, Seen, Stored};
 use super::pages::{self, PAGE, PageMap, Piece, Region};
 use super::ranges::Ranges;
 use super::save::SnapshotError;
+use crate::memory::SlotTable;
 
 /// What writes guest memory into a draft's file, and into the map of it what each piece is.
 pub(super) struct MemoryOut<'a, F: SnapshotFiles> {
@@ -52,6 +52,12 @@ impl<'a, F: SnapshotFiles> MemoryOut<'a, F> {
             file,
             map,
         }
+    }
+
+    /// Of each piece only these pages: what an incremental snapshot has.
+    pub(super) fn only(mut self, own: Option<&'a Ranges>) -> Self {
+        self.own = own;
+        self
     }
 
     /// In this form. Compressed, pieces have to come in their order, and behind the last comes

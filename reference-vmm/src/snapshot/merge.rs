@@ -6,12 +6,11 @@
 //! together, its disks. It has an id of its own and builds on nothing; the links are read and left alone.
 
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::chain::Chain;
 use super::disks::{self, CopyError};
-use super::files::{Draft, MEMORY, STATE, SnapshotFiles, WriteError};
+use super::files::{Draft, MEMORY, STATE, SnapshotFiles, WriteError, same};
 use super::format::{self, Kind, SnapshotId};
 use super::machine::StateError;
 use super::memory_out::MemoryOut;
@@ -163,13 +162,4 @@ pub fn merge(
         memory: map.all().bytes(),
         written,
     })
-}
-
-/// Whether both are one directory.
-pub(super) fn same(one: &Path, other: &Path) -> bool {
-    let of = |path: &Path| {
-        let is = std::fs::metadata(path).ok()?;
-        Some((is.dev(), is.ino()))
-    };
-    of(one).is_some_and(|one| Some(one) == of(other))
 }

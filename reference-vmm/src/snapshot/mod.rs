@@ -83,6 +83,8 @@ pub mod parent;
 pub mod ranges;
 mod restore;
 mod save;
+mod tip;
 
 pub use restore::{Overrides, RestoreError, RestoreRequest, Snapshot};
-pub use save::{SnapshotError, SnapshotReport, SnapshotRequest};
+pub use save::{SnapshotError, SnapshotKind, SnapshotReport, SnapshotRequest};
+pub(crate) use tip::ChainTip;

@@ -19,19 +19,23 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use irq_routing::IrqchipStateError;
 use irq_routing::ioapic::IoapicStateError;
 use kvm_core::VcpuId;
 use kvm_core::arch::x86_64::state::{ClockError, ClockRestore, RestoreError as VcpuRestoreError};
-use memslots::{Backing, HugePages, NewSlot, SlotTable};
+use memslots::{Backing, HugePages, NewSlot};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::chain::{Chain, ChainError};
-use super::files::STATE;
-use super::format::SnapshotId;
+use super::disks::{self, DiskCopy, Provided};
+use super::files::{STATE, absolute, same};
+use super::format::{self, SnapshotId};
+use super::link::Link;
 use super::machine::{MachineState, StateError};
 use super::pages::{self, HeaderError};
+use super::tip::Tip;
 use crate::arch::layout;
 use crate::config::{Config, Irqchip};
 use crate::devices::virtio::any::Devices;
@@ -39,6 +43,8 @@ use crate::devices::virtio::block::DiskConfig;
 use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::list::DeviceError;
 use crate::devices::virtio::net::Mac;
+use crate::memory::SlotTable;
+use crate::vm::tracking::TrackError;
 
 /// What a machine that goes on from a snapshot has of its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,6 +78,11 @@ pub struct RestoreRequest {
     /// Guest memory is compared with its checksums, which reads all of the file. Without it what is damaged there is the
     /// guest's to find.
     pub verify: bool,
+    /// What is written from the snapshot's moment on is tracked, so that an incremental snapshot may build on it.
+    pub track: bool,
+    /// Where disks that are in the snapshot are copied to, each unless [`Overrides::disks`] has it: the guest goes on with
+    /// the copies.
+    pub disks_to: Option<PathBuf>,
 }
 
 impl RestoreRequest {
@@ -82,6 +93,8 @@ impl RestoreRequest {
             overrides: Overrides::default(),
             clock: ClockRestore::Advanced,
             verify: true,
+            track: false,
+            disks_to: None,
         }
     }
 }
@@ -164,6 +177,15 @@ pub enum RestoreError {
         /// Why not.
         source: ChainError,
     },
+    /// There is no disk in the snapshot that could be copied.
+    #[error(
+        "--disks-to: there is no disk in the snapshot {0}, only what its disks were called: take it with --disks reflink or \
+         copy"
+    )]
+    NoDisks(PathBuf),
+    /// Its own writes cannot be tracked.
+    #[error(transparent)]
+    Track(#[from] TrackError),
     /// A disk that is in the snapshot's directory has another length.
     #[error("{path} has {has} bytes, and {says} were written: it is cut off, or was written to")]
     DiskLength {
@@ -243,10 +265,14 @@ impl RestoreError {
     /// The process's exit status: 2 the snapshot or the arguments are wrong, or not for this host; 1 the host refused.
     pub fn exit_status(&self) -> u8 {
         match self {
-            RestoreError::Read { source, .. } => match source.raw_os_error() {
-                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EIO) => 1,
-                _ => 2,
-            },
+            RestoreError::Read { source, .. } | RestoreError::DiskCopy { source, .. } => {
+                match source.raw_os_error() {
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EIO | libc::ENOSPC) => {
+                        1
+                    }
+                    _ => 2,
+                }
+            }
             RestoreError::Parent { source, .. } => source.exit_status(),
             RestoreError::Clock(ClockError::NoRealtime)
             | RestoreError::Vcpu {
@@ -261,6 +287,7 @@ impl RestoreError {
             | RestoreError::Irqchip(_)
             | RestoreError::Pending(_)
             | RestoreError::Memory { .. }
+            | RestoreError::Track(_)
             | RestoreError::Random(_) => 1,
             _ => 2,
         }
@@ -279,6 +306,9 @@ pub struct Snapshot {
     copies: BTreeSet<usize>,
     pub(crate) clock: ClockRestore,
     chain: Chain,
+    /// What the disks were is in the snapshot, and the guest goes on with others.
+    left: Vec<DiskCopy>,
+    provided: Mutex<Provided>,
 }
 
 impl Snapshot {
@@ -296,17 +326,42 @@ impl Snapshot {
                 path: path.clone(),
                 source,
             })?;
-        drop(bytes);
         check_layout(&path, &state, &config)?;
+        let container = format::parse(&bytes).map_err(StateError::from);
+        let copies = container.and_then(|container| disks::of(&container));
+        let copies = copies.map_err(|source| RestoreError::State { path, source })?;
+        drop(bytes);
         if request.verify {
             chain.verify()?;
         }
-        let copies = request.overrides.disks.iter();
+        let mut overrides = request.overrides.clone();
+        let others: BTreeSet<_> = overrides.disks.iter().map(|(number, _)| *number).collect();
+        let copies = copies.into_iter();
+        let left: Vec<_> = copies.filter(|copy| !others.contains(&copy.disk)).collect();
+        let provided = match &request.disks_to {
+            Some(_) if left.is_empty() && others.is_empty() => {
+                return Err(RestoreError::NoDisks(request.dir.clone()));
+            }
+            // What cannot be is found before anything is copied.
+            Some(folder) => {
+                overrides.apply(config.clone())?;
+                disks::provide(&request.dir, &left, folder)?
+            }
+            None => Provided::default(),
+        };
+        overrides.disks.extend(provided.images().iter().cloned());
+        let config = overrides.apply(config)?;
+        check_own_disks(&request.dir, &config)?;
         Ok(Snapshot {
             id,
-            config: request.overrides.apply(config)?,
+            config,
             state,
-            copies: copies.map(|(number, _)| *number).collect(),
+            copies: overrides.disks.iter().map(|(number, _)| *number).collect(),
+            left: match request.disks_to {
+                Some(_) => Vec::new(),
+                None => left,
+            },
+            provided: Mutex::new(provided),
             clock: request.clock,
             chain,
         })
@@ -328,7 +383,43 @@ impl Snapshot {
     /// [`DeviceError`].
     pub(crate) fn devices(&self, stdout: impl AsFd) -> Result<Devices, DeviceError> {
         let states = &self.state.devices.virtio;
-        Devices::open_from(&self.config, states, &self.copies, stdout)
+        let opened = Devices::open_from(&self.config, states, &self.copies, stdout);
+        opened.map_err(|error| match error {
+            DeviceError::Open {
+                flag: flag @ "--disk",
+                source,
+                users_fault,
+            } if !self.left.is_empty() => {
+                let dir = self.chain.newest().map(|link| link.dir().to_owned());
+                let source = Box::new(MovedOn {
+                    source,
+                    dir: dir.unwrap_or_default(),
+                    disk: self.left.first().map_or(0, |copy| copy.disk),
+                });
+                DeviceError::Open {
+                    flag,
+                    source,
+                    users_fault,
+                }
+            }
+            error => error,
+        })
+    }
+
+    /// The end of the chain that it is.
+    pub(crate) fn tip(&self) -> Tip {
+        let newest = self.chain.newest();
+        Tip {
+            id: self.id,
+            depth: newest.map_or(0, Link::depth),
+            dir: newest.map(|link| absolute(link.dir())).unwrap_or_default(),
+        }
+    }
+
+    /// The disks that were made for the guest are the guest's.
+    pub(crate) fn keep_disks(&self) {
+        let provided = self.provided.lock();
+        provided.unwrap_or_else(PoisonError::into_inner).keep();
     }
 
     /// Has the slots mapped from the file, where they can be; whether they are.
@@ -382,6 +473,36 @@ impl Snapshot {
         }
         Ok(())
     }
+}
+
+/// A disk cannot go on, and the snapshot has what it was.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{source}; what the disks were is in the snapshot: restore it with --disks-to FOLDER, which copies them there, or copy \
+     one (cp --reflink=auto {} FILE) and say --disk {disk}:path=FILE",
+    dir.join(format!("disk{disk}")).display()
+)]
+struct MovedOn {
+    source: Box<dyn std::error::Error + Send + Sync>,
+    dir: PathBuf,
+    disk: usize,
+}
+
+/// Refuses a guest that would write to the snapshot's own files.
+fn check_own_disks(dir: &Path, config: &Config) -> Result<(), RestoreError> {
+    for (number, disk) in config.disks.iter().enumerate() {
+        let own = disk.path.parent().is_some_and(|folder| same(folder, dir));
+        if own && !disk.readonly {
+            let (path, copy) = (disk.path.display(), "--disks-to FOLDER copies it");
+            return Err(RestoreError::Override {
+                flag: "--disk",
+                why: format!(
+                    "{path} is the snapshot's own file for disk {number}, which no guest writes: {copy}"
+                ),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Whether the regions are those of a machine with this configuration.
