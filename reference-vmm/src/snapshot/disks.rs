@@ -36,7 +36,8 @@ use crate::devices::virtio::list::DeviceState;
 use crate::devices::virtio::mmio::MmioState;
 
 /// What a snapshot does with disks that the guest writes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DiskCopies {
     /// It says which they are.
     #[default]

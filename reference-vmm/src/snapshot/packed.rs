@@ -41,6 +41,8 @@
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 
+use serde::Deserialize;
+
 use super::format::{u32_at, u64_at};
 use super::pages::{PAGE, PageMap};
 use super::ranges::{MOST_RUNS, Ranges};
@@ -51,7 +53,8 @@ pub const FIRST: u64 = 4096;
 const ZSTD: u32 = 1;
 
 /// How a file `memory` is written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Compression {
     /// Each page at its place, so that it can be mapped.
