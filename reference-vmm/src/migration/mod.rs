@@ -16,10 +16,14 @@
 //!              Canceller: Clone + Send + Sync, cancel(&self)
 //!   codec      Encoder::new(Compression) -> io::Result<Encoder>
 //!              Encoder::pages(address, len, |at, &mut [u8]| -> io::Result<()>, &mut impl Write) -> io::Result<()>
-//!              Encoder::mark(u64, &mut impl Write), Encoder::flush(&mut impl Write), Encoder::sent() -> Sent
+//!              Encoder::mark(u64, &mut impl Write), Encoder::flush(&mut impl Write), Encoder::counts() -> Counts
 //!              Decoder::new() -> io::Result<Decoder>
 //!              Decoder::frame(&mut impl Read, &mut impl Sink) -> Result<Frame, DecodeError>
-//!              Frame::{Pages, Mark(u64), End},  trait Sink { page(address, &[u8]), zero(address, len) -> io::Result<()> }
+//!              Frame::{Pages, Mark(u64), End},  trait Sink { pages(address, &[u8]), zeros(address, len) -> io::Result<()> }
 //!   limit      TokenBucket (pure), Limiter::new(Option<NonZeroU64>), .set(..), .cancel(),
 //!              Limited<W>: Write, over any Write and an Arc<Limiter>
 //! ```
+
+pub mod address;
+pub mod codec;
+pub mod limit;
