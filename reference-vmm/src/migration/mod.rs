@@ -12,7 +12,7 @@
 //!              Listener::canceller(&self) -> Canceller
 //!              connect(&Address, Option<&Tls>, deadline: Instant) -> Result<Connection, ConnectError>
 //!              Connection: Read + Write + Send
-//!                  peer() -> &str, canceller() -> Canceller, set_patience(Duration), set_deadline(Option<Instant>)
+//!                  peer() -> &str, canceller() -> Canceller, set_patience(Duration), set_deadline(Option<Instant>), finish()
 //!              Canceller: Clone + Send + Sync, cancel(&self)
 //!   codec      Encoder::new(Compression) -> io::Result<Encoder>
 //!              Encoder::pages(address, len, |at, &mut [u8]| -> io::Result<()>, &mut impl Write) -> io::Result<()>
@@ -27,3 +27,5 @@
 pub mod address;
 pub mod codec;
 pub mod limit;
+pub mod tls;
+pub mod transport;
