@@ -266,7 +266,8 @@ fn plain(error: &rustls::Error) -> String {
     match error {
         E::InvalidMessage(_) => format!("what came is not TLS ({error})"),
         E::NoCertificatesPresented => "it has shown no certificate".into(),
-        E::InvalidCertificate(CertificateError::UnknownIssuer) => {
+        // One of the same name has another key.
+        E::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
             "its certificate is of another authority than --tls-ca".into()
         }
         E::InvalidCertificate(
@@ -284,6 +285,9 @@ fn of_alert(alert: AlertDescription) -> String {
     match alert {
         AlertDescription::CertificateRequired => "it wants a certificate".into(),
         AlertDescription::UnknownCA => "our certificate is of another authority than its".into(),
+        AlertDescription::DecryptError => {
+            "it cannot verify our certificate by its authority".into()
+        }
         AlertDescription::CertificateExpired => "our certificate has expired by its clock".into(),
         AlertDescription::BadCertificate | AlertDescription::UnsupportedCertificate => {
             format!("our certificate is not one for this ({alert:?})")
