@@ -2,6 +2,7 @@
 
 //! A machine that moves to another process while its guest runs.
 
+mod plot;
 pub mod progress;
 pub mod record;
 pub mod report;

@@ -210,3 +210,116 @@ fn columns() -> Option<usize> {
     };
     (size.ws_col > 0).then(|| size.ws_col.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::{Outcome, Settings, Step};
+    use super::*;
+    use std::time::SystemTime;
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    fn record() -> MigrationRecord {
+        let settings = Settings {
+            limit_bytes_per_s: None,
+            downtime: ms(100),
+            connections: 1,
+            compression: "none".into(),
+            tls: false,
+        };
+        MigrationRecord::new("unix:/x".into(), 1 << 18, settings, SystemTime::UNIX_EPOCH)
+    }
+
+    fn ahead(converges: Converges, best: u64, worst: u64) -> Ahead {
+        Ahead {
+            at: ms(2000),
+            converges,
+            rounds: [1, 2, 3],
+            time: [ms(best), ms(best), ms(worst)],
+            downtime: [ms(500), ms(700), ms(900)],
+        }
+    }
+
+    #[test]
+    fn a_line_says_where_it_is_what_is_left_and_how_fast() {
+        let mut record = record();
+        assert_eq!(line(&record, ms(0)), "migration: connecting");
+        record.round_begins(ms(0), 1 << 18, false);
+        assert_eq!(
+            line(&record, ms(100)),
+            "migration: round 1, 1.00 GiB left",
+            "too early for a rate"
+        );
+        record.sent(ms(1000), 1 << 17, 0, 512 << 20);
+        assert_eq!(
+            line(&record, ms(1000)),
+            "migration: round 1, 512 MiB left, 512 MiB/s"
+        );
+        record.sent(ms(2000), 1 << 17, 0, 512 << 20);
+        record.round_ends(ms(2000), 2000);
+        record.round_begins(ms(2000), 2000, false);
+        record.forecast = Some(ahead(Converges::Yes, 3000, 5000));
+        assert_eq!(
+            line(&record, ms(2000)),
+            "migration: round 2, 7.81 MiB left, 512 MiB/s, dirties 3.91 MiB/s, stops in 3.00 s to 5.00 s"
+        );
+        record.stop_begins(ms(2100));
+        record.round_begins(ms(2100), 10, true);
+        assert!(line(&record, ms(2100)).starts_with("migration: guest stopped, last pages"));
+        record.round_ends(ms(2101), 0);
+        record.step_ends(Step::LastPages, ms(2101));
+        assert!(line(&record, ms(2101)).starts_with("migration: guest stopped, hand-over"));
+        record.ends(ms(2102), Outcome::Moved);
+        assert_eq!(line(&record, ms(2102)), "migration: over");
+    }
+
+    #[test]
+    fn a_forecast_is_no_more_certain_than_it_is_and_its_time_runs() {
+        let yes = ahead(Converges::Yes, 3000, 5000);
+        assert_eq!(forecast(&yes, ms(2000)), "stops in 3.00 s to 5.00 s");
+        assert_eq!(forecast(&yes, ms(4000)), "stops in 1.00 s to 3.00 s");
+        assert_eq!(forecast(&yes, ms(60_000)), "stops now");
+        let same = ahead(Converges::Yes, 3001, 3002);
+        assert_eq!(forecast(&same, ms(0)), "stops in 3.00 s");
+        let perhaps = ahead(Converges::Perhaps, 3000, u64::MAX);
+        assert_eq!(
+            forecast(&perhaps, ms(2000)),
+            "may not converge at this rate (in 3.00 s at best)"
+        );
+        let never = ahead(Converges::Perhaps, u64::MAX, u64::MAX);
+        assert_eq!(forecast(&never, ms(0)), "may not converge at this rate");
+        let no = ahead(Converges::No, 0, 0);
+        assert_eq!(
+            forecast(&no, ms(0)),
+            "will not converge at this rate (a stop would take 500 ms to 900 ms)"
+        );
+        let long = ahead(Converges::Yes, 3000, u64::MAX);
+        assert_eq!(forecast(&long, ms(2000)), "stops in 3.00 s or more");
+    }
+
+    #[test]
+    fn a_terminal_of_its_own_has_one_line_rewritten_that_never_wraps() {
+        let mut record = record();
+        record.round_begins(ms(0), 1 << 18, false);
+        let mut progress = Progress::new(Manner::InPlace { columns: 20 });
+        let first = progress.due(&record, ms(0)).unwrap();
+        assert_eq!(first, "\rmigration: round 1,\x1b[K");
+        assert_eq!(progress.due(&record, ms(99)), None);
+        assert!(progress.due(&record, ms(100)).is_some());
+        assert_eq!(progress.rest().as_deref(), Some("\r\x1b[K"));
+        assert_eq!(progress.rest(), None, "once");
+    }
+
+    #[test]
+    fn elsewhere_it_is_a_line_a_second_at_most() {
+        let record = record();
+        let mut progress = Progress::new(Manner::Lines);
+        let said = (0..=50).filter_map(|tenth| progress.due(&record, ms(tenth * 100)));
+        let said: Vec<_> = said.collect();
+        assert_eq!(said.len(), 6);
+        assert!(said.iter().all(|line| line == "migration: connecting\n"));
+        assert_eq!(progress.rest(), None);
+    }
+}

@@ -610,3 +610,140 @@ mod micros {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dirty_log::estimate::Span;
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    fn span<T>(low: T, mean: T, high: T) -> Span<T> {
+        Span { low, mean, high }
+    }
+
+    fn record() -> MigrationRecord {
+        let settings = Settings {
+            limit_bytes_per_s: None,
+            downtime: ms(100),
+            connections: 2,
+            compression: "none".into(),
+            tls: false,
+        };
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        MigrationRecord::new("unix:/x".into(), 1000, settings, now)
+    }
+
+    #[test]
+    fn what_is_told_in_order_is_rounds_a_stop_and_an_end() {
+        let mut record = record();
+        record.round_begins(ms(10), 1000, false);
+        record.sent(ms(500), 600, 100, 2_000_000);
+        record.sent(ms(1000), 400, 0, 1_600_000);
+        record.round_ends(ms(1010), 50);
+        record.stop_begins(ms(1020));
+        record.step_ends(Step::Pause, ms(1021));
+        record.round_begins(ms(1021), 50, true);
+        record.sent(ms(1022), 50, 0, 200_000);
+        record.round_ends(ms(1023), 0);
+        record.step_ends(Step::LastPages, ms(1023));
+        record.step_ends(Step::State, ms(1026));
+        record.step_ends(Step::HandOver, ms(1027));
+        record.step_ends(Step::Start, ms(1030));
+        record.ends(ms(1040), Outcome::Moved);
+
+        let [first, last] = &record.rounds[..] else {
+            panic!("{record:?}");
+        };
+        assert_eq!((first.number, first.took), (1, ms(1000)));
+        assert_eq!((first.pages_sent, first.zero_pages), (1000, 100));
+        assert_eq!(
+            (first.dirty_rate(), first.throughput()),
+            (50.0, 3_600_000.0)
+        );
+        assert!(last.stopped && last.number == 2 && last.took == ms(2));
+        assert_eq!(record.total.pages_sent, 1050);
+        assert_eq!(record.downtime(), Some(ms(10)));
+        assert_eq!(record.took, Some(ms(1040)));
+        assert_eq!(
+            record.summary(),
+            "moved to unix:/x in 1.04 s\n\
+             memory 3.91 MiB; sent 1,050 pages (100 of zeros) in 2 rounds, 3.62 MiB on the wire\n\
+             downtime 10.0 ms: pause 1.00 ms, last pages 2.00 ms, state 3.00 ms, hand-over 1.00 ms, start 3.00 ms\n"
+        );
+    }
+
+    #[test]
+    fn it_comes_back_from_json_as_it_went_and_says_there_what_follows_from_it() {
+        let mut record = record();
+        record.round_begins(ms(0), 1000, false);
+        record.sent(ms(500), 600, 100, 2_000_000);
+        record.round_ends(ms(1000), 50);
+        record.round_begins(ms(1000), 50, false);
+        let forecast = Forecast {
+            outcome: ForecastOutcome::Uncertain,
+            rounds: span(1, 2, 3),
+            time: span(ms(1), ms(2), ms(3)),
+            pages: span(1, 2, 3),
+            downtime: span(ms(4), ms(5), ms(6)),
+        };
+        record.forecast_is(ms(1000), &forecast);
+        record.stop_begins(ms(1500));
+        record.step_ends(Step::Pause, ms(1502));
+        for outcome in [
+            None,
+            Some(Outcome::Moved),
+            Some(Outcome::Failed { why: "x".into() }),
+        ] {
+            record.outcome = outcome;
+            let json = serde_json::to_value(&record).unwrap();
+            assert_eq!(json["rounds"][0]["pages-dirtied-per-s"], 50);
+            assert_eq!(json["rounds"][0]["wire-bytes-per-s"], 2_000_000);
+            assert_eq!(json["switch-over"]["downtime-us"], 2000);
+            assert_eq!(json["switch-over"]["steps"][0]["step"], "pause");
+            assert_eq!(json["forecast"]["time-us"][2], 3000);
+            assert_eq!(json["took-us"], serde_json::Value::Null);
+            let back: MigrationRecord = serde_json::from_value(json).unwrap();
+            assert_eq!(back, record);
+        }
+        let failed = serde_json::to_value(&record.outcome).unwrap();
+        assert_eq!(failed, serde_json::json!({"result": "failed", "why": "x"}));
+    }
+
+    #[test]
+    fn it_stays_small_however_long_it_goes_and_loses_no_count() {
+        let mut record = record();
+        for round in 0..2 * MOST_ROUNDS as u64 {
+            record.round_begins(ms(round * 100), 10, false);
+            record.sent(ms(round * 100 + 50), 10, 1, 100);
+            record.round_ends(ms(round * 100 + 100), 10);
+        }
+        assert_eq!(record.rounds.len(), MOST_ROUNDS);
+        let numbers = [0, 1, MOST_ROUNDS - 1].map(|at| record.rounds[at].number);
+        assert_eq!(numbers, [1, MOST_ROUNDS as u32 + 2, 2 * MOST_ROUNDS as u32]);
+        assert_eq!(record.total.pages_sent, 20 * MOST_ROUNDS as u64);
+        assert!(record.samples.len() <= MOST_SAMPLES);
+        assert!(record.samples.len() > MOST_SAMPLES / 4);
+        assert!(record.samples.is_sorted_by_key(|sample| sample.at));
+        assert_eq!(record.samples[0].at, ms(0));
+    }
+
+    #[test]
+    fn nothing_that_is_told_out_of_order_is_a_panic() {
+        let mut record = record();
+        record.step_ends(Step::Start, ms(5));
+        record.round_ends(ms(5), 1);
+        record.sent(ms(4), u64::MAX, u64::MAX, u64::MAX);
+        record.sent(ms(3), 1, 1, 1);
+        record.stop_begins(ms(9));
+        record.step_ends(Step::Start, ms(1));
+        record.round_begins(ms(9), u64::MAX, true);
+        record.round_ends(ms(1), u64::MAX);
+        record.ends(Duration::MAX, Outcome::Cancelled);
+        assert_eq!(record.downtime(), Some(Duration::ZERO));
+        record.summary();
+        serde_json::to_string(&record).unwrap();
+    }
+}
