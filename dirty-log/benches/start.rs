@@ -5,7 +5,12 @@
 //! unless said otherwise; in the lab by `cargo xtask lab --memory 3G -- target/release/deps/start-… 1024`.
 //!
 //! The guest writes each page before each start: a page that is protected already costs less.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout
+)]
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -59,8 +64,7 @@ impl Machine {
         let vm = kvm.create_vm().unwrap();
         choice.apply(&vm).unwrap();
         vm.set_tss_address(0xfffb_d000).unwrap();
-        let low: GuestMemoryMmap =
-            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), LOW)]).unwrap();
+        let low: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), LOW)]).unwrap();
         low.write_slice(&GUEST, GuestAddress(CODE)).unwrap();
         page_tables(&low, DATA + data.size());
         let host = low.get_host_address(GuestAddress(0)).unwrap() as u64;
@@ -131,11 +135,7 @@ impl Machine {
             other => println!("the guest did not halt: {other:?}"),
         }
         let regs = self.vcpu.get_regs().unwrap();
-        assert_eq!(
-            regs.rdi,
-            DATA + self.data.size(),
-            "it has written them all"
-        );
+        assert_eq!(regs.rdi, DATA + self.data.size(), "it has written them all");
     }
 
     fn round(&mut self, figures: &mut Figures) {

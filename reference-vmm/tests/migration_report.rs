@@ -183,6 +183,8 @@ fn a_file_is_replaced_whole_or_not_at_all() {
     std::fs::write(&path, "older").unwrap();
     let link = dir.path().join("link.html");
     std::os::unix::fs::symlink(&path, &link).unwrap();
+    let stale = format!(".report.html.{}.partial", std::process::id());
+    std::fs::write(dir.path().join(stale), "half of a re").unwrap();
     report::write(&record(), &link).unwrap();
     assert!(link.is_symlink(), "it is what the link leads to");
     assert_eq!(
@@ -200,7 +202,7 @@ fn a_file_is_replaced_whole_or_not_at_all() {
         refused.contains("--report") && refused.contains("nowhere"),
         "{refused}"
     );
-    // A full disk: the older one stays, and nothing is beside it.
+    // Nothing is left beside it, also of a process that died in the middle.
     let mut names: Vec<_> = std::fs::read_dir(dir.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name())

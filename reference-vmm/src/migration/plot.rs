@@ -20,7 +20,7 @@ const RIGHT: f64 = 16.0;
 const TICKS: f64 = 5.0;
 
 /// A round that is narrower has no number on it.
-const NUMBERED: f64 = 22.0;
+const NUMBERED: f64 = 14.0;
 
 /// Where values are: from 0 to `end`, with a tick each `step`, named in units of `unit`.
 #[derive(Clone, Debug, PartialEq)]
@@ -246,7 +246,7 @@ fn legend(svg: &mut String, top: f64, entries: &[(&str, &str)]) {
     let mut x = WIDTH - RIGHT;
     for (class, name) in entries.iter().rev() {
         // Letters are about so wide; a browser has the last word.
-        x -= name.chars().count() as f64 * 6.4 + 34.0;
+        x -= name.chars().count() as f64 * 7.2 + 36.0;
         let shape = match *class {
             "band" | "stop" => format!(
                 r#"<rect class="{class}" x="{x:.1}" y="{:.1}" width="18" height="10"/>"#,

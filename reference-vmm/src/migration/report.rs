@@ -389,7 +389,7 @@ td.gap { text-align: center; color: var(--muted); }
 .axis { stroke: var(--muted); }
 .band { fill: var(--band); }
 .stop { fill: var(--stop); }
-.limit { stroke: var(--limit); stroke-dasharray: 2 4; }
+.limit { stroke: var(--limit); stroke-width: 1.5; stroke-dasharray: 3 3; }
 .sent { stroke: var(--sent); stroke-width: 2; fill: none; }
 .dirty { stroke: var(--dirty); stroke-width: 2; stroke-dasharray: 7 3; fill: none; }
 .step1 { fill: var(--step1); }
