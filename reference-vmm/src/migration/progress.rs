@@ -173,8 +173,11 @@ pub fn forecast(ahead: &Ahead, now: Duration) -> String {
     };
     match ahead.converges {
         Converges::Yes if worst.is_zero() => "stops now".into(),
+        Converges::Yes if best.is_zero() => format!("stops within {}", units::time(worst)),
         Converges::Yes => format!("stops in {}", range(best, worst)),
-        Converges::Perhaps if best >= A_DAY => "may not converge at this rate".into(),
+        Converges::Perhaps if best >= A_DAY || best.is_zero() => {
+            "may not converge at this rate".into()
+        }
         Converges::Perhaps => format!(
             "may not converge at this rate (in {} at best)",
             units::time(best)
@@ -280,6 +283,7 @@ mod tests {
         let yes = ahead(Converges::Yes, 3000, 5000);
         assert_eq!(forecast(&yes, ms(2000)), "stops in 3.00 s to 5.00 s");
         assert_eq!(forecast(&yes, ms(4000)), "stops in 1.00 s to 3.00 s");
+        assert_eq!(forecast(&yes, ms(5500)), "stops within 1.50 s");
         assert_eq!(forecast(&yes, ms(60_000)), "stops now");
         let same = ahead(Converges::Yes, 3001, 3002);
         assert_eq!(forecast(&same, ms(0)), "stops in 3.00 s");
@@ -287,6 +291,10 @@ mod tests {
         assert_eq!(
             forecast(&perhaps, ms(2000)),
             "may not converge at this rate (in 3.00 s at best)"
+        );
+        assert_eq!(
+            forecast(&perhaps, ms(9000)),
+            "may not converge at this rate"
         );
         let never = ahead(Converges::Perhaps, u64::MAX, u64::MAX);
         assert_eq!(forecast(&never, ms(0)), "may not converge at this rate");
