@@ -2,7 +2,7 @@
 
 //! A migration's progress on stderr: one line, rewritten in place where nobody else writes, or a line a second.
 //!
-//! [`line`] is what there is to say, from a record and the time. [`Progress`] says when, and is told the time as well.
+//! [`line()`] is what there is to say, from a record and the time. [`Progress`] says when, and is told the time as well.
 
 use std::fmt::Write as _;
 use std::io::IsTerminal;
