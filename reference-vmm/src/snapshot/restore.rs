@@ -23,7 +23,7 @@ use irq_routing::IrqchipStateError;
 use irq_routing::ioapic::IoapicStateError;
 use kvm_core::VcpuId;
 use kvm_core::arch::x86_64::state::{ClockError, ClockRestore, RestoreError as VcpuRestoreError};
-use memslots::{Backing, HugePages, NewSlot, SlotTable};
+use memslots::{Backing, HugePages, NewSlot};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::files::{MEMORY, STATE};
@@ -37,6 +37,7 @@ use crate::devices::virtio::block::DiskConfig;
 use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::list::DeviceError;
 use crate::devices::virtio::net::Mac;
+use crate::memory::SlotTable;
 
 /// What a machine that goes on from a snapshot has of its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

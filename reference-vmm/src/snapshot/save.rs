@@ -19,7 +19,6 @@ use irq_routing::IrqchipStateError;
 use kvm_core::arch::x86_64::state::{ClockError, SaveError, StateHost};
 use kvm_core::{Kvm, Pause, VcpuId, VcpuView};
 use kvm_ioctls::VcpuFd;
-use memslots::SlotTable;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::config_form::{self, PathError};
@@ -29,6 +28,7 @@ use super::machine::{DevicesSection, MachineState, StateError, VcpuSection, VmSe
 use super::pages::{self, PIECE, PageMap, Piece};
 use crate::devices::virtio::list::DeviceState;
 use crate::devices::virtio::rng::random_id;
+use crate::memory::SlotTable;
 use crate::vm::control::PATIENCE;
 use crate::vm::{ControlError, RunState, Running};
 
@@ -199,7 +199,7 @@ impl Running {
     }
 
     /// What KVM can save of the vCPUs.
-    fn state_host(&self) -> Result<StateHost, SnapshotError> {
+    pub(crate) fn state_host(&self) -> Result<StateHost, SnapshotError> {
         let kvm = |error: &dyn std::error::Error| {
             SnapshotError::Kvm(crate::end::Chain(error).to_string())
         };
@@ -208,8 +208,8 @@ impl Running {
         host.map_err(|error| kvm(&error))
     }
 
-    /// All of the machine but its memory.
-    fn capture(
+    /// All of the machine but its memory, of which there are the places alone.
+    pub(crate) fn capture(
         &self,
         pause: &Pause,
         config: serde_json::Value,
