@@ -177,6 +177,9 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
         debugger: Option<Listener>,
         state: RunState,
     ) -> Result<(Running, Option<RawTerminal>), BuildError> {
+        if self.options.track_dirty_pages {
+            machine.track_snapshots();
+        }
         if self.options.stats.is_some() {
             machine.count_accesses();
             if let Err(error) = machine.read_kvm_statistics() {

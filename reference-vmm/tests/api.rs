@@ -218,12 +218,14 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
     let load = LoadRequest {
         dir: "/s".into(),
         resume: false,
+        track: false,
         nets: vec![],
         uds: None,
         clock: None,
     };
     let all = LoadRequest {
         resume: true,
+        track: true,
         nets: vec![(0, "tap5".into()), (12, "tap6".into())],
         uds: Some("/v".into()),
         clock: Some(ClockRestore::AsSaved),
@@ -241,7 +243,7 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
             &load,
         ),
         (
-            r#"{"snapshot_path": "/s", "resume_vm": true, "vsock_override": {"uds_path": "/v"}, "clock_realtime": false,
+            r#"{"snapshot_path": "/s", "resume_vm": true, "track_dirty_pages": true, "vsock_override": {"uds_path": "/v"}, "clock_realtime": false,
                 "network_overrides": [{"iface_id": "net0", "host_dev_name": "tap5"},
                                       {"iface_id": "net12", "host_dev_name": "tap6"}]}"#,
             &all,
@@ -275,14 +277,6 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
             r#"{"snapshot_path": "/s", "mem_file_path": "/s/memory",
                 "mem_backend": {"backend_type": "File", "backend_path": "/s/memory"}}"#,
             "too many fields",
-        ),
-        (
-            r#"{"snapshot_path": "/s", "track_dirty_pages": true}"#,
-            "track_dirty_pages",
-        ),
-        (
-            r#"{"snapshot_path": "/s", "enable_diff_snapshots": true}"#,
-            "track_dirty_pages",
         ),
         (
             r#"{"snapshot_path": "/s", "huge_pages": "2M"}"#,

@@ -84,9 +84,7 @@ impl Guest {
     }
 
     fn snapshot(&self, dir: &Path) {
-        let request = SnapshotRequest {
-            dir: dir.to_owned(),
-        };
+        let request = SnapshotRequest::new(dir.to_owned());
         self.running.snapshot(&request).unwrap();
     }
 
@@ -224,7 +222,7 @@ fn a_guest_runs_on_behind_its_snapshot_and_many_go_on_from_it() {
     first.hear(2);
     first.snapshot(&dir);
     assert_eq!(first.running.state(), RunState::Running);
-    let mut clones: Vec<_> = (0..3).map(|_| Guest::restore(&dir)).collect();
+    let mut clones: Vec<_> = (0..20).map(|_| Guest::restore(&dir)).collect();
     // The files may go: who goes on from them has them.
     std::fs::remove_dir_all(&dir).unwrap();
     for clone in &mut clones {
@@ -397,7 +395,7 @@ fn a_device_of_a_programs_own_is_refused_by_its_name_and_the_guest_runs_on() {
     guest.hear(1);
     let error = guest
         .running
-        .snapshot(&SnapshotRequest { dir })
+        .snapshot(&SnapshotRequest::new(dir))
         .unwrap_err();
     assert!(error.to_string().starts_with("mine "), "{error}");
     assert_eq!(guest.running.state(), RunState::Running);
@@ -453,7 +451,7 @@ fn a_disk_that_is_full_leaves_the_older_snapshot_and_the_guest_running_or_paused
     guest.hear(1);
     guest.snapshot(&dir);
     let before = std::fs::read(dir.join("state")).unwrap();
-    let request = SnapshotRequest { dir: dir.clone() };
+    let request = SnapshotRequest::new(dir.clone());
     for room in [0, 100, 5000, 200_000] {
         for state in [RunState::Running, RunState::Paused] {
             match state {

@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A host that refuses any one of KVM's calls while a guest goes on from a snapshot: the monitor ends by itself with one
-//! line, or does without the call. `LONG_TESTS=1` refuses every call; the short form each kind's first and last.
+//! A host that refuses any one of KVM's calls. While a guest goes on from a snapshot the monitor ends by itself with one
+//! line, or does without the call; while one is taken, it is refused with the errno, and the guest runs on. `LONG_TESTS=1` refuses every call; the short form each kind's first and last.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use guests::{image, keeper::keeper64};
 use reference_vmm::config::{Config, Irqchip};
@@ -18,8 +21,8 @@ use reference_vmm::end::EndSignal;
 use reference_vmm::memory::Memory;
 use reference_vmm::snapshot::SnapshotRequest;
 use reference_vmm::vm::Machine;
-use support::tracer::{Inject, Kind, Trace, trace};
-use support::{WATCHDOG, file, long, need_kvm, not_one_line};
+use support::tracer::{Call, Inject, Kind, Trace, trace};
+use support::{Ended, Vmm, WATCHDOG, file, long, need_kvm, not_one_line};
 
 const ERRNOS: [i32; 4] = [libc::EINVAL, libc::ENOMEM, libc::EPERM, libc::EIO];
 
@@ -30,28 +33,30 @@ fn restore(dir: &str, inject: &[Inject]) -> Trace {
     trace(&["restore", "--from", dir], Some(stdin), inject, WATCHDOG)
 }
 
+/// Makes `dir` a snapshot of a keeper.
+fn taken(dir: &Path, irqchip: Irqchip) {
+    let kernel = file(&image::elf64(keeper64()));
+    let config = Config {
+        cmdline: "1 ".into(),
+        memory: Memory::new(16 << 20),
+        irqchip,
+        debug_exit: Some(0xf4),
+        ..Config::new(&*kernel)
+    };
+    let end = Arc::new(EndSignal::new().unwrap());
+    let nowhere = File::create("/dev/null").unwrap();
+    let machine = Machine::build(&config, nowhere, &end).unwrap();
+    let running = machine.start().unwrap();
+    running.snapshot(&SnapshotRequest::new(dir)).unwrap();
+}
+
 #[test]
 fn each_call_that_is_refused_ends_a_restore_with_one_line_or_is_done_without() {
     need_kvm();
     for irqchip in [Irqchip::Split, Irqchip::Kernel] {
-        let kernel = file(&image::elf64(keeper64()));
-        let config = Config {
-            cmdline: "1 ".into(),
-            memory: Memory::new(16 << 20),
-            irqchip,
-            debug_exit: Some(0xf4),
-            ..Config::new(&*kernel)
-        };
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("s");
-        let end = Arc::new(EndSignal::new().unwrap());
-        let nowhere = File::create("/dev/null").unwrap();
-        let machine = Machine::build(&config, nowhere, &end).unwrap();
-        let running = machine.start().unwrap();
-        running
-            .snapshot(&SnapshotRequest { dir: dir.clone() })
-            .unwrap();
-        drop(running);
+        taken(&dir, irqchip);
         let dir = dir.to_str().unwrap();
 
         let good = restore(dir, &[]);
@@ -107,5 +112,97 @@ fn each_call_that_is_refused_ends_a_restore_with_one_line_or_is_done_without() {
             println!("{inject}\n    {}", trace.stderr.trim_end());
         }
         assert!(ended > 15, "{ended}");
+    }
+}
+
+/// Has the guest of `dir` go on, takes a snapshot of it to `to`, and has the guest end: the monitor's trace, what was said of
+/// the snapshot, and of the guest behind it.
+fn save(dir: &Path, to: &Path, inject: &[Inject]) -> (Trace, Ended, Ended) {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("api");
+    let ctl = |word: &str, to: Option<&Path>| {
+        let ctl = Vmm::command(["ctl", "--api-sock"]).arg(&socket);
+        let ctl = ctl.args([word]);
+        to.into_iter().fold(ctl, |ctl, to| ctl.arg(to)).output()
+    };
+    let (stdin, mut typed) = std::io::pipe().unwrap();
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            let begun = Instant::now();
+            while !socket.exists() {
+                assert!(begun.elapsed() < WATCHDOG, "no socket");
+                std::thread::yield_now();
+            }
+            let asked = ctl("snapshot", Some(to));
+            let state = ctl("status", None);
+            typed.write_all(b"q").unwrap();
+            (asked, state)
+        });
+        let words: [&std::ffi::OsStr; 5] = [
+            "restore".as_ref(),
+            "--from".as_ref(),
+            dir.as_os_str(),
+            "--api-sock".as_ref(),
+            socket.as_os_str(),
+        ];
+        let trace = trace(&words, Some(stdin.into()), inject, WATCHDOG);
+        let (asked, state) = client.join().unwrap();
+        (trace, asked, state)
+    })
+}
+
+#[test]
+fn each_call_of_a_save_that_is_refused_is_told_with_its_errno_and_the_guest_runs_on() {
+    need_kvm();
+    for irqchip in [Irqchip::Split, Irqchip::Kernel] {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("s");
+        taken(&dir, irqchip);
+        let place = folder.path().join("place");
+        std::fs::create_dir(&place).unwrap();
+        let to = place.join("to");
+        let (good, asked, _) = save(&dir, &to, &[]);
+        asked.expect_status(0);
+        assert_eq!(good.status.code(), Some(1), "{good}");
+        std::fs::remove_dir_all(&to).unwrap();
+        // The guest runs before the save is asked for: what comes behind its first entry is the save's.
+        let runs = |call: &&Call| call.kind == Kind::kvm("KVM_RUN");
+        let mut behind = good.kvm().skip_while(|call| !runs(call));
+        let mut kinds = BTreeSet::new();
+        let calls: Vec<_> = behind
+            .by_ref()
+            .filter(|call| call.kind.to_string().contains("KVM_GET_"))
+            // Its answer is what counts, whatever it was refused with.
+            .filter(|call| call.kind != Kind::kvm("KVM_GET_API_VERSION"))
+            .filter(|call| long() || kinds.insert(call.kind.clone()))
+            .map(|call| (call.kind.clone(), call.nth))
+            .collect();
+        assert!(calls.len() > 10, "{irqchip:?}: {calls:?}");
+        let mut refused = 0;
+        for (number, (kind, nth)) in calls.into_iter().enumerate() {
+            let errno = ERRNOS[number % ERRNOS.len()];
+            let inject = Inject { kind, nth, errno };
+            let (trace, asked, state) = save(&dir, &to, std::slice::from_ref(&inject));
+            let what = format!("{irqchip:?} {inject}: {asked} {trace}");
+            assert!(trace.injected && trace.hung.is_none(), "{what}");
+            // Whatever became of it, the guest has run on, and to its own end.
+            assert_eq!(state.text(), "running\n", "{what}");
+            assert_eq!(trace.status.code(), Some(1), "{what}");
+            assert!(trace.stdout.ends_with(b"!"), "{what}");
+            if asked.status.success() {
+                // It did without.
+                std::fs::remove_dir_all(&to).unwrap();
+            } else {
+                refused += 1;
+                asked.expect_status(1);
+                assert_eq!(not_one_line(&asked.stderr), None, "{what}");
+                let said = format!("os error {errno}");
+                assert!(asked.stderr.contains(&said), "{what}");
+            }
+            let left: Vec<_> = std::fs::read_dir(&place).unwrap().collect();
+            assert!(left.is_empty(), "{left:?}: {what}");
+            println!("{inject}\n    {}", asked.stderr.trim_end());
+        }
+        assert!(refused > 8, "{irqchip:?}: {refused}");
     }
 }

@@ -33,6 +33,8 @@ pub struct LoadRequest {
     pub dir: PathBuf,
     /// Whether the guest goes on at once, or is paused.
     pub resume: bool,
+    /// Whether writes are tracked from here on, so that an incremental snapshot may build on this one.
+    pub track: bool,
     /// Network cards, by their place, and the taps where they are now.
     pub nets: Vec<(usize, String)>,
     /// The Unix socket of the vsock device.
@@ -54,6 +56,7 @@ impl LoadRequest {
             request.overrides.uds = Some(uds.clone());
         }
         request.clock = self.clock.unwrap_or(request.clock);
+        request.track |= self.track;
         request
     }
 }
@@ -105,14 +108,15 @@ impl Loads {
     /// Hands `request` over, and waits for what comes of it.
     fn hand_over(&self, request: LoadRequest) -> Outcome {
         let (answer, answers) = channel();
-        let mut state = self.lock();
-        if !state.closed {
-            state.loads.push_back(Load { request, answer });
-            // EAGAIN: it is readable as it is.
-            let _ = self.asked.write(1);
-        }
-        drop(state);
         let ends = || Outcome::Refused("the monitor ends".into());
+        let mut state = self.lock();
+        if state.closed {
+            return ends();
+        }
+        state.loads.push_back(Load { request, answer });
+        drop(state);
+        // EAGAIN: it is readable as it is.
+        let _ = self.asked.write(1);
         answers.recv().unwrap_or_else(|_| ends())
     }
 
@@ -187,11 +191,13 @@ impl Monitor for Waiting<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::SnapshotRequest;
 
     fn request() -> LoadRequest {
         LoadRequest {
             dir: "/s".into(),
             resume: true,
+            track: false,
             nets: vec![(1, "t1".into())],
             uds: None,
             clock: None,
@@ -216,11 +222,12 @@ mod tests {
         let said = LoadRequest {
             uds: Some("/new".into()),
             clock: Some(ClockRestore::Advanced),
+            track: true,
             ..request()
         };
         let over = said.over(&base);
         assert_eq!(over.overrides.uds, Some("/new".into()));
-        assert_eq!(over.clock, ClockRestore::Advanced);
+        assert_eq!((over.clock, over.track), (ClockRestore::Advanced, true));
     }
 
     #[test]
@@ -239,7 +246,7 @@ mod tests {
             Action::MachineConfig,
             Action::VmConfig,
             Action::PowerButton,
-            Action::Snapshot("/s".into()),
+            Action::Snapshot(SnapshotRequest::new("/s")),
             Action::Start,
         ] {
             let Outcome::Refused(why) = waiting.perform(action) else {

@@ -11,7 +11,10 @@ use kvm_core::arch::x86_64::state::ClockRestore;
 
 use super::http::{Request, Response, Status};
 use super::load::LoadRequest;
+use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::files::MEMORY;
+use crate::snapshot::packed::Compression;
+use crate::snapshot::{SnapshotKind, SnapshotRequest};
 
 /// What a request asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +36,11 @@ pub enum Action {
     Resume,
     /// `PUT /snapshot/create` with `{"snapshot_path": DIR}`: Firecracker's `snapshot_path` is a file's, beside which there
     /// is `mem_file_path`; here it is the directory with both.
-    Snapshot(PathBuf),
+    ///
+    /// `snapshot_type` is `Full` or `Diff`. Not Firecracker's are `base`, the snapshot that a `Diff` builds on, without which
+    /// it is the last; `track`, whether writes behind it are tracked ([`SnapshotRequest::track`]); `compress` (`zstd`,
+    /// `none`); `disks` (`name`, `reflink`, `copy`).
+    Snapshot(SnapshotRequest),
     /// `PUT /snapshot/load`.
     Load(LoadRequest),
     /// `PUT /actions` with `{"action_type": "InstanceStart"}`.
@@ -90,12 +97,19 @@ struct Snapshot {
     snapshot_type: SnapshotType,
     snapshot_path: PathBuf,
     mem_file_path: Option<PathBuf>,
+    base: Option<PathBuf>,
+    track: Option<bool>,
+    #[serde(default)]
+    compress: Compression,
+    #[serde(default)]
+    disks: DiskCopies,
 }
 
 #[derive(Default, Deserialize)]
 enum SnapshotType {
     #[default]
     Full,
+    Diff,
 }
 
 /// Firecracker's `SnapshotLoadParams`.
@@ -160,11 +174,6 @@ impl Load {
             },
         };
         check_memory(&self.snapshot_path, file.as_deref())?;
-        if self.track_dirty_pages || self.enable_diff_snapshots {
-            let text =
-                "A guest that goes on from a snapshot is not tracked: leave track_dirty_pages out.";
-            return Err(bad(text.into()));
-        }
         let nets = self.network_overrides.into_iter().map(|of| {
             let number = of.iface_id.strip_prefix("net");
             let number = number.filter(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
@@ -180,6 +189,8 @@ impl Load {
             nets: nets.collect::<Result<_, _>>()?,
             dir: self.snapshot_path,
             resume: self.resume_vm,
+            // The second is the first's older name.
+            track: self.track_dirty_pages || self.enable_diff_snapshots,
             uds: self.vsock_override.map(|of| of.uds_path),
             clock: self.clock_realtime.map(|advanced| match advanced {
                 true => ClockRestore::Advanced,
@@ -244,12 +255,31 @@ pub fn route(request: &Request) -> Result<Action, Response> {
         },
         "/snapshot/create" => {
             let Snapshot {
-                snapshot_type: SnapshotType::Full,
+                snapshot_type,
                 snapshot_path: dir,
                 mem_file_path: memory,
+                base,
+                track,
+                compress,
+                disks,
             } = body(request, "PUT")?;
+            let kind = match (snapshot_type, base) {
+                (SnapshotType::Full, None) => SnapshotKind::Full,
+                (SnapshotType::Full, Some(_)) => {
+                    return Err(bad(
+                        "A full snapshot builds on no other: base is a Diff's, or snapshot_type is to be Diff.".into(),
+                    ));
+                }
+                (SnapshotType::Diff, base) => SnapshotKind::Diff { base },
+            };
             check_memory(&dir, memory.as_deref())?;
-            Ok(Action::Snapshot(dir))
+            Ok(Action::Snapshot(SnapshotRequest {
+                kind,
+                track,
+                compression: compress,
+                disks,
+                ..SnapshotRequest::new(dir)
+            }))
         }
         "/snapshot/load" => Ok(Action::Load(body::<Load>(request, "PUT")?.request()?)),
         "/actions" => match body::<Actions>(request, "PUT")?.action_type {

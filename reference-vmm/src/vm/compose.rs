@@ -12,7 +12,6 @@ use irq_routing::ioapic::SplitIoapic;
 use irq_routing::{Gsi, Irqchip, IrqchipError, IrqchipKind, Pit, Routing};
 use kvm_bindings::KVM_CAP_X86_USER_SPACE_MSR;
 use kvm_core::{KickSignal, Vcpu, Vm, VmSetup};
-use memslots::Slot;
 use vm_device::bus::{PioAddress, PioRange};
 
 use super::error::BuildError;
@@ -31,15 +30,16 @@ use crate::devices::virtio::bay;
 use crate::end::EndSignal;
 use crate::memory::Memslots;
 use crate::msrs;
-use crate::snapshot::RestoreError;
 use crate::snapshot::machine::DevicesSection;
+use crate::snapshot::{ChainTip, RestoreError};
 
 /// What a machine is composed of, its memory in place.
 pub(super) struct Composition<'a, C> {
     pub(super) config: &'a Config,
     pub(super) setup: VmSetup,
     pub(super) memslots: Memslots,
-    pub(super) slots: Vec<Slot>,
+    /// Has the memory's slots.
+    pub(super) tracker: Tracker,
     pub(super) devices: Devices,
     pub(super) console: C,
     pub(super) end: &'a Arc<EndSignal>,
@@ -57,7 +57,7 @@ impl<C: AsFd> Composition<'_, C> {
             config,
             setup,
             memslots,
-            slots,
+            tracker,
             devices,
             console,
             end,
@@ -87,6 +87,7 @@ impl<C: AsFd> Composition<'_, C> {
         let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
         let vm = setup.kick_signal(kick).finish();
         let vcpus = vcpus(&vm)?;
+        tracker.add_vcpus(&vcpus).map_err(BuildError::DirtyLog)?;
 
         // 7. Devices.
         let chip = match config.irqchip {
@@ -193,7 +194,8 @@ impl<C: AsFd> Composition<'_, C> {
             _registrations: registrations,
             names,
             bus,
-            tracker: Tracker::new(slots),
+            tracker,
+            chain: ChainTip::default(),
             memslots,
             vm,
         };

@@ -78,6 +78,7 @@ use crate::gdb;
 use crate::host_memory::SYSFS;
 use crate::kvm_stats::KvmReaders;
 use crate::memory::{Memslots, slots_of};
+use crate::snapshot::ChainTip;
 use crate::stats::{ExitCounters, Named};
 use compose::Composition;
 pub use control::{ControlError, RunState};
@@ -137,6 +138,8 @@ struct Parts {
     bus: IoBus,
     /// Has the slots, which its drop deletes.
     tracker: Tracker,
+    /// On which snapshot the next one may build.
+    chain: ChainTip,
     memslots: Memslots,
     vm: Vm,
 }
@@ -297,11 +300,12 @@ impl Machine {
         drop((memory, kernel, initrds));
 
         // 5. to 7.
+        let tracker = Tracker::new(slots, setup.fd(), config.dirty_log);
         let composition = Composition {
             config,
-            setup,
             memslots,
-            slots,
+            tracker: tracker.map_err(BuildError::DirtyLog)?,
+            setup,
             devices,
             console,
             end,
@@ -324,6 +328,12 @@ impl Machine {
                 })
                 .collect()
         })
+    }
+
+    /// Every snapshot of it begins to track what is written behind it, so that an incremental one may build on it
+    /// ([`SnapshotRequest::track`](crate::snapshot::SnapshotRequest::track)).
+    pub fn track_snapshots(&mut self) {
+        self.parts.chain.track_always();
     }
 
     /// Puts the guest under a debugger: it waits for one that connects to `listener` before its first
@@ -386,6 +396,7 @@ impl Machine {
             memslots: parts.memslots.clone(),
             console: parts.console.clone(),
             ioapic: parts.ioapic.clone(),
+            rings: parts.tracker.rings().cloned(),
             owing: [parts.com1.clone(), parts.power.clone()],
             end: end.clone(),
             stopping: stopping.clone(),
