@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use kvm_core::arch::x86_64::cpuid::Template;
 use lexopt::prelude::*;
 
-use crate::config::{Config, ConfigError, Irqchip, MAX_CPUS, check_path};
+use crate::config::{Config, ConfigError, DirtyLogKind, Irqchip, MAX_CPUS, check_path};
 use crate::cpu_model::CpuModel;
 use crate::cpus::Cpus;
 use crate::ctl;
@@ -186,6 +186,8 @@ Options:
   --pit                    An i8254 timer, for guests that calibrate by it; with --irqchip kernel
   --coalesce-console=off   Serial output of a guest that polls does not stay in KVM for up to 10 ms,
                            and each byte costs an exit [on]
+  --dirty-log KIND         How KVM notes which pages the guest writes, while a chain of snapshots or a
+                           migration asks: bitmap, or ring[=ENTRIES], a list for each vCPU [bitmap]
   --debug-exit[=PORT]      QEMU's isa-debug-exit [0xf4]: the guest writes V there, and the
                            exit status is (V << 1) | 1
   --disk path=FILE[,OPT]...
@@ -385,6 +387,10 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
             Long("coalesce-console") => {
                 let on = on_or_off("--coalesce-console", &mut parser)?;
                 changes.push(Box::new(move |config| config.coalesce_console = on));
+            }
+            Long("dirty-log") => {
+                let kind = device("--dirty-log", parser.value()?, str::parse::<DirtyLogKind>)?;
+                changes.push(Box::new(move |config| config.dirty_log = kind));
             }
             Long("disk") => disks.push(device("--disk", parser.value()?, DiskConfig::parse)?),
             Long("net") => nets.push(device("--net", parser.value()?, NetConfig::parse)?),

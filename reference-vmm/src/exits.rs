@@ -16,6 +16,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use dirty_log::DirtyRings;
 use io_bus::{Dispatcher, Interrupter, IoBus, MappedRing, Outcome};
 use kvm_core::arch::x86_64::RegisterDump;
 use kvm_core::{
@@ -44,6 +45,8 @@ pub(crate) struct Shared<P> {
     pub(crate) console: Arc<Coalescing<Arc<VmFd>, P>>,
     /// The IOAPIC of the split irqchip.
     pub(crate) ioapic: Option<Arc<Ioapic<Arc<VmFd>>>>,
+    /// With `--dirty-log ring`.
+    pub(crate) rings: Option<DirtyRings<Arc<VmFd>>>,
     /// What may owe the guest an interrupt.
     pub(crate) owing: [Arc<dyn Owing>; 2],
     pub(crate) end: Arc<EndSignal>,
@@ -162,6 +165,7 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 });
             }
             Exit::Hlt => return Err(Stop::Halted),
+            Exit::DirtyRingFull => self.reap(vcpu.id())?,
             Exit::Debug {
                 exception, pc, dr6, ..
             } => {
@@ -220,6 +224,27 @@ impl<P: PolledOutput + 'static> Handler<P> {
             vcpu_unimpl!(Debug, &self.who, page; "a write to read-only memory at {at:#x} is dropped");
         } else {
             vcpu_unimpl!(Info, &self.who, page; "nobody answers at {at:#x}");
+        }
+    }
+
+    /// This vCPU's list of what it wrote is full: what all lists say is kept for the next harvest.
+    fn reap(&self, vcpu: VcpuId) -> Result<(), Stop> {
+        let Some(rings) = &self.shared.rings else {
+            return Ok(());
+        };
+        match rings.full(vcpu.0) {
+            Ok(reaped) if reaped.overrun => {
+                log::warn!(
+                    "vCPU {vcpu}: KVM overran its dirty ring: all of memory counts as written"
+                );
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+            // It would leave the guest for this again and again.
+            Err(error) => {
+                self.tell(GuestEnd::Failed(format!("vCPU {vcpu}: {error}")));
+                Err(Stop::Ended)
+            }
         }
     }
 

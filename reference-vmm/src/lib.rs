@@ -92,6 +92,7 @@ pub mod kvm_stats;
 pub mod logger;
 pub mod main_loop;
 pub mod memory;
+pub mod migration;
 mod msrs;
 mod no_wait;
 pub mod process;

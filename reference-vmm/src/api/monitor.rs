@@ -14,7 +14,8 @@ use crate::vm::{RunState, Running};
 
 /// Who does what a client asks for.
 pub trait Monitor: Sync {
-    /// Does it, on the server's thread; while this blocks all clients wait.
+    /// Does it. One that is [long](Action::is_long) is done on a thread that does one after another; others meanwhile on the
+    /// server's own, where all clients wait while this blocks.
     fn perform(&self, action: Action) -> Outcome;
 }
 

@@ -42,6 +42,22 @@ pub enum Action {
     PowerButton,
 }
 
+impl Action {
+    /// Whether it waits: for the guest's I/O, for files. Such a one is done on the server's worker, one after another; a
+    /// short one is done at once, also while a long one is at work, and must not wait for it.
+    pub fn is_long(&self) -> bool {
+        match self {
+            Action::Pause | Action::Resume | Action::Snapshot(_) => true,
+            Action::Describe
+            | Action::Version
+            | Action::MachineConfig
+            | Action::VmConfig
+            | Action::Stats
+            | Action::PowerButton => false,
+        }
+    }
+}
+
 /// What came of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {

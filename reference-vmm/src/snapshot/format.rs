@@ -338,13 +338,13 @@ fn verify(part: &str, bytes: &[u8], written: u32) -> Result<(), FormatError> {
 }
 
 /// The number at `at`; 0 where there is none.
-pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     let four = bytes.get(at..).and_then(|rest| rest.first_chunk::<4>());
     u32::from_le_bytes(four.copied().unwrap_or_default())
 }
 
 /// The number at `at`; 0 where there is none.
-pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
+pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     let eight = bytes.get(at..).and_then(|rest| rest.first_chunk::<8>());
     u64::from_le_bytes(eight.copied().unwrap_or_default())
 }

@@ -107,14 +107,15 @@ impl Blank {
         let slots = memslots.create_all(new_slots)?;
         let present = memory.make_present(&memslots.snapshot(), || !end.is_told());
         present.map_err(BuildError::Prefault)?;
-        match end.is_told() {
-            true => Err(BuildError::Ended),
-            false => Ok(Allocated {
-                blank: self,
-                memslots,
-                tracker: Tracker::new(slots),
-            }),
+        if end.is_told() {
+            return Err(BuildError::Ended);
         }
+        let tracker = Tracker::new(slots, self.setup.fd(), self.config.dirty_log);
+        Ok(Allocated {
+            memslots,
+            tracker: tracker.map_err(BuildError::DirtyLog)?,
+            blank: self,
+        })
     }
 
     fn has_firmware(&self) -> bool {

@@ -87,6 +87,7 @@ impl<C: AsFd> Composition<'_, C> {
         let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
         let vm = setup.kick_signal(kick).finish();
         let vcpus = vcpus(&vm)?;
+        tracker.add_vcpus(&vcpus).map_err(BuildError::DirtyLog)?;
 
         // 7. Devices.
         let chip = match config.irqchip {

@@ -300,11 +300,12 @@ impl Machine {
         drop((memory, kernel, initrds));
 
         // 5. to 7.
+        let tracker = Tracker::new(slots, setup.fd(), config.dirty_log);
         let composition = Composition {
             config,
-            setup,
             memslots,
-            tracker: Tracker::new(slots),
+            tracker: tracker.map_err(BuildError::DirtyLog)?,
+            setup,
             devices,
             console,
             end,
@@ -382,6 +383,7 @@ impl Machine {
             memslots: parts.memslots.clone(),
             console: parts.console.clone(),
             ioapic: parts.ioapic.clone(),
+            rings: parts.tracker.rings().cloned(),
             owing: [parts.com1.clone(), parts.power.clone()],
             end: end.clone(),
             stopping: stopping.clone(),

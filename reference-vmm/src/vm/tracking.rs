@@ -13,7 +13,8 @@
 //! comes and goes takes nothing from the chain of snapshots.
 //!
 //! # Which log
-//! KVM's bitmap, with manual protect where the host has it: a harvest has KVM watch pages again in chunks of 256 MiB, so
+//! With `--dirty-log ring` the vCPUs' lists, which a harvest reads as a whole; a vCPU whose list is full reads them itself
+//! and keeps what they say for the harvest. Else KVM's bitmap, with manual protect where the host has it: a harvest has KVM watch pages again in chunks of 256 MiB, so
 //! that no call holds the VM's MMU lock for long. Where a migration is the first user, *initially set* is asked for as
 //! well: it sends every page once anyway, so none has to be protected before the guest writes it. KVM takes the choice
 //! anew each time that slots begin to log.
@@ -23,17 +24,18 @@
 //! faults once at each page between two harvests.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dirty_log::{
-    DirtyBitmap, DirtyLog, DirtySource, HostWrites, KvmBitmap, KvmManualBitmap, LogChoice,
-    LogInForce, PageRun, Union,
+    DirtyBitmap, DirtyLog, DirtyRings, DirtySource, HostWrites, KvmBitmap, KvmManualBitmap,
+    LogChoice, LogInForce, MappedRing, PageRun, RingSize, Union,
 };
-use kvm_ioctls::VmFd;
+use kvm_core::Vcpu;
 use memslots::{Slot, SlotExtent, SlotFlags};
 use vm_memory::GuestMemoryRegion;
 
-use super::Running;
+use super::{Host, Running};
+use crate::config::DirtyLogKind;
 use crate::memory::SlotTable;
 
 /// Who wants to know.
@@ -65,6 +67,8 @@ pub enum TrackError {
 /// What a machine's slots and their logs are kept in.
 pub(super) struct Tracker {
     state: Mutex<State>,
+    /// With `--dirty-log ring`, and of which size each is.
+    rings: Option<(DirtyRings<Host>, RingSize)>,
 }
 
 struct State {
@@ -75,27 +79,70 @@ struct State {
     users: [Option<Vec<DirtyBitmap>>; USERS],
 }
 
+/// Where KVM says what the guest wrote.
+enum Guests<'a> {
+    Bitmaps(&'a Host, LogInForce),
+    Rings(&'a DirtyRings<Host>),
+}
+
 struct Log {
     of: DirtyLog<Union>,
     writes: HostWrites,
 }
 
 impl Tracker {
-    /// Nobody wants to know yet.
-    pub(super) fn new(slots: Vec<Slot>) -> Self {
+    /// Nobody wants to know yet. Chooses the kind of log, and so comes before the first vCPU.
+    ///
+    /// # Errors
+    /// The host has not this kind.
+    pub(super) fn new(
+        slots: Vec<Slot>,
+        vm: &Host,
+        kind: DirtyLogKind,
+    ) -> Result<Self, dirty_log::Error> {
         let (logs, users) = (None, [const { None }; USERS]);
         let state = Mutex::new(State { slots, logs, users });
-        Tracker { state }
+        let rings = match kind.at_creation().apply(vm)? {
+            LogInForce::Ring(size) => Some((DirtyRings::new(vm.clone()), size)),
+            _ => None,
+        };
+        Ok(Tracker { state, rings })
+    }
+
+    /// Takes the vCPUs' lists, where the VM has such: before a vCPU runs.
+    ///
+    /// # Errors
+    /// One cannot be mapped.
+    pub(super) fn add_vcpus(&self, vcpus: &[Vcpu]) -> Result<(), dirty_log::Error> {
+        let Some((rings, size)) = &self.rings else {
+            return Ok(());
+        };
+        vcpus.iter().try_for_each(|vcpu| {
+            let id = vcpu.id().0;
+            rings.add_vcpu(id, MappedRing::map(vcpu.fd(), id, *size)?)
+        })
+    }
+
+    /// The vCPUs' lists, where the VM has such.
+    pub(super) fn rings(&self) -> Option<&DirtyRings<Host>> {
+        self.rings.as_ref().map(|(rings, _)| rings)
+    }
+
+    /// Unmaps the lists: nothing is tracked any more.
+    pub(super) fn forget_rings(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.logs = None;
+        self.rings = None;
     }
 
     /// Begins to track, before there is a machine.
     pub(super) fn start(
         &self,
         user: TrackUser,
-        vm: &Arc<VmFd>,
+        vm: &Host,
         table: &SlotTable,
     ) -> Result<(), TrackError> {
-        self.lock().start(user, vm, table)
+        self.lock().start(user, (vm, self.rings()), table)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -108,12 +155,17 @@ impl State {
     fn start(
         &mut self,
         user: TrackUser,
-        vm: &Arc<VmFd>,
+        (vm, rings): (&Host, Option<&DirtyRings<Host>>),
         table: &SlotTable,
     ) -> Result<(), TrackError> {
-        match self.logs {
-            Some(_) => self.collect()?,
-            None => self.begin(user == TrackUser::Migration, vm, table)?,
+        match (&self.logs, rings) {
+            (Some(_), _) => self.collect()?,
+            (None, Some(rings)) => self.begin(&Guests::Rings(rings), table)?,
+            (None, None) => {
+                let initially_set = user == TrackUser::Migration;
+                let log = LogChoice::BestBitmap { initially_set }.apply(vm)?;
+                self.begin(&Guests::Bitmaps(vm, log), table)?;
+            }
         }
         let pages = self.slots.iter().map(|slot| {
             let mut pages = DirtyBitmap::new(slot.extent().pages());
@@ -127,15 +179,9 @@ impl State {
     }
 
     /// Has all slots log. What was refused has been undone.
-    fn begin(
-        &mut self,
-        initially_set: bool,
-        vm: &Arc<VmFd>,
-        table: &SlotTable,
-    ) -> Result<(), TrackError> {
-        let in_force = LogChoice::BestBitmap { initially_set }.apply(vm)?;
+    fn begin(&mut self, guests: &Guests<'_>, table: &SlotTable) -> Result<(), TrackError> {
         let logs = self.slots.iter();
-        let logs = logs.map(|slot| Log::new(slot.extent(), in_force, vm, table));
+        let logs = logs.map(|slot| Log::new(slot.extent(), guests, table));
         let logs = logs.collect::<Result<Vec<_>, _>>()?;
         let begun = self.switch_on(&logs);
         self.logs = Some(logs);
@@ -192,12 +238,7 @@ impl State {
 }
 
 impl Log {
-    fn new(
-        slot: &SlotExtent,
-        in_force: LogInForce,
-        vm: &Arc<VmFd>,
-        table: &SlotTable,
-    ) -> Result<Self, TrackError> {
+    fn new(slot: &SlotExtent, guests: &Guests<'_>, table: &SlotTable) -> Result<Self, TrackError> {
         let region = table.by_id(slot.id());
         let writes = region.map_or_else(
             || HostWrites::off(slot.pages()),
@@ -208,12 +249,12 @@ impl Log {
         let mut all = Union::new(slot.pages()).with(writes.clone())?;
         // The guest does not write to one that is read-only, and KVM keeps no log of it.
         if region.is_some_and(|region| !region.is_read_only()) {
-            let vm = vm.clone();
-            match in_force {
-                LogInForce::ManualProtect { .. } => {
-                    all.add(KvmManualBitmap::new(vm, slot.clone())?)?;
+            match *guests {
+                Guests::Rings(rings) => all.add(rings.log(slot)?)?,
+                Guests::Bitmaps(vm, LogInForce::ManualProtect { .. }) => {
+                    all.add(KvmManualBitmap::new(vm.clone(), slot.clone())?)?;
                 }
-                _ => all.add(KvmBitmap::new(vm, slot.clone())?)?,
+                Guests::Bitmaps(vm, _) => all.add(KvmBitmap::new(vm.clone(), slot.clone())?)?,
             }
         }
         let of = DirtyLog::new(slot.clone(), all)?;
@@ -299,8 +340,8 @@ impl Running {
     /// # Errors
     /// [`TrackError`]; what was tracked before still is.
     pub fn start_tracking(&self, user: TrackUser) -> Result<(), TrackError> {
-        let mut state = self.parts.tracker.lock();
-        state.start(user, self.parts.vm.fd(), &self.parts.memslots.snapshot())
+        let (vm, table) = (self.parts.vm.fd(), self.parts.memslots.snapshot());
+        self.parts.tracker.start(user, vm, &table)
     }
 
     /// Ends it for `user`; the last one's end has KVM log no more.
