@@ -14,9 +14,14 @@ use crate::api::Client;
 use crate::api::client::ClientError;
 use crate::cli::{self, UsageError};
 use crate::config::check_path;
+use crate::migration::outgoing::Order;
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::packed::Compression;
 use crate::snapshot::{SnapshotKind, SnapshotRequest};
+
+mod migrate;
+
+pub use migrate::Migrate;
 
 /// `reference-vmm ctl --help`.
 pub const HELP: &str = "\
@@ -36,6 +41,12 @@ Commands:
     --disks name|reflink|copy
                        What becomes of disks that the guest writes: only their names are in it, or clones of
                        them, or copies where the file system does not clone [name]
+  migrate       Move the guest to the monitor that waits for it (`run --incoming`) at --to, while it runs
+  migrate-cancel  Give that up; the guest stays where it is
+  migrate-status  Say how it goes, or how the last one went
+  migrate-settle here|there
+                Say where the guest is, when the monitor says that it cannot find that out. Look first: who says so
+                wrongly has two guests, or none
   power-button  Press the power button, at which a guest with ACPI powers off
   config        Say what the machine is
   stats         Say what the guest has done so far, in numbers
@@ -46,6 +57,23 @@ Options:
   --json           One line of JSON, also of a refusal (fault_message), instead of words
   --timeout SECS   How long to wait for the answer [60]
   -h, --help       Show this help
+
+Options of migrate:
+  --to ADDRESS     unix:PATH, or tcp:HOST:PORT, which beyond this host needs TLS
+  --connections N  How many connections carry memory [1]
+  --compress zstd[:LEVEL]
+                   Compress it [none]
+  --bandwidth SIZE So many bytes a second at most, as in 100M
+  --downtime MS    How long the guest may stand still, in milliseconds [100]
+  --max-time SECS  How long memory is sent while the guest runs [300]
+  --when-stuck cancel|stop
+                   When it writes faster than that goes: give up, or stop it for as long as it takes [cancel]
+  --tls-cert FILE, --tls-key FILE, --tls-ca FILE
+                   This host's certificate, its key, and the authority's certificate, PEM
+  --tls-name NAME  Whom the other's certificate is for, if not the host in ADDRESS
+  --report FILE    Write a report with plots there, HTML
+
+The migration goes on if this command is ended: migrate-cancel ends it. --timeout is not for its answer.
 
 Exit status: 0 done; 1 the monitor refused, or is gone; 2 the arguments were wrong.
 ";
@@ -62,6 +90,12 @@ pub enum Question {
     Resume,
     /// To write a snapshot.
     Snapshot(SnapshotRequest),
+    /// To move it.
+    Migrate(Box<Migrate>),
+    /// How that goes.
+    MigrateStatus,
+    /// To give it up, or where the guest is.
+    MigrateOrder(Order),
     /// To press the power button.
     PowerButton,
     /// What the machine is.
@@ -85,7 +119,9 @@ pub struct Ctl {
     pub timeout: Duration,
 }
 
-const QUESTIONS: [(&str, Question); 7] = [
+const QUESTIONS: [(&str, Question); 9] = [
+    ("migrate-cancel", Question::MigrateOrder(Order::Cancel)),
+    ("migrate-status", Question::MigrateStatus),
     ("status", Question::Status),
     ("pause", Question::Pause),
     ("resume", Question::Resume),
@@ -95,13 +131,16 @@ const QUESTIONS: [(&str, Question); 7] = [
     ("version", Question::Version),
 ];
 
-/// The question with an argument.
+/// The questions with arguments.
 const SNAPSHOT: &str = "snapshot";
+const MIGRATE: &str = "migrate";
+const SETTLE: &str = "migrate-settle";
 
 /// Reads what follows `ctl`; none if its help is asked for.
 pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageError> {
     let (mut api_sock, mut question, mut json, mut timeout) = (None, None, false, 60);
     let mut options = SnapshotOptions::default();
+    let (mut migrate, mut flags) = (false, migrate::Flags::default());
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(None),
@@ -110,7 +149,19 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
             Long("timeout") => {
                 timeout = cli::number("--timeout", parser.value()?, 1..=u32::MAX)?;
             }
-            Value(word) if question.is_none() && word == SNAPSHOT => {
+            Value(word) if question.is_none() && !migrate && word == MIGRATE => migrate = true,
+            Value(word) if question.is_none() && !migrate && word == SETTLE => {
+                let order = match parser.next()? {
+                    Some(Value(word)) if word == "here" => Order::Here,
+                    Some(Value(word)) if word == "there" => Order::There,
+                    _ => {
+                        let text = "ctl migrate-settle: here or there is wanted behind the word";
+                        return Err(UsageError::Command(text.into()));
+                    }
+                };
+                question = Some(Question::MigrateOrder(order));
+            }
+            Value(word) if question.is_none() && !migrate && word == SNAPSHOT => {
                 let dir = match parser.next()? {
                     Some(Value(dir)) if !dir.is_empty() => PathBuf::from(dir),
                     _ => {
@@ -139,11 +190,11 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
                 })?;
                 options.disks = Some(disks);
             }
-            Value(word) if question.is_none() => {
+            Value(word) if question.is_none() && !migrate => {
                 let known = QUESTIONS.iter().find(|(name, _)| word == *name);
                 let Some((_, known)) = known else {
                     let names = QUESTIONS.iter().map(|(name, _)| *name);
-                    let names: Vec<_> = names.chain([SNAPSHOT]).collect();
+                    let names: Vec<_> = names.chain([SNAPSHOT, MIGRATE, SETTLE]).collect();
                     return Err(UsageError::Command(format!(
                         "ctl {} is not a command; there are {}",
                         word.display(),
@@ -152,7 +203,21 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
                 };
                 question = Some(known.clone());
             }
+            Long(flag) => {
+                let flag = flag.to_owned();
+                if !flags.take(&flag, &mut parser)? {
+                    return Err(Long(&flag).unexpected().into());
+                }
+            }
             other => return Err(other.unexpected().into()),
+        }
+    }
+    match (migrate, flags.any()) {
+        (true, _) => question = Some(Question::Migrate(Box::new(flags.migrate()?))),
+        (false, None) => {}
+        (false, Some(flag)) => {
+            let text = format!("ctl: --{flag} is for migrate");
+            return Err(UsageError::Command(text));
         }
     }
     let missing = |what: &str| UsageError::Command(format!("ctl: {what}; try ctl --help"));
@@ -254,12 +319,19 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
             ("PUT", "/actions", Some(action))
         }
         Question::Snapshot(request) => ("PUT", "/snapshot/create", Some(snapshot_body(request))),
+        Question::Migrate(_) | Question::MigrateStatus => ("GET", "/migrate", None),
+        Question::MigrateOrder(order) => ("PATCH", "/migrate", Some(json!({ "order": order }))),
         Question::Config => ("GET", "/vm/config", None),
         Question::Stats => ("GET", "/stats", None),
         Question::Version => ("GET", "/version", None),
     };
-    let mut client = Client::connect(&options.api_sock, options.timeout)?;
-    let answer = client.call(method, target, body.as_ref())?;
+    let answer = match &options.question {
+        Question::Migrate(asked) => migrate::ask(&options.api_sock, options.timeout, asked)?,
+        _ => {
+            let mut client = Client::connect(&options.api_sock, options.timeout)?;
+            client.call(method, target, body.as_ref())?
+        }
+    };
     Ok(match answer.fault() {
         Some(why) => Said::Refused(why),
         None => Said::Yes(told(options, answer.body.unwrap_or_default())),
@@ -278,6 +350,11 @@ fn told(options: &Ctl, body: Value) -> String {
                 json!({ "snapshot_path": dir }),
             )
         }
+        Question::Migrate(_) | Question::MigrateStatus => (migrate::words(&body), body),
+        Question::MigrateOrder(Order::Cancel) => {
+            ("cancelled".into(), json!({ "order": Order::Cancel }))
+        }
+        Question::MigrateOrder(order) => ("settled".into(), json!({ "order": order })),
         Question::PowerButton => ("pressed".into(), json!({ "pressed": true })),
         Question::Status => (text(&body["state"]).to_lowercase(), body),
         Question::Version => (text(&body["firecracker_version"]), body),

@@ -8,8 +8,10 @@ use serde_json::{Value, json};
 use super::router::{Action, Outcome};
 use crate::config::Config;
 use crate::devices::virtio::block::{Cache, Io};
-use crate::end::Chain;
+use crate::end::{Chain, EndSignal, GuestEnd};
 use crate::main_loop::GuestSide;
+use crate::migration::outgoing::{Outgoing, OutgoingError};
+use crate::migration::record::MigrationRecord;
 use crate::vm::{RunState, Running};
 
 /// Who does what a client asks for.
@@ -17,23 +19,30 @@ pub trait Monitor: Sync {
     /// Does it. One that is [long](Action::is_long) is done on a thread that does one after another; others meanwhile on the
     /// server's own, where all clients wait while this blocks.
     fn perform(&self, action: Action) -> Outcome;
+
+    /// Called on the server's thread when who asked for something long has been given its outcome, or is gone.
+    fn answered(&self) {}
 }
 
 /// A machine that runs.
 pub struct Machine<'a> {
     running: &'a Running,
+    end: &'a EndSignal,
+    outgoing: Outgoing,
     machine_config: Value,
     vm_config: Value,
 }
 
 impl<'a> Machine<'a> {
-    /// What asks `running`.
-    pub fn new(running: &'a Running) -> Self {
+    /// What asks `running`, whose end is told to `end`: it has moved, for one.
+    pub fn new(running: &'a Running, end: &'a EndSignal) -> Self {
         let config = running.config();
         let tracks = running.chain().is_tracking_always();
         let machine_config = machine_config(config, tracks);
         Machine {
             running,
+            end,
+            outgoing: Outgoing::default(),
             vm_config: vm_config(config, &machine_config),
             machine_config,
         }
@@ -64,6 +73,15 @@ impl Monitor for Machine<'_> {
                 }
                 Err(error) => Outcome::Refused(Chain(&error).to_string()),
             },
+            Action::Migrate(request) => {
+                let moved = self.outgoing.migrate(self.running, self.end, &request);
+                recorded(moved)
+            }
+            Action::Migration => recorded(self.outgoing.record()),
+            Action::MigrateOrder(order) => match self.outgoing.order(order) {
+                Ok(()) => Outcome::Done,
+                Err(error) => Outcome::Refused(Chain(&error).to_string()),
+            },
             Action::PowerButton => match self.running.press_power_button() {
                 true => Outcome::Done,
                 false => {
@@ -73,6 +91,23 @@ impl Monitor for Machine<'_> {
                 }
             },
         }
+    }
+
+    fn answered(&self) {
+        // Behind the answer, which else would be lost with the process.
+        if let Some(to) = self.outgoing.moved_to() {
+            self.end.tell(GuestEnd::Migrated(to));
+        }
+    }
+}
+
+fn recorded(record: Result<MigrationRecord, OutgoingError>) -> Outcome {
+    match record {
+        Ok(record) => match serde_json::to_string(&record) {
+            Ok(json) => Outcome::Json(json),
+            Err(error) => Outcome::Refused(error.to_string()),
+        },
+        Err(error) => Outcome::Refused(Chain(&error).to_string()),
     }
 }
 

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::http::{Request, Response, Status};
+use crate::migration::outgoing::{MigrateRequest, Order};
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::packed::Compression;
 use crate::snapshot::{SnapshotKind, SnapshotRequest};
@@ -37,6 +38,13 @@ pub enum Action {
     /// it is the last; `track`, whether writes behind it are tracked ([`SnapshotRequest::track`]); `compress` (`zstd`,
     /// `none`); `disks` (`name`, `reflink`, `copy`).
     Snapshot(SnapshotRequest),
+    /// `PUT /migrate`, which Firecracker has not: to move the guest to another process. The answer comes when it is there.
+    Migrate(Box<MigrateRequest>),
+    /// `GET /migrate`: what the migration that is under way does, or the last one did.
+    Migration,
+    /// `PATCH /migrate` with `{"order": "Cancel"}`: to give it up. With `"Here"` or `"There"`, when the destination cannot
+    /// be asked: where the guest is.
+    MigrateOrder(Order),
     /// `PUT /actions` with `{"action_type": "SendCtrlAltDel"}`: the power button, by which this machine's guests are asked
     /// to power off. It has no keyboard.
     PowerButton,
@@ -47,12 +55,14 @@ impl Action {
     /// short one is done at once, also while a long one is at work, and must not wait for it.
     pub fn is_long(&self) -> bool {
         match self {
-            Action::Pause | Action::Resume | Action::Snapshot(_) => true,
+            Action::Pause | Action::Resume | Action::Snapshot(_) | Action::Migrate(_) => true,
             Action::Describe
             | Action::Version
             | Action::MachineConfig
             | Action::VmConfig
             | Action::Stats
+            | Action::Migration
+            | Action::MigrateOrder(_)
             | Action::PowerButton => false,
         }
     }
@@ -101,6 +111,12 @@ enum SnapshotType {
     #[default]
     Full,
     Diff,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MigrateOrder {
+    order: Order,
 }
 
 #[derive(Deserialize)]
@@ -186,6 +202,14 @@ pub fn route(request: &Request) -> Result<Action, Response> {
                     .into(),
             ))
         }
+        "/migrate" => match request.method.as_str() {
+            "PUT" => Ok(Action::Migrate(Box::new(body(request, "PUT")?))),
+            "PATCH" => {
+                let MigrateOrder { order } = body(request, "PATCH")?;
+                Ok(Action::MigrateOrder(order))
+            }
+            _ => get(Action::Migration),
+        },
         "/actions" => match body::<Actions>(request, "PUT")?.action_type {
             ActionType::SendCtrlAltDel => Ok(Action::PowerButton),
             ActionType::InstanceStart => Err(bad(
