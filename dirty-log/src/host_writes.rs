@@ -275,9 +275,10 @@ impl Default for HostWrites {
     }
 }
 
+/// What a region makes for itself, off: [`HostWritesSlice::log`] finds it, and [`start`](HostWrites::start) turns it on.
 impl NewBitmap for HostWrites {
     fn with_len(len: usize) -> Self {
-        Self::new((len as u64).div_ceil(PAGE_SIZE))
+        Self::off((len as u64).div_ceil(PAGE_SIZE))
     }
 }
 

@@ -247,6 +247,8 @@ fn a_slot_of_memslots_brings_its_own_log_of_the_vmms_writes() {
         .unwrap();
     let memory = slots.snapshot();
     let writes = memory.by_id(slot.extent().id()).unwrap().bitmap().log();
+    memory.write_slice(&[1], GuestAddress(0x10_0000)).unwrap();
+    writes.start().unwrap();
     let kvm = KvmBitmap::new(vm, slot.extent().clone()).unwrap();
     let mut log = DirtyLog::new(slot.extent().clone(), (kvm, writes)).unwrap();
     memory

@@ -4,6 +4,7 @@
 //! said in a file or by a program as well.
 
 mod restore;
+pub mod snapshot;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -13,7 +14,7 @@ use std::path::PathBuf;
 use kvm_core::arch::x86_64::cpuid::Template;
 use lexopt::prelude::*;
 
-use crate::config::{Config, ConfigError, Irqchip, MAX_CPUS, check_path};
+use crate::config::{Config, ConfigError, DirtyLogKind, Irqchip, MAX_CPUS, check_path};
 use crate::cpu_model::CpuModel;
 use crate::cpus::Cpus;
 use crate::ctl;
@@ -24,6 +25,7 @@ use crate::devices::virtio::vsock::VsockConfig;
 use crate::gdb;
 use crate::memory::Memory;
 use crate::snapshot::RestoreRequest;
+use crate::snapshot::packed::Compression;
 
 /// What the user asked for.
 #[derive(Debug)]
@@ -46,6 +48,8 @@ pub enum Command {
         /// The KVM device.
         kvm: PathBuf,
     },
+    /// `snapshot`: something with snapshots where no guest runs.
+    Snapshot(snapshot::SnapshotCommand),
     /// `ctl`: something of a monitor that runs.
     Ctl(ctl::Ctl),
     /// `--help`, with the text.
@@ -73,6 +77,8 @@ pub struct Run {
     pub gdb: Option<gdb::Address>,
     /// The control socket.
     pub api_sock: Option<PathBuf>,
+    /// Every snapshot begins to track what is written behind it; of `restore` its request says so.
+    pub track_dirty_pages: bool,
 }
 
 /// How the counters are printed.
@@ -131,12 +137,14 @@ Usage: reference-vmm run --kernel FILE [OPTIONS]
        reference-vmm restore --from DIR [OPTIONS]
        reference-vmm cpu [--cpu MODEL] [--json] [--kvm PATH]
        reference-vmm ctl --api-sock PATH COMMAND [--json]
+       reference-vmm snapshot info|verify|merge DIR... [--json]
        reference-vmm doctor [--json] [--kvm PATH]
 
 Commands:
   run      Boot a guest with its serial console on this terminal
   restore  Have the guest of a snapshot go on where it was
   ctl      Ask something of a monitor that runs: pause, resume, snapshot, status, power-button, stats
+  snapshot Say what a snapshot is, check it, or make one of a chain of them
   cpu      Say which processors this host can be for a guest, and what a model changes
   doctor   Say what this host's KVM offers, and try it
 
@@ -178,6 +186,8 @@ Options:
   --pit                    An i8254 timer, for guests that calibrate by it; with --irqchip kernel
   --coalesce-console=off   Serial output of a guest that polls does not stay in KVM for up to 10 ms,
                            and each byte costs an exit [on]
+  --dirty-log KIND         How KVM notes which pages the guest writes, while a chain of snapshots or a
+                           migration asks: bitmap, or ring[=ENTRIES], a list for each vCPU [bitmap]
   --debug-exit[=PORT]      QEMU's isa-debug-exit [0xf4]: the guest writes V there, and the
                            exit status is (V << 1) | 1
   --disk path=FILE[,OPT]...
@@ -224,6 +234,7 @@ Options:
   --api-sock PATH          Listen at this Unix socket for what is asked of the guest while it runs: HTTP with
                            Firecracker's paths; `reference-vmm ctl` and curl are clients. Who can
                            connect owns the guest: the socket is its user's alone
+  --track-dirty-pages      Each snapshot tracks what is written behind it, as by `ctl snapshot --track`
   --timeline               Say on stderr at the end what happened when, in microseconds
   --log LEVEL              off, error, warn, info, debug or trace [warn]
   -h, --help               Show this help
@@ -299,6 +310,7 @@ where
         Some(Short('V') | Long("version")) => alone(parser, Command::Version),
         Some(Value(command)) if command == "run" => run(parser),
         Some(Value(command)) if command == "restore" => restore::parse(parser),
+        Some(Value(command)) if command == "snapshot" => snapshot::parse(parser),
         Some(Value(command)) if command == "ctl" => {
             let asked = ctl::parse(parser)?;
             Ok(asked.map_or(Command::Help(ctl::HELP), Command::Ctl))
@@ -306,7 +318,7 @@ where
         Some(Value(command)) if command == "doctor" => doctor(parser),
         Some(Value(command)) if command == "cpu" => cpu(parser),
         Some(Value(command)) => Err(UsageError::Command(format!(
-            "{} is not a command; the commands are run, restore, cpu, ctl and doctor",
+            "{} is not a command; the commands are run, restore, snapshot, cpu, ctl and doctor",
             command.display()
         ))),
         Some(other) => Err(other.unexpected().into()),
@@ -373,15 +385,12 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.irqchip = kind));
             }
             Long("coalesce-console") => {
-                let on = match parser.optional_value() {
-                    None => true,
-                    Some(word) => word.parse_with(|word| match word {
-                        "on" => Ok(true),
-                        "off" => Ok(false),
-                        _ => Err("--coalesce-console is on or off"),
-                    })?,
-                };
+                let on = on_or_off("--coalesce-console", &mut parser)?;
                 changes.push(Box::new(move |config| config.coalesce_console = on));
+            }
+            Long("dirty-log") => {
+                let kind = device("--dirty-log", parser.value()?, str::parse::<DirtyLogKind>)?;
+                changes.push(Box::new(move |config| config.dirty_log = kind));
             }
             Long("disk") => disks.push(device("--disk", parser.value()?, DiskConfig::parse)?),
             Long("net") => nets.push(device("--net", parser.value()?, NetConfig::parse)?),
@@ -403,6 +412,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 };
                 changes.push(Box::new(move |config| config.debug_exit = Some(port)));
             }
+            Long("track-dirty-pages") => run.track_dirty_pages = true,
             Long("kvm") => {
                 let path = PathBuf::from(parser.value()?);
                 changes.push(Box::new(move |config| config.kvm = path));
@@ -448,6 +458,7 @@ impl Run {
             shutdown_timeout: 10,
             gdb: None,
             api_sock: None,
+            track_dirty_pages: false,
         }
     }
 
@@ -558,6 +569,33 @@ fn cpus(value: OsString) -> Result<Cpus, UsageError> {
         .try_for_each(|option| cpus.option(option))
         .map_err(|source| UsageError::Flag { flag, source })?;
     Ok(cpus)
+}
+
+/// The optional value of a flag that is on where it is there.
+pub(crate) fn on_or_off(
+    flag: &'static str,
+    parser: &mut lexopt::Parser,
+) -> Result<bool, UsageError> {
+    match parser.optional_value().map(|word| word.string()) {
+        None => Ok(true),
+        Some(word) => match word?.as_str() {
+            "on" => Ok(true),
+            "off" => Ok(false),
+            word => Err(UsageError::Command(format!(
+                "{flag} is on or off, and not {word:?}"
+            ))),
+        },
+    }
+}
+
+/// The value of `--compress`.
+pub(crate) fn compression(parser: &mut lexopt::Parser) -> Result<Compression, UsageError> {
+    let compression = parser.value()?.parse_with(|word| match word {
+        "zstd" => Ok(Compression::Zstd),
+        "none" => Ok(Compression::None),
+        _ => Err("--compress is zstd or none"),
+    });
+    Ok(compression?)
 }
 
 /// The value of `--api-sock`.

@@ -13,6 +13,10 @@ use serde_json::{Value, json};
 use crate::api::Client;
 use crate::api::client::ClientError;
 use crate::cli::{self, UsageError};
+use crate::config::check_path;
+use crate::snapshot::disks::DiskCopies;
+use crate::snapshot::packed::Compression;
+use crate::snapshot::{SnapshotKind, SnapshotRequest};
 
 /// `reference-vmm ctl --help`.
 pub const HELP: &str = "\
@@ -26,6 +30,12 @@ Commands:
   resume        Let it go on
   snapshot DIR  Write a snapshot of it to the directory DIR, which is new, empty, or an older snapshot that is
                 replaced. A guest that runs is paused for it and goes on. `restore --from DIR` has it go on
+    --track[=off]      Track what is written behind it, so that the next may build on it; or no more
+    --base PREV        Only what was written since PREV, the last one, which has to be kept
+    --compress zstd    Compress memory, while the guest stands still; a restore reads it and cannot map it
+    --disks name|reflink|copy
+                       What becomes of disks that the guest writes: only their names are in it, or clones of
+                       them, or copies where the file system does not clone [name]
   power-button  Press the power button, at which a guest with ACPI powers off
   config        Say what the machine is
   stats         Say what the guest has done so far, in numbers
@@ -50,8 +60,8 @@ pub enum Question {
     Pause,
     /// To go on.
     Resume,
-    /// To write a snapshot to this directory.
-    Snapshot(PathBuf),
+    /// To write a snapshot.
+    Snapshot(SnapshotRequest),
     /// To press the power button.
     PowerButton,
     /// What the machine is.
@@ -91,6 +101,7 @@ const SNAPSHOT: &str = "snapshot";
 /// Reads what follows `ctl`; none if its help is asked for.
 pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageError> {
     let (mut api_sock, mut question, mut json, mut timeout) = (None, None, false, 60);
+    let mut options = SnapshotOptions::default();
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(None),
@@ -108,7 +119,25 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
                     }
                 };
                 let dir = std::path::absolute(&dir).unwrap_or(dir);
-                question = Some(Question::Snapshot(dir));
+                question = Some(Question::Snapshot(SnapshotRequest::new(dir)));
+            }
+            Long("track") => options.track = Some(cli::on_or_off("--track", &mut parser)?),
+            Long("base") => {
+                let base = PathBuf::from(parser.value()?);
+                check_path("--base", &base)?;
+                options.base = Some(std::path::absolute(&base).unwrap_or(base));
+            }
+            Long("compress") => {
+                options.compression = Some(cli::compression(&mut parser)?);
+            }
+            Long("disks") => {
+                let disks = parser.value()?.parse_with(|word| match word {
+                    "name" => Ok(DiskCopies::Name),
+                    "reflink" => Ok(DiskCopies::Reflink),
+                    "copy" => Ok(DiskCopies::Copy),
+                    _ => Err("--disks is name, reflink or copy"),
+                })?;
+                options.disks = Some(disks);
             }
             Value(word) if question.is_none() => {
                 let known = QUESTIONS.iter().find(|(name, _)| word == *name);
@@ -127,12 +156,64 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
         }
     }
     let missing = |what: &str| UsageError::Command(format!("ctl: {what}; try ctl --help"));
+    match &mut question {
+        Some(Question::Snapshot(request)) => options.apply(request),
+        _ if options != SnapshotOptions::default() => {
+            let text = "--track, --base, --compress and --disks are options of snapshot DIR";
+            return Err(missing(text));
+        }
+        _ => {}
+    }
     Ok(Some(Ctl {
         api_sock: api_sock.ok_or_else(|| missing("no --api-sock PATH"))?,
         question: question.ok_or_else(|| missing("no command"))?,
         json,
         timeout: Duration::from_secs(timeout.into()),
     }))
+}
+
+/// Options of `snapshot DIR`.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct SnapshotOptions {
+    base: Option<PathBuf>,
+    track: Option<bool>,
+    compression: Option<Compression>,
+    disks: Option<DiskCopies>,
+}
+
+impl SnapshotOptions {
+    fn apply(self, request: &mut SnapshotRequest) {
+        if self.base.is_some() {
+            request.kind = SnapshotKind::Diff { base: self.base };
+        }
+        request.track = self.track;
+        request.compression = self.compression.unwrap_or_default();
+        request.disks = self.disks.unwrap_or_default();
+    }
+}
+
+/// The body of a request for a snapshot: what is as it is without saying is not said.
+fn snapshot_body(request: &SnapshotRequest) -> Value {
+    let mut body = json!({ "snapshot_type": "Full", "snapshot_path": request.dir });
+    if let SnapshotKind::Diff { base } = &request.kind {
+        body["snapshot_type"] = "Diff".into();
+        if let Some(base) = base {
+            body["base"] = json!(base);
+        }
+    }
+    if let Some(track) = request.track {
+        body["track"] = track.into();
+    }
+    match request.compression {
+        Compression::None => {}
+        Compression::Zstd => body["compress"] = "zstd".into(),
+    }
+    match request.disks {
+        DiskCopies::Name => {}
+        DiskCopies::Reflink => body["disks"] = "reflink".into(),
+        DiskCopies::Copy => body["disks"] = "copy".into(),
+    }
+    body
 }
 
 /// Asks, and says the answer: `print` gets what is for stdout, `say` the line for stderr. The exit status.
@@ -172,10 +253,7 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
             let action = json!({ "action_type": "SendCtrlAltDel" });
             ("PUT", "/actions", Some(action))
         }
-        Question::Snapshot(dir) => {
-            let snapshot = json!({ "snapshot_type": "Full", "snapshot_path": dir });
-            ("PUT", "/snapshot/create", Some(snapshot))
-        }
+        Question::Snapshot(request) => ("PUT", "/snapshot/create", Some(snapshot_body(request))),
         Question::Config => ("GET", "/vm/config", None),
         Question::Stats => ("GET", "/stats", None),
         Question::Version => ("GET", "/version", None),
@@ -193,8 +271,8 @@ fn told(options: &Ctl, body: Value) -> String {
     let (words, body) = match &options.question {
         Question::Pause => ("paused".into(), json!({ "state": "Paused" })),
         Question::Resume => ("running".into(), json!({ "state": "Running" })),
-        Question::Snapshot(dir) => {
-            let dir = dir.display().to_string();
+        Question::Snapshot(request) => {
+            let dir = request.dir.display().to_string();
             (
                 dir.escape_debug().to_string(),
                 json!({ "snapshot_path": dir }),
@@ -271,7 +349,21 @@ mod tests {
         }
         assert_eq!(parsed("--help").unwrap(), None);
         let asked = parsed("--api-sock /s snapshot /a/b").unwrap().unwrap();
-        assert_eq!(asked.question, Question::Snapshot("/a/b".into()));
+        assert_eq!(
+            asked.question,
+            Question::Snapshot(SnapshotRequest::new("/a/b"))
+        );
+        let asked = "--base /a --api-sock /s snapshot --track=off /b --disks copy --compress zstd";
+        assert!(parsed(asked).is_err());
+        let asked = "--base /a --api-sock /s snapshot /b --track=off --disks copy --compress zstd";
+        let Question::Snapshot(request) = parsed(asked).unwrap().unwrap().question else {
+            panic!("{asked}")
+        };
+        let body = json!({
+            "snapshot_type": "Diff", "snapshot_path": "/b", "base": "/a", "track": false, "compress": "zstd",
+            "disks": "copy",
+        });
+        assert_eq!(snapshot_body(&request), body);
         for (words, needle) in [
             ("pause", "--api-sock"),
             ("--api-sock /s", "no command"),
@@ -282,6 +374,13 @@ mod tests {
             ("--api-sock= pause", "--api-sock \"\""),
             ("--api-sock /s pause --timeout 0s", "--timeout"),
             ("--api-sock /s pause --frob", "--frob"),
+            ("--api-sock /s pause --track", "options of snapshot"),
+            (
+                "--api-sock /s snapshot /a --disks move",
+                "name, reflink or copy",
+            ),
+            ("--api-sock /s snapshot /a --compress lz4", "zstd"),
+            ("--api-sock /s snapshot /a --base=", "--base"),
         ] {
             let refused = parsed(words).unwrap_err().to_string();
             assert!(refused.contains(needle), "{words}: {refused}");

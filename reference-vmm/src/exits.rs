@@ -16,6 +16,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use dirty_log::DirtyRings;
 use io_bus::{Dispatcher, Interrupter, IoBus, MappedRing, Outcome};
 use kvm_core::arch::x86_64::RegisterDump;
 use kvm_core::{
@@ -23,7 +24,7 @@ use kvm_core::{
     Requests, Runner, Vcpu, VcpuId, VcpuView, vcpu_unimpl,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
-use memslots::{Hva, Memslots, SlotTable};
+use memslots::Hva;
 use vm_device::bus::{MmioAddress, PioAddress};
 use vm_memory::GuestAddress;
 
@@ -32,6 +33,7 @@ use crate::devices::edge::Owing;
 use crate::devices::ioapic::Ioapic;
 use crate::end::{EndSignal, GuestEnd};
 use crate::gdb::{self, VcpuSide};
+use crate::memory::{Memslots, SlotTable};
 use crate::msrs::Unserved;
 use crate::stats::{ExitCounters, ExitKind};
 use crate::timeline::{Event, timeline};
@@ -43,6 +45,8 @@ pub(crate) struct Shared<P> {
     pub(crate) console: Arc<Coalescing<Arc<VmFd>, P>>,
     /// The IOAPIC of the split irqchip.
     pub(crate) ioapic: Option<Arc<Ioapic<Arc<VmFd>>>>,
+    /// With `--dirty-log ring`.
+    pub(crate) rings: Option<DirtyRings<Arc<VmFd>>>,
     /// What may owe the guest an interrupt.
     pub(crate) owing: [Arc<dyn Owing>; 2],
     pub(crate) end: Arc<EndSignal>,
@@ -161,6 +165,7 @@ impl<P: PolledOutput + 'static> Handler<P> {
                 });
             }
             Exit::Hlt => return Err(Stop::Halted),
+            Exit::DirtyRingFull => self.reap(vcpu.id())?,
             Exit::Debug {
                 exception, pc, dr6, ..
             } => {
@@ -219,6 +224,27 @@ impl<P: PolledOutput + 'static> Handler<P> {
             vcpu_unimpl!(Debug, &self.who, page; "a write to read-only memory at {at:#x} is dropped");
         } else {
             vcpu_unimpl!(Info, &self.who, page; "nobody answers at {at:#x}");
+        }
+    }
+
+    /// This vCPU's list of what it wrote is full: what all lists say is kept for the next harvest.
+    fn reap(&self, vcpu: VcpuId) -> Result<(), Stop> {
+        let Some(rings) = &self.shared.rings else {
+            return Ok(());
+        };
+        match rings.full(vcpu.0) {
+            Ok(reaped) if reaped.overrun => {
+                log::warn!(
+                    "vCPU {vcpu}: KVM overran its dirty ring: all of memory counts as written"
+                );
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+            // It would leave the guest for this again and again.
+            Err(error) => {
+                self.tell(GuestEnd::Failed(format!("vCPU {vcpu}: {error}")));
+                Err(Stop::Ended)
+            }
         }
     }
 

@@ -22,9 +22,10 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::str::FromStr;
 
+use dirty_log::HostWrites;
 use memslots::{
-    Backing, HugePageSize, HugePages, HugePool, MapError, Mapping, NewSlot, NumaPolicy, SlotFlags,
-    SlotTable,
+    Backing, HugePageSize, HugePages, HugePool, MapError, Mapping, NewSlot, NumaPolicy,
+    PrivateRanges, SetMemoryRegion, SlotFlags,
 };
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
@@ -33,6 +34,22 @@ use vm_memory::GuestAddress;
 use crate::arch::layout;
 use crate::config::{ConfigError, Size, field, object, parse_size};
 use crate::host_memory::{self, Transparent};
+
+/// A machine's memory slots. What this process writes there is noted where somebody asked for it
+/// ([`tracking`](crate::vm::tracking)); where nobody did, that is a load and a branch a write.
+pub type Memslots = memslots::Memslots<HostWrites>;
+
+/// The memory slots of a VM: none yet.
+pub fn slots_of(host: impl SetMemoryRegion + Send + Sync + 'static) -> Memslots {
+    Memslots::with_policy(host, PrivateRanges::x86())
+}
+
+/// The slots at one moment.
+pub type SlotTable = memslots::SlotTable<HostWrites>;
+/// The memory as devices have it: live, with permissions.
+pub type GuestRam = memslots::GuestRam<HostWrites>;
+/// The memory of one moment, with permissions. A clone keeps it mapped.
+pub type LoadedMemory = memslots::LoadedMemory<HostWrites>;
 
 /// x86-64 has at most 52 bits of physical address; what this host's KVM takes may be less, and only
 /// KVM can tell.

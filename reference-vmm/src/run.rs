@@ -133,6 +133,9 @@ fn run_to_end(
         }
         (built, _) => built?,
     };
+    if options.track_dirty_pages {
+        machine.track_snapshots();
+    }
     if options.stats.is_some() {
         machine.count_accesses();
         if let Err(error) = machine.read_kvm_statistics() {

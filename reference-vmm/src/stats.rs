@@ -11,8 +11,8 @@ use std::borrow::Cow;
 use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::memory::SlotTable;
 use io_bus::{BusKind, IoBus, IoRange};
-use memslots::SlotTable;
 use serde::Serialize;
 use vm_memory::GuestAddress;
 
@@ -366,9 +366,10 @@ fn table(f: &mut fmt::Formatter<'_>, rows: &[Vec<String>]) -> fmt::Result {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::slots_of;
     use io_bus::{MmioAddress, PioAddress, PioRange};
     use memslots::fake::FakeHost;
-    use memslots::{Backing, Memslots, SlotFlags};
+    use memslots::{Backing, SlotFlags};
     use std::sync::Arc;
     use vm_device::DevicePio;
 
@@ -387,7 +388,7 @@ mod tests {
         let mut io = bus.dispatcher();
         assert!(io.pio_read(PioAddress(0x71), &mut [0; 2]) != io_bus::Outcome::Answered);
         assert!(io.pio_write(PioAddress(0x70), &[0; 2]).is_answered());
-        let memslots = Memslots::new(FakeHost::new(8));
+        let memslots = slots_of(FakeHost::new(8));
         let rom = memslots
             .create(
                 GuestAddress(0xe_0000),
@@ -429,7 +430,7 @@ mod tests {
     fn a_write_to_read_only_memory_counts_there_alone() {
         let bus = IoBus::new();
         bus.count(true);
-        let memslots = Memslots::new(FakeHost::new(8));
+        let memslots = slots_of(FakeHost::new(8));
         let rom = GuestAddress(0xe_0000);
         let backing = Backing::anonymous(0x2_0000);
         let _rom = memslots.create(rom, backing, SlotFlags::READ_ONLY).unwrap();
@@ -514,7 +515,7 @@ mod tests {
     #[test]
     fn what_is_not_counted_is_not_shown() {
         let bus = IoBus::new();
-        let memslots = Memslots::new(FakeHost::new(8));
+        let memslots = slots_of(FakeHost::new(8));
         let stats = Stats::collect([], &bus, &[], &memslots.snapshot());
         assert!(stats.devices.is_empty() && stats.unclaimed.is_empty());
         assert!(!stats.to_string().contains("devices"));

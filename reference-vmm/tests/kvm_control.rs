@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use guests::virtio::{MEMORY, Op, REGISTERS, driver};
 use guests::{image, monitor, tally};
-use memslots::GuestRam;
 use reference_vmm::config::Config;
 use reference_vmm::devices::virtio::any::{AnyDevice, Devices, PlacedDevice};
 use reference_vmm::devices::virtio::block::{DiskConfig, Io};
@@ -27,7 +26,7 @@ use reference_vmm::devices::virtio::registers::{ACKNOWLEDGE, DRIVER, DRIVER_OK, 
 use reference_vmm::devices::virtio::rng::{Rng, RngState, Source};
 use reference_vmm::end::{EndSignal, GuestEnd, StopCause};
 use reference_vmm::main_loop::GuestSide;
-use reference_vmm::memory::Memory;
+use reference_vmm::memory::{GuestRam, Memory};
 use reference_vmm::vm::{ControlError, Machine, RunState, Running};
 use support::{WATCHDOG, file, long, need_kvm};
 use virtio_bindings::virtio_mmio::*;

@@ -280,6 +280,29 @@ fn a_device_goes_on_at_a_tap_of_another_process() {
 }
 
 #[test]
+fn a_device_at_rest_lets_go_of_its_tap_and_takes_it_back_if_nobody_has_it() {
+    alone();
+    make_up("vm0", 0);
+    let mut driver = open("tap=vm0");
+    driver.start(u64::MAX);
+    let busy = driver.device.let_go().unwrap_err();
+    assert_eq!(busy.kind(), std::io::ErrorKind::ResourceBusy);
+    assert!(driver.device.pause(Duration::from_secs(60)));
+    driver.device.let_go().unwrap();
+    let elsewhere = NetConfig::parse("tap=vm0").unwrap().open().unwrap();
+    let taken = driver.device.take_back().unwrap_err();
+    assert_eq!(taken.raw_os_error(), Some(libc::EBUSY));
+    drop(elsewhere);
+    driver.device.take_back().unwrap();
+    driver.device.resume();
+    let mut host = Host::at("vm0");
+    transmit(&mut driver, TX, &frame(1, 60));
+    assert_eq!(host.receive(1), frame(1, 60));
+    host.send(&frame(2, 60));
+    assert_eq!(received(&mut driver, RX), frame(2, 60));
+}
+
+#[test]
 fn a_tap_that_cannot_be_had_is_told_with_what_to_do() {
     alone();
     make("one", libc::IFF_TAP);

@@ -4,9 +4,9 @@
 //! codes, so that its clients work here. [`ctl`](crate::ctl) is one of our own.
 //!
 //! ```text
-//!   socket ──► server ── bytes ──► http ── request ──► router ── action ──► Monitor (the machine)
-//!   (thread       ▲                                                              │
-//!     "api")      └── bytes ◄── http ◄── response ◄── router ◄── outcome ────────┘
+//!   socket ──► server ── bytes ──► http ── request ──► router ── action ──► (worker) ──► Monitor (the machine)
+//!   (thread       ▲                                                                         │
+//!     "api")      └── bytes ◄── http ◄── response ◄── router ◄── outcome ◄───────────────────┘
 //! ```
 //!
 //! [`http`] and [`router`] are functions of bytes and values; only [`server`] knows sockets.
@@ -38,8 +38,14 @@
 //! reads nothing is read from no more, and one that is silent loses its connection to newcomers when there are too many.
 //!
 //! The socket is there as soon as the configuration is known to be good, and answers when the guest has started. It goes
-//! with the guest: what is under way then gets no answer. While an action is at work (a pause waits for the guest's I/O,
-//! for [`PATIENCE`](crate::vm::control::PATIENCE) at most) other clients wait.
+//! with the guest: what is under way then gets no answer.
+//!
+//! # One after another, and meanwhile
+//!
+//! What takes its time ([`Action::is_long`](router::Action::is_long): a pause, a resume, a snapshot) is done in the order in
+//! which it came, one after another, on a thread of its own; its answer goes to the connection that asked. All else is
+//! answered meanwhile. Up to [`worker::MAX_WAITING`] requests wait for the one that is at work, and one more is refused. A
+//! connection that is closed loses its answer: what has begun is done to its end, what still waits is not begun.
 //!
 //! # In a program of one's own
 //!
@@ -64,6 +70,7 @@ pub mod http;
 pub mod monitor;
 pub mod router;
 pub mod server;
+pub mod worker;
 
 pub use client::Client;
 pub use monitor::{Machine, Monitor};

@@ -10,12 +10,12 @@ use crate::config::Config;
 use crate::devices::virtio::block::{Cache, Io};
 use crate::end::Chain;
 use crate::main_loop::GuestSide;
-use crate::snapshot::SnapshotRequest;
 use crate::vm::{RunState, Running};
 
 /// Who does what a client asks for.
 pub trait Monitor: Sync {
-    /// Does it, on the server's thread; while this blocks all clients wait.
+    /// Does it. One that is [long](Action::is_long) is done on a thread that does one after another; others meanwhile on the
+    /// server's own, where all clients wait while this blocks.
     fn perform(&self, action: Action) -> Outcome;
 }
 
@@ -30,7 +30,8 @@ impl<'a> Machine<'a> {
     /// What asks `running`.
     pub fn new(running: &'a Running) -> Self {
         let config = running.config();
-        let machine_config = machine_config(config);
+        let tracks = running.chain().is_tracking_always();
+        let machine_config = machine_config(config, tracks);
         Machine {
             running,
             vm_config: vm_config(config, &machine_config),
@@ -56,7 +57,7 @@ impl Monitor for Machine<'_> {
             Action::Stats => Outcome::Json(self.running.stats().json()),
             Action::Pause => done(self.running.pause()),
             Action::Resume => done(self.running.resume()),
-            Action::Snapshot(dir) => match self.running.snapshot(&SnapshotRequest { dir }) {
+            Action::Snapshot(request) => match self.running.snapshot(&request) {
                 Ok(report) => {
                     log::info!("a snapshot was taken: {report:?}");
                     Outcome::Done
@@ -90,13 +91,13 @@ fn describe(state: RunState) -> Value {
 }
 
 /// Firecracker's `MachineConfiguration`.
-fn machine_config(config: &Config) -> Value {
+fn machine_config(config: &Config, tracks: bool) -> Value {
     let memory = &config.memory;
     json!({
         "vcpu_count": config.cpus.count,
         "mem_size_mib": memory.size >> 20,
         "smt": config.cpus.threads.is_some_and(|threads| threads > 1),
-        "track_dirty_pages": false,
+        "track_dirty_pages": tracks,
         "huge_pages": match (memory.hugepages, memory.thp) {
             (Some(size), _) => format!("{}M", size.bytes() >> 20),
             (None, HugePages::Advise) => "Transparent".into(),
@@ -177,7 +178,7 @@ mod tests {
         let machine = json!({
             "vcpu_count": 3, "mem_size_mib": 512, "smt": false, "track_dirty_pages": false, "huge_pages": "None",
         });
-        assert_eq!(machine_config(&config), machine);
+        assert_eq!(machine_config(&config, false), machine);
         let expected = json!({
             "boot-source": {"kernel_image_path": "/k", "initrd_path": "/i", "boot_args": "quiet"},
             "drives": [{

@@ -26,6 +26,8 @@ Options:
   --disk N:path=FILE       Disk N of the guest, from 0 on, is FILE now: a copy of what the disk was when the
                            snapshot was taken. Without it the disk's file has to be the same one, not written
                            since (of one that is readonly: of the same size, not written since)
+  --disks-to FOLDER        Disks that are in the snapshot (`ctl snapshot --disks …`) are cloned or copied to
+                           FOLDER/disk0 …, where there is nothing yet, and the guest goes on with those
   --net N:[tap=NAME][,mac=MAC]
                            Network card N, from 0 on, is at the tap NAME now, or has the address MAC, which
                            the guest's driver sees when it starts anew
@@ -39,6 +41,8 @@ Options:
                            expire at once, or go on from where they were [advanced]
   --verify=off             Guest memory is not compared with its checksums, which reads all of it
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
+  --track-dirty-pages      Track what the guest writes from the snapshot on, so that `ctl snapshot --base DIR` may
+                           build on it
   --kvm PATH               KVM device [the snapshot's]
   --api-sock PATH          As of `run`: pause, resume and snapshot the guest through a socket
   --stats[=json]           As of `run`
@@ -91,15 +95,14 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 })?;
             }
             Long("verify") => {
-                request.verify = match parser.optional_value() {
-                    None => true,
-                    Some(word) => word.parse_with(|word| match word {
-                        "on" => Ok(true),
-                        "off" => Ok(false),
-                        _ => Err("--verify is on or off"),
-                    })?,
-                };
+                request.verify = super::on_or_off("--verify", &mut parser)?;
             }
+            Long("disks-to") => {
+                let folder = PathBuf::from(parser.value()?);
+                check_path("--disks-to", &folder)?;
+                request.disks_to = Some(folder);
+            }
+            Long("track-dirty-pages") => request.track = true,
             Long("kvm") => {
                 let kvm: PathBuf = parser.value()?.into();
                 check_path("--kvm", &kvm)?;
@@ -267,6 +270,7 @@ mod tests {
             ("--from s --vsock uds=", "\"uds=\""),
             ("--from s --clock now", "advanced or saved"),
             ("--from s --verify=maybe", "on or off"),
+            ("--from s --disks-to=", "--disks-to"),
             ("--from s --memory 1G", "--memory"),
             ("--from s x", "x"),
         ] {

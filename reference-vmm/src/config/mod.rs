@@ -3,6 +3,7 @@
 //! What a VM is to be: plain data, from the command line or a JSON file, checked as a whole before
 //! anything is created.
 
+mod dirty_log;
 mod error;
 mod json;
 
@@ -21,6 +22,7 @@ use crate::devices::virtio::vsock::VsockConfig;
 use crate::devices::{FIXED_PORTS, KERNEL_PORTS};
 use crate::memory::Memory;
 
+pub use dirty_log::DirtyLogKind;
 pub use error::{ConfigError, JsonFile};
 pub(crate) use json::{Size, field, object, read_json};
 
@@ -69,6 +71,8 @@ pub struct Config {
     /// The output of a guest that polls its serial port may be kept in KVM for a moment, which spares
     /// exits, where the host has that: [`coalesce`](crate::devices::coalesce).
     pub coalesce_console: bool,
+    /// How KVM logs what the guest writes, when somebody asks.
+    pub dirty_log: DirtyLogKind,
     /// Disks, virtio-block, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
     /// Network cards, virtio-net.
@@ -192,6 +196,7 @@ impl Default for Config {
             pit: false,
             debug_exit: None,
             coalesce_console: true,
+            dirty_log: DirtyLogKind::default(),
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: None,

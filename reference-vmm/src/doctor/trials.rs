@@ -342,6 +342,7 @@ fn dirty_log(kvm_path: &Path) -> Checked {
         .by_id(slot.extent().id())
         .ok_or_else(|| Trouble::Failed("the slot is not in the table".into()))?;
     let ours = region.bitmap().log();
+    ours.start()?;
     let kvms = KvmBitmap::new(guest.fd()?.clone(), slot.extent().clone())?;
     let mut log = DirtyLog::new(slot.extent().clone(), (kvms, ours))?;
     let at = |page: u64| AT + page * PAGE_SIZE;

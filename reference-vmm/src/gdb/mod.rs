@@ -63,12 +63,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use memslots::Memslots;
-
 pub(crate) use self::link::{DEBUG, Link, VcpuSide};
 pub use self::listener::{Address, ListenError, Listener, NoAddress};
 use self::vcpus::Live;
 use crate::end::EndSignal;
+use crate::memory::Memslots;
 
 /// The debugger's thread of a machine that runs.
 pub(crate) struct Debugger {

@@ -14,8 +14,10 @@ use kvm_core::arch::x86_64::{
 };
 use kvm_core::{Exit, Flow, HaltReason, KickSignal, Kvm, VcpuId, VcpuSet, VcpuView};
 use kvm_ioctls::VcpuFd;
-use memslots::{Backing, Memslots, SlotFlags};
+use memslots::{Backing, SlotFlags};
 use vm_memory::{Bytes, GuestAddress};
+
+use crate::memory::slots_of;
 
 const MEMORY: u64 = 0x1_0000;
 const GDT: u64 = 0x1000;
@@ -51,7 +53,7 @@ fn debug_exit(
     debug: &GuestDebug,
 ) -> Result<bool, Box<dyn std::error::Error>> {
     let setup = Kvm::open_at(kvm)?.create_vm()?;
-    let slots = Memslots::new(setup.fd().clone());
+    let slots = slots_of(setup.fd().clone());
     let _slot = slots.create(GuestAddress(0), Backing::anonymous(MEMORY), SlotFlags::NONE)?;
     let memory = slots.snapshot();
     let gdt = gdt(false);

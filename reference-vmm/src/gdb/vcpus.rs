@@ -13,7 +13,6 @@ use kvm_core::arch::x86_64::GuestDebug;
 use kvm_core::arch::x86_64::state::AccessVcpu;
 use kvm_core::{Kvm, VcpuId, VcpuView};
 use kvm_ioctls::VcpuFd;
-use memslots::Memslots;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::errno::Error as Errno;
 
@@ -21,6 +20,7 @@ use super::fpu;
 use super::link::{Armed, DEBUG, Event, Job, Link};
 use super::registers::State;
 use super::trial;
+use crate::memory::Memslots;
 
 const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 

@@ -27,5 +27,10 @@
 pub mod address;
 pub mod codec;
 pub mod limit;
+mod plot;
+pub mod progress;
+pub mod record;
+pub mod report;
 pub mod tls;
 pub mod transport;
+pub mod units;

@@ -51,6 +51,7 @@ pub fn to_json(config: &Config) -> Result<Value, PathError> {
         pit,
         debug_exit,
         coalesce_console,
+        dirty_log,
         disks,
         nets,
         vsock,
@@ -92,6 +93,7 @@ pub fn to_json(config: &Config) -> Result<Value, PathError> {
         "pit": pit,
         "debug-exit": debug_exit,
         "coalesce-console": coalesce_console,
+        "dirty-log": dirty_log.to_string(),
         "disk": disks,
         "net": nets,
         "console": match console {
@@ -176,6 +178,7 @@ mod tests {
             pit: true,
             debug_exit: Some(0xf4),
             coalesce_console: false,
+            dirty_log: "ring=4096".parse().unwrap(),
             disks: vec![
                 DiskConfig::parse("path=/a,readonly,cache=unsafe,id=x,queues=3,io=threads")
                     .unwrap(),

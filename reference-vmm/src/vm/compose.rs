@@ -12,10 +12,10 @@ use irq_routing::ioapic::SplitIoapic;
 use irq_routing::{Gsi, Irqchip, IrqchipError, IrqchipKind, Pit, Routing};
 use kvm_bindings::KVM_CAP_X86_USER_SPACE_MSR;
 use kvm_core::{KickSignal, Vcpu, Vm, VmSetup};
-use memslots::{Memslots, Slot};
 use vm_device::bus::{PioAddress, PioRange};
 
 use super::error::BuildError;
+use super::tracking::Tracker;
 use super::wiring::{Wiring, register_devices, register_ioapic, wire_virtio};
 use super::{Machine, Parts, Power};
 use crate::arch::layout;
@@ -28,16 +28,18 @@ use crate::devices::serial::{ConsoleOut, SerialPort};
 use crate::devices::virtio::any::Devices;
 use crate::devices::virtio::bay;
 use crate::end::EndSignal;
+use crate::memory::Memslots;
 use crate::msrs;
-use crate::snapshot::RestoreError;
 use crate::snapshot::machine::DevicesSection;
+use crate::snapshot::{ChainTip, RestoreError};
 
 /// What a machine is composed of, its memory in place.
 pub(super) struct Composition<'a, C> {
     pub(super) config: &'a Config,
     pub(super) setup: VmSetup,
     pub(super) memslots: Memslots,
-    pub(super) slots: Vec<Slot>,
+    /// Has the memory's slots.
+    pub(super) tracker: Tracker,
     pub(super) devices: Devices,
     pub(super) console: C,
     pub(super) end: &'a Arc<EndSignal>,
@@ -55,7 +57,7 @@ impl<C: AsFd> Composition<'_, C> {
             config,
             setup,
             memslots,
-            slots,
+            tracker,
             devices,
             console,
             end,
@@ -85,6 +87,7 @@ impl<C: AsFd> Composition<'_, C> {
         let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
         let vm = setup.kick_signal(kick).finish();
         let vcpus = vcpus(&vm)?;
+        tracker.add_vcpus(&vcpus).map_err(BuildError::DirtyLog)?;
 
         // 7. Devices.
         let chip = match config.irqchip {
@@ -191,7 +194,8 @@ impl<C: AsFd> Composition<'_, C> {
             _registrations: registrations,
             names,
             bus,
-            _slots: slots,
+            tracker,
+            chain: ChainTip::default(),
             memslots,
             vm,
         };

@@ -23,6 +23,9 @@ pub enum BuildError {
     /// The kernel, an initrd or the command line cannot be used.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// KVM does not log the guest's writes as `--dirty-log` asks.
+    #[error("--dirty-log: {0}")]
+    DirtyLog(#[source] dirty_log::Error),
     /// Memory does not fit into the machine's address space.
     #[error(transparent)]
     Layout(#[from] memslots::LayoutError),

@@ -35,6 +35,7 @@
 //!
 //! `tests/kvm_ioctl_order.rs` holds it against the ioctls of a real run.
 
+mod blank;
 mod compose;
 pub mod control;
 mod cpuid;
@@ -43,6 +44,7 @@ mod restore;
 mod running;
 mod saving;
 mod start;
+pub mod tracking;
 mod wiring;
 
 use std::os::fd::AsFd;
@@ -56,7 +58,6 @@ use irq_routing::ioapic::{Notifier, SplitIoapic};
 use kvm_core::stats::{StatsError, StatsFd};
 use kvm_core::{Vcpu, VcpuId, VcpuSet, Vm};
 use kvm_ioctls::VmFd;
-use memslots::{Memslots, Slot};
 
 use crate::arch::boot::{self, BootConfig, Image, ImageKind};
 use crate::arch::{acpi, layout, reset_vector};
@@ -76,13 +77,17 @@ use crate::exits::{self, Handler, run_vcpu};
 use crate::gdb;
 use crate::host_memory::SYSFS;
 use crate::kvm_stats::KvmReaders;
+use crate::memory::{Memslots, slots_of};
+use crate::snapshot::ChainTip;
 use crate::stats::{ExitCounters, Named};
 use compose::Composition;
 pub use control::{ControlError, RunState};
 use cpuid::ask_kvm;
 pub use error::BuildError;
 pub use running::Running;
+pub use saving::HostSideError;
 use start::StartState;
+use tracking::Tracker;
 
 /// The vCPU that KVM starts at once; the others wait for it.
 const BOOT_VCPU: VcpuId = VcpuId(0);
@@ -131,8 +136,10 @@ struct Parts {
     /// What is on it, by name.
     names: Vec<Named>,
     bus: IoBus,
-    /// Kept for their drop, which deletes the slots.
-    _slots: Vec<Slot>,
+    /// Has the slots, which its drop deletes.
+    tracker: Tracker,
+    /// On which snapshot the next one may build.
+    chain: ChainTip,
     memslots: Memslots,
     vm: Vm,
 }
@@ -265,7 +272,7 @@ impl Machine {
 
         // 4. The VM and its memory.
         let setup = kvm.create_vm()?.named("guest");
-        let memslots = Memslots::new(setup.fd().clone());
+        let memslots = slots_of(setup.fd().clone());
         let slots = memslots.create_all(new_slots)?;
         let memory = memslots.snapshot();
         // Before anything is written there: a huge page that its node has not is a SIGBUS at a touch.
@@ -293,11 +300,12 @@ impl Machine {
         drop((memory, kernel, initrds));
 
         // 5. to 7.
+        let tracker = Tracker::new(slots, setup.fd(), config.dirty_log);
         let composition = Composition {
             config,
-            setup,
             memslots,
-            slots,
+            tracker: tracker.map_err(BuildError::DirtyLog)?,
+            setup,
             devices,
             console,
             end,
@@ -320,6 +328,12 @@ impl Machine {
                 })
                 .collect()
         })
+    }
+
+    /// Every snapshot of it begins to track what is written behind it, so that an incremental one may build on it
+    /// ([`SnapshotRequest::track`](crate::snapshot::SnapshotRequest::track)).
+    pub fn track_snapshots(&mut self) {
+        self.parts.chain.track_always();
     }
 
     /// Puts the guest under a debugger: it waits for one that connects to `listener` before its first
@@ -369,6 +383,7 @@ impl Machine {
             memslots: parts.memslots.clone(),
             console: parts.console.clone(),
             ioapic: parts.ioapic.clone(),
+            rings: parts.tracker.rings().cloned(),
             owing: [parts.com1.clone(), parts.power.clone()],
             end: end.clone(),
             stopping: stopping.clone(),

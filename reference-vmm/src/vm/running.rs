@@ -138,6 +138,8 @@ impl Running {
         // The mapping of the ring of coalesced writes holds the VM as well. The bus has it.
         self.parts.console.forget();
         self.parts.bus = IoBus::new();
+        // And so have the vCPUs' dirty rings.
+        self.parts.tracker.forget_rings();
         // And so have KVM's files of statistics.
         self.kvm_stats = None;
         let vm = self.parts.vm.fd().as_raw_fd();

@@ -2,13 +2,14 @@
 
 //! What a snapshot asks of a machine that runs.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use irq_routing::Irqchip;
 use irq_routing::ioapic::IoapicState;
 use kvm_core::Vm;
-use memslots::{SlotTable, Snapshot};
+use memslots::Snapshot;
 
 use super::{Parts, Running};
 use crate::config::Config;
@@ -17,7 +18,18 @@ use crate::devices::coalesce::PolledOutput;
 use crate::devices::rtc::RtcState;
 use crate::devices::serial::PortState;
 use crate::devices::virtio::any::PlacedDevice;
-use crate::snapshot::SnapshotError;
+use crate::memory::SlotTable;
+use crate::snapshot::{ChainTip, SnapshotError};
+
+/// What a device has of the host cannot change hands.
+#[derive(Debug, thiserror::Error)]
+#[error("{device}: what it has of the host cannot change hands: {source}")]
+pub struct HostSideError {
+    /// Its name in the machine.
+    pub device: String,
+    /// `WouldBlock`: another process has it. Else the host's errno.
+    pub source: io::Error,
+}
 
 impl Running {
     /// Refuses what no snapshot could be of, before anything is done.
@@ -37,6 +49,11 @@ impl Running {
         &self.parts.config
     }
 
+    /// On which snapshot the next one may build.
+    pub(crate) fn chain(&self) -> &ChainTip {
+        &self.parts.chain
+    }
+
     pub(crate) fn vm(&self) -> &Vm {
         &self.parts.vm
     }
@@ -54,7 +71,8 @@ impl Running {
         &self.parts.virtio
     }
 
-    pub(crate) fn memory(&self) -> Snapshot<SlotTable> {
+    /// Guest memory of now, without permissions. What is read of it while the guest runs is of no one moment.
+    pub fn memory(&self) -> Snapshot<SlotTable> {
         self.parts.memslots.snapshot()
     }
 
@@ -65,6 +83,38 @@ impl Running {
         } = &self.parts;
         com1.sync();
         (com1.state(), rtc.state(), power.state())
+    }
+
+    /// Has the devices of a paused machine let go of what only one process may have: it is about to go on in another one.
+    ///
+    /// # Errors
+    /// A device's name, and why it does not; those that did have it again.
+    pub fn release_host(&self) -> Result<(), HostSideError> {
+        for (at, device) in self.parts.virtio.iter().enumerate() {
+            if let Err(source) = device.let_go() {
+                let before = self.parts.virtio.iter().take(at);
+                // Nobody was told that it is free.
+                before.for_each(|device| drop(device.take_back()));
+                let device = device.name().to_owned();
+                return Err(HostSideError { device, source });
+            }
+        }
+        Ok(())
+    }
+
+    /// The machine goes on here after all.
+    ///
+    /// # Errors
+    /// A device whose host side somebody else has. The others have theirs.
+    pub fn take_host_back(&self) -> Result<(), HostSideError> {
+        let mut outcome = Ok(());
+        for device in &self.parts.virtio {
+            if let Err(source) = device.take_back() {
+                let device = device.name().to_owned();
+                outcome = outcome.and(Err(HostSideError { device, source }));
+            }
+        }
+        outcome
     }
 
     /// Whether its end has begun.

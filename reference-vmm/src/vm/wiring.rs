@@ -8,7 +8,6 @@ use std::sync::Arc;
 use io_bus::{BusKind, IoBus, IoDevice, IoRange, Registration};
 use irq_routing::ioapic::{IOAPIC_LEN, Notifier, SplitIoapic};
 use irq_routing::{Gsi, Routing};
-use memslots::GuestRam;
 use vm_device::bus::{MmioAddress, MmioRange, PioAddress, PioRange};
 use vm_superio::Trigger;
 
@@ -26,6 +25,7 @@ use crate::devices::virtio::bay::KvmDoorbells;
 use crate::devices::virtio::interrupt::DriverLink;
 use crate::devices::virtio::mmio::Place;
 use crate::end::EndSignal;
+use crate::memory::GuestRam;
 use crate::stats::Named;
 
 /// Puts the machine's devices on the bus. All of them are ports, in the order of [`FIXED_PORTS`].

@@ -15,6 +15,7 @@ pub mod mutate;
 pub mod pty;
 pub mod rsp;
 pub mod tracer;
+pub mod tracked;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;

@@ -48,6 +48,16 @@ pub trait PlacedDevice: IoDevice {
     /// # Errors
     /// The host's.
     fn make_durable(&self) -> std::io::Result<()>;
+    /// [`MmioDevice::let_go`].
+    ///
+    /// # Errors
+    /// As there.
+    fn let_go(&self) -> std::io::Result<()>;
+    /// [`MmioDevice::take_back`].
+    ///
+    /// # Errors
+    /// As there.
+    fn take_back(&self) -> std::io::Result<()>;
     /// [`MmioDevice::leave`].
     fn leave(&self);
     /// Its way to its driver.
@@ -73,6 +83,14 @@ impl<D: VirtioDevice> PlacedDevice for MmioDevice<D> {
 
     fn make_durable(&self) -> std::io::Result<()> {
         MmioDevice::make_durable(self)
+    }
+
+    fn let_go(&self) -> std::io::Result<()> {
+        MmioDevice::let_go(self)
+    }
+
+    fn take_back(&self) -> std::io::Result<()> {
+        MmioDevice::take_back(self)
     }
 
     fn leave(&self) {

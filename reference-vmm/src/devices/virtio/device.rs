@@ -15,7 +15,6 @@
 
 use std::os::fd::RawFd;
 
-use memslots::{GuestRam, LoadedMemory};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use vmm_sys_util::epoll::EventSet;
@@ -23,6 +22,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::fault::Fault;
 use super::interrupt::DriverLink;
 use super::queue::DeviceQueue;
+use crate::memory::{GuestRam, LoadedMemory};
 
 /// Guest memory as devices have it: with permissions.
 pub type Ram = GuestRam;
@@ -90,6 +90,23 @@ pub trait VirtioDevice: Send + 'static {
     /// # Errors
     /// The host's; there is no snapshot then.
     fn make_durable(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    /// At rest, for a machine that goes on in another process: lets go of what only one process may have at a time, such as
+    /// the lock on a disk's image. Nothing is read or written until [`take_back`](Self::take_back).
+    ///
+    /// # Errors
+    /// The host's; nothing was let go.
+    fn let_go(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    /// The machine goes on here after all: takes what [`let_go`](Self::let_go) let go of.
+    ///
+    /// # Errors
+    /// Somebody else has it (`WouldBlock`), or the host's.
+    fn take_back(&self) -> std::io::Result<()> {
         Ok(())
     }
 

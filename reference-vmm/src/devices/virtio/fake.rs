@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use io_bus::{BusKind, Dispatcher, Interrupter, IoBus, IoRange, Outcome, Registration};
 use memslots::fake::FakeHost;
-use memslots::{Backing, Memslots, Slot, SlotFlags};
+use memslots::{Backing, Slot, SlotFlags};
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -27,6 +27,7 @@ use super::mmio::{MmioDevice, MmioState, NoDoorbells, Place};
 use super::registers::{
     ACKNOWLEDGE, CONFIG, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, TRANSPORT_FEATURES,
 };
+use crate::memory::{Memslots, slots_of};
 
 /// Where the device's registers are.
 const BASE: u64 = 0xc000_0000;
@@ -155,7 +156,7 @@ impl<D: VirtioDevice> FakeDriver<D> {
 
     /// A machine with what `make` makes in its place.
     pub fn with(make: impl FnOnce(Place) -> MmioDevice<D>) -> Self {
-        let memslots = Memslots::new(FakeHost::new(8));
+        let memslots = slots_of(FakeHost::new(8));
         let backing = Backing::anonymous(MEMORY);
         let slot = memslots.create(GuestAddress(0), backing, SlotFlags::NONE);
         Self::in_machine(memslots, vec![slot.unwrap()], make)

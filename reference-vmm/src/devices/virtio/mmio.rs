@@ -261,6 +261,26 @@ impl<D: VirtioDevice> MmioDevice<D> {
         }
     }
 
+    /// [`VirtioDevice::let_go`], if the device is at rest.
+    ///
+    /// # Errors
+    /// The host's, or `ResourceBusy`: it is not at rest. Nothing was let go.
+    pub fn let_go(&self) -> std::io::Result<()> {
+        let inner = self.0.lock();
+        match inner.phase {
+            Phase::Idle => inner.device.let_go(),
+            Phase::Serving(_) => Err(std::io::ErrorKind::ResourceBusy.into()),
+        }
+    }
+
+    /// [`VirtioDevice::take_back`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn take_back(&self) -> std::io::Result<()> {
+        self.0.lock().device.take_back()
+    }
+
     /// The process ends, and this is not dropped: what would outlast it is removed, if the device is at rest.
     pub fn leave(&self) {
         let mut inner = self.0.lock();

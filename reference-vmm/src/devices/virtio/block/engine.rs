@@ -307,8 +307,9 @@ mod tests {
     use super::super::super::chain::Buffer;
     use super::super::{Image, Threads, Uring};
     use super::*;
+    use crate::memory::slots_of;
     use memslots::fake::FakeHost;
-    use memslots::{Backing, Memslots, SlotFlags};
+    use memslots::{Backing, SlotFlags};
     use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
     fn buffers(parts: &[(u64, u32)]) -> Buffers {
@@ -333,7 +334,7 @@ mod tests {
         let uring = Uring::new(&image).ok();
         let uring = uring.map(|uring| Box::new(uring) as Box<dyn Engine>);
         for mut engine in std::iter::once(threads).chain(uring) {
-            let memslots = Memslots::new(FakeHost::new(8));
+            let memslots = slots_of(FakeHost::new(8));
             let backing = Backing::anonymous(1 << 20);
             let slot = memslots.create(GuestAddress(0), backing, SlotFlags::NONE);
             let slot = slot.unwrap();
@@ -384,7 +385,7 @@ mod tests {
 
     #[test]
     fn what_is_done_of_a_job_is_not_done_again() {
-        let memslots = Memslots::new(FakeHost::new(8));
+        let memslots = slots_of(FakeHost::new(8));
         let backing = Backing::anonymous(1 << 20);
         let slot = memslots.create(GuestAddress(0), backing, SlotFlags::NONE);
         let memory = memslots.ram().memory();
@@ -407,7 +408,7 @@ mod tests {
 
     #[test]
     fn a_host_is_given_no_more_iovecs_than_it_takes() {
-        let memslots = Memslots::new(FakeHost::new(8));
+        let memslots = slots_of(FakeHost::new(8));
         let backing = Backing::anonymous(1 << 20);
         let slot = memslots.create(GuestAddress(0), backing, SlotFlags::NONE);
         let memory = memslots.ram().memory();

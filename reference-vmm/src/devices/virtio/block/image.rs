@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::fingerprint::Fingerprint;
-use super::lock::{Locked, lock};
+use super::lock::{Locked, lock, unlock};
 use super::space::SECTOR;
 
 /// How long a lock is waited for that another VMM has.
@@ -288,6 +288,25 @@ impl Image {
     /// The errno of `fsync(2)`.
     pub fn sync(&self) -> io::Result<()> {
         self.0.file.sync_all()
+    }
+
+    /// Gives up the lock, for another process that goes on with the disk.
+    ///
+    /// # Errors
+    /// The errno of `fcntl(2)`.
+    pub fn unlock(&self) -> io::Result<()> {
+        unlock(&self.0.file)
+    }
+
+    /// Takes the lock that [`unlock`](Self::unlock) gave up. Waits for it as an opening does.
+    ///
+    /// # Errors
+    /// `WouldBlock`: another process has the image.
+    pub fn lock_again(&self) -> io::Result<()> {
+        match lock_patiently(&self.0.file, !self.0.readonly) {
+            Locked::Yes | Locked::Impossible(_) => Ok(()),
+            Locked::Conflict => Err(io::ErrorKind::WouldBlock.into()),
+        }
     }
 
     /// Its block sizes.

@@ -85,6 +85,17 @@ pub fn lock(file: &File, write: bool) -> Locked {
     }
 }
 
+/// Gives up all locks on `file`. A kind of file that has none has nothing to give up.
+pub fn unlock(file: &File) -> io::Result<()> {
+    match take(file, whole(libc::F_UNLCK)) {
+        Ok(()) | Err(Locked::Yes | Locked::Conflict) => Ok(()),
+        Err(Locked::Impossible(error)) => match error.raw_os_error() {
+            Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP) => Ok(()),
+            _ => Err(error),
+        },
+    }
+}
+
 fn take(file: &File, lock: libc::flock) -> Result<(), Locked> {
     // SAFETY: an open descriptor, and a flock that lives through the call.
     let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
@@ -162,5 +173,22 @@ mod tests {
             assert!(is_locked(&open(path)));
         }
         assert!(!is_locked(&open(path)));
+    }
+
+    #[test]
+    fn what_is_let_go_another_process_takes_and_what_it_has_nobody_takes_back() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path();
+        for write in [true, false] {
+            let held = open(path);
+            assert!(matches!(lock(&held, write), Locked::Yes));
+            assert!(writes(path).is_none());
+            unlock(&held).unwrap();
+            let other = writes(path).unwrap();
+            assert!(matches!(lock(&held, write), Locked::Conflict));
+            drop(other);
+            assert!(matches!(lock(&held, write), Locked::Yes));
+            assert!(writes(path).is_none());
+        }
     }
 }

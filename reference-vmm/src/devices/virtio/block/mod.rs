@@ -344,6 +344,14 @@ impl VirtioDevice for Block {
             false => self.image.sync(),
         }
     }
+
+    fn let_go(&self) -> io::Result<()> {
+        self.image.unlock()
+    }
+
+    fn take_back(&self) -> io::Result<()> {
+        self.image.lock_again()
+    }
 }
 
 impl fmt::Debug for Block {

@@ -427,6 +427,27 @@ impl<T: Tap> VirtioDevice for Net<T> {
         self.frames.iter_mut().for_each(Vec::clear);
     }
 
+    fn let_go(&self) -> io::Result<()> {
+        for pair in &self.shared.pairs {
+            if let Err(error) = pair.tap.let_go() {
+                // The first error counts.
+                let _ = self.take_back();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn take_back(&self) -> io::Result<()> {
+        for pair in &self.shared.pairs {
+            pair.tap.take_back()?;
+            if !*pair.on() {
+                pair.tap.set_attached(false)?;
+            }
+        }
+        Ok(())
+    }
+
     fn state(&self) -> NetState {
         NetState {
             mac: self.mac,

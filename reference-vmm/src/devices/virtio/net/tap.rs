@@ -9,6 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::{c_int, c_short, c_uint};
 
@@ -70,6 +71,22 @@ pub trait Tap: AsRawFd + Send + Sync + 'static {
     /// # Errors
     /// The host's.
     fn set_offload(&self, offload: Offload) -> io::Result<()>;
+
+    /// Leaves the interface to another process. The descriptor stays, and gives no frames.
+    ///
+    /// # Errors
+    /// The host's; it is still this process's.
+    fn let_go(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Attaches it to the interface that it let go of, as it was first.
+    ///
+    /// # Errors
+    /// `EBUSY`: another process has it. Else the host's.
+    fn take_back(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Why a tap cannot be attached.
@@ -155,7 +172,14 @@ impl TapError {
 
 /// A queue of a tap of the kernel's.
 #[derive(Debug)]
-pub struct KernelTap(File);
+pub struct KernelTap {
+    file: File,
+    name: String,
+    /// It was attached with these (`IFF_…`).
+    flags: c_int,
+    /// It has been let go of.
+    free: AtomicBool,
+}
 
 /// A tap's queues, and what was found out about it.
 #[derive(Debug)]
@@ -225,12 +249,9 @@ impl KernelTap {
         }
         let mut offload = Offload::NONE;
         for (at, tap) in taps.iter().enumerate() {
-            let header = HEADER as c_int;
-            tap.set_int(libc::TUNSETVNETHDRSZ, header)
-                .map_err(refused("TUNSETVNETHDRSZ"))?;
-            // virtio 1's header is little-endian whatever the host is.
-            tap.set_int(libc::TUNSETVNETLE, 1)
-                .map_err(refused("TUNSETVNETLE"))?;
+            for (what, number, value) in FRAMES {
+                set_int(tap, number, value).map_err(refused(what))?;
+            }
             if at == 0 {
                 offload = tap.probe_offload().map_err(refused("TUNSETOFFLOAD"))?;
             }
@@ -246,19 +267,34 @@ impl KernelTap {
 
     /// Attaches a queue; the inner error is `TUNSETIFF`'s.
     fn attach(name: &str, flags: c_int) -> Result<io::Result<Self>, TapError> {
-        let mut options = OpenOptions::new();
-        // std opens with O_CLOEXEC.
-        options
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK);
-        let file = options.open(DEVICE).map_err(TapError::Device)?;
+        let file = device().map_err(TapError::Device)?;
         let flags = flags | libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-        let mut request = request(name.as_bytes());
-        request.ifr_ifru.ifru_flags = flags as c_short;
-        // SAFETY: the request is a whole ifreq, which the kernel reads and writes during the call.
-        let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) };
-        Ok(result(done).map(|()| KernelTap(file)))
+        let name = name.to_owned();
+        let attached = attach(&file, &name, flags);
+        let free = AtomicBool::new(false);
+        Ok(attached.map(|()| KernelTap {
+            file,
+            name,
+            flags,
+            free,
+        }))
+    }
+
+    /// Whether the interface stays when nobody has it open.
+    fn is_persistent(&self) -> io::Result<bool> {
+        let mut request = request(b"");
+        // SAFETY: the request is a whole ifreq, which the kernel writes during the call.
+        result(unsafe { libc::ioctl(self.as_raw_fd(), libc::TUNGETIFF, &mut request) })?;
+        // SAFETY: the kernel has filled in this member, and every value of its bytes is one.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        Ok(c_int::from(flags) & IFF_PERSIST != 0)
+    }
+
+    /// Has this descriptor be `file`'s, whose own goes.
+    fn become_like(&self, file: &File) -> io::Result<()> {
+        let (from, to) = (file.as_raw_fd(), self.as_raw_fd());
+        // SAFETY: both are open; what this one was is closed, and the number stays its owner's.
+        result(unsafe { libc::dup3(from, to, libc::O_CLOEXEC) }.min(0))
     }
 
     fn probe_offload(&self) -> io::Result<Offload> {
@@ -271,16 +307,44 @@ impl KernelTap {
         self.set_offload(Offload::NONE)?;
         Ok(found)
     }
+}
 
-    fn set_int(&self, what: libc::Ioctl, value: c_int) -> io::Result<()> {
-        // SAFETY: these requests read an int, which lives through the call.
-        result(unsafe { libc::ioctl(self.0.as_raw_fd(), what, &value) })
-    }
+fn set_int(tap: &impl AsRawFd, what: libc::Ioctl, value: c_int) -> io::Result<()> {
+    // SAFETY: these requests read an int, which lives through the call.
+    result(unsafe { libc::ioctl(tap.as_raw_fd(), what, &value) })
+}
+
+/// How frames are to come: calls and their numbers.
+const FRAMES: [(&str, libc::Ioctl, c_int); 2] = [
+    ("TUNSETVNETHDRSZ", libc::TUNSETVNETHDRSZ, HEADER as c_int),
+    // virtio 1's header is little-endian whatever the host is.
+    ("TUNSETVNETLE", libc::TUNSETVNETLE, 1),
+];
+
+/// Of what `TUNGETIFF` says: the interface is there without an owner.
+const IFF_PERSIST: c_int = 0x0800;
+
+/// The device of taps, attached to none. std opens with `O_CLOEXEC`.
+fn device() -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK);
+    options.open(DEVICE)
+}
+
+/// `TUNSETIFF`.
+fn attach(file: &File, name: &str, flags: c_int) -> io::Result<()> {
+    let mut request = request(name.as_bytes());
+    request.ifr_ifru.ifru_flags = flags as c_short;
+    // SAFETY: the request is a whole ifreq, which the kernel reads and writes during the call.
+    result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) })
 }
 
 impl AsRawFd for KernelTap {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.file.as_raw_fd()
     }
 }
 
@@ -312,6 +376,34 @@ impl Tap for KernelTap {
         let bits = libc::c_ulong::from(offload.0);
         // SAFETY: this request takes a number, no pointer.
         result(unsafe { libc::ioctl(self.as_raw_fd(), libc::TUNSETOFFLOAD, bits) })
+    }
+
+    /// An interface that would go with its last owner is kept, and one that is gone already needs nothing.
+    fn let_go(&self) -> io::Result<()> {
+        match self.is_persistent() {
+            Ok(true) => self.become_like(&device()?)?,
+            Ok(false) => return Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::EBADFD) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        // Relaxed, here and below: the device's lock orders them.
+        self.free.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn take_back(&self) -> io::Result<()> {
+        if !self.free.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        // A descriptor that is made ready first: where that fails, this one is what it was.
+        let file = device()?;
+        attach(&file, &self.name, self.flags)?;
+        for (_, number, value) in FRAMES {
+            set_int(&file, number, value)?;
+        }
+        self.become_like(&file)?;
+        self.free.store(false, Ordering::Relaxed);
+        Ok(())
     }
 }
 

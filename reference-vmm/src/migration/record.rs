@@ -1,0 +1,749 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a migration did and does, as plain data. The source fills it while it goes.
+//!
+//! ```text
+//!   new ──► round_begins ─ sent* ─ round_ends ──► … ──► stop_begins ─ step_ends(Pause) ─┐
+//!             ▲                        │                                                │
+//!             └── forecast_is ◄────────┘     ends ◄── step_ends(State, HandOver, Start) ◄─┴ a last round, stopped,
+//!                                                                                         step_ends(LastPages)
+//! ```
+//!
+//! Each of these takes the time since the migration began, so that nothing here asks a clock. Any may be left out, and
+//! [`ends`](MigrationRecord::ends) may come at every place. The record stays small however long a migration takes:
+//! at most [`MOST_ROUNDS`] rounds and [`MOST_SAMPLES`] samples are kept.
+//!
+//! As JSON it is what `ctl migrate --json` and `GET /migrate` say. Times are whole microseconds (`-us`).
+
+use std::fmt::Write as _;
+use std::time::{Duration, SystemTime};
+
+use dirty_log::estimate::{Forecast, Outcome as ForecastOutcome};
+use serde::{Deserialize, Serialize};
+
+use super::units;
+
+/// Rounds that are kept: the first and the newest others.
+pub const MOST_ROUNDS: usize = 1000;
+/// Samples that are kept. When there would be more, every second one goes.
+pub const MOST_SAMPLES: usize = 512;
+
+/// Samples are at least so far apart, in the beginning.
+const FIRST_INTERVAL: Duration = Duration::from_millis(10);
+
+/// What a migration did, or does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationRecord {
+    /// Where to, as it was asked for: `unix:PATH`, `tcp:HOST:PORT`.
+    pub to: String,
+    /// When it began, in seconds since 1970.
+    pub began_unix_s: u64,
+    /// How long it took; `None` while it goes.
+    #[serde(rename = "took-us", with = "micros::optional")]
+    pub took: Option<Duration>,
+    /// Pages of guest memory, of 4 KiB each.
+    pub memory_pages: u64,
+    /// What was asked for.
+    pub settings: Settings,
+    /// All rounds together, those that are no longer in [`rounds`](Self::rounds) and the one at work among them.
+    pub total: Total,
+    /// The rounds that are done, oldest first.
+    pub rounds: Vec<Round>,
+    /// The round at work: `took` and `pages_dirtied` are not known yet.
+    pub at_work: Option<Round>,
+    /// The newest forecast.
+    pub forecast: Option<Ahead>,
+    /// The guest's stop, from when it began.
+    pub switch_over: Option<SwitchOver>,
+    /// How it ended; `None` while it goes.
+    pub outcome: Option<Outcome>,
+    /// What had been sent by when, for a plot.
+    pub samples: Vec<Sample>,
+    /// How far samples are apart, at least.
+    #[serde(rename = "sample-interval-us", with = "micros")]
+    pub sample_interval: Duration,
+}
+
+/// What was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Settings {
+    /// The most bytes a second on the wire.
+    pub limit_bytes_per_s: Option<u64>,
+    /// The downtime that is aimed at.
+    #[serde(rename = "downtime-us", with = "micros")]
+    pub downtime: Duration,
+    /// Connections that carry pages.
+    pub connections: u32,
+    /// How pages are packed, by its name on the command line: `none`, `zstd`.
+    pub compression: String,
+    /// Whether the connections are encrypted.
+    pub tls: bool,
+}
+
+/// A pass over the pages that were dirty when it began.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", into = "RoundForm")]
+pub struct Round {
+    /// From 1 on.
+    pub number: u32,
+    /// When it began, since the migration's beginning.
+    #[serde(rename = "began-us", with = "micros")]
+    pub began: Duration,
+    /// How long it took.
+    #[serde(rename = "took-us", with = "micros")]
+    pub took: Duration,
+    /// The pages that were dirty.
+    pub pages_to_send: u64,
+    /// Those that were sent, zero pages among them.
+    pub pages_sent: u64,
+    /// Those that were nothing but zeros, of which only that is told.
+    pub zero_pages: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+    /// Different pages that the guest and its devices wrote meanwhile, which are the next round's.
+    pub pages_dirtied: u64,
+    /// The guest was paused: the last round.
+    pub stopped: bool,
+}
+
+/// A round with what follows from it.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct RoundForm {
+    number: u32,
+    #[serde(rename = "began-us", with = "micros")]
+    began: Duration,
+    #[serde(rename = "took-us", with = "micros")]
+    took: Duration,
+    pages_to_send: u64,
+    pages_sent: u64,
+    zero_pages: u64,
+    wire_bytes: u64,
+    pages_dirtied: u64,
+    stopped: bool,
+    pages_dirtied_per_s: u64,
+    wire_bytes_per_s: u64,
+}
+
+impl From<Round> for RoundForm {
+    fn from(round: Round) -> Self {
+        let pages_dirtied_per_s = round.dirty_rate() as u64;
+        let wire_bytes_per_s = round.throughput() as u64;
+        let Round {
+            number,
+            began,
+            took,
+            pages_to_send,
+            pages_sent,
+            zero_pages,
+            wire_bytes,
+            pages_dirtied,
+            stopped,
+        } = round;
+        RoundForm {
+            number,
+            began,
+            took,
+            pages_to_send,
+            pages_sent,
+            zero_pages,
+            wire_bytes,
+            pages_dirtied,
+            stopped,
+            pages_dirtied_per_s,
+            wire_bytes_per_s,
+        }
+    }
+}
+
+impl Round {
+    /// Different pages dirtied a second; 0 of a round that took no time.
+    pub fn dirty_rate(&self) -> f64 {
+        per_second(self.pages_dirtied, self.took)
+    }
+
+    /// Bytes on the wire a second; 0 of a round that took no time.
+    pub fn throughput(&self) -> f64 {
+        per_second(self.wire_bytes, self.took)
+    }
+
+    /// Pages that it has yet to send.
+    pub fn pages_left(&self) -> u64 {
+        self.pages_to_send.saturating_sub(self.pages_sent)
+    }
+
+    /// When it ended, since the migration's beginning.
+    pub fn ended(&self) -> Duration {
+        self.began.saturating_add(self.took)
+    }
+}
+
+/// `amount` in `time`, a second; 0 where no time has passed.
+pub(crate) fn per_second(amount: u64, time: Duration) -> f64 {
+    match time.is_zero() {
+        true => 0.0,
+        false => amount as f64 / time.as_secs_f64(),
+    }
+}
+
+/// Of all rounds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Total {
+    /// Rounds that have begun.
+    pub rounds: u32,
+    /// Pages sent, a page as often as it was.
+    pub pages_sent: u64,
+    /// Those of them that were nothing but zeros.
+    pub zero_pages: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+}
+
+/// What is ahead, as [`dirty_log::estimate::forecast`] sees it: the least, the middle and the greatest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Ahead {
+    /// When this was said, since the migration's beginning.
+    #[serde(rename = "at-us", with = "micros")]
+    pub at: Duration,
+    /// Whether it ends.
+    pub converges: Converges,
+    /// Rounds until the stop.
+    pub rounds: [u32; 3],
+    /// Time until the stop.
+    #[serde(rename = "time-us", with = "micros::span")]
+    pub time: [Duration; 3],
+    /// Of the stop what goes for pages. Where it does not converge, what a stop would cost.
+    #[serde(rename = "downtime-us", with = "micros::span")]
+    pub downtime: [Duration; 3],
+}
+
+impl Ahead {
+    /// `forecast`, which was made at `at`.
+    pub fn new(at: Duration, forecast: &Forecast) -> Self {
+        let Forecast {
+            rounds,
+            time,
+            downtime,
+            ..
+        } = forecast;
+        Ahead {
+            at,
+            converges: match forecast.outcome {
+                ForecastOutcome::Converges => Converges::Yes,
+                ForecastOutcome::Uncertain => Converges::Perhaps,
+                ForecastOutcome::Diverges => Converges::No,
+            },
+            rounds: [rounds.low, rounds.mean, rounds.high],
+            time: [time.low, time.mean, time.high],
+            downtime: [downtime.low, downtime.mean, downtime.high],
+        }
+    }
+}
+
+/// Whether a pre-copy ends by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Converges {
+    /// It does, whatever of what was seen goes on.
+    Yes,
+    /// It depends.
+    Perhaps,
+    /// Not at this rate.
+    No,
+}
+
+/// The guest's stop, and where the time goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", into = "SwitchOverForm")]
+pub struct SwitchOver {
+    /// When the guest was told to pause, since the migration's beginning.
+    #[serde(rename = "began-us", with = "micros")]
+    pub began: Duration,
+    /// What was done, in this order, each from where the one before ended.
+    pub steps: Vec<StepTaken>,
+}
+
+/// A stop with what follows from it.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct SwitchOverForm {
+    #[serde(rename = "began-us", with = "micros")]
+    began: Duration,
+    steps: Vec<StepTaken>,
+    #[serde(rename = "downtime-us", with = "micros")]
+    downtime: Duration,
+}
+
+impl From<SwitchOver> for SwitchOverForm {
+    fn from(stop: SwitchOver) -> Self {
+        SwitchOverForm {
+            downtime: stop.downtime(),
+            began: stop.began,
+            steps: stop.steps,
+        }
+    }
+}
+
+/// A step of the stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StepTaken {
+    /// Which.
+    pub step: Step,
+    /// How long it took.
+    #[serde(rename = "took-us", with = "micros")]
+    pub took: Duration,
+}
+
+/// Where a stop's time goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// vCPUs and devices came to rest.
+    Pause,
+    /// The pages that were still dirty were sent and taken.
+    LastPages,
+    /// The state was saved, sent and taken.
+    State,
+    /// The guest was handed over, and that was acknowledged.
+    HandOver,
+    /// The other side let it go on, and said so.
+    Start,
+}
+
+impl Step {
+    /// All, in their order.
+    pub const ALL: [Step; 5] = [
+        Step::Pause,
+        Step::LastPages,
+        Step::State,
+        Step::HandOver,
+        Step::Start,
+    ];
+
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Step::Pause => "pause",
+            Step::LastPages => "last pages",
+            Step::State => "state",
+            Step::HandOver => "hand-over",
+            Step::Start => "start",
+        }
+    }
+}
+
+impl SwitchOver {
+    /// How long the guest stood still: all steps.
+    pub fn downtime(&self) -> Duration {
+        let each = self.steps.iter().map(|taken| taken.took);
+        each.fold(Duration::ZERO, Duration::saturating_add)
+    }
+
+    /// When its last step ended, since the migration's beginning.
+    pub fn ended(&self) -> Duration {
+        self.began.saturating_add(self.downtime())
+    }
+}
+
+/// How a migration ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "result")]
+pub enum Outcome {
+    /// The guest runs on the other side.
+    Moved,
+    /// It was called off, and the guest is still here.
+    Cancelled,
+    /// It failed, and the guest is still here.
+    Failed {
+        /// Why, in one line.
+        why: String,
+    },
+    /// The other side may have the guest and does not say so: it stays paused here until that is known.
+    Unsettled {
+        /// Why, in one line.
+        why: String,
+    },
+}
+
+/// What had been sent by when.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Sample {
+    /// When, since the migration's beginning.
+    #[serde(rename = "at-us", with = "micros")]
+    pub at: Duration,
+    /// Pages, of all rounds so far.
+    pub pages_sent: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+}
+
+impl MigrationRecord {
+    /// Of a migration that begins `now`.
+    pub fn new(to: String, memory_pages: u64, settings: Settings, now: SystemTime) -> Self {
+        let since_1970 = now.duration_since(SystemTime::UNIX_EPOCH);
+        MigrationRecord {
+            to,
+            began_unix_s: since_1970.map_or(0, |since| since.as_secs()),
+            took: None,
+            memory_pages,
+            settings,
+            total: Total::default(),
+            rounds: Vec::new(),
+            at_work: None,
+            forecast: None,
+            switch_over: None,
+            outcome: None,
+            samples: Vec::new(),
+            sample_interval: FIRST_INTERVAL,
+        }
+    }
+
+    /// A round begins, of `pages` that are dirty. `stopped`: the guest is paused, and this is the last one. A round
+    /// that is at work ends.
+    pub fn round_begins(&mut self, at: Duration, pages: u64, stopped: bool) {
+        self.round_ends(at, 0);
+        self.total.rounds = self.total.rounds.saturating_add(1);
+        self.at_work = Some(Round {
+            number: self.total.rounds,
+            began: at,
+            pages_to_send: pages,
+            stopped,
+            ..Round::default()
+        });
+        self.sample(at);
+    }
+
+    /// The round at work has sent `pages` more, of which `zero_pages` are nothing but zeros, with `wire_bytes`. Cheap
+    /// enough for each batch of some pages.
+    pub fn sent(&mut self, at: Duration, pages: u64, zero_pages: u64, wire_bytes: u64) {
+        let add = |to: &mut u64, more: u64| *to = to.saturating_add(more);
+        if let Some(round) = &mut self.at_work {
+            add(&mut round.pages_sent, pages);
+            add(&mut round.zero_pages, zero_pages);
+            add(&mut round.wire_bytes, wire_bytes);
+        }
+        add(&mut self.total.pages_sent, pages);
+        add(&mut self.total.zero_pages, zero_pages);
+        add(&mut self.total.wire_bytes, wire_bytes);
+        let last = self.samples.last().map_or(Duration::ZERO, |last| last.at);
+        if at.saturating_sub(last) >= self.sample_interval {
+            self.sample(at);
+        }
+    }
+
+    /// The round at work is done; meanwhile the guest and its devices have dirtied `pages_dirtied` different pages.
+    /// Nothing happens if none is.
+    pub fn round_ends(&mut self, at: Duration, pages_dirtied: u64) {
+        let Some(mut round) = self.at_work.take() else {
+            return;
+        };
+        round.took = at.saturating_sub(round.began);
+        round.pages_dirtied = pages_dirtied;
+        if self.rounds.len() >= MOST_ROUNDS {
+            self.rounds.remove(1);
+        }
+        self.rounds.push(round);
+        self.sample(at);
+    }
+
+    /// What is ahead, seen at `at`.
+    pub fn forecast_is(&mut self, at: Duration, forecast: &Forecast) {
+        self.forecast = Some(Ahead::new(at, forecast));
+    }
+
+    /// The guest is told to pause.
+    pub fn stop_begins(&mut self, at: Duration) {
+        self.switch_over = Some(SwitchOver {
+            began: at,
+            steps: Vec::new(),
+        });
+    }
+
+    /// `step` of the stop is done: it took from where the one before ended until `at`. Nothing happens before
+    /// [`stop_begins`](Self::stop_begins).
+    pub fn step_ends(&mut self, step: Step, at: Duration) {
+        if let Some(stop) = &mut self.switch_over {
+            let took = at.saturating_sub(stop.ended());
+            stop.steps.push(StepTaken { step, took });
+        }
+    }
+
+    /// The migration is over.
+    pub fn ends(&mut self, at: Duration, outcome: Outcome) {
+        self.round_ends(at, 0);
+        self.took = Some(at);
+        self.forecast = None;
+        self.outcome = Some(outcome);
+    }
+
+    /// The guest's downtime: none if it was never stopped.
+    pub fn downtime(&self) -> Option<Duration> {
+        self.switch_over.as_ref().map(SwitchOver::downtime)
+    }
+
+    /// In words, for people: some lines, each with its end. Control characters are escaped.
+    pub fn summary(&self) -> String {
+        let mut text = String::new();
+        let (to, took) = (self.to.escape_debug(), self.took.unwrap_or_default());
+        // A string takes everything.
+        let _ = match &self.outcome {
+            None => writeln!(text, "on its way to {to}"),
+            Some(Outcome::Moved) => writeln!(text, "moved to {to} in {}", units::time(took)),
+            Some(Outcome::Cancelled) => writeln!(
+                text,
+                "called off after {}; the guest is still here",
+                units::time(took)
+            ),
+            Some(Outcome::Failed { why }) => writeln!(
+                text,
+                "failed after {}, the guest is still here: {}",
+                units::time(took),
+                why.escape_debug()
+            ),
+            Some(Outcome::Unsettled { why }) => writeln!(
+                text,
+                "unsettled after {}, the guest stays paused here: {}",
+                units::time(took),
+                why.escape_debug()
+            ),
+        };
+        let Total {
+            rounds,
+            pages_sent,
+            zero_pages,
+            wire_bytes,
+        } = self.total;
+        let _ = writeln!(
+            text,
+            "memory {}; sent {} pages ({} of zeros) in {} {}, {} on the wire",
+            units::bytes(units::pages(self.memory_pages)),
+            units::count(pages_sent),
+            units::count(zero_pages),
+            units::count(rounds.into()),
+            if rounds == 1 { "round" } else { "rounds" },
+            units::bytes(wire_bytes),
+        );
+        if let Some(stop) = &self.switch_over {
+            let steps: Vec<String> = stop
+                .steps
+                .iter()
+                .map(|taken| format!("{} {}", taken.step.name(), units::time(taken.took)))
+                .collect();
+            let _ = writeln!(
+                text,
+                "downtime {}: {}",
+                units::time(stop.downtime()),
+                steps.join(", ")
+            );
+        }
+        text
+    }
+
+    fn sample(&mut self, at: Duration) {
+        let sample = Sample {
+            at,
+            pages_sent: self.total.pages_sent,
+            wire_bytes: self.total.wire_bytes,
+        };
+        if self.samples.last() == Some(&sample) {
+            return;
+        }
+        if self.samples.len() >= MOST_SAMPLES {
+            let mut keep = false;
+            self.samples.retain(|_| {
+                keep = !keep;
+                keep
+            });
+            self.sample_interval = self.sample_interval.saturating_mul(2);
+        }
+        self.samples.push(sample);
+    }
+}
+
+/// Durations as whole microseconds.
+mod micros {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    fn number(time: &Duration) -> u64 {
+        u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+    }
+
+    pub fn serialize<S: Serializer>(time: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        number(time).serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        u64::deserialize(from).map(Duration::from_micros)
+    }
+
+    pub mod optional {
+        use super::*;
+
+        pub fn serialize<S: Serializer>(time: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
+            time.as_ref().map(number).serialize(to)
+        }
+
+        pub fn deserialize<'de, D: Deserializer<'de>>(
+            from: D,
+        ) -> Result<Option<Duration>, D::Error> {
+            Option::<u64>::deserialize(from).map(|time| time.map(Duration::from_micros))
+        }
+    }
+
+    pub mod span {
+        use super::*;
+
+        pub fn serialize<S: Serializer>(span: &[Duration; 3], to: S) -> Result<S::Ok, S::Error> {
+            span.each_ref().map(number).serialize(to)
+        }
+
+        pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<[Duration; 3], D::Error> {
+            <[u64; 3]>::deserialize(from).map(|span| span.map(Duration::from_micros))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dirty_log::estimate::Span;
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    fn span<T>(low: T, mean: T, high: T) -> Span<T> {
+        Span { low, mean, high }
+    }
+
+    fn record() -> MigrationRecord {
+        let settings = Settings {
+            limit_bytes_per_s: None,
+            downtime: ms(100),
+            connections: 2,
+            compression: "none".into(),
+            tls: false,
+        };
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
+        MigrationRecord::new("unix:/x".into(), 1000, settings, now)
+    }
+
+    #[test]
+    fn what_is_told_in_order_is_rounds_a_stop_and_an_end() {
+        let mut record = record();
+        record.round_begins(ms(10), 1000, false);
+        record.sent(ms(500), 600, 100, 2_000_000);
+        record.sent(ms(1000), 400, 0, 1_600_000);
+        record.round_ends(ms(1010), 50);
+        record.stop_begins(ms(1020));
+        record.step_ends(Step::Pause, ms(1021));
+        record.round_begins(ms(1021), 50, true);
+        record.sent(ms(1022), 50, 0, 200_000);
+        record.round_ends(ms(1023), 0);
+        record.step_ends(Step::LastPages, ms(1023));
+        record.step_ends(Step::State, ms(1026));
+        record.step_ends(Step::HandOver, ms(1027));
+        record.step_ends(Step::Start, ms(1030));
+        record.ends(ms(1040), Outcome::Moved);
+
+        let [first, last] = &record.rounds[..] else {
+            panic!("{record:?}");
+        };
+        assert_eq!((first.number, first.took), (1, ms(1000)));
+        assert_eq!((first.pages_sent, first.zero_pages), (1000, 100));
+        assert_eq!(
+            (first.dirty_rate(), first.throughput()),
+            (50.0, 3_600_000.0)
+        );
+        assert!(last.stopped && last.number == 2 && last.took == ms(2));
+        assert_eq!(record.total.pages_sent, 1050);
+        assert_eq!(record.downtime(), Some(ms(10)));
+        assert_eq!(record.took, Some(ms(1040)));
+        assert_eq!(
+            record.summary(),
+            "moved to unix:/x in 1.04 s\n\
+             memory 3.91 MiB; sent 1,050 pages (100 of zeros) in 2 rounds, 3.62 MiB on the wire\n\
+             downtime 10.0 ms: pause 1.00 ms, last pages 2.00 ms, state 3.00 ms, hand-over 1.00 ms, start 3.00 ms\n"
+        );
+    }
+
+    #[test]
+    fn it_comes_back_from_json_as_it_went_and_says_there_what_follows_from_it() {
+        let mut record = record();
+        record.round_begins(ms(0), 1000, false);
+        record.sent(ms(500), 600, 100, 2_000_000);
+        record.round_ends(ms(1000), 50);
+        record.round_begins(ms(1000), 50, false);
+        let forecast = Forecast {
+            outcome: ForecastOutcome::Uncertain,
+            rounds: span(1, 2, 3),
+            time: span(ms(1), ms(2), ms(3)),
+            pages: span(1, 2, 3),
+            downtime: span(ms(4), ms(5), ms(6)),
+        };
+        record.forecast_is(ms(1000), &forecast);
+        record.stop_begins(ms(1500));
+        record.step_ends(Step::Pause, ms(1502));
+        for outcome in [
+            None,
+            Some(Outcome::Moved),
+            Some(Outcome::Failed { why: "x".into() }),
+        ] {
+            record.outcome = outcome;
+            let json = serde_json::to_value(&record).unwrap();
+            assert_eq!(json["rounds"][0]["pages-dirtied-per-s"], 50);
+            assert_eq!(json["rounds"][0]["wire-bytes-per-s"], 2_000_000);
+            assert_eq!(json["switch-over"]["downtime-us"], 2000);
+            assert_eq!(json["switch-over"]["steps"][0]["step"], "pause");
+            assert_eq!(json["forecast"]["time-us"][2], 3000);
+            assert_eq!(json["took-us"], serde_json::Value::Null);
+            let back: MigrationRecord = serde_json::from_value(json).unwrap();
+            assert_eq!(back, record);
+        }
+        let failed = serde_json::to_value(&record.outcome).unwrap();
+        assert_eq!(failed, serde_json::json!({"result": "failed", "why": "x"}));
+    }
+
+    #[test]
+    fn it_stays_small_however_long_it_goes_and_loses_no_count() {
+        let mut record = record();
+        for round in 0..2 * MOST_ROUNDS as u64 {
+            record.round_begins(ms(round * 100), 10, false);
+            record.sent(ms(round * 100 + 50), 10, 1, 100);
+            record.round_ends(ms(round * 100 + 100), 10);
+        }
+        assert_eq!(record.rounds.len(), MOST_ROUNDS);
+        let numbers = [0, 1, MOST_ROUNDS - 1].map(|at| record.rounds[at].number);
+        assert_eq!(numbers, [1, MOST_ROUNDS as u32 + 2, 2 * MOST_ROUNDS as u32]);
+        assert_eq!(record.total.pages_sent, 20 * MOST_ROUNDS as u64);
+        assert!(record.samples.len() <= MOST_SAMPLES);
+        assert!(record.samples.len() > MOST_SAMPLES / 4);
+        assert!(record.samples.is_sorted_by_key(|sample| sample.at));
+        assert_eq!(record.samples[0].at, ms(0));
+    }
+
+    #[test]
+    fn nothing_that_is_told_out_of_order_is_a_panic() {
+        let mut record = record();
+        record.step_ends(Step::Start, ms(5));
+        record.round_ends(ms(5), 1);
+        record.sent(ms(4), u64::MAX, u64::MAX, u64::MAX);
+        record.sent(ms(3), 1, 1, 1);
+        record.stop_begins(ms(9));
+        record.step_ends(Step::Start, ms(1));
+        record.round_begins(ms(9), u64::MAX, true);
+        record.round_ends(ms(1), u64::MAX);
+        record.ends(Duration::MAX, Outcome::Cancelled);
+        assert_eq!(record.downtime(), Some(Duration::ZERO));
+        record.summary();
+        serde_json::to_string(&record).unwrap();
+    }
+}

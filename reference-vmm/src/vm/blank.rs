@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A machine whose state is to come: from a snapshot's file, or over a wire.
+//!
+//! ```text
+//!   Blank::new ──► check(vCPUs)  ──► allocate ──► memory is filled ──► finish(state, devices)
+//!   (VM)           (host takes        (slots)      (mapped, read,      (irqchip, vCPUs, bus,
+//!                   them?)                          received)           states in KVM's order)
+//! ```
+//!
+//! The states come in the order that KVM needs ([`kvm_core::state`](kvm_core::arch::x86_64::state),
+//! [`irq_routing::IrqchipState`]): the clock when all vCPUs are made, the vCPUs with their local APICs, then the
+//! controllers in KVM or the monitor, which send again what they had pending, then the devices' lines. virtio devices go on
+//! when the machine starts, and look into their queues then: what the driver notified of before is in guest memory, and
+//! nobody tells of it again.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use kvm_core::arch::x86_64::state::{ClockRestore, StateHost};
+use kvm_core::{Kvm, Vcpu, VcpuId, VmSetup};
+use memslots::{NewSlot, Snapshot};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::compose::Composition;
+use super::tracking::{TrackError, TrackUser, Tracker};
+use super::{BuildError, Machine};
+use crate::arch::layout;
+use crate::config::{Config, Irqchip};
+use crate::devices::edge::Owing;
+use crate::devices::virtio::any::Devices;
+use crate::devices::virtio::rng::random_id;
+use crate::end::EndSignal;
+use crate::memory::{Memslots, SlotTable, slots_of};
+use crate::snapshot::RestoreError;
+use crate::snapshot::machine::{MachineState, VcpuSection};
+
+/// A VM that has nothing yet.
+pub(crate) struct Blank {
+    config: Config,
+    setup: VmSetup,
+    host: StateHost,
+}
+
+/// One that has its memory.
+pub(crate) struct Allocated {
+    blank: Blank,
+    memslots: Memslots,
+    tracker: Tracker,
+}
+
+impl Blank {
+    /// A VM for a machine of this configuration, if this host has vCPUs enough.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing is left behind.
+    pub(crate) fn new(config: &Config) -> Result<Self, BuildError> {
+        srcu::prepare();
+        let kvm = Kvm::open_at(&config.kvm)?;
+        let (asked, most) = (config.cpus.count, kvm.capabilities().max_vcpus());
+        if asked > most {
+            return Err(BuildError::Cpus { asked, most });
+        }
+        let setup = kvm.create_vm()?.named("guest");
+        let host = setup.state_host(&kvm)?;
+        Ok(Blank {
+            config: config.clone(),
+            setup,
+            host,
+        })
+    }
+
+    /// Refuses vCPUs that this host does not take: CPUID bits, MSRs, state that its KVM does not have.
+    ///
+    /// # Errors
+    /// [`RestoreError::Vcpu`], the first thing that is missing.
+    pub(crate) fn check(&self, vcpus: &[VcpuSection]) -> Result<(), RestoreError> {
+        for vcpu in vcpus {
+            let checked = self.host.check(&vcpu.state);
+            checked.map_err(|refusal| RestoreError::Vcpu {
+                id: VcpuId(vcpu.id),
+                source: refusal.into(),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Makes its memory. `backing` may say of what, and says whether it did; else it is what the configuration says, which
+    /// the host is asked for first. Blocks for what is to be present.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing is left behind.
+    pub(crate) fn allocate(
+        self,
+        end: &EndSignal,
+        backing: impl FnOnce(&mut [NewSlot]) -> bool,
+    ) -> Result<Allocated, BuildError> {
+        let memory = &self.config.memory;
+        let ram = memslots::ram_layout(memory.size, layout::MMIO_HOLE)?;
+        let mut new_slots = memory.slots(&ram, self.has_firmware());
+        if !backing(&mut new_slots) {
+            let refused = memory.check_host(&new_slots);
+            refused.map_err(BuildError::HostMemory)?;
+        }
+        memory.check_available()?;
+        let memslots = slots_of(self.setup.fd().clone());
+        let slots = memslots.create_all(new_slots)?;
+        let present = memory.make_present(&memslots.snapshot(), || !end.is_told());
+        present.map_err(BuildError::Prefault)?;
+        if end.is_told() {
+            return Err(BuildError::Ended);
+        }
+        let tracker = Tracker::new(slots, self.setup.fd(), self.config.dirty_log);
+        Ok(Allocated {
+            memslots,
+            tracker: tracker.map_err(BuildError::DirtyLog)?,
+            blank: self,
+        })
+    }
+
+    fn has_firmware(&self) -> bool {
+        self.config.irqchip != Irqchip::None
+    }
+}
+
+impl Allocated {
+    /// Its memory, without permissions: to be filled.
+    pub(crate) fn memory(&self) -> Snapshot<SlotTable> {
+        self.memslots.snapshot()
+    }
+
+    /// Tracks what is written from now on, for a chain of snapshots: also what the restore itself writes, and KVM with it.
+    ///
+    /// # Errors
+    /// [`TrackError`].
+    pub(crate) fn track(&self) -> Result<(), TrackError> {
+        let vm = self.blank.setup.fd();
+        self.tracker.start(TrackUser::Snapshot, vm, &self.memory())
+    }
+
+    /// Gives it its state, and `devices`, which have theirs, with the serial console's output on `console` and its end told
+    /// to `end`. Memory has been filled.
+    ///
+    /// The guest has another generation id than it had, and hears of that where it listens
+    /// ([`layout::GENERATION_ID`]), unless it is `the_same`: a machine that has moved, and goes on nowhere else.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing is left behind.
+    pub(crate) fn finish(
+        self,
+        state: &MachineState,
+        devices: Devices,
+        (clock, the_same): (ClockRestore, bool),
+        console: impl AsFd,
+        end: &Arc<EndSignal>,
+    ) -> Result<Machine, BuildError> {
+        let renewed = self.blank.has_firmware() && !the_same;
+        if renewed {
+            let generation = random_id().map_err(RestoreError::Random)?;
+            write(&self.memory(), &generation, layout::GENERATION_ID)?;
+        }
+        let Allocated {
+            blank,
+            memslots,
+            tracker,
+        } = self;
+        let Blank {
+            config,
+            setup,
+            host,
+        } = blank;
+        let composition = Composition {
+            config: &config,
+            setup,
+            memslots,
+            tracker,
+            devices,
+            console,
+            end,
+            saved: Some(&state.devices),
+        };
+        let machine = composition.compose(|vm| {
+            let make =
+                |vcpu: &VcpuSection| vm.create_vcpu(VcpuId(vcpu.id)).map_err(BuildError::from);
+            let vcpus = state.vcpus.iter().map(make);
+            let vcpus = vcpus.collect::<Result<Vec<Vcpu>, _>>()?;
+            let passage = vm.restore(&state.vm.vm, clock);
+            let passage = passage.map_err(RestoreError::from)?;
+            for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
+                let restored = vcpu.restore(&host, &saved.state, &passage);
+                let restored = restored.map_err(|source| RestoreError::Vcpu {
+                    id: vcpu.id(),
+                    source,
+                })?;
+                log::debug!("vCPU {}: {restored:?}", vcpu.id());
+            }
+            Ok(vcpus)
+        })?;
+
+        // The controllers behind the local APICs, and the lines behind the controllers.
+        let parts = &machine.parts;
+        let restored = parts
+            .irqchip
+            .restore(parts.vm.fd().as_ref(), &state.vm.irqchip);
+        restored.map_err(RestoreError::from)?;
+        if let (Some(chip), Some(ioapic)) = (&parts.chip, &state.vm.ioapic) {
+            chip.restore(ioapic).map_err(RestoreError::from)?;
+            chip.redeliver().map_err(RestoreError::Pending)?;
+        }
+        if renewed {
+            parts.power.tell_generation();
+        }
+        parts.com1.send_owed();
+        parts.power.send_owed();
+        match end.is_told() {
+            // An interrupt was refused, which has told why; or somebody else ended it.
+            true => Err(BuildError::Ended),
+            false => Ok(machine),
+        }
+    }
+}
+
+fn write(memory: &SlotTable, bytes: &[u8], address: GuestAddress) -> Result<(), RestoreError> {
+    let written = memory.write_slice(bytes, address);
+    written.map_err(|error| RestoreError::Memory {
+        address: address.0,
+        why: error.to_string(),
+    })
+}
