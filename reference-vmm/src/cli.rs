@@ -3,7 +3,8 @@
 //! The command line: each flag sets a field of [`Config`], so that what can be said here can be
 //! said in a file or by a program as well.
 
-mod restore;
+pub(crate) mod restore;
+pub mod snapshot;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -23,7 +24,9 @@ use crate::devices::virtio::net::NetConfig;
 use crate::devices::virtio::vsock::VsockConfig;
 use crate::gdb;
 use crate::memory::Memory;
+use crate::migration::incoming::IncomingRequest;
 use crate::snapshot::RestoreRequest;
+use crate::snapshot::packed::Compression;
 
 /// What the user asked for.
 #[derive(Debug)]
@@ -46,6 +49,8 @@ pub enum Command {
         /// The KVM device.
         kvm: PathBuf,
     },
+    /// `snapshot`: something with snapshots where no guest runs.
+    Snapshot(snapshot::SnapshotCommand),
     /// `ctl`: something of a monitor that runs.
     Ctl(ctl::Ctl),
     /// `--help`, with the text.
@@ -61,6 +66,8 @@ pub struct Run {
     pub config: Config,
     /// The snapshot that the machine goes on from, instead of being booted.
     pub restore: Option<RestoreRequest>,
+    /// The guest comes from another process, instead of being booted.
+    pub incoming: Option<IncomingRequest>,
     /// Print the timeline at the end.
     pub timeline: bool,
     /// Count accesses, and print all counters at the end.
@@ -73,6 +80,8 @@ pub struct Run {
     pub gdb: Option<gdb::Address>,
     /// The control socket.
     pub api_sock: Option<PathBuf>,
+    /// Every snapshot begins to track what is written behind it; of `restore` its request says so.
+    pub track_dirty_pages: bool,
 }
 
 /// How the counters are printed.
@@ -131,12 +140,14 @@ Usage: reference-vmm run --kernel FILE [OPTIONS]
        reference-vmm restore --from DIR [OPTIONS]
        reference-vmm cpu [--cpu MODEL] [--json] [--kvm PATH]
        reference-vmm ctl --api-sock PATH COMMAND [--json]
+       reference-vmm snapshot info|verify|merge DIR... [--json]
        reference-vmm doctor [--json] [--kvm PATH]
 
 Commands:
   run      Boot a guest with its serial console on this terminal
   restore  Have the guest of a snapshot go on where it was
   ctl      Ask something of a monitor that runs: pause, resume, snapshot, status, power-button, stats
+  snapshot Say what a snapshot is, check it, or make one of a chain of them
   cpu      Say which processors this host can be for a guest, and what a model changes
   doctor   Say what this host's KVM offers, and try it
 
@@ -226,6 +237,7 @@ Options:
   --api-sock PATH          Listen at this Unix socket for what is asked of the guest while it runs: HTTP with
                            Firecracker's paths; `reference-vmm ctl` and curl are clients. Who can
                            connect owns the guest: the socket is its user's alone
+  --track-dirty-pages      Each snapshot tracks what is written behind it, as by `ctl snapshot --track`
   --timeline               Say on stderr at the end what happened when, in microseconds
   --log LEVEL              off, error, warn, info, debug or trace [warn]
   -h, --help               Show this help
@@ -301,6 +313,7 @@ where
         Some(Short('V') | Long("version")) => alone(parser, Command::Version),
         Some(Value(command)) if command == "run" => run(parser),
         Some(Value(command)) if command == "restore" => restore::parse(parser),
+        Some(Value(command)) if command == "snapshot" => snapshot::parse(parser),
         Some(Value(command)) if command == "ctl" => {
             let asked = ctl::parse(parser)?;
             Ok(asked.map_or(Command::Help(ctl::HELP), Command::Ctl))
@@ -308,7 +321,7 @@ where
         Some(Value(command)) if command == "doctor" => doctor(parser),
         Some(Value(command)) if command == "cpu" => cpu(parser),
         Some(Value(command)) => Err(UsageError::Command(format!(
-            "{} is not a command; the commands are run, restore, cpu, ctl and doctor",
+            "{} is not a command; the commands are run, restore, snapshot, cpu, ctl and doctor",
             command.display()
         ))),
         Some(other) => Err(other.unexpected().into()),
@@ -328,6 +341,17 @@ fn alone(mut parser: lexopt::Parser, command: Command) -> Result<Command, UsageE
 type Edit = Box<dyn FnOnce(&mut Config)>;
 
 fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
+    // A guest that comes brings its machine along: what is said of it is said as of one that is restored.
+    let words: Vec<OsString> = parser.raw_args()?.collect();
+    let incoming = |word: &OsString| {
+        let word = word.to_string_lossy();
+        word == "--incoming" || word.starts_with("--incoming=")
+    };
+    let comes = words.iter().any(incoming);
+    parser = lexopt::Parser::from_args(words);
+    if comes {
+        return restore::parse_incoming(parser);
+    }
     // Flags override the file wherever it stands among them, so they are kept until it is read.
     let mut file = None;
     let mut changes: Vec<Edit> = Vec::new();
@@ -375,14 +399,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.irqchip = kind));
             }
             Long("coalesce-console") => {
-                let on = match parser.optional_value() {
-                    None => true,
-                    Some(word) => word.parse_with(|word| match word {
-                        "on" => Ok(true),
-                        "off" => Ok(false),
-                        _ => Err("--coalesce-console is on or off"),
-                    })?,
-                };
+                let on = on_or_off("--coalesce-console", &mut parser)?;
                 changes.push(Box::new(move |config| config.coalesce_console = on));
             }
             Long("dirty-log") => {
@@ -409,6 +426,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 };
                 changes.push(Box::new(move |config| config.debug_exit = Some(port)));
             }
+            Long("track-dirty-pages") => run.track_dirty_pages = true,
             Long("kvm") => {
                 let path = PathBuf::from(parser.value()?);
                 changes.push(Box::new(move |config| config.kvm = path));
@@ -448,12 +466,14 @@ impl Run {
         Run {
             config,
             restore: None,
+            incoming: None,
             timeline: false,
             stats: None,
             log: log::LevelFilter::Warn,
             shutdown_timeout: 10,
             gdb: None,
             api_sock: None,
+            track_dirty_pages: false,
         }
     }
 
@@ -564,6 +584,33 @@ fn cpus(value: OsString) -> Result<Cpus, UsageError> {
         .try_for_each(|option| cpus.option(option))
         .map_err(|source| UsageError::Flag { flag, source })?;
     Ok(cpus)
+}
+
+/// The optional value of a flag that is on where it is there.
+pub(crate) fn on_or_off(
+    flag: &'static str,
+    parser: &mut lexopt::Parser,
+) -> Result<bool, UsageError> {
+    match parser.optional_value().map(|word| word.string()) {
+        None => Ok(true),
+        Some(word) => match word?.as_str() {
+            "on" => Ok(true),
+            "off" => Ok(false),
+            word => Err(UsageError::Command(format!(
+                "{flag} is on or off, and not {word:?}"
+            ))),
+        },
+    }
+}
+
+/// The value of `--compress`.
+pub(crate) fn compression(parser: &mut lexopt::Parser) -> Result<Compression, UsageError> {
+    let compression = parser.value()?.parse_with(|word| match word {
+        "zstd" => Ok(Compression::Zstd),
+        "none" => Ok(Compression::None),
+        _ => Err("--compress is zstd or none"),
+    });
+    Ok(compression?)
 }
 
 /// The value of `--api-sock`.

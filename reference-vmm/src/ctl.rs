@@ -13,6 +13,15 @@ use serde_json::{Value, json};
 use crate::api::Client;
 use crate::api::client::ClientError;
 use crate::cli::{self, UsageError};
+use crate::config::check_path;
+use crate::migration::outgoing::Order;
+use crate::snapshot::disks::DiskCopies;
+use crate::snapshot::packed::Compression;
+use crate::snapshot::{SnapshotKind, SnapshotRequest};
+
+mod migrate;
+
+pub use migrate::Migrate;
 
 /// `reference-vmm ctl --help`.
 pub const HELP: &str = "\
@@ -26,6 +35,18 @@ Commands:
   resume        Let it go on
   snapshot DIR  Write a snapshot of it to the directory DIR, which is new, empty, or an older snapshot that is
                 replaced. A guest that runs is paused for it and goes on. `restore --from DIR` has it go on
+    --track[=off]      Track what is written behind it, so that the next may build on it; or no more
+    --base PREV        Only what was written since PREV, the last one, which has to be kept
+    --compress zstd    Compress memory, while the guest stands still; a restore reads it and cannot map it
+    --disks name|reflink|copy
+                       What becomes of disks that the guest writes: only their names are in it, or clones of
+                       them, or copies where the file system does not clone [name]
+  migrate       Move the guest to the monitor that waits for it (`run --incoming`) at --to, while it runs
+  migrate-cancel  Give that up; the guest stays where it is
+  migrate-status  Say how it goes, or how the last one went
+  migrate-settle here|there
+                Say where the guest is, when the monitor says that it cannot find that out. Look first: who says so
+                wrongly has two guests, or none
   power-button  Press the power button, at which a guest with ACPI powers off
   config        Say what the machine is
   stats         Say what the guest has done so far, in numbers
@@ -36,6 +57,23 @@ Options:
   --json           One line of JSON, also of a refusal (fault_message), instead of words
   --timeout SECS   How long to wait for the answer [60]
   -h, --help       Show this help
+
+Options of migrate:
+  --to ADDRESS     unix:PATH, or tcp:HOST:PORT, which beyond this host needs TLS
+  --connections N  How many connections carry memory [1]
+  --compress zstd[:LEVEL]
+                   Compress it [none]
+  --bandwidth SIZE So many bytes a second at most, as in 100M
+  --downtime MS    How long the guest may stand still, in milliseconds [100]
+  --max-time SECS  How long memory is sent while the guest runs [300]
+  --when-stuck cancel|stop
+                   When it writes faster than that goes: give up, or stop it for as long as it takes [cancel]
+  --tls-cert FILE, --tls-key FILE, --tls-ca FILE
+                   This host's certificate, its key, and the authority's certificate, PEM
+  --tls-name NAME  Whom the other's certificate is for, if not the host in ADDRESS
+  --report FILE    Write a report with plots there, HTML
+
+The migration goes on if this command is ended: migrate-cancel ends it. --timeout is not for its answer.
 
 Exit status: 0 done; 1 the monitor refused, or is gone; 2 the arguments were wrong.
 ";
@@ -50,8 +88,14 @@ pub enum Question {
     Pause,
     /// To go on.
     Resume,
-    /// To write a snapshot to this directory.
-    Snapshot(PathBuf),
+    /// To write a snapshot.
+    Snapshot(SnapshotRequest),
+    /// To move it.
+    Migrate(Box<Migrate>),
+    /// How that goes.
+    MigrateStatus,
+    /// To give it up, or where the guest is.
+    MigrateOrder(Order),
     /// To press the power button.
     PowerButton,
     /// What the machine is.
@@ -75,7 +119,9 @@ pub struct Ctl {
     pub timeout: Duration,
 }
 
-const QUESTIONS: [(&str, Question); 7] = [
+const QUESTIONS: [(&str, Question); 9] = [
+    ("migrate-cancel", Question::MigrateOrder(Order::Cancel)),
+    ("migrate-status", Question::MigrateStatus),
     ("status", Question::Status),
     ("pause", Question::Pause),
     ("resume", Question::Resume),
@@ -85,12 +131,16 @@ const QUESTIONS: [(&str, Question); 7] = [
     ("version", Question::Version),
 ];
 
-/// The question with an argument.
+/// The questions with arguments.
 const SNAPSHOT: &str = "snapshot";
+const MIGRATE: &str = "migrate";
+const SETTLE: &str = "migrate-settle";
 
 /// Reads what follows `ctl`; none if its help is asked for.
 pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageError> {
     let (mut api_sock, mut question, mut json, mut timeout) = (None, None, false, 60);
+    let mut options = SnapshotOptions::default();
+    let (mut migrate, mut flags) = (false, migrate::Flags::default());
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(None),
@@ -99,7 +149,19 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
             Long("timeout") => {
                 timeout = cli::number("--timeout", parser.value()?, 1..=u32::MAX)?;
             }
-            Value(word) if question.is_none() && word == SNAPSHOT => {
+            Value(word) if question.is_none() && !migrate && word == MIGRATE => migrate = true,
+            Value(word) if question.is_none() && !migrate && word == SETTLE => {
+                let order = match parser.next()? {
+                    Some(Value(word)) if word == "here" => Order::Here,
+                    Some(Value(word)) if word == "there" => Order::There,
+                    _ => {
+                        let text = "ctl migrate-settle: here or there is wanted behind the word";
+                        return Err(UsageError::Command(text.into()));
+                    }
+                };
+                question = Some(Question::MigrateOrder(order));
+            }
+            Value(word) if question.is_none() && !migrate && word == SNAPSHOT => {
                 let dir = match parser.next()? {
                     Some(Value(dir)) if !dir.is_empty() => PathBuf::from(dir),
                     _ => {
@@ -108,13 +170,31 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
                     }
                 };
                 let dir = std::path::absolute(&dir).unwrap_or(dir);
-                question = Some(Question::Snapshot(dir));
+                question = Some(Question::Snapshot(SnapshotRequest::new(dir)));
             }
-            Value(word) if question.is_none() => {
+            Long("track") => options.track = Some(cli::on_or_off("--track", &mut parser)?),
+            Long("base") => {
+                let base = PathBuf::from(parser.value()?);
+                check_path("--base", &base)?;
+                options.base = Some(std::path::absolute(&base).unwrap_or(base));
+            }
+            Long("compress") => {
+                options.compression = Some(cli::compression(&mut parser)?);
+            }
+            Long("disks") => {
+                let disks = parser.value()?.parse_with(|word| match word {
+                    "name" => Ok(DiskCopies::Name),
+                    "reflink" => Ok(DiskCopies::Reflink),
+                    "copy" => Ok(DiskCopies::Copy),
+                    _ => Err("--disks is name, reflink or copy"),
+                })?;
+                options.disks = Some(disks);
+            }
+            Value(word) if question.is_none() && !migrate => {
                 let known = QUESTIONS.iter().find(|(name, _)| word == *name);
                 let Some((_, known)) = known else {
                     let names = QUESTIONS.iter().map(|(name, _)| *name);
-                    let names: Vec<_> = names.chain([SNAPSHOT]).collect();
+                    let names: Vec<_> = names.chain([SNAPSHOT, MIGRATE, SETTLE]).collect();
                     return Err(UsageError::Command(format!(
                         "ctl {} is not a command; there are {}",
                         word.display(),
@@ -123,16 +203,82 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
                 };
                 question = Some(known.clone());
             }
+            Long(flag) => {
+                let flag = flag.to_owned();
+                if !flags.take(&flag, &mut parser)? {
+                    return Err(Long(&flag).unexpected().into());
+                }
+            }
             other => return Err(other.unexpected().into()),
         }
     }
+    match (migrate, flags.any()) {
+        (true, _) => question = Some(Question::Migrate(Box::new(flags.migrate()?))),
+        (false, None) => {}
+        (false, Some(flag)) => {
+            let text = format!("ctl: --{flag} is for migrate");
+            return Err(UsageError::Command(text));
+        }
+    }
     let missing = |what: &str| UsageError::Command(format!("ctl: {what}; try ctl --help"));
+    match &mut question {
+        Some(Question::Snapshot(request)) => options.apply(request),
+        _ if options != SnapshotOptions::default() => {
+            let text = "--track, --base, --compress and --disks are options of snapshot DIR";
+            return Err(missing(text));
+        }
+        _ => {}
+    }
     Ok(Some(Ctl {
         api_sock: api_sock.ok_or_else(|| missing("no --api-sock PATH"))?,
         question: question.ok_or_else(|| missing("no command"))?,
         json,
         timeout: Duration::from_secs(timeout.into()),
     }))
+}
+
+/// Options of `snapshot DIR`.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct SnapshotOptions {
+    base: Option<PathBuf>,
+    track: Option<bool>,
+    compression: Option<Compression>,
+    disks: Option<DiskCopies>,
+}
+
+impl SnapshotOptions {
+    fn apply(self, request: &mut SnapshotRequest) {
+        if self.base.is_some() {
+            request.kind = SnapshotKind::Diff { base: self.base };
+        }
+        request.track = self.track;
+        request.compression = self.compression.unwrap_or_default();
+        request.disks = self.disks.unwrap_or_default();
+    }
+}
+
+/// The body of a request for a snapshot: what is as it is without saying is not said.
+fn snapshot_body(request: &SnapshotRequest) -> Value {
+    let mut body = json!({ "snapshot_type": "Full", "snapshot_path": request.dir });
+    if let SnapshotKind::Diff { base } = &request.kind {
+        body["snapshot_type"] = "Diff".into();
+        if let Some(base) = base {
+            body["base"] = json!(base);
+        }
+    }
+    if let Some(track) = request.track {
+        body["track"] = track.into();
+    }
+    match request.compression {
+        Compression::None => {}
+        Compression::Zstd => body["compress"] = "zstd".into(),
+    }
+    match request.disks {
+        DiskCopies::Name => {}
+        DiskCopies::Reflink => body["disks"] = "reflink".into(),
+        DiskCopies::Copy => body["disks"] = "copy".into(),
+    }
+    body
 }
 
 /// Asks, and says the answer: `print` gets what is for stdout, `say` the line for stderr. The exit status.
@@ -172,16 +318,20 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
             let action = json!({ "action_type": "SendCtrlAltDel" });
             ("PUT", "/actions", Some(action))
         }
-        Question::Snapshot(dir) => {
-            let snapshot = json!({ "snapshot_type": "Full", "snapshot_path": dir });
-            ("PUT", "/snapshot/create", Some(snapshot))
-        }
+        Question::Snapshot(request) => ("PUT", "/snapshot/create", Some(snapshot_body(request))),
+        Question::Migrate(_) | Question::MigrateStatus => ("GET", "/migrate", None),
+        Question::MigrateOrder(order) => ("PATCH", "/migrate", Some(json!({ "order": order }))),
         Question::Config => ("GET", "/vm/config", None),
         Question::Stats => ("GET", "/stats", None),
         Question::Version => ("GET", "/version", None),
     };
-    let mut client = Client::connect(&options.api_sock, options.timeout)?;
-    let answer = client.call(method, target, body.as_ref())?;
+    let answer = match &options.question {
+        Question::Migrate(asked) => migrate::ask(&options.api_sock, options.timeout, asked)?,
+        _ => {
+            let mut client = Client::connect(&options.api_sock, options.timeout)?;
+            client.call(method, target, body.as_ref())?
+        }
+    };
     Ok(match answer.fault() {
         Some(why) => Said::Refused(why),
         None => Said::Yes(told(options, answer.body.unwrap_or_default())),
@@ -193,13 +343,18 @@ fn told(options: &Ctl, body: Value) -> String {
     let (words, body) = match &options.question {
         Question::Pause => ("paused".into(), json!({ "state": "Paused" })),
         Question::Resume => ("running".into(), json!({ "state": "Running" })),
-        Question::Snapshot(dir) => {
-            let dir = dir.display().to_string();
+        Question::Snapshot(request) => {
+            let dir = request.dir.display().to_string();
             (
                 dir.escape_debug().to_string(),
                 json!({ "snapshot_path": dir }),
             )
         }
+        Question::Migrate(_) | Question::MigrateStatus => (migrate::words(&body), body),
+        Question::MigrateOrder(Order::Cancel) => {
+            ("cancelled".into(), json!({ "order": Order::Cancel }))
+        }
+        Question::MigrateOrder(order) => ("settled".into(), json!({ "order": order })),
         Question::PowerButton => ("pressed".into(), json!({ "pressed": true })),
         Question::Status => (text(&body["state"]).to_lowercase(), body),
         Question::Version => (text(&body["firecracker_version"]), body),
@@ -271,7 +426,21 @@ mod tests {
         }
         assert_eq!(parsed("--help").unwrap(), None);
         let asked = parsed("--api-sock /s snapshot /a/b").unwrap().unwrap();
-        assert_eq!(asked.question, Question::Snapshot("/a/b".into()));
+        assert_eq!(
+            asked.question,
+            Question::Snapshot(SnapshotRequest::new("/a/b"))
+        );
+        let asked = "--base /a --api-sock /s snapshot --track=off /b --disks copy --compress zstd";
+        assert!(parsed(asked).is_err());
+        let asked = "--base /a --api-sock /s snapshot /b --track=off --disks copy --compress zstd";
+        let Question::Snapshot(request) = parsed(asked).unwrap().unwrap().question else {
+            panic!("{asked}")
+        };
+        let body = json!({
+            "snapshot_type": "Diff", "snapshot_path": "/b", "base": "/a", "track": false, "compress": "zstd",
+            "disks": "copy",
+        });
+        assert_eq!(snapshot_body(&request), body);
         for (words, needle) in [
             ("pause", "--api-sock"),
             ("--api-sock /s", "no command"),
@@ -282,6 +451,13 @@ mod tests {
             ("--api-sock= pause", "--api-sock \"\""),
             ("--api-sock /s pause --timeout 0s", "--timeout"),
             ("--api-sock /s pause --frob", "--frob"),
+            ("--api-sock /s pause --track", "options of snapshot"),
+            (
+                "--api-sock /s snapshot /a --disks move",
+                "name, reflink or copy",
+            ),
+            ("--api-sock /s snapshot /a --compress lz4", "zstd"),
+            ("--api-sock /s snapshot /a --base=", "--base"),
         ] {
             let refused = parsed(words).unwrap_err().to_string();
             assert!(refused.contains(needle), "{words}: {refused}");

@@ -57,7 +57,7 @@
 //! # What is saved and restored
 //!
 //! All that the guest can tell of its machine ([`snapshot`]): memory, vCPUs, clocks, interrupts, devices. Not saved are the
-//! contents of disks, which are only known again; connections; what is counted; and how a guest is watched (gdb, control
+//! contents of disks, which are only known again, unless a snapshot is asked to have them; connections; what is counted; and how a guest is watched (gdb, control
 //! socket).
 //!
 //! # Known limits

@@ -71,6 +71,10 @@ fn command(args: Vec<OsString>) -> u8 {
                 1
             })
         }
+        Command::Snapshot(command) => {
+            logger::start(log::LevelFilter::Warn);
+            cli::snapshot::run(&command, |text| _ = print(text), say)
+        }
         Command::Ctl(options) => ctl::run(&options, |text| _ = print(text), say),
         Command::Help(text) => print(text),
         Command::Version => print(concat!("reference-vmm ", env!("CARGO_PKG_VERSION"), "\n")),

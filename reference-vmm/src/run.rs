@@ -12,6 +12,7 @@ use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::gdb::Listener;
 use crate::main_loop;
+use crate::migration::incoming::Incoming;
 use crate::signals::{self, Signals};
 use crate::stats::Stats;
 use crate::timeline::{Event, timeline};
@@ -40,6 +41,9 @@ pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
         GuestEnd::Stopped(StopCause::Signal(signal)) => {
             log::info!("{} stopped the guest", signals::name(*signal));
         }
+        GuestEnd::Migrated(to) => say(format_args!(
+            "the guest has moved to {to:?}, and runs there"
+        )),
         other => log::info!("the guest has ended: {other:?}"),
     }
     if options.timeline {
@@ -74,7 +78,7 @@ fn with_api(server: &Server, running: &Running, end: &EndSignal, meanwhile: impl
             self.0.stop();
         }
     }
-    let machine = api::Machine::new(running);
+    let machine = api::Machine::new(running, end);
     std::thread::scope(|scope| {
         let builder = std::thread::Builder::new().name("api".into());
         let thread = builder.spawn_scoped(scope, || server.serve(&machine));
@@ -120,35 +124,70 @@ fn run_to_end(
             stop(signal);
         }
     };
-    let built = match &options.restore {
-        Some(request) => Machine::restore(request, std::io::stdout(), &end),
-        None => Machine::build_watched(&options.config, std::io::stdout(), &end, watch),
+    let stopped = || {
+        watch();
+        end.is_told().then(|| "it was stopped".to_owned())
     };
-    let mut machine = match (built, end.get()) {
-        (Err(BuildError::Ended), Some(end)) => {
-            let none = options
-                .stats
-                .map(|_| Stats::none(options.config.cpus.count));
-            return Ok((end.clone(), none));
-        }
-        (built, _) => built?,
+    let none = || {
+        let stats = |_| Stats::none(options.config.cpus.count);
+        options.stats.map(stats)
     };
-    if options.stats.is_some() {
-        machine.count_accesses();
-        if let Err(error) = machine.read_kvm_statistics() {
-            log::warn!("the statistics are without KVM's own: {error}");
+    let mut debugger = debugger;
+    let mut prepare = |machine: &mut Machine| {
+        if options.track_dirty_pages {
+            machine.track_snapshots();
         }
-    }
-    if let Some(listener) = debugger {
+        if options.stats.is_some() {
+            machine.count_accesses();
+            if let Err(error) = machine.read_kvm_statistics() {
+                log::warn!("the statistics are without KVM's own: {error}");
+            }
+        }
+        if let Some(listener) = debugger.take() {
+            say(format_args!(
+                "the guest waits for a debugger: gdb -ex 'target remote {}'",
+                listener.address()
+            ));
+            machine.debug(listener);
+        }
+    };
+    let mut terminal = None;
+    let mut start = |machine: Machine| {
+        // Last before the guest speaks: what fails above is told on a terminal in its usual mode.
+        terminal = RawTerminal::enter().map_err(host("put the terminal into raw mode"))?;
+        machine.start()
+    };
+    let running = if let Some(request) = &options.incoming {
+        let incoming = Incoming::bind(request)?;
         say(format_args!(
-            "the guest waits for a debugger: gdb -ex 'target remote {}'",
-            listener.address()
+            "a guest is waited for at {}",
+            incoming.address()
         ));
-        machine.debug(listener);
-    }
-    // Last before the guest speaks: what fails above is told on a terminal in its usual mode.
-    let terminal = RawTerminal::enter().map_err(host("put the terminal into raw mode"))?;
-    let running = machine.start()?;
+        let go = |mut machine: Machine| {
+            prepare(&mut machine);
+            start(machine)
+        };
+        match (
+            incoming.receive(std::io::stdout(), &end, &stopped, go),
+            end.get(),
+        ) {
+            (Ok(running), _) => running,
+            // Nobody has lost a guest by it.
+            (Err(_), Some(end)) => return Ok((end.clone(), none())),
+            (Err(error), None) => return Err(error.into()),
+        }
+    } else {
+        let built = match &options.restore {
+            Some(request) => Machine::restore(request, std::io::stdout(), &end),
+            None => Machine::build_watched(&options.config, std::io::stdout(), &end, watch),
+        };
+        let mut machine = match (built, end.get()) {
+            (Err(BuildError::Ended), Some(end)) => return Ok((end.clone(), none())),
+            (built, _) => built?,
+        };
+        prepare(&mut machine);
+        start(machine)?
+    };
     let show_more = || {
         if let Some(form) = options.stats {
             show(&running.stats(), form);

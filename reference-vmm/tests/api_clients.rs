@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use reference_vmm::api::client::ClientError;
 use reference_vmm::api::http::{MAX_BODY, MAX_HEAD};
 use reference_vmm::api::router::{Action, Outcome};
 use reference_vmm::api::server::MAX_CONNECTIONS;
+use reference_vmm::api::worker::MAX_WAITING;
 use reference_vmm::api::{Client, Monitor, Server};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -27,6 +29,13 @@ struct Fake {
     asked: AtomicUsize,
     /// The pauses and resumes, in order.
     order: Mutex<Vec<Action>>,
+    /// Where each of them waits for the test.
+    gate: Option<Gate>,
+}
+
+struct Gate {
+    begun: Mutex<Sender<Action>>,
+    go: Mutex<Receiver<()>>,
 }
 
 impl Monitor for Fake {
@@ -34,6 +43,10 @@ impl Monitor for Fake {
         self.asked.fetch_add(1, Ordering::SeqCst);
         match action {
             Action::Pause | Action::Resume => {
+                if let Some(gate) = &self.gate {
+                    gate.begun.lock().unwrap().send(action.clone()).unwrap();
+                    gate.go.lock().unwrap().recv().unwrap();
+                }
                 self.order.lock().unwrap().push(action);
                 Outcome::Done
             }
@@ -53,10 +66,28 @@ struct Served {
 
 impl Served {
     fn start() -> Self {
+        Served::with(Fake::default())
+    }
+
+    /// One whose pauses and resumes wait: the actions as they begin, and what lets one go on.
+    fn gated() -> (Self, Receiver<Action>, Sender<()>) {
+        let ((begun, begins), (go, goes)) = (channel(), channel());
+        let gate = Gate {
+            begun: Mutex::new(begun),
+            go: Mutex::new(goes),
+        };
+        let fake = Fake {
+            gate: Some(gate),
+            ..Fake::default()
+        };
+        (Served::with(fake), begins, go)
+    }
+
+    fn with(fake: Fake) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api.sock");
         let server = Arc::new(Server::bind(&path).unwrap());
-        let fake = Arc::new(Fake::default());
+        let fake = Arc::new(fake);
         let (serving, monitor) = (server.clone(), fake.clone());
         let thread = std::thread::spawn(move || serving.serve(&*monitor).unwrap());
         Served {
@@ -136,17 +167,133 @@ fn a_client_asks_many_things_over_one_connection() {
     assert_eq!(served.fake.asked.load(Ordering::SeqCst), 300);
 }
 
+/// A request for a pause or a resume.
+fn patch(state: &str) -> String {
+    let body = format!("{{\"state\": \"{state}\"}}");
+    let length = body.len();
+    format!("PATCH /vm HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}")
+}
+
+/// The next answer's status, of one that has no body.
+fn status(stream: &mut UnixStream) -> String {
+    let mut said = Vec::new();
+    while !said.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        said.push(byte[0]);
+    }
+    String::from_utf8(said[9..12].to_vec()).unwrap()
+}
+
+#[test]
+fn while_an_action_is_at_work_others_are_answered_and_the_next_waits_its_turn() {
+    let (served, begins, go) = Served::gated();
+    let (mut first, mut second) = (served.raw(), served.raw());
+    first.write_all(patch("Paused").as_bytes()).unwrap();
+    assert_eq!(begins.recv().unwrap(), Action::Pause);
+    // Its own next request waits for it, as does another client's.
+    first.write_all(patch("Paused").as_bytes()).unwrap();
+    second.write_all(patch("Resumed").as_bytes()).unwrap();
+    let press = serde_json::json!({ "action_type": "SendCtrlAltDel" });
+    for _ in 0..3 * MAX_CONNECTIONS {
+        served.answers();
+        let answer = served.client().call("PUT", "/actions", Some(&press));
+        assert_eq!(answer.unwrap().fault().unwrap(), "nobody listens");
+    }
+    assert!(begins.try_recv().is_err());
+    go.send(()).unwrap();
+    assert_eq!(status(&mut first), "204");
+    assert_eq!(begins.recv().unwrap(), Action::Resume);
+    go.send(()).unwrap();
+    assert_eq!(status(&mut second), "204");
+    assert_eq!(begins.recv().unwrap(), Action::Pause);
+    go.send(()).unwrap();
+    assert_eq!(status(&mut first), "204");
+    let order = served.fake.order.lock().unwrap();
+    assert_eq!(*order, [Action::Pause, Action::Resume, Action::Pause]);
+}
+
+#[test]
+fn a_client_that_goes_loses_the_answer_of_what_has_begun_and_what_has_not_is_not() {
+    let (served, begins, go) = Served::gated();
+    let (mut first, mut second) = (served.raw(), served.raw());
+    first.write_all(patch("Paused").as_bytes()).unwrap();
+    assert_eq!(begins.recv().unwrap(), Action::Pause);
+    // The answer to the first of both says that the server has come to it.
+    let both = [GET, patch("Resumed").as_bytes()].concat();
+    second.write_all(&both).unwrap();
+    second.read_exact(&mut [0; 15]).unwrap();
+    drop((first, second));
+    // Whoever comes now comes behind that.
+    served.answers();
+    let mut third = served.raw();
+    third.write_all(patch("Paused").as_bytes()).unwrap();
+    third.shutdown(std::net::Shutdown::Write).unwrap();
+    go.send(()).unwrap();
+    assert_eq!(begins.recv().unwrap(), Action::Pause);
+    served.answers();
+    go.send(()).unwrap();
+    // One that only sends no more has not gone.
+    assert!(to_the_end(&mut third).starts_with("HTTP/1.1 204"));
+    let order = served.fake.order.lock().unwrap();
+    assert_eq!(*order, [Action::Pause, Action::Pause]);
+}
+
+#[test]
+fn a_few_wait_for_what_is_at_work_and_one_more_is_refused_at_once() {
+    let (served, begins, go) = Served::gated();
+    let mut all = Vec::new();
+    for _ in 0..=MAX_WAITING {
+        let mut stream = served.raw();
+        let both = [GET, patch("Paused").as_bytes()].concat();
+        stream.write_all(&both).unwrap();
+        let mut said = [0; 15];
+        stream.read_exact(&mut said).unwrap();
+        all.push(stream);
+    }
+    let pause = serde_json::json!({ "state": "Paused" });
+    let refused = served.client().call("PATCH", "/vm", Some(&pause)).unwrap();
+    let why = refused.fault().unwrap();
+    assert!(
+        why.contains("ask again") && refused.status == 400,
+        "{refused:?}"
+    );
+    // Those that wait keep their connections, however many come.
+    let silent: Vec<_> = (0..3 * MAX_CONNECTIONS).map(|_| served.raw()).collect();
+    served.answers();
+    for mut stream in all {
+        assert_eq!(begins.recv().unwrap(), Action::Pause);
+        go.send(()).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let said = to_the_end(&mut stream);
+        assert!(said.contains("HTTP/1.1 204"), "{said}");
+    }
+    drop(silent);
+}
+
+#[test]
+fn a_server_that_is_stopped_waits_for_what_is_at_work_and_begins_nothing_more() {
+    let (mut served, begins, go) = Served::gated();
+    let (mut first, mut second) = (served.raw(), served.raw());
+    first.write_all(patch("Paused").as_bytes()).unwrap();
+    assert_eq!(begins.recv().unwrap(), Action::Pause);
+    let both = [GET, patch("Resumed").as_bytes()].concat();
+    second.write_all(&both).unwrap();
+    second.read_exact(&mut [0; 15]).unwrap();
+    served.server.stop();
+    // It closes its connections first, and is there still.
+    to_the_end(&mut first);
+    assert!(!served.thread.as_ref().unwrap().is_finished());
+    go.send(()).unwrap();
+    served.thread.take().unwrap().join().unwrap();
+    assert_eq!(*served.fake.order.lock().unwrap(), [Action::Pause]);
+    assert!(begins.try_recv().is_err());
+}
+
 #[test]
 fn pipelined_requests_are_answered_in_order_also_behind_the_end_of_what_is_sent() {
     let served = Served::start();
     let mut stream = served.raw();
-    let patch = |state: &str| {
-        let body = format!("{{\"state\": \"{state}\"}}");
-        format!(
-            "PATCH /vm HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        )
-    };
     let both = patch("Paused") + &patch("Resumed");
     stream.write_all(both.repeat(200).as_bytes()).unwrap();
     stream.write_all(GET).unwrap();

@@ -84,9 +84,7 @@ impl Guest {
     }
 
     fn snapshot(&self, dir: &Path) {
-        let request = SnapshotRequest {
-            dir: dir.to_owned(),
-        };
+        let request = SnapshotRequest::new(dir.to_owned());
         self.running.snapshot(&request).unwrap();
     }
 
@@ -397,7 +395,7 @@ fn a_device_of_a_programs_own_is_refused_by_its_name_and_the_guest_runs_on() {
     guest.hear(1);
     let error = guest
         .running
-        .snapshot(&SnapshotRequest { dir })
+        .snapshot(&SnapshotRequest::new(dir))
         .unwrap_err();
     assert!(error.to_string().starts_with("mine "), "{error}");
     assert_eq!(guest.running.state(), RunState::Running);
@@ -453,7 +451,7 @@ fn a_disk_that_is_full_leaves_the_older_snapshot_and_the_guest_running_or_paused
     guest.hear(1);
     guest.snapshot(&dir);
     let before = std::fs::read(dir.join("state")).unwrap();
-    let request = SnapshotRequest { dir: dir.clone() };
+    let request = SnapshotRequest::new(dir.clone());
     for room in [0, 100, 5000, 200_000] {
         for state in [RunState::Running, RunState::Paused] {
             match state {

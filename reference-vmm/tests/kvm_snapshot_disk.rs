@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use guests::virtio::{INTERRUPTS, MEMORY, Op, REGISTERS, driver};
 use reference_vmm::config::{Config, Irqchip};
@@ -17,12 +18,21 @@ use reference_vmm::devices::virtio::block::{DiskConfig, Io};
 use reference_vmm::devices::virtio::registers::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};
 use reference_vmm::end::{EndSignal, GuestEnd};
 use reference_vmm::memory::Memory;
-use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
+use reference_vmm::migration::address::Address;
+use reference_vmm::migration::incoming::{Incoming, IncomingRequest};
+use reference_vmm::migration::outgoing::{MigrateRequest, Outgoing};
+use reference_vmm::snapshot::chain::Chain;
+use reference_vmm::snapshot::disks::DiskCopies;
+use reference_vmm::snapshot::files::HostFiles;
+use reference_vmm::snapshot::merge::{MergeRequest, merge};
+use reference_vmm::snapshot::packed::Compression;
+use reference_vmm::snapshot::{RestoreRequest, SnapshotKind, SnapshotRequest};
 use reference_vmm::vm::tracking::TrackUser;
 use reference_vmm::vm::{BuildError, Machine, Running};
 use support::tracked::{Copy, round};
 use support::{WATCHDOG, file, long, need_kvm};
 use virtio_bindings::virtio_mmio::*;
+use vm_memory::{Bytes, GuestAddress};
 
 const READY: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
 const ENTRIES: u32 = 8;
@@ -176,7 +186,7 @@ fn a_disks_requests_are_neither_lost_nor_done_twice_wherever_the_guest_is_stoppe
                 break;
             }
             guest.running.pause().unwrap();
-            let request = SnapshotRequest { dir: dir.clone() };
+            let request = SnapshotRequest::new(dir.clone());
             guest.running.snapshot(&request).unwrap();
             if guest.end.is_told() {
                 break;
@@ -250,7 +260,7 @@ fn a_disk_that_has_moved_on_is_refused_and_a_copy_of_what_it_was_is_taken() {
         let guest = Guest::of(|console, end| Machine::build(&config, console, end));
         // It has to wait for the guest's first tries.
         guest.running.pause().unwrap();
-        let request = SnapshotRequest { dir: dir.clone() };
+        let request = SnapshotRequest::new(dir.clone());
         guest.running.snapshot(&request).unwrap();
         drop(guest);
         std::fs::copy(&image, &copy).unwrap();
@@ -292,5 +302,218 @@ fn a_disk_that_has_moved_on_is_refused_and_a_copy_of_what_it_was_is_taken() {
         refused(&request, &["No such file"]);
         std::fs::write(&image, vec![0; 512 * (SECTORS as usize + 8)]).unwrap();
         refused(&request, &["since"]);
+    }
+}
+
+/// Waits until the guest has written the disk, or has ended.
+fn until_written(guest: &Guest, image: &Path, sector: u32) {
+    let image = File::open(image).unwrap();
+    for _ in 0..WATCHDOG.as_millis() {
+        let mut bytes = [0; 4];
+        let at = u64::from(sector) * 512;
+        image.read_exact_at(&mut bytes, at).unwrap();
+        if u32::from_le_bytes(bytes) == word(sector) {
+            return;
+        }
+        guest.ends_within(1);
+    }
+    panic!("sector {sector} is not written");
+}
+
+#[test]
+fn what_a_disk_wrote_to_guest_memory_is_in_the_link_of_a_chain_that_follows() {
+    need_kvm();
+    let kernel = file(&writer());
+    let image = disk(u64::from(SECTORS));
+    let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
+    let folder = tempfile::tempdir().unwrap();
+    let dir = |number: u32| folder.path().join(format!("s{number}"));
+    let guest = Guest::of(|console, end| Machine::build(&config, console, end));
+    let links = 5;
+    for number in 0..links {
+        // It has read the sectors before this one, too: the disk wrote them to its memory.
+        until_written(&guest, &image, number * 6 + 2);
+        guest.running.pause().unwrap();
+        guest
+            .running
+            .snapshot(&SnapshotRequest {
+                kind: match number {
+                    0 => SnapshotKind::Full,
+                    _ => SnapshotKind::Diff {
+                        base: Some(dir(number - 1)),
+                    },
+                },
+                track: Some(true),
+                disks: DiskCopies::Copy,
+                ..SnapshotRequest::new(dir(number))
+            })
+            .unwrap();
+        let (chain, _) = Chain::open(&dir(number)).unwrap();
+        chain.verify().unwrap();
+        let table = guest.running.memory();
+        for page in (0..16 << 20).step_by(4096) {
+            let (mut has, mut saved) = ([0; 4096], [0xee; 4096]);
+            if table.read_slice(&mut has, GuestAddress(page)).is_ok() {
+                chain.read(page..page + 4096, &mut saved).unwrap();
+                assert!(has == saved, "{page:#x} of link {number}");
+            }
+        }
+        guest.running.resume().unwrap();
+    }
+    assert!(guest.ends_within(WATCHDOG.as_millis() as i32));
+    assert_eq!(guest.end.get(), Some(&GuestEnd::DebugExit(0)));
+    drop(guest);
+    // The disk has moved on from all of them, and each has what it was.
+    for number in [0, links - 1] {
+        let request = RestoreRequest::new(dir(number));
+        let refused = |request: &RestoreRequest, needles: &[&str]| {
+            let end = Arc::new(EndSignal::new().unwrap());
+            let nowhere = File::create("/dev/null").unwrap();
+            let error = Machine::restore(request, nowhere, &end).map(drop);
+            let error = error.unwrap_err();
+            let text = reference_vmm::end::Chain(&error).to_string();
+            for needle in needles {
+                assert!(text.contains(needle), "{text}");
+            }
+            assert_eq!(error.exit_status(), 2, "{text}");
+        };
+        let own = dir(number).join("disk0");
+        let before = std::fs::read(&own).unwrap();
+        let needles = ["since", "--disks-to", own.to_str().unwrap()];
+        refused(&request, &needles);
+        let mut onto = request.clone();
+        onto.overrides.disks = vec![(0, own.clone())];
+        refused(&onto, &["the snapshot's own file"]);
+        let to = folder.path().join(format!("to{number}"));
+        std::fs::create_dir(&to).unwrap();
+        let elsewhere = RestoreRequest {
+            disks_to: Some(to.clone()),
+            ..request
+        };
+        let guest = Guest::of(|console, end| Machine::restore(&elsewhere, console, end));
+        assert!(guest.ends_within(WATCHDOG.as_millis() as i32));
+        assert_eq!(guest.end.get(), Some(&GuestEnd::DebugExit(0)));
+        drop(guest);
+        let now = File::open(to.join("disk0")).unwrap();
+        for sector in 0..SECTORS {
+            let mut bytes = [0; 4];
+            now.read_exact_at(&mut bytes, u64::from(sector) * 512)
+                .unwrap();
+            assert_eq!(u32::from_le_bytes(bytes), word(sector));
+        }
+        // Of the snapshot nothing was written, and nothing is written over.
+        assert!(std::fs::read(&own).unwrap() == before);
+        refused(&elsewhere, &["disk0", "File exists"]);
+        assert!(to.join("disk0").exists());
+        // A copy that was cut off.
+        let file = File::options().write(true).open(&own).unwrap();
+        file.set_len(512).unwrap();
+        std::fs::remove_file(to.join("disk0")).unwrap();
+        refused(&elsewhere, &["disk0", "cut off"]);
+        assert_eq!(std::fs::read_dir(&to).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn a_disk_that_cannot_be_had_leaves_no_snapshot_and_a_merge_takes_it_along() {
+    need_kvm();
+    let kernel = file(&writer());
+    let image = disk(u64::from(SECTORS));
+    let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, out) = (folder.path().join("s"), folder.path().join("out"));
+    let guest = Guest::of(|console, end| Machine::build(&config, console, end));
+    guest.running.pause().unwrap();
+    let request = |disks| SnapshotRequest {
+        disks,
+        ..SnapshotRequest::new(&dir)
+    };
+    // A file system that does not clone says so; one that does has done it.
+    if let Err(error) = guest.running.snapshot(&request(DiskCopies::Reflink)) {
+        let text = reference_vmm::end::Chain(&error).to_string();
+        assert!(text.contains("--disks copy"), "{text}");
+        assert!(!dir.exists());
+    }
+    guest.running.snapshot(&request(DiskCopies::Copy)).unwrap();
+    assert!(std::fs::read(dir.join("disk0")).unwrap() == std::fs::read(&image).unwrap());
+    // Another file of the name is not the guest's disk.
+    let aside = folder.path().join("aside");
+    std::fs::rename(&image, &aside).unwrap();
+    std::fs::copy(&aside, &image).unwrap();
+    let error = guest.running.snapshot(&request(DiskCopies::Copy));
+    let text = reference_vmm::end::Chain(&error.unwrap_err()).to_string();
+    assert!(text.contains("is not the guest's any more"), "{text}");
+    drop(guest);
+    let merged = MergeRequest {
+        dirs: vec![dir.clone()],
+        to: out.clone(),
+        compression: Compression::Zstd,
+    };
+    merge(&merged, &HostFiles).unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+    let to = folder.path().join("to");
+    std::fs::create_dir(&to).unwrap();
+    let request = RestoreRequest {
+        disks_to: Some(to),
+        ..RestoreRequest::new(&out)
+    };
+    let guest = Guest::of(|console, end| Machine::restore(&request, console, end));
+    assert!(guest.ends_within(WATCHDOG.as_millis() as i32));
+    assert_eq!(guest.end.get(), Some(&GuestEnd::DebugExit(0)));
+}
+
+#[test]
+fn a_disk_goes_along_with_a_guest_that_migrates_and_is_never_locked_twice() {
+    need_kvm();
+    let hops = if long() { 20 } else { 4 };
+    let kernel = file(&writer());
+    let image = disk(u64::from(SECTORS));
+    let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
+    let mut guest = Guest::of(|console, end| Machine::build(&config, console, end));
+    let mut moves = 0;
+    for hop in 0..hops {
+        if guest.ends_within(hop * 7 % 23) {
+            break;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let address = Address::Unix(folder.path().join("incoming"));
+        let incoming = Incoming::bind(&IncomingRequest::new(address.clone())).unwrap();
+        let request = MigrateRequest::new(address.to_string());
+        let end = Arc::new(EndSignal::new().unwrap());
+        let gone = AtomicBool::new(false);
+        let (here, there) = std::thread::scope(|scope| {
+            let there = scope.spawn(|| {
+                let stop = || gone.load(Ordering::Relaxed).then(|| "it stays".to_owned());
+                let nowhere = File::create("/dev/null").unwrap();
+                incoming.receive(nowhere, &end, &stop, Machine::start)
+            });
+            let here = Outgoing::default().migrate(&guest.running, &guest.end, &request);
+            gone.store(here.is_err(), Ordering::Relaxed);
+            (here, there.join().unwrap())
+        });
+        match (here, there) {
+            (Ok(_), Ok(running)) => {
+                assert_eq!(guest.end.get(), None);
+                guest = Guest { running, end };
+                moves += 1;
+            }
+            // It came to its end before it could go.
+            (Err(_), Err(_)) if guest.end.is_told() => break,
+            (here, there) => panic!("{here:?} {:?}", there.err()),
+        }
+    }
+    assert!(
+        guest.ends_within(WATCHDOG.as_millis() as i32),
+        "it stands still"
+    );
+    assert_eq!(guest.end.get(), Some(&GuestEnd::DebugExit(0)));
+    assert!(moves > 1, "{moves}");
+    let image = File::open(&image).unwrap();
+    for sector in 0..SECTORS {
+        let mut bytes = [0; 4];
+        image
+            .read_exact_at(&mut bytes, u64::from(sector) * 512)
+            .unwrap();
+        assert_eq!(u32::from_le_bytes(bytes), word(sector));
     }
 }

@@ -49,7 +49,7 @@ fn each_call_that_is_refused_ends_a_restore_with_one_line_or_is_done_without() {
         let machine = Machine::build(&config, nowhere, &end).unwrap();
         let running = machine.start().unwrap();
         running
-            .snapshot(&SnapshotRequest { dir: dir.clone() })
+            .snapshot(&SnapshotRequest::new(dir.clone()))
             .unwrap();
         drop(running);
         let dir = dir.to_str().unwrap();

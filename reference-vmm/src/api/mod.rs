@@ -4,9 +4,9 @@
 //! codes, so that its clients work here. [`ctl`](crate::ctl) is one of our own.
 //!
 //! ```text
-//!   socket ──► server ── bytes ──► http ── request ──► router ── action ──► Monitor (the machine)
-//!   (thread       ▲                                                              │
-//!     "api")      └── bytes ◄── http ◄── response ◄── router ◄── outcome ────────┘
+//!   socket ──► server ── bytes ──► http ── request ──► router ── action ──► (worker) ──► Monitor (the machine)
+//!   (thread       ▲                                                                         │
+//!     "api")      └── bytes ◄── http ◄── response ◄── router ◄── outcome ◄───────────────────┘
 //! ```
 //!
 //! [`http`] and [`router`] are functions of bytes and values; only [`server`] knows sockets.
@@ -19,6 +19,7 @@
 //! | `GET /vm/config` | the same, kernel, disks, cards, vsock, entropy: as far as Firecracker has words for it |
 //! | `GET /stats` | not Firecracker's: what `--stats=json` says, now |
 //! | `PATCH /vm` | `{"state": "Paused"}` or `"Resumed"` ([`vm::control`](crate::vm::control)) |
+//! | `PUT /migrate` | not Firecracker's: moves the guest to another process ([`migration`](crate::migration)); `GET` says how it goes, `PATCH` with `{"order": "Cancel"}` gives it up |
 //! | `PUT /actions` | `{"action_type": "SendCtrlAltDel"}` presses the power button |
 //!
 //! Success is 200 with JSON or 204 with nothing; what is refused is 400 with `{"fault_message": …}`, and has changed
@@ -38,17 +39,23 @@
 //! reads nothing is read from no more, and one that is silent loses its connection to newcomers when there are too many.
 //!
 //! The socket is there as soon as the configuration is known to be good, and answers when the guest has started. It goes
-//! with the guest: what is under way then gets no answer. While an action is at work (a pause waits for the guest's I/O,
-//! for [`PATIENCE`](crate::vm::control::PATIENCE) at most) other clients wait.
+//! with the guest: what is under way then gets no answer.
+//!
+//! # One after another, and meanwhile
+//!
+//! What takes its time ([`Action::is_long`](router::Action::is_long): a pause, a resume, a snapshot) is done in the order in
+//! which it came, one after another, on a thread of its own; its answer goes to the connection that asked. All else is
+//! answered meanwhile. Up to [`worker::MAX_WAITING`] requests wait for the one that is at work, and one more is refused. A
+//! connection that is closed loses its answer: what has begun is done to its end, what still waits is not begun.
 //!
 //! # In a program of one's own
 //!
 //! ```no_run
 //! use reference_vmm::api::{self, Server};
 //! # use reference_vmm::vm::Running;
-//! # fn serve(running: &Running) -> Result<(), Box<dyn std::error::Error>> {
+//! # fn serve(running: &Running, end: &reference_vmm::end::EndSignal) -> Result<(), Box<dyn std::error::Error>> {
 //! let server = Server::bind("/run/guest.api".as_ref())?;
-//! let machine = api::Machine::new(running);
+//! let machine = api::Machine::new(running, end);
 //! std::thread::scope(|scope| {
 //!     let thread = scope.spawn(|| server.serve(&machine));
 //!     // … until the guest's end.
@@ -64,6 +71,7 @@ pub mod http;
 pub mod monitor;
 pub mod router;
 pub mod server;
+pub mod worker;
 
 pub use client::Client;
 pub use monitor::{Machine, Monitor};

@@ -8,31 +8,41 @@ use serde_json::{Value, json};
 use super::router::{Action, Outcome};
 use crate::config::Config;
 use crate::devices::virtio::block::{Cache, Io};
-use crate::end::Chain;
+use crate::end::{Chain, EndSignal, GuestEnd};
 use crate::main_loop::GuestSide;
-use crate::snapshot::SnapshotRequest;
+use crate::migration::outgoing::{Outgoing, OutgoingError};
+use crate::migration::record::MigrationRecord;
 use crate::vm::{RunState, Running};
 
 /// Who does what a client asks for.
 pub trait Monitor: Sync {
-    /// Does it, on the server's thread; while this blocks all clients wait.
+    /// Does it. One that is [long](Action::is_long) is done on a thread that does one after another; others meanwhile on the
+    /// server's own, where all clients wait while this blocks.
     fn perform(&self, action: Action) -> Outcome;
+
+    /// Called on the server's thread when who asked for something long has been given its outcome, or is gone.
+    fn answered(&self) {}
 }
 
 /// A machine that runs.
 pub struct Machine<'a> {
     running: &'a Running,
+    end: &'a EndSignal,
+    outgoing: Outgoing,
     machine_config: Value,
     vm_config: Value,
 }
 
 impl<'a> Machine<'a> {
-    /// What asks `running`.
-    pub fn new(running: &'a Running) -> Self {
+    /// What asks `running`, whose end is told to `end`: it has moved, for one.
+    pub fn new(running: &'a Running, end: &'a EndSignal) -> Self {
         let config = running.config();
-        let machine_config = machine_config(config);
+        let tracks = running.chain().is_tracking_always();
+        let machine_config = machine_config(config, tracks);
         Machine {
             running,
+            end,
+            outgoing: Outgoing::default(),
             vm_config: vm_config(config, &machine_config),
             machine_config,
         }
@@ -56,11 +66,20 @@ impl Monitor for Machine<'_> {
             Action::Stats => Outcome::Json(self.running.stats().json()),
             Action::Pause => done(self.running.pause()),
             Action::Resume => done(self.running.resume()),
-            Action::Snapshot(dir) => match self.running.snapshot(&SnapshotRequest { dir }) {
+            Action::Snapshot(request) => match self.running.snapshot(&request) {
                 Ok(report) => {
                     log::info!("a snapshot was taken: {report:?}");
                     Outcome::Done
                 }
+                Err(error) => Outcome::Refused(Chain(&error).to_string()),
+            },
+            Action::Migrate(request) => {
+                let moved = self.outgoing.migrate(self.running, self.end, &request);
+                recorded(moved)
+            }
+            Action::Migration => recorded(self.outgoing.record()),
+            Action::MigrateOrder(order) => match self.outgoing.order(order) {
+                Ok(()) => Outcome::Done,
                 Err(error) => Outcome::Refused(Chain(&error).to_string()),
             },
             Action::PowerButton => match self.running.press_power_button() {
@@ -72,6 +91,23 @@ impl Monitor for Machine<'_> {
                 }
             },
         }
+    }
+
+    fn answered(&self) {
+        // Behind the answer, which else would be lost with the process.
+        if let Some(to) = self.outgoing.moved_to() {
+            self.end.tell(GuestEnd::Migrated(to));
+        }
+    }
+}
+
+fn recorded(record: Result<MigrationRecord, OutgoingError>) -> Outcome {
+    match record {
+        Ok(record) => match serde_json::to_string(&record) {
+            Ok(json) => Outcome::Json(json),
+            Err(error) => Outcome::Refused(error.to_string()),
+        },
+        Err(error) => Outcome::Refused(Chain(&error).to_string()),
     }
 }
 
@@ -90,13 +126,13 @@ fn describe(state: RunState) -> Value {
 }
 
 /// Firecracker's `MachineConfiguration`.
-fn machine_config(config: &Config) -> Value {
+fn machine_config(config: &Config, tracks: bool) -> Value {
     let memory = &config.memory;
     json!({
         "vcpu_count": config.cpus.count,
         "mem_size_mib": memory.size >> 20,
         "smt": config.cpus.threads.is_some_and(|threads| threads > 1),
-        "track_dirty_pages": false,
+        "track_dirty_pages": tracks,
         "huge_pages": match (memory.hugepages, memory.thp) {
             (Some(size), _) => format!("{}M", size.bytes() >> 20),
             (None, HugePages::Advise) => "Transparent".into(),
@@ -177,7 +213,7 @@ mod tests {
         let machine = json!({
             "vcpu_count": 3, "mem_size_mib": 512, "smt": false, "track_dirty_pages": false, "huge_pages": "None",
         });
-        assert_eq!(machine_config(&config), machine);
+        assert_eq!(machine_config(&config, false), machine);
         let expected = json!({
             "boot-source": {"kernel_image_path": "/k", "initrd_path": "/i", "boot_args": "quiet"},
             "drives": [{

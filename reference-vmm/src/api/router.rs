@@ -8,6 +8,10 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::http::{Request, Response, Status};
+use crate::migration::outgoing::{MigrateRequest, Order};
+use crate::snapshot::disks::DiskCopies;
+use crate::snapshot::packed::Compression;
+use crate::snapshot::{SnapshotKind, SnapshotRequest};
 
 /// What a request asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,10 +33,39 @@ pub enum Action {
     Resume,
     /// `PUT /snapshot/create` with `{"snapshot_path": DIR}`: Firecracker's `snapshot_path` is a file's, beside which there
     /// is `mem_file_path`; here it is the directory with both.
-    Snapshot(PathBuf),
+    ///
+    /// `snapshot_type` is `Full` or `Diff`. Not Firecracker's are `base`, the snapshot that a `Diff` builds on, without which
+    /// it is the last; `track`, whether writes behind it are tracked ([`SnapshotRequest::track`]); `compress` (`zstd`,
+    /// `none`); `disks` (`name`, `reflink`, `copy`).
+    Snapshot(SnapshotRequest),
+    /// `PUT /migrate`, which Firecracker has not: to move the guest to another process. The answer comes when it is there.
+    Migrate(Box<MigrateRequest>),
+    /// `GET /migrate`: what the migration that is under way does, or the last one did.
+    Migration,
+    /// `PATCH /migrate` with `{"order": "Cancel"}`: to give it up. With `"Here"` or `"There"`, when the destination cannot
+    /// be asked: where the guest is.
+    MigrateOrder(Order),
     /// `PUT /actions` with `{"action_type": "SendCtrlAltDel"}`: the power button, by which this machine's guests are asked
     /// to power off. It has no keyboard.
     PowerButton,
+}
+
+impl Action {
+    /// Whether it waits: for the guest's I/O, for files. Such a one is done on the server's worker, one after another; a
+    /// short one is done at once, also while a long one is at work, and must not wait for it.
+    pub fn is_long(&self) -> bool {
+        match self {
+            Action::Pause | Action::Resume | Action::Snapshot(_) | Action::Migrate(_) => true,
+            Action::Describe
+            | Action::Version
+            | Action::MachineConfig
+            | Action::VmConfig
+            | Action::Stats
+            | Action::Migration
+            | Action::MigrateOrder(_)
+            | Action::PowerButton => false,
+        }
+    }
 }
 
 /// What came of it.
@@ -65,12 +98,25 @@ struct Snapshot {
     snapshot_type: SnapshotType,
     snapshot_path: PathBuf,
     mem_file_path: Option<PathBuf>,
+    base: Option<PathBuf>,
+    track: Option<bool>,
+    #[serde(default)]
+    compress: Compression,
+    #[serde(default)]
+    disks: DiskCopies,
 }
 
 #[derive(Default, Deserialize)]
 enum SnapshotType {
     #[default]
     Full,
+    Diff,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MigrateOrder {
+    order: Order,
 }
 
 #[derive(Deserialize)]
@@ -116,17 +162,36 @@ pub fn route(request: &Request) -> Result<Action, Response> {
         },
         "/snapshot/create" => {
             let Snapshot {
-                snapshot_type: SnapshotType::Full,
+                snapshot_type,
                 snapshot_path: dir,
                 mem_file_path: memory,
+                base,
+                track,
+                compress,
+                disks,
             } = body(request, "PUT")?;
+            let kind = match (snapshot_type, base) {
+                (SnapshotType::Full, None) => SnapshotKind::Full,
+                (SnapshotType::Full, Some(_)) => {
+                    return Err(bad(
+                        "A full snapshot builds on no other: base is a Diff's, or snapshot_type is to be Diff.".into(),
+                    ));
+                }
+                (SnapshotType::Diff, base) => SnapshotKind::Diff { base },
+            };
             match memory {
                 Some(memory) if memory != dir.join(crate::snapshot::files::MEMORY) => Err(bad(
                     "A snapshot of this monitor's is a directory, snapshot_path, with the guest's memory in it: leave \
                      mem_file_path out."
                         .into(),
                 )),
-                _ => Ok(Action::Snapshot(dir)),
+                _ => Ok(Action::Snapshot(SnapshotRequest {
+                    kind,
+                    track,
+                    compression: compress,
+                    disks,
+                    ..SnapshotRequest::new(dir)
+                })),
             }
         }
         "/snapshot/load" => {
@@ -137,6 +202,14 @@ pub fn route(request: &Request) -> Result<Action, Response> {
                     .into(),
             ))
         }
+        "/migrate" => match request.method.as_str() {
+            "PUT" => Ok(Action::Migrate(Box::new(body(request, "PUT")?))),
+            "PATCH" => {
+                let MigrateOrder { order } = body(request, "PATCH")?;
+                Ok(Action::MigrateOrder(order))
+            }
+            _ => get(Action::Migration),
+        },
         "/actions" => match body::<Actions>(request, "PUT")?.action_type {
             ActionType::SendCtrlAltDel => Ok(Action::PowerButton),
             ActionType::InstanceStart => Err(bad(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The control socket's thread: connections, and what each has sent and is still to get. Waits with event-manager, and
-//! never for a client.
+//! never for a client or for an action that takes its time ([`worker`](super::worker)).
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,11 +16,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::http::{CONTINUE, Decoder, Incoming};
 use super::monitor::Monitor;
-use super::router::{respond, route};
+use super::router::{Outcome, respond, route};
+use super::worker::{Ticket, Worker};
 use crate::config::is_about_the_path;
 use crate::unix_socket::{BindError, Listener};
 
-/// So many connections at once. One more takes the place of the one that has been silent for longest.
+/// So many connections at once. One more takes the place of the one that has been silent for longest, of those that wait for
+/// no answer.
 pub const MAX_CONNECTIONS: usize = 10;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 32;
@@ -31,7 +33,8 @@ const DEAF_MS: i32 = 500;
 
 const STOP: u32 = 0;
 const ACCEPT: u32 = 1;
-const FIRST: u32 = 2;
+const DONE: u32 = 2;
+const FIRST: u32 = 3;
 
 /// The control socket cannot be listened at.
 #[derive(Debug, thiserror::Error)]
@@ -92,16 +95,35 @@ impl Server {
         self.listener.path()
     }
 
-    /// Serves clients on this thread until it is told to [`stop`](Self::stop).
+    /// Serves clients on this thread until it is told to [`stop`](Self::stop), and does what is
+    /// [long](super::router::Action::is_long) on another one, `api-work`. Comes back when what is at work there is done.
     ///
     /// # Errors
-    /// epoll cannot be set up, or fails.
+    /// epoll cannot be set up, or fails; there is no other thread.
     pub fn serve(&self, monitor: &dyn Monitor) -> io::Result<()> {
+        /// Also where something unwinds: the scope below waits for the thread.
+        struct CloseAtEnd<'a>(&'a Worker);
+        impl Drop for CloseAtEnd<'_> {
+            fn drop(&mut self) {
+                self.0.close();
+            }
+        }
+        let worker = Worker::new()?;
+        std::thread::scope(|scope| {
+            let builder = std::thread::Builder::new().name("api-work".into());
+            builder.spawn_scoped(scope, || worker.work(monitor))?;
+            let _close = CloseAtEnd(&worker);
+            self.serve_clients(monitor, &worker)
+        })
+    }
+
+    fn serve_clients(&self, monitor: &dyn Monitor, worker: &Worker) -> io::Result<()> {
         let failed = |error: event_manager::Error| io::Error::other(error.to_string());
         let mut manager = EventManager::new_with_capacity(16).map_err(failed)?;
         let id = manager.add_subscriber(Clients {
             server: self,
             monitor,
+            worker,
             connections: std::array::from_fn(|_| None),
             turns: 0,
             listening: false,
@@ -123,6 +145,8 @@ impl Server {
                 manager.subscriber_mut(id).map_err(failed)?.listening = true;
             }
         }
+        // Before the connections: who sees the end of one has seen the last action begin.
+        worker.close();
         Ok(())
     }
 
@@ -137,6 +161,7 @@ impl Server {
 struct Clients<'a> {
     server: &'a Server,
     monitor: &'a dyn Monitor,
+    worker: &'a Worker,
     connections: [Option<Connection>; MAX_CONNECTIONS],
     /// Counts what the connections do, to find the one that has done nothing for longest.
     turns: u64,
@@ -156,6 +181,8 @@ struct Connection {
     read_all: bool,
     /// The connection ends when `out` is out.
     closing: bool,
+    /// The action that it waits for. It is read from no more until that is done.
+    awaits: Option<Ticket>,
     /// What is waited for.
     interest: EventSet,
     /// When it was accepted, or made its last request.
@@ -164,13 +191,13 @@ struct Connection {
 
 impl Connection {
     /// Everything that can be done without waiting; false when the connection is at its end.
-    fn turn(&mut self, monitor: &dyn Monitor, now: u64) -> io::Result<bool> {
+    fn turn(&mut self, monitor: &dyn Monitor, worker: &Worker, now: u64) -> io::Result<bool> {
         self.send()?;
         if self.out.is_empty() && !self.read_all && !self.closing {
             self.read()?;
         }
         // A client that does not take its answers gets no more of them.
-        while self.out.is_empty() && !self.closing {
+        while self.out.is_empty() && !self.closing && self.awaits.is_none() {
             match self.decoder.next() {
                 None => break,
                 Some(Incoming::Continue) => self.out.extend_from_slice(CONTINUE),
@@ -188,6 +215,13 @@ impl Connection {
                         request.path
                     );
                     let response = match action {
+                        Ok(action) if action.is_long() => match worker.ask(action) {
+                            Ok(ticket) => {
+                                self.awaits = Some(ticket);
+                                break;
+                            }
+                            Err(why) => respond(Outcome::Refused(why)),
+                        },
                         Ok(action) => respond(monitor.perform(action)),
                         Err(response) => response,
                     };
@@ -196,11 +230,20 @@ impl Connection {
             }
             self.send()?;
         }
-        self.interest = match self.out.is_empty() {
-            true => EventSet::IN,
-            false => EventSet::OUT,
+        self.interest = match (self.awaits, self.out.is_empty()) {
+            // Only that the client is gone, which is told in any case.
+            (Some(_), _) => EventSet::empty(),
+            (None, true) => EventSet::IN,
+            (None, false) => EventSet::OUT,
         };
-        Ok(!self.out.is_empty() || !(self.closing || self.read_all))
+        let at_end = self.closing || self.read_all;
+        Ok(self.awaits.is_some() || !self.out.is_empty() || !at_end)
+    }
+
+    /// What it waited for is done.
+    fn answer(&mut self, outcome: Outcome) {
+        self.awaits = None;
+        respond(outcome).encode(!self.closing, &mut self.out);
     }
 
     fn read(&mut self) -> io::Result<()> {
@@ -281,6 +324,7 @@ impl Clients<'_> {
                     sent: 0,
                     read_all: false,
                     closing: false,
+                    awaits: None,
                     interest: EventSet::IN,
                     turn: self.turns,
                 });
@@ -288,10 +332,12 @@ impl Clients<'_> {
         }
     }
 
-    /// Closes the connection that has asked for nothing for longest; false if there is none.
+    /// Closes the connection that has asked for nothing for longest, and waits for nothing; false if there is none.
     fn close_quietest(&mut self, ops: &mut EventOps<'_>) -> bool {
         let all = self.connections.iter().enumerate();
-        let all = all.filter_map(|(place, of)| Some((of.as_ref()?.turn, place)));
+        let all = all.filter_map(|(place, of)| Some((of.as_ref()?, place)));
+        let all = all.filter(|(of, _)| of.awaits.is_none());
+        let all = all.map(|(of, place)| (of.turn, place));
         match all.min() {
             Some((_, place)) => {
                 self.close(place, ops);
@@ -303,6 +349,9 @@ impl Clients<'_> {
 
     fn close(&mut self, place: usize, ops: &mut EventOps<'_>) {
         if let Some(of) = self.connections.get_mut(place).and_then(Option::take) {
+            if let Some(ticket) = of.awaits {
+                self.worker.withdraw(ticket);
+            }
             let _ = ops.remove(events(of.stream.as_raw_fd(), place, of.interest));
         }
     }
@@ -313,7 +362,7 @@ impl Clients<'_> {
             return;
         };
         let before = of.interest;
-        match of.turn(self.monitor, self.turns) {
+        match of.turn(self.monitor, self.worker, self.turns) {
             Ok(true) if of.interest == before => {}
             Ok(true) => {
                 let interest = events(of.stream.as_raw_fd(), place, of.interest);
@@ -330,14 +379,35 @@ impl Clients<'_> {
             }
         }
     }
+
+    /// Gives those that waited their answers, and what they have asked for meanwhile its turn.
+    fn answer_all(&mut self, ops: &mut EventOps<'_>) {
+        for (ticket, outcome) in self.worker.take() {
+            let mut all = self.connections.iter_mut().enumerate();
+            let asked = all.find_map(|(place, of)| {
+                let of = of.as_mut()?;
+                (of.awaits == Some(ticket)).then_some((place, of))
+            });
+            match asked {
+                Some((place, of)) => {
+                    of.answer(outcome);
+                    self.turn(place, ops);
+                }
+                None => log::debug!("api: nobody waits for this any more: {outcome:?}"),
+            }
+            self.monitor.answered();
+        }
+    }
 }
 
 impl MutEventSubscriber for Clients<'_> {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         let stop = Events::with_data(&self.server.stop.event, STOP, EventSet::IN);
+        let done = Events::with_data(self.worker.done(), DONE, EventSet::IN);
         let accept = Events::with_data(&self.server.listener, ACCEPT, EventSet::IN);
-        match ops.add(stop).and_then(|()| ops.add(accept)) {
-            Ok(()) => self.listening = true,
+        let added = [stop, done, accept].map(|events| ops.add(events));
+        match added.into_iter().collect::<Result<Vec<_>, _>>() {
+            Ok(_) => self.listening = true,
             Err(error) => self.failed = Some(error.to_string()),
         }
     }
@@ -348,7 +418,15 @@ impl MutEventSubscriber for Clients<'_> {
             STOP => {}
             _ if self.server.stop.told.load(Ordering::Relaxed) => {}
             ACCEPT => self.accept(ops),
-            place => self.turn((place - FIRST) as usize, ops),
+            DONE => self.answer_all(ops),
+            place => {
+                let place = (place - FIRST) as usize;
+                match self.connections.get(place) {
+                    // Its client is gone: nothing else was waited for.
+                    Some(Some(of)) if of.awaits.is_some() => self.close(place, ops),
+                    _ => self.turn(place, ops),
+                }
+            }
         }
     }
 }

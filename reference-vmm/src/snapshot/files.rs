@@ -48,6 +48,14 @@ pub trait SnapshotFiles {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Exchanges two names.
     fn exchange(&self, one: &Path, other: &Path) -> io::Result<()>;
+    /// Has `to`, which is empty, share all that is in `from`: `ioctl_ficlone(2)`.
+    fn reflink(&self, from: &File, to: &File) -> io::Result<()> {
+        // SAFETY: two open descriptors.
+        match unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
     /// Removes a directory and what is in it.
     fn remove(&self, path: &Path) -> io::Result<()>;
 }
@@ -224,9 +232,18 @@ impl<'a, F: SnapshotFiles> Draft<'a, F> {
         let path = self.partial.join(name);
         let file = self.files.create(&path);
         let file = file.map_err(call("make", &path))?;
-        let sized = self.files.set_len(&file, len);
-        sized.map_err(call("set the length of", &path))?;
-        Ok(DraftFile { file, path })
+        let of = DraftFile { file, path };
+        self.set_len(&of, len)?;
+        Ok(of)
+    }
+
+    /// Has a file of it end behind so many bytes.
+    ///
+    /// # Errors
+    /// [`WriteError::Call`].
+    pub(super) fn set_len(&self, of: &DraftFile, len: u64) -> Result<(), WriteError> {
+        let sized = self.files.set_len(&of.file, len);
+        sized.map_err(call("set the length of", &of.path))
     }
 
     /// Writes all of `bytes`.
@@ -246,6 +263,15 @@ impl<'a, F: SnapshotFiles> Draft<'a, F> {
             offset += written as u64;
         }
         Ok(())
+    }
+
+    /// Has a file of it, which is empty, share all that is in `from` with it. The errno, with nothing done, if the file
+    /// system cannot.
+    ///
+    /// # Errors
+    /// That errno.
+    pub(super) fn reflink(&self, of: &DraftFile, from: &File) -> io::Result<()> {
+        self.files.reflink(from, &of.file)
     }
 
     /// Has a file on the disk. Blocks for it.
@@ -347,4 +373,22 @@ fn look(target: &Path) -> Result<bool, WriteError> {
         true => Ok(true),
         false => Err(occupied()),
     }
+}
+
+/// Whether both are one file, or one directory.
+pub(super) fn same(one: &Path, other: &Path) -> bool {
+    let of = |path: &Path| {
+        let path = match path.as_os_str().is_empty() {
+            true => Path::new("."),
+            false => path,
+        };
+        let is = std::fs::metadata(path).ok()?;
+        Some((is.dev(), is.ino()))
+    };
+    of(one).is_some_and(|one| Some(one) == of(other))
+}
+
+/// From the root on; as it is where the process has no current directory.
+pub(super) fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }

@@ -78,15 +78,21 @@ pub enum Kind {
     Devices = 4,
     /// What is where in the file `memory`: binary, [`pages`](super::pages).
     Memory = 5,
-    /// Kept for an incremental snapshot: the id of the one before it, and where that was.
+    /// Of an incremental snapshot: the id of the one before it, and where that was: binary, [`parent`](super::parent).
     Parent = 6,
-    /// Kept for an incremental snapshot: which file of the chain each run of pages is in.
+    /// Of an incremental snapshot: which pages it has, the others being its parent's: binary, [`ranges`](super::ranges).
     PageSources = 7,
+    /// Where each piece is in a file `memory` that is compressed: binary, [`packed`](super::packed).
+    Packed = 8,
+    /// Pages of such a file that are the same as others: binary, [`packed`](super::packed).
+    Duplicates = 9,
+    /// Which disks are in the snapshot's directory: JSON, [`disks`](super::disks).
+    Disks = 10,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 7] = [
+    pub const ALL: [Kind; 10] = [
         Kind::Config,
         Kind::Vm,
         Kind::Vcpus,
@@ -94,6 +100,9 @@ impl Kind {
         Kind::Memory,
         Kind::Parent,
         Kind::PageSources,
+        Kind::Packed,
+        Kind::Duplicates,
+        Kind::Disks,
     ];
 
     fn of(number: u32) -> Option<Self> {
@@ -111,6 +120,9 @@ impl fmt::Display for Kind {
             Kind::Memory => "memory",
             Kind::Parent => "parent",
             Kind::PageSources => "page-sources",
+            Kind::Packed => "packed",
+            Kind::Duplicates => "duplicates",
+            Kind::Disks => "disks",
         })
     }
 }
@@ -326,13 +338,13 @@ fn verify(part: &str, bytes: &[u8], written: u32) -> Result<(), FormatError> {
 }
 
 /// The number at `at`; 0 where there is none.
-pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     let four = bytes.get(at..).and_then(|rest| rest.first_chunk::<4>());
     u32::from_le_bytes(four.copied().unwrap_or_default())
 }
 
 /// The number at `at`; 0 where there is none.
-pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
+pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     let eight = bytes.get(at..).and_then(|rest| rest.first_chunk::<8>());
     u64::from_le_bytes(eight.copied().unwrap_or_default())
 }

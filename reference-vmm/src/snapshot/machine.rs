@@ -12,7 +12,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::format::{self, Container, FormatError, Kind, SnapshotId};
+use super::packed::PackedError;
 use super::pages::{PageMap, PagesError};
+use super::parent::ParentError;
+use super::ranges::RangesError;
 use crate::config::{Config, Irqchip};
 use crate::devices::acpi_power::PowerState;
 use crate::devices::rtc::RtcState;
@@ -88,11 +91,15 @@ pub enum StateError {
     /// The section of memory is none.
     #[error(transparent)]
     Pages(#[from] PagesError),
-    /// It builds on another snapshot.
-    #[error(
-        "it is an incremental snapshot, and this build restores whole ones: merge it with those before it first"
-    )]
-    Incremental,
+    /// The section of the one before is none.
+    #[error(transparent)]
+    Parent(#[from] ParentError),
+    /// The section of the pages that it has is none.
+    #[error(transparent)]
+    Ranges(#[from] RangesError),
+    /// A section of compressed memory is none.
+    #[error(transparent)]
+    Packed(#[from] PackedError),
     /// Two sections do not go together.
     #[error("its sections do not go together: {0}")]
     Mismatch(String),
@@ -104,25 +111,36 @@ impl MachineState {
     /// # Errors
     /// [`StateError::Section`]: a value that JSON has no form for.
     pub fn encode(&self, id: SnapshotId) -> Result<Vec<u8>, StateError> {
-        let sections = [
+        self.encode_with(id, Vec::new())
+    }
+
+    /// [`encode`](Self::encode), with sections behind its own.
+    ///
+    /// # Errors
+    /// [`StateError::Section`]: a value that JSON has no form for.
+    pub fn encode_with(
+        &self,
+        id: SnapshotId,
+        more: Vec<(Kind, Vec<u8>)>,
+    ) -> Result<Vec<u8>, StateError> {
+        let mut sections = vec![
             (Kind::Config, to_json(Kind::Config, &self.config)?),
             (Kind::Vm, to_json(Kind::Vm, &self.vm)?),
             (Kind::Vcpus, to_json(Kind::Vcpus, &self.vcpus)?),
             (Kind::Devices, to_json(Kind::Devices, &self.devices)?),
             (Kind::Memory, self.memory.encode()),
         ];
+        sections.extend(more);
         Ok(format::encode(id, &sections))
     }
 
-    /// Reads a file `state`, and checks that its sections go together.
+    /// Reads a file `state`, and checks that its sections go together. Where its memory is, be it in other snapshots too,
+    /// is a [`Link`](super::link::Link)'s to know.
     ///
     /// # Errors
     /// [`StateError`].
     pub fn parse(file: &[u8]) -> Result<(SnapshotId, Self, Config), StateError> {
         let container = format::parse(file)?;
-        if container.has(Kind::Parent) || container.has(Kind::PageSources) {
-            return Err(StateError::Incremental);
-        }
         let state = MachineState {
             config: from_json(&container, Kind::Config)?,
             vm: from_json(&container, Kind::Vm)?,

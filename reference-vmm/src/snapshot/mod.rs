@@ -27,20 +27,34 @@
 //! | 3 vcpus | of each its number and all that KVM knows of it | JSON ([`machine::VcpuSection`]) |
 //! | 4 devices | COM1, clock, power switch, virtio devices with their queues | JSON ([`machine::DevicesSection`]) |
 //! | 5 memory | regions and their places in the file, a checksum for each MiB | binary ([`pages`]) |
-//! | 6 parent, 7 page-sources | kept for incremental snapshots; a snapshot with one is refused | |
+//! | 6 parent | of an incremental one: on which it builds | binary ([`parent`]) |
+//! | 7 page-sources | of an incremental one: the pages that it has | binary ([`ranges`]) |
+//! | 8 packed, 9 duplicates | of compressed memory: where each piece is, and pages that are there once | binary ([`packed`]) |
+//! | 10 disks | which disks are in the directory, as `disk0`, … | JSON ([`disks`]) |
 //!
 //! The state of KVM's parts has versions of its own
 //! ([`kvm_core::state::StateVersion`](kvm_core::arch::x86_64::state::StateVersion) has the policy), and a field that a build
 //! does not know is refused there and here, never passed over.
+//!
+//! # Chains
+//!
+//! An incremental snapshot ([`SnapshotKind::Diff`]) has the machine whole, and of memory what was written since the one
+//! before: by the guest and by devices ([`tracking`](crate::vm::tracking)). A page that became zero is one of those. What is
+//! written is tracked from the moment of a full snapshot on that asks for it ([`SnapshotRequest::track`]), or of the one
+//! that the machine was restored from; the next one may build on the last alone, known by its id. One that fails has
+//! changed nothing: the next has what it would have had.
+//!
+//! A restore ([`chain`]) and [`merge`] open all links and check them before anything is made; a link that is missing, was
+//! replaced, is damaged or comes twice is named.
 //!
 //! # What is in it, and what is not
 //!
 //! All that the guest can tell: memory, registers, clocks, interrupts that are pending, devices. A virtio device rests when
 //! it is saved: what it had begun for the driver is finished, and what it had not is in its queue, into which it looks
 //! first when it goes on. Connections are not: of vsock, of sockets behind ports, of a debugger. The guest is told of those
-//! as if the other side had closed them. The contents of disks are not either: a snapshot knows by what it finds a disk
-//! again ([`Fingerprint`](crate::devices::virtio::block::Fingerprint)), and a restore refuses one that has moved on. What
-//! the monitor counts begins at zero.
+//! as if the other side had closed them. The contents of disks are only where [`disks`] are asked for: else a snapshot
+//! knows by what it finds a disk again ([`Fingerprint`](crate::devices::virtio::block::Fingerprint)), and a restore refuses
+//! one that has moved on. What the monitor counts begins at zero.
 //!
 //! # Old and new
 //!
@@ -67,13 +81,24 @@
 //! - State that was added to without a version, and read by position (Firecracker, before its format 2): all fields have
 //!   names.
 
+pub mod chain;
 pub mod config_form;
+pub mod disks;
 pub mod files;
 pub mod format;
+pub mod info;
+pub mod link;
 pub mod machine;
+mod memory_out;
+pub mod merge;
+pub mod packed;
 pub mod pages;
+pub mod parent;
+pub mod ranges;
 mod restore;
 mod save;
+mod tip;
 
 pub use restore::{Overrides, RestoreError, RestoreRequest, Snapshot};
-pub use save::{SnapshotError, SnapshotReport, SnapshotRequest};
+pub use save::{SnapshotError, SnapshotKind, SnapshotReport, SnapshotRequest};
+pub(crate) use tip::ChainTip;

@@ -31,6 +31,7 @@
 #![forbid(unsafe_code)]
 
 use super::format::{SnapshotId, checksum, u32_at, u64_at};
+use super::ranges::Ranges;
 
 /// What the file begins with.
 pub const MAGIC: [u8; 8] = *b"\x89RVMM\r\n\x1a";
@@ -132,8 +133,8 @@ impl PageMap {
         self.regions.iter().map(of).sum()
     }
 
-    /// Each piece: where it is, as a [`Region`] of its own, and what it is.
-    pub fn each(&self) -> impl Iterator<Item = (Region, Piece)> {
+    /// Where each piece is, as a [`Region`] of its own, with its number: the place of it in [`pieces`](Self::pieces).
+    pub fn places(&self) -> impl Iterator<Item = (usize, Region)> {
         let size = u64::from(self.piece);
         let places = self.regions.iter().flat_map(move |region| {
             let starts = (0..region.len).step_by(size as usize);
@@ -143,6 +144,38 @@ impl PageMap {
                 offset: region.offset + at,
             })
         });
+        places.enumerate()
+    }
+
+    /// The piece that has this address, and its number.
+    pub fn locate(&self, guest: u64) -> Option<(usize, Region)> {
+        let size = u64::from(self.piece);
+        let mut before = 0;
+        for region in &self.regions {
+            let at = guest.checked_sub(region.guest)?;
+            if at < region.len {
+                let start = at / size * size;
+                let place = Region {
+                    guest: region.guest + start,
+                    len: (region.len - start).min(size),
+                    offset: region.offset + start,
+                };
+                return Some(((before + at / size) as usize, place));
+            }
+            before += region.len.div_ceil(size);
+        }
+        None
+    }
+
+    /// All of guest memory.
+    pub fn all(&self) -> Ranges {
+        let regions = self.regions.iter();
+        Ranges::of(regions.map(|region| region.guest..region.guest + region.len))
+    }
+
+    /// Each piece: where it is, and what it is.
+    pub fn each(&self) -> impl Iterator<Item = (Region, Piece)> {
+        let places = self.places().map(|(_, place)| place);
         places.zip(self.pieces.iter().copied())
     }
 

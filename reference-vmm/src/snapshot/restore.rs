@@ -9,15 +9,17 @@
 //! Plain memory is mapped from the file, privately: guests of one snapshot share the host's page cache, and each has what
 //! it writes. The file is to be left alone as long as they run, as an executable's is; that it is removed, or replaced
 //! by a newer snapshot of the same name, is no matter. Memory that is shared, of huge pages, of one NUMA node or advised
-//! to be huge is read instead.
+//! to be huge is read instead, and so is a file that is compressed.
+//!
+//! Of a chain the first file is mapped, and what the later ones have is written over it, into the machine's own pages: a
+//! private mapping costs a page for what was written, and nothing for what was not. Each page is read once, from the last
+//! snapshot that has it. A long chain of a busy guest is better merged ([`merge`](super::merge)): then all of it is mapped.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Mutex, PoisonError};
 
 use irq_routing::IrqchipStateError;
 use irq_routing::ioapic::IoapicStateError;
@@ -26,10 +28,14 @@ use kvm_core::arch::x86_64::state::{ClockError, ClockRestore, RestoreError as Vc
 use memslots::{Backing, HugePages, NewSlot};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::files::{MEMORY, STATE};
+use super::chain::{Chain, ChainError};
+use super::disks::{self, DiskCopy, Provided};
+use super::files::{STATE, absolute, same};
 use super::format::{self, SnapshotId};
+use super::link::Link;
 use super::machine::{MachineState, StateError};
 use super::pages::{self, HeaderError};
+use super::tip::Tip;
 use crate::arch::layout;
 use crate::config::{Config, Irqchip};
 use crate::devices::virtio::any::Devices;
@@ -38,6 +44,7 @@ use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::list::DeviceError;
 use crate::devices::virtio::net::Mac;
 use crate::memory::SlotTable;
+use crate::vm::tracking::TrackError;
 
 /// What a machine that goes on from a snapshot has of its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -71,6 +78,11 @@ pub struct RestoreRequest {
     /// Guest memory is compared with its checksums, which reads all of the file. Without it what is damaged there is the
     /// guest's to find.
     pub verify: bool,
+    /// What is written from the snapshot's moment on is tracked, so that an incremental snapshot may build on it.
+    pub track: bool,
+    /// Where disks that are in the snapshot are copied to, each unless [`Overrides::disks`] has it: the guest goes on with
+    /// the copies.
+    pub disks_to: Option<PathBuf>,
 }
 
 impl RestoreRequest {
@@ -81,6 +93,8 @@ impl RestoreRequest {
             overrides: Overrides::default(),
             clock: ClockRestore::Advanced,
             verify: true,
+            track: false,
+            disks_to: None,
         }
     }
 }
@@ -143,6 +157,53 @@ pub enum RestoreError {
         /// In what.
         what: String,
     },
+    /// A snapshot that it builds on cannot be read.
+    #[error("{child} builds on {parent}: {source}")]
+    Parent {
+        /// The directory of the one that builds on it.
+        child: PathBuf,
+        /// Its directory.
+        parent: PathBuf,
+        /// Why not.
+        source: Box<RestoreError>,
+    },
+    /// A snapshot that it builds on is not the one that it was.
+    #[error("{child} does not go on where {parent} ends: {source}")]
+    Chain {
+        /// The directory of the one that builds on it.
+        child: PathBuf,
+        /// Its directory.
+        parent: PathBuf,
+        /// Why not.
+        source: ChainError,
+    },
+    /// There is no disk in the snapshot that could be copied.
+    #[error(
+        "--disks-to: there is no disk in the snapshot {0}, only what its disks were called: take it with --disks reflink or \
+         copy"
+    )]
+    NoDisks(PathBuf),
+    /// Its own writes cannot be tracked.
+    #[error(transparent)]
+    Track(#[from] TrackError),
+    /// A disk that is in the snapshot's directory has another length.
+    #[error("{path} has {has} bytes, and {says} were written: it is cut off, or was written to")]
+    DiskLength {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        has: u64,
+        /// What the state says.
+        says: u64,
+    },
+    /// A disk of the snapshot's cannot be copied for the guest.
+    #[error("cannot copy a disk of the snapshot, {path}: {source}")]
+    DiskCopy {
+        /// What cannot be read or written.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// The memory that was saved is not where the machine's is.
     #[error("{path}: its memory is not that of a machine as its configuration describes: {what}")]
     Layout {
@@ -204,10 +265,15 @@ impl RestoreError {
     /// The process's exit status: 2 the snapshot or the arguments are wrong, or not for this host; 1 the host refused.
     pub fn exit_status(&self) -> u8 {
         match self {
-            RestoreError::Read { source, .. } => match source.raw_os_error() {
-                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EIO) => 1,
-                _ => 2,
-            },
+            RestoreError::Read { source, .. } | RestoreError::DiskCopy { source, .. } => {
+                match source.raw_os_error() {
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EIO | libc::ENOSPC) => {
+                        1
+                    }
+                    _ => 2,
+                }
+            }
+            RestoreError::Parent { source, .. } => source.exit_status(),
             RestoreError::Clock(ClockError::NoRealtime)
             | RestoreError::Vcpu {
                 source: VcpuRestoreError::Refused(_),
@@ -221,6 +287,7 @@ impl RestoreError {
             | RestoreError::Irqchip(_)
             | RestoreError::Pending(_)
             | RestoreError::Memory { .. }
+            | RestoreError::Track(_)
             | RestoreError::Random(_) => 1,
             _ => 2,
         }
@@ -238,8 +305,10 @@ pub struct Snapshot {
     /// Disks whose image is declared to be a copy.
     copies: BTreeSet<usize>,
     pub(crate) clock: ClockRestore,
-    memory: Arc<File>,
-    dir: PathBuf,
+    chain: Chain,
+    /// What the disks were is in the snapshot, and the guest goes on with others.
+    left: Vec<DiskCopy>,
+    provided: Mutex<Provided>,
 }
 
 impl Snapshot {
@@ -250,50 +319,51 @@ impl Snapshot {
     /// # Errors
     /// [`RestoreError`]; nothing has been made.
     pub fn open(request: &RestoreRequest) -> Result<Self, RestoreError> {
-        let dir = request.dir.clone();
-        let path = dir.join(STATE);
-        let (file, len) = open(&path)?;
-        let wrong = |source| RestoreError::State {
-            path: path.clone(),
-            source,
-        };
-        if len > format::MOST_BYTES {
-            return Err(wrong(format::FormatError::Long(len).into()));
-        }
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
-        let read = |path: &Path| {
-            let path = path.to_owned();
-            move |source| RestoreError::Read { path, source }
-        };
-        file.read_exact_at(&mut bytes, 0).map_err(read(&path))?;
-        let (id, state, config) = MachineState::parse(&bytes).map_err(wrong)?;
-        drop(bytes);
+        let (chain, bytes) = Chain::open(&request.dir)?;
+        let path = request.dir.join(STATE);
+        let (id, state, config) =
+            MachineState::parse(&bytes).map_err(|source| RestoreError::State {
+                path: path.clone(),
+                source,
+            })?;
         check_layout(&path, &state, &config)?;
-
-        let path = dir.join(MEMORY);
-        let (memory, has) = open(&path)?;
-        let says = state.memory.file_len();
-        if has != says {
-            return Err(RestoreError::MemoryLength { path, has, says });
-        }
-        let mut head = [0; 32];
-        memory.read_exact_at(&mut head, 0).map_err(read(&path))?;
-        pages::check_header(&head, id).map_err(|source| RestoreError::Header {
-            path: path.clone(),
-            source,
-        })?;
+        let container = format::parse(&bytes).map_err(StateError::from);
+        let copies = container.and_then(|container| disks::of(&container));
+        let copies = copies.map_err(|source| RestoreError::State { path, source })?;
+        drop(bytes);
         if request.verify {
-            verify(&memory, &path, &state)?;
+            chain.verify()?;
         }
-        let copies = request.overrides.disks.iter();
+        let mut overrides = request.overrides.clone();
+        let others: BTreeSet<_> = overrides.disks.iter().map(|(number, _)| *number).collect();
+        let copies = copies.into_iter();
+        let left: Vec<_> = copies.filter(|copy| !others.contains(&copy.disk)).collect();
+        let provided = match &request.disks_to {
+            Some(_) if left.is_empty() && others.is_empty() => {
+                return Err(RestoreError::NoDisks(request.dir.clone()));
+            }
+            // What cannot be is found before anything is copied.
+            Some(folder) => {
+                overrides.apply(config.clone())?;
+                disks::provide(&request.dir, &left, folder)?
+            }
+            None => Provided::default(),
+        };
+        overrides.disks.extend(provided.images().iter().cloned());
+        let config = overrides.apply(config)?;
+        check_own_disks(&request.dir, &config)?;
         Ok(Snapshot {
             id,
-            config: request.overrides.apply(config)?,
+            config,
             state,
-            copies: copies.map(|(number, _)| *number).collect(),
+            copies: overrides.disks.iter().map(|(number, _)| *number).collect(),
+            left: match request.disks_to {
+                Some(_) => Vec::new(),
+                None => left,
+            },
+            provided: Mutex::new(provided),
             clock: request.clock,
-            memory: Arc::new(memory),
-            dir,
+            chain,
         })
     }
 
@@ -313,7 +383,43 @@ impl Snapshot {
     /// [`DeviceError`].
     pub(crate) fn devices(&self, stdout: impl AsFd) -> Result<Devices, DeviceError> {
         let states = &self.state.devices.virtio;
-        Devices::open_from(&self.config, states, &self.copies, stdout)
+        let opened = Devices::open_from(&self.config, states, &self.copies, stdout);
+        opened.map_err(|error| match error {
+            DeviceError::Open {
+                flag: flag @ "--disk",
+                source,
+                users_fault,
+            } if !self.left.is_empty() => {
+                let dir = self.chain.newest().map(|link| link.dir().to_owned());
+                let source = Box::new(MovedOn {
+                    source,
+                    dir: dir.unwrap_or_default(),
+                    disk: self.left.first().map_or(0, |copy| copy.disk),
+                });
+                DeviceError::Open {
+                    flag,
+                    source,
+                    users_fault,
+                }
+            }
+            error => error,
+        })
+    }
+
+    /// The end of the chain that it is.
+    pub(crate) fn tip(&self) -> Tip {
+        let newest = self.chain.newest();
+        Tip {
+            id: self.id,
+            depth: newest.map_or(0, Link::depth),
+            dir: newest.map(|link| absolute(link.dir())).unwrap_or_default(),
+        }
+    }
+
+    /// The disks that were made for the guest are the guest's.
+    pub(crate) fn keep_disks(&self) {
+        let provided = self.provided.lock();
+        provided.unwrap_or_else(PoisonError::into_inner).keep();
     }
 
     /// Has the slots mapped from the file, where they can be; whether they are.
@@ -323,62 +429,88 @@ impl Snapshot {
         if !plain || memory.thp == HugePages::Advise {
             return false;
         }
+        let Some(base) = self.chain.base().filter(|base| !base.is_packed()) else {
+            return false;
+        };
         for (slot, region) in slots.iter_mut().zip(&self.state.memory.regions) {
-            slot.backing = Backing::file_private(self.memory.clone(), region.offset, region.len);
+            slot.backing = Backing::file_private(base.memory().clone(), region.offset, region.len);
         }
         true
     }
 
-    /// Reads what is not zero into new memory.
+    /// Writes into the machine's memory what is not there yet: of memory that is mapped the pages that are not the first
+    /// snapshot's, of new memory all that is not zero.
     ///
     /// # Errors
-    /// [`RestoreError::Read`], [`RestoreError::Memory`].
-    pub(crate) fn load(&self, table: &SlotTable) -> Result<(), RestoreError> {
-        let map = &self.state.memory;
-        let mut buffer = vec![0; map.piece as usize];
-        for (place, piece) in map.each() {
-            if piece.checksum.is_none() {
-                continue;
-            }
-            let bytes = buffer.get_mut(..place.len as usize).unwrap_or_default();
-            let read = self.memory.read_exact_at(bytes, place.offset);
-            read.map_err(|source| RestoreError::Read {
-                path: self.dir.join(MEMORY),
-                source,
-            })?;
-            for (start, len) in pages::runs(bytes) {
-                let address = place.guest + start as u64;
-                let run = bytes.get(start..start + len).unwrap_or_default();
-                let written = table.write_slice(run, GuestAddress(address));
-                written.map_err(|error| RestoreError::Memory {
-                    address,
-                    why: error.to_string(),
-                })?;
+    /// [`RestoreError::Read`], [`RestoreError::MemoryDamaged`], [`RestoreError::Memory`].
+    pub(crate) fn load(&self, table: &SlotTable, mapped: bool) -> Result<(), RestoreError> {
+        let mut buffer = Vec::new();
+        for place in self.state.memory.places().map(|(_, place)| place) {
+            let piece = place.guest..place.guest + place.len;
+            let wanted: Vec<_> = match mapped {
+                true => self.chain.later_within(piece).collect(),
+                false => vec![piece],
+            };
+            for range in wanted {
+                buffer.clear();
+                buffer.resize((range.end - range.start) as usize, 0);
+                self.chain.read(range.clone(), &mut buffer)?;
+                let runs = match mapped {
+                    // What became zero is not zero in the file that is mapped.
+                    true => vec![(0, buffer.len())],
+                    false => pages::runs(&buffer),
+                };
+                for (start, len) in runs {
+                    let address = range.start + start as u64;
+                    let run = buffer.get(start..start + len).unwrap_or_default();
+                    let written = table.write_slice(run, GuestAddress(address));
+                    written.map_err(|error| RestoreError::Memory {
+                        address,
+                        why: error.to_string(),
+                    })?;
+                }
             }
         }
         Ok(())
     }
 }
 
-/// A file of a snapshot, and its length.
-fn open(path: &Path) -> Result<(File, u64), RestoreError> {
-    let read = |source| RestoreError::Read {
-        path: path.to_owned(),
-        source,
-    };
-    // Asked before the file is opened, because opening a pipe waits for its other end.
-    let is = std::fs::metadata(path).map_err(read)?;
-    if !is.is_file() {
-        let path = path.to_owned();
-        return Err(RestoreError::NotAFile { path });
+/// A disk cannot go on, and the snapshot has what it was.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{source}; what the disks were is in the snapshot: restore it with --disks-to FOLDER, which copies them there, or copy \
+     one (cp --reflink=auto {} FILE) and say --disk {disk}:path=FILE",
+    dir.join(format!("disk{disk}")).display()
+)]
+struct MovedOn {
+    source: Box<dyn std::error::Error + Send + Sync>,
+    dir: PathBuf,
+    disk: usize,
+}
+
+/// Refuses a guest that would write to the snapshot's own files.
+fn check_own_disks(dir: &Path, config: &Config) -> Result<(), RestoreError> {
+    for (number, disk) in config.disks.iter().enumerate() {
+        let own = disk.path.parent().is_some_and(|folder| same(folder, dir));
+        if own && !disk.readonly {
+            let (path, copy) = (disk.path.display(), "--disks-to FOLDER copies it");
+            return Err(RestoreError::Override {
+                flag: "--disk",
+                why: format!(
+                    "{path} is the snapshot's own file for disk {number}, which no guest writes: {copy}"
+                ),
+            });
+        }
     }
-    let file = File::open(path).map_err(read)?;
-    let len = file.metadata().map_err(read)?.len();
-    Ok((file, len))
+    Ok(())
 }
 
 /// Whether the regions are those of a machine with this configuration.
-fn check_layout(path: &Path, state: &MachineState, config: &Config) -> Result<(), RestoreError> {
+pub(super) fn check_layout(
+    path: &Path,
+    state: &MachineState,
+    config: &Config,
+) -> Result<(), RestoreError> {
     let wrong = |what: String| {
         let path = path.to_owned();
         RestoreError::Layout { path, what }
@@ -404,57 +536,9 @@ fn check_layout(path: &Path, state: &MachineState, config: &Config) -> Result<()
     Ok(())
 }
 
-/// Compares memory with its checksums.
-fn verify(file: &File, path: &Path, state: &MachineState) -> Result<(), RestoreError> {
-    let mut buffer = vec![0; state.memory.piece as usize];
-    for (place, piece) in state.memory.each() {
-        let (at, len) = (place.offset, place.len);
-        let damaged = |what: String| RestoreError::MemoryDamaged {
-            path: path.to_owned(),
-            from: at,
-            to: at + len,
-            what,
-        };
-        if piece.checksum.is_none() && is_hole(file, at, len) {
-            continue;
-        }
-        let bytes = buffer.get_mut(..len as usize).unwrap_or_default();
-        let read = file.read_exact_at(bytes, at);
-        read.map_err(|source| RestoreError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        match piece.checksum {
-            None if pages::is_zero(bytes) => {}
-            None => return Err(damaged("it was zero, and is not".into())),
-            Some(written) => {
-                let found = format::checksum(bytes);
-                if found != written {
-                    return Err(damaged(format!(
-                        "the checksum is {found:#010x}, and {written:#010x} was written"
-                    )));
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Whether the file has nothing there. A file system that cannot say so has everything everywhere.
-fn is_hole(file: &File, at: u64, len: u64) -> bool {
-    use std::os::fd::AsRawFd;
-    // SAFETY: an open descriptor; the position that it moves is nobody's, for all reads say theirs.
-    let data = unsafe { libc::lseek(file.as_raw_fd(), at as libc::off_t, libc::SEEK_DATA) };
-    match u64::try_from(data) {
-        Ok(data) => data >= at + len,
-        // Nothing from there to the end.
-        Err(_) => io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO),
-    }
-}
-
 impl Overrides {
     /// The configuration with these in it.
-    fn apply(&self, mut config: Config) -> Result<Config, RestoreError> {
+    pub(crate) fn apply(&self, mut config: Config) -> Result<Config, RestoreError> {
         let wrong = |flag, why: String| RestoreError::Override { flag, why };
         for (number, path) in &self.disks {
             let count = config.disks.len();

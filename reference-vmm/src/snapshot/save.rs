@@ -19,17 +19,27 @@ use irq_routing::IrqchipStateError;
 use kvm_core::arch::x86_64::state::{ClockError, SaveError, StateHost};
 use kvm_core::{Kvm, Pause, VcpuId, VcpuView};
 use kvm_ioctls::VcpuFd;
-use vm_memory::{Bytes, GuestAddress};
 
+use super::chain::Chain;
 use super::config_form::{self, PathError};
-use super::files::{Draft, DraftFile, HostFiles, MEMORY, STATE, SnapshotFiles, WriteError};
-use super::format::SnapshotId;
+use super::disks::{self, CopyError, DiskCopies, DiskCopy};
+use super::files::{
+    Draft, DraftFile, HostFiles, MEMORY, STATE, SnapshotFiles, WriteError, absolute, same,
+};
+use super::format::{Kind, SnapshotId};
+use super::link::Link;
 use super::machine::{DevicesSection, MachineState, StateError, VcpuSection, VmSection};
-use super::pages::{self, PIECE, PageMap, Piece};
+use super::memory_out::MemoryOut;
+use super::packed::{self, Compression};
+use super::pages::{self, PAGE, PageMap};
+use super::parent::{MOST_DEPTH, Parent};
+use super::ranges::{MOST_RUNS, Ranges};
+use super::restore::RestoreError;
+use super::tip::Tip;
 use crate::devices::virtio::list::DeviceState;
 use crate::devices::virtio::rng::random_id;
-use crate::memory::SlotTable;
 use crate::vm::control::PATIENCE;
+use crate::vm::tracking::{Harvested, TrackError, TrackUser};
 use crate::vm::{ControlError, RunState, Running};
 
 /// What is asked for.
@@ -38,6 +48,41 @@ pub struct SnapshotRequest {
     /// The directory that the snapshot is to be: one that is not there, that is empty, or an older snapshot, which it
     /// replaces.
     pub dir: PathBuf,
+    /// All of memory, or what was written since another one.
+    pub kind: SnapshotKind,
+    /// Whether writes behind it are tracked, so that an incremental one may build on it: begun in the same pause, or ended
+    /// with it. None: as it was. While they are, each snapshot is what the next incremental one builds on.
+    pub track: Option<bool>,
+    /// The form of its memory.
+    pub compression: Compression,
+    /// What it does with disks that the guest writes.
+    pub disks: DiskCopies,
+}
+
+/// What of memory is in a snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SnapshotKind {
+    /// All of it.
+    #[default]
+    Full,
+    /// What was written since the last snapshot, which this is: by its directory, or whichever that was.
+    Diff {
+        /// The last snapshot.
+        base: Option<PathBuf>,
+    },
+}
+
+impl SnapshotRequest {
+    /// A full one in `dir`, mapped by who goes on from it, its disks named.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        SnapshotRequest {
+            dir: dir.into(),
+            kind: SnapshotKind::Full,
+            track: None,
+            compression: Compression::None,
+            disks: DiskCopies::Name,
+        }
+    }
 }
 
 /// A snapshot that was taken.
@@ -67,6 +112,39 @@ pub enum SnapshotError {
         "the guest is under a debugger, whose breakpoints would be in the snapshot: run it without --gdb"
     )]
     Debugger,
+    /// Nobody knows what was written since another snapshot. Found before anything was done.
+    #[error(
+        "what the guest has written since the last snapshot is not known: take a full one with --track first (run and \
+         restore with --track-dirty-pages do so by themselves)"
+    )]
+    NotTracked,
+    /// Writes are tracked since another snapshot than that. Found before anything was done.
+    #[error(
+        "{base} is the snapshot {found}, and the guest's writes are tracked since the last one, {last} in {dir}: build on \
+         that"
+    )]
+    Base {
+        /// What was asked for.
+        base: PathBuf,
+        /// Its number.
+        found: SnapshotId,
+        /// The number of the last one.
+        last: SnapshotId,
+        /// Where that was put.
+        dir: PathBuf,
+    },
+    /// What it is to build on is not whole. Found before anything was done.
+    #[error("the snapshot that it is to build on cannot be read: {0}")]
+    Chain(#[source] Box<RestoreError>),
+    /// Its chain is as long as one can be. Found before anything was done.
+    #[error("{0} has {MOST_DEPTH} snapshots before it, which is the most: take a full one")]
+    TooLong(PathBuf),
+    /// It was to replace what it builds on. Found before anything was done.
+    #[error("{0} is one of the chain that it is to build on: name another directory")]
+    OntoItself(PathBuf),
+    /// What was written cannot be known.
+    #[error(transparent)]
+    Track(#[from] TrackError),
     /// Found before anything was done.
     #[error(transparent)]
     Path(#[from] PathError),
@@ -120,6 +198,12 @@ pub enum SnapshotError {
         /// Why.
         why: String,
     },
+    /// A disk cannot be had in the snapshot.
+    #[error(transparent)]
+    Disk(#[from] CopyError),
+    /// Memory cannot be compressed.
+    #[error("guest memory cannot be compressed: {0}")]
+    Compress(io::Error),
     /// A state has no form in the file.
     #[error(transparent)]
     State(#[from] StateError),
@@ -154,6 +238,9 @@ impl Running {
     ) -> Result<SnapshotReport, SnapshotError> {
         let begun = Instant::now();
         self.check_for_snapshot()?;
+        // One at a time: what the next one builds on is the last.
+        let mut tip = self.chain().lock();
+        let parent = self.parent(request, tip.as_ref())?;
         let config = config_form::to_json(self.config())?;
         let host = self.state_host()?;
         let id = SnapshotId(random_id().map_err(SnapshotError::Random)?);
@@ -165,7 +252,13 @@ impl Running {
         }
         let captured = self.while_paused(|pause| {
             let mut state = self.capture(pause, config, host)?;
-            let memory = draft.create(MEMORY, state.memory.file_len())?;
+            let tracking = Tracking::of(self, request)?;
+            let own = parent.as_ref().map(|_| tracking.written());
+            let len = match request.compression {
+                Compression::None => state.memory.file_len(),
+                Compression::Zstd => packed::FIRST,
+            };
+            let memory = draft.create(MEMORY, len)?;
             draft.write(&memory, &pages::header(id), 0)?;
             let table = self.memory();
             // An end waits for this.
@@ -173,8 +266,21 @@ impl Running {
                 true => Err(ControlError::Ended.into()),
                 false => Ok(()),
             };
-            let written = write_memory(&draft, &memory, &table, &mut state.memory, go_on)?;
-            Ok::<_, SnapshotError>((state, memory, written))
+            let disks = self.copy_disks(&draft, request.disks, &state.devices.virtio)?;
+            let places: Vec<_> = state.memory.places().collect();
+            let out = MemoryOut::new(&draft, &memory, &mut state.memory).only(own.as_ref());
+            let mut out = out.compressed(request.compression)?;
+            out.write(&table, places, go_on)?;
+            let (written, packed) = (out.written(), out.sections());
+            Ok::<_, SnapshotError>(Captured {
+                state,
+                tracking,
+                own,
+                memory,
+                written,
+                packed,
+                disks,
+            })
         });
         wait_for_a_tick();
         let paused = standing.elapsed();
@@ -182,20 +288,105 @@ impl Running {
             // The end may have been told meanwhile, which is no concern of the snapshot.
             let _ = self.resume();
         }
-        let (state, memory, written) = captured.ok_or(SnapshotError::Resumed)??;
-        let bytes = state.encode(id)?;
+        let captured = captured.ok_or(SnapshotError::Resumed)??;
+        let Captured {
+            state,
+            tracking,
+            own,
+            memory,
+            written,
+            packed: mut more,
+            disks,
+        } = captured;
+        let depth = parent.as_ref().map_or(0, |parent| parent.depth);
+        if let (Some(parent), Some(own)) = (&parent, &own) {
+            more.push((Kind::Parent, parent.encode()));
+            more.push((Kind::PageSources, own.encode()));
+        }
+        let copies: Vec<_> = disks.iter().map(|(copy, _)| *copy).collect();
+        more.extend(super::disks::section(&copies)?);
+        let bytes = state.encode_with(id, more)?;
         let file = draft.create(STATE, bytes.len() as u64)?;
         draft.write(&file, &bytes, 0)?;
-        draft.sync(&memory)?;
-        draft.sync(&file)?;
+        let copied = disks.iter().map(|(_, file)| file);
+        for file in copied.chain([&memory, &file]) {
+            draft.sync(file)?;
+        }
         draft.commit()?;
+        // Behind this nothing fails: what the next one has begins here.
+        *tip = tracking.is_on().then(|| Tip {
+            id,
+            depth,
+            dir: absolute(&request.dir),
+        });
+        let memory = state.memory.regions.iter().map(|region| region.len).sum();
+        tracking.commit();
         Ok(SnapshotReport {
             id,
-            memory: state.memory.regions.iter().map(|region| region.len).sum(),
+            memory,
             written,
             paused,
             took: begun.elapsed(),
         })
+    }
+
+    /// What one that is asked for builds on; none of a full one.
+    fn parent(
+        &self,
+        request: &SnapshotRequest,
+        tip: Option<&Tip>,
+    ) -> Result<Option<Parent>, SnapshotError> {
+        let SnapshotKind::Diff { base } = &request.kind else {
+            return Ok(None);
+        };
+        let tip = tip.filter(|_| self.is_tracked(TrackUser::Snapshot));
+        let tip = tip.ok_or(SnapshotError::NotTracked)?;
+        let base = base.as_deref().unwrap_or(&tip.dir);
+        let (chain, _) =
+            Chain::open(base).map_err(|error| SnapshotError::Chain(Box::new(error)))?;
+        let found = chain.newest().map_or(tip.id, Link::id);
+        if found != tip.id {
+            return Err(SnapshotError::Base {
+                base: base.to_owned(),
+                found,
+                last: tip.id,
+                dir: tip.dir.clone(),
+            });
+        }
+        if tip.depth >= MOST_DEPTH {
+            return Err(SnapshotError::TooLong(base.to_owned()));
+        }
+        let mut links = chain.links().iter();
+        if links.any(|link| same(link.dir(), &request.dir)) {
+            return Err(SnapshotError::OntoItself(request.dir.clone()));
+        }
+        Ok(Some(Parent {
+            id: tip.id,
+            depth: tip.depth + 1,
+            path: absolute(base),
+        }))
+    }
+
+    /// Has in the draft what the disks are that the guest writes.
+    fn copy_disks<F: SnapshotFiles>(
+        &self,
+        draft: &Draft<'_, F>,
+        how: DiskCopies,
+        states: &[DeviceState],
+    ) -> Result<Vec<(DiskCopy, DraftFile)>, SnapshotError> {
+        let mut copies = Vec::new();
+        if how == DiskCopies::Name {
+            return Ok(copies);
+        }
+        let copy = how == DiskCopies::Copy;
+        for (number, disk) in self.config().disks.iter().enumerate() {
+            if disk.readonly {
+                continue;
+            }
+            let image = disks::open_as_it_was(&disk.path, number, states)?;
+            copies.push(disks::copy_in(draft, &image, &disk.path, number, copy)?);
+        }
+        Ok(copies)
     }
 
     /// What KVM can save of the vCPUs.
@@ -272,42 +463,87 @@ impl Running {
     }
 }
 
-/// Writes guest memory piece by piece, and what is in each into `map`; how many bytes were not zero.
-///
-/// # Errors
-/// [`SnapshotError::Memory`], [`SnapshotError::Write`].
-fn write_memory<F: SnapshotFiles>(
-    draft: &Draft<'_, F>,
-    file: &DraftFile,
-    memory: &SlotTable,
-    map: &mut PageMap,
-    go_on: impl Fn() -> Result<(), SnapshotError>,
-) -> Result<u64, SnapshotError> {
-    let mut buffer = vec![0; PIECE as usize];
-    let mut written = 0;
-    for region in map.regions.clone() {
-        for at in (0..region.len).step_by(PIECE as usize) {
-            go_on()?;
-            let len = (region.len - at).min(u64::from(PIECE)) as usize;
-            let piece = buffer.get_mut(..len).unwrap_or_default();
-            let address = region.guest + at;
-            // Whatever else has it mapped may write meanwhile: what is checked and written is this copy.
-            let read = memory.read_slice(piece, GuestAddress(address));
-            read.map_err(|error| SnapshotError::Memory {
-                address,
-                why: error.to_string(),
-            })?;
-            let runs = pages::runs(piece);
-            let checksum = (!runs.is_empty()).then(|| super::format::checksum(piece));
-            map.pieces.push(Piece { checksum });
-            for (start, len) in runs {
-                let run = piece.get(start..start + len).unwrap_or_default();
-                draft.write(file, run, region.offset + at + start as u64)?;
-                written += len as u64;
-            }
+/// What was taken in the pause.
+struct Captured<'a> {
+    state: MachineState,
+    tracking: Tracking<'a>,
+    own: Option<Ranges>,
+    memory: DraftFile,
+    written: u64,
+    packed: Vec<(Kind, Vec<u8>)>,
+    disks: Vec<(DiskCopy, DraftFile)>,
+}
+
+/// The tracking of writes across a snapshot. Dropped, it is as before, and no page that was written is forgotten.
+struct Tracking<'a> {
+    running: &'a Running,
+    before: Before<'a>,
+    on: bool,
+    done: bool,
+}
+
+enum Before<'a> {
+    Off,
+    On(Harvested<'a>),
+}
+
+impl<'a> Tracking<'a> {
+    /// In the pause, and before memory is read.
+    fn of(running: &'a Running, request: &SnapshotRequest) -> Result<Self, SnapshotError> {
+        let before = match running.is_tracked(TrackUser::Snapshot) {
+            true => Before::On(running.harvest(TrackUser::Snapshot)?),
+            false => Before::Off,
+        };
+        let was = matches!(before, Before::On(_)) || running.chain().is_tracking_always();
+        let on = request.track.unwrap_or(was);
+        if on && matches!(before, Before::Off) {
+            running.start_tracking(TrackUser::Snapshot)?;
+        }
+        Ok(Tracking {
+            running,
+            before,
+            on,
+            done: false,
+        })
+    }
+
+    /// What was written since the last snapshot.
+    fn written(&self) -> Ranges {
+        let Before::On(harvested) = &self.before else {
+            return Ranges::default();
+        };
+        let runs = harvested.slots().iter().flat_map(|slot| {
+            let start = slot.extent.guest_range().start;
+            let runs = slot.pages.runs();
+            runs.map(move |run| start + run.first * PAGE..start + run.end() * PAGE)
+        });
+        Ranges::of(runs).thinned(MOST_RUNS)
+    }
+
+    /// Whether it is on behind the snapshot.
+    fn is_on(&self) -> bool {
+        self.on
+    }
+
+    /// The snapshot is whole.
+    fn commit(mut self) {
+        self.done = true;
+        if let Before::On(harvested) = std::mem::replace(&mut self.before, Before::Off) {
+            harvested.commit();
+        }
+        if !self.on {
+            self.running.stop_tracking(TrackUser::Snapshot);
         }
     }
-    Ok(written)
+}
+
+impl Drop for Tracking<'_> {
+    fn drop(&mut self) {
+        // What was begun for this one; a harvest that is dropped gives back what it has.
+        if !self.done && self.on && matches!(self.before, Before::Off) {
+            self.running.stop_tracking(TrackUser::Snapshot);
+        }
+    }
 }
 
 /// Waits until the clock by which file systems tell the time of a write has moved on: a write to a disk that comes when

@@ -19,10 +19,11 @@ use std::sync::Arc;
 
 use kvm_core::arch::x86_64::state::{ClockRestore, StateHost};
 use kvm_core::{Kvm, Vcpu, VcpuId, VmSetup};
-use memslots::{NewSlot, Slot, Snapshot};
+use memslots::{NewSlot, Snapshot};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::compose::Composition;
+use super::tracking::{TrackError, TrackUser, Tracker};
 use super::{BuildError, Machine};
 use crate::arch::layout;
 use crate::config::{Config, Irqchip};
@@ -45,7 +46,7 @@ pub(crate) struct Blank {
 pub(crate) struct Allocated {
     blank: Blank,
     memslots: Memslots,
-    slots: Vec<Slot>,
+    tracker: Tracker,
 }
 
 impl Blank {
@@ -106,14 +107,15 @@ impl Blank {
         let slots = memslots.create_all(new_slots)?;
         let present = memory.make_present(&memslots.snapshot(), || !end.is_told());
         present.map_err(BuildError::Prefault)?;
-        match end.is_told() {
-            true => Err(BuildError::Ended),
-            false => Ok(Allocated {
-                blank: self,
-                memslots,
-                slots,
-            }),
+        if end.is_told() {
+            return Err(BuildError::Ended);
         }
+        let tracker = Tracker::new(slots, self.setup.fd(), self.config.dirty_log);
+        Ok(Allocated {
+            memslots,
+            tracker: tracker.map_err(BuildError::DirtyLog)?,
+            blank: self,
+        })
     }
 
     fn has_firmware(&self) -> bool {
@@ -125,6 +127,15 @@ impl Allocated {
     /// Its memory, without permissions: to be filled.
     pub(crate) fn memory(&self) -> Snapshot<SlotTable> {
         self.memslots.snapshot()
+    }
+
+    /// Tracks what is written from now on, for a chain of snapshots: also what the restore itself writes, and KVM with it.
+    ///
+    /// # Errors
+    /// [`TrackError`].
+    pub(crate) fn track(&self) -> Result<(), TrackError> {
+        let vm = self.blank.setup.fd();
+        self.tracker.start(TrackUser::Snapshot, vm, &self.memory())
     }
 
     /// Gives it its state, and `devices`, which have theirs, with the serial console's output on `console` and its end told
@@ -151,7 +162,7 @@ impl Allocated {
         let Allocated {
             blank,
             memslots,
-            slots,
+            tracker,
         } = self;
         let Blank {
             config,
@@ -162,7 +173,7 @@ impl Allocated {
             config: &config,
             setup,
             memslots,
-            slots,
+            tracker,
             devices,
             console,
             end,

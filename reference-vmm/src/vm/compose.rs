@@ -7,19 +7,17 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use dirty_log::{DirtyRings, LogInForce, MappedRing};
 use io_bus::{IoBus, IoRange};
 use irq_routing::ioapic::SplitIoapic;
 use irq_routing::{Gsi, Irqchip, IrqchipError, IrqchipKind, Pit, Routing};
 use kvm_bindings::KVM_CAP_X86_USER_SPACE_MSR;
 use kvm_core::{KickSignal, Vcpu, Vm, VmSetup};
-use memslots::Slot;
 use vm_device::bus::{PioAddress, PioRange};
 
 use super::error::BuildError;
 use super::tracking::Tracker;
 use super::wiring::{Wiring, register_devices, register_ioapic, wire_virtio};
-use super::{Host, Machine, Parts, Power};
+use super::{Machine, Parts, Power};
 use crate::arch::layout;
 use crate::config::{self, Config};
 use crate::devices::coalesce::{Coalescing, PolledOutput};
@@ -32,15 +30,16 @@ use crate::devices::virtio::bay;
 use crate::end::EndSignal;
 use crate::memory::Memslots;
 use crate::msrs;
-use crate::snapshot::RestoreError;
 use crate::snapshot::machine::DevicesSection;
+use crate::snapshot::{ChainTip, RestoreError};
 
 /// What a machine is composed of, its memory in place.
 pub(super) struct Composition<'a, C> {
     pub(super) config: &'a Config,
     pub(super) setup: VmSetup,
     pub(super) memslots: Memslots,
-    pub(super) slots: Vec<Slot>,
+    /// Has the memory's slots.
+    pub(super) tracker: Tracker,
     pub(super) devices: Devices,
     pub(super) console: C,
     pub(super) end: &'a Arc<EndSignal>,
@@ -58,7 +57,7 @@ impl<C: AsFd> Composition<'_, C> {
             config,
             setup,
             memslots,
-            slots,
+            tracker,
             devices,
             console,
             end,
@@ -86,11 +85,9 @@ impl<C: AsFd> Composition<'_, C> {
         // Below SIGRTMIN: a kick arrives also where the user's pending signals have reached their
         // limit. SIGURG of these: one that comes from elsewhere does no harm and never did.
         let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
-        let log = config.dirty_log.at_creation().apply(setup.fd());
-        let log = log.map_err(BuildError::DirtyLog)?;
         let vm = setup.kick_signal(kick).finish();
         let vcpus = vcpus(&vm)?;
-        let rings = rings(&vm, &vcpus, log).map_err(BuildError::DirtyLog)?;
+        tracker.add_vcpus(&vcpus).map_err(BuildError::DirtyLog)?;
 
         // 7. Devices.
         let chip = match config.irqchip {
@@ -197,7 +194,8 @@ impl<C: AsFd> Composition<'_, C> {
             _registrations: registrations,
             names,
             bus,
-            tracker: Tracker::new(slots, rings),
+            tracker,
+            chain: ChainTip::default(),
             memslots,
             vm,
         };
@@ -210,23 +208,6 @@ impl<C: AsFd> Composition<'_, C> {
             restored: saved.is_some(),
         })
     }
-}
-
-/// The vCPUs' lists of what was written, where the VM has such.
-fn rings(
-    vm: &Vm,
-    vcpus: &[Vcpu],
-    log: LogInForce,
-) -> Result<Option<DirtyRings<Host>>, dirty_log::Error> {
-    let LogInForce::Ring(size) = log else {
-        return Ok(None);
-    };
-    let rings = DirtyRings::new(vm.fd().clone());
-    for vcpu in vcpus {
-        let id = vcpu.id().0;
-        rings.add_vcpu(id, MappedRing::map(vcpu.fd(), id, size)?)?;
-    }
-    Ok(Some(rings))
 }
 
 fn irqchip_kind(config: &Config) -> IrqchipKind {

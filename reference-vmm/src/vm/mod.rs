@@ -78,7 +78,9 @@ use crate::gdb;
 use crate::host_memory::SYSFS;
 use crate::kvm_stats::KvmReaders;
 use crate::memory::{Memslots, slots_of};
+use crate::snapshot::ChainTip;
 use crate::stats::{ExitCounters, Named};
+pub(crate) use blank::{Allocated, Blank as BlankVm};
 use compose::Composition;
 pub use control::{ControlError, RunState};
 use cpuid::ask_kvm;
@@ -137,6 +139,8 @@ struct Parts {
     bus: IoBus,
     /// Has the slots, which its drop deletes.
     tracker: Tracker,
+    /// On which snapshot the next one may build.
+    chain: ChainTip,
     memslots: Memslots,
     vm: Vm,
 }
@@ -297,11 +301,12 @@ impl Machine {
         drop((memory, kernel, initrds));
 
         // 5. to 7.
+        let tracker = Tracker::new(slots, setup.fd(), config.dirty_log);
         let composition = Composition {
             config,
-            setup,
             memslots,
-            slots,
+            tracker: tracker.map_err(BuildError::DirtyLog)?,
+            setup,
             devices,
             console,
             end,
@@ -326,6 +331,12 @@ impl Machine {
         })
     }
 
+    /// Every snapshot of it begins to track what is written behind it, so that an incremental one may build on it
+    /// ([`SnapshotRequest::track`](crate::snapshot::SnapshotRequest::track)).
+    pub fn track_snapshots(&mut self) {
+        self.parts.chain.track_always();
+    }
+
     /// Puts the guest under a debugger: it waits for one that connects to `listener` before its first
     /// instruction.
     pub fn debug(&mut self, listener: gdb::Listener) {
@@ -346,6 +357,15 @@ impl Machine {
     pub fn read_kvm_statistics(&mut self) -> Result<(), StatsError> {
         self.kvm_stats = Some(KvmReaders::open(&self.parts.vm, &self.vcpus)?);
         Ok(())
+    }
+
+    /// Tells the host's side of each device that the machine is here now, where it was not before: bridges learn where its
+    /// network cards are. The guest need not do anything.
+    pub fn announce(&self) {
+        self.parts
+            .virtio
+            .iter()
+            .for_each(|device| device.announce());
     }
 
     /// Starts a thread for each vCPU, named `vcpu0` and so on, the boot vCPU's as the last.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use super::blank::Blank;
 use super::{BuildError, Machine};
 use crate::end::EndSignal;
-use crate::snapshot::{RestoreRequest, Snapshot};
+use crate::snapshot::{RestoreError, RestoreRequest, Snapshot};
 
 impl Machine {
     /// Makes the machine of a snapshot, to go on where it was, with the serial console's output on `console` and its end
@@ -43,9 +43,16 @@ impl Machine {
             mapped = snapshot.map(slots);
             mapped
         })?;
-        if !mapped {
-            snapshot.load(&allocated.memory())?;
+        snapshot.load(&allocated.memory(), mapped)?;
+        if request.track {
+            allocated.track().map_err(RestoreError::from)?;
         }
-        allocated.finish(state, devices, (snapshot.clock, false), console, end)
+        let machine = allocated.finish(state, devices, (snapshot.clock, false), console, end)?;
+        if request.track {
+            machine.parts.chain.track_always();
+            *machine.parts.chain.lock() = Some(snapshot.tip());
+        }
+        snapshot.keep_disks();
+        Ok(machine)
     }
 }

@@ -19,7 +19,7 @@ use crate::devices::rtc::RtcState;
 use crate::devices::serial::PortState;
 use crate::devices::virtio::any::PlacedDevice;
 use crate::memory::SlotTable;
-use crate::snapshot::SnapshotError;
+use crate::snapshot::{ChainTip, SnapshotError};
 
 /// What a device has of the host cannot change hands.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +47,11 @@ impl Running {
     /// What it is made of.
     pub(crate) fn config(&self) -> &Config {
         &self.parts.config
+    }
+
+    /// On which snapshot the next one may build.
+    pub(crate) fn chain(&self) -> &ChainTip {
+        &self.parts.chain
     }
 
     pub(crate) fn vm(&self) -> &Vm {

@@ -28,12 +28,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dirty_log::{
     DirtyBitmap, DirtyLog, DirtyRings, DirtySource, HostWrites, KvmBitmap, KvmManualBitmap,
-    LogChoice, LogInForce, PageRun, Union,
+    LogChoice, LogInForce, MappedRing, PageRun, RingSize, Union,
 };
+use kvm_core::Vcpu;
 use memslots::{Slot, SlotExtent, SlotFlags};
 use vm_memory::GuestMemoryRegion;
 
 use super::{Host, Running};
+use crate::config::DirtyLogKind;
 use crate::memory::SlotTable;
 
 /// Who wants to know.
@@ -65,8 +67,8 @@ pub enum TrackError {
 /// What a machine's slots and their logs are kept in.
 pub(super) struct Tracker {
     state: Mutex<State>,
-    /// With `--dirty-log ring`.
-    rings: Option<DirtyRings<Host>>,
+    /// With `--dirty-log ring`, and of which size each is.
+    rings: Option<(DirtyRings<Host>, RingSize)>,
 }
 
 struct State {
@@ -89,16 +91,41 @@ struct Log {
 }
 
 impl Tracker {
-    /// Nobody wants to know yet.
-    pub(super) fn new(slots: Vec<Slot>, rings: Option<DirtyRings<Host>>) -> Self {
+    /// Nobody wants to know yet. Chooses the kind of log, and so comes before the first vCPU.
+    ///
+    /// # Errors
+    /// The host has not this kind.
+    pub(super) fn new(
+        slots: Vec<Slot>,
+        vm: &Host,
+        kind: DirtyLogKind,
+    ) -> Result<Self, dirty_log::Error> {
         let (logs, users) = (None, [const { None }; USERS]);
         let state = Mutex::new(State { slots, logs, users });
-        Tracker { state, rings }
+        let rings = match kind.at_creation().apply(vm)? {
+            LogInForce::Ring(size) => Some((DirtyRings::new(vm.clone()), size)),
+            _ => None,
+        };
+        Ok(Tracker { state, rings })
+    }
+
+    /// Takes the vCPUs' lists, where the VM has such: before a vCPU runs.
+    ///
+    /// # Errors
+    /// One cannot be mapped.
+    pub(super) fn add_vcpus(&self, vcpus: &[Vcpu]) -> Result<(), dirty_log::Error> {
+        let Some((rings, size)) = &self.rings else {
+            return Ok(());
+        };
+        vcpus.iter().try_for_each(|vcpu| {
+            let id = vcpu.id().0;
+            rings.add_vcpu(id, MappedRing::map(vcpu.fd(), id, *size)?)
+        })
     }
 
     /// The vCPUs' lists, where the VM has such.
     pub(super) fn rings(&self) -> Option<&DirtyRings<Host>> {
-        self.rings.as_ref()
+        self.rings.as_ref().map(|(rings, _)| rings)
     }
 
     /// Unmaps the lists: nothing is tracked any more.
@@ -106,6 +133,16 @@ impl Tracker {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         state.logs = None;
         self.rings = None;
+    }
+
+    /// Begins to track, before there is a machine.
+    pub(super) fn start(
+        &self,
+        user: TrackUser,
+        vm: &Host,
+        table: &SlotTable,
+    ) -> Result<(), TrackError> {
+        self.lock().start(user, (vm, self.rings()), table)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -303,9 +340,8 @@ impl Running {
     /// # Errors
     /// [`TrackError`]; what was tracked before still is.
     pub fn start_tracking(&self, user: TrackUser) -> Result<(), TrackError> {
-        let mut state = self.parts.tracker.lock();
-        let log = (self.parts.vm.fd(), self.parts.tracker.rings());
-        state.start(user, log, &self.parts.memslots.snapshot())
+        let (vm, table) = (self.parts.vm.fd(), self.parts.memslots.snapshot());
+        self.parts.tracker.start(user, vm, &table)
     }
 
     /// Ends it for `user`; the last one's end has KVM log no more.

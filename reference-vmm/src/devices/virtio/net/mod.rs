@@ -142,6 +142,29 @@ impl NetError {
     }
 }
 
+/// A frame by which switches learn where `mac` is now: a request of RARP (RFC 903), which nobody answers, as QEMU sends it.
+fn rarp(mac: Mac) -> [u8; 60] {
+    let mut frame = [0; 60];
+    let parts: [&[u8]; 8] = [
+        // To all, from this address, of type RARP.
+        &[0xff; 6],
+        &mac.bytes(),
+        &[0x80, 0x35],
+        // Ethernet and IPv4 with addresses of 6 and 4 bytes; who am I?
+        &[0, 1, 8, 0, 6, 4, 0, 3],
+        &mac.bytes(),
+        &[0; 4],
+        &mac.bytes(),
+        &[0; 4],
+    ];
+    let bytes = parts.into_iter().flatten();
+    frame
+        .iter_mut()
+        .zip(bytes)
+        .for_each(|(to, from)| *to = *from);
+    frame
+}
+
 /// A network device.
 #[derive(Debug)]
 pub struct Net<T: Tap = KernelTap> {
@@ -446,6 +469,21 @@ impl<T: Tap> VirtioDevice for Net<T> {
             }
         }
         Ok(())
+    }
+
+    fn announce(&self) {
+        let Some(first) = self.shared.pairs.first() else {
+            return;
+        };
+        let mut frame = vec![0; tap::HEADER];
+        frame.extend(rarp(self.mac));
+        // An interface that is down hears of it as little as of any other frame.
+        if let Err(error) = first.tap.write_bytes(&frame) {
+            log::warn!(
+                "the guest's network address {} could not be announced: {error}",
+                self.mac
+            );
+        }
     }
 
     fn state(&self) -> NetState {

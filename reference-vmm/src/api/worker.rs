@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Actions that take their time, done one after another on a thread of their own, so that the server's is free for all
+//! other requests.
+//!
+//! ```text
+//!   ask ──► at work ───────────────────► done ──► the server's thread (an eventfd wakes it)
+//!      └──► waiting, MAX_WAITING at most ──▲
+//! ```
+//!
+//! In the order in which they came: who pauses a guest and has it resumed by another connection finds it running, as
+//! behind Firecracker's socket, where each request waits for the one before.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::monitor::Monitor;
+use super::router::{Action, Outcome};
+
+/// So many actions wait for the one that is at work. One more is refused: each keeps a connection, and some are to be left
+/// for those that ask for something else.
+pub const MAX_WAITING: usize = 4;
+
+/// An action that was taken, by which its outcome is known. None is given twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ticket(u64);
+
+/// What was asked for, and what came of it.
+pub(super) struct Worker {
+    state: Mutex<State>,
+    /// Something was handed over, or nothing will be any more.
+    handed: Condvar,
+    /// Readable when there are outcomes.
+    done: EventFd,
+}
+
+#[derive(Default)]
+struct State {
+    tickets: u64,
+    at_work: Option<Ticket>,
+    /// What is at work, until the thread has come to it.
+    to_begin: Option<Action>,
+    waiting: VecDeque<(Ticket, Action)>,
+    outcomes: Vec<(Ticket, Outcome)>,
+    closed: bool,
+}
+
+impl Worker {
+    /// # Errors
+    /// The host has no descriptor for an eventfd.
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Worker {
+            state: Mutex::default(),
+            handed: Condvar::new(),
+            done: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // What is in it is whole after each statement.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes an action: at work from now on, or behind those that are. Does not block.
+    ///
+    /// # Errors
+    /// Why not: too many wait.
+    pub(super) fn ask(&self, action: Action) -> Result<Ticket, String> {
+        let mut state = self.lock();
+        let ticket = Ticket(state.tickets);
+        if state.at_work.is_none() {
+            state.begin(ticket, action);
+            self.handed.notify_one();
+        } else if state.waiting.len() < MAX_WAITING {
+            state.waiting.push_back((ticket, action));
+        } else {
+            return Err(format!(
+                "one request is at work, and {MAX_WAITING} others wait for it already: ask again when it is done"
+            ));
+        }
+        state.tickets += 1;
+        Ok(ticket)
+    }
+
+    /// Nobody waits for this one any more. It is not begun if it has not been.
+    pub(super) fn withdraw(&self, ticket: Ticket) {
+        self.lock().waiting.retain(|(of, _)| *of != ticket);
+    }
+
+    /// Readable when there is something to [`take`](Self::take).
+    pub(super) fn done(&self) -> &EventFd {
+        &self.done
+    }
+
+    /// What has been done since this was asked last.
+    pub(super) fn take(&self) -> Vec<(Ticket, Outcome)> {
+        // EAGAIN: there is nothing. In this order, or one that is done between would be told by nothing.
+        let _ = self.done.read();
+        std::mem::take(&mut self.lock().outcomes)
+    }
+
+    /// Has [`work`](Self::work) come back as soon as what it is at is done. What waits is not begun.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.handed.notify_one();
+    }
+
+    /// Does what is asked for, on this thread, until it is closed.
+    pub(super) fn work(&self, monitor: &dyn Monitor) {
+        let mut state = self.lock();
+        loop {
+            if state.closed {
+                return;
+            }
+            let (Some(ticket), Some(action)) = (state.at_work, state.to_begin.take()) else {
+                let waited = self.handed.wait(state);
+                state = waited.unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(state);
+            let outcome = monitor.perform(action);
+            state = self.lock();
+            state.outcomes.push((ticket, outcome));
+            state.at_work = None;
+            if let Some((ticket, action)) = state.waiting.pop_front() {
+                state.begin(ticket, action);
+            }
+            // EAGAIN: it is readable as it is.
+            let _ = self.done.write(1);
+        }
+    }
+}
+
+impl State {
+    fn begin(&mut self, ticket: Ticket, action: Action) {
+        self.at_work = Some(ticket);
+        self.to_begin = Some(action);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Remembers what it did.
+    #[derive(Default)]
+    struct Fake(Mutex<Vec<Action>>);
+
+    impl Monitor for Fake {
+        fn perform(&self, action: Action) -> Outcome {
+            self.0.lock().unwrap().push(action);
+            Outcome::Done
+        }
+    }
+
+    #[test]
+    fn what_is_withdrawn_before_its_turn_is_not_begun_and_what_has_had_its_turn_is() {
+        let worker = Worker::new().unwrap();
+        // Nobody has come to the first yet; it has had its turn all the same.
+        let first = worker.ask(Action::Pause).unwrap();
+        let second = worker.ask(Action::Snapshot(crate::snapshot::SnapshotRequest::new("/s"))).unwrap();
+        let third = worker.ask(Action::Resume).unwrap();
+        worker.withdraw(first);
+        worker.withdraw(second);
+        let fake = Fake::default();
+        std::thread::scope(|scope| {
+            scope.spawn(|| worker.work(&fake));
+            let mut outcomes = Vec::new();
+            while outcomes.len() < 2 {
+                outcomes.extend(worker.take());
+                std::thread::yield_now();
+            }
+            assert_eq!(outcomes, [(first, Outcome::Done), (third, Outcome::Done)]);
+            worker.close();
+        });
+        assert_eq!(*fake.0.lock().unwrap(), [Action::Pause, Action::Resume]);
+    }
+
+    #[test]
+    fn one_too_many_is_refused_and_has_its_turn_when_one_of_them_is_done() {
+        let worker = Worker::new().unwrap();
+        for _ in 0..=MAX_WAITING {
+            worker.ask(Action::Pause).unwrap();
+        }
+        let refused = worker.ask(Action::Resume).unwrap_err();
+        assert!(refused.contains("ask again"), "{refused}");
+        let fake = Fake::default();
+        std::thread::scope(|scope| {
+            scope.spawn(|| worker.work(&fake));
+            let mut done = 0;
+            while done <= MAX_WAITING {
+                done += worker.take().len();
+                std::thread::yield_now();
+            }
+            worker.ask(Action::Resume).unwrap();
+            while worker.take().is_empty() {
+                std::thread::yield_now();
+            }
+            worker.close();
+        });
+        assert_eq!(fake.0.lock().unwrap().len(), MAX_WAITING + 2);
+    }
+}

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `reference-vmm snapshot`: what is done with snapshots where no guest runs.
+
+use std::path::{Path, PathBuf};
+
+use lexopt::prelude::*;
+use serde_json::json;
+
+use super::{Command, UsageError, compression};
+use crate::config::check_path;
+use crate::end::Chain;
+use crate::snapshot::files::HostFiles;
+use crate::snapshot::info::{self, SnapshotInfo};
+use crate::snapshot::merge::{self, MergeRequest};
+
+/// `reference-vmm snapshot --help`.
+pub const SNAPSHOT_HELP: &str = "\
+Look at snapshots, check them, and make one of many. No guest runs for it, and there need be no KVM.
+
+Usage: reference-vmm snapshot info DIR [--json]
+       reference-vmm snapshot verify DIR [--json]
+       reference-vmm snapshot merge DIR... --to OUT [--compress zstd] [--json]
+
+Commands:
+  info    Say what the snapshot in DIR is: its number, what it builds on, memory, devices, disks
+  verify  Read all of it and of those that it builds on, and compare it with its checksums
+  merge   Make a full snapshot OUT of DIR and all that it builds on, with memory and disks as DIR has
+          them; or of a chain whose directories are all named, the full one first. All of them are checked,
+          and left alone. OUT is new, empty, or an older snapshot that is replaced; it is synced, then renamed
+
+Options:
+  --to OUT         The directory that comes out of a merge
+  --compress zstd  Its memory is compressed: a restore reads it and cannot map it
+  --json           One line of JSON, also of a refusal (fault_message), instead of words
+  -h, --help       Show this help
+
+Exit status: 0 done, and what was checked is whole; 1 the host refused; 2 the arguments or the snapshot were
+wrong.
+";
+
+/// What is done with a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotCommand {
+    /// What.
+    pub task: SnapshotTask,
+    /// One line of JSON instead of words.
+    pub json: bool,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SnapshotTask {
+    /// Say what it is.
+    Info(PathBuf),
+    /// Check it.
+    Verify(PathBuf),
+    /// Make one of many.
+    Merge(MergeRequest),
+}
+
+/// Reads the command line behind the word.
+pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
+    let (mut word, mut dirs, mut to, mut json) = (None, Vec::new(), None, false);
+    let mut form = None;
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Short('h') | Long("help") => return Ok(Command::Help(SNAPSHOT_HELP)),
+            Long("json") => json = true,
+            Long("to") => {
+                let path = PathBuf::from(parser.value()?);
+                check_path("--to", &path)?;
+                to = Some(path);
+            }
+            Long("compress") => form = Some(compression(&mut parser)?),
+            Value(value) if word.is_none() => word = Some(value.string()?),
+            Value(dir) => {
+                let dir = PathBuf::from(dir);
+                check_path("snapshot", &dir)?;
+                dirs.push(dir);
+            }
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    let wrong = |text: String| Err(UsageError::Command(text));
+    let is_merge = word.as_deref() == Some("merge");
+    if !is_merge && (to.is_some() || form.is_some()) {
+        return wrong("--to and --compress are options of snapshot merge".into());
+    }
+    let task = match (word.as_deref(), &*dirs, to) {
+        (Some("merge"), [_, ..], Some(to)) => SnapshotTask::Merge(MergeRequest {
+            dirs,
+            to,
+            compression: form.unwrap_or_default(),
+        }),
+        (Some("merge"), _, _) => {
+            return wrong(
+                "snapshot merge: the snapshot's directory and --to OUT are wanted".into(),
+            );
+        }
+        (Some("info"), [dir], _) => SnapshotTask::Info(dir.clone()),
+        (Some("verify"), [dir], _) => SnapshotTask::Verify(dir.clone()),
+        (Some(word @ ("info" | "verify")), _, _) => {
+            return wrong(format!("snapshot {word}: one directory is wanted"));
+        }
+        (Some(word), _, _) => {
+            return wrong(format!(
+                "snapshot {word:?} is not a command; there are info, verify and merge"
+            ));
+        }
+        (None, _, _) => return wrong("snapshot: no command; try snapshot --help".into()),
+    };
+    Ok(Command::Snapshot(SnapshotCommand { task, json }))
+}
+
+/// Does it: `print` gets what is for stdout, `say` the line for stderr. The exit status.
+pub fn run(
+    command: &SnapshotCommand,
+    print: impl FnOnce(&str),
+    say: impl FnOnce(std::fmt::Arguments<'_>),
+) -> u8 {
+    let done = match &command.task {
+        SnapshotTask::Info(dir) => SnapshotInfo::read(dir)
+            .map(|info| (info.json(), info.to_string()))
+            .map_err(|error| (error.exit_status(), Chain(&error).to_string())),
+        SnapshotTask::Verify(dir) => info::verify(dir)
+            .map(|links| verified(dir, links))
+            .map_err(|error| (error.exit_status(), Chain(&error).to_string())),
+        SnapshotTask::Merge(request) => merge::merge(request, &HostFiles)
+            .map(|report| merged(&request.to, &report))
+            .map_err(|error| (error.exit_status(), Chain(&error).to_string())),
+    };
+    match done {
+        Ok((json, words)) => {
+            print(&match command.json {
+                true => format!("{json}\n"),
+                false => words,
+            });
+            0
+        }
+        Err((status, why)) => {
+            if command.json {
+                print(&format!("{}\n", json!({ "fault_message": why })));
+            }
+            say(format_args!("{why}"));
+            status
+        }
+    }
+}
+
+fn shown(path: &Path) -> String {
+    // A terminal obeys control characters.
+    path.to_string_lossy().escape_debug().to_string()
+}
+
+fn verified(dir: &Path, links: usize) -> (serde_json::Value, String) {
+    let words = match links - 1 {
+        0 => format!("{} is whole\n", shown(dir)),
+        before => format!(
+            "{} is whole, and so are the {before} that it builds on\n",
+            shown(dir)
+        ),
+    };
+    let path = dir.to_string_lossy();
+    (
+        json!({ "path": path, "whole": true, "links": links }),
+        words,
+    )
+}
+
+fn merged(to: &Path, report: &merge::MergeReport) -> (serde_json::Value, String) {
+    let merge::MergeReport {
+        id,
+        links,
+        memory,
+        written,
+    } = report;
+    let words = format!(
+        "{}: {id}, of {links}, {written} bytes of memory\n",
+        shown(to)
+    );
+    let json = json!({
+        "path": to.to_string_lossy(), "id": id.to_string(), "links": links, "memory": memory, "written": written,
+    });
+    (json, words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::packed::Compression;
+
+    fn parsed(words: &str) -> Result<SnapshotTask, String> {
+        let words = ["reference-vmm", "snapshot"]
+            .into_iter()
+            .chain(words.split_whitespace());
+        match super::super::parse(words) {
+            Ok(Command::Snapshot(command)) => Ok(command.task),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(Chain(&error).to_string()),
+        }
+    }
+
+    #[test]
+    fn a_command_line_is_a_task() {
+        assert_eq!(parsed("info /a"), Ok(SnapshotTask::Info("/a".into())));
+        assert_eq!(
+            parsed("verify --json a"),
+            Ok(SnapshotTask::Verify("a".into()))
+        );
+        let merge = MergeRequest {
+            dirs: vec!["a".into(), "b".into()],
+            to: "c".into(),
+            compression: Compression::Zstd,
+        };
+        let asked = parsed("merge a --to=c --compress zstd b");
+        assert_eq!(asked, Ok(SnapshotTask::Merge(merge)));
+        for (words, needle) in [
+            ("", "no command"),
+            ("flatten a", "\"flatten\""),
+            ("info", "one directory"),
+            ("info a b", "one directory"),
+            ("verify a --to b", "--to"),
+            ("merge a", "--to OUT"),
+            ("merge --to a", "directory"),
+            ("merge a --to=", "--to"),
+            ("merge a --to b --compress gzip", "zstd"),
+            ("merge a --frob", "--frob"),
+        ] {
+            let error = parsed(words).unwrap_err();
+            assert!(error.contains(needle), "{words}: {error}");
+        }
+        assert!(SNAPSHOT_HELP.lines().all(|line| line.len() <= 120));
+    }
+}

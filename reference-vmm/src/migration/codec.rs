@@ -1,0 +1,626 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Pages of guest memory as frames on a stream, and frames as pages again.
+//!
+//! A frame, little-endian:
+//!
+//! ```text
+//!    0   4  magic: 52 56 50 47  ("RVPG")
+//!    4   1  kind: 1 pages, 2 mark
+//!    5   1  flags: 1 the contents are zstd's, 2 they have a checksum
+//!    6   2  number of runs, n: at most 1024; 1 or more of pages, 0 of a mark
+//!    8   4  bytes of the contents as they are sent        ┐ of a mark: its number, 8 bytes
+//!   12   4  bytes of the contents when they are unpacked  ┘
+//!   16   4  checksum of the contents as they are sent; 0 where they have none
+//!   20   4  checksum of bytes 0 to 23, with this field 0, and of the runs
+//!   24 16n  for each run:
+//!             0   8  guest physical address, a multiple of 4096
+//!             8   8  length in bytes, a multiple of 4096, not 0; with bit 0 set: all of it is zero, and not sent
+//!    …       the contents: the pages of the other runs, one behind the other, at most 1 MiB
+//! ```
+//!
+//! Checksums are CRC-32, as gzip's. A mark says where in the stream something is, a round's end say; what it is, is for
+//! the two sides.
+//!
+//! # What is copied, and why
+//!
+//! The guest writes while its memory is sent. A page is therefore first copied into the frame, and then looked at: whether
+//! it is zero, what its checksum is. That which is sent is what was looked at. The other side takes a whole frame before
+//! it gives any of it away, so nothing of a damaged one comes into guest memory.
+//!
+//! # Bounds
+//!
+//! A frame has [`MOST_CONTENTS`] bytes of pages and [`MOST_RUNS`] runs at most, and both sides keep one frame, made at the
+//! beginning: nothing is allocated by what comes. Whether a run is in guest memory only the [`Sink`] knows, and it is asked
+//! before anything is written. A length of zeros has no bound here but the address space's: it costs the sender as little
+//! as it likes, and the sink should make it cost little too.
+//!
+//! # Checksums
+//!
+//! A header and its runs always have one. Contents have one by choice ([`Encoder::set_checksums`]): TLS knows what was
+//! changed without it, and a Unix socket is memory.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::ops::AddAssign;
+use std::str::FromStr;
+
+use crc32fast::Hasher;
+use zstd::bulk::{Compressor, Decompressor};
+
+use crate::snapshot::format::{u32_at, u64_at};
+use crate::snapshot::pages::is_zero;
+
+/// What pages are counted in, bytes.
+pub const PAGE: usize = 4096;
+/// Bytes of pages in a frame, at most.
+pub const MOST_CONTENTS: usize = 1 << 20;
+/// Runs in a frame, at most.
+pub const MOST_RUNS: usize = 1024;
+
+/// Bytes of pages after which a frame is sent: what lies in a core's own cache.
+const FULL: usize = 256 << 10;
+const MAGIC: [u8; 4] = *b"RVPG";
+const HEADER: usize = 24;
+const RUN: usize = 16;
+/// Where the contents begin in the buffers; header and runs lie right before them.
+const BEFORE: usize = HEADER + RUN * MOST_RUNS;
+const PAGES: u8 = 1;
+const MARK: u8 = 2;
+const ZSTD: u8 = 1;
+const CHECKSUM: u8 = 2;
+const ALL_ZERO: u64 = 1;
+/// Where guest memory ends at most, by the 52 address bits of x86-64.
+const MOST_ADDRESS: u64 = 1 << 52;
+
+/// Whether pages are packed before they are sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compression {
+    /// `none`: they are sent as they are.
+    #[default]
+    None,
+    /// `zstd` or `zstd:LEVEL`. A frame that it does not make smaller is sent as it is.
+    Zstd {
+        /// 1 to 19; the higher the smaller and the slower. Negative ones to -7 are the fastest.
+        level: i32,
+    },
+}
+
+impl Compression {
+    /// Of `zstd` without a number.
+    const LEVEL: i32 = 1;
+    const LEVELS: std::ops::RangeInclusive<i32> = -7..=19;
+}
+
+impl FromStr for Compression {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let level = match text.split_once(':') {
+            None if text == "none" => return Ok(Compression::None),
+            None if text == "zstd" => Some(Self::LEVEL),
+            Some(("zstd", level)) => level.parse().ok(),
+            _ => None,
+        };
+        match level {
+            Some(level) if level != 0 && Self::LEVELS.contains(&level) => {
+                Ok(Compression::Zstd { level })
+            }
+            _ => Err(format!(
+                "\"{text}\" is no compression: none, zstd or zstd:LEVEL, with LEVEL from -7 to 19 and not 0"
+            )),
+        }
+    }
+}
+
+impl fmt::Display for Compression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Compression::None => f.write_str("none"),
+            Compression::Zstd { level } => write!(f, "zstd:{level}"),
+        }
+    }
+}
+
+/// What went through an encoder or a decoder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Pages that were zero.
+    pub zero_pages: u64,
+    /// Pages that had contents.
+    pub data_pages: u64,
+    /// Bytes on the wire, headers and all.
+    pub wire_bytes: u64,
+    /// Frames, marks among them.
+    pub frames: u64,
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, more: Self) {
+        self.zero_pages += more.zero_pages;
+        self.data_pages += more.data_pages;
+        self.wire_bytes += more.wire_bytes;
+        self.frames += more.frames;
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    address: u64,
+    len: u64,
+    zero: bool,
+}
+
+/// Makes frames of pages. One for each connection; after an error both are of no more use.
+pub struct Encoder {
+    /// Room for header and runs, then the contents.
+    buffer: Vec<u8>,
+    /// The same, packed.
+    packed: Vec<u8>,
+    zstd: Option<Compressor<'static>>,
+    checksums: bool,
+    runs: Vec<Run>,
+    /// Bytes of contents in the buffer.
+    filled: usize,
+    counts: Counts,
+}
+
+impl fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Encoder")
+            .field("filled", &self.filled)
+            .field("counts", &self.counts)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Encoder {
+    /// With all the memory that it will need, and with checksums of contents.
+    ///
+    /// # Errors
+    /// zstd's, of a level that it does not know.
+    pub fn new(compression: Compression) -> io::Result<Self> {
+        let zstd = match compression {
+            Compression::None => None,
+            Compression::Zstd { level } => Some(Compressor::new(level)?),
+        };
+        Ok(Encoder {
+            buffer: vec![0; BEFORE + FULL],
+            packed: match zstd {
+                Some(_) => vec![0; BEFORE + FULL],
+                None => Vec::new(),
+            },
+            zstd,
+            checksums: true,
+            runs: Vec::with_capacity(MOST_RUNS),
+            filled: 0,
+            counts: Counts::default(),
+        })
+    }
+
+    /// Whether contents have a checksum from now on.
+    pub fn set_checksums(&mut self, on: bool) {
+        self.checksums = on;
+    }
+
+    /// What was given to `out` so far: without what waits in the buffer.
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Takes the `len` bytes of guest memory at `address`, both multiples of [`PAGE`], and gives each full frame to `out`.
+    /// `memory` copies what is at an address of the guest's into a buffer; it is asked in order, and for up to 256 KiB at a
+    /// time.
+    ///
+    /// # Errors
+    /// `InvalidInput`: these are no whole pages. `memory`'s, and `out`'s.
+    pub fn pages<W: Write + ?Sized>(
+        &mut self,
+        address: u64,
+        len: u64,
+        mut memory: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+        out: &mut W,
+    ) -> io::Result<()> {
+        let page = PAGE as u64;
+        let end = address.checked_add(len).filter(|end| *end <= MOST_ADDRESS);
+        let (Some(end), true) = (
+            end,
+            address.is_multiple_of(page) && len.is_multiple_of(page),
+        ) else {
+            let why = format!("{len} bytes at {address:#x} are no pages of a guest's");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        };
+        let mut at = address;
+        while at < end {
+            // Each page may be a run of its own.
+            let runs = MOST_RUNS - self.runs.len();
+            if self.filled == FULL || runs < FULL / PAGE {
+                self.flush(out)?;
+            }
+            let room = (FULL - self.filled) as u64;
+            let take = room.min(end - at) as usize;
+            let begin = BEFORE + self.filled;
+            let taken = self.buffer.get_mut(begin..begin + take);
+            memory(at, taken.unwrap_or_default())?;
+            self.sort_out(at, take);
+            at += take as u64;
+        }
+        Ok(())
+    }
+
+    /// Makes runs of the `take` bytes behind what is filled, and closes the gaps that zero pages leave.
+    fn sort_out(&mut self, address: u64, take: usize) {
+        let begin = BEFORE + self.filled;
+        for at in (0..take).step_by(PAGE) {
+            let page = begin + at..begin + at + PAGE;
+            let zero = is_zero(self.buffer.get(page.clone()).unwrap_or_default());
+            if !zero {
+                let to = BEFORE + self.filled;
+                if to != page.start {
+                    self.buffer.copy_within(page, to);
+                }
+                self.filled += PAGE;
+            }
+            let (address, len) = (address + at as u64, PAGE as u64);
+            match self.runs.last_mut() {
+                Some(run) if run.zero == zero && run.address + run.len == address => run.len += len,
+                _ => self.runs.push(Run { address, len, zero }),
+            }
+        }
+    }
+
+    /// Gives to `out` what waits in the buffer, if anything does.
+    ///
+    /// # Errors
+    /// `out`'s.
+    pub fn flush<W: Write + ?Sized>(&mut self, out: &mut W) -> io::Result<()> {
+        if self.runs.is_empty() {
+            return Ok(());
+        }
+        let raw = self.buffer.get(BEFORE..BEFORE + self.filled);
+        let raw = raw.unwrap_or_default();
+        let mut flags = 0;
+        let mut sent = self.filled;
+        if let Some(zstd) = &mut self.zstd
+            && let Some(room) = self.packed.get_mut(BEFORE..BEFORE + raw.len())
+            && let Ok(len) = zstd.compress_to_buffer(raw, room)
+            && len < raw.len()
+        {
+            // What is larger than the room, zstd gives up.
+            (flags, sent) = (ZSTD, len);
+        }
+        let frame = match flags & ZSTD {
+            0 => &mut self.buffer,
+            _ => &mut self.packed,
+        };
+        let contents = frame.get(BEFORE..BEFORE + sent).unwrap_or_default();
+        let mut sum = 0;
+        if self.checksums && sent > 0 {
+            flags |= CHECKSUM;
+            sum = crc32fast::hash(contents);
+        }
+        let lengths = (sent as u64) | (self.filled as u64) << 32;
+        let head = header(PAGES, flags, self.runs.len() as u16, lengths, sum);
+        let begin = BEFORE - HEADER - RUN * self.runs.len();
+        let frame = frame.get_mut(begin..BEFORE + sent).unwrap_or_default();
+        let (into, rest) = frame.split_at_mut(HEADER.min(frame.len()));
+        into.copy_from_slice(&head);
+        let mut counts = Counts {
+            wire_bytes: (into.len() + rest.len()) as u64,
+            frames: 1,
+            ..Counts::default()
+        };
+        for (run, into) in self.runs.iter().zip(rest.as_chunks_mut::<RUN>().0) {
+            let (address, len) = into.split_at_mut(8);
+            address.copy_from_slice(&run.address.to_le_bytes());
+            let zero = if run.zero { ALL_ZERO } else { 0 };
+            len.copy_from_slice(&(run.len | zero).to_le_bytes());
+            let pages = run.len / PAGE as u64;
+            match run.zero {
+                true => counts.zero_pages += pages,
+                false => counts.data_pages += pages,
+            }
+        }
+        seal(frame, self.runs.len());
+        out.write_all(frame)?;
+        self.runs.clear();
+        self.filled = 0;
+        self.counts += counts;
+        Ok(())
+    }
+
+    /// Gives to `out` what waits, and a mark behind it.
+    ///
+    /// # Errors
+    /// `out`'s.
+    pub fn mark<W: Write + ?Sized>(&mut self, mark: u64, out: &mut W) -> io::Result<()> {
+        self.flush(out)?;
+        let mut frame = header(MARK, 0, 0, mark, 0);
+        seal(&mut frame, 0);
+        out.write_all(&frame)?;
+        self.counts += Counts {
+            wire_bytes: HEADER as u64,
+            frames: 1,
+            ..Counts::default()
+        };
+        out.flush()
+    }
+}
+
+/// A header without its own checksum.
+fn header(kind: u8, flags: u8, runs: u16, lengths: u64, sum: u32) -> [u8; HEADER] {
+    let mut head = [0; HEADER];
+    head[..4].copy_from_slice(&MAGIC);
+    head[4] = kind;
+    head[5] = flags;
+    head[6..8].copy_from_slice(&runs.to_le_bytes());
+    head[8..16].copy_from_slice(&lengths.to_le_bytes());
+    head[16..20].copy_from_slice(&sum.to_le_bytes());
+    head
+}
+
+/// Writes a frame's own checksum into it.
+fn seal(frame: &mut [u8], runs: usize) {
+    let table = frame.get(HEADER..HEADER + RUN * runs).unwrap_or_default();
+    let sum = head_sum(frame, table);
+    if let Some(field) = frame.get_mut(20..24) {
+        field.copy_from_slice(&sum.to_le_bytes());
+    }
+}
+
+/// The checksum of a header and its runs, with the field that it is in taken for 0.
+fn head_sum(header: &[u8], runs: &[u8]) -> u32 {
+    let mut sum = Hasher::new();
+    sum.update(header.get(..20).unwrap_or_default());
+    sum.update(&[0; 4]);
+    sum.update(runs);
+    sum.finalize()
+}
+
+/// Where pages go that a [`Decoder`] reads.
+pub trait Sink {
+    /// Whole pages with their contents, at a multiple of [`PAGE`].
+    ///
+    /// # Errors
+    /// There is no guest memory, or it cannot be written; the stream ends by it.
+    fn pages(&mut self, address: u64, contents: &[u8]) -> io::Result<()>;
+
+    /// Whole pages that are zero. Memory that is still as it was made is so already.
+    ///
+    /// # Errors
+    /// As [`pages`](Self::pages)'s.
+    fn zeros(&mut self, address: u64, len: u64) -> io::Result<()>;
+}
+
+/// What came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// Pages, which the sink has.
+    Pages,
+    /// A mark, with its number.
+    Mark(u64),
+    /// The other side closed the connection, between two frames.
+    End,
+}
+
+/// The stream ends here.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DecodeError {
+    /// The connection's, with the peer in it.
+    #[error(transparent)]
+    Connection(io::Error),
+    /// It ended within a frame.
+    #[error("the connection was closed within a frame of pages")]
+    Cut,
+    /// This is no frame.
+    #[error("what came is no frame of pages: {0}")]
+    Damaged(String),
+    /// There is no such guest memory, or it cannot be written.
+    #[error("pages cannot be put into guest memory: {0}")]
+    Sink(io::Error),
+}
+
+/// Reads frames. One for each connection; after an error both are of no more use.
+pub struct Decoder {
+    /// Runs, then contents as they came.
+    buffer: Vec<u8>,
+    /// Contents unpacked; made when the first packed ones come.
+    unpacked: Vec<u8>,
+    zstd: Decompressor<'static>,
+    counts: Counts,
+}
+
+impl fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Decoder")
+            .field("counts", &self.counts)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Decoder {
+    /// With the memory for one frame.
+    ///
+    /// # Errors
+    /// zstd has no memory.
+    pub fn new() -> io::Result<Self> {
+        Ok(Decoder {
+            buffer: vec![0; RUN * MOST_RUNS + MOST_CONTENTS],
+            unpacked: Vec::new(),
+            zstd: Decompressor::new()?,
+            counts: Counts::default(),
+        })
+    }
+
+    /// What was read so far.
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Reads one frame from `from`, and gives its pages to `sink`. Waits as `from` waits.
+    ///
+    /// # Errors
+    /// [`DecodeError`]. Of a frame that is damaged the sink has got nothing.
+    pub fn frame<R: Read + ?Sized>(
+        &mut self,
+        from: &mut R,
+        sink: &mut impl Sink,
+    ) -> Result<Frame, DecodeError> {
+        let mut head = [0; HEADER];
+        let got = loop {
+            match from.read(&mut head) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(DecodeError::Connection(error)),
+                Ok(got) => break got,
+            }
+        };
+        if got == 0 {
+            return Ok(Frame::End);
+        }
+        fill(from, head.get_mut(got..).unwrap_or_default())?;
+        let head = Head::parse(&head)?;
+        let behind = RUN * head.runs + head.sent;
+        let bytes = self.buffer.get_mut(..behind).unwrap_or_default();
+        fill(from, bytes)?;
+        let (runs, contents) = bytes.split_at((RUN * head.runs).min(bytes.len()));
+        head.check(runs, contents)?;
+        let mut counts = Counts {
+            wire_bytes: (HEADER + behind) as u64,
+            frames: 1,
+            ..Counts::default()
+        };
+        if head.kind == MARK {
+            self.counts += counts;
+            return Ok(Frame::Mark(head.mark));
+        }
+        let mut contents: &[u8] = contents;
+        if head.flags & ZSTD != 0 {
+            self.unpacked.resize(MOST_CONTENTS, 0);
+            let room = self.unpacked.get_mut(..head.unpacked).unwrap_or_default();
+            let unpacked = self.zstd.decompress_to_buffer(contents, room);
+            if unpacked.as_ref().ok() != Some(&head.unpacked) {
+                let why = match unpacked {
+                    Ok(len) => format!("{len} bytes of contents, of {}", head.unpacked),
+                    Err(error) => format!("its contents are not zstd's: {error}"),
+                };
+                return Err(DecodeError::Damaged(why));
+            }
+            contents = room;
+        }
+        for run in each_run(runs) {
+            let pages = run.len / PAGE as u64;
+            if run.zero {
+                counts.zero_pages += pages;
+                sink.zeros(run.address, run.len)
+            } else {
+                counts.data_pages += pages;
+                // As long as the contents: checked.
+                let (these, rest) = contents.split_at((run.len as usize).min(contents.len()));
+                contents = rest;
+                sink.pages(run.address, these)
+            }
+            .map_err(DecodeError::Sink)?;
+        }
+        self.counts += counts;
+        Ok(Frame::Pages)
+    }
+}
+
+fn fill<R: Read + ?Sized>(from: &mut R, bytes: &mut [u8]) -> Result<(), DecodeError> {
+    from.read_exact(bytes).map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => DecodeError::Cut,
+        _ => DecodeError::Connection(error),
+    })
+}
+
+fn each_run(table: &[u8]) -> impl Iterator<Item = Run> {
+    table.as_chunks::<RUN>().0.iter().map(|entry| {
+        let len = u64_at(entry, 8);
+        Run {
+            address: u64_at(entry, 0),
+            len: len & !ALL_ZERO,
+            zero: len & ALL_ZERO != 0,
+        }
+    })
+}
+
+/// A header whose lengths are within bounds; that it is whole is not known before its runs are there.
+struct Head {
+    bytes: [u8; HEADER],
+    kind: u8,
+    flags: u8,
+    runs: usize,
+    sent: usize,
+    unpacked: usize,
+    mark: u64,
+}
+
+impl Head {
+    fn parse(bytes: &[u8; HEADER]) -> Result<Self, DecodeError> {
+        let wrong = |why: String| Err(DecodeError::Damaged(why));
+        let [a, b, c, d, kind, flags, low, high, ..] = *bytes;
+        if [a, b, c, d] != MAGIC {
+            return wrong(format!("it begins with {:02x?}", [a, b, c, d]));
+        }
+        let mut head = Head {
+            bytes: *bytes,
+            kind,
+            flags,
+            runs: u16::from_le_bytes([low, high]).into(),
+            sent: 0,
+            unpacked: 0,
+            mark: u64_at(bytes, 8),
+        };
+        let runs = head.runs;
+        match kind {
+            MARK if runs == 0 && flags == 0 => return Ok(head),
+            PAGES if (1..=MOST_RUNS).contains(&runs) && flags & !(ZSTD | CHECKSUM) == 0 => {}
+            _ => return wrong(format!("kind {kind} with flags {flags:#x} and {runs} runs")),
+        }
+        head.sent = u32_at(bytes, 8) as usize;
+        head.unpacked = u32_at(bytes, 12) as usize;
+        let (sent, unpacked) = (head.sent, head.unpacked);
+        let as_packed = match flags & ZSTD {
+            0 => sent == unpacked,
+            _ => sent < unpacked,
+        };
+        if unpacked > MOST_CONTENTS || !as_packed {
+            return wrong(format!("{sent} bytes of contents, {unpacked} unpacked"));
+        }
+        Ok(head)
+    }
+
+    /// That all is as it was sent, and the runs are pages as many as the contents.
+    fn check(&self, runs: &[u8], contents: &[u8]) -> Result<(), DecodeError> {
+        let wrong = |why: String| Err(DecodeError::Damaged(why));
+        if head_sum(&self.bytes, runs) != u32_at(&self.bytes, 20) {
+            return wrong("the checksum of its header is another".into());
+        }
+        let sum = match self.flags & CHECKSUM {
+            0 => 0,
+            _ => crc32fast::hash(contents),
+        };
+        if sum != u32_at(&self.bytes, 16) {
+            return wrong("the checksum of its contents is another".into());
+        }
+        let mut data = 0_u64;
+        for Run { address, len, zero } in each_run(runs) {
+            let page = PAGE as u64;
+            let end = address.checked_add(len);
+            let fits = end.is_some_and(|end| end <= MOST_ADDRESS);
+            if !fits || len == 0 || !len.is_multiple_of(page) || !address.is_multiple_of(page) {
+                return wrong(format!("a run of {len} bytes at {address:#x}"));
+            }
+            // At most 1024 times 2^52.
+            data += if zero { 0 } else { len };
+        }
+        if data != self.unpacked as u64 {
+            let has = self.unpacked;
+            return wrong(format!("runs of {data} bytes, and {has} of contents"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,660 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The connections of a migration: Unix sockets and TCP, with TLS or without.
+//!
+//! ```text
+//!   Listener::bind ──► accept ──► Connection ◄── connect
+//!         │ canceller                  │ canceller          Canceller::cancel, from any thread
+//! ```
+//!
+//! # No wait without an end
+//!
+//! A read waits until something comes and a write until there is room, but never longer than the connection's patience
+//! ([`Connection::set_patience`], 30 s at first): then it is an error that says so with the seconds. Who drips a byte now
+//! and then is held to a time by [`Connection::set_deadline`]. [`Canceller::cancel`] ends all of it at once.
+//!
+//! # Who may connect
+//!
+//! A Unix socket is its user's alone (mode 0600). TCP without TLS is for this host alone: memory of guests would be there
+//! for all to read and to write, so [`Listener::bind`] and [`connect`] refuse an address beyond loopback. With TLS both
+//! sides authenticate each other before either has the connection ([`tls`](super::tls)). Who connects and says nothing
+//! holds up others who connect for [`HANDSHAKE`] at most.
+
+use std::fmt;
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use super::address::{Address, resolve};
+use super::tls::{Session, Tls};
+use crate::no_wait::is_ready;
+use crate::unix_socket;
+
+/// How long a peer may be silent, unless the connection is told otherwise.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How long TLS may take to be agreed upon.
+pub const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 64;
+/// What is written at once where there is a deadline, bytes: each piece may wait for as long as is left.
+const PIECE: usize = 64 << 10;
+/// A TCP peer that is gone is noticed after KEEP_IDLE + KEEP_COUNT * KEEP_INTERVAL seconds.
+const KEEP_IDLE: libc::c_int = 10;
+const KEEP_INTERVAL: libc::c_int = 5;
+const KEEP_COUNT: libc::c_int = 4;
+
+/// One cannot listen there.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BindError {
+    /// Other hosts reach it, and there is no TLS.
+    #[error(
+        "{0} is within reach of other hosts, and without TLS all of them could read the guest's memory: give --tls-cert, \
+         --tls-key and --tls-ca, or take tcp:127.0.0.1:PORT or unix:PATH"
+    )]
+    Exposed(Address),
+    /// The path is not free.
+    #[error("{address}: {source}")]
+    Unix {
+        /// Where.
+        address: Address,
+        /// Why not.
+        source: unix_socket::BindError,
+    },
+    /// The system or the resolver refused.
+    #[error("cannot listen at {address}: {source}")]
+    Tcp {
+        /// Where.
+        address: Address,
+        /// The errno.
+        source: io::Error,
+    },
+}
+
+/// Nobody was accepted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AcceptError {
+    /// It was time.
+    #[error("nobody has connected to {0} in time")]
+    Nobody(Address),
+    /// [`Canceller::cancel`].
+    #[error("listening at {0} was cancelled")]
+    Cancelled(Address),
+    /// Who connected is not let in; the listener is as good as before.
+    #[error("{peer} has connected and is not let in: {source}")]
+    Peer {
+        /// Who.
+        peer: String,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The listener's errno.
+    #[error("cannot accept connections at {address}: {source}")]
+    Listener {
+        /// Where.
+        address: Address,
+        /// The errno.
+        source: io::Error,
+    },
+}
+
+/// There is no connection.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// Other hosts are on the way, and there is no TLS.
+    #[error(
+        "{0} is another host, and without TLS those between could read the guest's memory: give --tls-cert, --tls-key and \
+         --tls-ca"
+    )]
+    Exposed(Address),
+    /// Nobody listens there: its host, or the file system, says so at once.
+    #[error("nobody listens at {0}")]
+    Refused(Address),
+    /// The name has no address, the host cannot be reached, it was too late, or TLS was not agreed upon.
+    #[error("cannot connect to {address}: {source}")]
+    Failed {
+        /// Where.
+        address: Address,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// Ends a listener's or a connection's waits, from any thread, for ever. It keeps neither alive.
+#[derive(Clone, Debug)]
+pub struct Canceller(Weak<Shared>);
+
+impl Canceller {
+    /// Who waits there has an error at once, and who comes later too. A connection is closed in both directions.
+    pub fn cancel(&self) {
+        let Some(shared) = self.0.upgrade() else {
+            return;
+        };
+        // Relaxed: who is woken looks at it only to say why, and the system call orders the two.
+        shared.cancelled.store(true, Ordering::Relaxed);
+        // SAFETY: an open descriptor, which `shared` keeps so; no pointers. Of a listener it ends accept(2) and poll(2).
+        unsafe { libc::shutdown(shared.socket.as_raw_fd(), libc::SHUT_RDWR) };
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    socket: Socket,
+    cancelled: AtomicBool,
+}
+
+#[derive(Debug)]
+enum Socket {
+    UnixListener(unix_socket::Listener),
+    TcpListener(TcpListener),
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Socket::UnixListener(socket) => socket.as_raw_fd(),
+            Socket::TcpListener(socket) => socket.as_raw_fd(),
+            Socket::Unix(socket) => socket.as_raw_fd(),
+            Socket::Tcp(socket) => socket.as_raw_fd(),
+        }
+    }
+}
+
+impl Shared {
+    fn new(socket: Socket) -> Arc<Self> {
+        Arc::new(Shared {
+            socket,
+            cancelled: AtomicBool::new(false),
+        })
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+}
+
+/// Waits for connections. Dropped, it is closed, and a Unix socket's file removed.
+#[derive(Debug)]
+pub struct Listener {
+    shared: Arc<Shared>,
+    address: Address,
+    tls: Option<Tls>,
+}
+
+impl Listener {
+    /// Listens at `address`. A Unix socket that nobody listens at any more is replaced. The name of a host is asked for up
+    /// to 10 s.
+    ///
+    /// # Errors
+    /// [`BindError`]; nothing was made.
+    pub fn bind(address: &Address, tls: Option<&Tls>) -> Result<Self, BindError> {
+        let failed = |source| BindError::Tcp {
+            address: address.clone(),
+            source,
+        };
+        let (socket, address) = match address {
+            Address::Unix(path) => {
+                let listener = unix_socket::Listener::bind(path, BACKLOG);
+                let listener = listener.map_err(|source| BindError::Unix {
+                    address: address.clone(),
+                    source,
+                })?;
+                (Socket::UnixListener(listener), address.clone())
+            }
+            Address::Tcp { host, port } => {
+                let soon = Instant::now() + HANDSHAKE;
+                let places = resolve(host, *port, soon).map_err(failed)?;
+                if tls.is_none() && !places.iter().all(|place| place.ip().is_loopback()) {
+                    return Err(BindError::Exposed(address.clone()));
+                }
+                let listener = TcpListener::bind(&places[..]).map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                let port = listener.local_addr().map_err(failed)?.port();
+                let host = host.clone();
+                (Socket::TcpListener(listener), Address::Tcp { host, port })
+            }
+        };
+        Ok(Listener {
+            shared: Shared::new(socket),
+            address,
+            tls: tls.cloned(),
+        })
+    }
+
+    /// Where, with the port that it has.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// To end a wait with.
+    pub fn canceller(&self) -> Canceller {
+        Canceller(Arc::downgrade(&self.shared))
+    }
+
+    /// Waits up to `patience` for somebody to connect; whether there is one to [`accept`](Self::accept), or an error.
+    pub fn is_called(&self, patience: Duration) -> bool {
+        let milliseconds = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
+        // An error is accept's to say.
+        is_ready(self.shared.socket.as_raw_fd(), libc::POLLIN, milliseconds).unwrap_or(true)
+    }
+
+    /// Waits until `deadline` for somebody to connect, and where there is TLS until both sides are authenticated.
+    ///
+    /// # Errors
+    /// [`AcceptError`]; after [`AcceptError::Peer`] it may be called again.
+    pub fn accept(&self, deadline: Instant) -> Result<Connection, AcceptError> {
+        let failed = |source| AcceptError::Listener {
+            address: self.address.clone(),
+            source,
+        };
+        let (socket, peer) = loop {
+            let nobody = match self.accept_now() {
+                Ok(accepted) => break accepted,
+                Err(error) => error,
+            };
+            if self.shared.is_cancelled() {
+                return Err(AcceptError::Cancelled(self.address.clone()));
+            }
+            match nobody.kind() {
+                // Gone again before it was accepted, or a signal.
+                io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => continue,
+                io::ErrorKind::WouldBlock => {}
+                _ => return Err(failed(nobody)),
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(AcceptError::Nobody(self.address.clone()));
+            }
+            // A millisecond more, so that it is not asked again and again at the end.
+            let milliseconds = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
+            match is_ready(self.shared.socket.as_raw_fd(), libc::POLLIN, milliseconds) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                    return Err(failed(error));
+                }
+                _ => {}
+            }
+        };
+        let refused = |source| AcceptError::Peer {
+            peer: peer.clone(),
+            source,
+        };
+        let session = self.tls.as_ref().map(Tls::accepting).transpose();
+        let session = session.map_err(refused)?;
+        let deadline = deadline.min(Instant::now() + HANDSHAKE);
+        Connection::begin(socket, peer.clone(), session, deadline).map_err(refused)
+    }
+
+    fn accept_now(&self) -> io::Result<(Socket, String)> {
+        match &self.shared.socket {
+            Socket::UnixListener(listener) => {
+                let stream = listener.accept()?;
+                stream.set_nonblocking(false)?;
+                Ok((Socket::Unix(stream), self.address.to_string()))
+            }
+            Socket::TcpListener(listener) => {
+                let (stream, peer) = listener.accept()?;
+                stream.set_nonblocking(false)?;
+                Ok((Socket::Tcp(stream), format!("tcp:{peer}")))
+            }
+            // None of these is made a listener of.
+            Socket::Unix(_) | Socket::Tcp(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
+/// Connects to `address` until `deadline`, and where there is TLS until both sides are authenticated: for that it waits
+/// [`HANDSHAKE`] at most.
+///
+/// # Errors
+/// [`ConnectError`].
+pub fn connect(
+    address: &Address,
+    tls: Option<&Tls>,
+    deadline: Instant,
+) -> Result<Connection, ConnectError> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::ConnectionRefused => ConnectError::Refused(address.clone()),
+        io::ErrorKind::NotFound if matches!(address, Address::Unix(_)) => {
+            ConnectError::Refused(address.clone())
+        }
+        _ => ConnectError::Failed {
+            address: address.clone(),
+            source,
+        },
+    };
+    // 0 would be to wait for ever.
+    let left = || {
+        let left = deadline.saturating_duration_since(Instant::now());
+        left.max(Duration::from_millis(1))
+    };
+    let (socket, host) = match address {
+        Address::Unix(path) => {
+            let stream = unix_socket::connect_within(path, left());
+            let stream = stream.map_err(|error| match error.kind() {
+                io::ErrorKind::WouldBlock => {
+                    let why = "it accepts nobody";
+                    failed(io::Error::new(io::ErrorKind::TimedOut, why))
+                }
+                _ => failed(error),
+            })?;
+            (Socket::Unix(stream), None)
+        }
+        Address::Tcp { host, port } => {
+            let places = resolve(host, *port, deadline).map_err(failed)?;
+            if tls.is_none() && !places.iter().all(|place| place.ip().is_loopback()) {
+                return Err(ConnectError::Exposed(address.clone()));
+            }
+            let mut stream: io::Result<TcpStream> = Err(io::ErrorKind::NotFound.into());
+            for place in &places {
+                // One that cannot be reached says more than one that refuses.
+                match (TcpStream::connect_timeout(place, left()), &stream) {
+                    (Ok(connected), _) => {
+                        stream = Ok(connected);
+                        break;
+                    }
+                    (Err(error), Err(earlier))
+                        if error.kind() == io::ErrorKind::ConnectionRefused
+                            && earlier.kind() != io::ErrorKind::NotFound => {}
+                    (Err(error), _) => stream = Err(error),
+                }
+            }
+            (Socket::Tcp(stream.map_err(failed)?), Some(host.as_str()))
+        }
+    };
+    // That TLS is refused is not that nobody listens.
+    let failed = |source| ConnectError::Failed {
+        address: address.clone(),
+        source,
+    };
+    let session = tls.map(|tls| tls.connecting(host)).transpose();
+    let session = session.map_err(failed)?;
+    let deadline = deadline.min(Instant::now() + HANDSHAKE);
+    Connection::begin(socket, address.to_string(), session, deadline).map_err(failed)
+}
+
+/// A stream to the other side. What is written is on its way at once. Dropped, it is closed; [`finish`](Self::finish) says
+/// before that all has been sent.
+pub struct Connection {
+    wire: Wire,
+    session: Option<Session>,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection")
+            .field("peer", &self.wire.peer)
+            .field("tls", &self.session.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Connection {
+    fn begin(
+        socket: Socket,
+        peer: String,
+        session: Option<Session>,
+        deadline: Instant,
+    ) -> io::Result<Self> {
+        if let Socket::Tcp(stream) = &socket {
+            stream.set_nodelay(true)?;
+            keep_alive(stream)?;
+        }
+        let mut connection = Connection {
+            wire: Wire {
+                shared: Shared::new(socket),
+                peer,
+                patience: PATIENCE,
+                deadline: None,
+                armed: [None; 2],
+            },
+            session,
+        };
+        if let Some(session) = &mut connection.session {
+            connection.wire.deadline = Some(deadline);
+            session.handshake(&mut connection.wire)?;
+            connection.wire.deadline = None;
+        }
+        Ok(connection)
+    }
+
+    /// Who is at the other end, for messages.
+    pub fn peer(&self) -> &str {
+        &self.wire.peer
+    }
+
+    /// Whether it is authenticated and encrypted.
+    pub fn is_tls(&self) -> bool {
+        self.session.is_some()
+    }
+
+    /// To end its waits with, from another thread.
+    pub fn canceller(&self) -> Canceller {
+        Canceller(Arc::downgrade(&self.wire.shared))
+    }
+
+    /// How long a read may wait for the first byte and a write for room, from now on; at least a millisecond.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.wire.patience = patience.max(Duration::from_millis(1));
+    }
+
+    /// Until when reads and writes may wait whatever comes, from now on.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.wire.deadline = deadline;
+    }
+
+    /// Says that nothing more will be written; it can still be read. Where there is TLS, the other side tells this end from
+    /// a connection that was cut, which its reads answer with `UnexpectedEof`.
+    ///
+    /// # Errors
+    /// As a write's.
+    pub fn finish(&mut self) -> io::Result<()> {
+        if let Some(session) = &mut self.session {
+            session.goodbye(&mut self.wire)?;
+        }
+        let end = std::net::Shutdown::Write;
+        let ended = match &self.wire.shared.socket {
+            Socket::Unix(socket) => socket.shutdown(end),
+            Socket::Tcp(socket) => socket.shutdown(end),
+            Socket::UnixListener(_) | Socket::TcpListener(_) => Ok(()),
+        };
+        ended.map_err(|error| self.wire.explain(error, Way::Write))
+    }
+}
+
+impl Read for Connection {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match &mut self.session {
+            Some(session) => session
+                .read(&mut self.wire, into)
+                .map_err(|error| of_session(error, &self.wire.peer)),
+            None => self.wire.read(into),
+        }
+    }
+}
+
+impl Write for Connection {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut self.session {
+            Some(session) => session
+                .write(&mut self.wire, bytes)
+                .map_err(|error| of_session(error, &self.wire.peer)),
+            None => self.wire.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// With the peer, which the wire's own errors name already.
+fn of_session(error: io::Error, peer: &str) -> io::Error {
+    let kind = error.kind();
+    match kind {
+        io::ErrorKind::UnexpectedEof => {
+            io::Error::new(kind, format!("the connection with {peer} was cut"))
+        }
+        io::ErrorKind::InvalidData => io::Error::new(kind, format!("{peer}: {error}")),
+        _ => error,
+    }
+}
+
+/// The socket itself, with its times.
+struct Wire {
+    shared: Arc<Shared>,
+    peer: String,
+    patience: Duration,
+    deadline: Option<Instant>,
+    /// The times that the socket was told, of reads and of writes.
+    armed: [Option<Duration>; 2],
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Read,
+    Write,
+}
+
+impl Wire {
+    /// Tells the socket how long it may wait.
+    fn arm(&mut self, way: Way) -> io::Result<()> {
+        let mut wait = self.patience;
+        if let Some(deadline) = self.deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(self.late());
+            }
+            // The kernel counts microseconds, and 0 is for ever.
+            wait = wait.min(left).max(Duration::from_micros(1));
+        }
+        let armed = match way {
+            Way::Read => &mut self.armed[0],
+            Way::Write => &mut self.armed[1],
+        };
+        if *armed == Some(wait) {
+            return Ok(());
+        }
+        let told = match (&self.shared.socket, way) {
+            (Socket::Unix(socket), Way::Read) => socket.set_read_timeout(Some(wait)),
+            (Socket::Unix(socket), Way::Write) => socket.set_write_timeout(Some(wait)),
+            (Socket::Tcp(socket), Way::Read) => socket.set_read_timeout(Some(wait)),
+            (Socket::Tcp(socket), Way::Write) => socket.set_write_timeout(Some(wait)),
+            (Socket::UnixListener(_) | Socket::TcpListener(_), _) => Ok(()),
+        };
+        *armed = told.is_ok().then_some(wait);
+        told
+    }
+
+    fn late(&self) -> io::Error {
+        let why = format!("{} is not done in time", self.peer);
+        io::Error::new(io::ErrorKind::TimedOut, why)
+    }
+
+    /// An error with the peer in it, and with the seconds where it was silent.
+    fn explain(&self, error: io::Error, way: Way) -> io::Error {
+        let peer = &self.peer;
+        if self.shared.is_cancelled() {
+            let why = format!("the connection with {peer} was cancelled");
+            return io::Error::new(io::ErrorKind::ConnectionAborted, why);
+        }
+        let kind = error.kind();
+        if kind == io::ErrorKind::Interrupted {
+            return error;
+        }
+        if kind != io::ErrorKind::WouldBlock {
+            return io::Error::new(kind, format!("{peer}: {error}"));
+        }
+        if self.deadline.is_some_and(|at| at <= Instant::now()) {
+            return self.late();
+        }
+        let seconds = self.patience.as_secs_f64();
+        let why = match way {
+            Way::Read => format!("{peer} has sent nothing for {seconds} s"),
+            Way::Write => format!("{peer} has taken nothing for {seconds} s"),
+        };
+        io::Error::new(io::ErrorKind::TimedOut, why)
+    }
+
+    fn write_by(
+        &mut self,
+        write: impl Fn(&mut dyn Write) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        self.arm(Way::Write)?;
+        let written = match &self.shared.socket {
+            Socket::Unix(socket) => write(&mut &*socket),
+            Socket::Tcp(socket) => write(&mut &*socket),
+            Socket::UnixListener(_) | Socket::TcpListener(_) => Ok(0),
+        };
+        written.map_err(|error| self.explain(error, Way::Write))
+    }
+}
+
+impl Read for Wire {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.arm(Way::Read)?;
+        let read = match &self.shared.socket {
+            Socket::Unix(socket) => (&*socket).read(into),
+            Socket::Tcp(socket) => (&*socket).read(into),
+            Socket::UnixListener(_) | Socket::TcpListener(_) => Ok(0),
+        };
+        match read {
+            // A socket that was shut down reads as one that the peer has closed.
+            Ok(0) if self.shared.is_cancelled() => {
+                Err(self.explain(io::ErrorKind::ConnectionAborted.into(), Way::Read))
+            }
+            read => read.map_err(|error| self.explain(error, Way::Read)),
+        }
+    }
+}
+
+impl Write for Wire {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let most = match self.deadline {
+            Some(_) => PIECE,
+            None => bytes.len(),
+        };
+        let piece = bytes.get(..most).unwrap_or(bytes);
+        self.write_by(|socket| socket.write(piece))
+    }
+
+    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        match (self.deadline, pieces) {
+            (Some(_), [first, ..]) => self.write(first),
+            _ => self.write_by(|socket| socket.write_vectored(pieces)),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Has the kernel notice a peer that is gone: by questions where nothing is on its way, and by what is not acknowledged.
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    let gone = 1000 * (KEEP_IDLE + KEEP_COUNT * KEEP_INTERVAL);
+    for (level, option, value) in [
+        (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, KEEP_IDLE),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, KEEP_INTERVAL),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPCNT, KEEP_COUNT),
+        (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, gone),
+    ] {
+        let len = size_of::<libc::c_int>() as libc::socklen_t;
+        let value: *const libc::c_int = &value;
+        // SAFETY: an open socket, and an initialised int, which is only read.
+        let set = unsafe { libc::setsockopt(stream.as_raw_fd(), level, option, value.cast(), len) };
+        if set < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `reference-vmm snapshot info` and `verify`: what a snapshot is, without KVM.
+
+use std::fmt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Value, json};
+
+use super::chain::Chain;
+use super::disks::{self, DiskCopy};
+use super::files::STATE;
+use super::format::{self, SnapshotId};
+use super::link::{self, Link};
+use super::machine::MachineState;
+use super::parent::Parent;
+use super::restore::RestoreError;
+use crate::config::Config;
+
+/// What a snapshot is.
+#[derive(Clone, Debug)]
+pub struct SnapshotInfo {
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Its number.
+    pub id: SnapshotId,
+    /// What it builds on, if it is an incremental one.
+    pub parent: Option<Parent>,
+    /// When its state was written, as far as the host knows.
+    pub taken: Option<SystemTime>,
+    /// Guest memory, bytes.
+    pub memory: u64,
+    /// Bytes of it that are this snapshot's own, be they zero: all of a full one.
+    pub own: u64,
+    /// Bytes that the file of memory takes on the host.
+    pub written: u64,
+    /// Whether memory is compressed.
+    pub compressed: bool,
+    /// Bytes of memory that are the same as others of it, and not written again.
+    pub duplicates: u64,
+    /// What the machine is made of.
+    pub config: Config,
+    /// The virtio devices' names.
+    pub devices: Vec<String>,
+    /// The disks that are in the directory.
+    pub disks: Vec<DiskCopy>,
+    /// The snapshots that it builds on, the nearest first, by directory and number.
+    pub chain: Vec<(PathBuf, SnapshotId)>,
+    /// Why one of them is not there, if so.
+    pub broken: Option<String>,
+}
+
+impl SnapshotInfo {
+    /// Of the snapshot in `dir`: its state and the header of its memory are checked, memory's contents are not read. A
+    /// chain that is broken is told, and no error.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub fn read(dir: &Path) -> Result<Self, RestoreError> {
+        let (link, bytes) = Link::open(dir)?;
+        let path = dir.join(STATE);
+        let wrong = |source| RestoreError::State {
+            path: path.clone(),
+            source,
+        };
+        let (_, state, config) = MachineState::parse(&bytes).map_err(wrong)?;
+        let disks = format::parse(&bytes).map_err(|error| wrong(error.into()))?;
+        let disks = disks::of(&disks).map_err(wrong)?;
+        let (chain, broken) = match link.parent().map(|_| Chain::open(dir)) {
+            None => (Vec::new(), None),
+            Some(Ok((chain, _))) => {
+                let before = chain.links().iter().rev().skip(1);
+                let before = before.map(|link| (link.dir().to_owned(), link.id()));
+                (before.collect(), None)
+            }
+            Some(Err(error)) => (Vec::new(), Some(crate::end::Chain(&error).to_string())),
+        };
+        let file = link.memory().metadata().ok();
+        let devices = state.devices.virtio.into_iter();
+        Ok(SnapshotInfo {
+            dir: dir.to_owned(),
+            id: link.id(),
+            parent: link.parent().cloned(),
+            taken: std::fs::metadata(&path)
+                .and_then(|file| file.modified())
+                .ok(),
+            memory: link.map().all().bytes(),
+            own: link.own().bytes(),
+            written: file.map_or(0, |file| file.blocks() * 512),
+            compressed: link.is_packed(),
+            duplicates: link.duplicates().bytes(),
+            config,
+            devices: devices.map(|device| device.name).collect(),
+            disks,
+            chain,
+            broken,
+        })
+    }
+
+    /// The same as JSON.
+    pub fn json(&self) -> Value {
+        let path = |path: &Path| path.to_string_lossy().into_owned();
+        let taken = self.taken.map(since_1970).map(|taken| taken.as_secs());
+        let places = self.config.disks.iter().enumerate();
+        let disks = places.map(|(number, disk)| {
+            json!({
+                "path": path(&disk.path),
+                "is_read_only": disk.readonly,
+                "copy": self.copy(number).map(|copy| path(&self.dir.join(copy.name()))),
+            })
+        });
+        let chain = self.chain.iter();
+        json!({
+            "path": path(&self.dir),
+            "id": self.id.to_string(),
+            "snapshot_type": match self.parent {
+                Some(_) => "Diff",
+                None => "Full",
+            },
+            "parent": self.parent.as_ref().map(|parent| json!({
+                "id": parent.id.to_string(), "path": path(&parent.path), "depth": parent.depth,
+            })),
+            "chain": chain.map(|(dir, id)| json!({"path": path(dir), "id": id.to_string()})).collect::<Vec<_>>(),
+            "broken": self.broken,
+            "taken": taken,
+            "memory": self.memory,
+            "own": self.own,
+            "written": self.written,
+            "compressed": self.compressed,
+            "duplicates": self.duplicates,
+            "vcpus": self.config.cpus.count,
+            "devices": self.devices,
+            "disks": disks.collect::<Vec<_>>(),
+        })
+    }
+
+    fn copy(&self, number: usize) -> Option<DiskCopy> {
+        self.disks.iter().find(|copy| copy.disk == number).copied()
+    }
+}
+
+impl fmt::Display for SnapshotInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A terminal obeys control characters.
+        let path = |path: &Path| path.to_string_lossy().escape_debug().to_string();
+        writeln!(f, "id          {}", self.id)?;
+        match &self.parent {
+            None => writeln!(f, "type        full")?,
+            Some(parent) => {
+                let (count, id) = (parent.depth, parent.id);
+                writeln!(
+                    f,
+                    "type        incremental, number {count} behind a full one"
+                )?;
+                writeln!(f, "parent      {id} in {}", path(&parent.path))?;
+            }
+        }
+        for (dir, id) in &self.chain {
+            writeln!(f, "builds on   {id} in {}", path(dir))?;
+        }
+        if let Some(broken) = &self.broken {
+            writeln!(f, "broken      {broken}")?;
+        }
+        if let Some(taken) = self.taken {
+            let seconds = since_1970(taken).as_secs();
+            writeln!(
+                f,
+                "taken       {seconds} seconds after 1970-01-01 00:00 UTC"
+            )?;
+        }
+        writeln!(f, "memory      {} bytes", self.memory)?;
+        if self.parent.is_some() {
+            writeln!(f, "own         {} bytes of it", self.own)?;
+        }
+        let compressed = if self.compressed { ", compressed" } else { "" };
+        writeln!(f, "written     {} bytes{compressed}", self.written)?;
+        if self.duplicates > 0 {
+            writeln!(f, "duplicates  {} bytes left out", self.duplicates)?;
+        }
+        writeln!(f, "vcpus       {}", self.config.cpus.count)?;
+        for device in &self.devices {
+            writeln!(f, "device      {}", device.escape_debug())?;
+        }
+        for (number, disk) in self.config.disks.iter().enumerate() {
+            let is = match (disk.readonly, self.copy(number)) {
+                (true, _) => " (readonly)".into(),
+                (false, None) => String::new(),
+                (false, Some(copy)) => format!(", as it was in {}", copy.name()),
+            };
+            writeln!(f, "disk {number:<6} {}{is}", path(&disk.path))?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads all of the snapshot in `dir` and of those that it builds on, and compares it with its checksums: how many
+/// snapshots that are.
+///
+/// # Errors
+/// [`RestoreError`], with the file's name in it.
+pub fn verify(dir: &Path) -> Result<usize, RestoreError> {
+    let (chain, bytes) = Chain::open(dir)?;
+    let path = dir.join(STATE);
+    let wrong = |source| RestoreError::State {
+        path: path.clone(),
+        source,
+    };
+    let (_, state, config) = MachineState::parse(&bytes).map_err(wrong)?;
+    super::restore::check_layout(&path, &state, &config)?;
+    chain.verify()?;
+    let container = format::parse(&bytes).map_err(|error| wrong(error.into()))?;
+    for copy in disks::of(&container).map_err(wrong)? {
+        let path = dir.join(copy.name());
+        let (_, has) = link::open(&path)?;
+        if has != copy.len {
+            return Err(RestoreError::DiskLength {
+                path,
+                has,
+                says: copy.len,
+            });
+        }
+    }
+    Ok(chain.links().len())
+}
+
+fn since_1970(time: SystemTime) -> Duration {
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+}

@@ -1,0 +1,407 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One snapshot's files, opened and checked: a link of a [chain](super::chain), which may have but one.
+//!
+//! What is in the guest at an address is read through it ([`Link::read`]), whatever form the file has.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::files::{MEMORY, STATE};
+use super::format::{self, Kind, SnapshotId};
+use super::machine::StateError;
+use super::packed::{Duplicates, Packed, Stored};
+use super::pages::{self, PageMap, Piece, Region};
+use super::parent::Parent;
+use super::ranges::Ranges;
+use super::restore::RestoreError;
+
+/// Bytes of pieces that have been taken out of a compressed file and are kept, in case that they are asked for again.
+const KEPT: u64 = 64 << 20;
+
+/// A snapshot whose files are open. What is opened stays what it is, though the name be another snapshot's then.
+#[derive(Debug)]
+pub struct Link {
+    dir: PathBuf,
+    id: SnapshotId,
+    parent: Option<Parent>,
+    own: Ranges,
+    map: PageMap,
+    packed: Option<(Packed, Vec<u64>)>,
+    duplicates: Duplicates,
+    memory: Arc<File>,
+    kept: Mutex<VecDeque<(usize, Arc<Vec<u8>>)>>,
+}
+
+impl Link {
+    /// Opens the snapshot in `dir` and checks all of it but the contents of guest memory. The bytes of its file `state`
+    /// come with it.
+    ///
+    /// # Errors
+    /// [`RestoreError`], with the file's name in it.
+    pub fn open(dir: &Path) -> Result<(Self, Vec<u8>), RestoreError> {
+        let path = dir.join(STATE);
+        let bytes = read_state(&path)?;
+        let wrong = |source| RestoreError::State {
+            path: path.clone(),
+            source,
+        };
+        let sections = Sections::parse(&bytes).map_err(wrong)?;
+        let Sections {
+            id,
+            parent,
+            own,
+            map,
+            packed,
+            duplicates,
+        } = sections;
+
+        let path = dir.join(MEMORY);
+        let (memory, has) = open(&path)?;
+        let says = match &packed {
+            Some(packed) => packed.file_len(),
+            None => map.file_len(),
+        };
+        if has != says {
+            return Err(RestoreError::MemoryLength { path, has, says });
+        }
+        let mut head = [0; 32];
+        let read = memory.read_exact_at(&mut head, 0);
+        read.map_err(|source| RestoreError::Read {
+            path: path.clone(),
+            source,
+        })?;
+        pages::check_header(&head, id).map_err(|source| RestoreError::Header { path, source })?;
+        let packed = packed.map(|packed| {
+            let offsets = packed.offsets().collect();
+            (packed, offsets)
+        });
+        let link = Link {
+            dir: dir.to_owned(),
+            id,
+            parent,
+            own,
+            map,
+            packed,
+            duplicates,
+            memory: Arc::new(memory),
+            kept: Mutex::default(),
+        };
+        Ok((link, bytes))
+    }
+
+    /// Its number.
+    pub fn id(&self) -> SnapshotId {
+        self.id
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What it builds on; none of a full snapshot.
+    pub fn parent(&self) -> Option<&Parent> {
+        self.parent.as_ref()
+    }
+
+    /// How many snapshots there are before it.
+    pub fn depth(&self) -> u32 {
+        self.parent.as_ref().map_or(0, |parent| parent.depth)
+    }
+
+    /// The pages that it has: all of a full one.
+    pub fn own(&self) -> &Ranges {
+        &self.own
+    }
+
+    /// Its regions and pieces.
+    pub fn map(&self) -> &PageMap {
+        &self.map
+    }
+
+    /// Its pages that are there once for many.
+    pub fn duplicates(&self) -> &Duplicates {
+        &self.duplicates
+    }
+
+    /// Whether its memory is compressed, and so cannot be mapped.
+    pub fn is_packed(&self) -> bool {
+        self.packed.is_some()
+    }
+
+    /// The file of its memory.
+    pub fn memory(&self) -> &Arc<File> {
+        &self.memory
+    }
+
+    /// Reads what it has at `range`, guest physical addresses that are [its own](Self::own), into `out`, which is as long.
+    ///
+    /// # Errors
+    /// [`RestoreError::Read`], [`RestoreError::MemoryDamaged`].
+    pub fn read(&self, range: Range<u64>, out: &mut [u8]) -> Result<(), RestoreError> {
+        self.read_stored(range.start, out)?;
+        for same in self.duplicates.within(range.clone()) {
+            let (start, end) = (same.range.start - range.start, same.range.end - range.start);
+            if let Some(part) = out.get_mut(start as usize..end as usize) {
+                self.read_stored(same.of, part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is stored for the pages from `at` on.
+    fn read_stored(&self, at: u64, out: &mut [u8]) -> Result<(), RestoreError> {
+        let (mut at, mut rest) = (at, out);
+        while !rest.is_empty() {
+            let found = self.map.locate(at);
+            let Some((number, place)) = found else {
+                return Err(self.unreadable(io::ErrorKind::UnexpectedEof.into()));
+            };
+            let skip = at - place.guest;
+            let len = (place.len - skip).min(rest.len() as u64);
+            let (now, later) = rest.split_at_mut(len as usize);
+            match &self.packed {
+                None => {
+                    let read = self.memory.read_exact_at(now, place.offset + skip);
+                    read.map_err(|source| self.unreadable(source))?;
+                }
+                Some(_) => {
+                    let piece = self.piece(number, place)?;
+                    let from = piece.get(skip as usize..(skip + len) as usize);
+                    now.copy_from_slice(from.unwrap_or_default());
+                }
+            }
+            (at, rest) = (at + len, later);
+        }
+        Ok(())
+    }
+
+    /// A piece of a compressed file.
+    fn piece(&self, number: usize, place: Region) -> Result<Arc<Vec<u8>>, RestoreError> {
+        // What is in it is whole after each statement.
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = kept.iter().position(|(of, _)| *of == number)
+            && let Some(found) = kept.remove(at)
+        {
+            let piece = found.1.clone();
+            kept.push_back(found);
+            return Ok(piece);
+        }
+        let mut piece = vec![0; place.len as usize];
+        self.unpack(number, place, &mut piece)?;
+        let piece = Arc::new(piece);
+        if kept.len() as u64 >= KEPT / u64::from(self.map.piece) {
+            kept.pop_front();
+        }
+        kept.push_back((number, piece.clone()));
+        Ok(piece)
+    }
+
+    /// Takes a piece out of a compressed file, into zeros.
+    fn unpack(&self, number: usize, place: Region, piece: &mut [u8]) -> Result<(), RestoreError> {
+        let stored = self.packed.as_ref().and_then(|(packed, offsets)| {
+            Some((*packed.pieces.get(number)?, *offsets.get(number)?))
+        });
+        let Some((stored, offset)) = stored else {
+            return Err(self.damaged(place, "it is not in the table".into()));
+        };
+        let read = |bytes: &mut [u8]| {
+            let read = self.memory.read_exact_at(bytes, offset);
+            read.map_err(|source| self.unreadable(source))
+        };
+        match stored {
+            Stored::Zero => Ok(()),
+            Stored::Plain(_) => read(piece),
+            Stored::Zstd(len) => {
+                let mut frame = vec![0; len as usize];
+                read(&mut frame)?;
+                match zstd::bulk::decompress_to_buffer(&frame, piece) {
+                    Ok(len) if len as u64 == place.len => Ok(()),
+                    Ok(len) => Err(self.damaged(place, format!("only {len} bytes come out"))),
+                    Err(error) => Err(self.damaged(place, error.to_string())),
+                }
+            }
+        }
+    }
+
+    /// Compares memory with its checksums, which reads all of it that is not zero.
+    ///
+    /// # Errors
+    /// [`RestoreError::Read`], [`RestoreError::MemoryDamaged`].
+    pub fn verify(&self) -> Result<(), RestoreError> {
+        let mut buffer = Vec::new();
+        for (number, place) in self.map.places() {
+            let piece = self.map.pieces.get(number).copied().unwrap_or_default();
+            buffer.clear();
+            buffer.resize(place.len as usize, 0);
+            match &self.packed {
+                Some(_) => self.unpack(number, place, &mut buffer)?,
+                None if piece.checksum.is_none()
+                    && is_hole(&self.memory, place.offset, place.len) => {}
+                None => {
+                    let read = self.memory.read_exact_at(&mut buffer, place.offset);
+                    read.map_err(|source| self.unreadable(source))?;
+                }
+            }
+            if let Some(what) = differs(piece, &buffer) {
+                return Err(self.damaged(place, what));
+            }
+        }
+        Ok(())
+    }
+
+    fn unreadable(&self, source: io::Error) -> RestoreError {
+        let path = self.dir.join(MEMORY);
+        RestoreError::Read { path, source }
+    }
+
+    fn damaged(&self, place: Region, what: String) -> RestoreError {
+        let number = self.map.locate(place.guest).map(|(number, _)| number);
+        let packed = self.packed.as_ref().zip(number);
+        let packed = packed.and_then(|((packed, offsets), number)| {
+            let from = offsets.get(number)?;
+            Some((*from, from + packed.pieces.get(number)?.len()))
+        });
+        let (from, to) = packed.unwrap_or((place.offset, place.offset + place.len));
+        let path = self.dir.join(MEMORY);
+        RestoreError::MemoryDamaged {
+            path,
+            from,
+            to,
+            what,
+        }
+    }
+}
+
+/// The sections of a file `state` that say where memory is.
+struct Sections {
+    id: SnapshotId,
+    parent: Option<Parent>,
+    own: Ranges,
+    map: PageMap,
+    packed: Option<Packed>,
+    duplicates: Duplicates,
+}
+
+impl Sections {
+    fn parse(bytes: &[u8]) -> Result<Self, StateError> {
+        let container = format::parse(bytes)?;
+        let map = PageMap::parse(container.section(Kind::Memory)?)?;
+        let of = |kind| container.section(kind).ok();
+        let parent = of(Kind::Parent).map(Parent::parse).transpose()?;
+        let sources = of(Kind::PageSources).map(Ranges::parse).transpose()?;
+        let all = map.all();
+        let own = match (&parent, sources) {
+            (None, None) => all,
+            (Some(_), Some(own)) => {
+                if let Some(run) = own.subtract(&all).iter().next() {
+                    let text = format!("it has pages at {:#x}, where no memory is", run.start);
+                    return Err(StateError::Mismatch(text));
+                }
+                own
+            }
+            (parent, _) => {
+                let missing = match parent {
+                    Some(_) => Kind::PageSources,
+                    None => Kind::Parent,
+                };
+                return Err(format::FormatError::Missing(missing).into());
+            }
+        };
+        let packed = of(Kind::Packed);
+        let packed = packed.map(|bytes| Packed::parse(bytes, &map)).transpose()?;
+        let duplicates = match (of(Kind::Duplicates), &packed) {
+            (None, _) => Duplicates::default(),
+            (Some(bytes), Some(_)) => Duplicates::parse(bytes, &own)?,
+            (Some(_), None) => return Err(format::FormatError::Missing(Kind::Packed).into()),
+        };
+        Ok(Sections {
+            id: container.id,
+            parent,
+            own,
+            map,
+            packed,
+            duplicates,
+        })
+    }
+}
+
+/// The number of the snapshot in `dir`, by its state's header and table alone.
+///
+/// # Errors
+/// [`RestoreError`], with the file's name in it.
+pub fn id_of(dir: &Path) -> Result<SnapshotId, RestoreError> {
+    let path = dir.join(STATE);
+    let bytes = read_state(&path)?;
+    let parsed = format::parse(&bytes).map(|container| container.id);
+    parsed.map_err(|source| RestoreError::State {
+        path,
+        source: source.into(),
+    })
+}
+
+/// A file `state`, whole.
+fn read_state(path: &Path) -> Result<Vec<u8>, RestoreError> {
+    let (file, len) = open(path)?;
+    if len > format::MOST_BYTES {
+        return Err(RestoreError::State {
+            path: path.to_owned(),
+            source: format::FormatError::Long(len).into(),
+        });
+    }
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
+    let read = file.read_exact_at(&mut bytes, 0);
+    read.map_err(|source| RestoreError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(bytes)
+}
+
+/// A file of a snapshot, and its length.
+pub(super) fn open(path: &Path) -> Result<(File, u64), RestoreError> {
+    let read = |source| RestoreError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    // Asked before the file is opened, because opening a pipe waits for its other end.
+    let is = std::fs::metadata(path).map_err(read)?;
+    if !is.is_file() {
+        let path = path.to_owned();
+        return Err(RestoreError::NotAFile { path });
+    }
+    let file = File::open(path).map_err(read)?;
+    let len = file.metadata().map_err(read)?.len();
+    Ok((file, len))
+}
+
+/// What of `bytes` is not as it was written.
+fn differs(piece: Piece, bytes: &[u8]) -> Option<String> {
+    match piece.checksum {
+        None if pages::is_zero(bytes) => None,
+        None => Some("it was zero, and is not".into()),
+        Some(written) => {
+            let found = format::checksum(bytes);
+            (found != written)
+                .then(|| format!("the checksum is {found:#010x}, and {written:#010x} was written"))
+        }
+    }
+}
+
+/// Whether the file has nothing there. A file system that cannot say so has everything everywhere.
+fn is_hole(file: &File, at: u64, len: u64) -> bool {
+    use std::os::fd::AsRawFd;
+    // SAFETY: an open descriptor; the position that it moves is nobody's, for all reads say theirs.
+    let data = unsafe { libc::lseek(file.as_raw_fd(), at as libc::off_t, libc::SEEK_DATA) };
+    match u64::try_from(data) {
+        Ok(data) => data >= at + len,
+        // Nothing from there to the end.
+        Err(_) => io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO),
+    }
+}

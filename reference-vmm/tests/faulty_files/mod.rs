@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A host that refuses one call on a snapshot's files.
+
+#![allow(dead_code)]
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use reference_vmm::snapshot::files::{HostFiles, SnapshotFiles};
+
+/// The host's files, of which one call is refused, or writes half of what it is given.
+pub struct Faulty {
+    pub calls: Cell<usize>,
+    /// Which call, from 0 on.
+    at: usize,
+    /// None: a short write.
+    errno: Option<i32>,
+}
+
+impl Faulty {
+    /// Refuses the call number `at`, from 0 on; none: it writes half.
+    pub fn new(at: usize, errno: Option<i32>) -> Self {
+        let calls = Cell::new(0);
+        Faulty { calls, at, errno }
+    }
+
+    fn is_due(&self) -> bool {
+        let call = self.calls.get();
+        self.calls.set(call + 1);
+        call == self.at
+    }
+
+    fn check(&self) -> io::Result<()> {
+        match (self.is_due(), self.errno) {
+            (true, Some(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl SnapshotFiles for Faulty {
+    fn create_dir(&self, path: &Path) -> io::Result<File> {
+        self.check()?;
+        HostFiles.create_dir(path)
+    }
+    fn create(&self, path: &Path) -> io::Result<File> {
+        self.check()?;
+        HostFiles.create(path)
+    }
+    fn set_len(&self, file: &File, len: u64) -> io::Result<()> {
+        self.check()?;
+        HostFiles.set_len(file, len)
+    }
+    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        match (self.is_due(), self.errno) {
+            (true, Some(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            (true, None) => HostFiles.write_at(file, &bytes[..bytes.len() / 2], offset),
+            _ => HostFiles.write_at(file, bytes, offset),
+        }
+    }
+    fn sync(&self, file: &File) -> io::Result<()> {
+        self.check()?;
+        HostFiles.sync(file)
+    }
+    fn open_dir(&self, path: &Path) -> io::Result<File> {
+        self.check()?;
+        HostFiles.open_dir(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.check()?;
+        HostFiles.rename(from, to)
+    }
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        self.check()?;
+        HostFiles.exchange(one, other)
+    }
+    fn reflink(&self, from: &File, to: &File) -> io::Result<()> {
+        self.check()?;
+        HostFiles.reflink(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        // What is refused here cannot but be left, which is told.
+        HostFiles.remove(path)
+    }
+}

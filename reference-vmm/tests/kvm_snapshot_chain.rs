@@ -1,0 +1,408 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Chains of snapshots over the real KVM: each holds what was written since the one before, and a guest that knows what it
+//! has goes on from any of them.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod faulty_files;
+mod support;
+
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use faulty_files::Faulty;
+use guests::image;
+use guests::keeper::{QUIT, keeper64};
+use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::end::{EndSignal, GuestEnd};
+use reference_vmm::main_loop::GuestSide;
+use reference_vmm::memory::Memory;
+use reference_vmm::snapshot::chain::Chain;
+use reference_vmm::snapshot::files::HostFiles;
+use reference_vmm::snapshot::info::{self, SnapshotInfo};
+use reference_vmm::snapshot::merge::{MergeRequest, merge};
+use reference_vmm::snapshot::packed::Compression;
+use reference_vmm::snapshot::{RestoreRequest, SnapshotError, SnapshotKind, SnapshotRequest};
+use reference_vmm::vm::tracking::TrackUser;
+use reference_vmm::vm::{Machine, Running};
+use support::{Vmm, WATCHDOG, file, long, need_kvm};
+use vm_memory::{Bytes, GuestAddress};
+
+/// A guest that runs, and what it says.
+struct Guest {
+    running: Running,
+    end: Arc<EndSignal>,
+    console: std::io::PipeReader,
+    said: Vec<u8>,
+}
+
+impl Guest {
+    fn boot(config: &Config) -> Self {
+        Self::start(|console, end| Machine::build(config, console, end).unwrap())
+    }
+
+    fn restore(request: &RestoreRequest) -> Self {
+        Self::start(|console, end| Machine::restore(request, console, end).unwrap())
+    }
+
+    fn start(make: impl FnOnce(&std::io::PipeWriter, &Arc<EndSignal>) -> Machine) -> Self {
+        let end = Arc::new(EndSignal::new().unwrap());
+        let (console, writer) = std::io::pipe().unwrap();
+        let running = make(&writer, &end).start().unwrap();
+        Guest {
+            running,
+            end,
+            console,
+            said: Vec::new(),
+        }
+    }
+
+    /// Until it has said so many bytes more.
+    fn hear(&mut self, bytes: usize) {
+        let wanted = self.said.len() + bytes;
+        while self.said.len() < wanted {
+            let mut fd = libc::pollfd {
+                fd: self.console.as_raw_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            // SAFETY: one pollfd.
+            let ready = unsafe { libc::poll(&raw mut fd, 1, WATCHDOG.as_millis() as i32) };
+            assert!(ready > 0, "nothing comes: {:?}", self.end.get());
+            let mut chunk = [0; 64];
+            let got = self.console.read(&mut chunk).unwrap();
+            self.said.extend(&chunk[..got]);
+        }
+    }
+
+    fn snapshot(&self, request: &SnapshotRequest) {
+        self.running.snapshot(request).unwrap();
+    }
+
+    /// Has it quit: whether it lost nothing.
+    fn quit(self) {
+        assert_eq!(self.running.input(&[QUIT]), 1);
+        let mut fd = libc::pollfd {
+            fd: self.end.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one pollfd.
+        let ready = unsafe { libc::poll(&raw mut fd, 1, WATCHDOG.as_millis() as i32) };
+        assert!(ready > 0);
+        let said = String::from_utf8_lossy(&self.said);
+        assert_eq!(self.end.get(), Some(&GuestEnd::DebugExit(0)), "{said}");
+    }
+}
+
+fn keeper(cpus: u32, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
+    let kernel = file(&image::elf64(keeper64()));
+    let config = Config {
+        cmdline: format!("{cpus} "),
+        memory: Memory::new(16 << 20),
+        cpus: cpus.into(),
+        irqchip,
+        debug_exit: Some(0xf4),
+        ..Config::new(&*kernel)
+    };
+    (kernel, config)
+}
+
+fn full(dir: &Path) -> SnapshotRequest {
+    SnapshotRequest {
+        track: Some(true),
+        ..SnapshotRequest::new(dir)
+    }
+}
+
+fn diff(dir: &Path, base: &Path) -> SnapshotRequest {
+    let base = Some(base.to_owned());
+    SnapshotRequest {
+        kind: SnapshotKind::Diff { base },
+        ..SnapshotRequest::new(dir)
+    }
+}
+
+/// Fails unless the chain that ends in `dir` is what the paused guest has, byte by byte.
+fn is_what_the_guest_has(dir: &Path, running: &Running) {
+    let (chain, _) = Chain::open(dir).unwrap();
+    chain.verify().unwrap();
+    let table = running.memory();
+    for region in table.regions() {
+        let range = region.extent().guest_range();
+        let len = (range.end - range.start) as usize;
+        let (mut has, mut saved) = (vec![0; len], vec![0xee; len]);
+        table
+            .read_slice(&mut has, GuestAddress(range.start))
+            .unwrap();
+        chain.read(range.clone(), &mut saved).unwrap();
+        for (page, (has, saved)) in has.chunks(4096).zip(saved.chunks(4096)).enumerate() {
+            let address = range.start + page as u64 * 4096;
+            assert!(has == saved, "{address:#x} in {}", dir.display());
+        }
+    }
+}
+
+#[test]
+fn a_guest_goes_on_from_any_link_of_a_chain_and_has_lost_nothing() {
+    need_kvm();
+    for (cpus, irqchip) in [(1, Irqchip::Split), (4, Irqchip::Kernel)] {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = |number: usize| folder.path().join(format!("s{number}"));
+        let (_kernel, config) = keeper(cpus, irqchip);
+        let mut guest = Guest::boot(&config);
+        let links = if long() { 20 } else { 5 };
+        for number in 0..links {
+            guest.hear(1);
+            guest.running.pause().unwrap();
+            let mut request = match number {
+                0 => full(&dir(0)),
+                _ => diff(&dir(number), &dir(number - 1)),
+            };
+            if number % 3 == 2 {
+                request.compression = Compression::Zstd;
+            }
+            guest.snapshot(&request);
+            is_what_the_guest_has(&dir(number), &guest.running);
+            guest.running.resume().unwrap();
+        }
+        guest.hear(1);
+        guest.quit();
+        let last = SnapshotInfo::read(&dir(links - 1)).unwrap();
+        assert_eq!(last.chain.len(), links - 1, "{last}");
+        assert!(last.own < last.memory / 2, "{last}");
+        assert_eq!(info::verify(&dir(links - 1)).unwrap(), links);
+        for number in [0, 1, 2, links - 1] {
+            let mut guest = Guest::restore(&RestoreRequest::new(dir(number)));
+            guest.hear(2);
+            guest.quit();
+        }
+        // As one, which needs none of them.
+        let out = folder.path().join("out");
+        let request = MergeRequest {
+            dirs: vec![dir(links - 1)],
+            to: out.clone(),
+            compression: Compression::None,
+        };
+        merge(&request, &HostFiles).unwrap();
+        (0..links).for_each(|number| std::fs::remove_dir_all(dir(number)).unwrap());
+        let mut guest = Guest::restore(&RestoreRequest::new(&out));
+        guest.hear(2);
+        guest.quit();
+    }
+}
+
+#[test]
+fn a_chain_goes_on_behind_a_restore() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = |number: usize| folder.path().join(format!("s{number}"));
+    for memory in ["16M", "16M,shared"] {
+        let (_kernel, mut config) = keeper(1, Irqchip::Split);
+        config.memory = memory.parse().unwrap();
+        let mut guest = Guest::boot(&config);
+        guest.hear(1);
+        guest.snapshot(&full(&dir(0)));
+        drop(guest);
+        for number in 1..5 {
+            let request = RestoreRequest {
+                track: true,
+                ..RestoreRequest::new(dir(number - 1))
+            };
+            let mut guest = Guest::restore(&request);
+            guest.hear(1);
+            guest.running.pause().unwrap();
+            // What it was restored from is the last one.
+            guest.snapshot(&SnapshotRequest {
+                kind: SnapshotKind::Diff { base: None },
+                ..SnapshotRequest::new(dir(number))
+            });
+            is_what_the_guest_has(&dir(number), &guest.running);
+        }
+        let info = SnapshotInfo::read(&dir(4)).unwrap();
+        assert_eq!(info.parent.as_ref().map(|of| of.depth), Some(4));
+        let mut guest = Guest::restore(&RestoreRequest::new(dir(4)));
+        guest.hear(1);
+        guest.quit();
+    }
+}
+
+#[test]
+fn what_an_incremental_snapshot_cannot_build_on_is_refused_with_the_numbers() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = |name: &str| folder.path().join(name);
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    let refused = |guest: &Guest, request: &SnapshotRequest, needles: &[&str]| {
+        let before = std::fs::read_dir(folder.path()).unwrap().count();
+        let error = guest.running.snapshot(request).unwrap_err();
+        let text = reference_vmm::end::Chain(&error).to_string();
+        for needle in needles {
+            assert!(text.contains(needle), "{text}: {needle}");
+        }
+        let after = std::fs::read_dir(folder.path()).unwrap().count();
+        assert_eq!(before, after);
+        error
+    };
+    // Nobody tracks.
+    guest.snapshot(&SnapshotRequest::new(dir("a")));
+    refused(&guest, &diff(&dir("x"), &dir("a")), &["--track"]);
+    guest.snapshot(&full(&dir("a")));
+    guest.snapshot(&diff(&dir("b"), &dir("a")));
+    // An older one.
+    let id = |name: &str| SnapshotInfo::read(&dir(name)).unwrap().id.to_string();
+    let b = dir("b");
+    let needles = [&*id("a"), &*id("b"), b.to_str().unwrap()];
+    let error = refused(&guest, &diff(&dir("x"), &dir("a")), &needles);
+    assert!(matches!(error, SnapshotError::Base { .. }));
+    // None at all, and onto the chain itself.
+    refused(&guest, &diff(&dir("x"), &dir("nothing")), &["nothing"]);
+    for name in ["a", "b"] {
+        let error = refused(&guest, &diff(&dir(name), &dir("b")), &[name]);
+        assert!(matches!(error, SnapshotError::OntoItself(_)));
+    }
+    // One that lost what it builds on.
+    std::fs::rename(dir("a"), folder.path().join("elsewhere")).unwrap();
+    refused(&guest, &diff(&dir("x"), &dir("b")), &["builds on"]);
+    std::fs::rename(folder.path().join("elsewhere"), dir("a")).unwrap();
+    // A full one between is the last one then; and it is no more.
+    guest.snapshot(&SnapshotRequest::new(dir("c")));
+    refused(&guest, &diff(&dir("x"), &dir("b")), &[&id("c")]);
+    guest.snapshot(&SnapshotRequest {
+        track: Some(false),
+        ..diff(&dir("d"), &dir("c"))
+    });
+    assert!(!guest.running.is_tracked(TrackUser::Snapshot));
+    refused(&guest, &diff(&dir("x"), &dir("d")), &["--track"]);
+    guest.quit();
+}
+
+#[test]
+fn a_file_call_that_is_refused_loses_no_page_and_no_older_link() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = |name: &str| folder.path().join(name);
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    // One that fails begins nothing.
+    for at in [0, 3, 6] {
+        let error = guest
+            .running
+            .snapshot_with(&full(&dir("a")), &Faulty::new(at, Some(libc::ENOSPC)));
+        error.unwrap_err();
+        assert!(!guest.running.is_tracked(TrackUser::Snapshot), "{at}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+    guest.snapshot(&full(&dir("a")));
+    let mut newest = dir("a");
+    let mut refused = 0;
+    for (name, errno, compression) in [
+        ("b", libc::ENOSPC, Compression::None),
+        ("c", libc::EIO, Compression::Zstd),
+    ] {
+        let request = SnapshotRequest {
+            compression,
+            ..diff(&dir(name), &newest)
+        };
+        for at in 0.. {
+            guest.hear(1);
+            let files = Faulty::new(at, Some(errno));
+            guest.running.pause().unwrap();
+            let taken = guest.running.snapshot_with(&request, &files);
+            match taken {
+                Err(error) => {
+                    let text = reference_vmm::end::Chain(&error).to_string();
+                    assert!(text.contains(&format!("os error {errno}")), "{text}");
+                    assert!(!dir(name).exists(), "{at}");
+                    info::verify(&newest).unwrap();
+                    refused += 1;
+                }
+                Ok(_) => {
+                    // All that was written since the last good one is in it.
+                    is_what_the_guest_has(&dir(name), &guest.running);
+                    guest.running.resume().unwrap();
+                    break;
+                }
+            }
+            guest.running.resume().unwrap();
+        }
+        newest = dir(name);
+    }
+    assert!(refused > 20, "{refused}");
+    guest.quit();
+    let mut guest = Guest::restore(&RestoreRequest::new(&newest));
+    guest.hear(2);
+    guest.quit();
+}
+
+#[test]
+fn the_command_line_makes_a_chain_says_what_it_is_and_merges_it() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let socket = path("api");
+    let mut run = Vmm::boot(keeper64())
+        .words("--cmdline 1 --memory 16M --debug-exit --rng --track-dirty-pages --api-sock")
+        .arg(&socket)
+        .stdin_pipe()
+        .start();
+    run.wait_for("1");
+    let ctl = |words: &[&str]| {
+        let ctl = Vmm::command(["ctl", "--api-sock"]).arg(&socket);
+        ctl.args(words).output()
+    };
+    let vmm = |words: &[&str]| Vmm::command(words).output();
+    let (a, b, c, out) = (path("a"), path("b"), path("c"), path("out"));
+    ctl(&["snapshot", &b, "--base", &a])
+        .expect_status(1)
+        .expect_line(&["--track"]);
+    ctl(&["snapshot", &a]).expect_status(0);
+    ctl(&["snapshot", &b, "--base", &a, "--compress", "zstd"]).expect_status(0);
+    ctl(&["snapshot", &c, "--base", &a])
+        .expect_status(1)
+        .expect_line(&["build on that"]);
+    ctl(&["snapshot", &c, "--base", &b]).expect_status(0);
+    run.type_in(b"q");
+    run.wait().expect_status(1).expect_silence();
+
+    let json = |words: &[&str]| -> serde_json::Value {
+        let said = vmm(words);
+        said.expect_status(0);
+        serde_json::from_slice(&said.stdout).unwrap()
+    };
+    let of = json(&["snapshot", "info", &c, "--json"]);
+    assert_eq!(of["snapshot_type"], "Diff");
+    assert_eq!(of["chain"][1]["path"], a.as_str());
+    assert_eq!(of["parent"]["depth"], 2);
+    vmm(&["snapshot", "info", &c]).expect_status(0);
+    vmm(&["snapshot", "verify", &c])
+        .expect_status(0)
+        .expect_stdout(&format!(
+            "{c} is whole, and so are the 2 that it builds on\n"
+        ));
+    let merged = json(&["snapshot", "merge", &a, &b, &c, "--to", &out, "--json"]);
+    assert_eq!(merged["links"], 3);
+    vmm(&["snapshot", "merge", &b, &c, "--to", &out])
+        .expect_status(2)
+        .expect_line(&[&b, "named before it"]);
+    // The chain is broken, and what was merged is not.
+    std::fs::remove_file(PathBuf::from(&b).join("memory")).unwrap();
+    vmm(&["snapshot", "verify", &c])
+        .expect_status(2)
+        .expect_line(&[&c, &b, "No such file"]);
+    vmm(&["restore", "--from", &c])
+        .expect_status(2)
+        .expect_line(&[&c, &b, "No such file"]);
+    let mut on = Vmm::command(["restore", "--from", &out])
+        .stdin_pipe()
+        .start();
+    on.wait_for("5");
+    on.type_in(b"q");
+    on.wait().expect_status(1).expect_silence();
+}

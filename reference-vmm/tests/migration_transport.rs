@@ -1,0 +1,660 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A migration's connections: who gets one, what goes over it, and that no wait is without an end.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyPair, date_time_ymd,
+};
+use reference_vmm::migration::address::Address;
+use reference_vmm::migration::tls::{Tls, TlsError, TlsFiles};
+use reference_vmm::migration::transport::{
+    AcceptError, BindError, ConnectError, Connection, Listener, connect,
+};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(60)
+}
+
+const MOMENT: Duration = Duration::from_millis(20);
+
+struct Authority {
+    folder: tempfile::TempDir,
+    issuer: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let name = folder.path().display().to_string();
+        Self::named(folder, &name)
+    }
+
+    fn named(folder: tempfile::TempDir, name: &str) -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, name);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        fs::write(folder.path().join("ca.pem"), issuer.pem()).unwrap();
+        Authority { folder, issuer }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A certificate for these names, and its key, as files.
+    fn host(&self, file: &str, names: &[&str]) -> TlsFiles {
+        self.host_with(file, names, |_| {})
+    }
+
+    fn host_with(
+        &self,
+        file: &str,
+        names: &[&str],
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> TlsFiles {
+        let names: Vec<String> = names.iter().map(|&name| name.into()).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        change(&mut params);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let files = TlsFiles {
+            cert: self.file(&format!("{file}.pem")),
+            key: self.file(&format!("{file}.key")),
+            ca: self.file("ca.pem"),
+            name: None,
+        };
+        fs::write(&files.cert, certificate.pem()).unwrap();
+        fs::write(&files.key, key.serialize_pem()).unwrap();
+        fs::set_permissions(&files.key, fs::Permissions::from_mode(0o600)).unwrap();
+        files
+    }
+
+    fn tls(&self) -> Tls {
+        Tls::load(&self.host("host", &["127.0.0.1", "localhost", "::1"])).unwrap()
+    }
+}
+
+fn expired(params: &mut CertificateParams) {
+    params.not_before = date_time_ymd(2001, 1, 1);
+    params.not_after = date_time_ymd(2002, 1, 1);
+}
+
+/// rustls as a peer without our checks: of these files, or without a certificate.
+fn raw_client(ca: &Path, own: Option<&TlsFiles>) -> rustls::ClientConnection {
+    let mut roots = rustls::RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_file(ca).unwrap())
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots);
+    let config = match own {
+        None => builder.with_no_client_auth(),
+        Some(own) => {
+            let certificate = CertificateDer::from_pem_file(&own.cert).unwrap();
+            let key = PrivateKeyDer::from_pem_file(&own.key).unwrap();
+            builder
+                .with_client_auth_cert(vec![certificate], key)
+                .unwrap()
+        }
+    };
+    let name = ServerName::try_from("127.0.0.1").unwrap();
+    rustls::ClientConnection::new(Arc::new(config), name).unwrap()
+}
+
+fn raw_server(own: &TlsFiles) -> rustls::ServerConnection {
+    let certificate = CertificateDer::from_pem_file(&own.cert).unwrap();
+    let key = PrivateKeyDer::from_pem_file(&own.key).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)
+        .unwrap();
+    rustls::ServerConnection::new(Arc::new(config)).unwrap()
+}
+
+fn listen(address: &str, tls: Option<&Tls>) -> Listener {
+    Listener::bind(&address.parse().unwrap(), tls).unwrap()
+}
+
+fn plain(listener: &Listener) -> TcpStream {
+    let Address::Tcp { host, port } = listener.address() else {
+        panic!("{}", listener.address());
+    };
+    TcpStream::connect((host.as_str(), *port)).unwrap()
+}
+
+/// Both ends of a connection: who connected, and who accepted.
+fn ends(listener: &Listener, tls: Option<&Tls>) -> (Connection, Connection) {
+    thread::scope(|scope| {
+        let accepted = scope.spawn(|| listener.accept(soon()).unwrap());
+        let connected = connect(listener.address(), tls, soon()).unwrap();
+        (connected, accepted.join().unwrap())
+    })
+}
+
+/// What the two sides say of a connection that does not come about.
+fn both_refuse(listener: &Listener, tls: Option<&Tls>) -> (String, String) {
+    thread::scope(|scope| {
+        let accepted = scope.spawn(|| listener.accept(soon()));
+        let connected = connect(listener.address(), tls, soon()).unwrap_err();
+        assert!(
+            matches!(connected, ConnectError::Failed { .. }),
+            "{connected}"
+        );
+        let accepted = accepted.join().unwrap().unwrap_err();
+        assert!(matches!(accepted, AcceptError::Peer { .. }), "{accepted}");
+        (connected.to_string(), accepted.to_string())
+    })
+}
+
+fn kinds() -> Vec<(tempfile::TempDir, Listener, Option<Tls>)> {
+    let authority = Authority::new();
+    let tls = Tls::load(&TlsFiles {
+        name: Some("localhost".into()),
+        ..authority.host("host", &["localhost"])
+    })
+    .unwrap();
+    let mut kinds = Vec::new();
+    for tls in [None, Some(tls)] {
+        for place in ["tcp:127.0.0.1:0", "tcp:localhost:0", "unix"] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("x.sock");
+            let address = match place {
+                "unix" => format!("unix:{}", path.display()),
+                tcp => tcp.into(),
+            };
+            let listener = listen(&address, tls.as_ref());
+            kinds.push((folder, listener, tls.clone()));
+        }
+    }
+    kinds
+}
+
+#[test]
+fn what_is_written_at_one_end_is_read_at_the_other_and_its_end_is_the_end() {
+    let data: Vec<u8> = (0..3 << 20).map(|at: u32| (at ^ (at >> 9)) as u8).collect();
+    for (_folder, listener, tls) in kinds() {
+        let (mut one, mut other) = ends(&listener, tls.as_ref());
+        assert_eq!(one.is_tls(), tls.is_some());
+        assert_eq!(one.peer(), listener.address().to_string());
+        thread::scope(|scope| {
+            let read = scope.spawn(|| {
+                let mut read = Vec::new();
+                other.read_to_end(&mut read).unwrap();
+                other.write_all(b"thanks").unwrap();
+                other.finish().unwrap();
+                read
+            });
+            one.write_all(&data).unwrap();
+            one.finish().unwrap();
+            let mut thanks = String::new();
+            one.read_to_string(&mut thanks).unwrap();
+            assert_eq!(thanks, "thanks");
+            assert!(read.join().unwrap() == data);
+        });
+    }
+}
+
+#[test]
+fn what_was_sent_one_way_arrives_though_the_sender_is_gone_before_it_is_read() {
+    for (_folder, listener, tls) in kinds() {
+        let (mut one, mut other) = ends(&listener, tls.as_ref());
+        one.write_all(&[7; 20_000]).unwrap();
+        one.finish().unwrap();
+        drop(one);
+        let mut read = Vec::new();
+        other.read_to_end(&mut read).unwrap();
+        assert!(read == [7; 20_000]);
+    }
+}
+
+#[test]
+fn a_unix_socket_is_its_users_alone_and_one_that_nobody_listens_at_is_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.sock");
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let address = Address::Unix(path.clone());
+    let listener = Listener::bind(&address, None).unwrap();
+    let mode = fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let error = Listener::bind(&address, None).unwrap_err();
+    assert!(matches!(error, BindError::Unix { .. }), "{error}");
+    drop(listener);
+    assert!(!path.exists());
+}
+
+#[test]
+fn nothing_goes_beyond_this_host_without_tls() {
+    for place in ["tcp:0.0.0.0:0", "tcp:[::]:0", "tcp:192.0.2.1:4444"] {
+        let address: Address = place.parse().unwrap();
+        let error = Listener::bind(&address, None).unwrap_err();
+        assert!(matches!(error, BindError::Exposed(_)), "{error}");
+        assert!(error.to_string().starts_with(place), "{error}");
+        assert!(error.to_string().contains("--tls-cert"), "{error}");
+        let error = connect(&address, None, soon()).unwrap_err();
+        assert!(matches!(error, ConnectError::Exposed(_)), "{error}");
+    }
+    let tls = Authority::new().tls();
+    listen("tcp:0.0.0.0:0", Some(&tls));
+}
+
+#[test]
+fn a_certificate_of_another_authority_is_refused_by_both_sides_and_the_next_peer_is_let_in() {
+    let (ours, foreign) = (Authority::new(), Authority::new());
+    let (tls, stranger) = (ours.tls(), foreign.tls());
+    let listener = listen("tcp:127.0.0.1:0", Some(&tls));
+    let (connected, accepted) = both_refuse(&listener, Some(&stranger));
+    let why = "its certificate is of another authority than --tls-ca";
+    assert!(connected.ends_with(why), "{connected}");
+    let why = "it refuses us: our certificate is of another authority than its";
+    assert!(accepted.ends_with(why), "{accepted}");
+
+    // Who trusts ours, and is none of ours.
+    let half = TlsFiles {
+        ca: foreign.file("both.pem"),
+        ..foreign.host("half", &["localhost"])
+    };
+    let both = [&ours, &foreign].map(|of| fs::read_to_string(of.file("ca.pem")).unwrap());
+    fs::write(&half.ca, both.concat()).unwrap();
+    let half = Tls::load(&half).unwrap();
+    let (connected, accepted) = both_refuse(&listener, Some(&half));
+    let why = "it refuses us: our certificate is of another authority than its";
+    assert!(connected.ends_with(why), "{connected}");
+    let why = "its certificate is of another authority than --tls-ca";
+    assert!(accepted.ends_with(why), "{accepted}");
+
+    ends(&listener, Some(&tls));
+}
+
+#[test]
+fn who_shows_no_certificate_or_one_that_has_expired_is_not_let_in() {
+    let authority = Authority::new();
+    let listener = listen("tcp:127.0.0.1:0", Some(&authority.tls()));
+    let old = authority.host_with("old", &["127.0.0.1"], expired);
+    for (own, why) in [
+        (None, "it has shown no certificate"),
+        (Some(&old), "its certificate has expired"),
+    ] {
+        thread::scope(|scope| {
+            let accepted = scope.spawn(|| listener.accept(soon()));
+            let mut peer = raw_client(&authority.file("ca.pem"), own);
+            let mut socket = plain(&listener);
+            let mut stream = rustls::Stream::new(&mut peer, &mut socket);
+            stream.read_exact(&mut [0]).unwrap_err();
+            let error = accepted.join().unwrap().unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        });
+    }
+}
+
+#[test]
+fn a_listener_whose_certificate_has_expired_or_is_for_another_name_is_not_connected_to() {
+    let authority = Authority::new();
+    let tls = authority.tls();
+    let old = authority.host_with("old", &["127.0.0.1"], expired);
+    let other = authority.host("other", &["elsewhere.example"]);
+    for (own, why) in [
+        (&old, "its certificate has expired"),
+        (&other, "its certificate is for another name"),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("tcp:{}", listener.local_addr().unwrap());
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut socket, _) = listener.accept().unwrap();
+                let mut peer = raw_server(own);
+                while peer.is_handshaking() && peer.complete_io(&mut socket).is_ok() {}
+            });
+            let error = connect(&address.parse().unwrap(), Some(&tls), soon()).unwrap_err();
+            assert!(error.to_string().contains(why), "{error}");
+            assert!(error.to_string().contains(&address), "{error}");
+        });
+    }
+    // Told the name, it is.
+    let named = TlsFiles {
+        name: Some("elsewhere.example".into()),
+        ..authority.host("host", &["localhost"])
+    };
+    let listener = listen("tcp:127.0.0.1:0", Some(&Tls::load(&other).unwrap()));
+    ends(&listener, Some(&Tls::load(&named).unwrap()));
+}
+
+#[test]
+fn a_certificate_for_the_other_purpose_is_refused() {
+    let authority = Authority::new();
+    let of = |file, purpose| {
+        let files = authority.host_with(file, &["127.0.0.1"], |params| {
+            params.extended_key_usages = vec![purpose];
+        });
+        Tls::load(&files).unwrap()
+    };
+    let server = of("server", ExtendedKeyUsagePurpose::ServerAuth);
+    let client = of("client", ExtendedKeyUsagePurpose::ClientAuth);
+    ends(&listen("tcp:127.0.0.1:0", Some(&server)), Some(&client));
+    both_refuse(&listen("tcp:127.0.0.1:0", Some(&client)), Some(&client));
+    both_refuse(&listen("tcp:127.0.0.1:0", Some(&server)), Some(&server));
+}
+
+#[test]
+fn one_side_with_tls_and_one_without_have_no_connection() {
+    let tls = Authority::new().tls();
+    let listener = listen("tcp:127.0.0.1:0", Some(&tls));
+    let mut peer = plain(&listener);
+    peer.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
+    let error = listener.accept(soon()).unwrap_err();
+    assert!(matches!(error, AcceptError::Peer { .. }), "{error}");
+    assert!(
+        error.to_string().contains("what came is not TLS"),
+        "{error}"
+    );
+    // And hears so, in TLS's words.
+    let mut heard = Vec::new();
+    let _ = peer.read_to_end(&mut heard);
+    assert_eq!(heard.first(), Some(&21), "an alert: {heard:?}");
+
+    let listener = listen("tcp:127.0.0.1:0", None);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut peer = listener.accept(soon()).unwrap();
+            let mut hello = [0; 3];
+            peer.read_exact(&mut hello).unwrap();
+        });
+        let error = connect(listener.address(), Some(&tls), soon()).unwrap_err();
+        assert!(matches!(error, ConnectError::Failed { .. }), "{error}");
+    });
+}
+
+#[test]
+fn who_connects_and_says_nothing_holds_a_tls_listener_no_longer_than_the_deadline() {
+    let tls = Authority::new().tls();
+    let listener = listen("tcp:127.0.0.1:0", Some(&tls));
+    let _silent = plain(&listener);
+    let error = listener.accept(Instant::now() + MOMENT).unwrap_err();
+    assert!(matches!(error, AcceptError::Peer { .. }), "{error}");
+    assert!(
+        error.to_string().ends_with("is not done in time"),
+        "{error}"
+    );
+    ends(&listener, Some(&tls));
+}
+
+#[test]
+fn a_peer_that_is_silent_is_an_error_with_the_seconds() {
+    for (_folder, listener, tls) in kinds() {
+        let (mut one, mut other) = ends(&listener, tls.as_ref());
+        one.set_patience(MOMENT);
+        let error = one.read(&mut [0; 8]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let said = format!("{} has sent nothing for 0.02 s", listener.address());
+        assert_eq!(error.to_string(), said);
+
+        let error = loop {
+            if let Err(error) = one.write(&[1; 64 << 10]) {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let said = format!("{} has taken nothing for 0.02 s", listener.address());
+        assert_eq!(error.to_string(), said);
+        // What it had taken is there.
+        let mut byte = [0];
+        other.read_exact(&mut byte).unwrap();
+        assert_eq!(byte, [1]);
+    }
+}
+
+#[test]
+fn who_drips_bytes_is_held_to_the_deadline() {
+    for (_folder, listener, tls) in kinds() {
+        let (mut one, mut other) = ends(&listener, tls.as_ref());
+        thread::scope(|scope| {
+            scope.spawn(move || while other.write_all(&[1]).is_ok() {});
+            one.set_deadline(Some(Instant::now() + MOMENT));
+            let mut bytes = [0; 64];
+            let error = loop {
+                if let Err(error) = one.read(&mut bytes) {
+                    break error;
+                }
+            };
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            assert!(
+                error.to_string().ends_with("is not done in time"),
+                "{error}"
+            );
+            // Without it there is more.
+            one.set_deadline(None);
+            one.read_exact(&mut bytes).unwrap();
+            drop(one);
+        });
+    }
+}
+
+#[test]
+fn a_connection_that_was_cut_is_told_from_one_that_ended_where_there_is_tls() {
+    for (_folder, listener, tls) in kinds() {
+        let (mut one, mut other) = ends(&listener, tls.as_ref());
+        one.write_all(&[1; 8]).unwrap();
+        drop(one);
+        let mut read = Vec::new();
+        let end = other.read_to_end(&mut read);
+        assert_eq!(read, [1; 8]);
+        assert_eq!(end.is_err(), tls.is_some());
+        if let Err(error) = end {
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+            assert!(error.to_string().ends_with("was cut"), "{error}");
+        }
+        let error = loop {
+            if let Err(error) = other.write(&[1; 4096]) {
+                break error;
+            }
+        };
+        let peer = other.peer();
+        assert!(error.to_string().starts_with(peer), "{error}");
+    }
+}
+
+#[test]
+fn another_thread_ends_every_wait_and_all_that_come_after() {
+    for (_folder, listener, tls) in kinds() {
+        let (mut one, mut other) = ends(&listener, tls.as_ref());
+        let cancel = one.canceller();
+        thread::scope(|scope| {
+            let reading = scope.spawn(|| {
+                // Once it waits the other side hears nothing of it, so all that can be done is to let it begin.
+                one.write_all(&[1]).unwrap();
+                one.read(&mut [0; 8])
+            });
+            other.read_exact(&mut [0]).unwrap();
+            cancel.cancel();
+            let error = reading.join().unwrap().unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted, "{error}");
+            assert!(error.to_string().ends_with("was cancelled"), "{error}");
+        });
+        let error = one.write(&[1]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted, "{error}");
+        // The other side has its end.
+        assert!(!matches!(other.read(&mut [0; 8]), Ok(1..)));
+
+        let (mut one, _other) = ends(&listener, tls.as_ref());
+        let cancel = one.canceller();
+        let error = thread::scope(|scope| {
+            let writing = scope.spawn(|| {
+                loop {
+                    if let Err(error) = one.write(&[0; 64 << 10]) {
+                        break error;
+                    }
+                }
+            });
+            cancel.cancel();
+            writing.join().unwrap()
+        });
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted, "{error}");
+
+        let cancel = listener.canceller();
+        thread::scope(|scope| {
+            let accepting = scope.spawn(|| listener.accept(soon()));
+            cancel.cancel();
+            let error = accepting.join().unwrap().unwrap_err();
+            assert!(matches!(error, AcceptError::Cancelled(_)), "{error}");
+        });
+        let error = listener.accept(soon()).unwrap_err();
+        assert!(matches!(error, AcceptError::Cancelled(_)), "{error}");
+    }
+}
+
+#[test]
+fn who_may_cancel_keeps_nothing_open() {
+    for (_folder, listener, tls) in kinds() {
+        let (mut one, other) = ends(&listener, tls.as_ref());
+        let (of_other, of_listener) = (other.canceller(), listener.canceller());
+        drop(other);
+        assert!(!matches!(one.read(&mut [0]), Ok(1..)));
+        let address = listener.address().clone();
+        drop(listener);
+        let error = connect(&address, tls.as_ref(), soon()).unwrap_err();
+        assert!(matches!(error, ConnectError::Refused(_)), "{error}");
+        of_other.cancel();
+        of_listener.cancel();
+    }
+}
+
+#[test]
+fn where_nobody_listens_one_is_refused_and_where_nobody_connects_there_is_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.sock");
+    let free = {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap()
+    };
+    for place in [format!("unix:{}", path.display()), format!("tcp:{free}")] {
+        let error = connect(&place.parse().unwrap(), None, soon()).unwrap_err();
+        assert_eq!(error.to_string(), format!("nobody listens at {place}"));
+    }
+    for (_folder, listener, _) in kinds() {
+        let error = listener.accept(Instant::now() + MOMENT).unwrap_err();
+        assert!(matches!(error, AcceptError::Nobody(_)), "{error}");
+    }
+}
+
+#[test]
+fn what_is_no_certificate_or_no_secret_key_is_refused_with_the_file() {
+    let authority = Authority::new();
+    let good = authority.host("host", &["localhost"]);
+    let error = |files: TlsFiles| Tls::load(&files).unwrap_err().to_string();
+    let missing = authority.file("missing");
+    for files in [
+        TlsFiles {
+            cert: missing.clone(),
+            ..good.clone()
+        },
+        TlsFiles {
+            key: missing.clone(),
+            ..good.clone()
+        },
+        TlsFiles {
+            ca: missing.clone(),
+            ..good.clone()
+        },
+    ] {
+        let said = error(files);
+        assert!(said.starts_with(&format!("{}: ", missing.display())));
+        assert!(said.contains("No such file"), "{said}");
+    }
+    let swapped = TlsFiles {
+        cert: good.key.clone(),
+        ..good.clone()
+    };
+    let said = error(swapped);
+    assert!(said.contains("there is no certificate in it"), "{said}");
+    let swapped = TlsFiles {
+        key: good.cert.clone(),
+        ..good.clone()
+    };
+    let said = error(swapped);
+    assert!(said.contains("there is no key in it"), "{said}");
+
+    let other = authority.host("other", &["localhost"]);
+    let foreign = TlsFiles {
+        key: other.key.clone(),
+        ..good.clone()
+    };
+    let said = error(foreign);
+    let why = format!(
+        "{}: it is not the key of the certificate {}",
+        other.key.display(),
+        good.cert.display()
+    );
+    assert_eq!(said, why);
+
+    let old = authority.host_with("old", &["localhost"], expired);
+    let said = error(old.clone());
+    assert!(said.starts_with(&old.cert.display().to_string()), "{said}");
+    assert!(said.contains("has expired"), "{said}");
+
+    let of_the_same_name = {
+        let name = authority.folder.path().display().to_string();
+        Authority::named(tempfile::tempdir().unwrap(), &name)
+    };
+    for foreign in [Authority::new(), of_the_same_name] {
+        let stranger = TlsFiles {
+            ca: foreign.file("ca.pem"),
+            ..good.clone()
+        };
+        let said = error(stranger);
+        assert!(said.contains("is of another authority"), "{said}");
+    }
+
+    let sealed =
+        "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n";
+    fs::write(&other.key, sealed).unwrap();
+    let said = error(other);
+    assert!(said.contains("without a passphrase"), "{said}");
+
+    for mode in [0o644, 0o604, 0o602] {
+        fs::set_permissions(&good.key, fs::Permissions::from_mode(mode)).unwrap();
+        let error = Tls::load(&good).unwrap_err();
+        assert!(matches!(error, TlsError::ExposedKey { .. }), "{error}");
+    }
+    fs::set_permissions(&good.key, fs::Permissions::from_mode(0o640)).unwrap();
+    Tls::load(&good).unwrap();
+
+    let nameless = TlsFiles {
+        name: Some("no name".into()),
+        ..good.clone()
+    };
+    assert_eq!(
+        error(nameless),
+        "\"no name\" is no name or IP address that a certificate could be for"
+    );
+}
+
+#[test]
+fn a_unix_socket_with_tls_wants_to_know_the_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let address = Address::Unix(folder.path().join("x.sock"));
+    let tls = Authority::new().tls();
+    let _listener = Listener::bind(&address, Some(&tls)).unwrap();
+    let error = connect(&address, Some(&tls), soon()).unwrap_err();
+    assert!(error.to_string().contains("--tls-name"), "{error}");
+}
