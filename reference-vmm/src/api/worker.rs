@@ -161,7 +161,11 @@ mod tests {
         let worker = Worker::new().unwrap();
         // Nobody has come to the first yet; it has had its turn all the same.
         let first = worker.ask(Action::Pause).unwrap();
-        let second = worker.ask(Action::Snapshot(crate::snapshot::SnapshotRequest::new("/s"))).unwrap();
+        let second = worker
+            .ask(Action::Snapshot(crate::snapshot::SnapshotRequest::new(
+                "/s",
+            )))
+            .unwrap();
         let third = worker.ask(Action::Resume).unwrap();
         worker.withdraw(first);
         worker.withdraw(second);
