@@ -237,6 +237,8 @@ Options:
   --api-sock PATH          Listen at this Unix socket for what is asked of the guest while it runs: HTTP with
                            Firecracker's paths; `reference-vmm ctl` and curl are clients. Who can
                            connect owns the guest: the socket is its user's alone
+  --incoming ADDRESS       Boot nothing: wait for a guest that `ctl migrate` sends. `run --incoming x --help` lists
+                           what goes with it
   --track-dirty-pages      Each snapshot tracks what is written behind it, as by `ctl snapshot --track`
   --timeline               Say on stderr at the end what happened when, in microseconds
   --log LEVEL              off, error, warn, info, debug or trace [warn]

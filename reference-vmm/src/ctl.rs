@@ -178,7 +178,8 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
                 check_path("--base", &base)?;
                 options.base = Some(std::path::absolute(&base).unwrap_or(base));
             }
-            Long("compress") => {
+            // Of migrate it is one of its own.
+            Long("compress") if !migrate => {
                 options.compression = Some(cli::compression(&mut parser)?);
             }
             Long("disks") => {

@@ -53,6 +53,11 @@ fn word(sector: u32) -> u32 {
 
 /// A guest that writes each sector and reads it back, by interrupts; debug-exit value 0.
 fn writer() -> Vec<u8> {
+    writer_of(1)
+}
+
+/// The same, so many times.
+fn writer_of(passes: u32) -> Vec<u8> {
     let mut ops = Vec::new();
     let register = |register, value| Op::Write(REGISTERS + register, value);
     ops.extend([
@@ -104,7 +109,7 @@ fn writer() -> Vec<u8> {
             mask: 0xff,
         });
     };
-    for sector in 0..SECTORS {
+    for sector in (0..passes).flat_map(|_| 0..SECTORS) {
         for at in (0..512).step_by(128) {
             ops.push(Op::Write(DATA + at, word(sector)));
         }
@@ -466,7 +471,8 @@ fn a_disk_that_cannot_be_had_leaves_no_snapshot_and_a_merge_takes_it_along() {
 fn a_disk_goes_along_with_a_guest_that_migrates_and_is_never_locked_twice() {
     need_kvm();
     let hops = if long() { 20 } else { 4 };
-    let kernel = file(&writer());
+    // Some seconds of it.
+    let kernel = file(&writer_of(40));
     let image = disk(u64::from(SECTORS));
     let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
     let mut guest = Guest::of(|console, end| Machine::build(&config, console, end));

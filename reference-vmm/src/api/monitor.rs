@@ -12,7 +12,7 @@ use crate::end::{Chain, EndSignal, GuestEnd};
 use crate::main_loop::GuestSide;
 use crate::migration::outgoing::{Outgoing, OutgoingError};
 use crate::migration::record::MigrationRecord;
-use crate::vm::{RunState, Running};
+use crate::vm::{ControlError, RunState, Running};
 
 /// Who does what a client asks for.
 pub trait Monitor: Sync {
@@ -51,7 +51,7 @@ impl<'a> Machine<'a> {
 
 impl Monitor for Machine<'_> {
     fn perform(&self, action: Action) -> Outcome {
-        let done = |result: Result<(), crate::vm::ControlError>| match result {
+        let done = |result: Result<(), ControlError>| match result {
             Ok(()) => Outcome::Done,
             Err(error) => Outcome::Refused(error.to_string()),
         };
@@ -65,7 +65,16 @@ impl Monitor for Machine<'_> {
             Action::VmConfig => Outcome::Json(self.vm_config.to_string()),
             Action::Stats => Outcome::Json(self.running.stats().json()),
             Action::Pause => done(self.running.pause()),
-            Action::Resume => done(self.running.resume()),
+            Action::Resume => match self.running.resume() {
+                Err(error @ ControlError::HandOver) => {
+                    match self.outgoing.resume(self.running, self.end) {
+                        Ok(()) => Outcome::Done,
+                        Err(Some(why)) => Outcome::Refused(why.to_string()),
+                        Err(None) => Outcome::Refused(error.to_string()),
+                    }
+                }
+                other => done(other),
+            },
             Action::Snapshot(request) => match self.running.snapshot(&request) {
                 Ok(report) => {
                     log::info!("a snapshot was taken: {report:?}");

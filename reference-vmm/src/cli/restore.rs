@@ -163,12 +163,12 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
             Long("verify") if !incoming => {
                 request.verify = super::on_or_off("--verify", &mut parser)?;
             }
-            Long("disks-to") => {
+            Long("disks-to") if !incoming => {
                 let folder = PathBuf::from(parser.value()?);
                 check_path("--disks-to", &folder)?;
                 request.disks_to = Some(folder);
             }
-            Long("track-dirty-pages") => request.track = true,
+            Long("track-dirty-pages") if !incoming => request.track = true,
             Long("kvm") => {
                 let kvm: PathBuf = parser.value()?.into();
                 check_path("--kvm", &kvm)?;
@@ -382,12 +382,23 @@ mod tests {
         let source = [include_str!("restore.rs"), common].concat();
         for (start, _) in source.match_indices("Long(\"") {
             let flag = source[start + 6..].split('"').next().unwrap();
+            let flag = format!("--{flag}");
+            // Of the two only.
+            let restore = flag != "--incoming";
+            let none = ["--from", "--verify", "--disks-to", "--track-dirty-pages"];
+            let incoming = !none.contains(&flag.as_str());
             assert!(
-                flag.is_empty() || RESTORE_HELP.contains(&format!("--{flag}")),
+                flag == "--" || !restore || RESTORE_HELP.contains(&flag),
+                "{flag}"
+            );
+            assert!(
+                flag == "--" || !incoming || INCOMING_HELP.contains(&flag),
                 "{flag}"
             );
         }
-        assert!(RESTORE_HELP.lines().all(|line| line.len() <= 120));
+        for help in [RESTORE_HELP, INCOMING_HELP] {
+            assert!(help.lines().all(|line| line.len() <= 120));
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::address::Address;
 use super::codec::{Compression, PAGE};
 use super::dial::Dial;
 use super::event::{Event, Observer, Step};
-use super::guest::SourceGuest;
+use super::guest::{Refusal, SourceGuest};
 use super::limit::Limiter;
 use super::live::LiveGuest;
 use super::message::{MOST_CONNECTIONS, MigrationId};
@@ -260,6 +260,24 @@ impl Outgoing {
     pub fn moved_to(&self) -> Option<String> {
         let record = self.record().ok()?;
         (record.outcome == Some(Outcome::Moved)).then_some(record.to)
+    }
+
+    /// Has a guest go on that the last migration left standing still, because what it had let go of could not be taken back.
+    ///
+    /// # Errors
+    /// Why it cannot; none where it is not so.
+    pub fn resume(&self, running: &Running, end: &EndSignal) -> Result<(), Option<Refusal>> {
+        // Held, no other one begins meanwhile.
+        let job = self.lock();
+        match job
+            .as_ref()
+            .and_then(|job| job.recorder.lock().outcome.clone())
+        {
+            Some(Outcome::Failed { .. } | Outcome::Cancelled) => {
+                LiveGuest::new(running, end).take_back().map_err(Some)
+            }
+            Some(Outcome::Moved | Outcome::Unsettled { .. }) | None => Err(None),
+        }
     }
 
     /// What the one that is under way does, or the last one did.

@@ -499,3 +499,22 @@ impl<T: Tap> VirtioDevice for Net<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_announcement_is_a_frame_to_all_from_the_guests_address() {
+        let frame = rarp("02:00:00:00:00:07".parse().unwrap());
+        let address = [2, 0, 0, 0, 0, 7];
+        assert_eq!((&frame[..6], &frame[6..12]), (&[0xff; 6][..], &address[..]));
+        // RARP's request, for whoever this is.
+        assert_eq!(frame[12..22], [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+        assert_eq!(
+            (&frame[22..28], &frame[32..38]),
+            (&address[..], &address[..])
+        );
+        assert!(frame[38..].iter().all(|byte| *byte == 0));
+    }
+}
