@@ -230,7 +230,7 @@ fn a_cancel_at_any_moment_before_the_guest_is_given_away_leaves_it_where_it_is()
     both(&world, &settings(), &Orders::default(), &counter, None)
         .0
         .unwrap();
-    let (mut cancelled, mut too_late) = (0, 0);
+    let (mut cancelled, mut too_late, mut heard) = (0, 0, 0);
     for number in 0..count.into_inner() {
         let (world, orders) = (World::new(None), Orders::default());
         let seen = std::sync::atomic::AtomicUsize::new(0);
@@ -252,17 +252,17 @@ fn a_cancel_at_any_moment_before_the_guest_is_given_away_leaves_it_where_it_is()
             (true, Ok(())) => too_late += 1,
             (false, Err(error)) => {
                 assert!(matches!(error.why, Why::Cancelled), "{error}");
-                assert!(
-                    matches!(there, Err(ReceiveError::GivenUp(_))),
-                    "{:?}",
-                    there.err()
-                );
+                // Unless it was asked first where the guest is.
+                heard += usize::from(matches!(there, Err(ReceiveError::GivenUp(_))));
                 cancelled += 1;
             }
             other => panic!("event {number}: {other:?}"),
         }
     }
-    assert!(cancelled > 10 && too_late == 1, "{cancelled} {too_late}");
+    assert!(
+        cancelled > 10 && heard > 10 && too_late == 1,
+        "{cancelled} {too_late}"
+    );
     assert_eq!(
         Orders::default().settle(Whereabouts::Here),
         Err(OrderError::NotInDoubt)

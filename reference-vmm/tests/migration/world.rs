@@ -94,6 +94,8 @@ struct State {
     /// The next so many times somebody else has the disk.
     pub busy: u32,
     over: bool,
+    /// The guest has run on the destination.
+    ran_there: bool,
 }
 
 impl State {
@@ -562,6 +564,11 @@ impl SourceGuest for World {
             if state.processes[Destination as usize].locked {
                 return Err(Refusal("the destination has the disk".into()));
             }
+            if state.ran_there {
+                state
+                    .wrong
+                    .push("it goes on from before it ran elsewhere".into());
+            }
             let running = !state.over;
             *state.process(Source) = Process {
                 dead: false,
@@ -650,6 +657,7 @@ impl Prepared for Made {
         world.change(|state| {
             World::alive(state, Destination)?;
             state.process(Destination).running = true;
+            state.ran_there = true;
             if *self.memory.lock().unwrap() != state.memory {
                 state.wrong.push("it starts with another memory".into());
             }
