@@ -3,7 +3,7 @@
 //! The command line: each flag sets a field of [`Config`], so that what can be said here can be
 //! said in a file or by a program as well.
 
-mod restore;
+pub(crate) mod restore;
 pub mod snapshot;
 
 use std::ffi::OsString;
@@ -24,6 +24,7 @@ use crate::devices::virtio::net::NetConfig;
 use crate::devices::virtio::vsock::VsockConfig;
 use crate::gdb;
 use crate::memory::Memory;
+use crate::migration::incoming::IncomingRequest;
 use crate::snapshot::RestoreRequest;
 use crate::snapshot::packed::Compression;
 
@@ -67,6 +68,8 @@ pub struct Run {
     pub restore: Option<RestoreRequest>,
     /// A client of the control socket says what the machine goes on from (`PUT /snapshot/load`), which is laid over this.
     pub load: Option<RestoreRequest>,
+    /// The guest comes from another process, instead of being booted.
+    pub incoming: Option<IncomingRequest>,
     /// Print the timeline at the end.
     pub timeline: bool,
     /// Count accesses, and print all counters at the end.
@@ -237,6 +240,8 @@ Options:
   --api-sock PATH          Listen at this Unix socket for what is asked of the guest while it runs: HTTP with
                            Firecracker's paths; `reference-vmm ctl` and curl are clients. Who can
                            connect owns the guest: the socket is its user's alone
+  --incoming ADDRESS       Boot nothing: wait for a guest that `ctl migrate` sends. `run --incoming x --help` lists
+                           what goes with it
   --track-dirty-pages      Each snapshot tracks what is written behind it, as by `ctl snapshot --track`
   --timeline               Say on stderr at the end what happened when, in microseconds
   --log LEVEL              off, error, warn, info, debug or trace [warn]
@@ -341,6 +346,17 @@ fn alone(mut parser: lexopt::Parser, command: Command) -> Result<Command, UsageE
 type Edit = Box<dyn FnOnce(&mut Config)>;
 
 fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
+    // A guest that comes brings its machine along: what is said of it is said as of one that is restored.
+    let words: Vec<OsString> = parser.raw_args()?.collect();
+    let incoming = |word: &OsString| {
+        let word = word.to_string_lossy();
+        word == "--incoming" || word.starts_with("--incoming=")
+    };
+    let comes = words.iter().any(incoming);
+    parser = lexopt::Parser::from_args(words);
+    if comes {
+        return restore::parse_incoming(parser);
+    }
     // Flags override the file wherever it stands among them, so they are kept until it is read.
     let mut file = None;
     let mut changes: Vec<Edit> = Vec::new();
@@ -456,6 +472,7 @@ impl Run {
             config,
             restore: None,
             load: None,
+            incoming: None,
             timeline: false,
             stats: None,
             log: log::LevelFilter::Warn,

@@ -14,9 +14,14 @@ use crate::api::Client;
 use crate::api::client::ClientError;
 use crate::cli::{self, UsageError};
 use crate::config::check_path;
+use crate::migration::outgoing::Order;
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::packed::Compression;
 use crate::snapshot::{SnapshotKind, SnapshotRequest};
+
+mod migrate;
+
+pub use migrate::Migrate;
 
 /// `reference-vmm ctl --help`.
 pub const HELP: &str = "\
@@ -39,6 +44,12 @@ Commands:
   load DIR [--resume]
                 Have a monitor that waits for it (`restore` without --from) make the guest of the snapshot DIR, which
                 stays paused without --resume
+  migrate       Move the guest to the monitor that waits for it (`run --incoming`) at --to, while it runs
+  migrate-cancel  Give that up; the guest stays where it is
+  migrate-status  Say how it goes, or how the last one went
+  migrate-settle here|there
+                Say where the guest is, when the monitor says that it cannot find that out. Look first: who says so
+                wrongly has two guests, or none
   power-button  Press the power button, at which a guest with ACPI powers off
   config        Say what the machine is
   stats         Say what the guest has done so far, in numbers
@@ -49,6 +60,23 @@ Options:
   --json           One line of JSON, also of a refusal (fault_message), instead of words
   --timeout SECS   How long to wait for the answer [60]
   -h, --help       Show this help
+
+Options of migrate:
+  --to ADDRESS     unix:PATH, or tcp:HOST:PORT, which beyond this host needs TLS
+  --connections N  How many connections carry memory [1]
+  --compress zstd[:LEVEL]
+                   Compress it [none]
+  --bandwidth SIZE So many bytes a second at most, as in 100M
+  --downtime MS    How long the guest may stand still, in milliseconds [100]
+  --max-time SECS  How long memory is sent while the guest runs [300]
+  --when-stuck cancel|stop
+                   When it writes faster than that goes: give up, or stop it for as long as it takes [cancel]
+  --tls-cert FILE, --tls-key FILE, --tls-ca FILE
+                   This host's certificate, its key, and the authority's certificate, PEM
+  --tls-name NAME  Whom the other's certificate is for, if not the host in ADDRESS
+  --report FILE    Write a report with plots there, HTML
+
+The migration goes on if this command is ended: migrate-cancel ends it. --timeout is not for its answer.
 
 Exit status: 0 done; 1 the monitor refused, or is gone; 2 the arguments were wrong.
 ";
@@ -67,6 +95,12 @@ pub enum Question {
     Snapshot(SnapshotRequest),
     /// To go on from this snapshot, and whether at once.
     Load(PathBuf, bool),
+    /// To move it.
+    Migrate(Box<Migrate>),
+    /// How that goes.
+    MigrateStatus,
+    /// To give it up, or where the guest is.
+    MigrateOrder(Order),
     /// To press the power button.
     PowerButton,
     /// What the machine is.
@@ -90,7 +124,9 @@ pub struct Ctl {
     pub timeout: Duration,
 }
 
-const QUESTIONS: [(&str, Question); 7] = [
+const QUESTIONS: [(&str, Question); 9] = [
+    ("migrate-cancel", Question::MigrateOrder(Order::Cancel)),
+    ("migrate-status", Question::MigrateStatus),
     ("status", Question::Status),
     ("pause", Question::Pause),
     ("resume", Question::Resume),
@@ -100,15 +136,18 @@ const QUESTIONS: [(&str, Question); 7] = [
     ("version", Question::Version),
 ];
 
-/// The questions with an argument.
-const SNAPSHOT: &str = "snapshot";
+/// The questions with arguments.
 const LOAD: &str = "load";
+const SNAPSHOT: &str = "snapshot";
+const MIGRATE: &str = "migrate";
+const SETTLE: &str = "migrate-settle";
 
 /// Reads what follows `ctl`; none if its help is asked for.
 pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageError> {
     let (mut api_sock, mut question, mut json, mut timeout) = (None, None, false, 60);
     let mut resume = false;
     let mut options = SnapshotOptions::default();
+    let (mut migrate, mut flags) = (false, migrate::Flags::default());
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return Ok(None),
@@ -118,7 +157,19 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
                 timeout = cli::number("--timeout", parser.value()?, 1..=u32::MAX)?;
             }
             Long("resume") => resume = true,
-            Value(word) if question.is_none() && word == SNAPSHOT => {
+            Value(word) if question.is_none() && !migrate && word == MIGRATE => migrate = true,
+            Value(word) if question.is_none() && !migrate && word == SETTLE => {
+                let order = match parser.next()? {
+                    Some(Value(word)) if word == "here" => Order::Here,
+                    Some(Value(word)) if word == "there" => Order::There,
+                    _ => {
+                        let text = "ctl migrate-settle: here or there is wanted behind the word";
+                        return Err(UsageError::Command(text.into()));
+                    }
+                };
+                question = Some(Question::MigrateOrder(order));
+            }
+            Value(word) if question.is_none() && !migrate && word == SNAPSHOT => {
                 let dir = dir(&mut parser, "ctl snapshot: the directory that it is to be")?;
                 question = Some(Question::Snapshot(SnapshotRequest::new(dir)));
             }
@@ -128,7 +179,8 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
                 check_path("--base", &base)?;
                 options.base = Some(std::path::absolute(&base).unwrap_or(base));
             }
-            Long("compress") => {
+            // Of migrate it is one of its own.
+            Long("compress") if !migrate => {
                 options.compression = Some(cli::compression(&mut parser)?);
             }
             Long("disks") => {
@@ -140,15 +192,15 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
                 })?;
                 options.disks = Some(disks);
             }
-            Value(word) if question.is_none() && word == LOAD => {
+            Value(word) if question.is_none() && !migrate && word == LOAD => {
                 let dir = dir(&mut parser, "ctl load: the snapshot's directory")?;
                 question = Some(Question::Load(dir, false));
             }
-            Value(word) if question.is_none() => {
+            Value(word) if question.is_none() && !migrate => {
                 let known = QUESTIONS.iter().find(|(name, _)| word == *name);
                 let Some((_, known)) = known else {
                     let names = QUESTIONS.iter().map(|(name, _)| *name);
-                    let names: Vec<_> = names.chain([SNAPSHOT, LOAD]).collect();
+                    let names: Vec<_> = names.chain([SNAPSHOT, LOAD, MIGRATE, SETTLE]).collect();
                     return Err(UsageError::Command(format!(
                         "ctl {} is not a command; there are {}",
                         word.display(),
@@ -157,7 +209,21 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
                 };
                 question = Some(known.clone());
             }
+            Long(flag) => {
+                let flag = flag.to_owned();
+                if !flags.take(&flag, &mut parser)? {
+                    return Err(Long(&flag).unexpected().into());
+                }
+            }
             other => return Err(other.unexpected().into()),
+        }
+    }
+    match (migrate, flags.any()) {
+        (true, _) => question = Some(Question::Migrate(Box::new(flags.migrate()?))),
+        (false, None) => {}
+        (false, Some(flag)) => {
+            let text = format!("ctl: --{flag} is for migrate");
+            return Err(UsageError::Command(text));
         }
     }
     match &mut question {
@@ -285,12 +351,19 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
             let load = json!({ "snapshot_path": dir, "resume_vm": resume });
             ("PUT", "/snapshot/load", Some(load))
         }
+        Question::Migrate(_) | Question::MigrateStatus => ("GET", "/migrate", None),
+        Question::MigrateOrder(order) => ("PATCH", "/migrate", Some(json!({ "order": order }))),
         Question::Config => ("GET", "/vm/config", None),
         Question::Stats => ("GET", "/stats", None),
         Question::Version => ("GET", "/version", None),
     };
-    let mut client = Client::connect(&options.api_sock, options.timeout)?;
-    let answer = client.call(method, target, body.as_ref())?;
+    let answer = match &options.question {
+        Question::Migrate(asked) => migrate::ask(&options.api_sock, options.timeout, asked)?,
+        _ => {
+            let mut client = Client::connect(&options.api_sock, options.timeout)?;
+            client.call(method, target, body.as_ref())?
+        }
+    };
     Ok(match answer.fault() {
         Some(why) => Said::Refused(why),
         None => Said::Yes(told(options, answer.body.unwrap_or_default())),
@@ -313,6 +386,11 @@ fn told(options: &Ctl, body: Value) -> String {
                 json!({ "snapshot_path": dir }),
             )
         }
+        Question::Migrate(_) | Question::MigrateStatus => (migrate::words(&body), body),
+        Question::MigrateOrder(Order::Cancel) => {
+            ("cancelled".into(), json!({ "order": Order::Cancel }))
+        }
+        Question::MigrateOrder(order) => ("settled".into(), json!({ "order": order })),
         Question::PowerButton => ("pressed".into(), json!({ "pressed": true })),
         Question::Status => (text(&body["state"]).to_lowercase(), body),
         Question::Version => (text(&body["firecracker_version"]), body),

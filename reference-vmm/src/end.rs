@@ -34,6 +34,8 @@ pub enum GuestEnd {
     Crashed(String),
     /// A signal or the console's escape stopped the guest.
     Stopped(StopCause),
+    /// It runs in another process now, at this address.
+    Migrated(String),
     /// The monitor itself failed while the guest ran; the text says at what.
     Failed(String),
 }
@@ -51,11 +53,15 @@ pub enum StopCause {
 }
 
 impl GuestEnd {
-    /// The process's exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor
+    /// The process's exit status: 0 the guest powered off, rebooted, was stopped or has moved; 1 the monitor
     /// failed; 3 the guest crashed; isa-debug-exit has QEMU's rule, `(value << 1) | 1`.
     pub fn exit_status(&self) -> u8 {
         match self {
-            GuestEnd::PoweredOff | GuestEnd::Reset | GuestEnd::Halted | GuestEnd::Stopped(_) => 0,
+            GuestEnd::PoweredOff
+            | GuestEnd::Reset
+            | GuestEnd::Halted
+            | GuestEnd::Stopped(_)
+            | GuestEnd::Migrated(_) => 0,
             GuestEnd::Failed(_) => 1,
             GuestEnd::Panicked | GuestEnd::Crashed(_) => 3,
             // What is above bit 6 is lost in an exit status, with QEMU as here.
@@ -105,7 +111,10 @@ impl EndSignal {
     /// Tells that the guest has ended. Only the first call counts. An end of the guest's own waits for
     /// [`before_own_end`](Self::before_own_end); a stop and a failure of the monitor do not block.
     pub fn tell(&self, end: GuestEnd) {
-        let own = !matches!(end, GuestEnd::Stopped(_) | GuestEnd::Failed(_));
+        let own = !matches!(
+            end,
+            GuestEnd::Stopped(_) | GuestEnd::Failed(_) | GuestEnd::Migrated(_)
+        );
         if own
             && !self.is_told()
             && let Some(Before(finish)) = self.before.get()

@@ -15,6 +15,7 @@ use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::gdb::Listener;
 use crate::main_loop;
+use crate::migration::incoming::Incoming;
 use crate::signals::{self, Signals};
 use crate::stats::Stats;
 use crate::timeline::{Event, timeline};
@@ -43,6 +44,9 @@ pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
         GuestEnd::Stopped(StopCause::Signal(signal)) => {
             log::info!("{} stopped the guest", signals::name(*signal));
         }
+        GuestEnd::Migrated(to) => say(format_args!(
+            "the guest has moved to {to:?}, and runs there"
+        )),
         other => log::info!("the guest has ended: {other:?}"),
     }
     if options.timeline {
@@ -133,25 +137,51 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended,
             stop(signal);
         }
     };
-    let built = match &options.restore {
-        Some(request) => Machine::restore(request, io::stdout(), &end),
-        None => Machine::build_watched(&options.config, io::stdout(), &end, watch),
+    let stopped = || {
+        watch();
+        end.is_told().then(|| "it was stopped".to_owned())
     };
-    let machine = match (built, end.get()) {
-        (Err(BuildError::Ended), Some(end)) => {
-            let none = options
-                .stats
-                .map(|_| Stats::none(options.config.cpus.count));
-            return Ok((end.clone(), none));
+    let none = || {
+        let stats = |_| Stats::none(options.config.cpus.count);
+        options.stats.map(stats)
+    };
+    let (running, terminal) = if let Some(request) = &options.incoming {
+        let incoming = Incoming::bind(request)?;
+        say(format_args!(
+            "a guest is waited for at {}",
+            incoming.address()
+        ));
+        let (mut debugger, mut terminal) = (debugger, None);
+        let go = |machine: Machine| {
+            let started = session.start(machine, debugger.take(), RunState::Running)?;
+            terminal = started.1;
+            Ok(started.0)
+        };
+        match (
+            incoming.receive(io::stdout(), &end, &stopped, go),
+            end.get(),
+        ) {
+            (Ok(running), _) => (running, terminal),
+            // Nobody has lost a guest by it.
+            (Err(_), Some(end)) => return Ok((end.clone(), none())),
+            (Err(error), None) => return Err(error.into()),
         }
-        (built, _) => built?,
+    } else {
+        let built = match &options.restore {
+            Some(request) => Machine::restore(request, io::stdout(), &end),
+            None => Machine::build_watched(&options.config, io::stdout(), &end, watch),
+        };
+        let machine = match (built, end.get()) {
+            (Err(BuildError::Ended), Some(end)) => return Ok((end.clone(), none())),
+            (built, _) => built?,
+        };
+        session.start(machine, debugger, RunState::Running)?
     };
-    let (running, terminal) = session.start(machine, debugger, RunState::Running)?;
     let wait_for_the_end = || session.wait(&end, &running, terminal.is_some());
     match &api {
         None => wait_for_the_end(),
         Some(server) => {
-            let machine = api::Machine::new(&running);
+            let machine = api::Machine::new(&running, &end);
             let served = with_api(server, &machine, || running.stop(), wait_for_the_end);
             if let Err(error) = served {
                 let what = format!("cannot start the control socket's thread: {error}");

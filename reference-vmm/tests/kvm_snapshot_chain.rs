@@ -111,6 +111,30 @@ fn keeper(cpus: u32, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
     (kernel, config)
 }
 
+/// Pages that the guest leaves alone: one that this test writes before each link, and makes zero before every other one,
+/// and behind it one for each link.
+const MINE: u64 = 15 << 20;
+
+/// Writes to a page as a device does, once.
+fn write(running: &Running, page: u64, fill: u8) {
+    let address = GuestAddress(MINE + page * 4096);
+    running
+        .memory()
+        .write_slice(&[fill; 4096], address)
+        .unwrap();
+}
+
+fn is_filled(running: &Running, page: u64, fill: u8) -> bool {
+    let (mut bytes, address) = ([0xee; 4096], GuestAddress(MINE + page * 4096));
+    running.memory().read_slice(&mut bytes, address).unwrap();
+    bytes == [fill; 4096]
+}
+
+/// What the first page has at a link.
+fn fill(number: usize) -> u8 {
+    if number.is_multiple_of(2) { 7 } else { 0 }
+}
+
 fn full(dir: &Path) -> SnapshotRequest {
     SnapshotRequest {
         track: Some(true),
@@ -158,6 +182,8 @@ fn a_guest_goes_on_from_any_link_of_a_chain_and_has_lost_nothing() {
         for number in 0..links {
             guest.hear(1);
             guest.running.pause().unwrap();
+            write(&guest.running, 0, fill(number));
+            write(&guest.running, 1 + number as u64, 1 + number as u8);
             let mut request = match number {
                 0 => full(&dir(0)),
                 _ => diff(&dir(number), &dir(number - 1)),
@@ -177,6 +203,15 @@ fn a_guest_goes_on_from_any_link_of_a_chain_and_has_lost_nothing() {
         assert_eq!(info::verify(&dir(links - 1)).unwrap(), links);
         for number in [0, 1, 2, links - 1] {
             let mut guest = Guest::restore(&RestoreRequest::new(dir(number)));
+            assert!(is_filled(&guest.running, 0, fill(number)), "{number}");
+            for before in 0..links {
+                let filled = if before <= number {
+                    1 + before as u8
+                } else {
+                    0
+                };
+                assert!(is_filled(&guest.running, 1 + before as u64, filled));
+            }
             guest.hear(2);
             guest.quit();
         }
@@ -310,6 +345,8 @@ fn a_file_call_that_is_refused_loses_no_page_and_no_older_link() {
             compression,
             ..diff(&dir(name), &newest)
         };
+        // Once, before the first that fails.
+        write(&guest.running, 0, name.as_bytes()[0]);
         for at in 0.. {
             guest.hear(1);
             let files = Faulty::new(at, Some(errno));

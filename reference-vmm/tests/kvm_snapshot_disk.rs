@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use guests::virtio::{INTERRUPTS, MEMORY, Op, REGISTERS, driver};
 use reference_vmm::config::{Config, Irqchip};
@@ -17,6 +18,9 @@ use reference_vmm::devices::virtio::block::{DiskConfig, Io};
 use reference_vmm::devices::virtio::registers::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};
 use reference_vmm::end::{EndSignal, GuestEnd};
 use reference_vmm::memory::Memory;
+use reference_vmm::migration::address::Address;
+use reference_vmm::migration::incoming::{Incoming, IncomingRequest};
+use reference_vmm::migration::outgoing::{MigrateRequest, Outgoing};
 use reference_vmm::snapshot::chain::Chain;
 use reference_vmm::snapshot::disks::DiskCopies;
 use reference_vmm::snapshot::files::HostFiles;
@@ -49,6 +53,11 @@ fn word(sector: u32) -> u32 {
 
 /// A guest that writes each sector and reads it back, by interrupts; debug-exit value 0.
 fn writer() -> Vec<u8> {
+    writer_of(1)
+}
+
+/// The same, so many times.
+fn writer_of(passes: u32) -> Vec<u8> {
     let mut ops = Vec::new();
     let register = |register, value| Op::Write(REGISTERS + register, value);
     ops.extend([
@@ -100,7 +109,7 @@ fn writer() -> Vec<u8> {
             mask: 0xff,
         });
     };
-    for sector in 0..SECTORS {
+    for sector in (0..passes).flat_map(|_| 0..SECTORS) {
         for at in (0..512).step_by(128) {
             ops.push(Op::Write(DATA + at, word(sector)));
         }
@@ -456,4 +465,61 @@ fn a_disk_that_cannot_be_had_leaves_no_snapshot_and_a_merge_takes_it_along() {
     let guest = Guest::of(|console, end| Machine::restore(&request, console, end));
     assert!(guest.ends_within(WATCHDOG.as_millis() as i32));
     assert_eq!(guest.end.get(), Some(&GuestEnd::DebugExit(0)));
+}
+
+#[test]
+fn a_disk_goes_along_with_a_guest_that_migrates_and_is_never_locked_twice() {
+    need_kvm();
+    let hops = if long() { 20 } else { 4 };
+    // Some seconds of it.
+    let kernel = file(&writer_of(40));
+    let image = disk(u64::from(SECTORS));
+    let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
+    let mut guest = Guest::of(|console, end| Machine::build(&config, console, end));
+    let mut moves = 0;
+    for hop in 0..hops {
+        if guest.ends_within(hop * 7 % 23) {
+            break;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let address = Address::Unix(folder.path().join("incoming"));
+        let incoming = Incoming::bind(&IncomingRequest::new(address.clone())).unwrap();
+        let request = MigrateRequest::new(address.to_string());
+        let end = Arc::new(EndSignal::new().unwrap());
+        let gone = AtomicBool::new(false);
+        let (here, there) = std::thread::scope(|scope| {
+            let there = scope.spawn(|| {
+                let stop = || gone.load(Ordering::Relaxed).then(|| "it stays".to_owned());
+                let nowhere = File::create("/dev/null").unwrap();
+                incoming.receive(nowhere, &end, &stop, Machine::start)
+            });
+            let here = Outgoing::default().migrate(&guest.running, &guest.end, &request);
+            gone.store(here.is_err(), Ordering::Relaxed);
+            (here, there.join().unwrap())
+        });
+        match (here, there) {
+            (Ok(_), Ok(running)) => {
+                assert_eq!(guest.end.get(), None);
+                guest = Guest { running, end };
+                moves += 1;
+            }
+            // It came to its end before it could go.
+            (Err(_), Err(_)) if guest.end.is_told() => break,
+            (here, there) => panic!("{here:?} {:?}", there.err()),
+        }
+    }
+    assert!(
+        guest.ends_within(WATCHDOG.as_millis() as i32),
+        "it stands still"
+    );
+    assert_eq!(guest.end.get(), Some(&GuestEnd::DebugExit(0)));
+    assert!(moves > 1, "{moves}");
+    let image = File::open(&image).unwrap();
+    for sector in 0..SECTORS {
+        let mut bytes = [0; 4];
+        image
+            .read_exact_at(&mut bytes, u64::from(sector) * 512)
+            .unwrap();
+        assert_eq!(u32::from_le_bytes(bytes), word(sector));
+    }
 }

@@ -136,7 +136,7 @@ fn a_run_of_memory_is_asked_for_in_order_and_once_and_its_zeros_are_not_sent() {
         assert_eq!(at, asked);
         asked += into.len() as u64;
         for (page, number) in into.chunks_mut(PAGE).zip(at / LEN..) {
-            let zero = number >= many || number % 3 == 0;
+            let zero = number >= many || number.is_multiple_of(3);
             page.fill(if zero { 0 } else { number as u8 | 1 });
         }
         Ok(())
@@ -158,6 +158,12 @@ fn a_run_of_memory_is_asked_for_in_order_and_once_and_its_zeros_are_not_sent() {
     assert!(whole);
     assert_eq!(got, sent);
     assert_eq!(sink.last.len() as u64, pages);
+    for (at, page) in sink.last {
+        let number = at / LEN;
+        let zero = number >= many || number.is_multiple_of(3);
+        let byte = if zero { 0 } else { number as u8 | 1 };
+        assert!(page == [byte; PAGE], "page {number}");
+    }
 }
 
 #[test]
@@ -182,6 +188,44 @@ fn what_packs_well_is_sent_packed_and_noise_as_it_is() {
     let (raw, _) = encode(&noise, Compression::None, true);
     let (packed, _) = encode(&noise, ZSTD, true);
     assert!(raw == packed);
+}
+
+#[test]
+fn runs_that_are_not_as_long_as_the_contents_are_refused_whatever_the_checksums_say() {
+    let frame = |runs: &[(u64, u64)], contents: usize| {
+        let mut bytes = vec![0; 24];
+        bytes[5] = 2;
+        bytes[6] = runs.len() as u8;
+        for (address, len) in runs {
+            bytes.extend(address.to_le_bytes());
+            bytes.extend(len.to_le_bytes());
+        }
+        bytes.resize(bytes.len() + contents, 5);
+        sealed(&bytes)
+    };
+    let whole = |runs: &[(u64, u64)], contents| {
+        let mut sink = Pages::up_to(1 << 40);
+        let (_, counts, whole) = decode(&frame(runs, contents), &mut sink);
+        assert_eq!(sink.last.is_empty(), counts == Default::default());
+        whole
+    };
+    assert!(whole(&[(0, LEN), (8 * LEN, LEN | 1)], PAGE));
+    for (runs, contents) in [
+        (&[(0, 2 * LEN)][..], PAGE),
+        (&[(0, LEN)], 2 * PAGE),
+        (&[(0, LEN), (LEN, LEN)], PAGE),
+        (&[(0, LEN)], 0),
+        (&[(0, LEN | 1)], PAGE),
+        (&[(0, 0)], 0),
+        (&[(0, 1)], 0),
+        (&[(0, LEN / 2)], PAGE / 2),
+        (&[(LEN / 2, LEN)], PAGE),
+        (&[((1 << 52) - LEN, (2 * LEN) | 1)], 0),
+        (&[(0, u64::MAX)], 0),
+        (&[(u64::MAX - LEN + 1, LEN)], PAGE),
+    ] {
+        assert!(!whole(runs, contents), "{runs:x?} with {contents}");
+    }
 }
 
 #[test]

@@ -428,6 +428,12 @@ fn a_peer_that_is_silent_is_an_error_with_the_seconds() {
 fn who_drips_bytes_is_held_to_the_deadline() {
     for (_folder, listener, tls) in kinds() {
         let (mut one, mut other) = ends(&listener, tls.as_ref());
+        // Also who sends nothing at all, however patient one is.
+        one.set_patience(Duration::from_secs(100_000));
+        one.set_deadline(Some(Instant::now() + MOMENT));
+        let error = one.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        one.set_deadline(None);
         thread::scope(|scope| {
             scope.spawn(move || while other.write_all(&[1]).is_ok() {});
             one.set_deadline(Some(Instant::now() + MOMENT));

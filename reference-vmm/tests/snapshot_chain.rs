@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use reference_vmm::end::Chain as ErrorChain;
 use reference_vmm::snapshot::RestoreError;
 use reference_vmm::snapshot::chain::{Chain, ChainError};
-use reference_vmm::snapshot::files::HostFiles;
+use reference_vmm::snapshot::files::{HostFiles, SnapshotFiles};
 use reference_vmm::snapshot::format::{self, Kind, SnapshotId};
 use reference_vmm::snapshot::link::Link;
 use reference_vmm::snapshot::merge::{MergeError, MergeRequest, merge};
@@ -497,4 +497,104 @@ fn a_parent_and_its_path_are_read_back_and_anything_else_is_refused() {
         bytes[at] = value;
         assert!(Parent::parse(&bytes).is_err(), "{at} {value}");
     }
+}
+
+/// The host's files on a file system that clones.
+struct Cloning(std::cell::Cell<u32>);
+
+impl SnapshotFiles for Cloning {
+    fn create_dir(&self, path: &Path) -> std::io::Result<fs::File> {
+        HostFiles.create_dir(path)
+    }
+    fn create(&self, path: &Path) -> std::io::Result<fs::File> {
+        HostFiles.create(path)
+    }
+    fn set_len(&self, file: &fs::File, len: u64) -> std::io::Result<()> {
+        HostFiles.set_len(file, len)
+    }
+    fn write_at(&self, file: &fs::File, bytes: &[u8], offset: u64) -> std::io::Result<usize> {
+        HostFiles.write_at(file, bytes, offset)
+    }
+    fn sync(&self, file: &fs::File) -> std::io::Result<()> {
+        HostFiles.sync(file)
+    }
+    fn open_dir(&self, path: &Path) -> std::io::Result<fs::File> {
+        HostFiles.open_dir(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> std::io::Result<()> {
+        HostFiles.rename(from, to)
+    }
+    fn exchange(&self, one: &Path, other: &Path) -> std::io::Result<()> {
+        HostFiles.exchange(one, other)
+    }
+    fn reflink(&self, from: &fs::File, to: &fs::File) -> std::io::Result<()> {
+        self.0.set(self.0.get() + 1);
+        use std::io::{Seek, SeekFrom};
+        let (mut from, mut to) = (from.try_clone()?, to.try_clone()?);
+        from.seek(SeekFrom::Start(0))?;
+        std::io::copy(&mut from, &mut to).map(drop)
+    }
+    fn remove(&self, path: &Path) -> std::io::Result<()> {
+        HostFiles.remove(path)
+    }
+}
+
+#[test]
+fn disks_go_along_cloned_or_copied_with_their_holes() {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    let (folder, dirs, memory) = three();
+    let of = Files {
+        dir: &dirs[0],
+        id: id(0),
+        parent: None,
+        memory: &memory,
+    };
+    let mut sections = of.write();
+    let copies = br#"[{"disk":3,"len":67108864}]"#;
+    sections.push((Kind::Disks, copies.to_vec()));
+    of.seal(&sections);
+    let disk = fs::File::create_new(dirs[0].join("disk3")).unwrap();
+    disk.set_len(64 << 20).unwrap();
+    for at in [0, 5 << 20, (64 << 20) - 7] {
+        disk.write_all_at(b"written", at).unwrap();
+    }
+    let to = folder.path().join("out");
+    let request = request(&[&dirs[0]], &to, Compression::None);
+    let check = || {
+        let (_, state) = Link::open(&to).unwrap();
+        let state = format::parse(&state).unwrap();
+        assert_eq!(state.section(Kind::Disks).unwrap(), copies);
+        assert!(fs::read(to.join("disk3")).unwrap() == fs::read(dirs[0].join("disk3")).unwrap());
+    };
+    merge(&request, &HostFiles).unwrap();
+    check();
+    let blocks = fs::metadata(to.join("disk3")).unwrap().blocks();
+    assert!(blocks * 512 < 1 << 20, "{blocks}");
+    let files = Cloning(0.into());
+    merge(&request, &files).unwrap();
+    check();
+    assert_eq!(files.0.get(), 1);
+    // One that is not there, and a list that is none.
+    fs::remove_file(dirs[0].join("disk3")).unwrap();
+    let text = ErrorChain(&merge(&request, &HostFiles).unwrap_err()).to_string();
+    assert!(text.contains("disk3"), "{text}");
+    check_older(&to);
+    for (copies, needle) in [
+        (&br#"[{"disk":3,"len":1},{"disk":3,"len":1}]"#[..], "twice"),
+        (br#"[{"disk":-1,"len":1}]"#, "section disks"),
+        (br#"{"#, "section disks"),
+    ] {
+        sections.pop();
+        sections.push((Kind::Disks, copies.to_vec()));
+        of.seal(&sections);
+        let text = ErrorChain(&merge(&request, &HostFiles).unwrap_err()).to_string();
+        assert!(text.contains(needle), "{text}");
+        check_older(&to);
+    }
+}
+
+/// What a merge was to replace is what it was.
+fn check_older(dir: &Path) {
+    assert_eq!(fs::read_dir(dir).unwrap().count(), 3);
+    Chain::open(dir).unwrap().0.verify().unwrap();
 }

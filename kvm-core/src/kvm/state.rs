@@ -389,7 +389,8 @@ impl AccessVcpu for VcpuFd {
     }
 
     fn tsc_khz(&self) -> Result<u32, Errno> {
-        self.get_tsc_khz()
+        // kvm-ioctls takes the call's -1 for the errno. No other call has been made since.
+        self.get_tsc_khz().map_err(|_| last())
     }
 
     fn set_tsc_khz(&self, khz: u32) -> Result<(), Errno> {

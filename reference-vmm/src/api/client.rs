@@ -96,6 +96,12 @@ impl Client {
         }
     }
 
+    /// Waits so long for answers from now on.
+    pub fn wait_for(&mut self, timeout: Duration) {
+        // Of a socket that is connected it is refused only for 0.
+        let _ = self.stream.set_read_timeout(Some(timeout));
+    }
+
     /// Makes a request, and waits for its answer.
     ///
     /// # Errors

@@ -168,6 +168,12 @@ impl<'a> Waiting<'a> {
 }
 
 impl Monitor for Waiting<'_> {
+    fn answered(&self) {
+        if let Some(machine) = self.machine.get() {
+            machine.answered();
+        }
+    }
+
     fn perform(&self, action: Action) -> Outcome {
         if let Some(machine) = self.machine.get() {
             return machine.perform(action);

@@ -21,6 +21,7 @@
 //! | `PATCH /vm` | `{"state": "Paused"}` or `"Resumed"` ([`vm::control`](crate::vm::control)) |
 //! | `PUT /snapshot/create` | `{"snapshot_path": DIR}` ([`snapshot`](crate::snapshot)) |
 //! | `PUT /snapshot/load` | the same, where the monitor waits for it ([`load`]) |
+//! | `PUT /migrate` | not Firecracker's: moves the guest to another process ([`migration`](crate::migration)); `GET` says how it goes, `PATCH` with `{"order": "Cancel"}` gives it up |
 //! | `PUT /actions` | `{"action_type": "SendCtrlAltDel"}` presses the power button |
 //!
 //! Success is 200 with JSON or 204 with nothing; what is refused is 400 with `{"fault_message": …}`, and has changed
@@ -55,9 +56,9 @@
 //! ```no_run
 //! use reference_vmm::api::{self, Server};
 //! # use reference_vmm::vm::Running;
-//! # fn serve(running: &Running) -> Result<(), Box<dyn std::error::Error>> {
+//! # fn serve(running: &Running, end: &reference_vmm::end::EndSignal) -> Result<(), Box<dyn std::error::Error>> {
 //! let server = Server::bind("/run/guest.api".as_ref())?;
-//! let machine = api::Machine::new(running);
+//! let machine = api::Machine::new(running, end);
 //! std::thread::scope(|scope| {
 //!     let thread = scope.spawn(|| server.serve(&machine));
 //!     // … until the guest's end.

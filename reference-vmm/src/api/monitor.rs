@@ -8,32 +8,41 @@ use serde_json::{Value, json};
 use super::router::{Action, Outcome};
 use crate::config::Config;
 use crate::devices::virtio::block::{Cache, Io};
-use crate::end::Chain;
+use crate::end::{Chain, EndSignal, GuestEnd};
 use crate::main_loop::GuestSide;
-use crate::vm::{RunState, Running};
+use crate::migration::outgoing::{Outgoing, OutgoingError};
+use crate::migration::record::MigrationRecord;
+use crate::vm::{ControlError, RunState, Running};
 
 /// Who does what a client asks for.
 pub trait Monitor: Sync {
     /// Does it. One that is [long](Action::is_long) is done on a thread that does one after another; others meanwhile on the
     /// server's own, where all clients wait while this blocks.
     fn perform(&self, action: Action) -> Outcome;
+
+    /// Called on the server's thread when who asked for something long has been given its outcome, or is gone.
+    fn answered(&self) {}
 }
 
 /// A machine that runs.
 pub struct Machine<'a> {
     running: &'a Running,
+    end: &'a EndSignal,
+    outgoing: Outgoing,
     machine_config: Value,
     vm_config: Value,
 }
 
 impl<'a> Machine<'a> {
-    /// What asks `running`.
-    pub fn new(running: &'a Running) -> Self {
+    /// What asks `running`, whose end is told to `end`: it has moved, for one.
+    pub fn new(running: &'a Running, end: &'a EndSignal) -> Self {
         let config = running.config();
         let tracks = running.chain().is_tracking_always();
         let machine_config = machine_config(config, tracks);
         Machine {
             running,
+            end,
+            outgoing: Outgoing::default(),
             vm_config: vm_config(config, &machine_config),
             machine_config,
         }
@@ -42,7 +51,7 @@ impl<'a> Machine<'a> {
 
 impl Monitor for Machine<'_> {
     fn perform(&self, action: Action) -> Outcome {
-        let done = |result: Result<(), crate::vm::ControlError>| match result {
+        let done = |result: Result<(), ControlError>| match result {
             Ok(()) => Outcome::Done,
             Err(error) => Outcome::Refused(error.to_string()),
         };
@@ -53,7 +62,16 @@ impl Monitor for Machine<'_> {
             Action::VmConfig => Outcome::Json(self.vm_config.to_string()),
             Action::Stats => Outcome::Json(self.running.stats().json()),
             Action::Pause => done(self.running.pause()),
-            Action::Resume => done(self.running.resume()),
+            Action::Resume => match self.running.resume() {
+                Err(error @ ControlError::HandOver) => {
+                    match self.outgoing.resume(self.running, self.end) {
+                        Ok(()) => Outcome::Done,
+                        Err(Some(why)) => Outcome::Refused(why.to_string()),
+                        Err(None) => Outcome::Refused(error.to_string()),
+                    }
+                }
+                other => done(other),
+            },
             Action::Snapshot(request) => match self.running.snapshot(&request) {
                 Ok(report) => {
                     log::info!("a snapshot was taken: {report:?}");
@@ -71,6 +89,15 @@ impl Monitor for Machine<'_> {
                  itself."
                     .into(),
             ),
+            Action::Migrate(request) => {
+                let moved = self.outgoing.migrate(self.running, self.end, &request);
+                recorded(moved)
+            }
+            Action::Migration => recorded(self.outgoing.record()),
+            Action::MigrateOrder(order) => match self.outgoing.order(order) {
+                Ok(()) => Outcome::Done,
+                Err(error) => Outcome::Refused(Chain(&error).to_string()),
+            },
             Action::PowerButton => match self.running.press_power_button() {
                 true => Outcome::Done,
                 false => {
@@ -80,6 +107,23 @@ impl Monitor for Machine<'_> {
                 }
             },
         }
+    }
+
+    fn answered(&self) {
+        // Behind the answer, which else would be lost with the process.
+        if let Some(to) = self.outgoing.moved_to() {
+            self.end.tell(GuestEnd::Migrated(to));
+        }
+    }
+}
+
+fn recorded(record: Result<MigrationRecord, OutgoingError>) -> Outcome {
+    match record {
+        Ok(record) => match serde_json::to_string(&record) {
+            Ok(json) => Outcome::Json(json),
+            Err(error) => Outcome::Refused(error.to_string()),
+        },
+        Err(error) => Outcome::Refused(Chain(&error).to_string()),
     }
 }
 

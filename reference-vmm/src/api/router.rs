@@ -11,6 +11,7 @@ use kvm_core::arch::x86_64::state::ClockRestore;
 
 use super::http::{Request, Response, Status};
 use super::load::LoadRequest;
+use crate::migration::outgoing::{MigrateRequest, Order};
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::files::MEMORY;
 use crate::snapshot::packed::Compression;
@@ -45,6 +46,13 @@ pub enum Action {
     Load(LoadRequest),
     /// `PUT /actions` with `{"action_type": "InstanceStart"}`.
     Start,
+    /// `PUT /migrate`, which Firecracker has not: to move the guest to another process. The answer comes when it is there.
+    Migrate(Box<MigrateRequest>),
+    /// `GET /migrate`: what the migration that is under way does, or the last one did.
+    Migration,
+    /// `PATCH /migrate` with `{"order": "Cancel"}`: to give it up. With `"Here"` or `"There"`, when the destination cannot
+    /// be asked: where the guest is.
+    MigrateOrder(Order),
     /// `PUT /actions` with `{"action_type": "SendCtrlAltDel"}`: the power button, by which this machine's guests are asked
     /// to power off. It has no keyboard.
     PowerButton,
@@ -55,13 +63,19 @@ impl Action {
     /// short one is done at once, also while a long one is at work, and must not wait for it.
     pub fn is_long(&self) -> bool {
         match self {
-            Action::Pause | Action::Resume | Action::Snapshot(_) | Action::Load(_) => true,
+            Action::Pause
+            | Action::Resume
+            | Action::Snapshot(_)
+            | Action::Load(_)
+            | Action::Migrate(_) => true,
             Action::Describe
             | Action::Version
             | Action::MachineConfig
             | Action::VmConfig
             | Action::Stats
             | Action::Start
+            | Action::Migration
+            | Action::MigrateOrder(_)
             | Action::PowerButton => false,
         }
     }
@@ -214,6 +228,12 @@ fn check_memory(dir: &Path, memory: Option<&Path>) -> Result<(), Response> {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+struct MigrateOrder {
+    order: Order,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Actions {
     action_type: ActionType,
 }
@@ -282,6 +302,14 @@ pub fn route(request: &Request) -> Result<Action, Response> {
             }))
         }
         "/snapshot/load" => Ok(Action::Load(body::<Load>(request, "PUT")?.request()?)),
+        "/migrate" => match request.method.as_str() {
+            "PUT" => Ok(Action::Migrate(Box::new(body(request, "PUT")?))),
+            "PATCH" => {
+                let MigrateOrder { order } = body(request, "PATCH")?;
+                Ok(Action::MigrateOrder(order))
+            }
+            _ => get(Action::Migration),
+        },
         "/actions" => match body::<Actions>(request, "PUT")?.action_type {
             ActionType::SendCtrlAltDel => Ok(Action::PowerButton),
             ActionType::InstanceStart => Ok(Action::Start),

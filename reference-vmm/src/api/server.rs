@@ -395,6 +395,7 @@ impl Clients<'_> {
                 }
                 None => log::debug!("api: nobody waits for this any more: {outcome:?}"),
             }
+            self.monitor.answered();
         }
     }
 }

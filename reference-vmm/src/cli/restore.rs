@@ -2,6 +2,7 @@
 
 //! `reference-vmm restore`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use kvm_core::arch::x86_64::state::ClockRestore;
@@ -11,6 +12,9 @@ use super::{Command, Run, UsageError, device};
 use crate::config::{Config, check_path};
 use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::net::{Mac, NetConfig};
+use crate::migration::address::Address;
+use crate::migration::incoming::IncomingRequest;
+use crate::migration::tls::TlsFiles;
 use crate::snapshot::RestoreRequest;
 
 /// `reference-vmm restore --help`.
@@ -62,15 +66,77 @@ Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor fai
 snapshot were wrong, it is not for this host, or a disk has moved on; 3 the guest crashed.
 ";
 
+/// `reference-vmm run --incoming --help`.
+pub const INCOMING_HELP: &str = "\
+Wait for the guest of another monitor (`ctl migrate`), and have it go on here.
+
+Usage: reference-vmm run --incoming ADDRESS [OPTIONS]
+
+Options:
+  --incoming ADDRESS       Where the other monitor connects to: unix:PATH, or tcp:HOST:PORT, which without TLS
+                           has to be of this host alone (127.0.0.1)
+  --tls-cert FILE          This host's certificate, PEM; with --tls-key and --tls-ca
+  --tls-key FILE           Its key, PEM
+  --tls-ca FILE            The certificate of the authority that both hosts' certificates are of, PEM
+  --disk N:path=FILE       Disk N of the guest, from 0 on, is at FILE here, with the same contents. Without it the
+                           disk is at the path that it had
+  --net N:[tap=NAME][,mac=MAC]
+                           Network card N, from 0 on, is at the tap NAME here
+  --vsock [cid=N][,uds=PATH]
+                           The guest has the address N here, and the host's side is at PATH. Its connections
+                           are gone in any case, and it is told so
+  --console TO             hvc0 leads there now: stdio, file=PATH or unix=PATH. Files are written on
+  --port name=NAME,unix=PATH|file=PATH
+                           The port NAME leads there now; may be repeated
+  --clock advanced|saved   Whether the guest's clocks show the time that it stood still [advanced]
+  --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
+  --kvm PATH               KVM device [the other monitor's]
+  --api-sock PATH          As of `run`: when the guest is here
+  --stats[=json]           As of `run`
+  --gdb ADDRESS            As of `run`: before the guest goes on
+  --timeline               As of `run`
+  --log LEVEL              off, error, warn, info, debug or trace [warn]
+  -h, --help               Show this help
+
+Memory, processors and devices are those of the guest that comes, its serial console is on this terminal. One
+guest comes: if it fails, it goes on where it was, and this process ends with status 1 and the reason.
+
+Exit status: 0 the guest powered off, rebooted, was stopped or moved on; 1 no guest came, or the monitor failed;
+2 the arguments were wrong; 3 the guest crashed.
+";
+
+/// Reads what a machine has of its own where it goes on, and how it is watched, behind `run` with an `--incoming`
+/// somewhere.
+pub(super) fn parse_incoming(parser: lexopt::Parser) -> Result<Command, UsageError> {
+    read(parser, true)
+}
+
 /// Reads the command line behind the word.
-pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
+pub(super) fn parse(parser: lexopt::Parser) -> Result<Command, UsageError> {
+    read(parser, false)
+}
+
+fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageError> {
+    let (mut address, mut tls) = (None, TlsFlags::default());
     let mut request = RestoreRequest::new("");
     let mut run = Run::new(Config::default());
     while let Some(arg) = parser.next()? {
         let of = &mut request.overrides;
         match arg {
+            Short('h') | Long("help") if incoming => return Ok(Command::Help(INCOMING_HELP)),
             Short('h') | Long("help") => return Ok(Command::Help(RESTORE_HELP)),
-            Long("from") => {
+            Long("incoming") if incoming => {
+                let text = parser.value()?.string()?;
+                address = Some(
+                    text.parse::<Address>()
+                        .map_err(|error| UsageError::Command(format!("--incoming {error}")))?,
+                );
+            }
+            Long(flag) if incoming && TlsFlags::is_one(flag) => {
+                let flag = flag.to_owned();
+                tls.take(&flag, parser.value()?)?;
+            }
+            Long("from") if !incoming => {
                 request.dir = parser.value()?.into();
                 check_path("--from", &request.dir)?;
             }
@@ -98,15 +164,15 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                     _ => Err("--clock is advanced or saved"),
                 })?;
             }
-            Long("verify") => {
+            Long("verify") if !incoming => {
                 request.verify = super::on_or_off("--verify", &mut parser)?;
             }
-            Long("disks-to") => {
+            Long("disks-to") if !incoming => {
                 let folder = PathBuf::from(parser.value()?);
                 check_path("--disks-to", &folder)?;
                 request.disks_to = Some(folder);
             }
-            Long("track-dirty-pages") => request.track = true,
+            Long("track-dirty-pages") if !incoming => request.track = true,
             Long("kvm") => {
                 let kvm: PathBuf = parser.value()?.into();
                 check_path("--kvm", &kvm)?;
@@ -119,6 +185,17 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
             other => return Err(other.unexpected().into()),
         }
     }
+    if incoming {
+        let address =
+            address.ok_or_else(|| UsageError::Command("--incoming ADDRESS is missing".into()))?;
+        run.incoming = Some(IncomingRequest {
+            address,
+            tls: tls.files()?,
+            overrides: request.overrides,
+            clock: request.clock,
+        });
+        return Ok(Command::Run(Box::new(run)));
+    }
     if request.dir.as_os_str().is_empty() {
         if run.api_sock.is_none() {
             let text = "--from DIR is missing: the snapshot that the guest goes on from (or --api-sock PATH, where that \
@@ -130,6 +207,69 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         run.restore = Some(request);
     }
     Ok(Command::Run(Box::new(run)))
+}
+
+/// The files of TLS, as they are read from flags.
+#[derive(Default)]
+pub(crate) struct TlsFlags {
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    ca: Option<PathBuf>,
+    name: Option<String>,
+}
+
+impl TlsFlags {
+    /// Whether this flag is one of them.
+    pub(crate) fn is_one(flag: &str) -> bool {
+        matches!(flag, "tls-cert" | "tls-key" | "tls-ca")
+    }
+
+    /// Takes one of them.
+    ///
+    /// # Errors
+    /// It is empty.
+    pub(crate) fn take(&mut self, flag: &str, value: OsString) -> Result<(), UsageError> {
+        let (place, flag) = match flag {
+            "tls-cert" => (&mut self.cert, "--tls-cert"),
+            "tls-key" => (&mut self.key, "--tls-key"),
+            _ => (&mut self.ca, "--tls-ca"),
+        };
+        let path = PathBuf::from(value);
+        check_path(flag, &path)?;
+        *place = Some(std::path::absolute(&path).unwrap_or(path));
+        Ok(())
+    }
+
+    /// Whom the other side's certificate is for.
+    pub(crate) fn set_name(&mut self, name: String) {
+        self.name = Some(name);
+    }
+
+    /// All three or none.
+    ///
+    /// # Errors
+    /// Some of them.
+    pub(crate) fn files(self) -> Result<Option<TlsFiles>, UsageError> {
+        let TlsFlags {
+            cert,
+            key,
+            ca,
+            name,
+        } = self;
+        match (cert, key, ca) {
+            (Some(cert), Some(key), Some(ca)) => Ok(Some(TlsFiles {
+                cert,
+                key,
+                ca,
+                name,
+            })),
+            (None, None, None) if name.is_none() => Ok(None),
+            _ => {
+                let text = "--tls-cert, --tls-key and --tls-ca go together";
+                Err(UsageError::Command(text.into()))
+            }
+        }
+    }
 }
 
 /// `N:OPTIONS`.
@@ -263,12 +403,23 @@ mod tests {
         let source = [include_str!("restore.rs"), common].concat();
         for (start, _) in source.match_indices("Long(\"") {
             let flag = source[start + 6..].split('"').next().unwrap();
+            let flag = format!("--{flag}");
+            // Of the two only.
+            let restore = flag != "--incoming";
+            let none = ["--from", "--verify", "--disks-to", "--track-dirty-pages"];
+            let incoming = !none.contains(&flag.as_str());
             assert!(
-                flag.is_empty() || RESTORE_HELP.contains(&format!("--{flag}")),
+                flag == "--" || !restore || RESTORE_HELP.contains(&flag),
+                "{flag}"
+            );
+            assert!(
+                flag == "--" || !incoming || INCOMING_HELP.contains(&flag),
                 "{flag}"
             );
         }
-        assert!(RESTORE_HELP.lines().all(|line| line.len() <= 120));
+        for help in [RESTORE_HELP, INCOMING_HELP] {
+            assert!(help.lines().all(|line| line.len() <= 120));
+        }
     }
 
     #[test]

@@ -1,36 +1,139 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A machine that moves to another process while its guest runs.
-//!
-//! # What it travels on
+//! A machine that moves to another process while its guest runs: pre-copy, with one owner of the guest at every moment.
 //!
 //! ```text
-//!   address    Address: FromStr + Display           unix:PATH | tcp:HOST:PORT
-//!   tls        TlsFiles { cert, key, ca, name }     Tls::load(&TlsFiles) -> Result<Tls, TlsError>
-//!   transport  Listener::bind(&Address, Option<&Tls>) -> Result<Listener, BindError>
-//!              Listener::accept(&self, deadline: Instant) -> Result<Connection, AcceptError>
-//!              Listener::canceller(&self) -> Canceller
-//!              connect(&Address, Option<&Tls>, deadline: Instant) -> Result<Connection, ConnectError>
-//!              Connection: Read + Write + Send
-//!                  peer() -> &str, canceller() -> Canceller, set_patience(Duration), set_deadline(Option<Instant>), finish()
-//!              Canceller: Clone + Send + Sync, cancel(&self)
-//!   codec      Encoder::new(Compression) -> io::Result<Encoder>
-//!              Encoder::pages(address, len, |at, &mut [u8]| -> io::Result<()>, &mut impl Write) -> io::Result<()>
-//!              Encoder::mark(u64, &mut impl Write), Encoder::flush(&mut impl Write), Encoder::counts() -> Counts
-//!              Decoder::new() -> io::Result<Decoder>
-//!              Decoder::frame(&mut impl Read, &mut impl Sink) -> Result<Frame, DecodeError>
-//!              Frame::{Pages, Mark(u64), End},  trait Sink { pages(address, &[u8]), zeros(address, len) -> io::Result<()> }
-//!   limit      TokenBucket (pure), Limiter::new(Option<NonZeroU64>), .set(..), .cancel(),
-//!              Limited<W>: Write, over any Write and an Arc<Limiter>
+//!   ctl migrate ─► outgoing ─► source ◄──────── control ────────► destination ◄─ incoming ◄─ run --incoming
+//!                     │          │  └─ sender ══ data, 1 to 64 ══► takers ─┐         │
+//!                  record      live: Running                     arriving: a machine that is to be
+//!                     │
+//!                  progress, report
 //! ```
+//!
+//! [`source`] and [`destination`] are the two sides of a conversation over traits: a [`guest`] and a [`link`]. [`live`] and
+//! `arriving` are the guest of a real machine, [`dial`] real connections ([`transport`], [`tls`]). So the conversation is
+//! tested without a host, cut at each message in each direction and with either side killed there
+//! (`tests/migration_owner.rs`).
+//!
+//! # What is said
+//!
+//! [`message`] has the bytes; data connections carry [`codec`]'s frames, with a mark behind each round.
+//!
+//! | from | message | what it means |
+//! | --- | --- | --- |
+//! | source | `Offer` | the machine, as a snapshot's file `state` of now: a rehearsal |
+//! | destination | `Ready` | such a machine can be here: CPUID, MSRs, capabilities, memory |
+//! | source | `Round(n)` | all pages of round n are sent, and the mark n on each data connection |
+//! | destination | `Taken(n)` | and in memory |
+//! | source | `State(n)` | the guest stands still, its disks are let go of; this is all of it but memory, which is whole with round n |
+//! | destination | `Prepared` | the machine is whole and holds the disks; one word starts it |
+//! | source | `Go` | the guest is not mine any more |
+//! | destination | `Started` | it is mine; said before its vCPUs run |
+//! | source | `Done` | heard; I shall not ask |
+//! | either | `GivenUp(why)` | before `Go`: the guest stays where it is |
+//! | source | a connection of its own | how did it end? |
+//! | destination | `Settled` | started; or never, a pledge: nothing is held here, and nothing ever starts; or unknown, of a migration that this process knows nothing of |
+//!
+//! Host differences are found before the first page: the rehearsal has the vCPUs' state, which the destination's KVM is
+//! asked about. Disks, taps and sockets are opened when the state comes, for only then are they free. What is wrong with
+//! those costs a stop of some milliseconds, and the guest goes on where it was.
+//!
+//! # Rounds
+//!
+//! Round 0 is all of memory, the next what was written while the one before was sent. Each is answered before the next is
+//! begun, so what a round took is what the link carries, and nothing waits in buffers when the guest is stopped. That is
+//! done when the rest fits into the downtime: [`dirty_log::estimate`] forecasts it from the last rounds, and what the
+//! rehearsal took for the state is taken off first. A guest that writes faster than that is refused with what a stop would
+//! cost, or stopped all the same ([`source::WhenStuck`]); it is not slowed down.
+//!
+//! A page takes the same data connection in each round, by its address: so nothing older overtakes what is newer, and
+//! connections do not wait for each other. Pages that are zero are said to be so, by runs; the destination leaves memory
+//! alone that is zero already. The bandwidth limit holds to the end, also while the guest stands still.
+//!
+//! # Whose the guest is
+//!
+//! | | source | destination | the guest is |
+//! | --- | --- | --- | --- |
+//! | 1 | sends memory | receives | the source's, and runs there |
+//! | 2 | sent `State`; holds no disk | prepares | the source's, and stands still |
+//! | 3 | waits for `Prepared` | prepared; holds the disks; undecided | the source's, and stands still |
+//! | 4 | said `Go`: in doubt | undecided, or decided | whoever's the destination decides |
+//! | 5 | heard `Started`: ends | started | the destination's |
+//! | 6 | heard `Settled(never)`: takes back | never | the source's |
+//!
+//! All hangs on one thing: whether the guest starts is decided in one place, once, by the destination
+//! ([`destination::Decision`]). `Go` decides for it, the question against it; whichever the destination takes first has it,
+//! and the other finds it decided. The source gives its part of the decision away with `Go` and takes it back by an
+//! answer alone.
+//!
+//! **One fault.** A break in 1 to 3: no `Go` was said, so the destination decides that the guest never starts, drops what
+//! it holds and ends; the source takes back its disks, and runs on. That is so whether the destination has heard why or
+//! not, and also when the source cannot reach it. If the disks are not free yet, the source asks, which has the destination
+//! let go. A break in 4: the source connects again and asks. If `Go` had come through the answer is *started*; if not, it is
+//! *never*, and a `Go` that arrives behind it starts nothing. The destination in turn, which has heard neither, decides for
+//! *never* when its connection breaks, and stays for a while to say so. If the destination's process dies, nobody listens
+//! where it did, and the source is told that at once: before `Started` was sent the guest has not run there, because that
+//! word is sent first; so it goes on here. After it the destination was the owner, and what dies with its owner is gone, as
+//! without any migration. If the source's process dies before `Go`, the guest dies with it, as without any migration; after
+//! it, it runs at the destination.
+//!
+//! **No way at all.** While the source is in doubt and cannot reach the destination, the guest stands still here, which is
+//! said on stderr and in `GET /migrate`, and it is asked for again each second. Who knows better says so:
+//! `ctl migrate-settle here|there`. A destination that was cut off before `Go` has ended by then, and the first question
+//! that gets through finds nobody there.
+//!
+//! **Two faults.** A wire that loses `Started`, and a destination that dies before it can be asked: the source finds nobody
+//! there, and goes on with a guest that ran elsewhere for that long. A firewall that cuts a TCP connection and then answers
+//! in the destination's place that nobody listens looks the same. A guest's disk would not forgive it. Who fears it
+//! migrates over a link without such a box, or uses Unix sockets through a tunnel of ssh.
+//!
+//! # What can be done meanwhile
+//!
+//! A cancel (`ctl migrate-cancel`) is heard within 50 ms until `Go`, and refused behind it. That `ctl migrate` ends, by
+//! Ctrl-C or with its terminal, cancels nothing: the monitor goes on, and `ctl migrate-status` says how. An end of the guest
+//! ends the migration. While the guest stands still for the hand-over nobody pauses or resumes it. A guest that is paused
+//! is refused, because it would run over there.
+//!
+//! # The network, and connections
+//!
+//! A tap is let go of as a disk is, so that both processes may name the same one on one host; when the guest starts, its
+//! cards say by RARP where they are now, and switches learn it before the guest sends anything. Connections of vsock, of
+//! sockets behind ports and of a debugger do not go along; on one host these sockets need other paths for the destination
+//! (`run --incoming … --vsock uds=PATH`). The guest is told no new generation: it is the same one.
+//!
+//! # Who may send, and receive
+//!
+//! Who has the guest's memory has the guest. A Unix socket is its user's; TCP beyond the host needs TLS, where both sides
+//! have certificates ([`tls`]). Whatever the other side sends is bounded, and parsed as a snapshot's file is; the first who
+//! offers a guest is the one, and others are sent away. One who connects and says nothing has 2 s, in which nobody else is
+//! heard.
+//!
+//! # Limits
+//!
+//! - Nothing is paged in later (post-copy): the guest goes when nearly all of it is there.
+//! - Writes of other processes into guest memory are not seen ([`dirty_log`] has sources for them).
+//! - Disks are on storage that both hosts have. Their contents are made durable before the state is sent, in the downtime.
 
 pub mod address;
+mod arriving;
 pub mod codec;
+pub mod destination;
+pub mod dial;
+pub mod event;
+pub mod guest;
+pub mod incoming;
 pub mod limit;
+pub mod link;
+pub mod live;
+pub mod message;
+pub mod orders;
+pub mod outgoing;
 mod plot;
 pub mod progress;
 pub mod record;
 pub mod report;
+mod sender;
+pub mod source;
 pub mod tls;
 pub mod transport;
 pub mod units;

@@ -156,7 +156,7 @@ impl Tls {
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain.clone(), key.clone_key())
             .map_err(of_key)?;
-        // Nobody reads tickets on a connection that data goes up alone, and closed with something unread TCP resets it.
+        // No session is taken up again, so nobody has use for tickets.
         server.send_tls13_tickets = 0;
         let mut client = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13])

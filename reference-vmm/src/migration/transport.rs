@@ -240,6 +240,13 @@ impl Listener {
         Canceller(Arc::downgrade(&self.shared))
     }
 
+    /// Waits up to `patience` for somebody to connect; whether there is one to [`accept`](Self::accept), or an error.
+    pub fn is_called(&self, patience: Duration) -> bool {
+        let milliseconds = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
+        // An error is accept's to say.
+        is_ready(self.shared.socket.as_raw_fd(), libc::POLLIN, milliseconds).unwrap_or(true)
+    }
+
     /// Waits until `deadline` for somebody to connect, and where there is TLS until both sides are authenticated.
     ///
     /// # Errors

@@ -25,12 +25,15 @@ enum Came {
     Stop(i32),
 }
 
+/// The guest that was loaded, and where its end is told.
+type Loaded = (Running, Arc<EndSignal>);
+
 /// How the wait for a load, and for the guest behind it, came to its end.
 enum Waited {
     /// By this signal, before a load.
     Stopped(i32),
     /// The guest ended.
-    Guest(Arc<EndSignal>, Option<RawTerminal>),
+    Guest(Option<RawTerminal>),
 }
 
 impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
@@ -46,12 +49,14 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
     ) -> Result<Ended, BuildError> {
         let process = |what| move |source| BuildError::Process { what, source };
         let loads = Loads::new().map_err(process("make an eventfd"))?;
-        let guest = OnceLock::new();
+        let guest = OnceLock::<Loaded>::new();
         let waited = {
             let waiting = Waiting::new(&loads);
             let stop = || {
                 loads.close();
-                guest.get().map(Running::stop);
+                if let Some((running, _)) = guest.get() {
+                    running.stop();
+                }
             };
             let mut waited = None;
             let served = with_api(server, &waiting, stop, || {
@@ -61,7 +66,7 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             waited
         };
         match (waited.transpose()?, guest.into_inner()) {
-            (Some(Waited::Guest(end, terminal)), Some(running)) => {
+            (Some(Waited::Guest(terminal)), Some((running, end))) => {
                 Ok(self.finish(&end, running, terminal))
             }
             (Some(Waited::Stopped(signal)), _) => {
@@ -80,7 +85,7 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
         base: &RestoreRequest,
         loads: &'a Loads,
         mut debugger: Option<Listener>,
-        guest: &'a OnceLock<Running>,
+        guest: &'a OnceLock<Loaded>,
         waiting: &Waiting<'a>,
     ) -> Result<Waited, BuildError> {
         loop {
@@ -122,11 +127,11 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
                     return Err(error);
                 }
             };
-            let running = guest.get_or_init(|| running);
-            waiting.begin(api::Machine::new(running));
+            let (running, end) = guest.get_or_init(|| (running, end));
+            waiting.begin(api::Machine::new(running, end));
             load.answer(Outcome::Done);
-            self.wait(&end, running, terminal.is_some());
-            return Ok(Waited::Guest(end, terminal));
+            self.wait(end, running, terminal.is_some());
+            return Ok(Waited::Guest(terminal));
         }
     }
 

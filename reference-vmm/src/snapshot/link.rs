@@ -238,12 +238,18 @@ impl Link {
         let mut buffer = Vec::new();
         for (number, place) in self.map.places() {
             let piece = self.map.pieces.get(number).copied().unwrap_or_default();
+            let nothing = match &self.packed {
+                // The section says so of both, or is none.
+                Some(_) => true,
+                None => piece.checksum.is_none() && is_hole(&self.memory, place.offset, place.len),
+            };
+            if piece.checksum.is_none() && nothing {
+                continue;
+            }
             buffer.clear();
             buffer.resize(place.len as usize, 0);
             match &self.packed {
                 Some(_) => self.unpack(number, place, &mut buffer)?,
-                None if piece.checksum.is_none()
-                    && is_hole(&self.memory, place.offset, place.len) => {}
                 None => {
                     let read = self.memory.read_exact_at(&mut buffer, place.offset);
                     read.map_err(|source| self.unreadable(source))?;

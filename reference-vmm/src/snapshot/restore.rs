@@ -538,7 +538,7 @@ pub(super) fn check_layout(
 
 impl Overrides {
     /// The configuration with these in it.
-    fn apply(&self, mut config: Config) -> Result<Config, RestoreError> {
+    pub(crate) fn apply(&self, mut config: Config) -> Result<Config, RestoreError> {
         let wrong = |flag, why: String| RestoreError::Override { flag, why };
         for (number, path) in &self.disks {
             let count = config.disks.len();

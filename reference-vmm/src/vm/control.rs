@@ -82,6 +82,9 @@ pub enum ControlError {
         /// How long it was waited for.
         patience: Duration,
     },
+    /// It is being handed over to another process, which alone may let it go on.
+    #[error("the guest is being handed over to another host, and stands still until that is done")]
+    HandOver,
     /// Asked for by one of its own vCPUs' threads.
     #[error("a vCPU's thread cannot pause its own machine")]
     OnVcpuThread,
@@ -100,6 +103,8 @@ enum Hold {
     #[default]
     Running,
     Paused(Pause),
+    /// Paused, for a migration: nobody else resumes it.
+    HandedOver(Pause),
     /// The machine has been stopped.
     Ended,
 }
@@ -165,6 +170,7 @@ impl Running {
         let mut hold = self.control.lock();
         match &*hold {
             Hold::Paused(_) => return Ok(()),
+            Hold::HandedOver(_) => return Err(ControlError::HandOver),
             Hold::Ended => return Err(ControlError::Ended),
             Hold::Running => {}
         }
@@ -194,6 +200,10 @@ impl Running {
                 self.control.paused.store(false, Ordering::Relaxed);
                 drop(pause);
             }
+            held @ Hold::HandedOver(_) => {
+                *hold = held;
+                return Err(ControlError::HandOver);
+            }
             Hold::Ended => {
                 *hold = Hold::Ended;
                 return Err(ControlError::Ended);
@@ -217,9 +227,44 @@ impl Running {
     /// another thread's pause or resume, and has those wait.
     pub fn while_paused<T>(&self, f: impl FnOnce(&Pause) -> T) -> Option<T> {
         match &*self.control.lock() {
-            Hold::Paused(pause) => Some(f(pause)),
+            Hold::Paused(pause) | Hold::HandedOver(pause) => Some(f(pause)),
             Hold::Running | Hold::Ended => None,
         }
+    }
+
+    /// [`pause`](Self::pause), for a machine that is to go on in another process: nobody else pauses or resumes it until
+    /// [`end_hand_over`](Self::end_hand_over).
+    ///
+    /// # Errors
+    /// [`ControlError`]; the guest is what it was.
+    pub(crate) fn hold_for_hand_over(&self) -> Result<(), ControlError> {
+        self.pause()?;
+        let mut hold = self.control.lock();
+        match std::mem::take(&mut *hold) {
+            Hold::Paused(pause) => {
+                *hold = Hold::HandedOver(pause);
+                Ok(())
+            }
+            // By somebody who came between.
+            other => {
+                *hold = other;
+                Err(ControlError::HandOver)
+            }
+        }
+    }
+
+    /// It goes on here after all.
+    ///
+    /// # Errors
+    /// [`ControlError::Ended`].
+    pub(crate) fn end_hand_over(&self) -> Result<(), ControlError> {
+        let mut hold = self.control.lock();
+        *hold = match std::mem::take(&mut *hold) {
+            Hold::HandedOver(pause) => Hold::Paused(pause),
+            other => other,
+        };
+        drop(hold);
+        self.resume()
     }
 
     fn hold_all(&self, patience: Duration) -> Result<Pause, ControlError> {

@@ -14,6 +14,7 @@ use crate::arch::boot::BootError;
 use crate::config;
 use crate::devices::virtio::list::DeviceError;
 use crate::gdb;
+use crate::migration::incoming::IncomingError;
 use crate::snapshot::RestoreError;
 
 /// A VM could not be built or started.
@@ -60,6 +61,9 @@ pub enum BuildError {
     /// A snapshot cannot be gone on from.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// No guest has come from another process.
+    #[error(transparent)]
+    Incoming(#[from] IncomingError),
     /// The end was told while the machine was built.
     #[error("the machine was ended before it was built")]
     Ended,
@@ -162,6 +166,7 @@ impl BuildError {
                 source,
             }) if config::is_about_the_path(source) => 2,
             BuildError::Restore(error) => error.exit_status(),
+            BuildError::Incoming(error) => error.exit_status(),
             BuildError::Api(error) if error.is_users_fault() => 2,
             BuildError::Device(error) if !error.is_users_fault() => 1,
             BuildError::Device(_)

@@ -80,6 +80,7 @@ use crate::kvm_stats::KvmReaders;
 use crate::memory::{Memslots, slots_of};
 use crate::snapshot::ChainTip;
 use crate::stats::{ExitCounters, Named};
+pub(crate) use blank::{Allocated, Blank as BlankVm};
 use compose::Composition;
 pub use control::{ControlError, RunState};
 use cpuid::ask_kvm;
@@ -356,6 +357,15 @@ impl Machine {
     pub fn read_kvm_statistics(&mut self) -> Result<(), StatsError> {
         self.kvm_stats = Some(KvmReaders::open(&self.parts.vm, &self.vcpus)?);
         Ok(())
+    }
+
+    /// Tells the host's side of each device that the machine is here now, where it was not before: bridges learn where its
+    /// network cards are. The guest need not do anything.
+    pub fn announce(&self) {
+        self.parts
+            .virtio
+            .iter()
+            .for_each(|device| device.announce());
     }
 
     /// Starts a thread for each vCPU, named `vcpu0` and so on, the boot vCPU's as the last.

@@ -29,7 +29,7 @@ pub struct Pages {
 impl Pages {
     pub fn up_to(end: u64) -> Self {
         Pages {
-            most_zeros: end.min(4096 * PAGE as u64),
+            most_zeros: end.min(256 * PAGE as u64),
             end,
             ..Pages::default()
         }
@@ -95,15 +95,21 @@ pub fn encode(
     let mut out = Vec::new();
     let mut encoder = Encoder::new(by).unwrap();
     encoder.set_checksums(checksums);
-    for (at, page) in pages {
-        let mut source = |asked, into: &mut [u8]| {
-            assert_eq!(asked, *at);
-            into.copy_from_slice(page);
-            Ok(())
-        };
-        encoder
-            .pages(*at, PAGE as u64, &mut source, &mut out)
-            .unwrap();
+    let mut source = |at: u64, into: &mut [u8]| {
+        for (page, at) in into.chunks_mut(PAGE).zip((at..).step_by(PAGE)) {
+            page.copy_from_slice(&pages[&at]);
+        }
+        Ok(())
+    };
+    let mut rest = pages.keys().copied().peekable();
+    while let Some(begin) = rest.next() {
+        // As long as pages follow each other they are one run.
+        let mut end = begin + PAGE as u64;
+        while rest.next_if_eq(&end).is_some() {
+            end += PAGE as u64;
+        }
+        let len = end - begin;
+        encoder.pages(begin, len, &mut source, &mut out).unwrap();
     }
     encoder.mark(7, &mut out).unwrap();
     (out, encoder.counts())

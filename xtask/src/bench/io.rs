@@ -52,7 +52,9 @@ pub(super) fn run(rounds: usize, icount: bool) -> Result<i32> {
     let initrd = guest_image::initrd(&assets, &[kernel], Contents::WithDevices)?;
     let vmm = cargo::reference_vmm()?;
     let tool = cargo::static_program("xtask", "guest_io")?;
-    let initrd = with_program(&initrd, &tool)?;
+    let program = fs::read(&tool).context(|| format!("{} cannot be read", tool.display()))?;
+    let programs = [("bin/guest-io", &*program)];
+    let initrd = with_programs(&initrd, &programs, "target/bench-io.cpio")?;
     let qemu = assets.qemu()?.command();
     let contenders = [
         Contender {
@@ -172,17 +174,21 @@ fn theirs(qemu: &Command, vmlinux: &Path, initrd: &Path, vhost: bool) -> Vec<OsS
     words
 }
 
-/// The image with the program behind it: the kernel unpacks one archive after the other.
-fn with_program(initrd: &Path, program: &Path) -> Result<PathBuf> {
-    let cannot = |path: &Path| format!("{} cannot be read", path.display());
-    let mut bytes = fs::read(initrd).context(|| cannot(initrd))?;
+/// The image with programs behind it, as a file of the workspace: the kernel unpacks one archive after the other.
+pub(super) fn with_programs(
+    initrd: &Path,
+    programs: &[(&str, &[u8])],
+    name: &str,
+) -> Result<PathBuf> {
+    let mut bytes = fs::read(initrd).context(|| format!("{} cannot be read", initrd.display()))?;
     // An archive begins at a multiple of four bytes.
     bytes.resize(bytes.len().next_multiple_of(4), 0);
     let mut archive = Archive::new();
-    let program = fs::read(program).context(|| cannot(program))?;
-    archive.file("bin/guest-io", 0o755, &program);
+    for (place, program) in programs {
+        archive.file(place, 0o755, program);
+    }
     bytes.extend(archive.finish());
-    let path = crate::host::workspace().join("target/bench-io.cpio");
+    let path = crate::host::workspace().join(name);
     fs::write(&path, bytes).context(|| format!("{} cannot be written", path.display()))?;
     Ok(path)
 }

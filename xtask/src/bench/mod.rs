@@ -5,6 +5,7 @@
 mod boot;
 mod io;
 mod login;
+mod migrate;
 mod startup;
 
 use std::ffi::{OsStr, OsString};
@@ -14,6 +15,7 @@ use crate::failure::{Context, Failure, Result};
 pub(crate) use boot::{RUN_COMMAND, run_command};
 pub(crate) use io::{RUN_COMMAND as RUN_IO_COMMAND, run_command as run_io_command};
 pub(crate) use login::{RUN_COMMAND as RUN_LOGIN_COMMAND, run_command as run_login_command};
+pub(crate) use migrate::{RUN_COMMAND as RUN_MIGRATE_COMMAND, run_command as run_migrate_command};
 
 const USAGE: &str = "\
 Measures, and compares in the same run.
@@ -22,6 +24,7 @@ Usage: cargo xtask bench startup [--runs N]   (60)
        cargo xtask bench boot [--rounds N]    (3)
        cargo xtask bench io [--rounds N] [--wall]   (3)
        cargo xtask bench login [--rounds N]   (3)
+       cargo xtask bench migrate [--rounds N] (3)
 
   startup   a tiny guest on this host's KVM: from exec to its first byte and to the end, against a program that makes
             the unavoidable system calls alone; peak memory; the size of the program
@@ -31,7 +34,9 @@ Usage: cargo xtask bench startup [--runs N]   (60)
             without vhost-net. An emulated machine that counts instructions stands still now and then; with --wall it
             does not count them, and the figures are as steady as this host is
   login     the Debian of `cargo xtask boot --distro` from the monitor's start to its login prompt, against the same
-            QEMU: a lab machine for each boot, by the host's clock";
+            QEMU: a lab machine for each boot, by the host's clock
+  migrate   an idle guest of 1 GiB that moves to another process in the lab: how long it stands still, and how long all
+            takes, against the same QEMU's migration";
 
 /// `cargo xtask bench`.
 pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
@@ -60,8 +65,9 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         Some("boot") => boot::run(count.unwrap_or(3)),
         Some("io") => io::run(count.unwrap_or(3), !wall),
         Some("login") => login::run(count.unwrap_or(3)),
+        Some("migrate") => migrate::run(count.unwrap_or(3)),
         _ => Err(Failure::usage(
-            "cargo xtask bench startup, boot, io or login",
+            "cargo xtask bench startup, boot, io, login or migrate",
         )),
     }
 }

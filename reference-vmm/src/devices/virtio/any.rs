@@ -58,6 +58,8 @@ pub trait PlacedDevice: IoDevice {
     /// # Errors
     /// As there.
     fn take_back(&self) -> std::io::Result<()>;
+    /// [`MmioDevice::announce`].
+    fn announce(&self);
     /// [`MmioDevice::leave`].
     fn leave(&self);
     /// Its way to its driver.
@@ -91,6 +93,10 @@ impl<D: VirtioDevice> PlacedDevice for MmioDevice<D> {
 
     fn take_back(&self) -> std::io::Result<()> {
         MmioDevice::take_back(self)
+    }
+
+    fn announce(&self) {
+        MmioDevice::announce(self);
     }
 
     fn leave(&self) {

@@ -110,6 +110,9 @@ pub trait VirtioDevice: Send + 'static {
         Ok(())
     }
 
+    /// At rest, for a machine that goes on where it was not before: tells the host's side of it that it is here now.
+    fn announce(&self) {}
+
     /// At rest, after [`retire`](Self::retire): what [`State`](Self::State) says. Each device has a `from_state` of its
     /// own beside it, which takes what a new process has to bring: files, taps, sockets.
     fn state(&self) -> Self::State;

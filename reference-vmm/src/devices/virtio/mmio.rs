@@ -281,6 +281,14 @@ impl<D: VirtioDevice> MmioDevice<D> {
         self.0.lock().device.take_back()
     }
 
+    /// [`VirtioDevice::announce`], if the device is at rest.
+    pub fn announce(&self) {
+        let inner = self.0.lock();
+        if let Phase::Idle = inner.phase {
+            inner.device.announce();
+        }
+    }
+
     /// The process ends, and this is not dropped: what would outlast it is removed, if the device is at rest.
     pub fn leave(&self) {
         let mut inner = self.0.lock();

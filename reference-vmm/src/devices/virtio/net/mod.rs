@@ -142,6 +142,29 @@ impl NetError {
     }
 }
 
+/// A frame by which switches learn where `mac` is now: a request of RARP (RFC 903), which nobody answers, as QEMU sends it.
+fn rarp(mac: Mac) -> [u8; 60] {
+    let mut frame = [0; 60];
+    let parts: [&[u8]; 8] = [
+        // To all, from this address, of type RARP.
+        &[0xff; 6],
+        &mac.bytes(),
+        &[0x80, 0x35],
+        // Ethernet and IPv4 with addresses of 6 and 4 bytes; who am I?
+        &[0, 1, 8, 0, 6, 4, 0, 3],
+        &mac.bytes(),
+        &[0; 4],
+        &mac.bytes(),
+        &[0; 4],
+    ];
+    let bytes = parts.into_iter().flatten();
+    frame
+        .iter_mut()
+        .zip(bytes)
+        .for_each(|(to, from)| *to = *from);
+    frame
+}
+
 /// A network device.
 #[derive(Debug)]
 pub struct Net<T: Tap = KernelTap> {
@@ -448,6 +471,21 @@ impl<T: Tap> VirtioDevice for Net<T> {
         Ok(())
     }
 
+    fn announce(&self) {
+        let Some(first) = self.shared.pairs.first() else {
+            return;
+        };
+        let mut frame = vec![0; tap::HEADER];
+        frame.extend(rarp(self.mac));
+        // An interface that is down hears of it as little as of any other frame.
+        if let Err(error) = first.tap.write_bytes(&frame) {
+            log::warn!(
+                "the guest's network address {} could not be announced: {error}",
+                self.mac
+            );
+        }
+    }
+
     fn state(&self) -> NetState {
         NetState {
             mac: self.mac,
@@ -459,5 +497,24 @@ impl<T: Tap> VirtioDevice for Net<T> {
             link: self.shared.link(),
             frames: self.frames.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_announcement_is_a_frame_to_all_from_the_guests_address() {
+        let frame = rarp("02:00:00:00:00:07".parse().unwrap());
+        let address = [2, 0, 0, 0, 0, 7];
+        assert_eq!((&frame[..6], &frame[6..12]), (&[0xff; 6][..], &address[..]));
+        // RARP's request, for whoever this is.
+        assert_eq!(frame[12..22], [0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+        assert_eq!(
+            (&frame[22..28], &frame[32..38]),
+            (&address[..], &address[..])
+        );
+        assert!(frame[38..].iter().all(|byte| *byte == 0));
     }
 }

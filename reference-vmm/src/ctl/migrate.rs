@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `ctl migrate`: asks for a migration, and shows how it goes while it is waited for.
+
+use std::path::PathBuf;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use lexopt::prelude::*;
+use serde_json::Value;
+
+use crate::api::Client;
+use crate::api::client::{Answer, ClientError};
+use crate::cli::restore::TlsFlags;
+use crate::cli::{self, UsageError};
+use crate::migration::address::Address;
+use crate::migration::codec::Compression;
+use crate::migration::message::MOST_CONNECTIONS;
+use crate::migration::outgoing::{MigrateRequest, Stuck, TlsPaths};
+use crate::migration::progress::{Manner, Progress};
+use crate::migration::record::MigrationRecord;
+use crate::migration::report;
+
+/// Its answer comes when the guest is there. The monitor's end ends the wait in any case.
+const PATIENCE: Duration = Duration::from_secs(30 * 24 * 3600);
+/// How often it is asked how it goes.
+const INTERVAL: Duration = Duration::from_millis(200);
+
+/// What is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Migrate {
+    /// The request.
+    pub request: MigrateRequest,
+    /// Where the report goes.
+    pub report: Option<PathBuf>,
+}
+
+/// The flags of `migrate`, as they come.
+#[derive(Default)]
+pub(super) struct Flags {
+    to: Option<Address>,
+    connections: Option<u32>,
+    compression: Option<Compression>,
+    bandwidth: Option<u64>,
+    downtime: Option<u32>,
+    time: Option<u32>,
+    when_stuck: Option<Stuck>,
+    tls: TlsFlags,
+    report: Option<PathBuf>,
+    /// One of them was there.
+    any: Option<String>,
+}
+
+impl Flags {
+    /// Takes a flag; false if it is none of these.
+    pub(super) fn take(
+        &mut self,
+        flag: &str,
+        parser: &mut lexopt::Parser,
+    ) -> Result<bool, UsageError> {
+        let wrong = |flag: &str, why: String| UsageError::Command(format!("--{flag} {why}"));
+        match Long(flag) {
+            Long("to") => {
+                let text = parser.value()?.string()?;
+                let address = text.parse::<Address>();
+                self.to = Some(address.map_err(|error| wrong(flag, error.to_string()))?);
+            }
+            Long("connections") => {
+                let value = parser.value()?;
+                let number = cli::number("--connections", value, 1..=MOST_CONNECTIONS)?;
+                self.connections = Some(number);
+            }
+            Long("compress") => {
+                let text = parser.value()?.string()?;
+                self.compression = Some(text.parse().map_err(|why| wrong(flag, why))?);
+            }
+            Long("bandwidth") => {
+                let text = parser.value()?.string()?;
+                let bytes = crate::config::parse_size(&text);
+                let bytes = bytes.ok().filter(|bytes| *bytes > 0);
+                let why = || format!("{text:?}: bytes a second are wanted, as in 100M");
+                self.bandwidth = Some(bytes.ok_or_else(|| wrong(flag, why()))?);
+            }
+            Long("downtime") => {
+                let number = cli::number("--downtime", parser.value()?, 1..=u32::MAX)?;
+                self.downtime = Some(number);
+            }
+            Long("max-time") => {
+                let number = cli::number("--max-time", parser.value()?, 1..=u32::MAX)?;
+                self.time = Some(number);
+            }
+            Long("when-stuck") => {
+                self.when_stuck = Some(parser.value()?.parse_with(|word| match word {
+                    "cancel" => Ok(Stuck::Cancel),
+                    "stop" => Ok(Stuck::Stop),
+                    _ => Err("--when-stuck is cancel or stop"),
+                })?);
+            }
+            Long("tls-name") => self.tls.set_name(parser.value()?.string()?),
+            Long("report") => {
+                let path = PathBuf::from(parser.value()?);
+                crate::config::check_path("--report", &path)?;
+                self.report = Some(path);
+            }
+            Long(other) if TlsFlags::is_one(other) => self.tls.take(flag, parser.value()?)?,
+            _ => return Ok(false),
+        }
+        self.any = Some(flag.to_owned());
+        Ok(true)
+    }
+
+    /// One of them, if there was any.
+    pub(super) fn any(&self) -> Option<&str> {
+        self.any.as_deref()
+    }
+
+    /// All together.
+    pub(super) fn migrate(self) -> Result<Migrate, UsageError> {
+        let text = "ctl migrate: --to unix:PATH or --to tcp:HOST:PORT is missing: where `run --incoming` waits";
+        let to = self.to.ok_or_else(|| UsageError::Command(text.into()))?;
+        let to = match to {
+            // The monitor has another working directory.
+            Address::Unix(path) => Address::Unix(std::path::absolute(&path).unwrap_or(path)),
+            other => other,
+        };
+        let usual = MigrateRequest::new(to.to_string());
+        let files = self.tls.files()?;
+        Ok(Migrate {
+            request: MigrateRequest {
+                connections: self.connections.unwrap_or(usual.connections),
+                compression: self
+                    .compression
+                    .map_or(usual.compression, |compression| compression.to_string()),
+                bandwidth_limit: self.bandwidth,
+                downtime_ms: self.downtime.map_or(usual.downtime_ms, u64::from),
+                time_s: self.time.map_or(usual.time_s, u64::from),
+                when_stuck: self.when_stuck.unwrap_or_default(),
+                tls: files.map(|files| TlsPaths {
+                    cert: files.cert,
+                    key: files.key,
+                    ca: files.ca,
+                    name: files.name,
+                }),
+                destination: usual.destination,
+            },
+            report: self.report,
+        })
+    }
+}
+
+/// Asks for it through the socket, and says on stderr how it goes until there is an answer.
+///
+/// # Errors
+/// [`ClientError`].
+pub(super) fn ask(
+    socket: &std::path::Path,
+    timeout: Duration,
+    migrate: &Migrate,
+) -> Result<Answer, ClientError> {
+    let mut client = Client::connect(socket, timeout)?;
+    client.wait_for(PATIENCE);
+    let body = serde_json::to_value(&migrate.request).unwrap_or_default();
+    let (sender, answers) = channel();
+    let thread = std::thread::spawn(move || {
+        // Nobody takes it: the process ends.
+        let _ = sender.send(client.call("PUT", "/migrate", Some(&body)));
+    });
+    let began = Instant::now();
+    let mut progress = Progress::new(Manner::of_stderr(true));
+    let mut last = None;
+    let answer = loop {
+        match answers.recv_timeout(INTERVAL) {
+            Ok(answer) => break answer,
+            Err(RecvTimeoutError::Timeout) => {}
+            // The thread has sent before it ended.
+            Err(RecvTimeoutError::Disconnected) => {
+                let source = std::io::ErrorKind::UnexpectedEof.into();
+                let path = socket.to_owned();
+                break Err(ClientError::Gone { path, source });
+            }
+        }
+        if let Some(record) = record(socket, timeout)
+            && record.took.is_none()
+        {
+            progress.show(&record, began.elapsed());
+            last = Some(record);
+        }
+    };
+    progress.end();
+    let _ = thread.join();
+    if let Some(path) = &migrate.report {
+        let told = answer.as_ref().ok().and_then(|answer| answer.body.clone());
+        let done = told.and_then(|body| serde_json::from_value(body).ok());
+        // Of one that failed the monitor still knows it.
+        let record = done.or_else(|| record(socket, timeout)).or(last);
+        let written = record.map(|record| report::write(&record, path));
+        if let Some(Err(error)) = written {
+            let text = format!("reference-vmm: no report: {}\n", crate::end::Chain(&error));
+            crate::stderr::write(text.as_bytes());
+        }
+    }
+    answer
+}
+
+/// What it does now.
+fn record(socket: &std::path::Path, timeout: Duration) -> Option<MigrationRecord> {
+    let mut client = Client::connect(socket, timeout).ok()?;
+    let answer = client.call("GET", "/migrate", None).ok()?;
+    match answer.fault() {
+        None => serde_json::from_value(answer.body?).ok(),
+        Some(_) => None,
+    }
+}
+
+/// The record in words.
+pub(super) fn words(body: &Value) -> String {
+    match serde_json::from_value::<MigrationRecord>(body.clone()) {
+        Ok(record) => record.summary().trim_end().to_owned(),
+        Err(_) => body.to_string(),
+    }
+}

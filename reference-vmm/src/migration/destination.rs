@@ -1,0 +1,682 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The destination's side of a migration: [`receive`], from the first connection to a guest that runs.
+//!
+//! ```text
+//!   acceptor ── control ──► receive ── Offer, Round, State, Go ──► machine
+//!      │                       ▲ marks
+//!      ├───── data ──► taker ──┘ one for each data connection: pages into memory
+//!      └───── settle ──► the decision: undecided ──► started | never
+//! ```
+//!
+//! What is decided once, under one lock, is whether the guest starts here ([`Decision`]): the word that starts it and the
+//! question that forbids it race for that, and whichever comes first has it. [`mod`](super) has the conversation.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::codec::{DecodeError, Decoder, Frame, Sink};
+use super::guest::{ArrivingMemory, Blank, DestinationGuest, Prepared, Refusal};
+use super::link::{
+    Accept, LinkError, Patient, TICK, Watch, Wire, greeted, receive as hear, receive_now, send,
+};
+use super::message::{Ending, Greeting, Message, MigrationId, Role};
+use super::sender::LAST;
+
+/// How long is waited for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// For who has connected to say what for. Nobody else is heard meanwhile.
+    pub greeting: Duration,
+    /// For a sign of life, on any connection.
+    pub quiet: Duration,
+    /// For the source to say that the guest is not its own any more, or to ask.
+    pub word: Duration,
+    /// For the source to ask, when it can only be told that the guest has not started.
+    pub asked: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Patience {
+            greeting: Duration::from_secs(2),
+            quiet: Duration::from_secs(60),
+            word: Duration::from_secs(60),
+            asked: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Why there is no guest here. Nothing is left of it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReceiveError {
+    /// Nobody can connect any more.
+    #[error("cannot accept connections: {0}")]
+    Accept(#[source] io::Error),
+    /// It is not waited for any more.
+    #[error("{0}")]
+    Stopped(String),
+    /// Such a machine cannot be here.
+    #[error("the guest cannot be here: {0}")]
+    Refused(Refusal),
+    /// The conversation broke off.
+    #[error("{doing}: {source}")]
+    Link {
+        /// At what.
+        doing: &'static str,
+        /// Why.
+        source: LinkError,
+    },
+    /// The source gave up.
+    #[error("the source gave up: {0}")]
+    GivenUp(String),
+    /// Memory did not come.
+    #[error("guest memory did not arrive: {0}")]
+    Pages(String),
+    /// The source took the guest back before it was told that it has gone.
+    #[error("the guest was handed over and taken back: it runs where it came from")]
+    TakenBack,
+    /// It was the destination's, and could not be started: it is lost.
+    #[error("the guest was handed over, and does not start: {0}")]
+    Lost(Refusal),
+}
+
+/// Whether the guest starts here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Decision {
+    /// Nobody has said so yet.
+    #[default]
+    Undecided,
+    /// It does. The source has no guest any more.
+    Started,
+    /// It never will.
+    Never,
+}
+
+#[derive(Default)]
+struct State<W> {
+    /// The migration that is under way.
+    id: Option<MigrationId>,
+    control: Option<W>,
+    /// Data connections that are to come, and those that have.
+    wanted: u32,
+    data: Vec<(u32, W)>,
+    /// Of each data connection the rounds of which it has all.
+    marks: Vec<u32>,
+    /// When something came last.
+    life: Option<Instant>,
+    failed: Option<String>,
+    decision: Decision,
+    /// Nothing of a guest is held here.
+    released: bool,
+    /// The source knows how it ended.
+    told: bool,
+    /// The acceptor is to end.
+    over: bool,
+    deaf: Option<io::Error>,
+}
+
+struct Shared<W> {
+    state: Mutex<State<W>>,
+    changed: Condvar,
+}
+
+impl<W: Wire> Shared<W> {
+    fn lock(&self) -> MutexGuard<'_, State<W>> {
+        // What is in it is whole after each statement.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State<W>) -> T) -> T {
+        let changed = change(&mut self.lock());
+        self.changed.notify_all();
+        changed
+    }
+
+    /// Waits until `ready` has something, up to `patience`.
+    fn wait<T>(
+        &self,
+        patience: Duration,
+        mut ready: impl FnMut(&mut State<W>) -> Option<T>,
+    ) -> Option<T> {
+        let until = Instant::now() + patience;
+        let mut state = self.lock();
+        loop {
+            if let Some(found) = ready(&mut state) {
+                return Some(found);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Decides, unless that has been done; what holds.
+    fn decide(&self, decision: Decision) -> Decision {
+        self.change(|state| {
+            if state.decision == Decision::Undecided {
+                state.decision = decision;
+            }
+            state.decision
+        })
+    }
+}
+
+/// A guest that came.
+pub struct Arrived<R> {
+    /// It runs.
+    pub running: R,
+    /// Which migration it was.
+    pub id: MigrationId,
+}
+
+/// Waits for a guest, and has it go on here. `stop` says why that is not wanted any more, if so; it is asked a few times a
+/// second, until the guest is this process's.
+///
+/// Connections of who is no monitor are closed, and the wait goes on; the first that offers a guest is the one.
+///
+/// Behind a guest that runs a thread goes on accepting connections, until the source has heard that it does: it may have to
+/// ask. If it never hears it the thread ends with the process.
+///
+/// # Errors
+/// [`ReceiveError`].
+pub fn receive<A, G>(
+    accept: A,
+    guest: G,
+    patience: Patience,
+    stop: &(dyn Fn() -> Option<String> + Sync),
+) -> Result<Arrived<<<G::Blank as Blank>::Prepared as Prepared>::Running>, ReceiveError>
+where
+    A: Accept + 'static,
+    A::Wire: 'static,
+    G: DestinationGuest,
+{
+    let shared = Arc::new(Shared {
+        state: Mutex::new(State {
+            id: None,
+            control: None,
+            wanted: 0,
+            data: Vec::new(),
+            marks: Vec::new(),
+            life: None,
+            failed: None,
+            decision: Decision::Undecided,
+            released: false,
+            told: false,
+            over: false,
+            deaf: None,
+        }),
+        changed: Condvar::new(),
+    });
+    let acceptor = {
+        let shared = Arc::clone(&shared);
+        let builder = std::thread::Builder::new().name("incoming".into());
+        let thread = builder.spawn(move || serve(&accept, &shared, &patience));
+        thread.map_err(ReceiveError::Accept)?
+    };
+    let destination = Destination {
+        shared: &shared,
+        patience,
+        stop,
+    };
+    let mut handed = false;
+    let result = destination.run(guest, &mut handed);
+    if let Err(error) = &result {
+        // Nothing of the guest is here any more. What the source asks from here on has this answer.
+        let decision = shared.decide(Decision::Never);
+        shared.change(|state| state.released = true);
+        let may_ask = handed && decision == Decision::Never;
+        if may_ask && !matches!(error, ReceiveError::GivenUp(_)) {
+            shared.wait(patience.asked, |state| state.told.then_some(()));
+        }
+        shared.change(|state| state.over = true);
+        // It looks each tick, and has told by then who was asking.
+        let _ = acceptor.join();
+    }
+    result
+}
+
+struct Destination<'a, W> {
+    shared: &'a Arc<Shared<W>>,
+    patience: Patience,
+    stop: &'a (dyn Fn() -> Option<String> + Sync),
+}
+
+impl<W: Wire + 'static> Destination<'_, W> {
+    /// `handed` becomes true when the source may have let go of the guest's disks.
+    fn run<G: DestinationGuest>(
+        &self,
+        guest: G,
+        handed: &mut bool,
+    ) -> Result<Arrived<<<G::Blank as Blank>::Prepared as Prepared>::Running>, ReceiveError> {
+        // 1. A source.
+        let (id, mut control) = loop {
+            if let Some(why) = (self.stop)() {
+                return Err(ReceiveError::Stopped(why));
+            }
+            let came = self.shared.wait(TICK, |state| {
+                if let Some(error) = state.deaf.take() {
+                    return Some(Err(error));
+                }
+                Some(Ok((state.id?, state.control.take()?)))
+            });
+            match came {
+                None => {}
+                Some(Ok(came)) => break came,
+                Some(Err(error)) => return Err(ReceiveError::Accept(error)),
+            }
+        };
+        let result = self.converse(id, &mut control, guest, handed);
+        if let Err(error) = &result
+            && !matches!(error, ReceiveError::GivenUp(_) | ReceiveError::Lost(_))
+        {
+            // The machine is gone by now, and with it all that it held.
+            let watch = Watch {
+                quiet: Duration::from_secs(1),
+                stop: &|| None,
+            };
+            let _ = send(&mut control, &Message::GivenUp(error.to_string()), &watch);
+        }
+        let running = result?;
+        let shared = Arc::clone(self.shared);
+        let quiet = self.patience.word;
+        let hear_it = move || {
+            let watch = Watch {
+                quiet,
+                stop: &|| None,
+            };
+            // Anything else, and the source may ask.
+            if let Ok(Message::Done) = hear(&mut control, &watch) {
+                shared.change(|state| (state.told, state.over) = (true, true));
+            }
+        };
+        let builder = std::thread::Builder::new().name("incoming".into());
+        // Without it the acceptor goes on, which is as good.
+        let _ = builder.spawn(hear_it);
+        Ok(Arrived { running, id })
+    }
+
+    fn converse<G: DestinationGuest>(
+        &self,
+        id: MigrationId,
+        control: &mut W,
+        guest: G,
+        handed: &mut bool,
+    ) -> Result<<<G::Blank as Blank>::Prepared as Prepared>::Running, ReceiveError> {
+        let patience = self.patience;
+        let stop = || self.why_to_end();
+        let watch = Watch {
+            quiet: patience.quiet,
+            stop: &stop,
+        };
+        let at = |doing| move |source| self.broke(doing, source);
+
+        // 2. Can it be here?
+        let doing = "the source does not offer a guest";
+        let (connections, offered) = match hear(control, &watch).map_err(at(doing))? {
+            Message::Offer {
+                connections, state, ..
+            } => (connections, state),
+            other => return Err(unexpected(doing, "Offer", &other)),
+        };
+        let blank = guest.offered(&offered).map_err(ReceiveError::Refused)?;
+        drop(offered);
+        self.shared.change(|state| {
+            state.wanted = connections;
+            state.marks = vec![0; connections as usize];
+            state.life = Some(Instant::now());
+        });
+        let doing = "cannot answer the source";
+        send(control, &Message::Ready, &watch).map_err(at(doing))?;
+
+        // 3. Memory. Rounds are counted from 1 on here: 0 is none.
+        let memory = blank.memory();
+        let state = std::thread::scope(|scope| {
+            let mut takers = Vec::new();
+            let took = self.take_memory(id, connections, control, |number, mut wire| {
+                let (shared, memory) = (self.shared, &memory);
+                let stop = self.stop;
+                let taker = move || {
+                    let taken = take(&mut wire, number, shared, memory, stop);
+                    if let Err(why) = taken {
+                        shared.change(|state| {
+                            state.failed.get_or_insert(why);
+                        });
+                    }
+                };
+                let builder = std::thread::Builder::new().name("incoming".into());
+                takers.push(builder.spawn_scoped(scope, taker)?);
+                Ok(())
+            });
+            // The takers end now: they look each tick.
+            self.shared.change(|state| {
+                state
+                    .failed
+                    .get_or_insert_with(|| "the memory is whole".into());
+            });
+            took
+        });
+        drop(memory);
+        let state = state?;
+        self.shared
+            .change(|state| (state.failed, state.life) = (None, None));
+        *handed = true;
+
+        // 4. The machine.
+        let prepared = blank.prepare(&state).map_err(ReceiveError::Refused)?;
+        drop(state);
+        let watch = Watch {
+            quiet: patience.word,
+            stop: &stop,
+        };
+        let said = send(control, &Message::Prepared, &watch).and_then(|()| hear(control, &watch));
+        let doing = "the source does not say that the guest is not its own any more";
+        match said {
+            Ok(Message::Go) => {}
+            Ok(other) => return Err(unexpected(doing, "Go", &other)),
+            Err(source) => return Err(self.broke(doing, source)),
+        }
+        if self.shared.decide(Decision::Started) != Decision::Started {
+            return Err(ReceiveError::TakenBack);
+        }
+        // Said before it runs: if this process is killed in between there is no guest that ran and is gone, of whose doings
+        // the source would know nothing. Not heard, it is asked for.
+        let watch = Watch {
+            quiet: Duration::from_secs(1),
+            stop: &|| None,
+        };
+        let _ = send(control, &Message::Started, &watch);
+        prepared.start().map_err(ReceiveError::Lost)
+    }
+
+    /// Hears of rounds and waits for their pages, until the state comes and all pages that it is of are there.
+    fn take_memory(
+        &self,
+        id: MigrationId,
+        connections: u32,
+        control: &mut W,
+        mut spawn: impl FnMut(u32, W) -> io::Result<()>,
+    ) -> Result<Vec<u8>, ReceiveError> {
+        log::debug!("migration {id}: pages over {connections} connections");
+        let stop = || self.why_to_end();
+        let watch = Watch {
+            quiet: Duration::MAX,
+            stop: &stop,
+        };
+        let mut came = 0;
+        while came < connections {
+            let next = self.shared.wait(TICK, |state| state.data.pop());
+            match next {
+                Some((number, wire)) => {
+                    came += 1;
+                    spawn(number, wire).map_err(|error| ReceiveError::Link {
+                        doing: "cannot start a thread that takes pages",
+                        source: error.into(),
+                    })?;
+                }
+                None => {
+                    self.go_on(control)?;
+                    // The source has nothing to say yet, but that it gives up, or by its end that it is gone.
+                    let doing = "the source does not connect again to send pages";
+                    match receive_now(control, &watch) {
+                        Ok(None) => {}
+                        Ok(Some(other)) => return Err(unexpected(doing, "a connection", &other)),
+                        Err(source) => return Err(self.broke(doing, source)),
+                    }
+                }
+            }
+        }
+        loop {
+            let doing = "the source has stopped sending";
+            let message = match hear(control, &watch) {
+                Ok(message) => message,
+                Err(LinkError::Stopped(why)) => return Err(self.stopped(why, control)),
+                Err(source) => return Err(self.broke(doing, source)),
+            };
+            let (round, state) = match message {
+                Message::Round(round) => (round, None),
+                Message::State { round, state } => (round, Some(state)),
+                other => return Err(unexpected(doing, "Round", &other)),
+            };
+            let whole = |state: &mut State<W>| {
+                let done = state.marks.iter().all(|mark| *mark > round);
+                done.then_some(())
+            };
+            while self.shared.wait(TICK, whole).is_none() {
+                self.go_on(control)?;
+            }
+            match state {
+                Some(state) => return Ok(state),
+                None => send(control, &Message::Taken(round), &watch)
+                    .map_err(|source| self.broke(doing, source))?,
+            }
+        }
+    }
+
+    /// Why it is to end, if so.
+    fn why_to_end(&self) -> Option<String> {
+        if let Some(why) = (self.stop)() {
+            return Some(why);
+        }
+        let state = self.shared.lock();
+        if state.decision == Decision::Never {
+            return Some("the source took the guest back".into());
+        }
+        if let Some(why) = &state.failed {
+            return Some(why.clone());
+        }
+        let quiet = state.life.map(|life| life.elapsed());
+        let quiet = quiet.filter(|quiet| *quiet >= self.patience.quiet && state.wanted > 0)?;
+        // While pages are due something always comes.
+        (!state.marks.is_empty()).then(|| {
+            format!(
+                "nothing has come from the source for {} seconds",
+                quiet.as_secs()
+            )
+        })
+    }
+
+    fn go_on(&self, control: &mut W) -> Result<(), ReceiveError> {
+        match self.why_to_end() {
+            Some(why) => Err(self.stopped(why, control)),
+            None => Ok(()),
+        }
+    }
+
+    /// It ends for this reason; or for the one that the source gave, which closes all connections by that.
+    fn stopped(&self, why: String, control: &mut W) -> ReceiveError {
+        if let Some(why) = (self.stop)() {
+            return ReceiveError::Stopped(why);
+        }
+        let watch = Watch {
+            quiet: Duration::from_millis(200),
+            stop: &|| None,
+        };
+        // Rounds may stand before it.
+        loop {
+            match hear(control, &watch) {
+                Ok(Message::Round(_)) => {}
+                Err(LinkError::GivenUp(why)) => return ReceiveError::GivenUp(why),
+                _ => return ReceiveError::Pages(why),
+            }
+        }
+    }
+
+    fn broke(&self, doing: &'static str, source: LinkError) -> ReceiveError {
+        match source {
+            _ if self.shared.lock().decision == Decision::Never => ReceiveError::TakenBack,
+            LinkError::GivenUp(why) => ReceiveError::GivenUp(why),
+            LinkError::Stopped(why) => ReceiveError::Stopped(why),
+            source => ReceiveError::Link { doing, source },
+        }
+    }
+}
+
+fn unexpected(doing: &'static str, due: &'static str, said: &Message) -> ReceiveError {
+    let said = said.kind();
+    let source = LinkError::Unexpected { said, due };
+    ReceiveError::Link { doing, source }
+}
+
+/// Pages of one connection, into memory.
+struct Into<'a, M, W> {
+    memory: &'a M,
+    shared: &'a Shared<W>,
+}
+
+impl<M: ArrivingMemory, W: Wire> Sink for Into<'_, M, W> {
+    fn pages(&mut self, address: u64, contents: &[u8]) -> io::Result<()> {
+        let put = self.memory.page(address, contents);
+        put.map_err(io::Error::other)
+    }
+
+    fn zeros(&mut self, address: u64, len: u64) -> io::Result<()> {
+        let put = self.memory.zero(address, len);
+        put.map_err(io::Error::other)
+    }
+}
+
+/// Takes what comes on one data connection, until it ends or all is over; why it failed.
+fn take<M: ArrivingMemory, W: Wire>(
+    wire: &mut W,
+    number: u32,
+    shared: &Shared<W>,
+    memory: &M,
+    stop: &(dyn Fn() -> Option<String> + Sync),
+) -> Result<(), String> {
+    let ended = || {
+        let state = shared.lock();
+        match state.decision {
+            Decision::Never => Some("the source took the guest back".into()),
+            _ => state.failed.clone(),
+        }
+        .or_else(|| {
+            drop(state);
+            stop()
+        })
+    };
+    // How long may be silent is for all connections together: one may have nothing to carry.
+    let watch = Watch {
+        quiet: Duration::MAX,
+        stop: &ended,
+    };
+    let mut patient = Patient::new(wire, watch);
+    let mut decoder = Decoder::new().map_err(|error| error.to_string())?;
+    let mut sink = Into { memory, shared };
+    loop {
+        let frame = decoder.frame(&mut patient, &mut sink);
+        let frame = match frame {
+            Ok(frame) => frame,
+            Err(_) if patient.stopped().is_some() => return Ok(()),
+            Err(DecodeError::Connection(error)) => return Err(patient.why(error).to_string()),
+            Err(error) => return Err(error.to_string()),
+        };
+        let end = sink.shared.change(|state| {
+            state.life = Some(Instant::now());
+            match frame {
+                Frame::Pages => Ok(false),
+                Frame::Mark(said) => {
+                    let mark = state.marks.get_mut(number as usize);
+                    let mark = mark.ok_or("a connection that there is not")?;
+                    match u64::from(*mark) == said & !LAST {
+                        true => *mark += 1,
+                        false => return Err(format!("the mark {said} where {mark} was due")),
+                    }
+                    Ok(said & LAST != 0)
+                }
+                Frame::End => Err("the source has closed a connection".into()),
+            }
+        })?;
+        if end {
+            return Ok(());
+        }
+    }
+}
+
+/// Accepts connections, and has each its place, until all is over.
+fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
+    let ended = || shared.lock().over.then(|| "it is over".to_owned());
+    while ended().is_none() {
+        let mut wire = match accept.accept() {
+            Ok(None) => continue,
+            Ok(Some(wire)) => wire,
+            Err(error) => return shared.change(|state| state.deaf = Some(error)),
+        };
+        let watch = Watch {
+            quiet: patience.greeting,
+            stop: &ended,
+        };
+        match greeted(&mut wire, &watch) {
+            Ok(greeting) => place(wire, greeting, shared, patience, &watch),
+            Err(error) => log::warn!("a connection was closed: {error}"),
+        }
+    }
+}
+
+fn place<W: Wire>(
+    mut wire: W,
+    Greeting { id, role }: Greeting,
+    shared: &Shared<W>,
+    patience: &Patience,
+    watch: &Watch<'_>,
+) {
+    let refused = match role {
+        Role::Control => {
+            let mut state = shared.lock();
+            match state.id {
+                None if state.decision == Decision::Undecided => {
+                    (state.id, state.control) = (Some(id), Some(wire));
+                    drop(state);
+                    shared.changed.notify_all();
+                    return;
+                }
+                _ => "another guest is coming here, or has come",
+            }
+        }
+        Role::Data(number) => {
+            let mut state = shared.lock();
+            let is_new = state.data.iter().all(|(other, _)| *other != number);
+            let is_due = state.id == Some(id) && number < state.wanted && is_new;
+            if is_due {
+                state.data.push((number, wire));
+                drop(state);
+                shared.changed.notify_all();
+                return;
+            }
+            "this connection was not waited for"
+        }
+        Role::Settle => {
+            let known = shared.lock().id == Some(id);
+            let ending = match known.then(|| shared.decide(Decision::Never)) {
+                None => Ending::Unknown,
+                Some(Decision::Started) => Ending::Started,
+                Some(Decision::Never | Decision::Undecided) => {
+                    // The pledge is that nothing is held either.
+                    let released = |state: &mut State<W>| state.released.then_some(());
+                    match shared.wait(patience.quiet, released) {
+                        Some(()) => Ending::Never,
+                        // It will ask again.
+                        None => return,
+                    }
+                }
+            };
+            let said = send(&mut wire, &Message::Settled(ending), watch);
+            let heard = said.and_then(|()| hear(&mut wire, watch));
+            if let (Ok(Message::Done), true) = (heard, ending != Ending::Unknown) {
+                shared.change(|state| {
+                    state.told = true;
+                    state.over |= ending == Ending::Started;
+                });
+            }
+            return;
+        }
+    };
+    let _ = send(&mut wire, &Message::GivenUp(refused.into()), watch);
+}

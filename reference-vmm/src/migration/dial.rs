@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The conversation over real connections.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use super::address::Address;
+use super::link::{Accept, Connect, TICK, Wire};
+use super::tls::Tls;
+use super::transport::{AcceptError, ConnectError, Connection, HANDSHAKE, Listener, connect};
+
+impl Wire for Connection {}
+
+/// The way to a destination.
+#[derive(Clone, Debug)]
+pub struct Dial {
+    /// Where it listens.
+    pub address: Address,
+    /// By what the two know each other.
+    pub tls: Option<Tls>,
+}
+
+impl Connect for Dial {
+    type Wire = Connection;
+
+    fn connect(&self, patience: Duration) -> io::Result<Connection> {
+        let deadline = Instant::now() + patience;
+        let connected = connect(&self.address, self.tls.as_ref(), deadline);
+        let mut connection = connected.map_err(|error| {
+            let kind = match &error {
+                ConnectError::Refused(_) => io::ErrorKind::ConnectionRefused,
+                // Whatever it is, it does not say that nobody is there.
+                ConnectError::Failed { .. } => io::ErrorKind::TimedOut,
+                ConnectError::Exposed(_) => io::ErrorKind::PermissionDenied,
+            };
+            io::Error::new(kind, error)
+        })?;
+        connection.set_patience(TICK);
+        Ok(connection)
+    }
+}
+
+/// Where a destination listens.
+#[derive(Debug)]
+pub struct Ear(pub Listener);
+
+impl Accept for Ear {
+    type Wire = Connection;
+
+    fn accept(&self) -> io::Result<Option<Connection>> {
+        if !self.0.is_called(TICK) {
+            return Ok(None);
+        }
+        match self.0.accept(Instant::now() + HANDSHAKE) {
+            Ok(mut connection) => {
+                connection.set_patience(TICK);
+                Ok(Some(connection))
+            }
+            // It was gone again before it was accepted.
+            Err(AcceptError::Nobody(_)) => Ok(None),
+            Err(error @ AcceptError::Peer { .. }) => {
+                log::warn!("{error}");
+                Ok(None)
+            }
+            Err(error) => Err(io::Error::other(error)),
+        }
+    }
+}

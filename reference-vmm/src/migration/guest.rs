@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a migration needs of the guest on either side, so that the conversation can be had without one.
+
+use std::ops::Range;
+
+/// A step that the guest's side refused, in words.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Refusal(pub String);
+
+impl Refusal {
+    /// Of an error and its sources.
+    pub fn of(error: &dyn std::error::Error) -> Self {
+        Refusal(crate::end::Chain(error).to_string())
+    }
+}
+
+/// Pages that were written.
+pub trait Dirty: Sync {
+    /// How many.
+    fn pages(&self) -> u64;
+    /// Calls `each` with every run of them, guest physical addresses, in order, until it says false.
+    fn runs(&self, each: &mut dyn FnMut(Range<u64>) -> bool);
+    /// They have arrived: forgets them. Dropped instead, they are dirty still.
+    fn commit(self);
+}
+
+/// The guest on the source. Calls come from one thread, but for [`read`](Self::read).
+///
+/// ```text
+///   runs ──► start_tracking ──► tracked ──► hold ──► held ──► release ──► let go of
+///    ▲ ◄──── stop_tracking ◄──────┘          │                   │
+///    └──────────────── take_back ◄───────────┴───────────────────┘
+/// ```
+pub trait SourceGuest: Sync {
+    /// What a harvest finds.
+    type Dirty<'a>: Dirty
+    where
+        Self: 'a;
+
+    /// Bytes of guest memory.
+    fn memory(&self) -> u64;
+    /// Why there is nothing to migrate any more: the guest has ended.
+    fn over(&self) -> Option<String>;
+    /// The machine as it is now, in the form of a snapshot's file `state`, with the guest stopped for it shortly.
+    ///
+    /// # Errors
+    /// [`Refusal`]; the guest runs on.
+    fn rehearse(&self) -> Result<Vec<u8>, Refusal>;
+    /// From here on what is written is known. The first harvest is of all pages.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    fn start_tracking(&self) -> Result<(), Refusal>;
+    /// No more.
+    fn stop_tracking(&self);
+    /// What was written since the last harvest that was committed.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    fn harvest(&self) -> Result<Self::Dirty<'_>, Refusal>;
+    /// Reads guest memory.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Refusal>;
+    /// Stops the guest; from here on nobody else lets it go on.
+    ///
+    /// # Errors
+    /// [`Refusal`]; it runs on.
+    fn hold(&self) -> Result<(), Refusal>;
+    /// The machine that is held, in the form of a snapshot's file `state`.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    fn state(&self) -> Result<Vec<u8>, Refusal>;
+    /// Lets go of what only one can have: the locks of its disks.
+    ///
+    /// # Errors
+    /// [`Refusal`]; all are held still.
+    fn release(&self) -> Result<(), Refusal>;
+    /// Takes back what was released, and has the guest go on if it ran before it was held. It may be asked again after an
+    /// error.
+    ///
+    /// # Errors
+    /// [`Refusal`]; the guest is held still.
+    fn take_back(&self) -> Result<(), Refusal>;
+}
+
+/// Memory of a machine that is to be.
+pub trait ArrivingMemory: Sync {
+    /// Writes what came. Threads call it at once, never for the same page.
+    ///
+    /// # Errors
+    /// [`Refusal`]: there is no such memory, or it cannot be written.
+    fn page(&self, address: u64, bytes: &[u8]) -> Result<(), Refusal>;
+    /// Makes `len` bytes zero.
+    ///
+    /// # Errors
+    /// As of [`page`](Self::page).
+    fn zero(&self, address: u64, len: u64) -> Result<(), Refusal>;
+}
+
+/// What makes the machine on the destination. Dropped at any point, nothing of it is left.
+pub trait DestinationGuest {
+    /// A machine whose memory is there.
+    type Blank: Blank;
+    /// Makes it for the machine that is offered, if such a one can be here.
+    ///
+    /// # Errors
+    /// [`Refusal`]: the host cannot have it. Nothing is left.
+    fn offered(self, state: &[u8]) -> Result<Self::Blank, Refusal>;
+}
+
+/// A machine whose memory is there, and whose state is to come.
+pub trait Blank: Sized {
+    /// Its memory.
+    type Memory<'a>: ArrivingMemory
+    where
+        Self: 'a;
+    /// With its state.
+    type Prepared: Prepared;
+    /// Where pages go.
+    fn memory(&self) -> Self::Memory<'_>;
+    /// Makes it whole, disks locked, and does all that can fail.
+    ///
+    /// # Errors
+    /// [`Refusal`]; nothing is left.
+    fn prepare(self, state: &[u8]) -> Result<Self::Prepared, Refusal>;
+}
+
+/// A machine that one word starts.
+pub trait Prepared {
+    /// A machine that runs.
+    type Running;
+    /// Has the guest go on.
+    ///
+    /// # Errors
+    /// [`Refusal`]. The guest is lost, as if its monitor had ended.
+    fn start(self) -> Result<Self::Running, Refusal>;
+}

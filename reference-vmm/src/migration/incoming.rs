@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `run --incoming ADDRESS`: a process that waits for a guest, and has it go on.
+
+#![forbid(unsafe_code)]
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use kvm_core::arch::x86_64::state::ClockRestore;
+
+use super::address::Address;
+use super::arriving::Arrival;
+use super::destination::{Patience, ReceiveError, receive};
+use super::dial::Ear;
+use super::guest::Refusal;
+use super::tls::{Tls, TlsError, TlsFiles};
+use super::transport::{BindError, Listener};
+use crate::end::EndSignal;
+use crate::snapshot::Overrides;
+use crate::vm::{BuildError, Machine, Running};
+
+/// What is waited for, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IncomingRequest {
+    /// Where the source connects to.
+    pub address: Address,
+    /// By what the two know each other: needed beyond loopback.
+    pub tls: Option<TlsFiles>,
+    /// What the machine has of its own here, as a snapshot's has that goes on.
+    pub overrides: Overrides,
+    /// What the guest sees of the time that it stood still.
+    pub clock: ClockRestore,
+}
+
+impl IncomingRequest {
+    /// At `address`, with all as it was.
+    pub fn new(address: Address) -> Self {
+        IncomingRequest {
+            address,
+            tls: None,
+            overrides: Overrides::default(),
+            clock: ClockRestore::Advanced,
+        }
+    }
+}
+
+/// No guest came.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IncomingError {
+    /// TLS cannot be had.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// One cannot listen there.
+    #[error("--incoming: {0}")]
+    Bind(#[from] BindError),
+    /// It was waited for, or had begun to come.
+    #[error("no guest has come: {0}")]
+    Receive(#[from] ReceiveError),
+}
+
+impl IncomingError {
+    /// The process's exit status: 2 the arguments were wrong, 1 anything else.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            IncomingError::Tls(_)
+            | IncomingError::Bind(BindError::Exposed(_) | BindError::Unix { .. }) => 2,
+            IncomingError::Bind(_) | IncomingError::Receive(_) => 1,
+        }
+    }
+}
+
+/// Listens for a guest.
+#[derive(Debug)]
+pub struct Incoming {
+    listener: Listener,
+    overrides: Overrides,
+    clock: ClockRestore,
+}
+
+impl Incoming {
+    /// Listens. A source may connect from now on.
+    ///
+    /// # Errors
+    /// [`IncomingError::Tls`], [`IncomingError::Bind`]; nothing was made.
+    pub fn bind(request: &IncomingRequest) -> Result<Self, IncomingError> {
+        let tls = request.tls.as_ref().map(Tls::load).transpose()?;
+        Ok(Incoming {
+            listener: Listener::bind(&request.address, tls.as_ref())?,
+            overrides: request.overrides.clone(),
+            clock: request.clock,
+        })
+    }
+
+    /// Where, with the port that the system chose.
+    pub fn address(&self) -> &Address {
+        self.listener.address()
+    }
+
+    /// Waits for a guest, and has it go on: `go` starts the machine, with its serial console's output on `console` and its
+    /// end told to `end`. `stop` says why it is not waited for any more, if so.
+    ///
+    /// # Errors
+    /// [`IncomingError::Receive`]; nothing is left of it.
+    pub fn receive(
+        self,
+        console: impl AsFd,
+        end: &Arc<EndSignal>,
+        stop: &(dyn Fn() -> Option<String> + Sync),
+        go: impl FnOnce(Machine) -> Result<Running, BuildError>,
+    ) -> Result<Running, IncomingError> {
+        let go = |machine: Machine| {
+            machine.announce();
+            go(machine).map_err(|error| Refusal::of(&error))
+        };
+        let arrival = Arrival {
+            overrides: self.overrides,
+            clock: self.clock,
+            console,
+            end: Arc::clone(end),
+            go,
+        };
+        let arrived = receive(Ear(self.listener), arrival, Patience::default(), stop)?;
+        log::info!("the guest of migration {} goes on here", arrived.id);
+        Ok(arrived.running)
+    }
+}

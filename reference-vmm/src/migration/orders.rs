@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What others tell a migration that is under way on the source: to give up, or where the guest is when nobody can ask.
+
+#![forbid(unsafe_code)]
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Where the guest is said to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// Here: the destination has not started it, and never will.
+    Here,
+    /// There.
+    There,
+}
+
+/// An order comes at the wrong time, and has changed nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OrderError {
+    /// The guest is handed over.
+    #[error("it is too late to cancel: the guest is being handed over")]
+    TooLate,
+    /// It has ended.
+    #[error("there is no migration under way")]
+    Over,
+    /// Where the guest is, is known or will be at once.
+    #[error("nobody has to say where the guest is: the destination has not failed to answer")]
+    NotInDoubt,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The guest is the source's.
+    Ours,
+    /// The source has said that it is not any more.
+    Committed,
+    /// And does not know what came of that.
+    InDoubt,
+    Over,
+}
+
+#[derive(Debug)]
+struct State {
+    stage: Stage,
+    cancelled: bool,
+    said: Option<Whereabouts>,
+}
+
+/// Orders to one migration.
+#[derive(Debug)]
+pub struct Orders {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Default for Orders {
+    fn default() -> Self {
+        Orders {
+            state: Mutex::new(State {
+                stage: Stage::Ours,
+                cancelled: false,
+                said: None,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+}
+
+impl Orders {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // What is in it is whole after each statement.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has it give up. Does not block: the guest is its own again when the migration has ended.
+    ///
+    /// # Errors
+    /// [`OrderError::TooLate`], [`OrderError::Over`].
+    pub fn cancel(&self) -> Result<(), OrderError> {
+        let mut state = self.lock();
+        match state.stage {
+            Stage::Ours => {
+                state.cancelled = true;
+                self.changed.notify_all();
+                Ok(())
+            }
+            Stage::Committed | Stage::InDoubt => Err(OrderError::TooLate),
+            Stage::Over => Err(OrderError::Over),
+        }
+    }
+
+    /// Says where the guest is, when the destination cannot be asked. Who says so wrongly has two guests, or none.
+    ///
+    /// # Errors
+    /// [`OrderError::NotInDoubt`], [`OrderError::Over`].
+    pub fn settle(&self, whereabouts: Whereabouts) -> Result<(), OrderError> {
+        let mut state = self.lock();
+        match state.stage {
+            Stage::InDoubt => {
+                state.said = Some(whereabouts);
+                self.changed.notify_all();
+                Ok(())
+            }
+            Stage::Ours | Stage::Committed => Err(OrderError::NotInDoubt),
+            Stage::Over => Err(OrderError::Over),
+        }
+    }
+
+    /// Whether it is to give up.
+    pub fn is_cancelled(&self) -> bool {
+        self.lock().cancelled
+    }
+
+    /// The guest is not the source's any more, unless it was to give up: false.
+    pub(super) fn commit(&self) -> bool {
+        let mut state = self.lock();
+        if !state.cancelled {
+            state.stage = Stage::Committed;
+        }
+        !state.cancelled
+    }
+
+    /// What has been said, for which is waited up to `patience`.
+    pub(super) fn in_doubt(&self, patience: Duration) -> Option<Whereabouts> {
+        let mut state = self.lock();
+        state.stage = Stage::InDoubt;
+        let untold = |state: &mut State| state.said.is_none();
+        let waited = self.changed.wait_timeout_while(state, patience, untold);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.said
+    }
+
+    pub(super) fn over(&self) {
+        self.lock().stage = Stage::Over;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cancel_comes_before_the_guest_is_given_away_or_is_refused() {
+        let orders = Orders::default();
+        assert_eq!(
+            orders.settle(Whereabouts::Here),
+            Err(OrderError::NotInDoubt)
+        );
+        orders.cancel().unwrap();
+        assert!(!orders.commit());
+        let orders = Orders::default();
+        assert!(orders.commit());
+        assert_eq!(orders.cancel(), Err(OrderError::TooLate));
+        assert_eq!(orders.in_doubt(Duration::ZERO), None);
+        assert_eq!(orders.cancel(), Err(OrderError::TooLate));
+        orders.settle(Whereabouts::There).unwrap();
+        assert_eq!(
+            orders.in_doubt(Duration::from_secs(60)),
+            Some(Whereabouts::There)
+        );
+        orders.over();
+        assert_eq!(orders.cancel(), Err(OrderError::Over));
+    }
+}

@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `PUT /migrate`: the migration that a machine is at, and what it did last.
+
+#![forbid(unsafe_code)]
+
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use super::address::Address;
+use super::codec::{Compression, PAGE};
+use super::dial::Dial;
+use super::event::{Event, Observer, Step};
+use super::guest::{Refusal, SourceGuest};
+use super::limit::Limiter;
+use super::live::LiveGuest;
+use super::message::{MOST_CONNECTIONS, MigrationId};
+use super::orders::{OrderError, Orders, Whereabouts};
+use super::record::{self, MigrationRecord, Outcome};
+use super::source::{MigrateError, Patience, Settings, WhenStuck, Why, migrate};
+use super::tls::{Tls, TlsFiles};
+use crate::devices::virtio::rng::random_id;
+use crate::end::{Chain, EndSignal};
+use crate::vm::Running;
+
+/// How to migrate, as it is asked for: the body of `PUT /migrate`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateRequest {
+    /// Where to: `unix:PATH` or `tcp:HOST:PORT`.
+    pub destination: String,
+    /// Connections that carry pages, 1 to [`MOST_CONNECTIONS`].
+    #[serde(default = "one")]
+    pub connections: u32,
+    /// `none`, `zstd` or `zstd:LEVEL`.
+    #[serde(default = "none")]
+    pub compression: String,
+    /// The most bytes a second on the wire.
+    #[serde(default)]
+    pub bandwidth_limit: Option<u64>,
+    /// How long the guest may stand still, in milliseconds.
+    #[serde(default = "downtime")]
+    pub downtime_ms: u64,
+    /// How long memory is sent while it runs, in seconds.
+    #[serde(default = "time")]
+    pub time_s: u64,
+    /// When that does not go: `cancel`, or `stop` it for as long as it takes.
+    #[serde(default)]
+    pub when_stuck: Stuck,
+    /// By what the two know each other.
+    #[serde(default)]
+    pub tls: Option<TlsPaths>,
+}
+
+/// [`WhenStuck`], as it is asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stuck {
+    /// Give up.
+    #[default]
+    Cancel,
+    /// Stop it.
+    Stop,
+}
+
+/// [`TlsFiles`], as they are asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsPaths {
+    /// The certificate.
+    pub cert: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// The authority's certificate.
+    pub ca: PathBuf,
+    /// Whom the destination's certificate is for, instead of the host that the address names.
+    #[serde(default)]
+    pub name: Option<String>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn none() -> String {
+    "none".into()
+}
+
+fn downtime() -> u64 {
+    100
+}
+
+fn time() -> u64 {
+    300
+}
+
+impl MigrateRequest {
+    /// To `destination`, with all else as it comes.
+    pub fn new(destination: impl Into<String>) -> Self {
+        MigrateRequest {
+            destination: destination.into(),
+            connections: one(),
+            compression: none(),
+            bandwidth_limit: None,
+            downtime_ms: downtime(),
+            time_s: time(),
+            when_stuck: Stuck::Cancel,
+            tls: None,
+        }
+    }
+}
+
+/// Says where the guest is, or to give up: the body of `PATCH /migrate`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    /// To give up.
+    Cancel,
+    /// The guest is here, says who has looked.
+    Here,
+    /// It is there.
+    There,
+}
+
+/// Why nothing was begun, or what came of it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OutgoingError {
+    /// The request makes no sense.
+    #[error("{0}")]
+    Request(String),
+    /// One is under way.
+    #[error("a migration is under way: cancel it first")]
+    Busy,
+    /// There has been none.
+    #[error("there has been no migration")]
+    None,
+    /// An order at the wrong time.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// The guest did not go.
+    #[error(transparent)]
+    Migrate(#[from] MigrateError),
+}
+
+/// The migrations of one machine, one at a time.
+#[derive(Default)]
+pub struct Outgoing {
+    job: Mutex<Option<Arc<Job>>>,
+}
+
+struct Job {
+    orders: Orders,
+    limit: Arc<Limiter>,
+    recorder: Recorder,
+}
+
+impl Outgoing {
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<Job>>> {
+        self.job.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Migrates, and returns when the guest is at the destination, with what it took, or goes on here.
+    ///
+    /// # Errors
+    /// [`OutgoingError`].
+    pub fn migrate(
+        &self,
+        running: &Running,
+        end: &EndSignal,
+        request: &MigrateRequest,
+    ) -> Result<MigrationRecord, OutgoingError> {
+        let wrong = |why: String| OutgoingError::Request(why);
+        let address: Address = request
+            .destination
+            .parse()
+            .map_err(|error: super::address::AddressError| wrong(error.to_string()))?;
+        let compression: Compression = request.compression.parse().map_err(wrong)?;
+        if !(1..=MOST_CONNECTIONS).contains(&request.connections) {
+            let (asked, most) = (request.connections, MOST_CONNECTIONS);
+            return Err(wrong(format!("{asked} connections: there are 1 to {most}")));
+        }
+        let rate = match request.bandwidth_limit.map(NonZeroU64::new) {
+            Some(None) => {
+                return Err(wrong(
+                    "a bandwidth of 0 bytes a second carries nothing".into(),
+                ));
+            }
+            rate => rate.flatten(),
+        };
+        let files = request.tls.as_ref().map(|tls| TlsFiles {
+            cert: tls.cert.clone(),
+            key: tls.key.clone(),
+            ca: tls.ca.clone(),
+            name: tls.name.clone(),
+        });
+        let tls = files.as_ref().map(Tls::load).transpose();
+        let tls = tls.map_err(|error| wrong(error.to_string()))?;
+        let id = random_id().map_err(|error| wrong(format!("no random number: {error}")))?;
+        let limit = Arc::new(Limiter::new(rate));
+        let settings = Settings {
+            connections: request.connections,
+            compression,
+            limit: Arc::clone(&limit),
+            downtime: Duration::from_millis(request.downtime_ms),
+            time: Duration::from_secs(request.time_s),
+            when_stuck: match request.when_stuck {
+                Stuck::Cancel => WhenStuck::Cancel,
+                Stuck::Stop => WhenStuck::Stop,
+            },
+            patience: Patience::default(),
+        };
+        let guest = LiveGuest::new(running, end);
+        let pages = guest.memory() / PAGE as u64;
+        let asked = record::Settings {
+            limit_bytes_per_s: request.bandwidth_limit,
+            downtime: settings.downtime,
+            connections: settings.connections,
+            compression: compression.to_string(),
+            tls: tls.is_some(),
+        };
+        let now = SystemTime::now();
+        let record = MigrationRecord::new(request.destination.clone(), pages, asked, now);
+        let job = Arc::new(Job {
+            orders: Orders::default(),
+            limit,
+            recorder: Recorder {
+                began: Instant::now(),
+                record: Mutex::new(record),
+            },
+        });
+        {
+            let mut current = self.lock();
+            let busy = current.as_ref().is_some_and(|job| !job.recorder.is_over());
+            if busy {
+                return Err(OutgoingError::Busy);
+            }
+            *current = Some(Arc::clone(&job));
+        }
+        let (to, recorder) = (&request.destination, &job.recorder);
+        log::info!("migration {} to {to} begins", MigrationId(id));
+        let dial = Dial { address, tls };
+        let moved = migrate(
+            &guest,
+            &dial,
+            MigrationId(id),
+            &settings,
+            &job.orders,
+            recorder,
+        );
+        recorder.ends(&moved);
+        moved?;
+        Ok(recorder.record())
+    }
+
+    /// Where the last one has taken the guest, if it has.
+    pub fn moved_to(&self) -> Option<String> {
+        let record = self.record().ok()?;
+        (record.outcome == Some(Outcome::Moved)).then_some(record.to)
+    }
+
+    /// Has a guest go on that the last migration left standing still, because what it had let go of could not be taken back.
+    ///
+    /// # Errors
+    /// Why it cannot; none where it is not so.
+    pub fn resume(&self, running: &Running, end: &EndSignal) -> Result<(), Option<Refusal>> {
+        // Held, no other one begins meanwhile.
+        let job = self.lock();
+        match job
+            .as_ref()
+            .and_then(|job| job.recorder.lock().outcome.clone())
+        {
+            Some(Outcome::Failed { .. } | Outcome::Cancelled) => {
+                LiveGuest::new(running, end).take_back().map_err(Some)
+            }
+            Some(Outcome::Moved | Outcome::Unsettled { .. }) | None => Err(None),
+        }
+    }
+
+    /// What the one that is under way does, or the last one did.
+    ///
+    /// # Errors
+    /// [`OutgoingError::None`].
+    pub fn record(&self) -> Result<MigrationRecord, OutgoingError> {
+        let job = self.lock();
+        let job = job.as_ref().ok_or(OutgoingError::None)?;
+        Ok(job.recorder.record())
+    }
+
+    /// Tells it something. Does not block.
+    ///
+    /// # Errors
+    /// [`OutgoingError::None`], [`OutgoingError::Order`].
+    pub fn order(&self, order: Order) -> Result<(), OutgoingError> {
+        let job = self.lock();
+        let job = job.as_ref().ok_or(OutgoingError::None)?;
+        match order {
+            Order::Cancel => {
+                job.orders.cancel()?;
+                // Who waits to be let send is waiting for nothing.
+                job.limit.cancel();
+            }
+            Order::Here => job.orders.settle(Whereabouts::Here)?,
+            Order::There => job.orders.settle(Whereabouts::There)?,
+        }
+        Ok(())
+    }
+}
+
+/// Keeps the record.
+struct Recorder {
+    began: Instant,
+    record: Mutex<MigrationRecord>,
+}
+
+impl Recorder {
+    fn lock(&self) -> MutexGuard<'_, MigrationRecord> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn record(&self) -> MigrationRecord {
+        self.lock().clone()
+    }
+
+    fn is_over(&self) -> bool {
+        self.lock().took.is_some()
+    }
+
+    fn ends(&self, moved: &Result<(), MigrateError>) {
+        let outcome = match moved {
+            Ok(()) => Outcome::Moved,
+            Err(error) if matches!(error.why, Why::Cancelled) => Outcome::Cancelled,
+            Err(error) => Outcome::Failed {
+                why: Chain(error).to_string(),
+            },
+        };
+        self.lock().ends(self.began.elapsed(), outcome);
+    }
+}
+
+impl Observer for Recorder {
+    fn event(&self, event: Event<'_>) {
+        let now = self.began.elapsed();
+        let mut record = self.lock();
+        match event {
+            Event::Round { pages, stopped, .. } => record.round_begins(now, pages, stopped),
+            Event::Sent { pages, zero, bytes } => record.sent(now, pages, zero, bytes),
+            Event::RoundDone(done) => record.round_ends(now, done.dirtied),
+            Event::Ahead { forecast, .. } => record.forecast_is(now, forecast),
+            Event::Step(step) => match step {
+                Step::Stopping => record.stop_begins(now),
+                Step::Held => record.step_ends(record::Step::Pause, now),
+                Step::PagesSent => record.step_ends(record::Step::LastPages, now),
+                Step::StateSent => record.step_ends(record::Step::State, now),
+                Step::Prepared => record.step_ends(record::Step::HandOver, now),
+                Step::Started => record.step_ends(record::Step::Start, now),
+                Step::Released | Step::StateRead => {}
+            },
+            Event::Accepted { rehearsal, .. } => {
+                log::info!("the destination takes the guest; its state takes {rehearsal:?}");
+            }
+            Event::InDoubt(why) => {
+                log::error!(
+                    "whether the guest runs at {} is not known ({why}): it stands still here, and is asked for again and \
+                     again. If it is known to you, say so: ctl migrate-settle here|there",
+                    record.to
+                );
+                let why = why.to_owned();
+                record.outcome = Some(Outcome::Unsettled { why });
+            }
+            Event::NotTakenBack(why) => {
+                log::warn!("what was let go of for the migration cannot be taken back yet: {why}");
+            }
+        }
+    }
+}

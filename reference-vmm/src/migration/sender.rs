@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One round of pages, over all data connections at once.
+//!
+//! Which connection a page takes is its address's: stripes of [`STRIPE`] bytes in turn. So a page takes the same one in each
+//! round, and what was sent of it later arrives later, without the rounds waiting for each other.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::codec::{Compression, Counts, Encoder};
+use super::event::{Event, Observer};
+use super::guest::{Dirty, SourceGuest};
+use super::limit::Limited;
+use super::link::{LinkError, Patient, Watch, Wire};
+use super::source::{Settings, Why};
+
+/// What goes over one connection before it is the next one's turn, bytes.
+pub const STRIPE: u64 = 256 << 10;
+/// In a mark: no more comes on this connection.
+pub const LAST: u64 = 1 << 32;
+
+/// A data connection, and what makes frames for it.
+pub(super) struct Lane<W> {
+    wire: W,
+    encoder: Encoder,
+}
+
+impl<W: Wire> Lane<W> {
+    /// # Errors
+    /// There is no memory for it, or no such compression.
+    pub(super) fn new(wire: W, compression: Compression) -> io::Result<Self> {
+        let encoder = Encoder::new(compression)?;
+        Ok(Lane { wire, encoder })
+    }
+}
+
+/// What has been sent of a round, by all connections.
+pub(super) struct Tally<'a> {
+    observer: &'a dyn Observer,
+}
+
+impl<'a> Tally<'a> {
+    pub(super) fn new(observer: &'a dyn Observer) -> Self {
+        Tally { observer }
+    }
+
+    fn add(&self, before: Counts, now: Counts) {
+        let zero = now.zero_pages - before.zero_pages;
+        self.observer.event(Event::Sent {
+            pages: now.data_pages - before.data_pages + zero,
+            zero,
+            bytes: now.wire_bytes - before.wire_bytes,
+        });
+    }
+}
+
+/// Sends what is dirty, and behind it `mark` on each connection: the round's number, and [`LAST`] if it is the last.
+///
+/// # Errors
+/// The first that went wrong.
+pub(super) fn send_round<G: SourceGuest, D: Dirty, W: Wire>(
+    guest: &G,
+    dirty: &D,
+    mark: u64,
+    lanes: &mut [Lane<W>],
+    settings: &Settings,
+    stop: &(dyn Fn() -> Option<String> + Sync),
+    tally: &Tally<'_>,
+) -> Result<(), Why> {
+    let count = lanes.len() as u64;
+    // Relaxed: a hint to the others that what they do is in vain.
+    let failed = AtomicBool::new(false);
+    let first = Mutex::new(None);
+    std::thread::scope(|scope| {
+        let (failed, first) = (&failed, &first);
+        let mut others = Vec::new();
+        for (number, lane) in lanes.iter_mut().enumerate() {
+            let mut work = move || {
+                let stripes = Stripes {
+                    of: count,
+                    number: number as u64,
+                };
+                let sent = stripes.send(guest, dirty, mark, lane, settings, stop, failed, tally);
+                if let Err(why) = sent {
+                    failed.store(true, Ordering::Relaxed);
+                    let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+                    first.get_or_insert(why);
+                }
+            };
+            // The last is this thread's own, which for one connection costs no thread.
+            if number as u64 + 1 == count {
+                work();
+                continue;
+            }
+            let builder = std::thread::Builder::new().name("migrate".into());
+            match builder.spawn_scoped(scope, work) {
+                Ok(thread) => others.push(thread),
+                Err(error) => {
+                    failed.store(true, Ordering::Relaxed);
+                    let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+                    first.get_or_insert(Why::Link {
+                        doing: "cannot start a thread that sends",
+                        source: LinkError::Broken(error),
+                    });
+                    break;
+                }
+            }
+        }
+    });
+    let first = first.into_inner().unwrap_or_else(PoisonError::into_inner);
+    match first {
+        Some(why) => Err(why),
+        None => Ok(()),
+    }
+}
+
+/// The stripes of one connection.
+struct Stripes {
+    of: u64,
+    number: u64,
+}
+
+impl Stripes {
+    #[allow(clippy::too_many_arguments)]
+    fn send<G: SourceGuest, D: Dirty, W: Wire>(
+        &self,
+        guest: &G,
+        dirty: &D,
+        mark: u64,
+        lane: &mut Lane<W>,
+        settings: &Settings,
+        stop: &(dyn Fn() -> Option<String> + Sync),
+        failed: &AtomicBool,
+        tally: &Tally<'_>,
+    ) -> Result<(), Why> {
+        let doing = "cannot send the guest's memory";
+        let in_vain = || match failed.load(Ordering::Relaxed) {
+            true => Some("another connection failed".to_owned()),
+            false => stop(),
+        };
+        let watch = Watch {
+            quiet: settings.patience.pages,
+            stop: &in_vain,
+        };
+        let Lane { wire, encoder } = lane;
+        let patient = Patient::new(wire, watch);
+        let mut out = Limited::new(patient, settings.limit.clone());
+        let mut refused = None;
+        let mut result = Ok(());
+        let mut before = encoder.counts();
+        let mut count = |now: Counts| {
+            // A frame is out only now and then.
+            if now.frames != before.frames {
+                tally.add(before, now);
+                before = now;
+            }
+        };
+        dirty.runs(&mut |run| {
+            let mut at = run.start;
+            while at < run.end {
+                let stripe = at / STRIPE;
+                let end = run.end.min((stripe + 1) * STRIPE);
+                let piece = at..end;
+                at = end;
+                if stripe % self.of != self.number {
+                    continue;
+                }
+                if let Some(why) = in_vain() {
+                    result = Err(io::Error::other(why));
+                    return false;
+                }
+                let fill = |address: u64, bytes: &mut [u8]| {
+                    guest.read(address, bytes).map_err(|why| {
+                        let error = io::Error::other(why.to_string());
+                        refused = Some(why);
+                        error
+                    })
+                };
+                let len = piece.end - piece.start;
+                result = encoder.pages(piece.start, len, fill, &mut out);
+                if result.is_err() {
+                    return false;
+                }
+                count(encoder.counts());
+            }
+            true
+        });
+        let sent = result.and_then(|()| encoder.mark(mark, &mut out));
+        count(encoder.counts());
+        match (sent, refused) {
+            (Ok(()), _) => Ok(()),
+            (Err(_), Some(source)) => Err(Why::Guest {
+                doing: "cannot read the guest's memory",
+                source,
+            }),
+            (Err(error), None) => Err(Why::Link {
+                doing,
+                source: out.get_mut().why(error),
+            }),
+        }
+    }
+}

@@ -1,0 +1,681 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The source's side of a migration: [`migrate`], from the first connection to the guest's end here, or to its going on.
+//!
+//! [`mod`](super) has the conversation, and why no break of it leaves two guests or none.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use dirty_log::estimate::{Advice, Curve, CurvePoint, Link, Policy, Spent, Throttle};
+use dirty_log::estimate::{advise, forecast};
+
+use super::codec::{Compression, PAGE};
+use super::event::{Event, Observer, RoundDone, Step};
+use super::guest::{Dirty, Refusal, SourceGuest};
+use super::limit::Limiter;
+use super::link::{Connect, LinkError, Watch, greet, receive, send};
+use super::message::{Ending, Greeting, Message, MigrationId, Role};
+use super::orders::{Orders, Whereabouts};
+use super::sender::{LAST, Lane, Tally, send_round};
+
+/// How long is waited for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// For a connection.
+    pub connect: Duration,
+    /// For the destination to make the machine, and to make it whole.
+    pub prepare: Duration,
+    /// For a sign of life while pages go.
+    pub pages: Duration,
+    /// For the destination to say that it has the guest.
+    pub start: Duration,
+    /// Between two questions where it is, and between two tries to take it back.
+    pub again: Duration,
+    /// For what was let go of to be free again.
+    pub take_back: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Patience {
+            connect: Duration::from_secs(10),
+            prepare: Duration::from_secs(60),
+            pages: Duration::from_secs(30),
+            start: Duration::from_secs(5),
+            again: Duration::from_secs(1),
+            take_back: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What to do with a guest that writes faster than its pages can be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum WhenStuck {
+    /// Give up: it runs on here.
+    #[default]
+    Cancel,
+    /// Stop it, and send what is left, however long that takes.
+    Stop,
+}
+
+/// How to migrate.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Data connections, at least one.
+    pub connections: u32,
+    /// What pages are made smaller by.
+    pub compression: Compression,
+    /// What all data connections together may send.
+    pub limit: Arc<Limiter>,
+    /// The guest stands still no longer than this, as far as can be foretold.
+    pub downtime: Duration,
+    /// Memory is sent no longer than this while the guest runs.
+    pub time: Duration,
+    /// When that does not go.
+    pub when_stuck: WhenStuck,
+    /// How long is waited for what.
+    pub patience: Patience,
+}
+
+/// The guest did not go, or it is not known.
+#[derive(Debug, thiserror::Error)]
+#[error("{why}{after}")]
+pub struct MigrateError {
+    /// What happened.
+    #[source]
+    pub why: Why,
+    /// What became of the guest.
+    pub after: After,
+}
+
+/// What became of a guest that did not go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum After {
+    /// It is what it was, running or paused.
+    AsItWas,
+    /// It stands still here, and is nowhere else: what was let go of for the migration could not be taken back.
+    StandsStill(String),
+}
+
+impl std::fmt::Display for After {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            After::AsItWas => Ok(()),
+            After::StandsStill(why) => write!(
+                f,
+                "; the guest stands still, because what was let go of for the migration cannot be taken back ({why}): \
+                 resume it when it can"
+            ),
+        }
+    }
+}
+
+/// Why the guest did not go.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Why {
+    /// The destination cannot be reached.
+    #[error("cannot connect to the destination: {0}")]
+    Connect(#[source] io::Error),
+    /// It cannot have the guest.
+    #[error("the destination refused: {0}")]
+    Refused(String),
+    /// The conversation broke off.
+    #[error("{doing}: {source}")]
+    Link {
+        /// At what.
+        doing: &'static str,
+        /// Why.
+        source: LinkError,
+    },
+    /// The guest's side of it failed.
+    #[error("{doing}: {source}")]
+    Guest {
+        /// At what.
+        doing: &'static str,
+        /// Why.
+        source: Refusal,
+    },
+    /// It was cancelled.
+    #[error("the migration was cancelled")]
+    Cancelled,
+    /// The guest has ended.
+    #[error("the guest ended before it could go: {0}")]
+    Over(String),
+    /// It writes faster than pages can be sent.
+    #[error(
+        "the guest writes faster than its memory can be sent: after {rounds} rounds in {} s, {left} pages are left, \
+         with which it would stand still for {} ms; allow a longer downtime, more bandwidth, or stop it (when_stuck)",
+        .spent.as_secs(), .downtime.as_millis()
+    )]
+    Stuck {
+        /// Rounds that were sent.
+        rounds: u32,
+        /// In what time.
+        spent: Duration,
+        /// Pages that are dirty.
+        left: u64,
+        /// How long they would take.
+        downtime: Duration,
+    },
+    /// The destination does not run it, and says that it never will.
+    #[error("the destination did not start the guest")]
+    NotStarted,
+    /// Somebody said that it is here.
+    #[error("the destination did not answer, and the guest was said to be here")]
+    SaidToBeHere,
+}
+
+/// Moves the guest to where `connect` leads. It returns when the guest is there, `Ok`, or goes on here. As long as neither
+/// is known it asks.
+///
+/// # Errors
+/// [`MigrateError`].
+pub fn migrate<G: SourceGuest, C: Connect>(
+    guest: &G,
+    connect: &C,
+    id: MigrationId,
+    settings: &Settings,
+    orders: &Orders,
+    observer: &dyn Observer,
+) -> Result<(), MigrateError> {
+    let source = Source {
+        guest,
+        connect,
+        id,
+        settings,
+        orders,
+        observer,
+        tracked: AtomicBool::new(false),
+    };
+    let ended = source.run();
+    orders.over();
+    ended
+}
+
+/// How far the guest has been taken from its owner.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Taken {
+    #[default]
+    Nothing,
+    Held,
+    /// Its state may have been sent: the destination may hold what was let go of.
+    Released,
+}
+
+struct Source<'a, G, C> {
+    guest: &'a G,
+    connect: &'a C,
+    id: MigrationId,
+    settings: &'a Settings,
+    orders: &'a Orders,
+    observer: &'a dyn Observer,
+    tracked: AtomicBool,
+}
+
+impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
+    fn run(&self) -> Result<(), MigrateError> {
+        let mut control = None;
+        let mut taken = Taken::Nothing;
+        let handed = self.hand_over(&mut control, &mut taken);
+        let result = match handed {
+            Ok(control) => self.see_it_start(control),
+            Err(why) => {
+                // Heard, the destination ends at once with the reason; if not, by the connection's end.
+                if let Some(control) = &mut control {
+                    let text = Message::GivenUp(why.to_string());
+                    let watch = Watch {
+                        quiet: Duration::from_secs(1),
+                        stop: &|| None,
+                    };
+                    let _ = send(control, &text, &watch);
+                }
+                drop(control);
+                let after = match taken {
+                    Taken::Nothing => After::AsItWas,
+                    Taken::Held | Taken::Released => self.take_back(taken),
+                };
+                Err(MigrateError { why, after })
+            }
+        };
+        if self.tracked.load(Ordering::Relaxed) {
+            self.guest.stop_tracking();
+        }
+        result
+    }
+
+    /// Why it is to end.
+    fn stop(&self) -> Option<Why> {
+        if self.orders.is_cancelled() {
+            return Some(Why::Cancelled);
+        }
+        self.guest.over().map(Why::Over)
+    }
+
+    /// A failure of the connection at something; or what made it fail here.
+    fn link(&self, doing: &'static str) -> impl Fn(LinkError) -> Why {
+        move |source| match (self.stop(), source) {
+            (Some(why), _) => why,
+            (None, LinkError::GivenUp(why)) => Why::Refused(why),
+            (None, source) => Why::Link { doing, source },
+        }
+    }
+
+    /// All up to the word after which the guest is not the source's any more; the connection on which it was said, or was
+    /// to be said.
+    fn hand_over(&self, control: &mut Option<C::Wire>, taken: &mut Taken) -> Result<C::Wire, Why> {
+        let (guest, patience) = (self.guest, &self.settings.patience);
+        let stop = || self.stop().map(|why| why.to_string());
+        let quiet = |quiet| Watch { quiet, stop: &stop };
+        let refused = |doing| move |source| Why::Guest { doing, source };
+        let at = |doing| self.link(doing);
+
+        // 1. Can such a machine be there?
+        let begun = Instant::now();
+        let state = guest
+            .rehearse()
+            .map_err(refused("cannot read the guest's state"))?;
+        let rehearsal = begun.elapsed();
+        if let Some(why) = self.stop() {
+            return Err(why);
+        }
+        let connected = self.connect.connect(patience.connect);
+        let wire = control.insert(connected.map_err(Why::Connect)?);
+        let connections = self.settings.connections.max(1);
+        let (id, role) = (self.id, Role::Control);
+        let doing = "cannot offer the guest to the destination";
+        greet(wire, &Greeting { id, role }, &quiet(patience.connect)).map_err(at(doing))?;
+        let offer = Message::Offer {
+            connections,
+            compressed: self.settings.compression != Compression::None,
+            state,
+        };
+        send(wire, &offer, &quiet(patience.pages)).map_err(at(doing))?;
+        drop(offer);
+        let doing = "the destination does not say whether it takes the guest";
+        expect(wire, &quiet(patience.prepare), "Ready", |said| {
+            *said == Message::Ready
+        })
+        .map_err(at(doing))?;
+        let mut data = Vec::new();
+        for number in 0..connections {
+            let connected = self.connect.connect(patience.connect);
+            let mut wire = connected.map_err(Why::Connect)?;
+            let role = Role::Data(number);
+            let greeted = greet(&mut wire, &Greeting { id, role }, &quiet(patience.connect));
+            greeted.map_err(at("cannot connect to the destination"))?;
+            let lane = Lane::new(wire, self.settings.compression);
+            data.push(lane.map_err(|error| at("cannot compress pages")(error.into()))?);
+        }
+        let memory = guest.memory();
+        self.observer.event(Event::Accepted { memory, rehearsal });
+
+        // 2. Memory, while the guest runs.
+        let started = guest.start_tracking();
+        started.map_err(refused("cannot see what the guest writes"))?;
+        self.tracked.store(true, Ordering::Relaxed);
+        let unseen = "cannot see what the guest has written";
+        let mut rounds = Rounds::new(self.settings, memory / PAGE as u64, rehearsal);
+        // All of it.
+        let dirty = guest.harvest().map_err(refused(unseen))?;
+        let mut done = self.round(&dirty, 0, &mut data, wire, true)?;
+        dirty.commit();
+        let last = loop {
+            let since = rounds.since;
+            let dirty = guest.harvest().map_err(refused(unseen))?;
+            done.dirtied = dirty.pages();
+            done.took = since.elapsed();
+            self.observer.event(Event::RoundDone(&done));
+            let next = done.number + 1;
+            match rounds.advice(&done, dirty.pages(), self.observer) {
+                Next::Switch => break next,
+                Next::Round => {}
+                Next::Stuck(why) => match self.settings.when_stuck {
+                    WhenStuck::Stop => break next,
+                    WhenStuck::Cancel => return Err(why),
+                },
+            }
+            done = self.round(&dirty, next, &mut data, wire, true)?;
+            dirty.commit();
+        };
+
+        // 3. The guest stands still.
+        self.observer.event(Event::Step(Step::Stopping));
+        guest.hold().map_err(refused("cannot stop the guest"))?;
+        *taken = Taken::Held;
+        self.observer.event(Event::Step(Step::Held));
+        let since = Instant::now();
+        let dirty = guest.harvest().map_err(refused(unseen))?;
+        let mut done = self.round(&dirty, last, &mut data, wire, false)?;
+        dirty.commit();
+        done.took = since.elapsed();
+        self.observer.event(Event::RoundDone(&done));
+        self.observer.event(Event::Step(Step::PagesSent));
+        let state = guest
+            .state()
+            .map_err(refused("cannot read the guest's state"))?;
+        self.observer.event(Event::Step(Step::StateRead));
+        *taken = Taken::Released;
+        let released = guest.release();
+        released.map_err(refused("cannot let go of the guest's disks"))?;
+        self.observer.event(Event::Step(Step::Released));
+        let message = Message::State { round: last, state };
+        let doing = "cannot send the guest's state";
+        send(wire, &message, &quiet(patience.pages)).map_err(at(doing))?;
+        drop(message);
+        self.observer.event(Event::Step(Step::StateSent));
+        let doing = "the destination does not say that it has the guest's state";
+        expect(wire, &quiet(patience.prepare), "Prepared", |said| {
+            *said == Message::Prepared
+        })
+        .map_err(at(doing))?;
+        self.observer.event(Event::Step(Step::Prepared));
+
+        // 4. From the commit on it is not ours, whether the word arrives or not.
+        if let Some(why) = self.stop() {
+            return Err(why);
+        }
+        match (self.orders.commit(), control.take()) {
+            (true, Some(control)) => Ok(control),
+            _ => Err(Why::Cancelled),
+        }
+    }
+
+    /// Sends a round, and has the destination say that it has taken it, unless it is the last.
+    fn round<D: Dirty>(
+        &self,
+        dirty: &D,
+        number: u32,
+        data: &mut [Lane<C::Wire>],
+        control: &mut C::Wire,
+        answer: bool,
+    ) -> Result<RoundDone, Why> {
+        let patience = &self.settings.patience;
+        let pages = dirty.pages();
+        let stopped = !answer;
+        self.observer.event(Event::Round {
+            number,
+            pages,
+            stopped,
+        });
+        let stop = || self.stop().map(|why| why.to_string());
+        let quiet = |quiet| Watch { quiet, stop: &stop };
+        let tally = Tally::new(self.observer);
+        let mark = u64::from(number) | if stopped { LAST } else { 0 };
+        let sent = send_round(self.guest, dirty, mark, data, self.settings, &stop, &tally);
+        let failed = sent.err().or_else(|| self.stop());
+        if let Some(why) = failed {
+            // If the destination gave up, it has said why, and its connections end by that.
+            let heard = receive(control, &quiet(Duration::from_millis(200)));
+            return Err(match (self.stop(), heard) {
+                (Some(why), _) => why,
+                (None, Err(LinkError::GivenUp(why))) => Why::Refused(why),
+                _ => why,
+            });
+        }
+        if answer {
+            let doing = "the destination does not take the guest's memory";
+            let watch = quiet(patience.pages);
+            send(control, &Message::Round(number), &watch).map_err(self.link(doing))?;
+            expect(control, &watch, "Taken", |said| {
+                *said == Message::Taken(number)
+            })
+            .map_err(self.link(doing))?;
+        }
+        Ok(RoundDone {
+            number,
+            pages,
+            ..RoundDone::default()
+        })
+    }
+
+    /// Says that the guest is not the source's any more, and hears that it is the destination's. If that is not heard it is
+    /// asked for.
+    fn see_it_start(&self, mut control: C::Wire) -> Result<(), MigrateError> {
+        let watch = Watch {
+            quiet: self.settings.patience.start,
+            stop: &|| None,
+        };
+        let said = send(&mut control, &Message::Go, &watch).and_then(|()| {
+            expect(&mut control, &watch, "Started", |said| {
+                *said == Message::Started
+            })
+        });
+        match said {
+            Ok(()) => {
+                // Not heard, the destination goes on answering a question that nobody asks.
+                let _ = send(&mut control, &Message::Done, &watch);
+                self.observer.event(Event::Step(Step::Started));
+                Ok(())
+            }
+            Err(error) => {
+                // Its end tells the destination that no more comes on it.
+                drop(control);
+                self.settle(&error.to_string())
+            }
+        }
+    }
+
+    /// Asks where the guest is until that is known.
+    fn settle(&self, broke: &str) -> Result<(), MigrateError> {
+        let mut told = false;
+        let why = loop {
+            let why = match self.ask() {
+                Asked::Ending(Ending::Started) => {
+                    self.observer.event(Event::Step(Step::Started));
+                    return Ok(());
+                }
+                // Who listens there now knows nothing of it: who took part is gone.
+                Asked::Ending(Ending::Never | Ending::Unknown) | Asked::Gone => {
+                    break Why::NotStarted;
+                }
+                Asked::Nothing(why) => why,
+            };
+            if !told {
+                let text = format!("{broke}; and then: {why}");
+                self.observer.event(Event::InDoubt(&text));
+                told = true;
+            }
+            match self.orders.in_doubt(self.settings.patience.again) {
+                Some(Whereabouts::There) => return Ok(()),
+                Some(Whereabouts::Here) => break Why::SaidToBeHere,
+                None => {}
+            }
+            // Somebody ended what stood still here, and no more is to be decided.
+            if let Some(why) = self.guest.over() {
+                let (why, after) = (Why::Over(why), After::AsItWas);
+                return Err(MigrateError { why, after });
+            }
+        };
+        let after = self.take_back(Taken::Released);
+        Err(MigrateError { why, after })
+    }
+
+    /// Asks once.
+    fn ask(&self) -> Asked {
+        let watch = Watch {
+            quiet: self.settings.patience.connect,
+            stop: &|| None,
+        };
+        let mut wire = match self.connect.connect(self.settings.patience.connect) {
+            Ok(wire) => wire,
+            Err(error) => {
+                use io::ErrorKind::{ConnectionRefused, NotFound};
+                return match error.kind() {
+                    ConnectionRefused | NotFound => Asked::Gone,
+                    _ => Asked::Nothing(format!("it cannot be reached: {error}")),
+                };
+            }
+        };
+        let (id, role) = (self.id, Role::Settle);
+        let greeted = greet(&mut wire, &Greeting { id, role }, &watch);
+        match greeted.and_then(|()| receive(&mut wire, &watch)) {
+            Ok(Message::Settled(ending)) => {
+                // Not heard, it goes on answering.
+                let _ = send(&mut wire, &Message::Done, &watch);
+                Asked::Ending(ending)
+            }
+            Ok(other) => Asked::Nothing(format!("it answers {:?}", other.kind())),
+            Err(error) => Asked::Nothing(error.to_string()),
+        }
+    }
+
+    /// The guest is the source's again.
+    fn take_back(&self, taken: Taken) -> After {
+        let begun = Instant::now();
+        let mut told = false;
+        loop {
+            let why = match self.guest.take_back() {
+                Ok(()) => return After::AsItWas,
+                Err(why) => why.to_string(),
+            };
+            if !told {
+                self.observer.event(Event::NotTakenBack(&why));
+                told = true;
+            }
+            let over = self.guest.over().is_some();
+            if over || begun.elapsed() >= self.settings.patience.take_back {
+                return After::StandsStill(why);
+            }
+            // The destination cannot start it, and lets go of all when it is told so.
+            if taken == Taken::Released {
+                self.ask();
+            }
+            std::thread::sleep(self.settings.patience.again);
+        }
+    }
+}
+
+enum Asked {
+    Ending(Ending),
+    Gone,
+    Nothing(String),
+}
+
+/// Waits for one message.
+fn expect(
+    wire: &mut impl super::link::Wire,
+    watch: &Watch<'_>,
+    due: &'static str,
+    is: impl Fn(&Message) -> bool,
+) -> Result<(), LinkError> {
+    let message = receive(wire, watch)?;
+    match is(&message) {
+        true => Ok(()),
+        false => Err(LinkError::Unexpected {
+            said: message.kind(),
+            due,
+        }),
+    }
+}
+
+enum Next {
+    Round,
+    Switch,
+    Stuck(Why),
+}
+
+/// What the rounds so far say of the next.
+struct Rounds {
+    began: Instant,
+    /// When the last one ended.
+    since: Instant,
+    memory: u64,
+    policy: Policy,
+    /// How many pages were written in how long, of the last rounds.
+    points: Vec<CurvePoint>,
+    /// Pages a second that were sent, of the last rounds.
+    rates: Vec<f64>,
+}
+
+/// So many rounds are looked back upon.
+const WINDOW: usize = 8;
+
+impl Rounds {
+    /// `memory` pages, and a guest that stands still for `state` besides what is left of them.
+    fn new(settings: &Settings, memory: u64, state: Duration) -> Self {
+        let now = Instant::now();
+        // What the state takes is no time for pages; some is, or none would ever be few enough.
+        let downtime = settings.downtime.saturating_sub(state);
+        let downtime = downtime.max(settings.downtime / 10);
+        Rounds {
+            began: now,
+            since: now,
+            memory,
+            policy: Policy {
+                downtime,
+                patience: settings.time,
+                least_rounds: 3,
+                throttle: Throttle::NONE,
+                post_copy: false,
+            },
+            points: Vec::new(),
+            rates: Vec::new(),
+        }
+    }
+
+    fn advice(&mut self, done: &RoundDone, left: u64, observer: &dyn Observer) -> Next {
+        let now = Instant::now();
+        self.since = now;
+        let took = done.took.max(Duration::from_micros(1));
+        // A round of a few pages says how long a round trip is, and little of what the link carries.
+        if done.pages >= 256 || self.rates.is_empty() {
+            keep(&mut self.rates, done.pages as f64 / took.as_secs_f64());
+        }
+        let pages = left as f64;
+        let point = CurvePoint {
+            window: took,
+            pages,
+            low: pages,
+            high: pages,
+        };
+        keep(&mut self.points, point);
+        let link = link(&self.rates);
+        let curve = Curve::new(self.points.iter().copied(), self.memory);
+        let ahead = forecast(left, &curve, link, self.policy.downtime);
+        let event = Event::Ahead {
+            left,
+            forecast: &ahead,
+        };
+        observer.event(event);
+        let spent = Spent {
+            rounds: done.number + 1,
+            time: now.duration_since(self.began),
+            throttle: Throttle::NONE,
+        };
+        match advise(&ahead, spent, &self.policy) {
+            // Nothing is left at all.
+            _ if left == 0 => Next::Switch,
+            Advice::StopAndCopy => Next::Switch,
+            Advice::GoOn => Next::Round,
+            _ => Next::Stuck(Why::Stuck {
+                rounds: spent.rounds,
+                spent: spent.time,
+                left,
+                downtime: ahead.downtime.mean,
+            }),
+        }
+    }
+}
+
+fn keep<T>(list: &mut Vec<T>, item: T) {
+    if list.len() == WINDOW {
+        list.remove(0);
+    }
+    list.push(item);
+}
+
+/// From the slowest round to the fastest.
+fn link(rates: &[f64]) -> Link {
+    let mean = rates.iter().sum::<f64>() / rates.len().max(1) as f64;
+    Link {
+        low: rates.iter().copied().fold(f64::INFINITY, f64::min),
+        mean,
+        high: rates.iter().copied().fold(0.0, f64::max),
+    }
+}

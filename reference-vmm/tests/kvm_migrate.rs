@@ -1,0 +1,462 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Migration over the real KVM: a guest that knows what it has goes from one machine to another while it runs, over
+//! connections that break.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use guests::image;
+use guests::keeper::{QUIT, keeper64};
+use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::end::{EndSignal, GuestEnd};
+use reference_vmm::main_loop::GuestSide;
+use reference_vmm::memory::Memory;
+use reference_vmm::migration::address::Address;
+use reference_vmm::migration::incoming::{Incoming, IncomingError, IncomingRequest};
+use reference_vmm::migration::outgoing::{MigrateRequest, Outgoing, OutgoingError, Stuck};
+use reference_vmm::migration::record::MigrationRecord;
+use reference_vmm::vm::{Machine, RunState, Running};
+use support::{Vmm, WATCHDOG, file, long, need_kvm};
+
+/// A guest that runs, and what it says.
+struct Guest {
+    running: Running,
+    end: Arc<EndSignal>,
+    console: std::io::PipeReader,
+    said: Vec<u8>,
+}
+
+impl Guest {
+    fn boot(config: &Config) -> Self {
+        let end = Arc::new(EndSignal::new().unwrap());
+        let (console, writer) = std::io::pipe().unwrap();
+        let machine = Machine::build(config, &writer, &end).unwrap();
+        Guest {
+            running: machine.start().unwrap(),
+            end,
+            console,
+            said: Vec::new(),
+        }
+    }
+
+    /// Waits until it says something or ends.
+    fn listen(&mut self) {
+        let entry = |fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let mut fds = [entry(self.console.as_raw_fd()), entry(self.end.as_raw_fd())];
+        // SAFETY: two pollfds.
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), 2, WATCHDOG.as_millis() as i32) };
+        let said = String::from_utf8_lossy(&self.said);
+        assert!(ready > 0, "nothing comes behind {said:?}");
+        if fds[0].revents != 0 {
+            let mut chunk = [0; 64];
+            let got = self.console.read(&mut chunk).unwrap();
+            self.said.extend(&chunk[..got]);
+        }
+    }
+
+    /// Until it has said so many bytes more.
+    fn hear(&mut self, bytes: usize) {
+        let until = self.said.len() + bytes;
+        while self.said.len() < until {
+            self.listen();
+            assert!(!self.end.is_told(), "{:?}: {:?}", self.end.get(), self.said);
+        }
+    }
+
+    /// Lets go of it; all that it said.
+    fn leave(mut self) -> (String, Option<GuestEnd>) {
+        self.running.stop();
+        let end = self.end.get().cloned();
+        drop(self.running);
+        self.console.read_to_end(&mut self.said).unwrap();
+        (String::from_utf8(self.said).unwrap(), end)
+    }
+
+    /// Has it quit, and waits for that.
+    fn quit(mut self) -> (String, Option<GuestEnd>) {
+        assert_eq!(self.running.input(&[QUIT]), 1);
+        while !self.end.is_told() {
+            self.listen();
+        }
+        self.leave()
+    }
+
+    /// Moves it to `to`, for which `incoming` waits.
+    fn migrate(
+        &self,
+        incoming: Incoming,
+        request: &MigrateRequest,
+    ) -> (
+        Result<MigrationRecord, OutgoingError>,
+        Result<Guest, IncomingError>,
+    ) {
+        let end = Arc::new(EndSignal::new().unwrap());
+        let (console, writer) = std::io::pipe().unwrap();
+        let gone = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let there = scope.spawn(|| {
+                let stop = || {
+                    gone.load(Ordering::Relaxed)
+                        .then(|| "no source is left".to_owned())
+                };
+                incoming.receive(writer, &end, &stop, Machine::start)
+            });
+            let here = Outgoing::default().migrate(&self.running, &self.end, request);
+            gone.store(here.is_err(), Ordering::Relaxed);
+            let there = there.join().unwrap().map(|running| Guest {
+                running,
+                end: Arc::clone(&end),
+                console,
+                said: Vec::new(),
+            });
+            (here, there)
+        })
+    }
+}
+
+fn keeper(cpus: u32, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
+    let kernel = file(&image::elf64(keeper64()));
+    let config = Config {
+        cmdline: format!("{cpus} "),
+        memory: Memory::new(16 << 20),
+        cpus: cpus.into(),
+        irqchip,
+        debug_exit: Some(0xf4),
+        ..Config::new(&*kernel)
+    };
+    (kernel, config)
+}
+
+/// 1 2 3 … 9 0 1 …
+fn digits(count: usize) -> String {
+    (1..=count)
+        .map(|pass| char::from(b'0' + (pass % 10) as u8))
+        .collect()
+}
+
+fn place() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("incoming");
+    (folder, path)
+}
+
+/// To wherever `incoming` listens. This guest writes all that it has without rest, on a host that interprets it: it is
+/// stopped when that is seen.
+fn request(to: &Address) -> MigrateRequest {
+    MigrateRequest {
+        when_stuck: Stuck::Stop,
+        ..MigrateRequest::new(to.to_string())
+    }
+}
+
+#[test]
+fn a_guest_goes_from_machine_to_machine_and_has_lost_nothing() {
+    need_kvm();
+    let hops = if long() { 20 } else { 3 };
+    for (cpus, irqchip) in [
+        (1, Irqchip::Split),
+        (1, Irqchip::Kernel),
+        (4, Irqchip::Split),
+        (4, Irqchip::Kernel),
+    ] {
+        let (_kernel, config) = keeper(cpus, irqchip);
+        let mut guest = Guest::boot(&config);
+        let mut all = String::new();
+        for hop in 0..hops {
+            guest.hear(1 + hop * 7 % 5);
+            let (_folder, path) = place();
+            let address = match hop % 2 {
+                0 => Address::Unix(path),
+                _ => "tcp:127.0.0.1:0".parse().unwrap(),
+            };
+            let incoming = Incoming::bind(&IncomingRequest::new(address)).unwrap();
+            let request = MigrateRequest {
+                connections: 1 + hop as u32 % 3,
+                compression: ["none", "zstd"][hop % 2].into(),
+                ..request(incoming.address())
+            };
+            let (here, there) = guest.migrate(incoming, &request);
+            let record = here.unwrap();
+            assert!(record.rounds.len() >= 2, "{record:?}");
+            assert!(record.downtime().is_some());
+            assert_eq!(guest.running.state(), RunState::Paused);
+            assert!(guest.running.resume().is_err());
+            let (said, end) = guest.leave();
+            assert_eq!(end, None, "{cpus} {irqchip:?} hop {hop}: {said}");
+            all += &said;
+            guest = there.unwrap();
+        }
+        guest.hear(2);
+        let (said, end) = guest.quit();
+        all += &said;
+        let what = format!("{cpus} {irqchip:?}: {all}");
+        assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{what}");
+        assert_eq!(all, digits(all.len() - 1) + "!", "{what}");
+    }
+}
+
+/// Passes connections on from one socket to another, and cuts all of them when so many bytes went in one direction.
+struct Proxy {
+    path: PathBuf,
+    bytes: [AtomicUsize; 2],
+    cut: AtomicBool,
+    direction: usize,
+    after: usize,
+    lines: std::sync::Mutex<Vec<UnixStream>>,
+}
+
+impl Proxy {
+    fn new(folder: &Path, to: PathBuf, direction: usize, after: usize) -> Arc<Self> {
+        let path = folder.join("proxy");
+        let listener = UnixListener::bind(&path).unwrap();
+        let proxy = Arc::new(Proxy {
+            path,
+            bytes: Default::default(),
+            cut: AtomicBool::new(false),
+            direction,
+            after,
+            lines: Default::default(),
+        });
+        let this = Arc::clone(&proxy);
+        // It ends with the process.
+        std::thread::spawn(move || {
+            for from in listener.incoming() {
+                let from = from.unwrap();
+                // Nobody there: the source hears its end.
+                let Ok(to) = UnixStream::connect(&to) else {
+                    continue;
+                };
+                this.lines.lock().unwrap().push(from.try_clone().unwrap());
+                this.lines.lock().unwrap().push(to.try_clone().unwrap());
+                let back = (to.try_clone().unwrap(), from.try_clone().unwrap());
+                for (direction, (from, to)) in [(from, to), back].into_iter().enumerate() {
+                    let this = Arc::clone(&this);
+                    std::thread::spawn(move || this.pass(direction, from, to));
+                }
+            }
+        });
+        proxy
+    }
+
+    fn pass(&self, direction: usize, mut from: UnixStream, mut to: UnixStream) {
+        use std::io::Write;
+        let mut chunk = vec![0; 64 << 10];
+        while let Ok(len @ 1..) = from.read(&mut chunk) {
+            let before = self.bytes[direction].fetch_add(len, Ordering::SeqCst);
+            let strikes = direction == self.direction && before + len > self.after;
+            let mut pass = len;
+            if strikes && !self.cut.swap(true, Ordering::SeqCst) {
+                pass = self.after.saturating_sub(before);
+            }
+            if to.write_all(&chunk[..pass]).is_err() || pass < len {
+                break;
+            }
+        }
+        if self.cut.load(Ordering::SeqCst) {
+            for line in self.lines.lock().unwrap().drain(..) {
+                let _ = line.shutdown(std::net::Shutdown::Both);
+            }
+        }
+        let _ = to.shutdown(std::net::Shutdown::Write);
+    }
+}
+
+#[test]
+fn a_wire_that_is_cut_anywhere_leaves_one_guest_that_has_lost_nothing() {
+    need_kvm();
+    let (_kernel, config) = keeper(2, Irqchip::Split);
+    // How much goes in each direction.
+    let sizes = {
+        let guest = Guest::boot(&config);
+        let (folder, path) = place();
+        let incoming = Incoming::bind(&IncomingRequest::new(Address::Unix(path.clone()))).unwrap();
+        let proxy = Proxy::new(folder.path(), path, 0, usize::MAX);
+        let (here, there) = guest.migrate(incoming, &request(&Address::Unix(proxy.path.clone())));
+        here.unwrap();
+        drop(there.unwrap());
+        [0, 1].map(|way| proxy.bytes[way].load(Ordering::SeqCst))
+    };
+    let mut places = vec![(0, 0), (0, 30), (0, 1000)];
+    // What the destination says are few short messages, of one time more than of another; the last says that it has it.
+    places.extend((0..sizes[1] + 48).step_by(6).map(|after| (1, after)));
+    let steps = if long() { 40 } else { 6 };
+    places.extend((1..=steps).map(|step| (0, sizes[0] * step / steps)));
+    let mut guest = Guest::boot(&config);
+    let (mut all, mut moved, mut stayed) = (String::new(), 0, 0);
+    for (direction, after) in places {
+        guest.hear(1);
+        let (folder, path) = place();
+        let incoming = Incoming::bind(&IncomingRequest::new(Address::Unix(path.clone()))).unwrap();
+        let proxy = Proxy::new(folder.path(), path, direction, after);
+        let (here, there) = guest.migrate(incoming, &request(&Address::Unix(proxy.path.clone())));
+        match (here, there) {
+            (Ok(_), Ok(there)) => {
+                let (said, end) = guest.leave();
+                assert_eq!(end, None, "{direction} {after}: {said}");
+                all += &said;
+                guest = there;
+                moved += 1;
+            }
+            (Err(_), Err(_)) => {
+                assert_eq!(
+                    guest.running.state(),
+                    RunState::Running,
+                    "{direction} {after}"
+                );
+                stayed += 1;
+            }
+            (here, there) => panic!("{direction} {after}: {here:?}, {:?}", there.err()),
+        }
+    }
+    assert!(moved > 0 && stayed > 5, "{moved} {stayed}");
+    let (said, end) = guest.quit();
+    all += &said;
+    assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{all}");
+    assert_eq!(all, digits(all.len() - 1) + "!");
+}
+
+/// A monitor's process, with its control socket.
+struct Process {
+    running: support::Running,
+    socket: PathBuf,
+}
+
+impl Process {
+    fn boot(folder: &Path) -> Self {
+        let socket = folder.join("source.api");
+        let kernel = folder.join("kernel");
+        std::fs::write(&kernel, image::elf64(keeper64())).unwrap();
+        let vmm = Vmm::run(&kernel).args(["--cmdline", "1 "]);
+        let vmm = vmm.words("--memory 16M --debug-exit --irqchip split --api-sock");
+        let mut running = vmm.arg(&socket).start();
+        // Its socket is there before it speaks.
+        running.wait_for("1");
+        Process { running, socket }
+    }
+
+    /// One that waits for a guest.
+    fn incoming(folder: &Path, words: &str) -> (Self, PathBuf) {
+        let (socket, path) = (folder.join("there.api"), folder.join("incoming"));
+        let vmm = Vmm::command(["run", "--incoming"]);
+        let vmm = vmm.arg(format!("unix:{}", path.display()));
+        let mut running = vmm.words("--api-sock").arg(&socket).words(words).start();
+        running.wait_for_stderr("a guest is waited for at");
+        (Process { running, socket }, path)
+    }
+
+    fn command(&self, words: &str) -> Vmm {
+        Vmm::command(["ctl", "--api-sock"])
+            .arg(&self.socket)
+            .words(words)
+    }
+
+    fn ctl(&self, words: &str) -> support::Ended {
+        self.command(words).output()
+    }
+}
+
+#[test]
+fn ctl_moves_a_guest_and_the_process_that_had_it_ends_well() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let source = Process::boot(folder.path());
+    let (there, path) = Process::incoming(folder.path(), "");
+    let report = folder.path().join("report.html");
+    let words = format!(
+        "migrate --to unix:{} --report {}",
+        path.display(),
+        report.display()
+    );
+    let moved = source.ctl(&words);
+    moved.expect_status(0);
+    assert!(moved.text().contains("moved"), "{moved}");
+    let ended = source.running.wait();
+    ended.expect_status(0);
+    assert!(
+        ended.to_string().contains("the guest has moved to"),
+        "{ended}"
+    );
+    assert_eq!(there.ctl("status").expect_status(0).text(), "running\n");
+    assert!(report.exists());
+    let mut there = there.running;
+    there.wait_for(
+        char::from(b'0' + ((ended.text().len() + 2) % 10) as u8).encode_utf8(&mut [0; 4]),
+    );
+    there.signal(libc::SIGTERM);
+    let all = ended.text() + &there.wait().expect_status(0).text();
+    assert_eq!(all, digits(all.len()));
+}
+
+#[test]
+fn a_guest_stays_when_its_destination_is_killed_or_the_migration_is_cancelled() {
+    need_kvm();
+    for cancel in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let source = Process::boot(folder.path());
+        let (there, path) = Process::incoming(folder.path(), "");
+        // So slowly that it is there when this has had its turn.
+        let words = format!("migrate --bandwidth 4K --to unix:{}", path.display());
+        let migrate = source.command(&words).start();
+        // Nothing has begun yet, or no memory goes.
+        while !source
+            .ctl("migrate-status --json")
+            .text()
+            .contains("\"at-work\":{")
+        {}
+        match cancel {
+            true => drop(source.ctl("migrate-cancel").expect_status(0)),
+            false => there.running.signal(libc::SIGKILL),
+        }
+        let ended = migrate.wait();
+        ended.expect_status(1);
+        assert_eq!(
+            source.ctl("status").expect_status(0).text(),
+            "running\n",
+            "{ended}"
+        );
+        if cancel {
+            assert!(ended.to_string().contains("cancelled"), "{ended}");
+            let there = there.running.wait();
+            there.expect_status(1);
+            assert!(there.to_string().contains("cancelled"), "{there}");
+        }
+        let status = source.ctl("migrate-status");
+        let lines = status.expect_status(0).text().lines().count();
+        assert!(lines > 1, "{status}");
+        source.running.signal(libc::SIGTERM);
+        source.running.wait().expect_status(0);
+    }
+}
+
+#[test]
+fn a_process_that_waits_for_a_guest_is_stopped_by_a_signal_and_says_what_is_wrong_with_its_words() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let (there, path) = Process::incoming(folder.path(), "");
+    there.running.signal(libc::SIGTERM);
+    there.running.wait().expect_status(0);
+    assert!(!path.exists());
+    for (words, needle) in [
+        ("run --incoming nowhere", "nowhere"),
+        ("run --incoming tcp:0.0.0.0:0", "--tls-cert"),
+        ("run --incoming unix:/x --tls-cert /c", "go together"),
+        ("run --incoming unix:/x --kernel k", "--kernel"),
+        ("run --incoming unix:/x --from d", "--from"),
+    ] {
+        let refused = Vmm::command::<[&str; 0]>([]).words(words).output();
+        refused.expect_status(2).expect_line(&[needle]);
+    }
+}

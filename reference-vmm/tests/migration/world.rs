@@ -1,0 +1,678 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Two processes without a host: a wire that can be cut at each message, and a guest that writes. What must never be is
+//! looked for at each step that changes whose the guest is.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use reference_vmm::migration::guest::{
+    ArrivingMemory, Blank, DestinationGuest, Dirty, Prepared, Refusal, SourceGuest,
+};
+use reference_vmm::migration::link::{Accept, Connect, TICK, Wire};
+
+pub const PAGE: usize = 4096;
+/// Two regions, over more than one stripe.
+pub const MEMORY: [Range<u64>; 2] = [0..0x5_0000, 0x10_0000..0x11_0000];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Source = 0,
+    Destination = 1,
+}
+use Side::{Destination, Source};
+
+/// How much of the message at which it strikes arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrives {
+    Nothing,
+    Half,
+    All,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strike {
+    /// All connections break. With `lost` what was under way on them is gone as well.
+    SeverAll { lost: bool },
+    /// The connection of the message breaks.
+    SeverOne,
+    /// All break, and so many attempts to connect find no way.
+    Partition(u32),
+    /// All break for the source, and the message arrives when the destination has answered a question.
+    Late,
+    /// A process dies.
+    Kill(Side),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    /// Whose message.
+    pub of: Side,
+    /// Which, from 0 on.
+    pub number: usize,
+    pub arrives: Arrives,
+    pub strike: Strike,
+}
+
+#[derive(Default)]
+struct Conn {
+    /// What is on its way to each side.
+    to: [VecDeque<u8>; 2],
+    cut: [bool; 2],
+    lost: bool,
+    closed: [bool; 2],
+}
+
+#[derive(Default)]
+struct Process {
+    dead: bool,
+    running: bool,
+    locked: bool,
+}
+
+#[derive(Default)]
+struct State {
+    conns: Vec<Conn>,
+    backlog: VecDeque<usize>,
+    deaf: bool,
+    said: [usize; 2],
+    fault: Option<Fault>,
+    struck: bool,
+    no_way: u32,
+    late: Option<(usize, Vec<u8>)>,
+    processes: [Process; 2],
+    /// The guest's memory, as it is where it runs.
+    memory: Vec<u8>,
+    dirty: Vec<bool>,
+    tracked: bool,
+    random: u64,
+    /// Things that must not be.
+    wrong: Vec<String>,
+    /// The next so many times somebody else has the disk.
+    pub busy: u32,
+    over: bool,
+    /// The guest has run on the destination.
+    ran_there: bool,
+}
+
+impl State {
+    fn process(&mut self, side: Side) -> &mut Process {
+        &mut self.processes[side as usize]
+    }
+
+    fn check(&mut self) {
+        let [a, b] = &self.processes;
+        if a.running && b.running {
+            self.wrong.push("it runs twice".into());
+        }
+        if a.locked && b.locked {
+            self.wrong.push("its disk is locked twice".into());
+        }
+        if (a.running && !a.locked) || (b.running && !b.locked) {
+            self.wrong.push("it runs without its disk".into());
+        }
+    }
+
+    fn kill(&mut self, side: Side) {
+        *self.process(side) = Process {
+            dead: true,
+            ..Process::default()
+        };
+        for conn in &mut self.conns {
+            conn.cut = [true; 2];
+        }
+        self.deaf |= side == Destination;
+    }
+
+    fn random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    /// The guest goes on for a while.
+    fn guest_writes(&mut self, pages: u64) {
+        if !self.processes[Source as usize].running {
+            return;
+        }
+        for _ in 0..pages {
+            let number = self.random();
+            let page = (number % self.dirty.len() as u64) as usize;
+            let value = (number >> 32) as u8 & 3;
+            self.memory[page * PAGE..(page + 1) * PAGE].fill(value);
+            self.memory[page * PAGE + (number >> 40) as usize % PAGE] = value;
+            self.dirty[page] |= self.tracked;
+        }
+    }
+}
+
+pub struct World {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// Where in all of memory.
+fn offset(address: u64, len: u64) -> Result<usize, Refusal> {
+    let mut before = 0;
+    for region in MEMORY {
+        if region.contains(&address) && address + len <= region.end {
+            return Ok((before + address - region.start) as usize);
+        }
+        before += region.end - region.start;
+    }
+    Err(Refusal(format!("there is no memory at {address:#x}")))
+}
+
+fn len() -> usize {
+    MEMORY
+        .iter()
+        .map(|region| (region.end - region.start) as usize)
+        .sum()
+}
+
+fn checksum(memory: &[u8]) -> Vec<u8> {
+    reference_vmm::snapshot::format::checksum(memory)
+        .to_le_bytes()
+        .to_vec()
+}
+
+impl World {
+    pub fn new(fault: Option<Fault>) -> Arc<Self> {
+        let mut state = State {
+            fault,
+            memory: vec![0; len()],
+            dirty: vec![false; len() / PAGE],
+            random: 0x2545_f491_4f6c_dd1d,
+            ..State::default()
+        };
+        *state.process(Source) = Process {
+            dead: false,
+            running: true,
+            locked: true,
+        };
+        state.guest_writes(40);
+        Arc::new(World {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let changed = change(&mut state);
+        state.check();
+        self.changed.notify_all();
+        changed
+    }
+
+    pub fn said(&self, side: Side) -> usize {
+        self.lock().said[side as usize]
+    }
+
+    pub fn struck(&self) -> bool {
+        self.lock().struck
+    }
+
+    pub fn runs(&self, side: Side) -> bool {
+        self.lock().processes[side as usize].running
+    }
+
+    pub fn is_locked(&self, side: Side) -> bool {
+        self.lock().processes[side as usize].locked
+    }
+
+    pub fn is_tracked(&self) -> bool {
+        self.lock().tracked
+    }
+
+    pub fn wrong(&self) -> Vec<String> {
+        self.lock().wrong.clone()
+    }
+
+    /// The next so many times that the source wants its disk back somebody has it.
+    pub fn busy(&self, times: u32) {
+        self.change(|state| state.busy = times);
+    }
+
+    /// The guest on the source ends.
+    pub fn end(&self) {
+        self.change(|state| {
+            state.over = true;
+            state.process(Source).running = false;
+        });
+    }
+
+    fn connection(self: &Arc<Self>) -> (End, usize) {
+        let mut state = self.lock();
+        state.conns.push(Conn::default());
+        let conn = state.conns.len() - 1;
+        let end = End {
+            world: Arc::clone(self),
+            conn,
+            side: Source,
+        };
+        (end, conn)
+    }
+
+    /// Somebody who is none of the two connects.
+    pub fn stranger(self: &Arc<Self>) -> End {
+        let (end, conn) = self.connection();
+        self.change(|state| state.backlog.push_back(conn));
+        end
+    }
+}
+
+/// An end of a connection.
+pub struct End {
+    world: Arc<World>,
+    conn: usize,
+    side: Side,
+}
+
+impl Wire for End {}
+
+impl Read for End {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let mut state = self.world.lock();
+        let (me, peer) = (self.side as usize, 1 - self.side as usize);
+        for waited in [false, true] {
+            let dead = state.processes[me].dead;
+            let conn = &mut state.conns[self.conn];
+            let gone = conn.cut[me] && conn.lost;
+            let there = !conn.to[me].is_empty() && !gone;
+            if dead {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            if there {
+                return conn.to[me].read(bytes);
+            }
+            if conn.cut[me] {
+                return Err(io::ErrorKind::ConnectionReset.into());
+            }
+            if conn.closed[peer] {
+                return Ok(0);
+            }
+            if !waited {
+                (state, _) = self.world.changed.wait_timeout(state, TICK).unwrap();
+            }
+        }
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+}
+
+impl Write for End {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let (me, peer) = (self.side as usize, 1 - self.side as usize);
+        let world = &self.world;
+        world.change(|state| {
+            let conn = &state.conns[self.conn];
+            if state.processes[me].dead || conn.cut[me] || conn.closed[peer] {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            let number = state.said[me];
+            state.said[me] += 1;
+            let fault = state
+                .fault
+                .filter(|fault| (fault.of, fault.number) == (self.side, number));
+            let arrives = match fault.map(|fault| fault.arrives) {
+                Some(Arrives::Nothing) => 0,
+                Some(Arrives::Half) => bytes.len() / 2,
+                Some(Arrives::All) | None => bytes.len(),
+            };
+            if let Some(Strike::Late) = fault.map(|fault| fault.strike) {
+                state.late = Some((self.conn, bytes.to_vec()));
+            } else {
+                state.conns[self.conn].to[peer].extend(&bytes[..arrives]);
+            }
+            if self.side == Destination
+                && state.struck
+                && let Some((conn, bytes)) = state.late.take()
+            {
+                state.conns[conn].to[Destination as usize].extend(bytes);
+            }
+            let Some(fault) = fault else {
+                return Ok(bytes.len());
+            };
+            state.struck = true;
+            match fault.strike {
+                Strike::SeverAll { lost } => state.conns.iter_mut().for_each(|conn| {
+                    (conn.cut, conn.lost) = ([true; 2], lost);
+                }),
+                Strike::Partition(times) => {
+                    state.no_way = times;
+                    state.conns.iter_mut().for_each(|conn| conn.cut = [true; 2]);
+                }
+                Strike::SeverOne => state.conns[self.conn].cut = [true; 2],
+                Strike::Late => state.conns.iter_mut().for_each(|conn| {
+                    conn.cut[Source as usize] = true;
+                }),
+                Strike::Kill(side) => state.kill(side),
+            }
+            Ok(bytes.len())
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.world.change(|state| {
+            let late = state.late.as_ref().is_some_and(|late| late.0 == self.conn);
+            state.conns[self.conn].closed[self.side as usize] = !late;
+        });
+    }
+}
+
+/// The source's way to the destination.
+pub struct Dial(pub Arc<World>);
+
+impl Connect for Dial {
+    type Wire = End;
+
+    fn connect(&self, _: Duration) -> io::Result<End> {
+        let mut state = self.0.lock();
+        if state.processes[Source as usize].dead {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        if state.no_way > 0 {
+            state.no_way -= 1;
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        if state.deaf {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        drop(state);
+        Ok(self.0.stranger())
+    }
+}
+
+/// The destination's ear.
+pub struct Ear(pub Arc<World>);
+
+impl Accept for Ear {
+    type Wire = End;
+
+    fn accept(&self) -> io::Result<Option<End>> {
+        let mut state = self.0.lock();
+        if state.backlog.is_empty() {
+            (state, _) = self.0.changed.wait_timeout(state, TICK).unwrap();
+        }
+        if state.processes[Destination as usize].dead {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        Ok(state.backlog.pop_front().map(|conn| End {
+            world: Arc::clone(&self.0),
+            conn,
+            side: Destination,
+        }))
+    }
+}
+
+impl Drop for Ear {
+    fn drop(&mut self) {
+        // Who has connected and was not accepted hears that nobody does.
+        self.0.change(|state| {
+            state.deaf = true;
+            while let Some(conn) = state.backlog.pop_front() {
+                state.conns[conn].cut = [true; 2];
+            }
+        });
+    }
+}
+
+pub struct Found<'a> {
+    world: &'a World,
+    pages: Vec<u64>,
+}
+
+impl Dirty for Found<'_> {
+    fn pages(&self) -> u64 {
+        self.pages.len() as u64
+    }
+
+    fn runs(&self, each: &mut dyn FnMut(Range<u64>) -> bool) {
+        let _ = self
+            .pages
+            .iter()
+            .all(|page| each(*page..*page + PAGE as u64));
+    }
+
+    fn commit(mut self) {
+        self.pages.clear();
+    }
+}
+
+impl Drop for Found<'_> {
+    fn drop(&mut self) {
+        self.world.change(|state| {
+            for page in &self.pages {
+                let at = offset(*page, 1).unwrap() / PAGE;
+                state.dirty[at] = true;
+            }
+        });
+    }
+}
+
+impl World {
+    fn alive(state: &State, side: Side) -> Result<(), Refusal> {
+        match state.processes[side as usize].dead {
+            true => Err(Refusal("the process is dead".into())),
+            false => Ok(()),
+        }
+    }
+}
+
+impl SourceGuest for World {
+    type Dirty<'a> = Found<'a>;
+
+    fn memory(&self) -> u64 {
+        len() as u64
+    }
+
+    fn over(&self) -> Option<String> {
+        let state = self.lock();
+        let dead = state.processes[Source as usize].dead;
+        (dead || state.over).then(|| "it powered off".into())
+    }
+
+    fn rehearse(&self) -> Result<Vec<u8>, Refusal> {
+        Ok(b"offer".to_vec())
+    }
+
+    fn start_tracking(&self) -> Result<(), Refusal> {
+        self.change(|state| {
+            World::alive(state, Source)?;
+            state.tracked = true;
+            state.dirty.fill(true);
+            Ok(())
+        })
+    }
+
+    fn stop_tracking(&self) {
+        self.change(|state| state.tracked = false);
+    }
+
+    fn harvest(&self) -> Result<Found<'_>, Refusal> {
+        self.change(|state| {
+            World::alive(state, Source)?;
+            state.guest_writes(5);
+            let mut pages = Vec::new();
+            let mut at = 0;
+            for region in MEMORY {
+                for page in region.step_by(PAGE) {
+                    if std::mem::take(&mut state.dirty[at]) {
+                        pages.push(page);
+                    }
+                    at += 1;
+                }
+            }
+            Ok(Found { world: self, pages })
+        })
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Refusal> {
+        let at = offset(address, bytes.len() as u64)?;
+        self.change(|state| {
+            World::alive(state, Source)?;
+            bytes.copy_from_slice(&state.memory[at..at + bytes.len()]);
+            state.guest_writes(2);
+            Ok(())
+        })
+    }
+
+    fn hold(&self) -> Result<(), Refusal> {
+        self.change(|state| {
+            World::alive(state, Source)?;
+            state.process(Source).running = false;
+            Ok(())
+        })
+    }
+
+    fn state(&self) -> Result<Vec<u8>, Refusal> {
+        self.change(|state| {
+            World::alive(state, Source)?;
+            Ok(checksum(&state.memory))
+        })
+    }
+
+    fn release(&self) -> Result<(), Refusal> {
+        self.change(|state| {
+            World::alive(state, Source)?;
+            state.process(Source).locked = false;
+            Ok(())
+        })
+    }
+
+    fn take_back(&self) -> Result<(), Refusal> {
+        self.change(|state| {
+            World::alive(state, Source)?;
+            if state.busy > 0 {
+                state.busy -= 1;
+                return Err(Refusal("somebody has the disk".into()));
+            }
+            if state.processes[Destination as usize].locked {
+                return Err(Refusal("the destination has the disk".into()));
+            }
+            if state.ran_there {
+                state
+                    .wrong
+                    .push("it goes on from before it ran elsewhere".into());
+            }
+            let running = !state.over;
+            *state.process(Source) = Process {
+                dead: false,
+                running,
+                locked: true,
+            };
+            Ok(())
+        })
+    }
+}
+
+/// What makes the guest on the destination.
+pub struct Maker {
+    pub world: Arc<World>,
+    pub refuses: Option<&'static str>,
+}
+
+/// The guest there.
+pub struct Made {
+    world: Arc<World>,
+    memory: Mutex<Vec<u8>>,
+    locked: bool,
+}
+
+impl DestinationGuest for Maker {
+    type Blank = Made;
+
+    fn offered(self, state: &[u8]) -> Result<Made, Refusal> {
+        assert_eq!(state, b"offer");
+        match self.refuses {
+            Some(why) => Err(Refusal(why.into())),
+            None => Ok(Made {
+                world: self.world,
+                memory: Mutex::new(vec![0; len()]),
+                locked: false,
+            }),
+        }
+    }
+}
+
+impl ArrivingMemory for &Made {
+    fn page(&self, address: u64, bytes: &[u8]) -> Result<(), Refusal> {
+        let at = offset(address, bytes.len() as u64)?;
+        self.memory.lock().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn zero(&self, address: u64, len: u64) -> Result<(), Refusal> {
+        let at = offset(address, len)?;
+        self.memory.lock().unwrap()[at..at + len as usize].fill(0);
+        Ok(())
+    }
+}
+
+impl Blank for Made {
+    type Memory<'a> = &'a Made;
+    type Prepared = Made;
+
+    fn memory(&self) -> &Made {
+        self
+    }
+
+    fn prepare(mut self, said: &[u8]) -> Result<Made, Refusal> {
+        let world = Arc::clone(&self.world);
+        world.change(|state| {
+            World::alive(state, Destination)?;
+            if said != checksum(&self.memory.lock().unwrap()) {
+                state.wrong.push("its memory is another one".into());
+            }
+            if state.processes[Source as usize].locked {
+                return Err(Refusal("the source has the disk".into()));
+            }
+            state.process(Destination).locked = true;
+            self.locked = true;
+            Ok(())
+        })?;
+        Ok(self)
+    }
+}
+
+impl Prepared for Made {
+    type Running = Made;
+
+    fn start(self) -> Result<Made, Refusal> {
+        let world = Arc::clone(&self.world);
+        world.change(|state| {
+            World::alive(state, Destination)?;
+            state.process(Destination).running = true;
+            state.ran_there = true;
+            if *self.memory.lock().unwrap() != state.memory {
+                state.wrong.push("it starts with another memory".into());
+            }
+            Ok(())
+        })?;
+        Ok(self)
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        self.world.change(|state| {
+            let process = state.process(Destination);
+            process.running = false;
+            process.locked &= !self.locked;
+        });
+    }
+}

@@ -1,0 +1,543 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A guest that migrates has one owner, whatever breaks: the wire is cut at each message, in each direction, and either
+//! side killed there.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "migration/world.rs"]
+mod world;
+
+use std::io::{Read, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use reference_vmm::migration::codec::Compression;
+use reference_vmm::migration::destination::{self, ReceiveError, receive};
+use reference_vmm::migration::dial;
+use reference_vmm::migration::event::{Event, Observer};
+use reference_vmm::migration::limit::Limiter;
+use reference_vmm::migration::message::MigrationId;
+use reference_vmm::migration::orders::{OrderError, Orders, Whereabouts};
+use reference_vmm::migration::source::{
+    self, After, MigrateError, Settings, WhenStuck, Why, migrate,
+};
+use reference_vmm::migration::tls::{Tls, TlsFiles};
+use reference_vmm::migration::transport::Listener;
+use world::Side::{Destination, Source};
+use world::{Arrives, Dial, Ear, Fault, Made, Maker, Side, Strike, World};
+
+const ID: MigrationId = MigrationId([7; 16]);
+
+fn settings() -> Settings {
+    Settings {
+        connections: 2,
+        compression: Compression::None,
+        limit: Arc::new(Limiter::new(None)),
+        // The guest always has some pages left: it goes through all rounds that are tried, and is stopped then.
+        downtime: Duration::from_nanos(10),
+        time: Duration::from_secs(3600),
+        when_stuck: WhenStuck::Stop,
+        patience: source::Patience {
+            again: Duration::from_millis(1),
+            ..source::Patience::default()
+        },
+    }
+}
+
+type Received = Result<destination::Arrived<Made>, ReceiveError>;
+
+/// Both sides, each on a thread of its own, to their ends.
+fn both(
+    world: &Arc<World>,
+    settings: &Settings,
+    orders: &Orders,
+    observer: &dyn Observer,
+    refuses: Option<&'static str>,
+) -> (Result<(), MigrateError>, Received) {
+    let maker = Maker {
+        world: Arc::clone(world),
+        refuses,
+    };
+    let ear = Ear(Arc::clone(world));
+    let patience = destination::Patience {
+        // None of the two is silent without an end to its connection.
+        asked: Duration::from_millis(100),
+        ..destination::Patience::default()
+    };
+    // Where no source was ever heard, one is waited for.
+    let gone = AtomicBool::new(false);
+    let stop = || {
+        gone.load(Ordering::Relaxed)
+            .then(|| "no source is left".to_owned())
+    };
+    std::thread::scope(|scope| {
+        let there = scope.spawn(|| receive(ear, maker, patience, &stop));
+        let dial = Dial(Arc::clone(world));
+        let here = migrate(&**world, &dial, ID, settings, orders, observer);
+        gone.store(here.is_err(), Ordering::Relaxed);
+        (here, there.join().unwrap())
+    })
+}
+
+fn check(world: &World, here: &Result<(), MigrateError>, there: &Received, what: &str) {
+    let said = || {
+        let there = there.as_ref().map(|_| ()).map_err(ToString::to_string);
+        let here = here.as_ref().map_err(ToString::to_string);
+        format!("{what}: source {here:?}, destination {there:?}")
+    };
+    assert_eq!(world.wrong(), [""; 0], "{}", said());
+    let runs = [world.runs(Source), world.runs(Destination)];
+    assert_eq!(runs, [here.is_err(), here.is_ok()], "{}", said());
+    assert_eq!(there.is_ok(), here.is_ok(), "{}", said());
+    for side in [Source, Destination] {
+        assert_eq!(world.is_locked(side), world.runs(side), "{}", said());
+    }
+    assert!(!world.is_tracked(), "{}", said());
+}
+
+#[test]
+fn a_guest_goes_with_all_that_it_has() {
+    let world = World::new(None);
+    let (here, there) = both(&world, &settings(), &Orders::default(), &(), None);
+    here.as_ref().unwrap();
+    check(&world, &here, &there, "nothing breaks");
+}
+
+/// How many messages each side has in a migration that nothing breaks.
+fn messages() -> [usize; 2] {
+    let world = World::new(None);
+    let (here, _there) = both(&world, &settings(), &Orders::default(), &(), None);
+    here.unwrap();
+    [world.said(Source), world.said(Destination)]
+}
+
+/// At each message of each side; for a word that comes late, of the source.
+fn at_each_message(arrives: &[Arrives], strike: Strike, check: impl Fn(Fault, &Arc<World>)) {
+    let sides: &[Side] = match strike {
+        Strike::Late => &[Source],
+        _ => &[Source, Destination],
+    };
+    for (of, most) in sides.iter().copied().zip(messages()) {
+        let mut struck = 0;
+        // Which of two connections is faster changes how many frames there are.
+        for number in 0..most + 4 {
+            for arrives in arrives.iter().copied() {
+                let fault = Fault {
+                    of,
+                    number,
+                    arrives,
+                    strike,
+                };
+                let world = World::new(Some(fault));
+                check(fault, &world);
+                struck += usize::from(world.struck());
+            }
+        }
+        assert!(
+            struck >= most / 2 * arrives.len(),
+            "{strike:?}: {struck} of {most}"
+        );
+    }
+}
+
+const ALL: [Arrives; 3] = [Arrives::Nothing, Arrives::Half, Arrives::All];
+
+fn one_guest_runs(arrives: &[Arrives], strike: Strike) {
+    at_each_message(arrives, strike, |fault, world| {
+        let (here, there) = both(world, &settings(), &Orders::default(), &(), None);
+        check(world, &here, &there, &format!("{fault:?}"));
+    });
+}
+
+#[test]
+fn a_wire_that_is_severed_at_any_message_leaves_one_guest() {
+    one_guest_runs(&ALL, Strike::SeverAll { lost: false });
+}
+
+#[test]
+fn a_wire_that_loses_what_was_under_way_leaves_one_guest() {
+    one_guest_runs(&ALL, Strike::SeverAll { lost: true });
+}
+
+#[test]
+fn one_connection_that_breaks_at_any_message_leaves_one_guest() {
+    one_guest_runs(&ALL, Strike::SeverOne);
+}
+
+#[test]
+fn a_way_that_is_closed_for_a_while_leaves_one_guest() {
+    one_guest_runs(&[Arrives::Nothing, Arrives::All], Strike::Partition(5));
+}
+
+#[test]
+fn a_destination_that_is_killed_at_any_message_leaves_the_guest_with_the_source_unless_it_was_its_own()
+ {
+    at_each_message(&ALL, Strike::Kill(Destination), |fault, world| {
+        let (here, there) = both(world, &settings(), &Orders::default(), &(), None);
+        let what = format!("{fault:?}");
+        if !world.struck() {
+            return check(world, &here, &there, &what);
+        }
+        assert_eq!(world.wrong(), [""; 0], "{what}");
+        // Gone, the source had heard that it was the destination's, and it died with its process.
+        assert_eq!(world.runs(Source), here.is_err(), "{what}: {here:?}");
+        assert!(!world.runs(Destination), "{what}");
+    });
+}
+
+#[test]
+fn a_source_that_is_killed_at_any_message_takes_its_guest_along_unless_it_was_given_away() {
+    at_each_message(&ALL, Strike::Kill(Source), |fault, world| {
+        let (here, there) = both(world, &settings(), &Orders::default(), &(), None);
+        let what = format!("{fault:?}");
+        if !world.struck() {
+            return check(world, &here, &there, &what);
+        }
+        assert_eq!(world.wrong(), [""; 0], "{what}");
+        assert!(!world.runs(Source), "{what}");
+        assert_eq!(world.runs(Destination), there.is_ok(), "{what}: {here:?}");
+        assert_eq!(world.is_locked(Destination), there.is_ok(), "{what}");
+    });
+}
+
+#[test]
+fn a_word_that_arrives_behind_the_pledge_starts_nothing() {
+    let arrives = [Arrives::Nothing];
+    at_each_message(&arrives, Strike::Late, |fault, world| {
+        let (here, there) = both(world, &settings(), &Orders::default(), &(), None);
+        check(world, &here, &there, &format!("{fault:?}"));
+    });
+}
+
+/// Does something at an event.
+struct At<F: Fn(&Event<'_>) + Sync>(F);
+
+impl<F: Fn(&Event<'_>) + Sync> Observer for At<F> {
+    fn event(&self, event: Event<'_>) {
+        (self.0)(&event);
+    }
+}
+
+#[test]
+fn a_cancel_at_any_moment_before_the_guest_is_given_away_leaves_it_where_it_is() {
+    let count = std::sync::atomic::AtomicUsize::new(0);
+    let counter = At(|_| {
+        count.fetch_add(1, Ordering::Relaxed);
+    });
+    let world = World::new(None);
+    both(&world, &settings(), &Orders::default(), &counter, None)
+        .0
+        .unwrap();
+    let (mut cancelled, mut too_late, mut heard) = (0, 0, 0);
+    for number in 0..count.into_inner() {
+        let (world, orders) = (World::new(None), Orders::default());
+        let seen = std::sync::atomic::AtomicUsize::new(0);
+        let refused = AtomicBool::new(false);
+        let observer = At(|_| {
+            if seen.fetch_add(1, Ordering::Relaxed) == number {
+                let late = orders.cancel() == Err(OrderError::TooLate);
+                refused.store(late, Ordering::Relaxed);
+            }
+        });
+        let (here, there) = both(&world, &settings(), &orders, &observer, None);
+        check(
+            &world,
+            &here,
+            &there,
+            &format!("cancelled at event {number}"),
+        );
+        match (refused.into_inner(), &here) {
+            (true, Ok(())) => too_late += 1,
+            (false, Err(error)) => {
+                assert!(matches!(error.why, Why::Cancelled), "{error}");
+                // Unless it was asked first where the guest is.
+                heard += usize::from(matches!(there, Err(ReceiveError::GivenUp(_))));
+                cancelled += 1;
+            }
+            other => panic!("event {number}: {other:?}"),
+        }
+    }
+    assert!(
+        cancelled > 10 && heard > 10 && too_late == 1,
+        "{cancelled} {too_late}"
+    );
+    assert_eq!(
+        Orders::default().settle(Whereabouts::Here),
+        Err(OrderError::NotInDoubt)
+    );
+}
+
+#[test]
+fn a_guest_that_ends_at_any_moment_ends_once() {
+    for number in 0..12 {
+        let world = World::new(None);
+        let seen = std::sync::atomic::AtomicUsize::new(0);
+        let observer = At(|_| {
+            if seen.fetch_add(1, Ordering::Relaxed) == number {
+                world.end();
+            }
+        });
+        let (here, there) = both(&world, &settings(), &Orders::default(), &observer, None);
+        assert!(
+            matches!(here.unwrap_err().why, Why::Over(_)),
+            "event {number}"
+        );
+        assert!(there.is_err() && !world.runs(Source) && !world.runs(Destination));
+        assert_eq!(world.wrong(), [""; 0]);
+    }
+}
+
+#[test]
+fn a_guest_that_writes_too_fast_is_refused_with_what_a_stop_would_cost_and_goes_on() {
+    let world = World::new(None);
+    let settings = Settings {
+        when_stuck: WhenStuck::Cancel,
+        ..settings()
+    };
+    let (here, there) = both(&world, &settings, &Orders::default(), &(), None);
+    check(&world, &here, &there, "stuck");
+    let error = here.unwrap_err();
+    let why = error.to_string();
+    let Why::Stuck { rounds, left, .. } = error.why else {
+        panic!("{why}");
+    };
+    assert!(rounds >= 3 && left > 0);
+    assert!(why.contains("pages are left"), "{why}");
+}
+
+#[test]
+fn a_destination_that_cannot_have_the_guest_says_so_before_the_first_page() {
+    let world = World::new(None);
+    let accepted = AtomicBool::new(false);
+    let observer = At(|event| {
+        if let Event::Accepted { .. } | Event::Round { .. } = event {
+            accepted.store(true, Ordering::Relaxed);
+        }
+    });
+    let why = "this host has no such MSR";
+    let (here, there) = both(
+        &world,
+        &settings(),
+        &Orders::default(),
+        &observer,
+        Some(why),
+    );
+    check(&world, &here, &there, "refused");
+    assert!(!accepted.into_inner());
+    let here = here.unwrap_err().to_string();
+    assert!(here.contains(why), "{here}");
+    let there = there.err().unwrap().to_string();
+    assert!(there.contains(why), "{there}");
+}
+
+/// Where the word that gives the guest away is lost and no way leads to the destination any more.
+fn in_doubt(say: Whereabouts) -> (Arc<World>, Result<(), MigrateError>, Received) {
+    let [messages, _] = messages();
+    // The last two are Go and Done.
+    let fault = Fault {
+        of: Source,
+        number: messages - 2,
+        arrives: match say {
+            Whereabouts::Here => Arrives::Nothing,
+            Whereabouts::There => Arrives::All,
+        },
+        strike: Strike::Partition(u32::MAX),
+    };
+    let (world, orders) = (World::new(Some(fault)), Orders::default());
+    let told = AtomicBool::new(false);
+    let observer = At(|event| {
+        if let Event::InDoubt(why) = event {
+            assert!(why.contains("cannot be reached"), "{why}");
+            assert!(!world.runs(Source));
+            assert_eq!(orders.cancel(), Err(OrderError::TooLate));
+            // Whoever says so has looked.
+            while say == Whereabouts::There && !world.runs(Destination) {
+                std::thread::yield_now();
+            }
+            while say == Whereabouts::Here && world.is_locked(Destination) {
+                std::thread::yield_now();
+            }
+            told.store(true, Ordering::Relaxed);
+        }
+    });
+    let (here, there) = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // It is in doubt from then on, until this is said.
+            while !told.load(Ordering::Relaxed) || orders.settle(say).is_err() {
+                std::thread::yield_now();
+            }
+        });
+        both(&world, &settings(), &orders, &observer, None)
+    });
+    assert!(world.struck());
+    (world, here, there)
+}
+
+#[test]
+fn a_source_that_can_ask_nobody_stands_still_until_somebody_says_where_the_guest_is() {
+    let (world, here, there) = in_doubt(Whereabouts::Here);
+    check(&world, &here, &there, "here");
+    assert!(matches!(here.unwrap_err().why, Why::SaidToBeHere));
+    let (world, here, there) = in_doubt(Whereabouts::There);
+    check(&world, &here, &there, "there");
+}
+
+#[test]
+fn what_cannot_be_taken_back_is_tried_again_and_then_told() {
+    // The state is lost: the source has let go of its disk.
+    let [messages, _] = messages();
+    let fault = Fault {
+        of: Source,
+        number: messages - 3,
+        arrives: Arrives::Nothing,
+        strike: Strike::SeverAll { lost: false },
+    };
+    for (busy, patience, expected) in [
+        (3, Duration::from_secs(60), true),
+        (u32::MAX, Duration::ZERO, false),
+    ] {
+        let world = World::new(Some(fault));
+        world.busy(busy);
+        let mut settings = settings();
+        settings.patience.take_back = patience;
+        let (here, there) = both(&world, &settings, &Orders::default(), &(), None);
+        assert!(there.is_err());
+        assert_eq!(world.wrong(), [""; 0]);
+        assert_eq!(world.runs(Source), expected);
+        let error = here.unwrap_err();
+        assert_eq!(error.after == After::AsItWas, expected, "{error}");
+        if !expected {
+            assert!(
+                error.to_string().contains("somebody has the disk"),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn strangers_are_sent_away_and_the_guest_comes_all_the_same() {
+    let world = World::new(None);
+    let mut lines = [world.stranger(), world.stranger(), world.stranger()];
+    lines[0]
+        .write_all(b"GET / HTTP/1.1\r\nHost: somebody-on-the-network\r\n\r\n")
+        .unwrap();
+    let settle = reference_vmm::migration::message::Greeting {
+        id: MigrationId([9; 16]),
+        role: reference_vmm::migration::message::Role::Settle,
+    };
+    lines[1].write_all(&settle.encode()).unwrap();
+    let [_, mut asks, silent] = lines;
+    // Nothing comes, and its end does.
+    drop(silent);
+    let said = std::thread::scope(|scope| {
+        let asks = scope.spawn(move || {
+            let mut answer: Vec<u8> = Vec::new();
+            while answer.len() < 13 {
+                let mut bytes = [0; 64];
+                match asks.read(&mut bytes) {
+                    Ok(0) => break,
+                    Ok(len) => answer.extend(&bytes[..len]),
+                    Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+                }
+            }
+            answer
+        });
+        let (here, there) = both(&world, &settings(), &Orders::default(), &(), None);
+        check(&world, &here, &there, "strangers");
+        asks.join().unwrap()
+    });
+    // It knows nothing of another migration.
+    let unknown = reference_vmm::migration::message::Message::Settled(
+        reference_vmm::migration::message::Ending::Unknown,
+    );
+    assert_eq!(said, unknown.encode().unwrap());
+}
+
+/// A guest that goes over real connections.
+fn goes_over(
+    address: &str,
+    tls: [Option<&Tls>; 2],
+) -> (Arc<World>, Result<(), MigrateError>, Received) {
+    let listener = Listener::bind(&address.parse().unwrap(), tls[1]).unwrap();
+    let address = listener.address().clone();
+    let dial = dial::Dial {
+        address,
+        tls: tls[0].cloned(),
+    };
+    let world = World::new(None);
+    let maker = Maker {
+        world: Arc::clone(&world),
+        refuses: None,
+    };
+    let gone = AtomicBool::new(false);
+    let stop = || {
+        gone.load(Ordering::Relaxed)
+            .then(|| "no source is left".to_owned())
+    };
+    let patience = destination::Patience::default();
+    let (here, there) = std::thread::scope(|scope| {
+        let there = scope.spawn(|| receive(dial::Ear(listener), maker, patience, &stop));
+        let orders = Orders::default();
+        let settings = Settings {
+            connections: 3,
+            compression: Compression::Zstd { level: 1 },
+            ..settings()
+        };
+        let here = migrate(&*world, &dial, ID, &settings, &orders, &());
+        gone.store(here.is_err(), Ordering::Relaxed);
+        (here, there.join().unwrap())
+    });
+    (world, here, there)
+}
+
+#[test]
+fn a_guest_goes_over_unix_sockets_tcp_and_tls() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = format!("unix:{}", folder.path().join("s").display());
+    let (tls, other) = (authority(&folder, "a"), authority(&folder, "b"));
+    for (address, tls) in [
+        (path.as_str(), None),
+        ("tcp:127.0.0.1:0", None),
+        ("tcp:127.0.0.1:0", Some(&tls)),
+    ] {
+        let (world, here, there) = goes_over(address, [tls, tls]);
+        here.as_ref().unwrap();
+        check(&world, &here, &there, address);
+    }
+    // Who is not known is not let in.
+    for tls in [[Some(&tls), Some(&other)], [None, Some(&tls)]] {
+        let (world, here, there) = goes_over("tcp:127.0.0.1:0", tls);
+        check(&world, &here, &there, "a stranger");
+        here.unwrap_err();
+    }
+}
+
+/// Of an authority of its own.
+fn authority(folder: &tempfile::TempDir, name: &str) -> Tls {
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+    use std::os::unix::fs::PermissionsExt;
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(DnType::CommonName, name);
+    let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let params = CertificateParams::new(vec!["127.0.0.1".into()]).unwrap();
+    let certificate = params.signed_by(&key, &issuer).unwrap();
+    let write = |what: &str, text: String| {
+        let path = folder.path().join(format!("{name}.{what}"));
+        std::fs::write(&path, text).unwrap();
+        let owner = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(&path, owner).unwrap();
+        path
+    };
+    Tls::load(&TlsFiles {
+        cert: write("pem", certificate.pem()),
+        key: write("key", key.serialize_pem()),
+        ca: write("ca", issuer.pem()),
+        name: None,
+    })
+    .unwrap()
+}

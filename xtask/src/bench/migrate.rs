@@ -1,0 +1,366 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A guest that moves from one process to another while it runs, monitors compared in the lab: how long it stands still,
+//! as who listens to it sees it. The guest does nothing but to say a dot every five milliseconds; what counts is the time
+//! from the last one that the source passed on to the first one of the destination.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{ChildStdout, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Ended, boot, io};
+use crate::assets::{Assets, Flavour, Series};
+use crate::cargo;
+use crate::failure::{Context, Failure, Result};
+use crate::guest_image::{self, Contents};
+use crate::lab;
+use crate::ui::{Step, say};
+
+/// The command line's word for the part inside the lab: not for people.
+pub(crate) const RUN_COMMAND: &str = "bench-migrate-run";
+
+const RESULT_MARK: &str = "xtask-migrate: ";
+
+const CMDLINE: &str = "console=ttyS0 quiet guest.run=beat";
+/// What the guest's program is: the init runs it.
+const BEAT: &[u8] = b"#!/bin/sh\nexec guest-io beat\n";
+/// What the guest says before its first beat.
+const BEGUN: &[u8] = b"guest: beat";
+
+/// In the lab.
+const CONTROL: &str = "/run/migrate.control";
+const WIRE: &str = "/run/migrate.wire";
+
+const LIMIT: Duration = Duration::from_secs(600);
+/// How long each step inside may take.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+pub(super) fn run(rounds: usize) -> Result<i32> {
+    let assets = Assets::open(false)?;
+    let kernel = assets.kernel(Series::V6_1, Flavour::Cloud)?;
+    let vmlinux = kernel.vmlinux();
+    let initrd = guest_image::initrd(&assets, &[kernel], Contents::Plain)?;
+    let vmm = cargo::reference_vmm()?;
+    let tool = cargo::static_program("xtask", "guest_io")?;
+    let tool = fs::read(&tool).context(|| format!("{} cannot be read", tool.display()))?;
+    let programs = [("bin/guest-io", &*tool), ("bin/beat", BEAT)];
+    let initrd = io::with_programs(&initrd, &programs, "target/bench-migrate.cpio")?;
+    let qemu = assets.qemu()?.command();
+    let mut theirs = boot::microvm(&qemu, &vmlinux, &initrd, CMDLINE);
+    theirs.extend(["-m", "1G"].map(OsString::from));
+    let contenders = [
+        ("reference-vmm", ours(&vmm, &vmlinux, &initrd)),
+        ("QEMU microvm", theirs),
+    ];
+    let mut argv = cargo::inside_lab(RUN_COMMAND);
+    for (_, words) in &contenders {
+        argv.push(words.len().to_string().into());
+        argv.extend(words.iter().cloned());
+    }
+    let step = Step::begin(format!("{rounds} migrations of each in the lab"));
+    let mut results = vec![[const { Vec::new() }; 2]; contenders.len()];
+    for number in 1..=rounds {
+        for (at, stood, whole) in round(&argv)? {
+            let Some((of, (name, _))) = results.get_mut(at).zip(contenders.get(at)) else {
+                continue;
+            };
+            let [stills, wholes] = of;
+            stills.push(stood);
+            wholes.push(whole);
+            say(format!(
+                "round {number}, {name}: stood still for {stood:.0} ms, in all {whole:.0} ms"
+            ));
+        }
+    }
+    step.end();
+    println!(
+        "\na guest of 1 GiB that idles; milliseconds of the lab's clock, median of {rounds} (from least to most)\n"
+    );
+    println!("{:<16} {:>26} {:>26}", "", "stands still", "in all");
+    let mut middles = Vec::new();
+    for ((name, _), [stills, wholes]) in contenders.iter().zip(&mut results) {
+        let (still, whole) = (summary(stills), summary(wholes));
+        println!("{name:<16} {:>26} {:>26}", still.1, whole.1);
+        middles.push((still.0, whole.0));
+    }
+    if let [ours, theirs] = middles[..] {
+        println!(
+            "\nreference-vmm's stands still for {:.3}× as long, and takes {:.3}× in all",
+            ours.0 / theirs.0,
+            ours.1 / theirs.1
+        );
+    }
+    Ok(0)
+}
+
+fn summary(values: &mut [f64]) -> (f64, String) {
+    let (_, middle, _) = super::ranks(values);
+    let ends = values.first().zip(values.last());
+    let (least, most) = ends.unwrap_or((&f64::NAN, &f64::NAN));
+    (middle, format!("{middle:.0} ({least:.0} to {most:.0})"))
+}
+
+fn ours(vmm: &Path, vmlinux: &Path, initrd: &Path) -> Vec<OsString> {
+    let mut words: Vec<OsString> = vec![vmm.into(), "run".into()];
+    for (flag, value) in [
+        ("--kernel", vmlinux.as_os_str()),
+        ("--initrd", initrd.as_os_str()),
+        ("--cmdline", CMDLINE.as_ref()),
+        ("--memory", "1G".as_ref()),
+        ("--api-sock", CONTROL.as_ref()),
+    ] {
+        words.extend([flag.into(), value.to_owned()]);
+    }
+    words
+}
+
+/// One lab machine: the place of the contender, and its two figures.
+fn round(argv: &[OsString]) -> Result<Vec<(usize, f64, f64)>> {
+    let options = lab::Options {
+        time_limit: LIMIT,
+        memory_mib: 4096,
+        ..lab::Options::default()
+    };
+    let output = boot::in_lab(&options, argv)?;
+    let figures: Vec<_> = output.lines().filter_map(parse_result).collect();
+    match figures.is_empty() {
+        true => Err(Failure::new("the migrations in the lab told nothing")),
+        false => Ok(figures),
+    }
+}
+
+fn parse_result(line: &str) -> Option<(usize, f64, f64)> {
+    let mut words = line.strip_prefix(RESULT_MARK)?.split(' ');
+    let at = words.next()?.parse().ok()?;
+    Some((at, words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+}
+
+/// Inside the lab: for each contender the count of its words and the words, ours first.
+pub(crate) fn run_command(args: Vec<OsString>) -> Result<i32> {
+    let number = |word: Option<OsString>| word.and_then(|w| w.to_str()?.parse::<usize>().ok());
+    let mut args = args.into_iter();
+    let mut at = 0;
+    while let Some(count) = number(args.next()) {
+        let words = args.by_ref().take(count).collect::<Vec<_>>();
+        let side = match at {
+            0 => Side::Ours,
+            _ => Side::Qemu,
+        };
+        let (stood, whole) = migrate(side, &words)?;
+        println!("{RESULT_MARK}{at} {stood} {whole}");
+        at += 1;
+    }
+    Ok(0)
+}
+
+#[derive(Clone, Copy)]
+enum Side {
+    Ours,
+    Qemu,
+}
+
+impl Side {
+    fn source(self, words: &[OsString]) -> Vec<OsString> {
+        let mut words = words.to_vec();
+        if let Side::Qemu = self {
+            let monitor = format!("unix:{CONTROL},server=on,wait=off");
+            words.extend(["-monitor".into(), monitor.into()]);
+        }
+        words
+    }
+
+    fn destination(self, words: &[OsString]) -> Vec<OsString> {
+        let wire = OsString::from(format!("unix:{WIRE}"));
+        match self {
+            Side::Ours => {
+                let program = words.first().cloned().unwrap_or_default();
+                vec![program, "run".into(), "--incoming".into(), wire]
+            }
+            Side::Qemu => {
+                let mut words = words.to_vec();
+                words.extend(["-incoming".into(), wire]);
+                words
+            }
+        }
+    }
+
+    /// Asks the source; does not wait for the end.
+    fn ask(self, words: &[OsString]) -> Result<Asked> {
+        match self {
+            Side::Ours => {
+                let program = words.first().cloned().unwrap_or_default();
+                let to = format!("unix:{WIRE}");
+                let asked = Command::new(program)
+                    .args(["ctl", "--api-sock", CONTROL, "migrate", "--to", &to])
+                    .stdin(Stdio::null())
+                    .spawn();
+                let asked = asked.context(|| "ctl does not start".into())?;
+                Ok(Asked {
+                    _ctl: Some(Ended(asked)),
+                    _monitor: None,
+                })
+            }
+            Side::Qemu => {
+                let failed = || "QEMU's monitor does not answer".into();
+                let mut monitor = UnixStream::connect(CONTROL).context(failed)?;
+                // As much as it may take: its default limits the bandwidth to 128 MiB/s, and the downtime to 300 ms.
+                let orders = "migrate_set_parameter max-bandwidth 10G\nmigrate_set_parameter downtime-limit 100\n";
+                let order = format!("{orders}migrate -d unix:{WIRE}\n");
+                monitor.write_all(order.as_bytes()).context(failed)?;
+                Ok(Asked {
+                    _ctl: None,
+                    _monitor: Some(monitor),
+                })
+            }
+        }
+    }
+}
+
+/// Who was asked: lives as long as the migration.
+struct Asked {
+    _ctl: Option<Ended>,
+    _monitor: Option<UnixStream>,
+}
+
+/// A guest that moves: milliseconds that it stood still, and from the asking to its first beat elsewhere.
+fn migrate(side: Side, words: &[OsString]) -> Result<(f64, f64)> {
+    for socket in [CONTROL, WIRE] {
+        let _ = fs::remove_file(socket);
+    }
+    let source = Process::start(&side.source(words))?;
+    source.hears(BEGUN)?;
+    let destination = Process::start(&side.destination(words))?;
+    wait_for(Path::new(WIRE), &destination)?;
+    // It idles: what its boot dirtied has been forgotten.
+    source.beats(200)?;
+    let asked_at = Instant::now();
+    let asked = side.ask(words)?;
+    let first = destination.beat()?;
+    let mut last = asked_at;
+    // The source has said its last word before the destination's first.
+    while let Ok(beat) = source.heard.try_recv() {
+        last = beat.at;
+    }
+    destination.beats(100)?;
+    drop(asked);
+    let ms = |from: Instant| first.at.duration_since(from).as_secs_f64() * 1e3;
+    Ok((ms(last), ms(asked_at)))
+}
+
+/// What came from the console at one moment.
+struct Heard {
+    at: Instant,
+    bytes: Vec<u8>,
+}
+
+struct Process {
+    name: PathBuf,
+    heard: Receiver<Heard>,
+    _child: Ended,
+}
+
+impl Process {
+    fn start(words: &[OsString]) -> Result<Self> {
+        let (program, args) = words
+            .split_first()
+            .ok_or_else(|| Failure::usage("a contender has no words"))?;
+        let child = Command::new(program)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn();
+        let mut child =
+            Ended(child.context(|| format!("{} does not start", Path::new(program).display()))?);
+        let (say, heard) = mpsc::channel();
+        if let Some(out) = child.0.stdout.take() {
+            thread::spawn(move || listen(out, &say));
+        }
+        Ok(Process {
+            name: Path::new(program).to_owned(),
+            heard,
+            _child: child,
+        })
+    }
+
+    fn next(&self) -> Result<Heard> {
+        self.heard.recv_timeout(PATIENCE).map_err(|error| {
+            let what = match error {
+                RecvTimeoutError::Timeout => "says nothing",
+                RecvTimeoutError::Disconnected => "has ended",
+            };
+            Failure::new(format!("{} {what}", self.name.display()))
+        })
+    }
+
+    /// Waits until it has said this.
+    fn hears(&self, what: &[u8]) -> Result<()> {
+        let mut said = Vec::new();
+        while !said.windows(what.len()).any(|window| window == what) {
+            said.extend(self.next()?.bytes);
+        }
+        Ok(())
+    }
+
+    /// Its next beat.
+    fn beat(&self) -> Result<Heard> {
+        loop {
+            let heard = self.next()?;
+            if heard.bytes.contains(&b'.') {
+                return Ok(heard);
+            }
+        }
+    }
+
+    fn beats(&self, count: usize) -> Result<()> {
+        let mut beaten = 0;
+        while beaten < count {
+            let heard = self.next()?;
+            beaten += heard.bytes.iter().filter(|byte| **byte == b'.').count();
+        }
+        Ok(())
+    }
+}
+
+fn listen(mut out: ChildStdout, say: &mpsc::Sender<Heard>) {
+    let mut some = [0; 4096];
+    while let Ok(read @ 1..) = out.read(&mut some) {
+        let bytes = some.get(..read).unwrap_or_default().to_vec();
+        let at = Instant::now();
+        if say.send(Heard { at, bytes }).is_err() {
+            return;
+        }
+    }
+}
+
+/// Waits until `process` listens there.
+fn wait_for(socket: &Path, process: &Process) -> Result<()> {
+    let begun = Instant::now();
+    while !socket.exists() {
+        if begun.elapsed() > PATIENCE {
+            let name = process.name.display();
+            return Err(Failure::new(format!("{name} does not listen")));
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_is_read_back() {
+        assert_eq!(
+            parse_result("xtask-migrate: 1 21.5 300"),
+            Some((1, 21.5, 300.0))
+        );
+        assert_eq!(parse_result("guest: beat"), None);
+    }
+}
