@@ -272,7 +272,7 @@ fn a_few_wait_for_what_is_at_work_and_one_more_is_refused_at_once() {
 }
 
 #[test]
-fn a_server_that_is_stopped_waits_for_what_is_at_work_and_begins_nothing_more() {
+fn a_server_that_is_stopped_answers_what_is_at_work_and_begins_nothing_more() {
     let (mut served, begins, go) = Served::gated();
     let (mut first, mut second) = (served.raw(), served.raw());
     first.write_all(patch("Paused").as_bytes()).unwrap();
@@ -281,10 +281,11 @@ fn a_server_that_is_stopped_waits_for_what_is_at_work_and_begins_nothing_more() 
     second.write_all(&both).unwrap();
     second.read_exact(&mut [0; 15]).unwrap();
     served.server.stop();
-    // It closes its connections first, and is there still.
-    to_the_end(&mut first);
+    // It closes the others first, and is there still.
+    to_the_end(&mut second);
     assert!(!served.thread.as_ref().unwrap().is_finished());
     go.send(()).unwrap();
+    assert!(to_the_end(&mut first).starts_with("HTTP/1.1 204"));
     served.thread.take().unwrap().join().unwrap();
     assert_eq!(*served.fake.order.lock().unwrap(), [Action::Pause]);
     assert!(begins.try_recv().is_err());

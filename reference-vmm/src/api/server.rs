@@ -147,6 +147,11 @@ impl Server {
         }
         // Before the connections: who sees the end of one has seen the last action begin.
         worker.close();
+        let clients = manager.subscriber_mut(id).map_err(failed)?;
+        clients.close_all_but(worker.begun());
+        // What was done is answered: a guest that is resumed may end before its client hears of that.
+        worker.settle();
+        clients.last_answers();
         Ok(())
     }
 
@@ -383,20 +388,48 @@ impl Clients<'_> {
     /// Gives those that waited their answers, and what they have asked for meanwhile its turn.
     fn answer_all(&mut self, ops: &mut EventOps<'_>) {
         for (ticket, outcome) in self.worker.take() {
-            let mut all = self.connections.iter_mut().enumerate();
-            let asked = all.find_map(|(place, of)| {
-                let of = of.as_mut()?;
-                (of.awaits == Some(ticket)).then_some((place, of))
-            });
-            match asked {
-                Some((place, of)) => {
-                    of.answer(outcome);
-                    self.turn(place, ops);
-                }
-                None => log::debug!("api: nobody waits for this any more: {outcome:?}"),
+            if let Some((place, of)) = self.asked(ticket, &outcome) {
+                of.answer(outcome);
+                self.turn(place, ops);
             }
             self.monitor.answered();
         }
+    }
+
+    /// Closes the connections but those that wait for what is done, or for this.
+    fn close_all_but(&mut self, begun: Option<Ticket>) {
+        self.last_answers();
+        for place in &mut self.connections {
+            let waits = place.as_ref().and_then(|of| of.awaits);
+            if waits.is_none() || waits != begun {
+                *place = None;
+            }
+        }
+    }
+
+    /// The same at the end, when nobody has a turn any more.
+    fn last_answers(&mut self) {
+        for (ticket, outcome) in self.worker.take() {
+            if let Some((_, of)) = self.asked(ticket, &outcome) {
+                of.answer(outcome);
+                // A client that is gone misses nothing.
+                let _ = of.send();
+            }
+            self.monitor.answered();
+        }
+    }
+
+    /// Who waits for this.
+    fn asked(&mut self, ticket: Ticket, outcome: &Outcome) -> Option<(usize, &mut Connection)> {
+        let mut all = self.connections.iter_mut().enumerate();
+        let asked = all.find_map(|(place, of)| {
+            let of = of.as_mut()?;
+            (of.awaits == Some(ticket)).then_some((place, of))
+        });
+        if asked.is_none() {
+            log::debug!("api: nobody waits for this any more: {outcome:?}");
+        }
+        asked
     }
 }
 

@@ -31,7 +31,7 @@ pub(super) struct Ticket(u64);
 /// What was asked for, and what came of it.
 pub(super) struct Worker {
     state: Mutex<State>,
-    /// Something was handed over, or nothing will be any more.
+    /// Something was handed over, or nothing will be any more; or something is done.
     handed: Condvar,
     /// Readable when there are outcomes.
     done: EventFd,
@@ -73,7 +73,7 @@ impl Worker {
         let ticket = Ticket(state.tickets);
         if state.at_work.is_none() {
             state.begin(ticket, action);
-            self.handed.notify_one();
+            self.handed.notify_all();
         } else if state.waiting.len() < MAX_WAITING {
             state.waiting.push_back((ticket, action));
         } else {
@@ -105,7 +105,23 @@ impl Worker {
     /// Has [`work`](Self::work) come back as soon as what it is at is done. What waits is not begun.
     pub(super) fn close(&self) {
         self.lock().closed = true;
-        self.handed.notify_one();
+        self.handed.notify_all();
+    }
+
+    /// What has been begun and is not done.
+    pub(super) fn begun(&self) -> Option<Ticket> {
+        let state = self.lock();
+        state.at_work.filter(|_| state.to_begin.is_none())
+    }
+
+    /// Waits for what is at work, when it is closed.
+    pub(super) fn settle(&self) {
+        let mut state = self.lock();
+        // What has not been begun never is.
+        while state.at_work.is_some() && state.to_begin.is_none() {
+            let waited = self.handed.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Does what is asked for, on this thread, until it is closed.
@@ -128,6 +144,7 @@ impl Worker {
             if let Some((ticket, action)) = state.waiting.pop_front() {
                 state.begin(ticket, action);
             }
+            self.handed.notify_all();
             // EAGAIN: it is readable as it is.
             let _ = self.done.write(1);
         }
