@@ -91,6 +91,9 @@ fn quits(mut guest: Running) {
 
 #[test]
 fn it_says_that_it_has_not_started_and_goes_on_from_what_it_is_told_at_last() {
+    if support::lab_short() {
+        return;
+    }
     let place = Place::with_snapshot("");
     let mut guest = place.wait("");
     assert_eq!(place.says(&["status"]), "not started\n");
@@ -139,6 +142,9 @@ fn it_says_that_it_has_not_started_and_goes_on_from_what_it_is_told_at_last() {
 
 #[test]
 fn a_guest_that_is_loaded_paused_runs_nothing_before_it_is_resumed() {
+    if support::lab_short() {
+        return;
+    }
     // Devices rest as well, and are woken.
     let place = Place::with_snapshot("--rng");
     let mut guest = place.wait("--stats=json");
@@ -177,6 +183,9 @@ fn a_guest_that_is_loaded_paused_runs_nothing_before_it_is_resumed() {
 
 #[test]
 fn a_signal_ends_it_while_it_waits_and_while_its_guest_is_paused() {
+    if support::lab_short() {
+        return;
+    }
     let place = Place::with_snapshot("");
     for (signal, load) in [
         (libc::SIGTERM, false),
@@ -199,6 +208,9 @@ fn a_signal_ends_it_while_it_waits_and_while_its_guest_is_paused() {
 
 #[test]
 fn what_the_command_line_said_holds_for_what_is_loaded() {
+    if support::lab_short() {
+        return;
+    }
     let place = Place::with_snapshot("");
     let guest = place.wait("--kvm /nonexistent");
     let refused = place.ctl(&["load", place.text()]);

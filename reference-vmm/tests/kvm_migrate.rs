@@ -165,6 +165,9 @@ fn request(to: &Address) -> MigrateRequest {
 #[test]
 fn a_guest_goes_from_machine_to_machine_and_has_lost_nothing() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     let hops = if long() { 20 } else { 3 };
     for (cpus, irqchip) in [
         (1, Irqchip::Split),
@@ -277,6 +280,9 @@ impl Proxy {
 #[test]
 fn a_wire_that_is_cut_anywhere_leaves_one_guest_that_has_lost_nothing() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     let (_kernel, config) = keeper(2, Irqchip::Split);
     // How much goes in each direction.
     let sizes = {
@@ -371,6 +377,9 @@ impl Process {
 #[test]
 fn ctl_moves_a_guest_and_the_process_that_had_it_ends_well() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let source = Process::boot(folder.path());
     let (there, path) = Process::incoming(folder.path(), "");
@@ -403,6 +412,9 @@ fn ctl_moves_a_guest_and_the_process_that_had_it_ends_well() {
 #[test]
 fn a_guest_stays_when_its_destination_is_killed_or_the_migration_is_cancelled() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     for cancel in [false, true] {
         let folder = tempfile::tempdir().unwrap();
         let source = Process::boot(folder.path());
@@ -444,6 +456,9 @@ fn a_guest_stays_when_its_destination_is_killed_or_the_migration_is_cancelled() 
 #[test]
 fn a_process_that_waits_for_a_guest_is_stopped_by_a_signal_and_says_what_is_wrong_with_its_words() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let (there, path) = Process::incoming(folder.path(), "");
     there.running.signal(libc::SIGTERM);

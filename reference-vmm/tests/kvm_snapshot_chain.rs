@@ -173,6 +173,9 @@ fn is_what_the_guest_has(dir: &Path, running: &Running) {
 #[test]
 fn a_guest_goes_on_from_any_link_of_a_chain_and_has_lost_nothing() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     for (cpus, irqchip) in [(1, Irqchip::Split), (4, Irqchip::Kernel)] {
         let folder = tempfile::tempdir().unwrap();
         let dir = |number: usize| folder.path().join(format!("s{number}"));
@@ -233,6 +236,9 @@ fn a_guest_goes_on_from_any_link_of_a_chain_and_has_lost_nothing() {
 #[test]
 fn a_chain_goes_on_behind_a_restore() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let dir = |number: usize| folder.path().join(format!("s{number}"));
     for memory in ["16M", "16M,shared"] {
@@ -268,6 +274,9 @@ fn a_chain_goes_on_behind_a_restore() {
 #[test]
 fn what_an_incremental_snapshot_cannot_build_on_is_refused_with_the_numbers() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let dir = |name: &str| folder.path().join(name);
     let (_kernel, config) = keeper(1, Irqchip::Split);
@@ -320,6 +329,9 @@ fn what_an_incremental_snapshot_cannot_build_on_is_refused_with_the_numbers() {
 #[test]
 fn a_file_call_that_is_refused_loses_no_page_and_no_older_link() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let dir = |name: &str| folder.path().join(name);
     let (_kernel, config) = keeper(1, Irqchip::Split);
@@ -381,6 +393,9 @@ fn a_file_call_that_is_refused_loses_no_page_and_no_older_link() {
 #[test]
 fn the_command_line_makes_a_chain_says_what_it_is_and_merges_it() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let socket = path("api");

@@ -328,6 +328,9 @@ fn until_written(guest: &Guest, image: &Path, sector: u32) {
 #[test]
 fn what_a_disk_wrote_to_guest_memory_is_in_the_link_of_a_chain_that_follows() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     let kernel = file(&writer());
     let image = disk(u64::from(SECTORS));
     let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
@@ -422,6 +425,9 @@ fn what_a_disk_wrote_to_guest_memory_is_in_the_link_of_a_chain_that_follows() {
 #[test]
 fn a_disk_that_cannot_be_had_leaves_no_snapshot_and_a_merge_takes_it_along() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     let kernel = file(&writer());
     let image = disk(u64::from(SECTORS));
     let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
@@ -470,6 +476,9 @@ fn a_disk_that_cannot_be_had_leaves_no_snapshot_and_a_merge_takes_it_along() {
 #[test]
 fn a_disk_goes_along_with_a_guest_that_migrates_and_is_never_locked_twice() {
     need_kvm();
+    if support::lab_short() {
+        return;
+    }
     let hops = if long() { 20 } else { 4 };
     // Some seconds of it.
     let kernel = file(&writer_of(40));

@@ -153,6 +153,9 @@ fn save(dir: &Path, to: &Path, inject: &[Inject]) -> (Trace, Ended, Ended) {
 
 #[test]
 fn each_call_of_a_save_that_is_refused_is_told_with_its_errno_and_the_guest_runs_on() {
+    if support::lab_short() {
+        return;
+    }
     need_kvm();
     for irqchip in [Irqchip::Split, Irqchip::Kernel] {
         let folder = tempfile::tempdir().unwrap();

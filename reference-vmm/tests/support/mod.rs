@@ -43,6 +43,16 @@ pub fn long() -> bool {
     std::env::var_os("LONG_TESTS").is_some_and(|value| value != "0")
 }
 
+/// Whether this is the short form in the lab, where a guest in an emulated machine is to be spared what takes minutes there:
+/// this host's own KVM has run it, and the lab does with `--long`.
+pub fn lab_short() -> bool {
+    let short = std::env::var_os("REFERENCE_VMM_LAB").is_some() && !long();
+    if short {
+        eprintln!("left to the host, and in the lab to --long");
+    }
+    short
+}
+
 /// Fails unless this host has a KVM: the kvm tier is never skipped in silence.
 pub fn need_kvm() {
     if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
