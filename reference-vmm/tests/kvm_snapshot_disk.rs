@@ -241,7 +241,8 @@ fn what_the_disk_writes_to_guest_memory_is_tracked_as_what_the_guest_writes() {
         guest.running.resume().unwrap();
         // The guest writes each page of a request as well, but for the sector that it reads back behind a pause.
         let mut pauses = 0;
-        while !guest.ends_within(pauses % 3) {
+        // Each round copies all of its memory, which takes an emulated machine a second.
+        while pauses < 20 && !guest.ends_within(pauses % 3) {
             round(&guest.running, TrackUser::Snapshot, &mut before);
             pauses += 1;
         }
