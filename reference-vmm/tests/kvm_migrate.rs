@@ -8,143 +8,54 @@
 mod support;
 
 use std::io::Read;
-use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use guests::image;
-use guests::keeper::{QUIT, keeper64};
-use reference_vmm::config::{Config, Irqchip};
+use guests::keeper::keeper64;
+use reference_vmm::config::Irqchip;
 use reference_vmm::end::{EndSignal, GuestEnd};
-use reference_vmm::main_loop::GuestSide;
-use reference_vmm::memory::Memory;
 use reference_vmm::migration::address::Address;
 use reference_vmm::migration::incoming::{Incoming, IncomingError, IncomingRequest};
-use reference_vmm::migration::outgoing::{MigrateRequest, Outgoing, OutgoingError, Stuck};
+use reference_vmm::migration::outgoing::{MigrateRequest, Outgoing, OutgoingError};
 use reference_vmm::migration::record::MigrationRecord;
-use reference_vmm::vm::{Machine, RunState, Running};
-use support::{Vmm, WATCHDOG, file, long, need_kvm};
+use reference_vmm::migration::source::WhenStuck;
+use reference_vmm::vm::{Machine, RunState};
+use support::keeper::{Guest, digits, keeper};
+use support::{Vmm, long, need_kvm};
 
-/// A guest that runs, and what it says.
-struct Guest {
-    running: Running,
-    end: Arc<EndSignal>,
-    console: std::io::PipeReader,
-    said: Vec<u8>,
-}
-
-impl Guest {
-    fn boot(config: &Config) -> Self {
-        let end = Arc::new(EndSignal::new().unwrap());
-        let (console, writer) = std::io::pipe().unwrap();
-        let machine = Machine::build(config, &writer, &end).unwrap();
-        Guest {
-            running: machine.start().unwrap(),
-            end,
+/// Moves the guest to `to`, for which `incoming` waits.
+fn migrate(
+    guest: &Guest,
+    incoming: Incoming,
+    request: &MigrateRequest,
+) -> (
+    Result<MigrationRecord, OutgoingError>,
+    Result<Guest, IncomingError>,
+) {
+    let end = Arc::new(EndSignal::new().unwrap());
+    let (console, writer) = std::io::pipe().unwrap();
+    let gone = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let there = scope.spawn(|| {
+            let stop = || {
+                gone.load(Ordering::Relaxed)
+                    .then(|| "no source is left".to_owned())
+            };
+            incoming.receive(writer, &end, &stop, Machine::start)
+        });
+        let here = Outgoing::default().migrate(&guest.running, &guest.end, request);
+        gone.store(here.is_err(), Ordering::Relaxed);
+        let there = there.join().unwrap().map(|running| Guest {
+            running,
+            end: Arc::clone(&end),
             console,
             said: Vec::new(),
-        }
-    }
-
-    /// Waits until it says something or ends.
-    fn listen(&mut self) {
-        let entry = |fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        let mut fds = [entry(self.console.as_raw_fd()), entry(self.end.as_raw_fd())];
-        // SAFETY: two pollfds.
-        let ready = unsafe { libc::poll(fds.as_mut_ptr(), 2, WATCHDOG.as_millis() as i32) };
-        let said = String::from_utf8_lossy(&self.said);
-        assert!(ready > 0, "nothing comes behind {said:?}");
-        if fds[0].revents != 0 {
-            let mut chunk = [0; 64];
-            let got = self.console.read(&mut chunk).unwrap();
-            self.said.extend(&chunk[..got]);
-        }
-    }
-
-    /// Until it has said so many bytes more.
-    fn hear(&mut self, bytes: usize) {
-        let until = self.said.len() + bytes;
-        while self.said.len() < until {
-            self.listen();
-            assert!(!self.end.is_told(), "{:?}: {:?}", self.end.get(), self.said);
-        }
-    }
-
-    /// Lets go of it; all that it said.
-    fn leave(mut self) -> (String, Option<GuestEnd>) {
-        self.running.stop();
-        let end = self.end.get().cloned();
-        drop(self.running);
-        self.console.read_to_end(&mut self.said).unwrap();
-        (String::from_utf8(self.said).unwrap(), end)
-    }
-
-    /// Has it quit, and waits for that.
-    fn quit(mut self) -> (String, Option<GuestEnd>) {
-        assert_eq!(self.running.input(&[QUIT]), 1);
-        while !self.end.is_told() {
-            self.listen();
-        }
-        self.leave()
-    }
-
-    /// Moves it to `to`, for which `incoming` waits.
-    fn migrate(
-        &self,
-        incoming: Incoming,
-        request: &MigrateRequest,
-    ) -> (
-        Result<MigrationRecord, OutgoingError>,
-        Result<Guest, IncomingError>,
-    ) {
-        let end = Arc::new(EndSignal::new().unwrap());
-        let (console, writer) = std::io::pipe().unwrap();
-        let gone = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let there = scope.spawn(|| {
-                let stop = || {
-                    gone.load(Ordering::Relaxed)
-                        .then(|| "no source is left".to_owned())
-                };
-                incoming.receive(writer, &end, &stop, Machine::start)
-            });
-            let here = Outgoing::default().migrate(&self.running, &self.end, request);
-            gone.store(here.is_err(), Ordering::Relaxed);
-            let there = there.join().unwrap().map(|running| Guest {
-                running,
-                end: Arc::clone(&end),
-                console,
-                said: Vec::new(),
-            });
-            (here, there)
-        })
-    }
-}
-
-fn keeper(cpus: u32, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
-    let kernel = file(&image::elf64(keeper64()));
-    let config = Config {
-        cmdline: format!("{cpus} "),
-        memory: Memory::new(16 << 20),
-        cpus: cpus.into(),
-        irqchip,
-        debug_exit: Some(0xf4),
-        ..Config::new(&*kernel)
-    };
-    (kernel, config)
-}
-
-/// 1 2 3 … 9 0 1 …
-fn digits(count: usize) -> String {
-    (1..=count)
-        .map(|pass| char::from(b'0' + (pass % 10) as u8))
-        .collect()
+        });
+        (here, there)
+    })
 }
 
 fn place() -> (tempfile::TempDir, PathBuf) {
@@ -157,7 +68,7 @@ fn place() -> (tempfile::TempDir, PathBuf) {
 /// stopped when that is seen.
 fn request(to: &Address) -> MigrateRequest {
     MigrateRequest {
-        when_stuck: Stuck::Stop,
+        when_stuck: WhenStuck::Stop,
         ..MigrateRequest::new(to.to_string())
     }
 }
@@ -191,7 +102,7 @@ fn a_guest_goes_from_machine_to_machine_and_has_lost_nothing() {
                 compression: ["none", "zstd"][hop % 2].into(),
                 ..request(incoming.address())
             };
-            let (here, there) = guest.migrate(incoming, &request);
+            let (here, there) = migrate(&guest, incoming, &request);
             let record = here.unwrap();
             assert!(record.rounds.len() >= 2, "{record:?}");
             assert!(record.downtime().is_some());
@@ -290,7 +201,11 @@ fn a_wire_that_is_cut_anywhere_leaves_one_guest_that_has_lost_nothing() {
         let (folder, path) = place();
         let incoming = Incoming::bind(&IncomingRequest::new(Address::Unix(path.clone()))).unwrap();
         let proxy = Proxy::new(folder.path(), path, 0, usize::MAX);
-        let (here, there) = guest.migrate(incoming, &request(&Address::Unix(proxy.path.clone())));
+        let (here, there) = migrate(
+            &guest,
+            incoming,
+            &request(&Address::Unix(proxy.path.clone())),
+        );
         here.unwrap();
         drop(there.unwrap());
         [0, 1].map(|way| proxy.bytes[way].load(Ordering::SeqCst))
@@ -307,7 +222,11 @@ fn a_wire_that_is_cut_anywhere_leaves_one_guest_that_has_lost_nothing() {
         let (folder, path) = place();
         let incoming = Incoming::bind(&IncomingRequest::new(Address::Unix(path.clone()))).unwrap();
         let proxy = Proxy::new(folder.path(), path, direction, after);
-        let (here, there) = guest.migrate(incoming, &request(&Address::Unix(proxy.path.clone())));
+        let (here, there) = migrate(
+            &guest,
+            incoming,
+            &request(&Address::Unix(proxy.path.clone())),
+        );
         match (here, there) {
             (Ok(_), Ok(there)) => {
                 let (said, end) = guest.leave();

@@ -7,131 +7,26 @@
 mod support;
 
 use std::fs::File;
-use std::io::Read;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use guests::image;
 use guests::keeper::{QUIT, keeper64};
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::devices::virtio::any::Devices;
 use reference_vmm::devices::virtio::rng::Rng;
-use reference_vmm::end::{EndSignal, GuestEnd};
+use reference_vmm::end::GuestEnd;
 use reference_vmm::main_loop::GuestSide;
-use reference_vmm::memory::Memory;
 use reference_vmm::snapshot::files::{HostFiles, SnapshotFiles};
 use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
-use reference_vmm::vm::{Machine, RunState, Running};
-use support::{Vmm, WATCHDOG, file, lab_short, long, need_kvm};
-
-/// A guest that runs, and what it says.
-struct Guest {
-    running: Running,
-    end: Arc<EndSignal>,
-    console: std::io::PipeReader,
-    said: Vec<u8>,
-}
-
-impl Guest {
-    fn boot(config: &Config) -> Self {
-        Self::start(|console, end| Machine::build(config, console, end).unwrap())
-    }
-
-    fn restore(dir: &Path) -> Self {
-        let request = RestoreRequest::new(dir);
-        Self::start(|console, end| Machine::restore(&request, console, end).unwrap())
-    }
-
-    fn start(make: impl FnOnce(&std::io::PipeWriter, &Arc<EndSignal>) -> Machine) -> Self {
-        let end = Arc::new(EndSignal::new().unwrap());
-        let (console, writer) = std::io::pipe().unwrap();
-        let running = make(&writer, &end).start().unwrap();
-        Guest {
-            running,
-            end,
-            console,
-            said: Vec::new(),
-        }
-    }
-
-    /// Waits until it says something or ends.
-    fn listen(&mut self) {
-        let entry = |fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        let mut fds = [entry(self.console.as_raw_fd()), entry(self.end.as_raw_fd())];
-        // SAFETY: two pollfds.
-        let ready = unsafe { libc::poll(fds.as_mut_ptr(), 2, WATCHDOG.as_millis() as i32) };
-        let said = String::from_utf8_lossy(&self.said);
-        assert!(ready > 0, "nothing comes behind {said:?}");
-        if fds[0].revents != 0 {
-            let mut chunk = [0; 64];
-            let got = self.console.read(&mut chunk).unwrap();
-            self.said.extend(&chunk[..got]);
-        }
-    }
-
-    /// Until it has said so many bytes in all.
-    fn hear(&mut self, bytes: usize) {
-        while self.said.len() < bytes {
-            self.listen();
-            assert!(!self.end.is_told(), "{:?}: {:?}", self.end.get(), self.said);
-        }
-    }
-
-    fn snapshot(&self, dir: &Path) {
-        let request = SnapshotRequest::new(dir.to_owned());
-        self.running.snapshot(&request).unwrap();
-    }
-
-    /// Lets go of it; all that it said.
-    fn leave(mut self) -> (String, Option<GuestEnd>) {
-        self.running.stop();
-        let end = self.end.get().cloned();
-        drop(self.running);
-        self.console.read_to_end(&mut self.said).unwrap();
-        (String::from_utf8(self.said).unwrap(), end)
-    }
-
-    /// Has it quit, and waits for that.
-    fn quit(mut self) -> (String, Option<GuestEnd>) {
-        assert_eq!(self.running.input(&[QUIT]), 1);
-        while !self.end.is_told() {
-            self.listen();
-        }
-        self.leave()
-    }
-}
+use reference_vmm::vm::{Machine, RunState};
+use support::keeper::{Guest, digits, keeper};
+use support::{Vmm, lab_short, long, need_kvm};
 
 /// Where snapshots go.
 fn place() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("snapshot");
     (folder, dir)
-}
-
-fn keeper(cpus: u32, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
-    let kernel = file(&image::elf64(keeper64()));
-    let config = Config {
-        cmdline: format!("{cpus} "),
-        memory: Memory::new(16 << 20),
-        cpus: cpus.into(),
-        irqchip,
-        debug_exit: Some(0xf4),
-        ..Config::new(&*kernel)
-    };
-    (kernel, config)
-}
-
-/// 1 2 3 … 9 0 1 …
-fn digits(count: usize) -> String {
-    (1..=count)
-        .map(|pass| char::from(b'0' + (pass % 10) as u8))
-        .collect()
 }
 
 #[test]
@@ -154,12 +49,12 @@ fn a_guest_goes_on_where_it_was_again_and_again_and_has_lost_nothing() {
             // Anywhere: the guest does not wait for who hears it.
             guest.hear(1 + round * 7 % 5);
             guest.running.pause().unwrap();
-            guest.snapshot(&dir);
+            guest.snapshot(&SnapshotRequest::new(&dir));
             assert_eq!(guest.running.state(), RunState::Paused);
             let (said, end) = guest.leave();
             assert_eq!(end, None, "{cpus} {irqchip:?} round {round}: {said}");
             all += &said;
-            guest = Guest::restore(&dir);
+            guest = Guest::restore(&RestoreRequest::new(&dir));
         }
         guest.hear(2);
         let (said, end) = guest.quit();
@@ -187,13 +82,13 @@ fn what_was_typed_before_the_snapshot_is_read_behind_it() {
         if guest.running.pause().is_err() || guest.end.is_told() {
             continue;
         }
-        guest.snapshot(&dir);
+        guest.snapshot(&SnapshotRequest::new(&dir));
         let (said, end) = guest.leave();
         if said.contains('!') {
             continue;
         }
         assert_eq!(end, None);
-        let mut guest = Guest::restore(&dir);
+        let mut guest = Guest::restore(&RestoreRequest::new(&dir));
         while !guest.end.is_told() {
             guest.listen();
         }
@@ -209,7 +104,7 @@ fn taken(dir: &Path, irqchip: Irqchip) {
     let mut guest = Guest::boot(&config);
     guest.hear(2);
     guest.running.pause().unwrap();
-    guest.snapshot(dir);
+    guest.snapshot(&SnapshotRequest::new(dir));
     guest.leave();
 }
 
@@ -220,10 +115,10 @@ fn a_guest_runs_on_behind_its_snapshot_and_many_go_on_from_it() {
     let (_folder, dir) = place();
     let mut first = Guest::boot(&config);
     first.hear(2);
-    first.snapshot(&dir);
+    first.snapshot(&SnapshotRequest::new(&dir));
     assert_eq!(first.running.state(), RunState::Running);
     let mut clones: Vec<_> = (0..if lab_short() { 3 } else { 20 })
-        .map(|_| Guest::restore(&dir))
+        .map(|_| Guest::restore(&RestoreRequest::new(&dir)))
         .collect();
     // The files may go: who goes on from them has them.
     std::fs::remove_dir_all(&dir).unwrap();
@@ -247,9 +142,9 @@ fn memory_that_cannot_be_mapped_is_read() {
     let (_folder, dir) = place();
     let mut guest = Guest::boot(&config);
     guest.hear(2);
-    guest.snapshot(&dir);
+    guest.snapshot(&SnapshotRequest::new(&dir));
     guest.leave();
-    let mut guest = Guest::restore(&dir);
+    let mut guest = Guest::restore(&RestoreRequest::new(&dir));
     guest.hear(2);
     let (said, end) = guest.quit();
     assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{said}");
@@ -451,7 +346,7 @@ fn a_disk_that_is_full_leaves_the_older_snapshot_and_the_guest_running_or_paused
     let (folder, dir) = place();
     let mut guest = Guest::boot(&config);
     guest.hear(1);
-    guest.snapshot(&dir);
+    guest.snapshot(&SnapshotRequest::new(&dir));
     let before = std::fs::read(dir.join("state")).unwrap();
     let request = SnapshotRequest::new(dir.clone());
     for room in [0, 100, 5000, 200_000] {
@@ -471,7 +366,7 @@ fn a_disk_that_is_full_leaves_the_older_snapshot_and_the_guest_running_or_paused
     guest.running.resume().unwrap();
     let (said, end) = guest.quit();
     assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{said}");
-    let mut guest = Guest::restore(&dir);
+    let mut guest = Guest::restore(&RestoreRequest::new(&dir));
     guest.hear(2);
     assert_eq!(guest.quit().1, Some(GuestEnd::DebugExit(0)));
 }

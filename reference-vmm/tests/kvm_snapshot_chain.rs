@@ -8,108 +8,22 @@
 mod faulty_files;
 mod support;
 
-use std::io::Read;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use faulty_files::Faulty;
-use guests::image;
-use guests::keeper::{QUIT, keeper64};
-use reference_vmm::config::{Config, Irqchip};
-use reference_vmm::end::{EndSignal, GuestEnd};
-use reference_vmm::main_loop::GuestSide;
-use reference_vmm::memory::Memory;
+use guests::keeper::keeper64;
+use reference_vmm::config::Irqchip;
 use reference_vmm::snapshot::chain::Chain;
 use reference_vmm::snapshot::files::HostFiles;
 use reference_vmm::snapshot::info::{self, SnapshotInfo};
 use reference_vmm::snapshot::merge::{MergeRequest, merge};
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::{RestoreRequest, SnapshotError, SnapshotKind, SnapshotRequest};
+use reference_vmm::vm::Running;
 use reference_vmm::vm::tracking::TrackUser;
-use reference_vmm::vm::{Machine, Running};
-use support::{Vmm, WATCHDOG, file, long, need_kvm};
+use support::keeper::{Guest, keeper};
+use support::{Vmm, long, need_kvm};
 use vm_memory::{Bytes, GuestAddress};
-
-/// A guest that runs, and what it says.
-struct Guest {
-    running: Running,
-    end: Arc<EndSignal>,
-    console: std::io::PipeReader,
-    said: Vec<u8>,
-}
-
-impl Guest {
-    fn boot(config: &Config) -> Self {
-        Self::start(|console, end| Machine::build(config, console, end).unwrap())
-    }
-
-    fn restore(request: &RestoreRequest) -> Self {
-        Self::start(|console, end| Machine::restore(request, console, end).unwrap())
-    }
-
-    fn start(make: impl FnOnce(&std::io::PipeWriter, &Arc<EndSignal>) -> Machine) -> Self {
-        let end = Arc::new(EndSignal::new().unwrap());
-        let (console, writer) = std::io::pipe().unwrap();
-        let running = make(&writer, &end).start().unwrap();
-        Guest {
-            running,
-            end,
-            console,
-            said: Vec::new(),
-        }
-    }
-
-    /// Until it has said so many bytes more.
-    fn hear(&mut self, bytes: usize) {
-        let wanted = self.said.len() + bytes;
-        while self.said.len() < wanted {
-            let mut fd = libc::pollfd {
-                fd: self.console.as_raw_fd(),
-                events: libc::POLLIN,
-                revents: 0,
-            };
-            // SAFETY: one pollfd.
-            let ready = unsafe { libc::poll(&raw mut fd, 1, WATCHDOG.as_millis() as i32) };
-            assert!(ready > 0, "nothing comes: {:?}", self.end.get());
-            let mut chunk = [0; 64];
-            let got = self.console.read(&mut chunk).unwrap();
-            self.said.extend(&chunk[..got]);
-        }
-    }
-
-    fn snapshot(&self, request: &SnapshotRequest) {
-        self.running.snapshot(request).unwrap();
-    }
-
-    /// Has it quit: whether it lost nothing.
-    fn quit(self) {
-        assert_eq!(self.running.input(&[QUIT]), 1);
-        let mut fd = libc::pollfd {
-            fd: self.end.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        // SAFETY: one pollfd.
-        let ready = unsafe { libc::poll(&raw mut fd, 1, WATCHDOG.as_millis() as i32) };
-        assert!(ready > 0);
-        let said = String::from_utf8_lossy(&self.said);
-        assert_eq!(self.end.get(), Some(&GuestEnd::DebugExit(0)), "{said}");
-    }
-}
-
-fn keeper(cpus: u32, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
-    let kernel = file(&image::elf64(keeper64()));
-    let config = Config {
-        cmdline: format!("{cpus} "),
-        memory: Memory::new(16 << 20),
-        cpus: cpus.into(),
-        irqchip,
-        debug_exit: Some(0xf4),
-        ..Config::new(&*kernel)
-    };
-    (kernel, config)
-}
 
 /// Pages that the guest leaves alone: one that this test writes before each link, and makes zero before every other one,
 /// and behind it one for each link.
@@ -199,7 +113,7 @@ fn a_guest_goes_on_from_any_link_of_a_chain_and_has_lost_nothing() {
             guest.running.resume().unwrap();
         }
         guest.hear(1);
-        guest.quit();
+        guest.has_all();
         let last = SnapshotInfo::read(&dir(links - 1)).unwrap();
         assert_eq!(last.chain.len(), links - 1, "{last}");
         assert!(last.own < last.memory / 2, "{last}");
@@ -216,7 +130,7 @@ fn a_guest_goes_on_from_any_link_of_a_chain_and_has_lost_nothing() {
                 assert!(is_filled(&guest.running, 1 + before as u64, filled));
             }
             guest.hear(2);
-            guest.quit();
+            guest.has_all();
         }
         // As one, which needs none of them.
         let out = folder.path().join("out");
@@ -229,7 +143,7 @@ fn a_guest_goes_on_from_any_link_of_a_chain_and_has_lost_nothing() {
         (0..links).for_each(|number| std::fs::remove_dir_all(dir(number)).unwrap());
         let mut guest = Guest::restore(&RestoreRequest::new(&out));
         guest.hear(2);
-        guest.quit();
+        guest.has_all();
     }
 }
 
@@ -267,7 +181,7 @@ fn a_chain_goes_on_behind_a_restore() {
         assert_eq!(info.parent.as_ref().map(|of| of.depth), Some(4));
         let mut guest = Guest::restore(&RestoreRequest::new(dir(4)));
         guest.hear(1);
-        guest.quit();
+        guest.has_all();
     }
 }
 
@@ -323,7 +237,7 @@ fn what_an_incremental_snapshot_cannot_build_on_is_refused_with_the_numbers() {
     });
     assert!(!guest.running.is_tracked(TrackUser::Snapshot));
     refused(&guest, &diff(&dir("x"), &dir("d")), &["--track"]);
-    guest.quit();
+    guest.has_all();
 }
 
 #[test]
@@ -384,10 +298,10 @@ fn a_file_call_that_is_refused_loses_no_page_and_no_older_link() {
         newest = dir(name);
     }
     assert!(refused > 20, "{refused}");
-    guest.quit();
+    guest.has_all();
     let mut guest = Guest::restore(&RestoreRequest::new(&newest));
     guest.hear(2);
-    guest.quit();
+    guest.has_all();
 }
 
 #[test]

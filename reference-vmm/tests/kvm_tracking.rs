@@ -10,15 +10,13 @@ use std::io::{PipeReader, Read};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use guests::image;
-use guests::keeper::keeper64;
 use reference_vmm::config::{Config, DirtyLogKind, Irqchip};
 use reference_vmm::end::{EndSignal, GuestEnd};
-use reference_vmm::memory::Memory;
 use reference_vmm::vm::tracking::{TrackError, TrackUser};
 use reference_vmm::vm::{Machine, Running};
+use support::keeper::keeper;
 use support::tracked::{Copy, addresses, round};
-use support::{WATCHDOG, file, long, need_kvm};
+use support::{WATCHDOG, long, need_kvm};
 
 const PAGES: usize = (16 << 20) / 4096;
 
@@ -36,15 +34,10 @@ impl Guest {
     }
 
     fn with_log(cpus: u32, irqchip: Irqchip, dirty_log: DirtyLogKind) -> Self {
-        let kernel = file(&image::elf64(keeper64()));
+        let (kernel, config) = keeper(cpus, irqchip);
         let config = Config {
-            cmdline: format!("{cpus} "),
-            memory: Memory::new(16 << 20),
-            cpus: cpus.into(),
-            irqchip,
             dirty_log,
-            debug_exit: Some(0xf4),
-            ..Config::new(&*kernel)
+            ..config
         };
         let end = Arc::new(EndSignal::new().unwrap());
         let (console, writer) = std::io::pipe().unwrap();

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guest that knows what it has (`guests::keeper`), in a machine of this process: it may be stopped anywhere, and go on
+//! elsewhere, and finds out if anything of it was lost.
+
+use std::io::{PipeReader, PipeWriter, Read};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use guests::image;
+use guests::keeper::{QUIT, keeper64};
+use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::end::{EndSignal, GuestEnd};
+use reference_vmm::main_loop::GuestSide;
+use reference_vmm::memory::Memory;
+use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
+use reference_vmm::vm::{Machine, Running};
+
+use super::{WATCHDOG, file};
+
+/// A guest that runs, and what it says.
+pub struct Guest {
+    pub running: Running,
+    pub end: Arc<EndSignal>,
+    pub console: PipeReader,
+    pub said: Vec<u8>,
+}
+
+impl Guest {
+    pub fn boot(config: &Config) -> Self {
+        Self::start(|console, end| Machine::build(config, console, end).unwrap())
+    }
+
+    pub fn restore(request: &RestoreRequest) -> Self {
+        Self::start(|console, end| Machine::restore(request, console, end).unwrap())
+    }
+
+    pub fn start(make: impl FnOnce(&PipeWriter, &Arc<EndSignal>) -> Machine) -> Self {
+        let end = Arc::new(EndSignal::new().unwrap());
+        let (console, writer) = std::io::pipe().unwrap();
+        let running = make(&writer, &end).start().unwrap();
+        Guest {
+            running,
+            end,
+            console,
+            said: Vec::new(),
+        }
+    }
+
+    /// Waits until it says something or ends.
+    pub fn listen(&mut self) {
+        let entry = |fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let mut fds = [entry(self.console.as_raw_fd()), entry(self.end.as_raw_fd())];
+        // SAFETY: two pollfds.
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), 2, WATCHDOG.as_millis() as i32) };
+        let said = String::from_utf8_lossy(&self.said);
+        assert!(ready > 0, "nothing comes behind {said:?}");
+        if fds[0].revents != 0 {
+            let mut chunk = [0; 64];
+            let got = self.console.read(&mut chunk).unwrap();
+            self.said.extend(&chunk[..got]);
+        }
+    }
+
+    /// Until it has said so many bytes more.
+    pub fn hear(&mut self, bytes: usize) {
+        let until = self.said.len() + bytes;
+        while self.said.len() < until {
+            self.listen();
+            assert!(!self.end.is_told(), "{:?}: {:?}", self.end.get(), self.said);
+        }
+    }
+
+    pub fn snapshot(&self, request: &SnapshotRequest) {
+        self.running.snapshot(request).unwrap();
+    }
+
+    /// Lets go of it; all that it said.
+    pub fn leave(mut self) -> (String, Option<GuestEnd>) {
+        self.running.stop();
+        let end = self.end.get().cloned();
+        drop(self.running);
+        self.console.read_to_end(&mut self.said).unwrap();
+        (String::from_utf8(self.said).unwrap(), end)
+    }
+
+    /// Has it quit, and waits for that.
+    pub fn quit(mut self) -> (String, Option<GuestEnd>) {
+        assert_eq!(self.running.input(&[QUIT]), 1);
+        while !self.end.is_told() {
+            self.listen();
+        }
+        self.leave()
+    }
+
+    /// Has it quit: it has lost nothing.
+    pub fn has_all(self) {
+        let (said, end) = self.quit();
+        assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{said}");
+    }
+}
+
+/// Its kernel, and a machine for it.
+pub fn keeper(cpus: u32, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
+    let kernel = file(&image::elf64(keeper64()));
+    let config = Config {
+        cmdline: format!("{cpus} "),
+        memory: Memory::new(16 << 20),
+        cpus: cpus.into(),
+        irqchip,
+        debug_exit: Some(0xf4),
+        ..Config::new(&*kernel)
+    };
+    (kernel, config)
+}
+
+/// What it says in so many passes: 1 2 3 … 9 0 1 …
+pub fn digits(count: usize) -> String {
+    (1..=count)
+        .map(|pass| char::from(b'0' + (pass % 10) as u8))
+        .collect()
+}
