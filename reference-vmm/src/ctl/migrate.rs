@@ -16,10 +16,11 @@ use crate::cli::{self, UsageError};
 use crate::migration::address::Address;
 use crate::migration::codec::Compression;
 use crate::migration::message::MOST_CONNECTIONS;
-use crate::migration::outgoing::{MigrateRequest, Stuck, TlsPaths};
+use crate::migration::outgoing::MigrateRequest;
 use crate::migration::progress::{Manner, Progress};
 use crate::migration::record::MigrationRecord;
 use crate::migration::report;
+use crate::migration::source::WhenStuck;
 
 /// Its answer comes when the guest is there. The monitor's end ends the wait in any case.
 const PATIENCE: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -44,7 +45,7 @@ pub(super) struct Flags {
     bandwidth: Option<u64>,
     downtime: Option<u32>,
     time: Option<u32>,
-    when_stuck: Option<Stuck>,
+    when_stuck: Option<WhenStuck>,
     tls: TlsFlags,
     report: Option<PathBuf>,
     /// One of them was there.
@@ -91,8 +92,8 @@ impl Flags {
             }
             Long("when-stuck") => {
                 self.when_stuck = Some(parser.value()?.parse_with(|word| match word {
-                    "cancel" => Ok(Stuck::Cancel),
-                    "stop" => Ok(Stuck::Stop),
+                    "cancel" => Ok(WhenStuck::Cancel),
+                    "stop" => Ok(WhenStuck::Stop),
                     _ => Err("--when-stuck is cancel or stop"),
                 })?);
             }
@@ -124,7 +125,6 @@ impl Flags {
             other => other,
         };
         let usual = MigrateRequest::new(to.to_string());
-        let files = self.tls.files()?;
         Ok(Migrate {
             request: MigrateRequest {
                 connections: self.connections.unwrap_or(usual.connections),
@@ -135,12 +135,7 @@ impl Flags {
                 downtime_ms: self.downtime.map_or(usual.downtime_ms, u64::from),
                 time_s: self.time.map_or(usual.time_s, u64::from),
                 when_stuck: self.when_stuck.unwrap_or_default(),
-                tls: files.map(|files| TlsPaths {
-                    cert: files.cert,
-                    key: files.key,
-                    ca: files.ca,
-                    name: files.name,
-                }),
+                tls: self.tls.files()?,
                 destination: usual.destination,
             },
             report: self.report,

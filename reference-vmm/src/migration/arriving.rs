@@ -13,8 +13,7 @@ use memslots::Snapshot;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::guest::{ArrivingMemory, Blank, DestinationGuest, Prepared, Refusal};
-use crate::arch::layout;
-use crate::config::{Config, Irqchip};
+use crate::config::Config;
 use crate::devices::virtio::any::Devices;
 use crate::end::EndSignal;
 use crate::memory::SlotTable;
@@ -68,7 +67,12 @@ where
         let (_, state, config) = parsed.map_err(|error| refused(&error))?;
         let config = self.overrides.apply(config);
         let config = config.map_err(|error| refused(&error))?;
-        check_layout(&state, &config)?;
+        let fits = state.check_layout(&config);
+        fits.map_err(|what| {
+            Refusal(format!(
+                "its memory is not that of a machine as its configuration describes: {what}"
+            ))
+        })?;
         let blank = BlankVm::new(&config).map_err(|error| refused(&error))?;
         let checked = blank.check(&state.vcpus);
         checked.map_err(|error| refused(&error))?;
@@ -79,22 +83,6 @@ where
             offered: state.config,
             config,
         })
-    }
-}
-
-/// Whether the memory that comes is that of a machine with this configuration.
-fn check_layout(state: &MachineState, config: &Config) -> Result<(), Refusal> {
-    let ram = memslots::ram_layout(config.memory.size, layout::MMIO_HOLE);
-    let ram = ram.map_err(|error| refused(&error))?;
-    let slots = config.memory.slots(&ram, config.irqchip != Irqchip::None);
-    let wanted = slots.iter().map(|slot| (slot.start.0, slot.backing.size()));
-    let comes = state.memory.regions.iter();
-    let comes = comes.map(|region| (region.guest, region.len));
-    match wanted.eq(comes) {
-        true => Ok(()),
-        false => Err(Refusal(
-            "its memory is not that of a machine as its configuration describes".into(),
-        )),
     }
 }
 

@@ -4,7 +4,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::io;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -180,11 +179,5 @@ impl SourceGuest for LiveGuest<'_> {
             Ok(()) | Err(ControlError::Ended) => Ok(()),
             Err(error) => Err(Refusal::of(&error)),
         }
-    }
-}
-
-impl From<Refusal> for io::Error {
-    fn from(refusal: Refusal) -> Self {
-        io::Error::other(refusal)
     }
 }

@@ -5,7 +5,6 @@
 #![forbid(unsafe_code)]
 
 use std::num::NonZeroU64;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -50,36 +49,10 @@ pub struct MigrateRequest {
     pub time_s: u64,
     /// When that does not go: `cancel`, or `stop` it for as long as it takes.
     #[serde(default)]
-    pub when_stuck: Stuck,
+    pub when_stuck: WhenStuck,
     /// By what the two know each other.
     #[serde(default)]
-    pub tls: Option<TlsPaths>,
-}
-
-/// [`WhenStuck`], as it is asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Stuck {
-    /// Give up.
-    #[default]
-    Cancel,
-    /// Stop it.
-    Stop,
-}
-
-/// [`TlsFiles`], as they are asked for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TlsPaths {
-    /// The certificate.
-    pub cert: PathBuf,
-    /// Its key.
-    pub key: PathBuf,
-    /// The authority's certificate.
-    pub ca: PathBuf,
-    /// Whom the destination's certificate is for, instead of the host that the address names.
-    #[serde(default)]
-    pub name: Option<String>,
+    pub tls: Option<TlsFiles>,
 }
 
 fn one() -> u32 {
@@ -108,7 +81,7 @@ impl MigrateRequest {
             bandwidth_limit: None,
             downtime_ms: downtime(),
             time_s: time(),
-            when_stuck: Stuck::Cancel,
+            when_stuck: WhenStuck::Cancel,
             tls: None,
         }
     }
@@ -191,13 +164,7 @@ impl Outgoing {
             }
             rate => rate.flatten(),
         };
-        let files = request.tls.as_ref().map(|tls| TlsFiles {
-            cert: tls.cert.clone(),
-            key: tls.key.clone(),
-            ca: tls.ca.clone(),
-            name: tls.name.clone(),
-        });
-        let tls = files.as_ref().map(Tls::load).transpose();
+        let tls = request.tls.as_ref().map(Tls::load).transpose();
         let tls = tls.map_err(|error| wrong(error.to_string()))?;
         let id = random_id().map_err(|error| wrong(format!("no random number: {error}")))?;
         let limit = Arc::new(Limiter::new(rate));
@@ -207,10 +174,7 @@ impl Outgoing {
             limit: Arc::clone(&limit),
             downtime: Duration::from_millis(request.downtime_ms),
             time: Duration::from_secs(request.time_s),
-            when_stuck: match request.when_stuck {
-                Stuck::Cancel => WhenStuck::Cancel,
-                Stuck::Stop => WhenStuck::Stop,
-            },
+            when_stuck: request.when_stuck,
             patience: Patience::default(),
         };
         let guest = LiveGuest::new(running, end);

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use dirty_log::estimate::{Advice, Curve, CurvePoint, Link, Policy, Spent, Throttle};
 use dirty_log::estimate::{advise, forecast};
+use serde::{Deserialize, Serialize};
 
 use super::codec::{Compression, PAGE};
 use super::event::{Event, Observer, RoundDone, Step};
@@ -54,7 +55,8 @@ impl Default for Patience {
 }
 
 /// What to do with a guest that writes faster than its pages can be sent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum WhenStuck {
     /// Give up: it runs on here.
     #[default]

@@ -28,6 +28,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem
 use rustls::server::{ServerConnection, WebPkiClientVerifier};
 use rustls::version::TLS13;
 use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore, ServerConfig};
+use serde::{Deserialize, Serialize};
 
 /// The largest file of certificates that is read, bytes.
 const MOST: u64 = 1 << 20;
@@ -37,7 +38,8 @@ const READ: usize = 128 << 10;
 const WELCOME: u8 = b'W';
 
 /// The files, all of them PEM, and the name.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TlsFiles {
     /// `--tls-cert`: the own certificate, and behind it those between it and the authority's.
     pub cert: PathBuf,
@@ -46,6 +48,7 @@ pub struct TlsFiles {
     /// `--tls-ca`: the authority's certificate, or several.
     pub ca: PathBuf,
     /// `--tls-name`: whom the certificate of who listens is for, instead of the host that the address names.
+    #[serde(default)]
     pub name: Option<String>,
 }
 

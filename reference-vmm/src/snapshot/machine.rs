@@ -16,6 +16,7 @@ use super::packed::PackedError;
 use super::pages::{PageMap, PagesError};
 use super::parent::ParentError;
 use super::ranges::RangesError;
+use crate::arch::layout;
 use crate::config::{Config, Irqchip};
 use crate::devices::acpi_power::PowerState;
 use crate::devices::rtc::RtcState;
@@ -153,6 +154,32 @@ impl MachineState {
         let config = config.map_err(|source| StateError::Section { kind, source })?;
         state.check(&config)?;
         Ok((container.id, state, config))
+    }
+
+    /// Whether the memory that was saved is where that of a machine with this configuration is.
+    ///
+    /// # Errors
+    /// The first difference.
+    pub(crate) fn check_layout(&self, config: &Config) -> Result<(), String> {
+        let ram = memslots::ram_layout(config.memory.size, layout::MMIO_HOLE);
+        let ram = ram.map_err(|error| error.to_string())?;
+        let slots = config.memory.slots(&ram, config.irqchip != Irqchip::None);
+        let regions = &self.memory.regions;
+        if slots.len() != regions.len() {
+            let (has, wanted) = (regions.len(), slots.len());
+            return Err(format!("{has} regions, and it has {wanted}"));
+        }
+        for (slot, region) in slots.iter().zip(regions) {
+            let wanted = (slot.start.0, slot.backing.size());
+            if wanted != (region.guest, region.len) {
+                let ((at, len), has) = (wanted, region);
+                return Err(format!(
+                    "a region of {} bytes at {:#x}, and it has one of {len} at {at:#x}",
+                    has.len, has.guest
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// What can be checked without a host.

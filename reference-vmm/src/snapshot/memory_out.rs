@@ -124,11 +124,15 @@ impl<'a, F: SnapshotFiles> MemoryOut<'a, F> {
         let piece = self.buffer.get_mut(..place.len as usize);
         let piece = piece.unwrap_or_default();
         let whole = place.guest..place.guest + place.len;
-        match self.own {
-            None => read(whole, piece)?,
+        let something = match self.own {
+            None => {
+                read(whole, piece)?;
+                true
+            }
             Some(own) => {
                 let mut runs = own.within(whole).peekable();
-                if runs.peek().is_some() {
+                let something = runs.peek().is_some();
+                if something {
                     piece.fill(0);
                 }
                 for run in runs {
@@ -136,15 +140,12 @@ impl<'a, F: SnapshotFiles> MemoryOut<'a, F> {
                     let part = piece.get_mut(from as usize..to as usize);
                     read(run, part.unwrap_or_default())?;
                 }
+                something
             }
-        }
-        let nothing = self.own.is_some_and(|own| {
-            let mut runs = own.within(place.guest..place.guest + place.len);
-            runs.next().is_none()
-        });
-        let checksum = match nothing {
-            true => None,
-            false => self.put(number, place)?,
+        };
+        let checksum = match something {
+            true => self.put(number, place)?,
+            false => None,
         };
         if let Some(of) = self.map.pieces.get_mut(number) {
             of.checksum = checksum;

@@ -36,8 +36,7 @@ use super::link::Link;
 use super::machine::{MachineState, StateError};
 use super::pages::{self, HeaderError};
 use super::tip::Tip;
-use crate::arch::layout;
-use crate::config::{Config, Irqchip};
+use crate::config::Config;
 use crate::devices::virtio::any::Devices;
 use crate::devices::virtio::block::DiskConfig;
 use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
@@ -511,29 +510,9 @@ pub(super) fn check_layout(
     state: &MachineState,
     config: &Config,
 ) -> Result<(), RestoreError> {
-    let wrong = |what: String| {
-        let path = path.to_owned();
-        RestoreError::Layout { path, what }
-    };
-    let ram = memslots::ram_layout(config.memory.size, layout::MMIO_HOLE);
-    let ram = ram.map_err(|error| wrong(error.to_string()))?;
-    let slots = config.memory.slots(&ram, config.irqchip != Irqchip::None);
-    let regions = &state.memory.regions;
-    if slots.len() != regions.len() {
-        let (has, wanted) = (regions.len(), slots.len());
-        return Err(wrong(format!("{has} regions, and it has {wanted}")));
-    }
-    for (slot, region) in slots.iter().zip(regions) {
-        let wanted = (slot.start.0, slot.backing.size());
-        if wanted != (region.guest, region.len) {
-            let ((at, len), has) = (wanted, region);
-            return Err(wrong(format!(
-                "a region of {} bytes at {:#x}, and it has one of {len} at {at:#x}",
-                has.len, has.guest
-            )));
-        }
-    }
-    Ok(())
+    let path = path.to_owned();
+    let fits = state.check_layout(config);
+    fits.map_err(|what| RestoreError::Layout { path, what })
 }
 
 impl Overrides {

@@ -477,26 +477,21 @@ struct Captured<'a> {
 /// The tracking of writes across a snapshot. Dropped, it is as before, and no page that was written is forgotten.
 struct Tracking<'a> {
     running: &'a Running,
-    before: Before<'a>,
+    /// What was written since the last one; none where that was not tracked.
+    before: Option<Harvested<'a>>,
     on: bool,
     done: bool,
-}
-
-enum Before<'a> {
-    Off,
-    On(Harvested<'a>),
 }
 
 impl<'a> Tracking<'a> {
     /// In the pause, and before memory is read.
     fn of(running: &'a Running, request: &SnapshotRequest) -> Result<Self, SnapshotError> {
-        let before = match running.is_tracked(TrackUser::Snapshot) {
-            true => Before::On(running.harvest(TrackUser::Snapshot)?),
-            false => Before::Off,
-        };
-        let was = matches!(before, Before::On(_)) || running.chain().is_tracking_always();
+        let tracked = running.is_tracked(TrackUser::Snapshot);
+        let before = tracked.then(|| running.harvest(TrackUser::Snapshot));
+        let before = before.transpose()?;
+        let was = tracked || running.chain().is_tracking_always();
         let on = request.track.unwrap_or(was);
-        if on && matches!(before, Before::Off) {
+        if on && !tracked {
             running.start_tracking(TrackUser::Snapshot)?;
         }
         Ok(Tracking {
@@ -509,10 +504,8 @@ impl<'a> Tracking<'a> {
 
     /// What was written since the last snapshot.
     fn written(&self) -> Ranges {
-        let Before::On(harvested) = &self.before else {
-            return Ranges::default();
-        };
-        let runs = harvested.slots().iter().flat_map(|slot| {
+        let slots = self.before.iter().flat_map(Harvested::slots);
+        let runs = slots.flat_map(|slot| {
             let start = slot.extent.guest_range().start;
             let runs = slot.pages.runs();
             runs.map(move |run| start + run.first * PAGE..start + run.end() * PAGE)
@@ -528,7 +521,7 @@ impl<'a> Tracking<'a> {
     /// The snapshot is whole.
     fn commit(mut self) {
         self.done = true;
-        if let Before::On(harvested) = std::mem::replace(&mut self.before, Before::Off) {
+        if let Some(harvested) = self.before.take() {
             harvested.commit();
         }
         if !self.on {
@@ -540,7 +533,7 @@ impl<'a> Tracking<'a> {
 impl Drop for Tracking<'_> {
     fn drop(&mut self) {
         // What was begun for this one; a harvest that is dropped gives back what it has.
-        if !self.done && self.on && matches!(self.before, Before::Off) {
+        if !self.done && self.on && self.before.is_none() {
             self.running.stop_tracking(TrackUser::Snapshot);
         }
     }

@@ -296,10 +296,10 @@ impl Harvested<'_> {
     /// # Errors
     /// [`dirty_log::Error::OutOfRange`]; nothing is forgotten.
     pub fn forget(&mut self, slot: usize, run: PageRun) -> Result<(), TrackError> {
-        match self.slots.get_mut(slot) {
-            Some(slot) => Ok(slot.pages.clear(run)?),
-            None => Err(TrackError::Off),
-        }
+        let pages = self.slots.get_mut(slot).map(|slot| &mut slot.pages);
+        // A slot that there is not has no pages.
+        let nowhere = &mut DirtyBitmap::new(0);
+        Ok(pages.unwrap_or(nowhere).clear(run)?)
     }
 
     /// Forgets all: what the pages held is safe elsewhere.
