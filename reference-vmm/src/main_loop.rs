@@ -295,6 +295,12 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use vmm_sys_util::eventfd::EventFd;
 
+    /// A signal that a shell had ignored (it does so in the background) would not be taken over.
+    fn heed(signal: i32) {
+        // SAFETY: a valid signal and its default; it is blocked before it is sent.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+
     /// Sends this thread a signal.
     fn raise(signal: i32) {
         // SAFETY: a valid signal, which this thread blocks.
@@ -330,6 +336,7 @@ mod tests {
     #[test]
     fn sigusr1_without_rest_keeps_no_stop_signal_waiting() {
         for stop in [libc::SIGTERM, libc::SIGINT] {
+            heed(stop);
             let signals = Signals::take_over().unwrap();
             let end = Arc::new(EndSignal::new().unwrap());
             let guest = Watched {
