@@ -34,19 +34,26 @@ struct Host(File);
 impl Host {
     fn at(name: &str) -> Self {
         await_carrier(name);
-        let all = (libc::ETH_P_ALL as u16).to_be();
-        let socket = socket(libc::AF_PACKET, libc::SOCK_RAW, all.into());
+        let host = Host::anywhere();
         let name = CString::new(name).unwrap();
         // SAFETY: plain numbers.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
-        address.sll_protocol = all;
+        address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
         // SAFETY: a string that ends in 0.
         address.sll_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) } as c_int;
         let len = size_of_val(&address) as u32;
         // SAFETY: an address and its length.
-        let done = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) };
+        let done = unsafe { libc::bind(host.0.as_raw_fd(), (&raw const address).cast(), len) };
         assert_eq!(done, 0, "{}", io::Error::last_os_error());
+        host
+    }
+
+    /// At no interface in particular: what passes one that has just come up is heard. A socket of its own is only put back
+    /// to an interface some time after that has frames.
+    fn anywhere() -> Self {
+        let all = (libc::ETH_P_ALL as u16).to_be();
+        let socket = socket(libc::AF_PACKET, libc::SOCK_RAW, all.into());
         let patience = libc::timeval {
             tv_sec: 60,
             tv_usec: 0,
@@ -67,11 +74,7 @@ impl Host {
     fn receive(&mut self, seed: u8) -> Vec<u8> {
         loop {
             let mut frame = vec![0; 1 << 16];
-            let len = match self.0.read(&mut frame) {
-                // Told once of an interface that was down.
-                Err(error) if error.raw_os_error() == Some(libc::ENETDOWN) => continue,
-                read => read.unwrap(),
-            };
+            let len = self.0.read(&mut frame).unwrap();
             frame.truncate(len);
             if frame.get(12..14) == Some(&ETHERTYPE) && frame.get(14) == Some(&seed) {
                 return frame;
@@ -151,7 +154,8 @@ fn a_tap_that_goes_down_is_a_link_without_a_carrier_until_it_is_up() {
     make_up("vm0", 0);
     let mut driver = open("tap=vm0");
     driver.start(u64::MAX);
-    let mut host = Host::at("vm0");
+    await_carrier("vm0");
+    let mut host = Host::anywhere();
     set_up("vm0", false);
     let head = transmit(&mut driver, TX, &frame(1, 60));
     while link(&mut driver) == 1 {
