@@ -22,7 +22,8 @@ use reference_vmm::migration::incoming::{Incoming, IncomingError, IncomingReques
 use reference_vmm::migration::outgoing::{MigrateRequest, Outgoing, OutgoingError};
 use reference_vmm::migration::record::MigrationRecord;
 use reference_vmm::migration::source::WhenStuck;
-use reference_vmm::vm::{Machine, RunState};
+use reference_vmm::snapshot::{SnapshotError, SnapshotRequest};
+use reference_vmm::vm::{ControlError, Machine, RunState};
 use support::keeper::{Guest, digits, keeper};
 use support::{Vmm, long, need_kvm};
 
@@ -108,6 +109,13 @@ fn a_guest_goes_from_machine_to_machine_and_has_lost_nothing() {
             assert!(record.downtime().is_some());
             assert_eq!(guest.running.state(), RunState::Paused);
             assert!(guest.running.resume().is_err());
+            // It is another one's by now.
+            let (_folder, dir) = place();
+            let taken = guest.running.snapshot(&SnapshotRequest::new(&dir));
+            assert!(matches!(
+                taken,
+                Err(SnapshotError::Control(ControlError::HandOver))
+            ));
             let (said, end) = guest.leave();
             assert_eq!(end, None, "{cpus} {irqchip:?} hop {hop}: {said}");
             all += &said;

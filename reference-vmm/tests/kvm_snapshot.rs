@@ -6,6 +6,7 @@
 
 mod support;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -301,10 +302,10 @@ fn a_device_of_a_programs_own_is_refused_by_its_name_and_the_guest_runs_on() {
     assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{said}");
 }
 
-/// The host's files, with room for so many bytes.
-struct Small(std::cell::Cell<u64>);
+/// The host's files, asked at each write of how many bytes there is room for how many of them.
+struct Writes<F>(F);
 
-impl SnapshotFiles for Small {
+impl<F: Fn(u64) -> u64> SnapshotFiles for Writes<F> {
     fn create_dir(&self, path: &Path) -> std::io::Result<File> {
         HostFiles.create_dir(path)
     }
@@ -315,11 +316,9 @@ impl SnapshotFiles for Small {
         HostFiles.set_len(file, len)
     }
     fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> std::io::Result<usize> {
-        let room = self.0.get().min(bytes.len() as u64);
-        self.0.set(self.0.get() - room);
-        match room {
+        match (self.0)(bytes.len() as u64) {
             0 => Err(std::io::Error::from_raw_os_error(libc::ENOSPC)),
-            _ => HostFiles.write_at(file, &bytes[..room as usize], offset),
+            room => HostFiles.write_at(file, &bytes[..room as usize], offset),
         }
     }
     fn sync(&self, file: &File) -> std::io::Result<()> {
@@ -340,6 +339,34 @@ impl SnapshotFiles for Small {
 }
 
 #[test]
+fn who_pauses_a_guest_while_it_is_snapshotted_has_it_paused_behind_that() {
+    need_kvm();
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let (_folder, dir) = place();
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    let (now, begun) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let running = &guest.running;
+        let pauses = scope.spawn(move || {
+            begun.recv().unwrap();
+            running.pause()
+        });
+        // The guest stands still for the snapshot when its memory is written.
+        let files = Writes(|len: u64| {
+            let _ = now.send(());
+            len
+        });
+        let request = SnapshotRequest::new(&dir);
+        running.snapshot_with(&request, &files).unwrap();
+        pauses.join().unwrap().unwrap();
+    });
+    assert_eq!(guest.running.state(), RunState::Paused);
+    guest.running.resume().unwrap();
+    assert_eq!(guest.quit().1, Some(GuestEnd::DebugExit(0)));
+}
+
+#[test]
 fn a_disk_that_is_full_leaves_the_older_snapshot_and_the_guest_running_or_paused_as_it_was() {
     need_kvm();
     let (_kernel, config) = keeper(1, Irqchip::Split);
@@ -355,7 +382,12 @@ fn a_disk_that_is_full_leaves_the_older_snapshot_and_the_guest_running_or_paused
                 RunState::Running => guest.running.resume().unwrap(),
                 RunState::Paused => guest.running.pause().unwrap(),
             }
-            let files = Small(room.into());
+            let left = Cell::new(room);
+            let files = Writes(|len: u64| {
+                let room = left.get().min(len);
+                left.set(left.get() - room);
+                room
+            });
             let error = guest.running.snapshot_with(&request, &files).unwrap_err();
             assert!(error.to_string().contains("No space left"), "{error}");
             assert_eq!(guest.running.state(), state);

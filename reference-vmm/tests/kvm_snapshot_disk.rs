@@ -19,7 +19,9 @@ use reference_vmm::devices::virtio::registers::{ACKNOWLEDGE, DRIVER, DRIVER_OK, 
 use reference_vmm::end::{EndSignal, GuestEnd};
 use reference_vmm::memory::Memory;
 use reference_vmm::migration::address::Address;
+use reference_vmm::migration::guest::SourceGuest;
 use reference_vmm::migration::incoming::{Incoming, IncomingRequest};
+use reference_vmm::migration::live::LiveGuest;
 use reference_vmm::migration::outgoing::{MigrateRequest, Outgoing};
 use reference_vmm::snapshot::chain::Chain;
 use reference_vmm::snapshot::disks::DiskCopies;
@@ -28,7 +30,7 @@ use reference_vmm::snapshot::merge::{MergeRequest, merge};
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::{RestoreRequest, SnapshotKind, SnapshotRequest};
 use reference_vmm::vm::tracking::TrackUser;
-use reference_vmm::vm::{BuildError, Machine, Running};
+use reference_vmm::vm::{BuildError, Machine, RunState, Running};
 use support::tracked::{Copy, round};
 use support::{WATCHDOG, file, long, need_kvm};
 use virtio_bindings::virtio_mmio::*;
@@ -472,6 +474,33 @@ fn a_disk_that_cannot_be_had_leaves_no_snapshot_and_a_merge_takes_it_along() {
     let guest = Guest::of(|console, end| Machine::restore(&request, console, end));
     assert!(guest.ends_within(WATCHDOG.as_millis() as i32));
     assert_eq!(guest.end.get(), Some(&GuestEnd::DebugExit(0)));
+}
+
+#[test]
+fn a_guest_does_not_go_on_at_a_disk_that_was_written_while_it_was_given_away() {
+    need_kvm();
+    let kernel = file(&writer_of(40));
+    let image = disk(u64::from(SECTORS));
+    let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
+    let guest = Guest::of(|console, end| Machine::build(&config, console, end));
+    let live = LiveGuest::new(&guest.running, &guest.end);
+    live.hold().unwrap();
+    live.release().unwrap();
+    let other = config.disks[0].open().unwrap();
+    let taken = live.take_back().unwrap_err().to_string();
+    assert!(taken.contains("lock"), "{taken}");
+    let file = File::options().write(true).open(&image).unwrap();
+    file.write_all_at(b"elsewhere", 512).unwrap();
+    drop(other);
+    // However often.
+    for _ in 0..2 {
+        let refused = live.take_back().unwrap_err().to_string();
+        assert!(refused.contains("seems to have run elsewhere"), "{refused}");
+        assert_eq!(guest.running.state(), RunState::Paused);
+        assert!(guest.running.resume().is_err());
+        // And who has run it can have the disk again.
+        drop(config.disks[0].open().unwrap());
+    }
 }
 
 #[test]

@@ -385,6 +385,23 @@ fn a_source_that_can_ask_nobody_stands_still_until_somebody_says_where_the_guest
 }
 
 #[test]
+fn a_destination_that_cannot_accept_for_a_while_is_not_taken_for_gone() {
+    let [messages, _] = messages();
+    let fault = Fault {
+        of: Source,
+        // Go.
+        number: messages - 2,
+        arrives: Arrives::All,
+        strike: Strike::SeverAll { lost: false },
+    };
+    let world = World::new(Some(fault));
+    world.out_of_files(1);
+    let (here, there) = both(&world, &settings(), &Orders::default(), &(), None);
+    check(&world, &here, &there, "out of files");
+    assert!(here.is_ok() && world.runs(Destination));
+}
+
+#[test]
 fn what_cannot_be_taken_back_is_tried_again_and_then_told() {
     // The state is lost: the source has let go of its disk.
     let [messages, _] = messages();

@@ -50,6 +50,9 @@ impl Default for Patience {
     }
 }
 
+/// Between two tries to accept connections.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// Why there is no guest here. Nothing is left of it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -102,8 +105,8 @@ struct State<W> {
     /// The migration that is under way.
     id: Option<MigrationId>,
     control: Option<W>,
-    /// Data connections that are to come, and those that have.
-    wanted: u32,
+    /// Numbers of data connections that are to come, and those that have.
+    due: Vec<u32>,
     data: Vec<(u32, W)>,
     /// Of each data connection the rounds of which it has all.
     marks: Vec<u32>,
@@ -202,7 +205,7 @@ where
         state: Mutex::new(State {
             id: None,
             control: None,
-            wanted: 0,
+            due: Vec::new(),
             data: Vec::new(),
             marks: Vec::new(),
             life: None,
@@ -329,7 +332,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
         let blank = guest.offered(&offered).map_err(ReceiveError::Refused)?;
         drop(offered);
         self.shared.change(|state| {
-            state.wanted = connections;
+            state.due = (0..connections).collect();
             state.marks = vec![0; connections as usize];
             state.life = Some(Instant::now());
         });
@@ -473,7 +476,8 @@ impl<W: Wire + 'static> Destination<'_, W> {
             return Some(why.clone());
         }
         let quiet = state.life.map(|life| life.elapsed());
-        let quiet = quiet.filter(|quiet| *quiet >= self.patience.quiet && state.wanted > 0)?;
+        let quiet =
+            quiet.filter(|quiet| *quiet >= self.patience.quiet && !state.marks.is_empty())?;
         // While pages are due something always comes.
         (!state.marks.is_empty()).then(|| {
             format!(
@@ -607,7 +611,23 @@ fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
         let mut wire = match accept.accept() {
             Ok(None) => continue,
             Ok(Some(wire)) => wire,
-            Err(error) => return shared.change(|state| state.deaf = Some(error)),
+            Err(error) => {
+                let told = shared.change(|state| match state.id {
+                    None => {
+                        state.deaf = Some(error);
+                        None
+                    }
+                    Some(_) => Some(error),
+                });
+                // Nobody has a guest here yet, and it is said why nobody can.
+                let Some(error) = told else {
+                    return;
+                };
+                // Whoever has one may have to ask: who is no longer heard for good looks as if nobody were here.
+                log::warn!("cannot accept connections, and tries again: {error}");
+                shared.wait(AGAIN, |state| state.over.then_some(()));
+                continue;
+            }
         };
         let watch = Watch {
             quiet: patience.greeting,
@@ -642,9 +662,9 @@ fn place<W: Wire>(
         }
         Role::Data(number) => {
             let mut state = shared.lock();
-            let is_new = state.data.iter().all(|(other, _)| *other != number);
-            let is_due = state.id == Some(id) && number < state.wanted && is_new;
-            if is_due {
+            let due = state.due.iter().position(|due| *due == number);
+            if let (true, Some(at)) = (state.id == Some(id), due) {
+                state.due.swap_remove(at);
                 state.data.push((number, wire));
                 drop(state);
                 shared.changed.notify_all();

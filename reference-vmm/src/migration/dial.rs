@@ -32,6 +32,8 @@ impl Connect for Dial {
         let mut connection = connected.map_err(|error| {
             let kind = match &error {
                 ConnectError::Refused(_) => io::ErrorKind::ConnectionRefused,
+                // Somebody may have removed the path of one who is there.
+                ConnectError::Missing(_) => io::ErrorKind::NotFound,
                 // Whatever it is, it does not say that nobody is there.
                 ConnectError::Failed { .. } => io::ErrorKind::TimedOut,
                 ConnectError::Exposed(_) => io::ErrorKind::PermissionDenied,

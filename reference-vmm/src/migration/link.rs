@@ -25,7 +25,7 @@ pub trait Connect: Sync {
     /// Connects, within `patience`.
     ///
     /// # Errors
-    /// [`io::ErrorKind::ConnectionRefused`] and [`io::ErrorKind::NotFound`] say that nobody listens there: who did is gone.
+    /// [`io::ErrorKind::ConnectionRefused`] says that nobody listens there: who did is gone.
     fn connect(&self, patience: Duration) -> io::Result<Self::Wire>;
 }
 

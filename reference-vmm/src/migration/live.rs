@@ -5,8 +5,9 @@
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvm_core::Pause;
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -17,26 +18,46 @@ use crate::snapshot::config_form;
 use crate::snapshot::format::SnapshotId;
 use crate::snapshot::pages::Piece;
 use crate::vm::tracking::{Harvested, TrackUser};
-use crate::vm::{ControlError, RunState, Running};
+use crate::vm::{ControlError, Running};
 
 /// Pages have no checksums here: so few of them are spoken of.
 const PIECE: u32 = 1 << 30;
+
+/// The devices as they were given away, none that have not been, or are back.
+#[derive(Debug, Default)]
+pub(super) struct Given(Mutex<Option<Vec<Value>>>);
+
+impl Given {
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<Value>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Somebody answers for it that the guest is nowhere else: what they are now is not asked. Whether they were away.
+    pub(super) fn vouch(&self) -> bool {
+        let mut given = self.lock();
+        given.as_mut().map(Vec::clear).is_some()
+    }
+}
 
 /// A machine that runs, to be moved.
 pub struct LiveGuest<'a> {
     running: &'a Running,
     end: &'a EndSignal,
-    /// The devices as they were given away.
-    given: Mutex<Option<Vec<Value>>>,
+    given: Arc<Given>,
 }
 
 impl<'a> LiveGuest<'a> {
     /// The machine `running`, whose end is told to `end`.
     pub fn new(running: &'a Running, end: &'a EndSignal) -> Self {
+        LiveGuest::after(running, end, Arc::default())
+    }
+
+    /// The same, after a migration that has given this away.
+    pub(super) fn after(running: &'a Running, end: &'a EndSignal, given: Arc<Given>) -> Self {
         LiveGuest {
             running,
             end,
-            given: Mutex::default(),
+            given,
         }
     }
 
@@ -47,14 +68,18 @@ impl<'a> LiveGuest<'a> {
         states.collect()
     }
 
-    /// The state of the machine, which is paused, as bytes.
-    fn capture(&self) -> Result<Vec<u8>, Refusal> {
+    /// The state of the machine, which is held by the rehearsal or for the hand-over, as bytes.
+    fn capture(&self, last: bool) -> Result<Vec<u8>, Refusal> {
         let running = self.running;
         let config = config_form::to_json(running.config());
         let config = config.map_err(|error| Refusal::of(&error))?;
         let host = running.state_host().map_err(|error| Refusal::of(&error))?;
-        let state = running.while_paused(|pause| running.capture(pause, config, host));
-        let state = state.ok_or_else(|| Refusal("the guest was let go on by somebody".into()))?;
+        let capture = |pause: &Pause| running.capture(pause, config, host);
+        let state = match last {
+            false => running.while_paused(capture),
+            true => running.while_handed_over(capture),
+        };
+        let state = state.ok_or_else(|| Refusal::of(&ControlError::Ended))?;
         let mut state = state.map_err(|error| Refusal::of(&error))?;
         state.memory.piece = PIECE;
         let expected = usize::try_from(state.memory.expected()).unwrap_or(usize::MAX);
@@ -113,16 +138,12 @@ impl SourceGuest for LiveGuest<'_> {
     fn rehearse(&self) -> Result<Vec<u8>, Refusal> {
         let checked = self.running.check_for_snapshot();
         checked.map_err(|error| Refusal::of(&error))?;
-        if self.running.state() == RunState::Paused {
-            return Err(Refusal(
-                "the guest is paused, and would run at its destination: resume it first".into(),
-            ));
+        let held = self.running.hold();
+        let held = held.map_err(|error| Refusal::of(&error))?;
+        if held.is_paused() {
+            return Err(Refusal::of(&ControlError::Paused));
         }
-        let control = |error: ControlError| Refusal::of(&error);
-        self.running.pause().map_err(control)?;
-        let state = self.capture();
-        self.running.resume().map_err(control)?;
-        state
+        self.capture(false)
     }
 
     fn start_tracking(&self) -> Result<(), Refusal> {
@@ -153,11 +174,11 @@ impl SourceGuest for LiveGuest<'_> {
     }
 
     fn state(&self) -> Result<Vec<u8>, Refusal> {
-        self.capture()
+        self.capture(true)
     }
 
     fn release(&self) -> Result<(), Refusal> {
-        *self.given.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.devices());
+        *self.given.lock() = Some(self.devices());
         let released = self.running.release_host();
         released.map_err(|error| Refusal::of(&error))
     }
@@ -165,14 +186,19 @@ impl SourceGuest for LiveGuest<'_> {
     fn take_back(&self) -> Result<(), Refusal> {
         let taken = self.running.take_host_back();
         taken.map_err(|error| Refusal::of(&error))?;
-        let given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut given = self.given.lock();
         // Two faults at once, and it would go on with a disk that it does not know.
-        if given.as_ref().is_some_and(|given| *given != self.devices()) {
+        let moved_on = |given: &Vec<Value>| !given.is_empty() && *given != self.devices();
+        if given.as_ref().is_some_and(moved_on) {
+            // Who has it now needs it.
+            let _ = self.running.release_host();
             return Err(Refusal(
-                "a disk was written since it was let go of: the guest seems to have run elsewhere"
+                "a disk was written since it was let go of: the guest seems to have run elsewhere; if it does not any more, \
+                 say so (ctl migrate-settle here), and resume it"
                     .into(),
             ));
         }
+        *given = None;
         drop(given);
         match self.running.end_hand_over() {
             // It ends where it is.

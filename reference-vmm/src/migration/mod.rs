@@ -80,12 +80,14 @@
 //! **No way at all.** While the source is in doubt and cannot reach the destination, the guest stands still here, which is
 //! said on stderr and in `GET /migrate`, and it is asked for again each second. Who knows better says so:
 //! `ctl migrate-settle here|there`. A destination that was cut off before `Go` has ended by then, and the first question
-//! that gets through finds nobody there.
+//! that gets through finds nobody there. (A Unix socket whose path is gone proves nothing: somebody may have removed it while
+//! the destination lives. That is no way at all, too.)
 //!
 //! **Two faults.** A wire that loses `Started`, and a destination that dies before it can be asked: the source finds nobody
-//! there, and goes on with a guest that ran elsewhere for that long. A firewall that cuts a TCP connection and then answers
-//! in the destination's place that nobody listens looks the same. A guest's disk would not forgive it. Who fears it
-//! migrates over a link without such a box, or uses Unix sockets through a tunnel of ssh.
+//! there, and goes on with a guest that ran elsewhere for that long. If a disk was written there meanwhile it sees that and
+//! stands still, until somebody answers for it (`ctl migrate-settle here`, then `ctl resume`); memory and sockets have no
+//! such guard. A firewall that cuts a TCP connection and then answers in the destination's place that nobody listens looks
+//! the same. Who fears it migrates over a link without such a box, or uses Unix sockets through a tunnel of ssh.
 //!
 //! # What can be done meanwhile
 //!
@@ -103,8 +105,9 @@
 //!
 //! # Who may send, and receive
 //!
-//! Who has the guest's memory has the guest. A Unix socket is its user's; TCP beyond the host needs TLS, where both sides
-//! have certificates ([`tls`]). Whatever the other side sends is bounded, and parsed as a snapshot's file is; the first who
+//! Who has the guest's memory has the guest, and who offers one names the files that are its disks, and the taps and
+//! sockets: whatever the user of this process may open. A Unix socket is its user's. TCP on this host is open to all of its
+//! users, who are to be trusted like that; TCP beyond the host needs TLS, where both sides have certificates ([`tls`]). Whatever the other side sends is bounded, and parsed as a snapshot's file is; the first who
 //! offers a guest is the one, and others are sent away. One who connects and says nothing has 2 s, in which nobody else is
 //! heard.
 //!

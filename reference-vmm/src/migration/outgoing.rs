@@ -16,7 +16,7 @@ use super::dial::Dial;
 use super::event::{Event, Observer, Step};
 use super::guest::{Refusal, SourceGuest};
 use super::limit::Limiter;
-use super::live::LiveGuest;
+use super::live::{Given, LiveGuest};
 use super::message::{MOST_CONNECTIONS, MigrationId};
 use super::orders::{OrderError, Orders, Whereabouts};
 use super::record::{self, MigrationRecord, Outcome};
@@ -128,6 +128,7 @@ pub struct Outgoing {
 struct Job {
     orders: Orders,
     limit: Arc<Limiter>,
+    given: Arc<Given>,
     recorder: Recorder,
 }
 
@@ -177,7 +178,8 @@ impl Outgoing {
             when_stuck: request.when_stuck,
             patience: Patience::default(),
         };
-        let guest = LiveGuest::new(running, end);
+        let given = Arc::default();
+        let guest = LiveGuest::after(running, end, Arc::clone(&given));
         let pages = guest.memory() / PAGE as u64;
         let asked = record::Settings {
             limit_bytes_per_s: request.bandwidth_limit,
@@ -191,6 +193,7 @@ impl Outgoing {
         let job = Arc::new(Job {
             orders: Orders::default(),
             limit,
+            given,
             recorder: Recorder {
                 began: Instant::now(),
                 record: Mutex::new(record),
@@ -233,12 +236,14 @@ impl Outgoing {
     pub fn resume(&self, running: &Running, end: &EndSignal) -> Result<(), Option<Refusal>> {
         // Held, no other one begins meanwhile.
         let job = self.lock();
-        match job
-            .as_ref()
-            .and_then(|job| job.recorder.lock().outcome.clone())
-        {
+        let Some(job) = &*job else {
+            return Err(None);
+        };
+        let outcome = job.recorder.lock().outcome.clone();
+        match outcome {
             Some(Outcome::Failed { .. } | Outcome::Cancelled) => {
-                LiveGuest::new(running, end).take_back().map_err(Some)
+                let guest = LiveGuest::after(running, end, Arc::clone(&job.given));
+                guest.take_back().map_err(Some)
             }
             Some(Outcome::Moved | Outcome::Unsettled { .. }) | None => Err(None),
         }
@@ -267,7 +272,11 @@ impl Outgoing {
                 // Who waits to be let send is waiting for nothing.
                 job.limit.cancel();
             }
-            Order::Here => job.orders.settle(Whereabouts::Here)?,
+            Order::Here => match job.orders.settle(Whereabouts::Here) {
+                // It stands still here, because it may have run there.
+                Err(OrderError::Over) if job.given.vouch() => {}
+                settled => settled?,
+            },
             Order::There => job.orders.settle(Whereabouts::There)?,
         }
         Ok(())

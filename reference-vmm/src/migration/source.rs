@@ -507,9 +507,8 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let mut wire = match self.connect.connect(self.settings.patience.connect) {
             Ok(wire) => wire,
             Err(error) => {
-                use io::ErrorKind::{ConnectionRefused, NotFound};
                 return match error.kind() {
-                    ConnectionRefused | NotFound => Asked::Gone,
+                    io::ErrorKind::ConnectionRefused => Asked::Gone,
                     _ => Asked::Nothing(format!("it cannot be reached: {error}")),
                 };
             }

@@ -117,6 +117,9 @@ pub enum ConnectError {
     /// Nobody listens there: its host, or the file system, says so at once.
     #[error("nobody listens at {0}")]
     Refused(Address),
+    /// There is no such socket.
+    #[error("nobody listens at {0}: there is no such socket")]
+    Missing(Address),
     /// The name has no address, the host cannot be reached, it was too late, or TLS was not agreed upon.
     #[error("cannot connect to {address}: {source}")]
     Failed {
@@ -324,7 +327,7 @@ pub fn connect(
     let failed = |source: io::Error| match source.kind() {
         io::ErrorKind::ConnectionRefused => ConnectError::Refused(address.clone()),
         io::ErrorKind::NotFound if matches!(address, Address::Unix(_)) => {
-            ConnectError::Refused(address.clone())
+            ConnectError::Missing(address.clone())
         }
         _ => ConnectError::Failed {
             address: address.clone(),

@@ -40,7 +40,7 @@ use crate::devices::virtio::list::DeviceState;
 use crate::devices::virtio::rng::random_id;
 use crate::vm::control::PATIENCE;
 use crate::vm::tracking::{Harvested, TrackError, TrackUser};
-use crate::vm::{ControlError, RunState, Running};
+use crate::vm::{ControlError, Running};
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -151,9 +151,6 @@ pub enum SnapshotError {
     /// The machine cannot be paused, or does not stay so.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// It was resumed while the snapshot was taken.
-    #[error("the guest was let go on by somebody else before the snapshot was taken")]
-    Resumed,
     /// KVM cannot be asked what it can save.
     #[error("cannot ask KVM what it saves: {0}")]
     Kvm(String),
@@ -246,10 +243,7 @@ impl Running {
         let id = SnapshotId(random_id().map_err(SnapshotError::Random)?);
         let draft = Draft::begin(files, &request.dir)?;
         let standing = Instant::now();
-        let ran = self.state() == RunState::Running;
-        if ran {
-            self.pause()?;
-        }
+        let held = self.hold()?;
         let captured = self.while_paused(|pause| {
             let mut state = self.capture(pause, config, host)?;
             let tracking = Tracking::of(self, request)?;
@@ -284,11 +278,8 @@ impl Running {
         });
         wait_for_a_tick();
         let paused = standing.elapsed();
-        if ran {
-            // The end may have been told meanwhile, which is no concern of the snapshot.
-            let _ = self.resume();
-        }
-        let captured = captured.ok_or(SnapshotError::Resumed)??;
+        drop(held);
+        let captured = captured.ok_or(ControlError::Ended)??;
         let Captured {
             state,
             tracking,

@@ -24,6 +24,12 @@
 //! - The power button may be pressed; the guest hears of it when it goes on. Numbers, and SIGUSR1's registers, can be had.
 //! - The guest's clocks go on. It finds that time has passed.
 //!
+//! # Who holds it
+//!
+//! What has to look at a machine that stands still (a snapshot, a migration before its first page) holds it for as long
+//! (`Running::hold`), and who pauses it has it paused until it is resumed. Both at once: it goes on when the last
+//! of them is done, and who was told that it is paused finds it so.
+//!
 //! # The end
 //!
 //! An end is taken at once, paused or not, also while somebody pauses. SIGTERM, which otherwise gives the guest time to
@@ -85,6 +91,12 @@ pub enum ControlError {
     /// It is being handed over to another process, which alone may let it go on.
     #[error("the guest is being handed over to another host, and stands still until that is done")]
     HandOver,
+    /// It was to be handed over running, and somebody has paused it.
+    #[error("the guest is paused, and would run at its destination: resume it first")]
+    Paused,
+    /// It was to be handed over, and something else holds it.
+    #[error("a snapshot of the guest is being taken: hand it over when that is done")]
+    Held,
     /// Asked for by one of its own vCPUs' threads.
     #[error("a vCPU's thread cannot pause its own machine")]
     OnVcpuThread,
@@ -102,18 +114,42 @@ pub(super) struct Control {
 enum Hold {
     #[default]
     Running,
-    Paused(Pause),
+    Paused(Pause, For),
     /// Paused, for a migration: nobody else resumes it.
     HandedOver(Pause),
     /// The machine has been stopped.
     Ended,
 }
 
+/// Who wants it paused: somebody, or none is left and it goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct For {
+    /// A user, until he resumes it.
+    user: bool,
+    /// [`Held`]s.
+    held: usize,
+}
+
+impl For {
+    const USER: For = For {
+        user: true,
+        held: 0,
+    };
+    const HELD: For = For {
+        user: false,
+        held: 1,
+    };
+
+    fn is_none(self) -> bool {
+        !self.user && self.held == 0
+    }
+}
+
 impl Control {
     /// Of a machine that is held from its start on.
     pub(super) fn held(pause: Pause) -> Self {
         Control {
-            hold: Mutex::new(Hold::Paused(pause)),
+            hold: Mutex::new(Hold::Paused(pause, For::USER)),
             paused: AtomicBool::new(true),
         }
     }
@@ -167,15 +203,36 @@ impl Running {
     /// # Errors
     /// [`ControlError`]; the guest runs on.
     pub fn pause_within(&self, patience: Duration) -> Result<(), ControlError> {
+        self.pause_for(patience, |by| by.user = true)
+    }
+
+    /// Holds the machine at rest for as long as the [`Held`] lives, whoever pauses and resumes it meanwhile.
+    ///
+    /// # Errors
+    /// [`ControlError`]; the guest is what it was.
+    pub(crate) fn hold(&self) -> Result<Held<'_>, ControlError> {
+        self.pause_for(PATIENCE, |by| by.held += 1)?;
+        Ok(Held(self))
+    }
+
+    fn pause_for(&self, patience: Duration, by: impl FnOnce(&mut For)) -> Result<(), ControlError> {
         let mut hold = self.control.lock();
-        match &*hold {
-            Hold::Paused(_) => return Ok(()),
+        match &mut *hold {
+            Hold::Paused(_, whom) => {
+                by(whom);
+                return Ok(());
+            }
             Hold::HandedOver(_) => return Err(ControlError::HandOver),
             Hold::Ended => return Err(ControlError::Ended),
             Hold::Running => {}
         }
         let paused = self.hold_all(patience).map(|pause| {
-            *hold = Hold::Paused(pause);
+            let mut whom = For {
+                user: false,
+                held: 0,
+            };
+            by(&mut whom);
+            *hold = Hold::Paused(pause, whom);
             // Relaxed: a hint to those that do not take the lock.
             self.control.paused.store(true, Ordering::Relaxed);
         });
@@ -187,15 +244,25 @@ impl Running {
         paused
     }
 
-    /// Lets devices and vCPUs go on. A machine that runs stays so: `Ok`. Blocks for another thread's pause or resume.
+    /// Lets devices and vCPUs go on, as soon as no snapshot is at work with them. A machine that runs stays so: `Ok`. Blocks
+    /// for another thread's pause or resume.
     ///
     /// # Errors
-    /// [`ControlError::Ended`].
+    /// [`ControlError::Ended`], [`ControlError::HandOver`].
     pub fn resume(&self) -> Result<(), ControlError> {
+        self.resume_for(|by| by.user = false)
+    }
+
+    fn resume_for(&self, by: impl FnOnce(&mut For)) -> Result<(), ControlError> {
         let mut hold = self.control.lock();
         match std::mem::take(&mut *hold) {
             Hold::Running => {}
-            Hold::Paused(pause) => {
+            Hold::Paused(pause, mut whom) => {
+                by(&mut whom);
+                if !whom.is_none() {
+                    *hold = Hold::Paused(pause, whom);
+                    return Ok(());
+                }
                 self.parts.virtio.iter().for_each(|device| device.resume());
                 self.control.paused.store(false, Ordering::Relaxed);
                 drop(pause);
@@ -223,34 +290,54 @@ impl Running {
         }
     }
 
-    /// Calls `f` with the pause that holds, which stays for as long; none where the machine is not paused. Blocks for
-    /// another thread's pause or resume, and has those wait.
+    /// Calls `f` with the pause that holds, which stays for as long; none where the machine is not paused, or is being
+    /// handed over to another process. Blocks for another thread's pause or resume, and has those wait.
     pub fn while_paused<T>(&self, f: impl FnOnce(&Pause) -> T) -> Option<T> {
         match &*self.control.lock() {
-            Hold::Paused(pause) | Hold::HandedOver(pause) => Some(f(pause)),
-            Hold::Running | Hold::Ended => None,
+            Hold::Paused(pause, _) => Some(f(pause)),
+            Hold::HandedOver(_) | Hold::Running | Hold::Ended => None,
         }
     }
 
-    /// [`pause`](Self::pause), for a machine that is to go on in another process: nobody else pauses or resumes it until
+    /// [`while_paused`](Self::while_paused), of a machine that is being handed over.
+    pub(crate) fn while_handed_over<T>(&self, f: impl FnOnce(&Pause) -> T) -> Option<T> {
+        match &*self.control.lock() {
+            Hold::HandedOver(pause) => Some(f(pause)),
+            Hold::Paused(..) | Hold::Running | Hold::Ended => None,
+        }
+    }
+
+    /// Brings a machine that runs to rest, to go on in another process: nobody else pauses or resumes it until
     /// [`end_hand_over`](Self::end_hand_over).
     ///
     /// # Errors
     /// [`ControlError`]; the guest is what it was.
     pub(crate) fn hold_for_hand_over(&self) -> Result<(), ControlError> {
-        self.pause()?;
+        let held = self.hold()?;
         let mut hold = self.control.lock();
-        match std::mem::take(&mut *hold) {
-            Hold::Paused(pause) => {
+        let refused = match std::mem::take(&mut *hold) {
+            Hold::Paused(pause, For::HELD) => {
                 *hold = Hold::HandedOver(pause);
-                Ok(())
+                // It is the hand-over's now.
+                std::mem::forget(held);
+                return Ok(());
             }
-            // By somebody who came between.
+            Hold::Paused(pause, whom) => {
+                *hold = Hold::Paused(pause, whom);
+                match whom.user {
+                    true => ControlError::Paused,
+                    false => ControlError::Held,
+                }
+            }
+            // Its end.
             other => {
                 *hold = other;
-                Err(ControlError::HandOver)
+                ControlError::Ended
             }
-        }
+        };
+        // Before what it holds is let go of, which locks.
+        drop(hold);
+        Err(refused)
     }
 
     /// It goes on here after all.
@@ -259,12 +346,24 @@ impl Running {
     /// [`ControlError::Ended`].
     pub(crate) fn end_hand_over(&self) -> Result<(), ControlError> {
         let mut hold = self.control.lock();
-        *hold = match std::mem::take(&mut *hold) {
-            Hold::HandedOver(pause) => Hold::Paused(pause),
-            other => other,
-        };
+        match std::mem::take(&mut *hold) {
+            Hold::HandedOver(pause) => *hold = Hold::Paused(pause, For::HELD),
+            Hold::Ended => {
+                *hold = Hold::Ended;
+                return Err(ControlError::Ended);
+            }
+            // Nobody hands it over.
+            other => {
+                *hold = other;
+                return Ok(());
+            }
+        }
         drop(hold);
-        self.resume()
+        self.let_go()
+    }
+
+    fn let_go(&self) -> Result<(), ControlError> {
+        self.resume_for(|by| by.held = by.held.saturating_sub(1))
     }
 
     fn hold_all(&self, patience: Duration) -> Result<Pause, ControlError> {
@@ -322,7 +421,7 @@ impl Running {
         let Some(hold) = self.control.try_lock() else {
             return false;
         };
-        let Hold::Paused(pause) = &*hold else {
+        let Hold::Paused(pause, _) = &*hold else {
             return false;
         };
         let shown = pause.with_each(|vcpu: &VcpuView<'_, VcpuFd>| show_registers(vcpu));
@@ -330,5 +429,22 @@ impl Running {
             log::warn!("cannot show the registers: {error}");
         }
         true
+    }
+}
+
+/// A machine that is held at rest. Dropped, it goes on, unless it is paused, or something else holds it.
+pub(crate) struct Held<'a>(&'a Running);
+
+impl Held<'_> {
+    /// Whether a user has it paused.
+    pub(crate) fn is_paused(&self) -> bool {
+        matches!(&*self.0.control.lock(), Hold::Paused(_, by) if by.user)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        // Its end may have been told meanwhile, which is no concern of who held it.
+        let _ = self.0.let_go();
     }
 }

@@ -93,6 +93,8 @@ struct State {
     wrong: Vec<String>,
     /// The next so many times somebody else has the disk.
     pub busy: u32,
+    /// Behind the fault, so many times the destination has no descriptor for who connects.
+    out_of_files: u32,
     over: bool,
     /// The guest has run on the destination.
     ran_there: bool,
@@ -238,6 +240,10 @@ impl World {
     }
 
     /// The next so many times that the source wants its disk back somebody has it.
+    pub fn out_of_files(&self, times: u32) {
+        self.lock().out_of_files = times;
+    }
+
     pub fn busy(&self, times: u32) {
         self.change(|state| state.busy = times);
     }
@@ -410,6 +416,10 @@ impl Accept for Ear {
         }
         if state.processes[Destination as usize].dead {
             return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        if state.struck && state.out_of_files > 0 {
+            state.out_of_files -= 1;
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
         }
         Ok(state.backlog.pop_front().map(|conn| End {
             world: Arc::clone(&self.0),
