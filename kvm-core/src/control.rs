@@ -485,7 +485,7 @@ impl VcpuSet {
     }
 
     /// What slows all vCPUs down, from 0 % on: those that are enrolled later too. It holds each
-    /// ([`hold`](Self::hold)) for a part of its time, in slices of about 10 ms that it ran; one that sleeps in HLT is
+    /// ([`hold`](Self::hold)) for a part of its time, in slices of about 10 ms that it ran (2 ms at 99 %); one that sleeps in HLT is
     /// left alone. It has a thread of its own.
     ///
     /// ([`Doorbell::cpu_time`](crate::Doorbell::cpu_time) tells how long a vCPU ran; without it one is not slowed.)

@@ -634,6 +634,8 @@ struct Rounds {
     memory: u64,
     policy: Policy,
     steps: AutoConverge,
+    /// Rounds since the last step.
+    since_step: usize,
     /// How many pages were written in how long, of the last rounds.
     points: Vec<CurvePoint>,
     /// Pages a second that were sent, of the last rounds.
@@ -668,6 +670,7 @@ impl Rounds {
                 post_copy: false,
             },
             steps: AutoConverge::new(steps),
+            since_step: 0,
             points: Vec::new(),
             rates: Vec::new(),
             guessed: false,
@@ -704,6 +707,7 @@ impl Rounds {
             time: now.duration_since(self.began),
             throttle: self.steps.now(),
         };
+        self.since_step += 1;
         match advise(&ahead, spent, &self.policy) {
             // Nothing is left at all.
             _ if left == 0 => Next::Switch,
@@ -711,12 +715,21 @@ impl Rounds {
             Advice::GoOn => Next::Round,
             Advice::SlowDown => {
                 let throttle = self.steps.step();
+                self.since_step = 0;
                 // What it wrote when it was faster takes it longer now.
                 for point in &mut self.points {
                     *point = point.throttled(spent.throttle, throttle);
                 }
                 self.ahead(left, observer);
                 Next::Slower(throttle)
+            }
+            // It runs in bursts: until all that is looked back upon is of a guest as slow as this, it is not known.
+            Advice::GiveUp
+                if spent.throttle != Throttle::NONE
+                    && self.since_step < WINDOW
+                    && spent.time <= self.policy.patience =>
+            {
+                Next::Round
             }
             _ => Next::Stuck(Why::Stuck {
                 rounds: spent.rounds,
