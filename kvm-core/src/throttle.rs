@@ -13,7 +13,7 @@
 //!
 //! What counts is the CPU time of the vCPU's thread ([`Doorbell::cpu_time`](crate::Doorbell::cpu_time)), and not the
 //! clock: a vCPU that sleeps in HLT inside KVM is neither woken nor charged, and one that the host gives half of a
-//! processor sleeps its part of that half. The thread looks each 10 ms (beyond 95 % more often: a slice and its sleep are
+//! processor sleeps its part of that half: beside others it is slowed by less than the number says. The thread looks each 10 ms (beyond 95 % more often: a slice and its sleep are
 //! no longer than 200 ms), or when the first vCPU can have run for so long; while the throttle is 0 it sleeps.
 //!
 //! Lock order: the throttle's, then `members`, then a vCPU's ledger. Charging is done under the throttle's lock, so that
