@@ -39,6 +39,7 @@ pub mod boot;
 pub mod console;
 pub mod cpu;
 pub mod debug;
+pub mod dirtier;
 pub mod image;
 pub mod io;
 pub mod irq;

@@ -71,6 +71,19 @@ crate::blob!(
     "
 );
 
+/// Where [`counts`] counts: 32 bits for each vCPU.
+pub const COUNTS_AT: u64 = 0x2000;
+
+crate::blob!(
+    /// Counts in memory for ever, each vCPU where its number, in EBX, says: [`COUNTS_AT`].
+    counts,
+    "
+    .code16
+    1:  inc dword ptr [ebx * 4 + 0x2000]
+        jmp 1b
+    "
+);
+
 crate::blob!(
     /// Counts in EAX for ever.
     spin,

@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::halt_poll::HaltPolling;
-use crate::sync::{AtomicU32, Condvar, Mutex, Ordering, lock, wait};
+use crate::sync::{AtomicU32, Condvar, Mutex, Ordering, lock, wait, wait_for};
 
 /// Something has come that may end the halt.
 const EVENT: u32 = 1;
@@ -167,6 +167,24 @@ impl Blocker {
             self.window = self.polling.next(self.window, began.elapsed());
         }
         woken
+    }
+
+    /// Sleeps until `until`, or a nudge: true. An event ends no rest, and is there for the halt that it ends.
+    pub(crate) fn rest(&self, until: Instant) -> bool {
+        let mut guard = lock(&self.shared.asleep);
+        // Acquire as in `take`: what came with a nudge is seen.
+        let mut word = self.shared.word.fetch_or(SLEEPS, Ordering::Acquire);
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if word & NUDGE != 0 || left.is_zero() {
+                // A nudge that comes between is one with it: who rests looks at everything then.
+                let bits = !(NUDGE | SLEEPS);
+                word |= self.shared.word.fetch_and(bits, Ordering::Acquire);
+                return word & NUDGE != 0;
+            }
+            guard = wait_for(&self.shared.changed, guard, left);
+            word = self.shared.word.load(Ordering::Acquire);
+        }
     }
 
     /// What has come, if anything.

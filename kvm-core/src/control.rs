@@ -18,7 +18,7 @@
 //!
 //! A parked thread does what it is asked (`access.rs`) and parks again.
 //!
-//! Lock order: `members`, then `state`. vCPU threads take `state` when they start, park, acknowledge
+//! Lock order: `members`, then `state`; a vCPU's ledger is the last of all. vCPU threads take `state` when they start, park, acknowledge
 //! and leave, and `members` when they leave; on the way from exit to entry they take none.
 
 use std::any::TypeId;
@@ -32,6 +32,7 @@ use std::time::{Duration, Instant};
 use crate::access::{OnThread, Tasks};
 use crate::blocker::{Blocker, Waker};
 use crate::halt_poll::HaltPolling;
+use crate::hold::{Ledger, Look, SLICE, Sentence};
 use crate::identity::{Identity, VcpuId};
 use crate::kick::Gate;
 use crate::mode::GuestMode;
@@ -40,6 +41,7 @@ use crate::run::{ExitHandler, Halt, RunVcpu, Runner};
 use crate::sync::{
     AtomicU64, Condvar, Mutex, MutexGuard, Ordering, lock, thread_local, wait, wait_for,
 };
+use crate::throttle::{Throttle, ThrottleError};
 
 thread_local! {
     /// The sets whose vCPUs this thread is running, by address: one, or several where a handler runs another
@@ -101,6 +103,8 @@ pub(crate) struct State {
     pub(crate) threads: Vec<usize>,
     /// What parked members are asked to do (`access.rs`).
     pub(crate) tasks: Tasks,
+    /// A [`Throttle`] is there.
+    throttled: bool,
 }
 
 impl State {
@@ -122,6 +126,15 @@ pub(crate) struct Enrolled {
     /// The newest epoch acknowledged, or `u64::MAX` once the vCPU has left. Written under the state
     /// lock, so Relaxed.
     acknowledged: AtomicU64,
+    /// How long it is held out of the guest (`hold.rs`).
+    ledger: Mutex<Ledger>,
+}
+
+impl Enrolled {
+    fn change_hold(&self, change: impl FnOnce(&mut Ledger)) {
+        change(&mut lock(&self.ledger));
+        self.gate.ask(Requests::default().with(Request::HOLD));
+    }
 }
 
 pub(crate) struct Control {
@@ -146,6 +159,37 @@ impl Control {
     fn ask_all(&self, requests: Requests) {
         for member in lock(&self.members).iter() {
             member.gate.ask(requests);
+        }
+    }
+
+    /// False: there is a throttle.
+    pub(crate) fn begin_throttle(&self) -> bool {
+        !std::mem::replace(&mut lock(&self.state).throttled, true)
+    }
+
+    pub(crate) fn end_throttle(&self) {
+        lock(&self.state).throttled = false;
+    }
+
+    /// Holds those that have run for a slice, and says when the next may have.
+    pub(crate) fn charge_all(&self, percent: u8) -> Duration {
+        let mut next = SLICE;
+        for member in lock(&self.members).iter() {
+            let Some(cpu) = member.gate.cpu_time() else {
+                continue;
+            };
+            let look = lock(&member.ledger).look(cpu, percent);
+            match look {
+                Look::Hold => drop(member.gate.ask(Requests::default().with(Request::HOLD))),
+                Look::Again(after) => next = next.min(after),
+            }
+        }
+        next
+    }
+
+    pub(crate) fn release_all(&self) {
+        for member in lock(&self.members).iter() {
+            member.change_hold(Ledger::release);
         }
     }
 
@@ -206,6 +250,7 @@ impl VcpuSet {
             fd: TypeId::of::<V::Fd>(),
             gate: Gate::new(vcpu.doorbell(), blocker.waker()),
             acknowledged: AtomicU64::new(0),
+            ledger: Mutex::default(),
         });
         members.push(enrolled.clone());
         drop(members);
@@ -416,6 +461,41 @@ impl VcpuSet {
         Ok(())
     }
 
+    /// Keeps a vCPU out of the guest for `time`, or for so much longer where it is held already: a year at most. It sleeps
+    /// meanwhile; a pause, a stop, a kick and requests wake it and are served at once, and what is left of the hold
+    /// goes on behind them. Interrupts wait for its next entry. In a pause the time goes on as well.
+    ///
+    /// Does not block. May be called by a handler, also for its own vCPU: who answers a full dirty ring by slowing the one
+    /// who filled it, for instance.
+    ///
+    /// # Errors
+    /// [`ControlError::NoSuchVcpu`].
+    pub fn hold(&self, id: VcpuId, time: Duration) -> Result<(), ControlError> {
+        self.find(id)?.change_hold(|ledger| ledger.hold(time));
+        Ok(())
+    }
+
+    /// Ends a vCPU's [hold](Self::hold) at once; one that is not held runs on. Does not block.
+    ///
+    /// # Errors
+    /// [`ControlError::NoSuchVcpu`].
+    pub fn release(&self, id: VcpuId) -> Result<(), ControlError> {
+        self.find(id)?.change_hold(Ledger::release);
+        Ok(())
+    }
+
+    /// What slows all vCPUs down, from 0 % on: those that are enrolled later too. It holds each
+    /// ([`hold`](Self::hold)) for a part of its time, in slices of about 10 ms that it ran (2 ms at 99 %); one that sleeps in HLT is
+    /// left alone. It has a thread of its own.
+    ///
+    /// ([`Doorbell::cpu_time`](crate::Doorbell::cpu_time) tells how long a vCPU ran; without it one is not slowed.)
+    ///
+    /// # Errors
+    /// [`ThrottleError`].
+    pub fn throttle(&self) -> Result<Throttle, ThrottleError> {
+        Throttle::new(&self.control)
+    }
+
     /// Wakes a vCPU where it is halted in user space ([`Flow::Block`](crate::Flow::Block)): its
     /// [`Runner::waker`], also once a thread has the runner. A waker outlives its vCPU, and then wakes
     /// nobody.
@@ -579,6 +659,11 @@ impl Member {
             }
         }
         state
+    }
+
+    /// What is to be done about its hold, once.
+    pub(crate) fn sentence(&self) -> Sentence {
+        lock(&self.enrolled.ledger).take()
     }
 
     /// What tells it from every other member that is alive.

@@ -26,6 +26,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings as kvm;
 use vmm_sys_util::errno::Error as Errno;
@@ -167,6 +168,8 @@ pub struct FakeState {
     arrived: Condvar,
     /// The standard library's: a test's own, which loom need not try every order of.
     bus_errors: std::sync::Mutex<VecDeque<BusError>>,
+    /// A test's own as well.
+    cpu_time: std::sync::Mutex<Duration>,
 }
 
 #[derive(Default)]
@@ -210,6 +213,17 @@ impl FakeState {
         kept.unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// Its thread has used so much more CPU time; by itself it uses none.
+    pub fn has_run(&self, time: Duration) {
+        let mut used = self.used();
+        *used = used.saturating_add(time);
+    }
+
+    fn used(&self) -> std::sync::MutexGuard<'_, Duration> {
+        let used = self.cpu_time.lock();
+        used.unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     /// The vCPU's thread takes a `SIGBUS` now: in a handler, for example.
     pub fn bus_error(&self, error: BusError) {
         self.kept().push_back(error);
@@ -226,6 +240,10 @@ impl Doorbell for FakeState {
         signal.pending = true;
         signal.log.rings += 1;
         self.arrived.notify_all();
+    }
+
+    fn cpu_time(&self) -> Option<Duration> {
+        Some(*self.used())
     }
 }
 
@@ -254,6 +272,7 @@ impl FakeVcpu {
                 signal: Mutex::new(Signal::default()),
                 arrived: Condvar::new(),
                 bus_errors: std::sync::Mutex::default(),
+                cpu_time: std::sync::Mutex::default(),
             }),
             area: vec![0; AREA],
             access_pending: false,

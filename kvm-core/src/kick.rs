@@ -28,9 +28,11 @@
 //! there is one, because the first kicker's signal is on its way.
 //!
 //! A vCPU that is halted in user space (`blocker.rs`) is outside, and so an asker nudges whoever it finds
-//! there: [`Gate::is_asked`] is the same pattern once more, with the wait in the place of `KVM_RUN`.
+//! there: [`Gate::is_asked`] is the same pattern once more, with the wait in the place of `KVM_RUN`. So is one that is
+//! held out of the guest (`hold.rs`).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::blocker::Waker;
 use crate::mode::{GuestMode, ModeCell};
@@ -50,6 +52,11 @@ pub trait Doorbell: Send + Sync {
     fn set_immediate_exit(&self, on: bool);
     /// Interrupts the vCPU's thread if it is in `KVM_RUN`.
     fn ring(&self);
+    /// The CPU time that the vCPU's thread has used so far, the guest's among it. `None`: it has no thread, or it cannot
+    /// be told; then a [`Throttle`](crate::Throttle) does not slow it.
+    fn cpu_time(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// The gate between a vCPU's thread and the guest: its mode, its requests and its doorbell.
@@ -79,6 +86,11 @@ impl Gate {
         self.mode.load()
     }
 
+    /// [`Doorbell::cpu_time`].
+    pub(crate) fn cpu_time(&self) -> Option<Duration> {
+        self.doorbell.cpu_time()
+    }
+
     /// The vCPU's thread wants in. True: it is in guest mode and must call `KVM_RUN` and then
     /// [`Gate::leave`]. False: requests are pending, it is outside, take them first.
     pub(crate) fn enter(&self) -> bool {
@@ -94,7 +106,7 @@ impl Gate {
         true
     }
 
-    /// Whether requests are pending. For a halted vCPU, outside the guest, before it waits.
+    /// Whether requests are pending. For a vCPU that is halted or held, outside the guest, before it waits.
     pub(crate) fn is_asked(&self) -> bool {
         // Pairs with the fence in `ask`. If that one is first, its request is seen below. If this is, the
         // asker sees this vCPU outside, kicks nobody and nudges: the wait that follows ends at once.

@@ -62,7 +62,7 @@
 //! why nothing is lost), `run.rs` (the loop), `control.rs` (all vCPUs together), `exit.rs` (the
 //! decoder), `memory_error.rs` (guest memory that the host cannot give) with `kvm/bus_error.rs`
 //! (`SIGBUS`), `access.rs` (what a paused vCPU is asked), `blocker.rs` and `halt_poll.rs` (a vCPU that
-//! is halted in user space), `kernel_halt.rs` (one that is halted in KVM), `device.rs` (devices in the
+//! is halted in user space), `hold.rs` and `throttle.rs` (vCPUs that are slowed down), `kernel_halt.rs` (one that is halted in KVM), `device.rs` (devices in the
 //! kernel), `stats/` (KVM's own statistics), `logging/` (log lines that no guest can make flow), `kvm/`
 //! (the ioctls, and all `unsafe`), `arch/` (CPUID with topologies and processor models, MSRs and their
 //! filter, registers, tables, debug registers, machine checks as data; whole state), `fake.rs` (a vCPU without KVM).
@@ -98,6 +98,9 @@
 //! - A vCPU that is halted in user space ([`Flow::Block`]) sleeps on a condition variable of its own, after
 //!   polling for as long as [`Runner::halt_polling`] allows. Its [`Waker`] wakes it from any thread; all
 //!   that reaches a vCPU in the guest reaches it there as well.
+//! - vCPUs are slowed down by [`VcpuSet::throttle`], all of them by a part of their time, or one by one with
+//!   [`VcpuSet::hold`]: each sleeps outside the guest, on its own thread, and all that reaches a vCPU in the guest
+//!   reaches it there at once. One that sleeps in HLT is not woken for it.
 //! - Memory orderings are argued in `kick.rs`, `mode.rs`, `request.rs` and `blocker.rs`, and loom explores
 //!   run loop, kick, request, pause, stop and halt with every stale value that they allow and every
 //!   interleaving of at most two to four preemptions (`tests/loom_*.rs`).
@@ -225,6 +228,7 @@ mod exit;
 #[cfg(any(test, feature = "test-utilities"))]
 pub mod fake;
 mod halt_poll;
+mod hold;
 mod identity;
 mod kernel_halt;
 mod kick;
@@ -238,6 +242,7 @@ mod request;
 mod run;
 pub mod stats;
 mod sync;
+mod throttle;
 
 #[cfg(target_arch = "x86_64")]
 pub use arch::x86_64::state;
@@ -266,6 +271,7 @@ pub use memory_error::{
 pub use mode::{GuestMode, ModeEvent};
 pub use request::{Request, Requests};
 pub use run::{ExitHandler, Flow, Halt, HaltReason, RunVcpu, Runner, VcpuView};
+pub use throttle::{Throttle, ThrottleError};
 pub use vmm_sys_util::errno::Error as Errno;
 
 /// The README's example compiles.

@@ -22,6 +22,8 @@ impl Request {
     pub(crate) const ACKNOWLEDGE: Self = Self(2);
     /// Raise an NMI (`KVM_REQ_NMI` is what the kernel makes of it).
     pub(crate) const NMI: Self = Self(3);
+    /// Look at the ledger: somebody holds the vCPU out of the guest, or releases it.
+    pub(crate) const HOLD: Self = Self(4);
 
     /// The consumer's request number `n`, or `None` beyond the 56 that there are.
     #[must_use]
@@ -123,7 +125,8 @@ mod tests {
             .with(Request::CONTROL)
             .with(Request::KICK)
             .with(Request::ACKNOWLEDGE)
-            .with(Request::NMI);
+            .with(Request::NMI)
+            .with(Request::HOLD);
         assert!(own.consumers().is_empty());
     }
 

@@ -7,6 +7,7 @@
 //!        ▼                                                              │
 //!   before_entry ─► requests? ──yes─► the consumer's, then park or stop ┤
 //!                      │no                                              │
+//!                      ├─► halted in user space, or held ─► wait ───────┤
 //!                      ▼                                                │
 //!                   KVM_RUN ─► EINTR, EAGAIN ───────────────────────────┤
 //!                      │                                                │
@@ -49,6 +50,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vm_memory::GuestAddress;
 use vmm_sys_util::errno::Error as Errno;
@@ -58,6 +60,7 @@ use crate::blocker::{Blocker, Waker, Woken};
 use crate::control::{Member, Verdict};
 use crate::exit::{DecodeError, Exit, InternalError, forget};
 use crate::halt_poll::HaltPolling;
+use crate::hold::Sentence;
 use crate::identity::VcpuId;
 use crate::kick::Doorbell;
 use crate::memory_error::{BusError, HostAddress, MemoryError, Remedy};
@@ -69,6 +72,9 @@ const EFAULT: i32 = 14;
 const EINVAL: i32 = 22;
 const ENOTTY: i32 = 25;
 const EHWPOISON: i32 = 133;
+
+/// A hold that is as good as one without an end; an `Instant` has one.
+const LONGEST_HOLD: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// So many times in succession `KVM_RUN` may say `EAGAIN` to a vCPU that waits for nothing. One is
 /// KVM's way to start an AP; a shortage that is over at once is given the others.
@@ -373,6 +379,8 @@ pub struct Runner<V> {
     /// The vCPU's handler said [`Flow::Block`], and it has not been woken since.
     halted: bool,
     blocker: Blocker,
+    /// It is held out of the guest until then.
+    held: Option<Instant>,
     /// What a paused vCPU's thread ran into.
     untold: VecDeque<BusError>,
 }
@@ -385,6 +393,7 @@ impl<V: RunVcpu> Runner<V> {
             refusals: 0,
             halted: false,
             blocker,
+            held: None,
             untold: VecDeque::new(),
         }
     }
@@ -489,7 +498,8 @@ impl<V: RunVcpu> Runner<V> {
             // Behind all that may have touched guest memory since the last look: the handler, and tasks of
             // a pause.
             self.bus_errors(handler)?;
-            if self.halted && !self.member.gate().is_asked() {
+            let waits = self.halted || self.held.is_some();
+            if waits && !self.member.gate().is_asked() {
                 self.block(handler);
             } else if self.member.gate().enter() {
                 self.run_once(handler, &mut access_pending)?;
@@ -500,12 +510,30 @@ impl<V: RunVcpu> Runner<V> {
         }
     }
 
-    /// Waits until the vCPU is woken, or somebody asks for something.
+    /// Waits until the vCPU is woken or its hold is over, or somebody asks for something.
     #[cold]
     fn block<H: ExitHandler<V::Fd>>(&mut self, handler: &mut H) {
-        if self.blocker.block() == Woken::Event {
-            self.halted = !handler.runnable(&self.view());
+        if self.halted {
+            if self.blocker.block() == Woken::Event {
+                self.halted = !handler.runnable(&self.view());
+            }
+        } else if let Some(until) = self.held
+            && !self.blocker.rest(until)
+        {
+            self.held = None;
         }
+    }
+
+    /// Somebody holds it, or releases it.
+    #[cold]
+    fn sentenced(&mut self) {
+        let Sentence { released, owed } = self.member.sentence();
+        let now = Instant::now();
+        let held = self.held.filter(|until| !released && *until > now);
+        self.held = match owed.is_zero() {
+            true => held,
+            false => Some(held.unwrap_or(now) + owed.min(LONGEST_HOLD)),
+        };
     }
 
     /// One `KVM_RUN`, and what comes of it.
@@ -637,6 +665,9 @@ impl<V: RunVcpu> Runner<V> {
                 Flow::Stop(value) => return Err(HaltReason::Handler(value)),
             }
             self.bus_errors(handler)?;
+        }
+        if requests.contains(Request::HOLD) {
+            self.sentenced();
         }
         if requests.contains(Request::NMI) {
             match self.vcpu.nmi() {

@@ -69,8 +69,9 @@ Options of migrate:
   --bandwidth SIZE So many bytes a second at most, as in 100M
   --downtime MS    How long the guest may stand still, in milliseconds [100]
   --max-time SECS  How long memory is sent while the guest runs [300]
-  --when-stuck cancel|stop
-                   When it writes faster than that goes: give up, or stop it for as long as it takes [cancel]
+  --when-stuck cancel|throttle|stop
+                   When it writes faster than that goes: give up; slow it by 20 %, then 10 % more at a time, up to
+                   99 %, and give up if that does not help; or stop it for as long as it takes [cancel]
   --tls-cert FILE, --tls-key FILE, --tls-ca FILE
                    This host's certificate, its key, and the authority's certificate, PEM
   --tls-name NAME  Whom the other's certificate is for, if not the host in ADDRESS

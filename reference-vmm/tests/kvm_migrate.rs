@@ -13,13 +13,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use guests::dirtier::dirtier64;
 use guests::image;
 use guests::keeper::keeper64;
-use reference_vmm::config::Irqchip;
+use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::{EndSignal, GuestEnd};
+use reference_vmm::memory::Memory;
 use reference_vmm::migration::address::Address;
 use reference_vmm::migration::incoming::{Incoming, IncomingError, IncomingRequest};
-use reference_vmm::migration::outgoing::{MigrateRequest, Outgoing, OutgoingError};
+use reference_vmm::migration::outgoing::{MigrateRequest, Order, Outgoing, OutgoingError};
 use reference_vmm::migration::record::MigrationRecord;
 use reference_vmm::migration::source::WhenStuck;
 use reference_vmm::snapshot::{SnapshotError, SnapshotRequest};
@@ -128,6 +130,130 @@ fn a_guest_goes_from_machine_to_machine_and_has_lost_nothing() {
         assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{what}");
         assert_eq!(all, digits(all.len() - 1) + "!", "{what}");
     }
+}
+
+/// A machine whose guest writes some 80 MiB a second, for which there is a request over a connection of 4.
+fn too_fast(
+    when_stuck: WhenStuck,
+) -> (
+    tempfile::TempPath,
+    Guest,
+    impl Fn(&Address) -> MigrateRequest,
+) {
+    let kernel = support::file(&image::elf64(dirtier64()));
+    let config = Config {
+        memory: Memory::new(16 << 20),
+        debug_exit: Some(0xf4),
+        ..Config::new(&*kernel)
+    };
+    let mut guest = Guest::boot(&config);
+    guest.hear(2);
+    let request = move |to: &Address| MigrateRequest {
+        bandwidth_limit: Some(4 << 20),
+        // What is not certain by then is given up on as well.
+        time_s: 60,
+        when_stuck,
+        ..MigrateRequest::new(to.to_string())
+    };
+    (kernel, guest, request)
+}
+
+#[test]
+fn a_guest_that_writes_faster_than_its_memory_goes_stays_or_goes_slowed_as_was_asked_for() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let (_kernel, mut guest, request) = too_fast(WhenStuck::Cancel);
+    let (_folder, path) = place();
+    let incoming = Incoming::bind(&IncomingRequest::new(Address::Unix(path))).unwrap();
+    let request = request(incoming.address());
+    let (here, there) = migrate(&guest, incoming, &request);
+    let why = here.unwrap_err().to_string();
+    for needle in ["pages are left", "it would stand still for", "when_stuck"] {
+        assert!(why.contains(needle), "{why}");
+    }
+    assert!(there.is_err());
+    assert_eq!(guest.running.state(), RunState::Running);
+    guest.hear(2);
+
+    let (_folder, path) = place();
+    let incoming = Incoming::bind(&IncomingRequest::new(Address::Unix(path))).unwrap();
+    let request = MigrateRequest {
+        destination: incoming.address().to_string(),
+        when_stuck: WhenStuck::Throttle,
+        ..request
+    };
+    let (here, there) = migrate(&guest, incoming, &request);
+    let record = here.unwrap();
+    println!("{}", record.summary());
+    let slowed: Vec<_> = record
+        .rounds
+        .iter()
+        .map(|round| round.throttle_percent)
+        .collect();
+    assert!(slowed.is_sorted() && slowed[0] == 0, "{slowed:?}");
+    assert!(record.throttle_percent >= 20, "{slowed:?}");
+    let summary = record.summary();
+    let words = format!("slowed by up to {} %", record.throttle_percent);
+    assert!(summary.contains(&words), "{summary}");
+    // Nobody slows it any more, here or there.
+    let mut there = there.unwrap();
+    drop(guest.running.throttle().unwrap());
+    drop(there.running.throttle().unwrap());
+    let (mut all, end) = guest.leave();
+    assert_eq!(end, None, "{all}");
+    there.hear(5);
+    let (said, end) = there.leave();
+    all += &said;
+    assert_eq!(end, None, "{all}");
+    assert_eq!(all, digits(all.len()));
+}
+
+#[test]
+fn a_migration_that_is_cancelled_leaves_the_guest_as_fast_as_it_was() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let (_kernel, mut guest, request) = too_fast(WhenStuck::Throttle);
+    let (_folder, path) = place();
+    let incoming = Incoming::bind(&IncomingRequest::new(Address::Unix(path))).unwrap();
+    let request = request(incoming.address());
+    let (outgoing, there) = (Outgoing::default(), Arc::new(EndSignal::new().unwrap()));
+    let (_console, writer) = std::io::pipe().unwrap();
+    let gone = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let stop = || {
+            gone.load(Ordering::Relaxed)
+                .then(|| "no source is left".to_owned())
+        };
+        let there = &there;
+        let arrived = scope.spawn(move || {
+            incoming
+                .receive(writer, there, &stop, Machine::start)
+                .is_ok()
+        });
+        let here = scope.spawn(|| outgoing.migrate(&guest.running, &guest.end, &request));
+        // It is in force: another one is refused.
+        while outgoing
+            .record()
+            .map_or(0, |record| record.throttle_percent)
+            == 0
+        {
+            std::thread::yield_now();
+        }
+        assert!(guest.running.throttle().is_err());
+        outgoing.order(Order::Cancel).unwrap();
+        let why = here.join().unwrap().unwrap_err().to_string();
+        assert!(why.contains("cancelled"), "{why}");
+        gone.store(true, Ordering::Relaxed);
+        assert!(!arrived.join().unwrap());
+    });
+    drop(guest.running.throttle().unwrap());
+    guest.hear(5);
+    let (said, end) = guest.leave();
+    assert_eq!((said.clone(), end), (digits(said.len()), None));
 }
 
 /// Passes connections on from one socket to another, and cuts all of them when so many bytes went in one direction.

@@ -9,8 +9,8 @@
 mod world;
 
 use std::io::{Read, Write};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use reference_vmm::migration::codec::Compression;
@@ -95,6 +95,7 @@ fn check(world: &World, here: &Result<(), MigrateError>, there: &Received, what:
         assert_eq!(world.is_locked(side), world.runs(side), "{}", said());
     }
     assert!(!world.is_tracked(), "{}", said());
+    assert_eq!(world.throttled(), 0, "{}", said());
 }
 
 #[test]
@@ -305,6 +306,79 @@ fn a_guest_that_writes_too_fast_is_refused_with_what_a_stop_would_cost_and_goes_
     };
     assert!(rounds >= 3 && left > 0);
     assert!(why.contains("pages are left"), "{why}");
+    assert!(why.contains("when_stuck: throttle"), "{why}");
+}
+
+fn throttling() -> Settings {
+    Settings {
+        when_stuck: WhenStuck::Throttle,
+        ..settings()
+    }
+}
+
+/// What the guest was slowed by, step by step.
+fn steps(world: &Arc<World>) -> (Vec<u8>, Result<(), MigrateError>, Received) {
+    let steps = Mutex::new(Vec::new());
+    let observer = At(|event| {
+        if let Event::Throttled(throttle) = event {
+            assert_eq!(world.throttled(), throttle.as_percent());
+            steps.lock().unwrap().push(throttle.as_percent());
+        }
+    });
+    let (here, there) = both(world, &throttling(), &Orders::default(), &observer, None);
+    (steps.into_inner().unwrap(), here, there)
+}
+
+/// QEMU's.
+const STEPS: [u8; 9] = [20, 30, 40, 50, 60, 70, 80, 90, 99];
+
+#[test]
+fn a_guest_that_writes_too_fast_goes_when_it_is_slowed_enough_and_is_slow_no_more() {
+    let world = World::new(None);
+    let (steps, here, there) = steps(&world);
+    here.as_ref().unwrap();
+    check(&world, &here, &there, "slowed");
+    assert!(steps.len() > 1 && STEPS.starts_with(&steps), "{steps:?}");
+}
+
+#[test]
+fn a_guest_that_is_slowed_in_vain_is_given_up_on_with_what_is_left_to_do_and_is_slow_no_more() {
+    let world = World::new(None);
+    world.defies_throttles();
+    let (steps, here, there) = steps(&world);
+    check(&world, &here, &there, "in vain");
+    assert_eq!(steps, STEPS);
+    let why = here.unwrap_err().to_string();
+    for needle in ["slowed by 99 %", "pages are left", "post-copy"] {
+        assert!(why.contains(needle), "{why}");
+    }
+}
+
+#[test]
+fn a_wire_that_is_severed_at_any_message_leaves_one_guest_that_is_slow_no_more() {
+    let strike = Strike::SeverAll { lost: false };
+    at_each_message(&[Arrives::Nothing, Arrives::All], strike, |fault, world| {
+        let (here, there) = both(world, &throttling(), &Orders::default(), &(), None);
+        check(world, &here, &there, &format!("{fault:?}"));
+    });
+}
+
+#[test]
+fn a_cancel_at_any_step_of_a_throttle_lifts_it() {
+    for step in [20, 30, 99] {
+        let (world, orders) = (World::new(None), Orders::default());
+        world.defies_throttles();
+        let observer = At(|event| {
+            if let Event::Throttled(throttle) = event
+                && throttle.as_percent() == step
+            {
+                orders.cancel().unwrap();
+            }
+        });
+        let (here, there) = both(&world, &throttling(), &orders, &observer, None);
+        check(&world, &here, &there, "cancelled");
+        assert!(matches!(here.unwrap_err().why, Why::Cancelled), "{step}");
+    }
 }
 
 #[test]

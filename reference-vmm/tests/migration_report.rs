@@ -34,6 +34,9 @@ fn record() -> MigrationRecord {
     let mut record = MigrationRecord::new("tcp:192.0.2.7:4444".into(), 1 << 18, settings(), began);
     let mut at = 40_000;
     for (pages, dirtied) in [(1 << 18, 21_000), (21_000, 6_500), (6_500, 5_100)] {
+        if pages == 6_500 {
+            record.throttled(20);
+        }
         record.round_begins(us(at), pages, false);
         let mut left = pages;
         while left > 0 {

@@ -73,8 +73,9 @@ pub fn advise(ahead: &Forecast, spent: Spent, policy: &Policy) -> Advice {
     let over = late(Duration::ZERO);
     let ends = match ahead.outcome {
         Outcome::Converges => !late(ahead.time.high),
-        // The middle one in time is worth another round, until the time is over.
-        Outcome::Uncertain => !late(ahead.time.mean),
+        // The middle one in time is worth another round, until the time is over; one that does not end at all has no
+        // downtime that is allowed.
+        Outcome::Uncertain => ahead.downtime.mean <= policy.downtime && !late(ahead.time.mean),
         Outcome::Diverges => false,
     };
     if !over && (ends || spent.rounds < policy.least_rounds) {
@@ -219,6 +220,28 @@ mod tests {
         assert_eq!(advise(&late, spent(3, 10, 0), &POLICY), Advice::SlowDown);
         let in_time = ahead(Outcome::Uncertain, 5, 100, 50);
         assert_eq!(advise(&in_time, spent(3, 10, 0), &POLICY), Advice::GoOn);
+    }
+
+    #[test]
+    fn where_only_the_best_ends_the_guest_is_slowed_and_else_given_the_time_that_there_is() {
+        let best_alone = ahead(Outcome::Uncertain, 5, 100, 500);
+        assert_eq!(
+            advise(&best_alone, spent(3, 10, 0), &POLICY),
+            Advice::SlowDown
+        );
+        let nothing_else = Policy {
+            throttle: Throttle::NONE,
+            post_copy: false,
+            ..POLICY
+        };
+        assert_eq!(
+            advise(&best_alone, spent(3, 10, 0), &nothing_else),
+            Advice::GoOn
+        );
+        assert_eq!(
+            advise(&best_alone, spent(3, 301, 0), &nothing_else),
+            Advice::GiveUp
+        );
     }
 
     #[test]

@@ -43,6 +43,12 @@ impl Throttle {
     pub fn sleep_after(self, run: Duration) -> Duration {
         run.saturating_mul(u32::from(self.0)) / u32::from(100 - self.0)
     }
+
+    /// How long a guest that is throttled so takes for what it did in `time` when it was throttled as `before`: a guest
+    /// that runs. ([`CurvePoint::throttled`](super::CurvePoint::throttled) is for what it wrote.)
+    pub fn stretch(self, time: Duration, before: Self) -> Duration {
+        time.saturating_mul(u32::from(100 - before.0)) / u32::from(100 - self.0)
+    }
 }
 
 /// The steps of [`AutoConverge`].
@@ -106,9 +112,7 @@ impl AutoConverge {
         let Steps {
             threshold,
             patience,
-            first,
-            more,
-            most,
+            ..
         } = self.steps;
         let limit = u128::from(round.sent) * u128::from(threshold);
         if u128::from(round.dirtied) * 100 <= limit {
@@ -117,13 +121,29 @@ impl AutoConverge {
         }
         self.bad = self.bad.saturating_add(1);
         if self.bad >= patience.max(1) {
-            self.bad = 0;
-            let next = match self.now {
-                Throttle::NONE => first,
-                Throttle(now) => now.saturating_add(more),
-            };
-            self.now = self.now.max(Throttle::percent(next.min(most)));
+            self.step();
         }
+        self.now
+    }
+
+    /// A step now, whatever the rounds were: for who has a forecast, and hears [`SlowDown`](super::Advice::SlowDown).
+    ///
+    /// ```
+    /// # use dirty_log::estimate::{AutoConverge, Steps};
+    /// let mut policy = AutoConverge::new(Steps::default());
+    /// let percents = [(); 10].map(|()| policy.step().as_percent());
+    /// assert_eq!(percents, [20, 30, 40, 50, 60, 70, 80, 90, 99, 99]);
+    /// ```
+    pub fn step(&mut self) -> Throttle {
+        let Steps {
+            first, more, most, ..
+        } = self.steps;
+        self.bad = 0;
+        let next = match self.now {
+            Throttle::NONE => first,
+            Throttle(now) => now.saturating_add(more),
+        };
+        self.now = self.now.max(Throttle::percent(next.min(most)));
         self.now
     }
 

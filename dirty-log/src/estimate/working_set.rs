@@ -8,6 +8,7 @@
 
 use std::time::Duration;
 
+use super::Throttle;
 use crate::source::fits;
 use crate::{DirtyBitmap, Error};
 
@@ -25,6 +26,26 @@ pub struct CurvePoint {
     pub low: f64,
     /// The greatest of them.
     pub high: f64,
+}
+
+impl CurvePoint {
+    /// The same writes by a guest that is throttled as `now`, where it was as `before`: as many pages, in a window that is
+    /// longer or shorter. So what was seen before a step of a throttle tells of the time behind it. A guest that waits more
+    /// than it runs is slowed by less than that.
+    ///
+    /// ```
+    /// # use dirty_log::estimate::{CurvePoint, Throttle};
+    /// # use std::time::Duration;
+    /// # let seen = CurvePoint { window: Duration::from_secs(1), pages: 9.0, low: 8.0, high: 10.0 };
+    /// let slowed = seen.throttled(Throttle::NONE, Throttle::percent(75));
+    /// assert_eq!((slowed.window, slowed.pages), (Duration::from_secs(4), seen.pages));
+    /// ```
+    pub fn throttled(self, before: Throttle, now: Throttle) -> Self {
+        CurvePoint {
+            window: now.stretch(self.window, before),
+            ..self
+        }
+    }
 }
 
 /// Different pages dirtied, by window. Grows with the window, ever more slowly, and ends at the memory's

@@ -6,6 +6,7 @@
 mod watchdog;
 
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_userspace_memory_region};
@@ -58,6 +59,19 @@ impl Memory {
             let at = self.0.as_ptr().add(address);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len());
         }
+    }
+}
+
+impl Memory {
+    /// A word that a guest writes while this reads it.
+    pub fn word(&self, address: u64) -> u32 {
+        let address = usize::try_from(address).unwrap();
+        assert!(address + 4 <= LEN && address.is_multiple_of(4));
+        // SAFETY: inside the mapping and aligned (asserted above). The process reads it as an atomic, and what a guest
+        // does is no access of this program's.
+        let word = unsafe { self.0.as_ptr().add(address).cast::<AtomicU32>().as_ref() };
+        // Relaxed: a number that stands for itself.
+        word.unwrap().load(Ordering::Relaxed)
     }
 }
 

@@ -93,8 +93,9 @@ impl Flags {
             Long("when-stuck") => {
                 self.when_stuck = Some(parser.value()?.parse_with(|word| match word {
                     "cancel" => Ok(WhenStuck::Cancel),
+                    "throttle" => Ok(WhenStuck::Throttle),
                     "stop" => Ok(WhenStuck::Stop),
-                    _ => Err("--when-stuck is cancel or stop"),
+                    _ => Err("--when-stuck is cancel, throttle or stop"),
                 })?);
             }
             Long("tls-name") => self.tls.set_name(parser.value()?.string()?),

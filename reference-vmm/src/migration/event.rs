@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use dirty_log::estimate::Forecast;
+use dirty_log::estimate::{Forecast, Throttle};
 
 /// A round that is over: the destination has its pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub struct RoundDone {
     pub took: Duration,
     /// Pages that it had.
     pub pages: u64,
+    /// Those of them that were zero, of which only that was sent.
+    pub zero: u64,
     /// Pages that the guest has written meanwhile. Of the last there are none.
     pub dirtied: u64,
 }
@@ -80,6 +82,8 @@ pub enum Event<'a> {
         /// What comes of them.
         forecast: &'a Forecast,
     },
+    /// The guest is slowed so from now on.
+    Throttled(Throttle),
     /// A step of the switch-over has been done.
     Step(Step),
     /// Where the guest is, is not known; why. It is asked again and again.

@@ -4,6 +4,8 @@
 
 use std::ops::Range;
 
+use dirty_log::estimate::Throttle;
+
 /// A step that the guest's side refused, in words.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -65,6 +67,11 @@ pub trait SourceGuest: Sync {
     /// # Errors
     /// [`Refusal`].
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Refusal>;
+    /// Has each vCPU sleep this part of its time from now on; with [`Throttle::NONE`] it is lifted.
+    ///
+    /// # Errors
+    /// [`Refusal`]; what was in force still is. There is none for lifting it.
+    fn throttle(&self, throttle: Throttle) -> Result<(), Refusal>;
     /// Stops the guest; from here on nobody else lets it go on.
     ///
     /// # Errors

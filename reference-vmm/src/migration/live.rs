@@ -7,7 +7,8 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_core::Pause;
+use dirty_log::estimate::Throttle;
+use kvm_core::{Pause, ThrottleError};
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -44,6 +45,8 @@ pub struct LiveGuest<'a> {
     running: &'a Running,
     end: &'a EndSignal,
     given: Arc<Given>,
+    /// What slows it; dropped with this, whatever comes of the migration.
+    throttle: Mutex<Option<kvm_core::Throttle>>,
 }
 
 impl<'a> LiveGuest<'a> {
@@ -58,6 +61,7 @@ impl<'a> LiveGuest<'a> {
             running,
             end,
             given,
+            throttle: Mutex::default(),
         }
     }
 
@@ -166,6 +170,20 @@ impl SourceGuest for LiveGuest<'_> {
             .memory()
             .read_slice(bytes, GuestAddress(address));
         read.map_err(|error| Refusal(format!("at {address:#x}: {error}")))
+    }
+
+    fn throttle(&self, throttle: Throttle) -> Result<(), Refusal> {
+        let mut slot = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
+        if throttle == Throttle::NONE {
+            *slot = None;
+            return Ok(());
+        }
+        let refused = |error: ThrottleError| Refusal::of(&error);
+        let in_force = match &mut *slot {
+            Some(in_force) => in_force,
+            slot @ None => slot.insert(self.running.throttle().map_err(refused)?),
+        };
+        in_force.set(throttle.as_percent()).map_err(refused)
     }
 
     fn hold(&self) -> Result<(), Refusal> {

@@ -44,7 +44,13 @@
 //! begun, so what a round took is what the link carries, and nothing waits in buffers when the guest is stopped. That is
 //! done when the rest fits into the downtime: [`dirty_log::estimate`] forecasts it from the last rounds, and what the
 //! rehearsal took for the state is taken off first. A guest that writes faster than that is refused with what a stop would
-//! cost, or stopped all the same ([`source::WhenStuck`]); it is not slowed down.
+//! cost, or slowed down until it does not, or stopped all the same ([`source::WhenStuck`]).
+//!
+//! Slowed down, each vCPU sleeps a part of its time ([`kvm_core::Throttle`]): 20 % at first, 10 % more behind each round that
+//! does not promise an end, up to 99 %, as QEMU's auto-converge has it; what was seen before counts as if it had been as slow.
+//! It is the same with `--dirty-log ring`, where dirty-log could hold the vCPUs that write alone
+//! ([`dirty_log::estimate::DirtyLimit`]): not done. The throttle is the source's process's: it is lifted before a guest that
+//! stays goes on, and the destination knows of none.
 //!
 //! A page takes the same data connection in each round, by its address: so nothing older overtakes what is newer, and
 //! connections do not wait for each other. Pages that are zero are said to be so, by runs; the destination leaves memory

@@ -47,7 +47,7 @@ pub struct MigrateRequest {
     /// How long memory is sent while it runs, in seconds.
     #[serde(default = "time")]
     pub time_s: u64,
-    /// When that does not go: `cancel`, or `stop` it for as long as it takes.
+    /// When that does not go: `cancel`, `throttle` it until it does, or `stop` it for as long as it takes.
     #[serde(default)]
     pub when_stuck: WhenStuck,
     /// By what the two know each other.
@@ -323,6 +323,7 @@ impl Observer for Recorder {
             Event::Sent { pages, zero, bytes } => record.sent(now, pages, zero, bytes),
             Event::RoundDone(done) => record.round_ends(now, done.dirtied),
             Event::Ahead { forecast, .. } => record.forecast_is(now, forecast),
+            Event::Throttled(throttle) => record.throttled(throttle.as_percent()),
             Event::Step(step) => match step {
                 Step::Stopping => record.stop_begins(now),
                 Step::Held => record.step_ends(record::Step::Pause, now),

@@ -118,7 +118,7 @@ impl Progress {
 /// ```
 ///
 /// The round, what of it is left, bytes a second on the wire, what the guest dirties in a second by the last round
-/// that tells, and the forecast.
+/// that tells, what the guest is slowed by if it is, and the forecast.
 pub fn line(record: &MigrationRecord, now: Duration) -> String {
     let mut text = String::from("migration: ");
     // A string takes everything.
@@ -146,6 +146,9 @@ pub fn line(record: &MigrationRecord, now: Duration) -> String {
     if let Some(told) = record.rounds.iter().rfind(|round| !round.took.is_zero()) {
         let dirtied = per_second(units::pages(told.pages_dirtied), told.took);
         let _ = write!(text, ", dirties {}", units::rate(dirtied));
+    }
+    if record.throttle_percent > 0 {
+        let _ = write!(text, ", slowed by {} %", record.throttle_percent);
     }
     if let Some(ahead) = &record.forecast {
         let _ = write!(text, ", {}", forecast(ahead, now));
@@ -267,6 +270,11 @@ mod tests {
         assert_eq!(
             line(&record, ms(2000)),
             "migration: round 2, 7.81 MiB left, 512 MiB/s, dirties 3.91 MiB/s, stops in 3.00 s to 5.00 s"
+        );
+        record.throttled(30);
+        assert_eq!(
+            line(&record, ms(2000)),
+            "migration: round 2, 7.81 MiB left, 512 MiB/s, dirties 3.91 MiB/s, slowed by 30 %, stops in 3.00 s to 5.00 s"
         );
         record.stop_begins(ms(2100));
         record.round_begins(ms(2100), 10, true);

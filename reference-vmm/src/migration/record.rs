@@ -9,6 +9,8 @@
 //!                                                                                         step_ends(LastPages)
 //! ```
 //!
+//! Between two rounds [`throttled`](MigrationRecord::throttled) says what the guest is slowed by.
+//!
 //! Each of these takes the time since the migration began, so that nothing here asks a clock. Any may be left out, and
 //! [`ends`](MigrationRecord::ends) may come at every place. The record stays small however long a migration takes:
 //! at most [`MOST_ROUNDS`] rounds and [`MOST_SAMPLES`] samples are kept.
@@ -54,6 +56,10 @@ pub struct MigrationRecord {
     pub at_work: Option<Round>,
     /// The newest forecast.
     pub forecast: Option<Ahead>,
+    /// What the guest is slowed by, in percent of its vCPUs' time; of a migration that is over, what it was slowed by at
+    /// last.
+    #[serde(default)]
+    pub throttle_percent: u8,
     /// The guest's stop, from when it began.
     pub switch_over: Option<SwitchOver>,
     /// How it ended; `None` while it goes.
@@ -106,6 +112,9 @@ pub struct Round {
     pub pages_dirtied: u64,
     /// The guest was paused: the last round.
     pub stopped: bool,
+    /// What the guest was slowed by, in percent of its vCPUs' time.
+    #[serde(default)]
+    pub throttle_percent: u8,
 }
 
 /// A round with what follows from it.
@@ -123,6 +132,7 @@ struct RoundForm {
     wire_bytes: u64,
     pages_dirtied: u64,
     stopped: bool,
+    throttle_percent: u8,
     pages_dirtied_per_s: u64,
     wire_bytes_per_s: u64,
 }
@@ -141,6 +151,7 @@ impl From<Round> for RoundForm {
             wire_bytes,
             pages_dirtied,
             stopped,
+            throttle_percent,
         } = round;
         RoundForm {
             number,
@@ -152,6 +163,7 @@ impl From<Round> for RoundForm {
             wire_bytes,
             pages_dirtied,
             stopped,
+            throttle_percent,
             pages_dirtied_per_s,
             wire_bytes_per_s,
         }
@@ -397,6 +409,7 @@ impl MigrationRecord {
             rounds: Vec::new(),
             at_work: None,
             forecast: None,
+            throttle_percent: 0,
             switch_over: None,
             outcome: None,
             samples: Vec::new(),
@@ -414,6 +427,7 @@ impl MigrationRecord {
             began: at,
             pages_to_send: pages,
             stopped,
+            throttle_percent: self.throttle_percent,
             ..Round::default()
         });
         self.sample(at);
@@ -455,6 +469,11 @@ impl MigrationRecord {
     /// What is ahead, seen at `at`.
     pub fn forecast_is(&mut self, at: Duration, forecast: &Forecast) {
         self.forecast = Some(Ahead::new(at, forecast));
+    }
+
+    /// The guest is slowed by `percent` of its vCPUs' time from the next round on.
+    pub fn throttled(&mut self, percent: u8) {
+        self.throttle_percent = percent;
     }
 
     /// The guest is told to pause.
@@ -529,6 +548,15 @@ impl MigrationRecord {
             if rounds == 1 { "round" } else { "rounds" },
             units::bytes(wire_bytes),
         );
+        match (self.throttle_percent, &self.outcome) {
+            (0, _) => {}
+            (percent, None) => {
+                let _ = writeln!(text, "the guest is slowed by {percent} %");
+            }
+            (percent, Some(_)) => {
+                let _ = writeln!(text, "the guest was slowed by up to {percent} %");
+            }
+        }
         if let Some(stop) = &self.switch_over {
             let steps: Vec<String> = stop
                 .steps

@@ -232,6 +232,10 @@ fn key_figures(page: &mut Page, record: &MigrationRecord) {
         &format!("{} of pages", units::bytes(units::pages(pages_sent))),
     );
     page.key("Rounds", &units::count(rounds.into()), "the stop's as well");
+    if record.throttle_percent > 0 {
+        let value = format!("{} %", record.throttle_percent);
+        page.key("Guest slowed by", &value, "of its vCPUs' time, at last");
+    }
     page.line(format_args!("</dl>"));
 }
 
@@ -265,7 +269,8 @@ fn rounds(page: &mut Page, record: &MigrationRecord) {
          <th scope=\"col\">round</th><th scope=\"col\">began at</th><th scope=\"col\">took</th>\
          <th scope=\"col\">dirty pages</th><th scope=\"col\">sent</th><th scope=\"col\">of zeros</th>\
          <th scope=\"col\">on the wire</th><th scope=\"col\">throughput</th>\
-         <th scope=\"col\">dirtied meanwhile</th><th scope=\"col\">pages dirtied a second</th></tr></thead>\n<tbody>"
+         <th scope=\"col\">dirtied meanwhile</th><th scope=\"col\">pages dirtied a second</th>\
+         <th scope=\"col\">guest slowed by</th></tr></thead>\n<tbody>"
     ));
     let all: Vec<&Round> = plot::rounds(record).collect();
     let left_out = all.len().saturating_sub(FIRST_ROWS + LAST_ROWS);
@@ -277,7 +282,7 @@ fn rounds(page: &mut Page, record: &MigrationRecord) {
         // The record has forgotten some, or they are left out here.
         if round.number > last + 1 {
             page.line(format_args!(
-                "<tr><td colspan=\"10\" class=\"gap\">rounds {} to {} are left out</td></tr>",
+                "<tr><td colspan=\"11\" class=\"gap\">rounds {} to {} are left out</td></tr>",
                 last + 1,
                 round.number - 1
             ));
@@ -312,8 +317,13 @@ fn row(page: &mut Page, record: &MigrationRecord, round: &Round) {
         )
     });
     let (dirtied, rate) = dirtied.unwrap_or_default();
+    // One that stands still is not slowed.
+    let slowed = match (round.stopped, round.throttle_percent) {
+        (true, _) | (_, 0) => String::new(),
+        (false, percent) => format!("{percent} %"),
+    };
     page.line(format_args!(
-        "<td>{}</td><td>{dirtied}</td><td>{rate}</td></tr>",
+        "<td>{}</td><td>{dirtied}</td><td>{rate}</td><td>{slowed}</td></tr>",
         throughput.unwrap_or_default()
     ));
 }

@@ -10,7 +10,7 @@
 use std::io;
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::codec::{Compression, Counts, Encoder};
 use super::event::{Event, Observer};
@@ -42,15 +42,25 @@ impl<W: Wire> Lane<W> {
 /// What has been sent of a round, by all connections.
 pub(super) struct Tally<'a> {
     observer: &'a dyn Observer,
+    zero: AtomicU64,
 }
 
 impl<'a> Tally<'a> {
     pub(super) fn new(observer: &'a dyn Observer) -> Self {
-        Tally { observer }
+        let zero = AtomicU64::new(0);
+        Tally { observer, zero }
+    }
+
+    /// Pages that were zero, so far.
+    pub(super) fn zero(&self) -> u64 {
+        // Relaxed: the threads that counted have been joined.
+        self.zero.load(Ordering::Relaxed)
     }
 
     fn add(&self, before: Counts, now: Counts) {
         let zero = now.zero_pages - before.zero_pages;
+        // Relaxed: a count.
+        self.zero.fetch_add(zero, Ordering::Relaxed);
         self.observer.event(Event::Sent {
             pages: now.data_pages - before.data_pages + zero,
             zero,

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dirty_log::estimate::{Advice, Curve, CurvePoint, Link, Policy, Spent, Throttle};
-use dirty_log::estimate::{advise, forecast};
+use dirty_log::estimate::{Advice, AutoConverge, Curve, CurvePoint, Forecast, Link, Policy, Spent};
+use dirty_log::estimate::{Steps, Throttle, advise, forecast};
 use serde::{Deserialize, Serialize};
 
 use super::codec::{Compression, PAGE};
@@ -61,6 +61,9 @@ pub enum WhenStuck {
     /// Give up: it runs on here.
     #[default]
     Cancel,
+    /// Slow it, step by step (20 % of its vCPUs' time, then 10 % more each, up to 99 %), and give up where that does not
+    /// help. It is as fast as it was when it has moved, and when it has not.
+    Throttle,
     /// Stop it, and send what is left, however long that takes.
     Stop,
 }
@@ -151,9 +154,9 @@ pub enum Why {
     Over(String),
     /// It writes faster than pages can be sent.
     #[error(
-        "the guest writes faster than its memory can be sent: after {rounds} rounds in {} s, {left} pages are left, \
-         with which it would stand still for {} ms; allow a longer downtime, more bandwidth, or stop it (when_stuck)",
-        .spent.as_secs(), .downtime.as_millis()
+        "the guest{} writes faster than its memory can be sent: after {rounds} rounds in {} s, {left} pages are left, \
+         with which it would stand still for {} ms; {}",
+        slowed(*.throttle), .spent.as_secs(), .downtime.as_millis(), remedy(*.throttle)
     )]
     Stuck {
         /// Rounds that were sent.
@@ -164,6 +167,8 @@ pub enum Why {
         left: u64,
         /// How long they would take.
         downtime: Duration,
+        /// What it was slowed by.
+        throttle: Throttle,
     },
     /// The destination does not run it, and says that it never will.
     #[error("the destination did not start the guest")]
@@ -171,6 +176,26 @@ pub enum Why {
     /// Somebody said that it is here.
     #[error("the destination did not answer, and the guest was said to be here")]
     SaidToBeHere,
+}
+
+fn slowed(throttle: Throttle) -> String {
+    match throttle.as_percent() {
+        0 => String::new(),
+        percent => format!(", slowed by {percent} %,"),
+    }
+}
+
+/// What helps a guest that is stuck. One that was slowed in vain is a case for post-copy, which there is not.
+fn remedy(throttle: Throttle) -> &'static str {
+    match throttle {
+        Throttle::NONE => {
+            "allow a longer downtime, more bandwidth or time, or have it slowed or stopped (when_stuck: throttle, stop)"
+        }
+        _ => {
+            "allow a longer downtime, more bandwidth or time, or have it stopped (when_stuck: stop): short of post-copy, \
+             which there is not yet, nothing else helps"
+        }
+    }
 }
 
 /// Moves the guest to where `connect` leads. It returns when the guest is there, `Ok`, or goes on here. As long as neither
@@ -238,6 +263,8 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                     let _ = send(control, &text, &watch);
                 }
                 drop(control);
+                // Of one that was not held.
+                self.lift();
                 let after = match taken {
                     Taken::Nothing => After::AsItWas,
                     Taken::Held | Taken::Released => self.take_back(taken),
@@ -249,6 +276,13 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             self.guest.stop_tracking();
         }
         result
+    }
+
+    /// The guest is as fast as it was.
+    fn lift(&self) {
+        if let Err(why) = self.guest.throttle(Throttle::NONE) {
+            log::error!("the guest is slowed still: {why}");
+        }
     }
 
     /// Why it is to end.
@@ -337,9 +371,14 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             match rounds.advice(&done, dirty.pages(), self.observer) {
                 Next::Switch => break next,
                 Next::Round => {}
+                Next::Slower(throttle) => {
+                    let slowed = guest.throttle(throttle);
+                    slowed.map_err(refused("cannot slow the guest"))?;
+                    self.observer.event(Event::Throttled(throttle));
+                }
                 Next::Stuck(why) => match self.settings.when_stuck {
                     WhenStuck::Stop => break next,
-                    WhenStuck::Cancel => return Err(why),
+                    WhenStuck::Cancel | WhenStuck::Throttle => return Err(why),
                 },
             }
             done = self.round(&dirty, next, &mut data, wire, true)?;
@@ -350,6 +389,8 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         self.observer.event(Event::Step(Step::Stopping));
         guest.hold().map_err(refused("cannot stop the guest"))?;
         *taken = Taken::Held;
+        // Whether it goes on here or there, it is as fast as it was.
+        self.lift();
         self.observer.event(Event::Step(Step::Held));
         let since = Instant::now();
         let dirty = guest.harvest().map_err(refused(unseen))?;
@@ -432,6 +473,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         Ok(RoundDone {
             number,
             pages,
+            zero: tally.zero(),
             ..RoundDone::default()
         })
     }
@@ -577,6 +619,8 @@ fn expect(
 
 enum Next {
     Round,
+    /// Another round, of a guest that is slowed so.
+    Slower(Throttle),
     Switch,
     Stuck(Why),
 }
@@ -588,10 +632,15 @@ struct Rounds {
     since: Instant,
     memory: u64,
     policy: Policy,
+    steps: AutoConverge,
+    /// Rounds since the last step.
+    since_step: usize,
     /// How many pages were written in how long, of the last rounds.
     points: Vec<CurvePoint>,
     /// Pages a second that were sent, of the last rounds.
     rates: Vec<f64>,
+    /// No round has told yet: the first one's rate stands for it.
+    guessed: bool,
 }
 
 /// So many rounds are looked back upon.
@@ -604,6 +653,7 @@ impl Rounds {
         // What the state takes is no time for pages; some is, or none would ever be few enough.
         let downtime = settings.downtime.saturating_sub(state);
         let downtime = downtime.max(settings.downtime / 10);
+        let steps = Steps::default();
         Rounds {
             began: now,
             since: now,
@@ -612,11 +662,17 @@ impl Rounds {
                 downtime,
                 patience: settings.time,
                 least_rounds: 3,
-                throttle: Throttle::NONE,
+                throttle: match settings.when_stuck {
+                    WhenStuck::Throttle => Throttle::percent(steps.most),
+                    WhenStuck::Cancel | WhenStuck::Stop => Throttle::NONE,
+                },
                 post_copy: false,
             },
+            steps: AutoConverge::new(steps),
+            since_step: 0,
             points: Vec::new(),
             rates: Vec::new(),
+            guessed: false,
         }
     }
 
@@ -624,8 +680,16 @@ impl Rounds {
         let now = Instant::now();
         self.since = now;
         let took = done.took.max(Duration::from_micros(1));
-        // A round of a few pages says how long a round trip is, and little of what the link carries.
-        if done.pages >= 256 || self.rates.is_empty() {
+        // A round of a few pages says how long a round trip is, and little of what the link carries; and pages of zeros
+        // are none that it carried.
+        let carried = done.pages.saturating_sub(done.zero);
+        if carried >= 256 {
+            if std::mem::take(&mut self.guessed) {
+                self.rates.clear();
+            }
+            keep(&mut self.rates, carried as f64 / took.as_secs_f64());
+        } else if self.rates.is_empty() {
+            self.guessed = true;
             keep(&mut self.rates, done.pages as f64 / took.as_secs_f64());
         }
         let pages = left as f64;
@@ -636,31 +700,56 @@ impl Rounds {
             high: pages,
         };
         keep(&mut self.points, point);
-        let link = link(&self.rates);
-        let curve = Curve::new(self.points.iter().copied(), self.memory);
-        let ahead = forecast(left, &curve, link, self.policy.downtime);
-        let event = Event::Ahead {
-            left,
-            forecast: &ahead,
-        };
-        observer.event(event);
+        let ahead = self.ahead(left, observer);
         let spent = Spent {
             rounds: done.number + 1,
             time: now.duration_since(self.began),
-            throttle: Throttle::NONE,
+            throttle: self.steps.now(),
         };
+        self.since_step += 1;
         match advise(&ahead, spent, &self.policy) {
             // Nothing is left at all.
             _ if left == 0 => Next::Switch,
             Advice::StopAndCopy => Next::Switch,
             Advice::GoOn => Next::Round,
+            Advice::SlowDown => {
+                let throttle = self.steps.step();
+                self.since_step = 0;
+                // What it wrote when it was faster takes it longer now.
+                for point in &mut self.points {
+                    *point = point.throttled(spent.throttle, throttle);
+                }
+                self.ahead(left, observer);
+                Next::Slower(throttle)
+            }
+            // It runs in bursts: until all that is looked back upon is of a guest as slow as this, it is not known.
+            Advice::GiveUp
+                if spent.throttle != Throttle::NONE
+                    && self.since_step < WINDOW
+                    && spent.time <= self.policy.patience =>
+            {
+                Next::Round
+            }
             _ => Next::Stuck(Why::Stuck {
                 rounds: spent.rounds,
                 spent: spent.time,
                 left,
                 downtime: ahead.downtime.mean,
+                throttle: spent.throttle,
             }),
         }
+    }
+
+    /// How it goes on with `left` pages, as far as the last rounds tell.
+    fn ahead(&self, left: u64, observer: &dyn Observer) -> Forecast {
+        let curve = Curve::new(self.points.iter().copied(), self.memory);
+        let ahead = forecast(left, &curve, link(&self.rates), self.policy.downtime);
+        let event = Event::Ahead {
+            left,
+            forecast: &ahead,
+        };
+        observer.event(event);
+        ahead
     }
 }
 

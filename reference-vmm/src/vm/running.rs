@@ -10,8 +10,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use io_bus::{Interrupter, IoBus};
-use kvm_core::VcpuSet;
 use kvm_core::stats::StatsFd;
+use kvm_core::{Throttle, ThrottleError, VcpuSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Parts;
@@ -114,6 +114,15 @@ impl Running {
         sample
             .inspect_err(|error| log::warn!("the statistics are without KVM's own: {error}"))
             .ok()
+    }
+
+    /// Slows all vCPUs down, from 0 % on, until what is returned is dropped. One at a time: a migration that converges by
+    /// it has it.
+    ///
+    /// # Errors
+    /// [`ThrottleError`].
+    pub fn throttle(&self) -> Result<Throttle, ThrottleError> {
+        self.set.throttle()
     }
 
     /// Stops the vCPUs and closes the VM, for a process that exits next: the rest is left to the

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use dirty_log::estimate::Throttle;
 use reference_vmm::migration::guest::{
     ArrivingMemory, Blank, DestinationGuest, Dirty, Prepared, Refusal, SourceGuest,
 };
@@ -98,6 +99,12 @@ struct State {
     over: bool,
     /// The guest has run on the destination.
     ran_there: bool,
+    /// What its vCPUs sleep, in percent.
+    throttle: u8,
+    /// No throttle slows it.
+    defiant: bool,
+    /// Steps of the guest.
+    steps: u64,
 }
 
 impl State {
@@ -142,6 +149,11 @@ impl State {
             return;
         }
         for _ in 0..pages {
+            // Of a hundred steps it does not make those that it sleeps through.
+            self.steps += 1;
+            if !self.defiant && self.steps % 100 < u64::from(self.throttle) {
+                continue;
+            }
             let number = self.random();
             let page = (number % self.dirty.len() as u64) as usize;
             let value = (number >> 32) as u8 & 3;
@@ -233,6 +245,15 @@ impl World {
 
     pub fn is_tracked(&self) -> bool {
         self.lock().tracked
+    }
+
+    /// It writes as much however it is slowed.
+    pub fn defies_throttles(&self) {
+        self.change(|state| state.defiant = true);
+    }
+
+    pub fn throttled(&self) -> u8 {
+        self.lock().throttle
     }
 
     pub fn wrong(&self) -> Vec<String> {
@@ -541,6 +562,13 @@ impl SourceGuest for World {
         })
     }
 
+    fn throttle(&self, throttle: Throttle) -> Result<(), Refusal> {
+        self.change(|state| {
+            state.throttle = throttle.as_percent();
+            Ok(())
+        })
+    }
+
     fn hold(&self) -> Result<(), Refusal> {
         self.change(|state| {
             World::alive(state, Source)?;
@@ -578,6 +606,9 @@ impl SourceGuest for World {
                 state
                     .wrong
                     .push("it goes on from before it ran elsewhere".into());
+            }
+            if state.throttle > 0 {
+                state.wrong.push("it goes on slowed".into());
             }
             let running = !state.over;
             *state.process(Source) = Process {
