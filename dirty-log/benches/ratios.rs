@@ -53,7 +53,7 @@ fn row(what: &str, ours: Duration, instead: &str, theirs: Duration, times: u32) 
 }
 
 fn main() {
-    let mut sparse = DirtyBitmap::new(PAGES);
+    let mut sparse = DirtyBitmap::new(PAGES).unwrap();
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for _ in 0..PAGES / 100 {
         state ^= state << 13;
@@ -62,7 +62,7 @@ fn main() {
         let first = state % PAGES;
         sparse.set(PageRun { first, pages: 1 }).unwrap();
     }
-    let mut full = DirtyBitmap::new(PAGES);
+    let mut full = DirtyBitmap::new(PAGES).unwrap();
     full.set_all();
     // Written once: memory that nobody has touched is one page of zeros, and always in the cache.
     let mut clean = full.clone();
@@ -87,7 +87,7 @@ fn main() {
     );
     row("512 GiB, 1 % dirty", ours, "bit by bit", theirs, 1);
 
-    let (log, at) = (HostWrites::new(1 << 18), 37 * PAGE_SIZE as usize);
+    let (log, at) = (HostWrites::new(1 << 18).unwrap(), 37 * PAGE_SIZE as usize);
     let off = HostWrites::off(1 << 18);
     let theirs = AtomicBitmap::new(1 << 30, NonZeroUsize::new(PAGE_SIZE as usize).unwrap());
     for (name, len) in [("256 pages", 256 * PAGE_SIZE as usize), ("one page", 8)] {

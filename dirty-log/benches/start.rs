@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What it costs to begin to log, of memory that a guest has written to the last page: the plain bitmap, manual protect,
-//! manual protect with initially-set; by turns in one run. `cargo bench -p dirty-log --bench start [-- MIB]`, 8,192 MiB
+//! manual protect with initially-set, the ring; by turns in one run. `cargo bench -p dirty-log --bench start [-- MIB]`, 8,192 MiB
 //! unless said otherwise; in the lab by `cargo xtask lab --memory 3G -- target/release/deps/start-… 1024`.
 //!
 //! The guest writes each page before each start: a page that is protected already costs less.
@@ -16,7 +16,10 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dirty_log::{DirtyLog, DirtySource, KvmBitmap, KvmManualBitmap, LogChoice, PAGE_SIZE};
+use dirty_log::{
+    DirtyLog, DirtyRings, DirtySource, KvmBitmap, KvmManualBitmap, LogChoice, LogInForce,
+    MappedRing, PAGE_SIZE, RingSize,
+};
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, kvm_regs, kvm_userspace_memory_region,
 };
@@ -43,8 +46,9 @@ const GUEST: [u8; 15] = [
 
 struct Machine {
     name: &'static str,
-    manual: bool,
-    vm: VmFd,
+    in_force: LogInForce,
+    rings: DirtyRings<Arc<VmFd>>,
+    vm: Arc<VmFd>,
     vcpu: VcpuFd,
     _low: GuestMemoryMmap,
     data: Arc<Mapping>,
@@ -61,14 +65,19 @@ struct Figures {
 impl Machine {
     fn new(name: &'static str, choice: LogChoice, data: &Arc<Mapping>) -> Self {
         let kvm = Kvm::new().expect("needs /dev/kvm, readable and writable");
-        let vm = kvm.create_vm().unwrap();
-        choice.apply(&vm).unwrap();
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let in_force = choice.apply(&vm).unwrap();
+        let rings = DirtyRings::new(vm.clone());
         vm.set_tss_address(0xfffb_d000).unwrap();
         let low: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), LOW)]).unwrap();
         low.write_slice(&GUEST, GuestAddress(CODE)).unwrap();
         page_tables(&low, DATA + data.size());
         let host = low.get_host_address(GuestAddress(0)).unwrap() as u64;
         let vcpu = vm.create_vcpu(0).unwrap();
+        if let LogInForce::Ring(size) = in_force {
+            let ring = MappedRing::map(&vcpu, 0, size).unwrap();
+            rings.add_vcpu(0, ring).unwrap();
+        }
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
         vcpu.set_cpuid2(&cpuid).unwrap();
         let mut sregs = vcpu.get_sregs().unwrap();
@@ -90,7 +99,8 @@ impl Machine {
         vcpu.set_sregs(&sregs).unwrap();
         let machine = Machine {
             name,
-            manual: choice != LogChoice::Bitmap,
+            in_force,
+            rings,
             vm,
             vcpu,
             _low: low,
@@ -153,13 +163,14 @@ impl Machine {
         }
         .unwrap();
         let pages = self.data.size() / PAGE_SIZE;
-        if self.manual {
-            let source = KvmManualBitmap::new(&self.vm, extent.clone()).unwrap();
-            pass(DirtyLog::new(extent, source).unwrap(), pages, figures);
-        } else {
-            let source = KvmBitmap::new(&self.vm, extent.clone()).unwrap();
-            pass(DirtyLog::new(extent, source).unwrap(), pages, figures);
-        }
+        let source: Box<dyn DirtySource> = match self.in_force {
+            LogInForce::Ring(_) => Box::new(self.rings.log(&extent).unwrap()),
+            LogInForce::ManualProtect { .. } => {
+                Box::new(KvmManualBitmap::new(self.vm.clone(), extent.clone()).unwrap())
+            }
+            _ => Box::new(KvmBitmap::new(self.vm.clone(), extent.clone()).unwrap()),
+        };
+        pass(DirtyLog::new(extent, source).unwrap(), pages, figures);
         self.log(false);
     }
 }
@@ -237,6 +248,7 @@ fn main() {
         ("plain bitmap", LogChoice::Bitmap),
         ("manual protect", manual(false)),
         ("manual protect, initially-set", manual(true)),
+        ("ring", LogChoice::Ring(RingSize::MAX)),
     ]
     .map(|(name, choice)| (Machine::new(name, choice, &data), Figures::default()));
     for _ in 0..ROUNDS {

@@ -18,7 +18,7 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 const PAGES: u64 = 512 << 30 >> 12;
 
 fn walk(c: &mut Criterion) {
-    let mut sparse = DirtyBitmap::new(PAGES);
+    let mut sparse = DirtyBitmap::new(PAGES).unwrap();
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for _ in 0..PAGES / 100 {
         state ^= state << 13;
@@ -31,7 +31,7 @@ fn walk(c: &mut Criterion) {
             })
             .unwrap();
     }
-    let mut full = DirtyBitmap::new(PAGES);
+    let mut full = DirtyBitmap::new(PAGES).unwrap();
     full.set_all();
     // Written once: memory that nobody has touched is one page of zeros, and always in the cache.
     let mut clean = full.clone();
@@ -63,7 +63,10 @@ fn walk(c: &mut Criterion) {
 
 /// Each of the operations on whole bitmaps, against a plain read.
 fn whole(c: &mut Criterion) {
-    let (mut one, mut other) = (DirtyBitmap::new(PAGES), DirtyBitmap::new(PAGES));
+    let (mut one, mut other) = (
+        DirtyBitmap::new(PAGES).unwrap(),
+        DirtyBitmap::new(PAGES).unwrap(),
+    );
     one.set_all();
     other
         .set(PageRun {
@@ -85,7 +88,7 @@ fn whole(c: &mut Criterion) {
         b.iter(|| one.merge(black_box(&other)).unwrap())
     });
     group.bench_function("invert", |b| b.iter(|| black_box(&mut one).invert()));
-    let mut writes = HostWrites::new(PAGES);
+    let mut writes = HostWrites::new(PAGES).unwrap();
     group.bench_function("harvest of clean HostWrites", |b| {
         b.iter(|| writes.take(black_box(&mut other)).unwrap());
     });
@@ -96,7 +99,7 @@ fn mark(c: &mut Criterion) {
     let (at, len) = (37 * PAGE_SIZE as usize, 256 * PAGE_SIZE as usize);
     for (name, len) in [("mark 256 pages", len), ("mark one page", 8)] {
         let mut group = c.benchmark_group(name);
-        let ours = HostWrites::new(1 << 18);
+        let ours = HostWrites::new(1 << 18).unwrap();
         let theirs = AtomicBitmap::new(1 << 30, NonZeroUsize::new(PAGE_SIZE as usize).unwrap());
         group.bench_function("HostWrites", |b| {
             b.iter(|| ours.mark_dirty(black_box(at), len))

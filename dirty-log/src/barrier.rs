@@ -7,18 +7,35 @@
 
 use std::io;
 
-/// Whether [`heavy`] executes a barrier on all threads of this process. One answer for its life.
-pub(crate) fn is_asymmetric() -> bool {
-    imp::available()
+/// A heavy half. A test's fake answers any errno.
+pub(crate) trait Barrier {
+    /// Whether [`heavy`](Self::heavy) executes a barrier on all threads of this process. One answer for
+    /// its life.
+    fn is_asymmetric(&self) -> bool;
+
+    /// Has every thread of this process that runs pass a full barrier before this returns. Of one where
+    /// [`is_asymmetric`](Self::is_asymmetric) says no, nothing, and it does not fail: its threads execute
+    /// fences.
+    ///
+    /// # Errors
+    /// The errno: some threads may not have passed one.
+    fn heavy(&self) -> io::Result<()>;
 }
 
-/// Has every thread of this process that runs pass a full barrier before this returns. Of one where
-/// [`is_asymmetric`] says no, nothing: its threads execute fences.
-pub(crate) fn heavy() -> io::Result<()> {
-    if is_asymmetric() {
-        imp::interrupt_all()
-    } else {
-        Ok(())
+/// This process's.
+pub(crate) struct Process;
+
+impl Barrier for Process {
+    fn is_asymmetric(&self) -> bool {
+        imp::available()
+    }
+
+    fn heavy(&self) -> io::Result<()> {
+        if self.is_asymmetric() {
+            imp::interrupt_all()
+        } else {
+            Ok(())
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 //! A dirty bitmap in KVM's layout that knows how many pages it covers.
 
-use crate::layout::{WORD_BITS, for_each_word, tail_mask, words_for};
+use crate::layout::{WORD_BITS, for_each_word, tail_mask, words, words_for};
 use crate::{Error, PageRun, Runs};
 
 /// One bit a page, in the layout that KVM writes and vhost devices share.
@@ -20,11 +20,12 @@ impl DirtyBitmap {
     ///
     /// The only allocation that this type makes ([`dirty_bitmap_bytes`](crate::dirty_bitmap_bytes)
     /// of zeroed memory).
-    pub fn new(pages: u64) -> Self {
-        Self {
-            words: vec![0; words_for(pages)].into_boxed_slice(),
-            pages,
-        }
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where the host has no memory for it.
+    pub fn new(pages: u64) -> Result<Self, Error> {
+        let words = words(pages, || 0)?;
+        Ok(Self { words, pages })
     }
 
     /// How many pages the bitmap covers.
@@ -142,7 +143,7 @@ impl DirtyBitmap {
     ///
     /// ```
     /// use dirty_log::{DirtyBitmap, PageRun};
-    /// let mut dirty = DirtyBitmap::new(1000);
+    /// let mut dirty = DirtyBitmap::new(1000)?;
     /// dirty.set(PageRun { first: 60, pages: 10 })?;
     /// dirty.set(PageRun { first: 999, pages: 1 })?;
     /// let runs: Vec<_> = dirty.runs().map(|run| run.first..run.end()).collect();

@@ -28,6 +28,14 @@ pub enum Error {
         /// The pages given.
         got: u64,
     },
+    /// No memory for a bitmap.
+    #[error("no memory for a bitmap of {pages} pages, {bytes} bytes")]
+    Memory {
+        /// What it was to cover.
+        pages: u64,
+        /// Its size.
+        bytes: u64,
+    },
     /// The host refused to hand out the dirty bits of a slot.
     #[error("KVM_GET_DIRTY_LOG of slot {}: {source}", slot.0)]
     GetDirtyLog {

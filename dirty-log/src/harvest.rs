@@ -38,14 +38,15 @@ impl<S: DirtySource> DirtyLog<S> {
     /// A log for `slot`, fed by `source`. Allocates the slot's bitmap: the last allocation.
     ///
     /// # Errors
-    /// [`Error::SizeMismatch`] where the source covers another number of pages than the slot has.
+    /// [`Error::SizeMismatch`] where the source covers another number of pages than the slot has;
+    /// [`Error::Memory`].
     pub fn new(slot: SlotExtent, source: S) -> Result<Self, Error> {
         let pages = slot.pages();
         fits(pages, source.pages())?;
         Ok(Self {
             slot,
             source,
-            pending: DirtyBitmap::new(pages),
+            pending: DirtyBitmap::new(pages)?,
         })
     }
 
@@ -76,7 +77,7 @@ impl<S: DirtySource> DirtyLog<S> {
     /// # use memslots::{Hva, SlotExtent, SlotId};
     /// # use vm_memory::{GuestAddress, bitmap::Bitmap};
     /// # let slot = unsafe { SlotExtent::new(SlotId(0), GuestAddress(0), 0x40_0000, Hva(0x1000)) }.unwrap();
-    /// # let writes = HostWrites::new(1024);
+    /// # let writes = HostWrites::new(1024)?;
     /// # let mut log = DirtyLog::new(slot, writes.clone())?;
     /// # writes.mark_dirty(0x3_f000, 0x2000);
     /// let mut parts = log.parts(64)?;
@@ -132,7 +133,8 @@ impl<S: DirtySource> DirtyLog<S> {
         &mut self.source
     }
 
-    /// Ends the log: the source, and what was pending.
+    /// Ends the log: the source, and what was pending. What a round of parts noted and did not hand out is
+    /// the source's still.
     pub fn into_parts(self) -> (S, DirtyBitmap) {
         (self.source, self.pending)
     }

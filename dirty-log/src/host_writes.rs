@@ -14,43 +14,25 @@
 //! needs a full fence between the data and the look at the bit (the store may still sit in the
 //! store buffer when the harvester takes the bit and copies the page), which costs what it saves.
 //!
-//! # On and off
-//! A log that is off costs a load of a byte that nobody writes, a branch, and no memory. Turning it on
-//! while devices write meets the same reordering: a writer stores the data, looks, and sees "off",
-//! while its store still waits; who turned it on then copies the page without the data, and nobody
-//! knows. So both sides need a full barrier between their store and their look:
-//!
-//! ```text
-//!   writer                        who turns it on
-//!   data := new                   state := on
-//!   LIGHT ──────────────┐  ┌───── HEAVY
-//!   look at the state   └──┘      copy the data
-//! ```
-//!
-//! The heavy half is `membarrier(2)`, which has every CPU that runs this process execute the light
-//! one, so that the writers need a compiler's fence alone (the `srcu` crate has the whole argument).
-//! Where there is no `membarrier`, or the crate is built without the feature `kvm`, the state says so,
-//! and a writer that finds the log off executes the fence itself.
+//! It is turned on and off while devices write: `switch.rs` says how that loses no write.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 
-use crate::barrier;
-use crate::layout::{PAGE_SIZE, for_each_word, words_for};
+use crate::barrier::Process;
+use crate::layout::{PAGE_SIZE, for_each_word, words};
 use crate::source::fits;
-use crate::sync::{AtomicU8, AtomicU64, Ordering, compiler_fence, fence};
+use crate::switch::Switch;
+use crate::sync::{AtomicU64, Ordering};
 use crate::{DirtyBitmap, DirtySource, Error, PageRun};
 
-/// Writers mark.
-const ON: u8 = 0;
-/// Writers do not mark; who turns it on makes their barrier happen.
-const OFF: u8 = 1;
-/// Writers do not mark, and execute the barrier themselves before they believe it.
-const OFF_FENCED: u8 = 2;
-
 /// An atomic bitmap of the pages that this process wrote, shared by clones.
+///
+/// One that a region makes for itself is **off**, and logs nothing until [`start`](Self::start): each region of
+/// a `GuestMemoryMmap<HostWrites>` that is made in the usual way, by [`NewBitmap`]. [`new`](Self::new) and
+/// `default` make one that is on.
 ///
 /// Give one clone to the memory region (`GuestRegionMmap<HostWrites>`), and another to a
 /// [`DirtyLog`](crate::DirtyLog). Any number of threads mark; one harvests. It is turned on and off
@@ -60,10 +42,10 @@ const OFF_FENCED: u8 = 2;
 /// use dirty_log::{DirtyBitmap, DirtySource, HostWrites, PageRun};
 /// use vm_memory::bitmap::Bitmap;
 ///
-/// let mut writes = HostWrites::new(512);
+/// let mut writes = HostWrites::new(512)?;
 /// writes.clone().mark_dirty(0x1ffe, 4); // what vm-memory does after a write at 0x1ffe
 ///
-/// let mut dirty = DirtyBitmap::new(512);
+/// let mut dirty = DirtyBitmap::new(512)?;
 /// writes.take(&mut dirty)?;
 /// assert_eq!(dirty.runs().next(), Some(PageRun { first: 1, pages: 2 }));
 /// # Ok::<(), dirty_log::Error>(())
@@ -72,7 +54,7 @@ const OFF_FENCED: u8 = 2;
 pub struct HostWrites(Arc<Inner>);
 
 struct Inner {
-    state: AtomicU8,
+    switch: Switch,
     /// Made when the log is first on.
     words: OnceLock<Box<[AtomicU64]>>,
     pages: u64,
@@ -80,21 +62,24 @@ struct Inner {
 
 impl HostWrites {
     /// A clean log for `pages` pages that is on.
-    pub fn new(pages: u64) -> Self {
-        let log = Self::in_state(pages, ON);
-        log.0.words();
-        log
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where the host has no memory for the bitmap.
+    pub fn new(pages: u64) -> Result<Self, Error> {
+        let log = Self::with_switch(pages, Switch::on(Process));
+        log.0.make_words()?;
+        Ok(log)
     }
 
     /// A log for `pages` pages that is off: [`start`](Self::start) turns it on. Takes no memory until
     /// then.
     pub fn off(pages: u64) -> Self {
-        Self::in_state(pages, off_state())
+        Self::with_switch(pages, Switch::off(Process))
     }
 
-    fn in_state(pages: u64, state: u8) -> Self {
+    fn with_switch(pages: u64, switch: Switch) -> Self {
         Self(Arc::new(Inner {
-            state: AtomicU8::new(state),
+            switch,
             words: OnceLock::new(),
             pages,
         }))
@@ -103,87 +88,45 @@ impl HostWrites {
     /// Turns the log on, for all clones. When it returns, each write whose data are not yet visible to
     /// the caller will be marked: copy what was there before *after* this call. One that is on stays
     /// so. Allocates the bitmap the first time; interrupts this process's running threads for some
-    /// microseconds (`membarrier(2)`).
+    /// microseconds (`membarrier(2)`); waits for another thread's `start` or [`stop`](Self::stop).
     ///
     /// # Errors
-    /// [`Error::Barrier`] where the kernel refuses a `membarrier` that it granted before (a seccomp
-    /// filter that came later): the log is off then.
+    /// [`Error::Memory`] where the host has no memory for the bitmap. [`Error::Barrier`] where the kernel
+    /// refuses a `membarrier` that it granted before (a seccomp filter that came later). The log is off
+    /// then, as it was, and each later call fails until there is what was missing; what was written
+    /// meanwhile may be marked.
     pub fn start(&self) -> Result<(), Error> {
-        let inner = &*self.0;
-        inner.words();
-        // AcqRel: the words are there for whoever sees ON, and of two who start at once each goes on to
-        // its own barrier, since the state that it needs one for is not known to the second.
-        let before = inner.state.swap(ON, Ordering::AcqRel);
-        // Pairs with the fences in `Inner::is_on`.
-        fence(Ordering::SeqCst);
-        if let Err(source) = barrier::heavy() {
-            if before == ON {
-                return Ok(()); // and whoever turned it on has the barrier
-            }
-            if before == OFF {
-                inner.state.store(OFF_FENCED, Ordering::Release);
-                return Err(Error::Barrier { source });
-            }
-            // OFF_FENCED: the writers have executed theirs.
-        }
-        Ok(())
+        self.0.make_words()?;
+        self.0.switch.start()
     }
 
     /// Turns the log off, for all clones. What is marked stays until it is taken, and writers that are
-    /// in the middle of a write may mark it still.
+    /// in the middle of a write may mark it still. Waits for another thread's [`start`](Self::start).
     pub fn stop(&self) {
-        // Release: nothing is ordered by it but what a writer would mark anyway.
-        self.0.state.store(off_state(), Ordering::Release);
+        self.0.switch.stop();
     }
 
-    /// Whether it is on.
+    /// Whether it is on: already while a [`start`](Self::start) is under way, which may fail yet.
     pub fn is_on(&self) -> bool {
-        self.0.state.load(Ordering::Relaxed) == ON
-    }
-}
-
-fn off_state() -> u8 {
-    if barrier::is_asymmetric() {
-        OFF
-    } else {
-        OFF_FENCED
+        self.0.switch.peek()
     }
 }
 
 impl Inner {
-    fn words(&self) -> &[AtomicU64] {
-        self.words.get_or_init(|| {
-            (0..words_for(self.pages))
-                .map(|_| AtomicU64::new(0))
-                .collect()
-        })
-    }
-
-    /// Whether a write that was made must be marked.
-    #[inline(always)]
-    fn is_on(&self) -> bool {
-        // The processor's barrier, where one is needed, comes from `start` (see the module).
-        compiler_fence(Ordering::SeqCst);
-        // Acquire, free on x86: who sees ON has the words.
-        match self.state.load(Ordering::Acquire) {
-            ON => true,
-            OFF => false,
-            _ => self.is_on_after_fence(),
+    fn make_words(&self) -> Result<(), Error> {
+        if self.words.get().is_none() {
+            let made = words(self.pages, || AtomicU64::new(0))?;
+            // Who made them at the same time made the same; the second ones are given back.
+            self.words.get_or_init(|| made);
         }
-    }
-
-    #[cold]
-    fn is_on_after_fence(&self) -> bool {
-        // Pairs with the fence in `start`: of this writer's data and that state, one is seen.
-        fence(Ordering::SeqCst);
-        self.state.load(Ordering::Acquire) == ON
+        Ok(())
     }
 
     /// Marks the pages of `len` bytes from `offset`. What lies beyond the end is ignored, as
     /// vm-memory's own bitmaps do: the access itself was bounds-checked before.
     #[inline]
     fn mark(&self, offset: usize, len: usize) {
-        if !self.is_on() {
+        if !self.switch.is_on() {
             return;
         }
         self.mark_on(offset, len);
@@ -192,7 +135,7 @@ impl Inner {
     #[inline]
     fn mark_on(&self, offset: usize, len: usize) {
         let Some(words) = self.words.get() else {
-            return; // not reached: who turns it on makes them first
+            return; // of no pages: else who turns it on makes them first
         };
         let Some(last_byte) = len.checked_sub(1).map(|more| offset.saturating_add(more)) else {
             return;
@@ -233,7 +176,7 @@ impl DirtySource for HostWrites {
     fn take(&mut self, into: &mut DirtyBitmap) -> Result<(), Error> {
         fits(self.0.pages, into.pages())?;
         let Some(words) = self.0.words.get() else {
-            return Ok(()); // never on
+            return Ok(()); // never on, or of no pages
         };
         for (mine, word) in into.words_mut().iter_mut().zip(words) {
             // A word seen as clean may be behind; its bits are in the next harvest, together with
@@ -268,14 +211,15 @@ impl Bitmap for HostWrites {
     }
 }
 
-/// A log of no pages; [`with_len`](NewBitmap::with_len) and [`HostWrites::new`] make useful ones.
+/// A log of no pages that is on; [`with_len`](NewBitmap::with_len) and [`HostWrites::new`] make useful ones.
 impl Default for HostWrites {
     fn default() -> Self {
-        Self::new(0)
+        Self::with_switch(0, Switch::on(Process)) // of no words, which need not be made
     }
 }
 
 /// What a region makes for itself, off: [`HostWritesSlice::log`] finds it, and [`start`](HostWrites::start) turns it on.
+/// It takes no memory and cannot fail, of whatever length; `start` says what there is no memory for.
 impl NewBitmap for HostWrites {
     fn with_len(len: usize) -> Self {
         Self::off((len as u64).div_ceil(PAGE_SIZE))

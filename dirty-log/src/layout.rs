@@ -5,7 +5,7 @@
 //! Everything that touches words goes through the two functions here, so that the rule about the
 //! last, partly used word is written once.
 
-use crate::PageRun;
+use crate::{Error, PageRun};
 
 // Bytes of guest memory that one bit stands for: KVM counts in pages of the host, as it does for slots.
 pub use memslots::PAGE_SIZE;
@@ -36,6 +36,22 @@ pub const fn dirty_bitmap_bytes(pages: u64) -> u64 {
 /// How many words hold the bits of `pages` pages.
 pub(crate) const fn words_for(pages: u64) -> usize {
     pages.div_ceil(WORD_BITS) as usize
+}
+
+/// That many words, each made by `word`: the one place where a bitmap is allocated.
+///
+/// # Errors
+/// [`Error::Memory`], where `vec!` would panic or abort.
+pub(crate) fn words<T>(pages: u64, word: impl FnMut() -> T) -> Result<Box<[T]>, Error> {
+    let mut words = Vec::new();
+    words
+        .try_reserve_exact(words_for(pages))
+        .map_err(|_| Error::Memory {
+            pages,
+            bytes: dirty_bitmap_bytes(pages),
+        })?;
+    words.resize_with(words_for(pages), word);
+    Ok(words.into_boxed_slice())
 }
 
 /// The bits of the last word that stand for a page; all ones where the last word is full.

@@ -39,13 +39,13 @@
 //! # Which log
 //! Bitmap or ring is an option of the VM, fixed when it is made: [`LogChoice::apply`] in the creation stage
 //! of the VMM (kvm-core's `VmSetup::fd`), before the first vCPU; [`LogInForce`] says which sources can be
-//! made. The rest is chosen when tracking starts.
+//! made. The rest, manual protect too, is chosen when tracking starts.
 //!
 //! | | cost of a look | of starting | for |
 //! | --- | --- | --- | --- |
 //! | [`KvmBitmap`] | the whole slot under KVM's MMU lock | every page write-protected | small guests, snapshots |
 //! | [`KvmManualBitmap`] | a chunk under it at a time, what is handed out alone | with *initially set*: nothing | migrations |
-//! | [`DirtyRings`] | what was written, not what there is | nothing | large guests that write little; limits by vCPU |
+//! | [`DirtyRings`] | what was written, not what there is | every page write-protected | large guests that write little; limits by vCPU |
 //! | [`WrittenPages`] | the page tables | 20 ms a GiB | writes that neither KVM nor vm-memory sees |
 //!
 //! # Example
@@ -61,7 +61,7 @@
 //! #     unsafe { SlotExtent::new(SlotId(0), GuestAddress(0x10_0000), 0x40_0000, Hva(0x7000_0000)) }
 //! #         .unwrap()
 //! # }
-//! let writes = HostWrites::new(1024);
+//! let writes = HostWrites::new(1024)?;
 //! let mut log = DirtyLog::new(extent(), writes.clone())?;
 //! writes.mark_dirty(0x3000, 0x2000);
 //!
@@ -145,6 +145,7 @@ mod ring;
 mod runs;
 mod shared;
 mod source;
+mod switch;
 mod sync;
 
 pub use bitmap::DirtyBitmap;

@@ -109,11 +109,11 @@ impl<A: DirtySource, B: DirtySource> DirtySource for (A, B) {
 /// ```
 /// use dirty_log::{DirtyBitmap, DirtySource, HostWrites, Union};
 /// use vm_memory::bitmap::Bitmap;
-/// let (net, disk) = (HostWrites::new(64), HostWrites::new(64));
+/// let (net, disk) = (HostWrites::new(64)?, HostWrites::new(64)?);
 /// let mut all = Union::new(64).with(net.clone())?.with(disk.clone())?;
 /// net.mark_dirty(0x1000, 1);
 /// disk.mark_dirty(0x3000, 1);
-/// let mut dirty = DirtyBitmap::new(64);
+/// let mut dirty = DirtyBitmap::new(64)?;
 /// all.take(&mut dirty)?;
 /// assert_eq!(dirty.count(), 2);
 /// # Ok::<(), dirty_log::Error>(())

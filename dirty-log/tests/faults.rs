@@ -27,7 +27,7 @@ struct FakeHost {
 impl FakeHost {
     fn new() -> Self {
         Self {
-            dirty: RefCell::new(DirtyBitmap::new(PAGES)),
+            dirty: RefCell::new(DirtyBitmap::new(PAGES).unwrap()),
             refuse: Cell::new(None),
         }
     }
@@ -139,7 +139,7 @@ fn after_efault_the_whole_slot_is_dirty() {
 #[test]
 fn where_one_of_two_sources_fails_the_bits_of_the_other_stay() {
     let host = FakeHost::new();
-    let writes = HostWrites::new(PAGES);
+    let writes = HostWrites::new(PAGES).unwrap();
     let kvm = KvmBitmap::new(&host, extent()).unwrap();
     // The failing one second: the first has given its bits by then.
     let mut log = DirtyLog::new(extent(), (writes.clone(), kvm)).unwrap();
@@ -185,18 +185,18 @@ fn a_half_committed_harvest_keeps_the_other_half() {
 fn a_source_of_another_size_is_refused_before_it_is_asked() {
     let host = FakeHost::new();
     assert!(matches!(
-        DirtyLog::new(extent(), HostWrites::new(PAGES + 1)),
+        DirtyLog::new(extent(), HostWrites::new(PAGES + 1).unwrap()),
         Err(Error::SizeMismatch {
             want: PAGES,
             got: 201
         })
     ));
     let kvm = KvmBitmap::new(&host, extent()).unwrap();
-    let mut log = DirtyLog::new(extent(), (kvm, HostWrites::new(1))).unwrap();
+    let mut log = DirtyLog::new(extent(), (kvm, HostWrites::new(1).unwrap())).unwrap();
     host.write(1, 1);
     assert!(log.harvest().is_err());
     assert_eq!(host.dirty.borrow().count(), 1, "the kernel was not asked");
     let mut kvm = KvmBitmap::new(&host, extent()).unwrap();
-    assert!(kvm.take(&mut DirtyBitmap::new(PAGES - 1)).is_err());
+    assert!(kvm.take(&mut DirtyBitmap::new(PAGES - 1).unwrap()).is_err());
     assert_eq!(host.dirty.borrow().count(), 1);
 }

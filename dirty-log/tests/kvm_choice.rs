@@ -8,8 +8,8 @@ mod common;
 
 use common::{Machine, Order};
 use dirty_log::{
-    ChooseLog, DirtyLog, Error, KvmBitmap, KvmManualBitmap, LogChoice, LogInForce, MappedRing,
-    RingSize,
+    ChooseLog, ClearDirtyLog, DirtyLog, Error, GetDirtyLog, KvmBitmap, KvmManualBitmap, LogBuffer,
+    LogChoice, LogInForce, MappedRing, RingSize,
 };
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2};
 use kvm_ioctls::Kvm;
@@ -102,4 +102,96 @@ fn manual_protect_keeps_the_bits_until_they_are_cleared() {
     assert_eq!(harvest.count() as usize, order.pages(PAGES).len());
     harvest.commit();
     assert!(log().harvest().unwrap().bitmap().is_clean());
+}
+
+#[test]
+fn a_round_in_parts_that_is_dropped_half_way_loses_nothing_with_manual_protect_or_without() {
+    let manual = LogChoice::ManualProtect {
+        initially_set: false,
+    };
+    for choice in [manual, LogChoice::Bitmap] {
+        let mut machine = Machine::new(choice, PAGES);
+        machine.install(true);
+        machine.start(1);
+        let order = Order {
+            state: 3,
+            steps: 80,
+        };
+        machine.give(&[order]);
+        machine.wait_one();
+        let source = KvmManualBitmap::new(machine.vm.clone(), machine.extent()).unwrap();
+        let mut log = DirtyLog::new(machine.extent(), source).unwrap();
+        let mut wrote = order.pages(PAGES);
+        let mut parts = log.parts(64).unwrap();
+        let part = parts.next_part().unwrap().unwrap();
+        for page in part.runs().flat_map(|run| run.first..run.end()) {
+            assert!(wrote.remove(&page), "page {page} was written");
+        }
+        part.commit();
+        drop(parts);
+        assert!(!wrote.is_empty());
+        drop(log.parts(64).unwrap());
+        let harvest = log.harvest().unwrap();
+        let found = harvest.runs().flat_map(|run| run.first..run.end());
+        assert!(found.eq(wrote), "{choice:?}");
+        harvest.commit();
+        assert!(log.harvest().unwrap().bitmap().is_clean(), "{choice:?}");
+    }
+}
+
+#[test]
+fn fewer_bits_than_there_are_pages_to_clear_never_reach_the_kernel() {
+    let manual = LogChoice::ManualProtect {
+        initially_set: true,
+    };
+    let machine = Machine::new(manual, PAGES);
+    machine.install(true);
+    // The words behind the slice are there, so that a call that reads them breaks nothing but this promise.
+    let bits = [u64::MAX; 4];
+    let refused = machine
+        .vm
+        .clear_dirty_log(machine.extent().id(), 0, PAGES as u32, &bits[..3])
+        .unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EINVAL));
+    let mut seen = LogBuffer::new(PAGES).unwrap();
+    let slot = machine.extent().id();
+    machine.vm.get_dirty_log(slot, &mut seen).unwrap();
+    assert_eq!(seen.words(), bits, "nothing was cleared");
+    machine
+        .vm
+        .clear_dirty_log(slot, 0, PAGES as u32, &bits)
+        .unwrap();
+    machine.vm.get_dirty_log(slot, &mut seen).unwrap();
+    assert_eq!(seen.words(), [0; 4]);
+}
+
+#[test]
+fn manual_protect_may_come_behind_the_first_vcpu_and_a_slot_that_logs_and_is_heeded_at_once() {
+    let mut machine = Machine::new(LogChoice::Bitmap, PAGES);
+    machine.install(true);
+    machine.start(1);
+    let order = Order {
+        state: 3,
+        steps: 50,
+    };
+    machine.give(&[order]);
+    machine.wait_one();
+    let count = || {
+        let mut seen = LogBuffer::new(PAGES).unwrap();
+        let slot = machine.extent().id();
+        machine.vm.get_dirty_log(slot, &mut seen).unwrap();
+        seen.words()
+            .iter()
+            .map(|word| word.count_ones())
+            .sum::<u32>()
+    };
+    for initially_set in [false, true] {
+        let manual = LogChoice::ManualProtect { initially_set };
+        manual.apply(&machine.vm).unwrap();
+        assert_eq!(count() as usize, order.pages(PAGES).len());
+    }
+    // Initially set is for slots whose log begins from now on.
+    machine.install(false);
+    machine.install(true);
+    assert_eq!(u64::from(count()), PAGES);
 }

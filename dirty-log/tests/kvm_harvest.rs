@@ -34,7 +34,7 @@ impl Guest {
     fn new(pages: u64) -> Self {
         let kvm = Kvm::new().expect("these tests need /dev/kvm, readable and writable");
         let vm = Arc::new(kvm.create_vm().unwrap());
-        let writes = HostWrites::new(pages);
+        let writes = HostWrites::new(pages).unwrap();
         let region =
             MmapRegionBuilder::new_with_bitmap((pages * PAGE_SIZE) as usize, writes.clone())
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)

@@ -179,7 +179,7 @@ fn a_refused_scan_loses_nothing() {
     for errno in [libc::EINVAL, libc::EPERM, libc::EFAULT, libc::EINTR] {
         for call in 0..8 {
             let fake = Fake {
-                written: RefCell::new(DirtyBitmap::new(500)),
+                written: RefCell::new(DirtyBitmap::new(500).unwrap()),
                 refuse: Cell::new(Some((call, errno))),
             };
             let wrote = BTreeSet::from([0, 1, 63, 64, 200, 499]);
@@ -191,7 +191,7 @@ fn a_refused_scan_loses_nothing() {
                 fake.written.borrow_mut().set(page).unwrap();
             }
             let mut source = WrittenPages::with_host(&fake, START, 500);
-            let mut dirty = DirtyBitmap::new(500);
+            let mut dirty = DirtyBitmap::new(500).unwrap();
             let refused = (0..3).filter(|_| source.take(&mut dirty).is_err()).count();
             let seen: BTreeSet<u64> = dirty.runs().flat_map(|run| run.first..run.end()).collect();
             assert!(seen.is_superset(&wrote), "{errno} at call {call}");

@@ -13,7 +13,7 @@ use vm_memory::bitmap::Bitmap;
 #[test]
 fn no_write_is_lost_and_no_bit_comes_before_its_data() {
     loom::model(|| {
-        let log = HostWrites::new(2);
+        let log = HostWrites::new(2).unwrap();
         let data = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
         let writers: Vec<_> = (0..2)
             .map(|page| {
@@ -28,7 +28,7 @@ fn no_write_is_lost_and_no_bit_comes_before_its_data() {
         let mut harvester = log;
         let mut copied = [0u64; 2];
         let mut harvest = || {
-            let mut dirty = DirtyBitmap::new(2);
+            let mut dirty = DirtyBitmap::new(2).unwrap();
             harvester.take(&mut dirty).unwrap();
             for run in dirty.runs() {
                 for page in run.first..run.end() {
@@ -50,7 +50,7 @@ fn no_write_is_lost_and_no_bit_comes_before_its_data() {
 #[test]
 fn a_page_written_again_is_copied_again() {
     loom::model(|| {
-        let log = HostWrites::new(1);
+        let log = HostWrites::new(1).unwrap();
         let data = Arc::new(AtomicU64::new(0));
         let writer = {
             let (log, data) = (log.clone(), data.clone());
@@ -64,7 +64,7 @@ fn a_page_written_again_is_copied_again() {
         let mut harvester = log;
         let mut copy = 0;
         let mut harvest = || {
-            let mut dirty = DirtyBitmap::new(1);
+            let mut dirty = DirtyBitmap::new(1).unwrap();
             harvester.take(&mut dirty).unwrap();
             if dirty.runs().eq([PageRun { first: 0, pages: 1 }]) {
                 copy = data.load(Ordering::Relaxed);
@@ -94,11 +94,43 @@ fn a_write_while_the_log_is_turned_on_is_marked_or_visible() {
         // The first copy of everything, and the harvest behind it.
         let mut copy = data.load(Ordering::Relaxed);
         writer.join().unwrap();
-        let mut dirty = DirtyBitmap::new(1);
+        let mut dirty = DirtyBitmap::new(1).unwrap();
         log.clone().take(&mut dirty).unwrap();
         if !dirty.is_clean() {
             copy = data.load(Ordering::Relaxed);
         }
         assert_eq!(copy, 1, "a write was lost");
+    });
+}
+
+/// Two turn it on at once: each may copy as soon as its own call has returned.
+#[test]
+fn of_two_who_turn_it_on_each_sees_the_write_or_finds_it_marked() {
+    loom::model(|| {
+        let log = HostWrites::off(1);
+        let data = Arc::new(AtomicU64::new(0));
+        let copy = |log: &HostWrites, data: &AtomicU64| {
+            log.start().unwrap();
+            data.load(Ordering::Relaxed)
+        };
+        let writer = {
+            let (log, data) = (log.clone(), data.clone());
+            thread::spawn(move || {
+                data.store(1, Ordering::Relaxed);
+                log.mark_dirty(0, 8);
+            })
+        };
+        let other = {
+            let (log, data) = (log.clone(), data.clone());
+            thread::spawn(move || copy(&log, &data))
+        };
+        let mine = copy(&log, &data);
+        let others = other.join().unwrap();
+        writer.join().unwrap();
+        let mut dirty = DirtyBitmap::new(1).unwrap();
+        log.clone().take(&mut dirty).unwrap();
+        for copied in [mine, others] {
+            assert!(copied == 1 || !dirty.is_clean(), "a write was lost");
+        }
     });
 }

@@ -83,7 +83,7 @@ fn what_is_copied_after_a_harvest_is_old_only_if_the_next_harvest_tells_it_again
         };
         let mut copied = [0; 2];
         let mut harvest = || {
-            let mut dirty = DirtyBitmap::new(2);
+            let mut dirty = DirtyBitmap::new(2).unwrap();
             source.take(&mut dirty).unwrap();
             for run in dirty.runs() {
                 for page in run.first..run.end() {

@@ -30,7 +30,7 @@ fn sized_runs() -> impl Strategy<Value = (u64, Vec<PageRun>)> {
 }
 
 fn build(pages: u64, runs: &[PageRun]) -> (DirtyBitmap, Model) {
-    let (mut bitmap, mut model) = (DirtyBitmap::new(pages), Model::new());
+    let (mut bitmap, mut model) = (DirtyBitmap::new(pages).unwrap(), Model::new());
     for run in runs {
         bitmap.set(*run).unwrap();
         model.extend(run.first..run.end());
@@ -116,8 +116,8 @@ proptest! {
             prop_assert!(refused);
             prop_assert!(bitmap.clear(run).is_err());
         }
-        prop_assert!(bitmap.merge(&DirtyBitmap::new(pages + 1)).is_err());
-        prop_assert!(bitmap.subtract(&DirtyBitmap::new(pages + 1)).is_err());
+        prop_assert!(bitmap.merge(&DirtyBitmap::new(pages + 1).unwrap()).is_err());
+        prop_assert!(bitmap.subtract(&DirtyBitmap::new(pages + 1).unwrap()).is_err());
         prop_assert!(bitmap.merge_words(&vec![u64::MAX; before.words().len() + 1]).is_err());
         prop_assert_eq!(bitmap, before);
     }
@@ -128,7 +128,7 @@ proptest! {
         writes in proptest::collection::vec((any::<u32>(), 0usize..600_000), 0..12),
         wild in any::<(usize, usize)>(),
     ) {
-        let mut log = HostWrites::new(pages);
+        let mut log = HostWrites::new(pages).unwrap();
         let mut model = Model::new();
         let bytes = (pages * PAGE_SIZE) as usize;
         for (offset, len) in &writes {
@@ -147,7 +147,7 @@ proptest! {
         for page in 0..pages + 2 {
             prop_assert_eq!(log.dirty_at((page * PAGE_SIZE + 5) as usize), model.contains(&page));
         }
-        let mut dirty = DirtyBitmap::new(pages);
+        let mut dirty = DirtyBitmap::new(pages).unwrap();
         log.take(&mut dirty).unwrap();
         agree(&dirty, &model);
 
@@ -157,7 +157,7 @@ proptest! {
         prop_assert!(dirty.is_clean());
         log.mark_dirty(wild.0, wild.1);
         log.slice_at(wild.0).mark_dirty(wild.1, wild.0);
-        prop_assert!(log.take(&mut DirtyBitmap::new(pages + 1)).is_err());
+        prop_assert!(log.take(&mut DirtyBitmap::new(pages + 1).unwrap()).is_err());
     }
 }
 
@@ -169,7 +169,7 @@ fn each_run_near_a_word_end_is_found_exactly() {
     for pages in near(700) {
         for first in near(pages) {
             for end in near(pages).filter(|end| *end > first) {
-                let mut bitmap = DirtyBitmap::new(pages);
+                let mut bitmap = DirtyBitmap::new(pages).unwrap();
                 let run = PageRun {
                     first,
                     pages: end - first,

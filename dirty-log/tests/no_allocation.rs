@@ -75,7 +75,7 @@ fn a_harvest_in_steady_state_allocates_nothing() {
     let rings = DirtyRings::new(Ring(entries.clone()));
     rings.add_vcpu(0, entries.clone()).unwrap();
     let shared: Arc<Vec<AtomicU64>> = Arc::new((0..200).map(|_| AtomicU64::new(0)).collect());
-    let writes = HostWrites::new(PAGES);
+    let writes = HostWrites::new(PAGES).unwrap();
     let source = Union::new(PAGES)
         .with(KvmManualBitmap::new(Host, slot.clone()).unwrap())
         .and_then(|all| all.with(rings.log(&slot)?))

@@ -18,8 +18,8 @@
 //! use std::time::Duration;
 //!
 //! // A harvest each 100 ms finds the same 2,000 pages.
-//! let mut set = WorkingSet::new(1 << 18);
-//! let mut dirty = DirtyBitmap::new(1 << 18);
+//! let mut set = WorkingSet::new(1 << 18)?;
+//! let mut dirty = DirtyBitmap::new(1 << 18)?;
 //! dirty.set(PageRun { first: 7, pages: 2_000 })?;
 //! for _ in 0..64 {
 //!     set.record(Duration::from_millis(100), &dirty)?;

@@ -146,17 +146,20 @@ struct Level {
 
 impl WorkingSet {
     /// Of a memory of `pages` pages. Allocates all that it needs.
-    pub fn new(pages: u64) -> Self {
-        let level = Level {
-            union: DirtyBitmap::new(pages),
-            harvests: 0,
-            time: Duration::ZERO,
-            seen: None,
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where the host has no memory for it.
+    pub fn new(pages: u64) -> Result<Self, Error> {
+        let level = |_| {
+            Ok(Level {
+                union: DirtyBitmap::new(pages)?,
+                harvests: 0,
+                time: Duration::ZERO,
+                seen: None,
+            })
         };
-        Self {
-            levels: vec![level; LEVELS],
-            pages,
-        }
+        let levels = (0..LEVELS).map(level).collect::<Result<_, Error>>()?;
+        Ok(Self { levels, pages })
     }
 
     /// `dirty` is what was written in `time`, since the harvest before. One pass over the bitmap for
@@ -218,7 +221,7 @@ mod tests {
     const TICK: Duration = Duration::from_millis(100);
 
     fn dirty(pages: u64, first: u64, count: u64) -> DirtyBitmap {
-        let mut bitmap = DirtyBitmap::new(pages);
+        let mut bitmap = DirtyBitmap::new(pages).unwrap();
         bitmap
             .set(PageRun {
                 first,
@@ -230,7 +233,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_writes_the_same_pages_has_a_flat_curve() {
-        let mut set = WorkingSet::new(10_000);
+        let mut set = WorkingSet::new(10_000).unwrap();
         for _ in 0..128 {
             set.record(TICK, &dirty(10_000, 5, 100)).unwrap();
         }
@@ -242,7 +245,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_walks_through_memory_has_a_straight_one_that_ends_at_its_size() {
-        let mut set = WorkingSet::new(10_000);
+        let mut set = WorkingSet::new(10_000).unwrap();
         for tick in 0..64 {
             set.record(TICK, &dirty(10_000, tick * 100, 100)).unwrap();
         }
@@ -268,8 +271,13 @@ mod tests {
         assert_eq!(curve.pages_in(Duration::MAX), [0.0; 3]);
         assert!(
             WorkingSet::new(5)
-                .record(TICK, &DirtyBitmap::new(6))
+                .unwrap()
+                .record(TICK, &DirtyBitmap::new(6).unwrap())
                 .is_err()
         );
+        assert!(matches!(
+            WorkingSet::new(1 << 62),
+            Err(Error::Memory { .. })
+        ));
     }
 }

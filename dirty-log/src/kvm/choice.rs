@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How a VM logs what its guest writes: chosen when it is made, and said back.
+//! How a VM logs what its guest writes: chosen for all of its slots, and said back.
 //!
-//! The dirty ring is an option of the VM: it comes before the first vCPU, and with it KVM answers
-//! `ENXIO` to whoever asks for the bitmap (x86). Manual protect is one as well, since all slots of
-//! a VM log alike. So a VMM makes the choice in its creation stage (kvm-core's `VmSetup::fd`), before
-//! the first vCPU and the first slot that logs, and what comes back says which source is to be made.
+//! The dirty ring is an option that is fixed when the VM is made: it comes before the first vCPU, and with
+//! it KVM answers `ENXIO` to whoever asks for the bitmap (x86). So a VMM chooses between ring and bitmap in
+//! its creation stage (kvm-core's `VmSetup::fd`).
+//!
+//! Manual protect is the VM's as well, and KVM takes it at any time, and anew with other flags: a look heeds
+//! it from the next call on, *initially set* a slot that begins to log from then on. So a VMM may choose
+//! whenever tracking starts, before its slots log, and make the source that what comes back names.
 
 use std::io;
 use std::sync::Arc;
@@ -71,7 +74,8 @@ impl<T: ChooseLog + ?Sized> ChooseLog for Arc<T> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum LogChoice {
-    /// The plain bitmap: enables nothing, works everywhere.
+    /// The plain bitmap: enables nothing, works everywhere. Nor does it end a manual protect that the VM
+    /// was asked for before.
     #[default]
     Bitmap,
     /// The bitmap with manual protect.
@@ -105,8 +109,9 @@ pub enum LogInForce {
 }
 
 impl LogChoice {
-    /// Asks the VM for it: before its first vCPU, and before a slot logs. One or two system calls, none
-    /// of which blocks.
+    /// Asks the VM for it: a ring before its first vCPU, manual protect whenever no slot logs (KVM takes it
+    /// while some do: a [`KvmBitmap`](crate::KvmBitmap) then finds the same pages again each time). One or two
+    /// system calls, none of which blocks.
     ///
     /// ```no_run
     /// use dirty_log::{LogChoice, LogInForce, RingSize};

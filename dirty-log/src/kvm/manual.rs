@@ -106,6 +106,9 @@ impl<T: ClearDirtyLog + ?Sized> ClearDirtyLog for Arc<T> {
 ///
 /// [`take`](DirtySource::take) looks, and clears what it found chunk by chunk; of a round of parts
 /// ([`DirtyLog::parts`](crate::DirtyLog::parts)), each part is cleared when it is handed out.
+///
+/// What a round noted and did not hand out (it was dropped half-way, a clear was refused) the next look hands
+/// out with what is new: KVM has it still, or, of a VM without manual protect, nobody else has.
 #[derive(Debug)]
 pub struct KvmManualBitmap<H> {
     host: H,
@@ -122,8 +125,9 @@ impl<H: ClearDirtyLog> KvmManualBitmap<H> {
 
     /// A source for `slot` of the VM behind `host`. Maps the buffer; makes no ioctl.
     ///
-    /// Of a VM *without* manual protect, each look would forget what it found and each clear find
-    /// nothing to do; bits are not lost by it, but nothing of the above holds.
+    /// Of a VM *without* manual protect, which a source cannot ask KVM about, each look forgets what it
+    /// found, in KVM, and write-protects the whole slot. No bit is lost by it as long as the source lives,
+    /// which has what it did not hand out; dropped before that, it takes it along.
     ///
     /// # Errors
     /// [`Error::Buffer`] where the host has no memory for it.
@@ -182,6 +186,7 @@ impl<H: ClearDirtyLog> KvmManualBitmap<H> {
                 pages,
                 source,
             })?;
+        // Else the next look would hand it out again.
         span.fill(0);
         Ok(())
     }
@@ -196,7 +201,7 @@ impl<H: ClearDirtyLog> DirtySource for KvmManualBitmap<H> {
     ///
     /// # Errors
     /// [`Error::GetDirtyLog`]: nothing was forgotten. [`Error::ClearDirtyLog`]: earlier chunks are in
-    /// `into` and cleared, this one is in `into` and in KVM, later ones are in KVM.
+    /// `into` and cleared, this one is in `into` and in KVM, later ones are noted here.
     fn take(&mut self, into: &mut DirtyBitmap) -> Result<(), Error> {
         self.look(into)?;
         self.take_part(
@@ -211,8 +216,10 @@ impl<H: ClearDirtyLog> DirtySource for KvmManualBitmap<H> {
     fn look(&mut self, into: &mut DirtyBitmap) -> Result<(), Error> {
         fits(self.pages(), into.pages())?;
         let slot = self.slot.id();
+        // The look writes over it, and of a VM without manual protect it is nowhere else.
+        into.merge_at(0, self.seen.words());
         if let Err(source) = self.host.get_dirty_log(slot, &mut self.seen) {
-            // What it wrote is not to be trusted, and KVM has it all.
+            // What it wrote is not to be trusted, and would be handed out by the next look.
             self.seen.words_mut().fill(0);
             if source.raw_os_error() == Some(libc::EFAULT) {
                 // True without manual protect alone, which the source cannot see.

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 
 use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, KVMIO};
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{_IOC_NONE, ioctl, ioctl_expr};
 
 use crate::Error;
@@ -75,11 +75,12 @@ unsafe impl Sync for MappedRing {}
 
 impl MappedRing {
     /// Maps the ring of a vCPU whose VM has [`LogInForce::Ring`](super::LogInForce::Ring) of this size.
-    /// `number` is for the error, and for nothing else.
+    /// `number` is for the error, and for nothing else. Of a vCPU alone: what is behind any other descriptor
+    /// may be made smaller, or be written by others in their own ways, while it is mapped.
     ///
     /// # Errors
     /// [`Error::MapRing`].
-    pub fn map(vcpu: &impl AsRawFd, number: u32, size: RingSize) -> Result<Self, Error> {
+    pub fn map(vcpu: &VcpuFd, number: u32, size: RingSize) -> Result<Self, Error> {
         let bytes = size.bytes() as usize;
         let failed = |source| Error::MapRing {
             vcpu: number,
@@ -133,5 +134,42 @@ impl Drop for MappedRing {
     fn drop(&mut self) {
         // SAFETY: our own mapping, whole, and nobody borrows from it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.size.bytes() as usize) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The signals that this thread does not get now.
+    fn blocked() -> Vec<i32> {
+        // SAFETY: the set is initialised by zeros, and written by the call, which changes nothing.
+        let set = unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            assert_eq!(
+                libc::pthread_sigmask(libc::SIG_BLOCK, ptr::null(), &mut set),
+                0
+            );
+            set
+        };
+        // SAFETY: the set is initialised, and the numbers are signals'.
+        let has = |signal: &i32| unsafe { libc::sigismember(&set, *signal) } == 1;
+        (1..=libc::SIGRTMAX()).filter(has).collect()
+    }
+
+    #[test]
+    fn a_reset_sees_no_signal_and_the_thread_has_its_own_mask_again_behind_it() {
+        let before = blocked();
+        let held = BlockedSignals::all().unwrap();
+        let within = blocked();
+        // Two that cannot be blocked, and those that the C library keeps for itself, below SIGRTMIN.
+        let can = |signal: &i32| {
+            ![libc::SIGKILL, libc::SIGSTOP].contains(signal)
+                && !(32..libc::SIGRTMIN()).contains(signal)
+        };
+        let want: Vec<_> = (1..=libc::SIGRTMAX()).filter(can).collect();
+        assert_eq!(within, want);
+        drop(held);
+        assert_eq!(blocked(), before);
     }
 }

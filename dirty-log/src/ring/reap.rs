@@ -184,7 +184,7 @@ impl<H: ResetRings> DirtyRings<H> {
     /// log, or what it told until then is unknown. Allocates the slot's bitmap.
     ///
     /// # Errors
-    /// [`Error::Twice`] while there is another of this slot.
+    /// [`Error::Twice`] while there is another of this slot; [`Error::Memory`].
     pub fn log(&self, slot: &SlotExtent) -> Result<RingSource<H>, Error> {
         let key = SlotKey(slot.id().0);
         let mut inner = self.lock();
@@ -196,12 +196,10 @@ impl<H: ResetRings> DirtyRings<H> {
         }
         inner.slots.push(Slot {
             key,
-            staged: DirtyBitmap::new(slot.pages()),
+            // Of no page yet, also where a ring was overrun: each reap says that anew of every slot.
+            staged: DirtyBitmap::new(slot.pages())?,
             suspect: None,
         });
-        if inner.vcpus.iter().any(|vcpu| vcpu.overrun) {
-            inner.distrust();
-        }
         Ok(RingSource {
             rings: self.clone(),
             key,
@@ -224,8 +222,8 @@ impl<H: ResetRings> DirtyRings<H> {
             at.at_full = (at.told, if told == at.told { same + 1 } else { 0 });
             if at.at_full.1 >= Self::STUCK {
                 at.at_full.1 = 0;
+                // Each reap from now on has every page of every slot count as dirty.
                 at.overrun = true;
-                inner.distrust();
                 return Err(Error::RingStuck { vcpu });
             }
         }
@@ -379,7 +377,7 @@ impl<H: ResetRings> Inner<H> {
         for slot in &mut self.slots {
             slot.staged.set_all();
             slot.suspect
-                .get_or_insert_with(|| DirtyBitmap::new(slot.staged.pages()))
+                .get_or_insert_with(|| slot.staged.clone())
                 .set_all();
         }
     }
@@ -387,10 +385,10 @@ impl<H: ResetRings> Inner<H> {
     /// Remembers what was taken and may not be watched: all that is staged, which is more.
     fn suspect(&mut self) -> Result<(), Error> {
         for slot in &mut self.slots {
-            let suspect = slot
-                .suspect
-                .get_or_insert_with(|| DirtyBitmap::new(slot.staged.pages()));
-            suspect.merge(&slot.staged)?;
+            match &mut slot.suspect {
+                Some(suspect) => suspect.merge(&slot.staged)?,
+                none => *none = Some(slot.staged.clone()),
+            }
         }
         Ok(())
     }

@@ -105,7 +105,7 @@ impl Machine {
             rings: DirtyRings::new(vm.clone()),
             vm,
             in_force,
-            writes: HostWrites::new(pages),
+            writes: HostWrites::new(pages).unwrap(),
             pages,
             data: Arc::new(data),
             _code: code,

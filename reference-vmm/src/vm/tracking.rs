@@ -158,6 +158,15 @@ impl State {
         (vm, rings): (&Host, Option<&DirtyRings<Host>>),
         table: &SlotTable,
     ) -> Result<(), TrackError> {
+        let pages = self.slots.iter().map(|slot| {
+            let mut pages = DirtyBitmap::new(slot.extent().pages())?;
+            if user == TrackUser::Migration {
+                pages.set_all();
+            }
+            Ok(pages)
+        });
+        // First, so that where there is no memory for them nothing has begun.
+        let pages = pages.collect::<Result<Vec<_>, dirty_log::Error>>()?;
         match (&self.logs, rings) {
             (Some(_), _) => self.collect()?,
             (None, Some(rings)) => self.begin(&Guests::Rings(rings), table)?,
@@ -167,14 +176,7 @@ impl State {
                 self.begin(&Guests::Bitmaps(vm, log), table)?;
             }
         }
-        let pages = self.slots.iter().map(|slot| {
-            let mut pages = DirtyBitmap::new(slot.extent().pages());
-            if user == TrackUser::Migration {
-                pages.set_all();
-            }
-            pages
-        });
-        self.users[user as usize] = Some(pages.collect());
+        self.users[user as usize] = Some(pages);
         Ok(())
     }
 
@@ -245,7 +247,7 @@ impl Log {
             |region| region.bitmap().log(),
         );
         // What was marked when it was last on.
-        writes.clone().take(&mut DirtyBitmap::new(slot.pages()))?;
+        writes.clone().take(&mut DirtyBitmap::new(slot.pages())?)?;
         let mut all = Union::new(slot.pages()).with(writes.clone())?;
         // The guest does not write to one that is read-only, and KVM keeps no log of it.
         if region.is_some_and(|region| !region.is_read_only()) {
@@ -298,7 +300,7 @@ impl Harvested<'_> {
     pub fn forget(&mut self, slot: usize, run: PageRun) -> Result<(), TrackError> {
         let pages = self.slots.get_mut(slot).map(|slot| &mut slot.pages);
         // A slot that there is not has no pages.
-        let nowhere = &mut DirtyBitmap::new(0);
+        let nowhere = &mut DirtyBitmap::new(0)?;
         Ok(pages.unwrap_or(nowhere).clear(run)?)
     }
 
@@ -377,7 +379,8 @@ impl Running {
         let State { slots, users, .. } = &mut *state;
         let extents = slots.iter().map(|slot| slot.extent().clone());
         let clean = extents.clone().map(|slot| DirtyBitmap::new(slot.pages()));
-        let pages = users[user as usize].replace(clean.collect());
+        let clean = clean.collect::<Result<Vec<_>, _>>()?;
+        let pages = users[user as usize].replace(clean);
         let pages = extents.zip(pages.unwrap_or_default());
         let pages = pages.map(|(extent, pages)| DirtySlot { extent, pages });
         Ok(Harvested {
