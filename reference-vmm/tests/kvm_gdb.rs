@@ -550,3 +550,55 @@ fn a_32_bit_guest_is_debugged_by_the_same_registers() {
     assert_eq!(gdb.ask("D"), "OK");
     running.wait().expect_status(1).expect_stdout("Px\n");
 }
+
+#[test]
+fn a_guest_of_a_snapshot_waits_for_a_debugger_where_it_was() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let at_path = |name: &str| folder.path().join(name);
+    let mut first = Vmm::boot(debug64())
+        .args(["--debug-exit", "--api-sock"])
+        .arg(at_path("api"))
+        .start();
+    first.wait_for("up\n");
+    let ctl = || Vmm::command(["ctl", "--api-sock"]).arg(at_path("api"));
+    ctl().arg("pause").output().expect_status(0);
+    let taken = ctl().arg("snapshot").arg(at_path("s")).output();
+    taken.expect_status(0);
+    first.signal(libc::SIGTERM);
+    first.wait().expect_status(0);
+
+    let mut running = Vmm::command(["restore", "--from"])
+        .arg(at_path("s"))
+        .arg("--gdb")
+        .arg(format!("unix:{}", at_path("gdb").display()))
+        .start();
+    running.wait_for_stderr("waits for a debugger");
+    let debugged = Debugged {
+        running,
+        socket: at_path("gdb"),
+        _folder: folder,
+    };
+    let mut gdb = debugged.attach();
+    // Somewhere in its loop, and nothing moves.
+    let rip = gdb.register(RIP);
+    assert!((at(LOOP)..at(COUNT)).contains(&rip), "{rip:#x}");
+    let count = gdb.register(RAX);
+    assert!(count > 0);
+    assert_eq!((gdb.register(RIP), gdb.register(RAX)), (rip, count));
+    for (insert, hit) in [("Z0", "swbreak:;"), ("Z1", "hwbreak:;")] {
+        let before = gdb.register(RAX);
+        let body = format!("{insert},{:x},1", at(FUNCTION));
+        assert_eq!(gdb.ask(&body), "OK");
+        assert_eq!(gdb.go(), format!("T05{FIRST}{hit}"));
+        assert_eq!(gdb.register(RIP), at(FUNCTION));
+        // It has not run a round by itself.
+        let now = gdb.register(RAX);
+        assert!((before..=before + 1).contains(&now), "{before} {now}");
+        assert_eq!(gdb.ask(&body.replace('Z', "z")), "OK");
+    }
+    assert_eq!(gdb.set_memory(at(END), &[1]), "OK");
+    assert_eq!(gdb.go(), "W21");
+    let ended = debugged.running.wait();
+    ended.expect_status(0x21).expect_stdout("");
+}

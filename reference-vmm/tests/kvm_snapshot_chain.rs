@@ -90,10 +90,16 @@ fn a_guest_goes_on_from_any_link_of_a_chain_and_has_lost_nothing() {
     if support::lab_short() {
         return;
     }
-    for (cpus, irqchip) in [(1, Irqchip::Split), (4, Irqchip::Kernel)] {
+    for (cpus, irqchip, log) in [
+        (1, Irqchip::Split, "bitmap"),
+        (4, Irqchip::Kernel, "bitmap"),
+        (1, Irqchip::Kernel, "ring"),
+        (4, Irqchip::Split, "ring"),
+    ] {
         let folder = tempfile::tempdir().unwrap();
         let dir = |number: usize| folder.path().join(format!("s{number}"));
-        let (_kernel, config) = keeper(cpus, irqchip);
+        let (_kernel, mut config) = keeper(cpus, irqchip);
+        config.dirty_log = log.parse().unwrap();
         let mut guest = Guest::boot(&config);
         let links = if long() { 20 } else { 5 };
         for number in 0..links {
@@ -155,9 +161,14 @@ fn a_chain_goes_on_behind_a_restore() {
     }
     let folder = tempfile::tempdir().unwrap();
     let dir = |number: usize| folder.path().join(format!("s{number}"));
-    for memory in ["16M", "16M,shared"] {
+    for (memory, log) in [
+        ("16M", "bitmap"),
+        ("16M,shared", "bitmap"),
+        ("16M", "ring=32768"),
+    ] {
         let (_kernel, mut config) = keeper(1, Irqchip::Split);
         config.memory = memory.parse().unwrap();
+        config.dirty_log = log.parse().unwrap();
         let mut guest = Guest::boot(&config);
         guest.hear(1);
         guest.snapshot(&full(&dir(0)));

@@ -76,7 +76,14 @@ impl SnapshotFiles for HostFiles {
             std::fs::remove_dir_all(path)?;
             builder.create(path)?;
         }
-        lock_dir(path)
+        lock_dir(path).inspect_err(|error| {
+            // Where another process has it by now it is that one's. Else it is ours, and empty.
+            if error.kind() != io::ErrorKind::WouldBlock
+                && let Err(left) = std::fs::remove_dir(path)
+            {
+                log::warn!("{} is left there: {left}", path.display());
+            }
+        })
     }
 
     fn create(&self, path: &Path) -> io::Result<File> {
@@ -361,17 +368,28 @@ fn look(target: &Path) -> Result<bool, WriteError> {
         Ok(_) => {}
     }
     let mut entries = std::fs::read_dir(target).map_err(call("read", target))?;
-    if entries.next().is_none() {
-        return Ok(true);
+    match entries.next() {
+        None => return Ok(true),
+        Some(Err(error)) => return Err(call("read", target)(error)),
+        Some(Ok(_)) => {}
+    }
+    // What cannot be read may be one all the same: nobody is told to remove it.
+    let path = target.join(STATE);
+    match std::fs::symlink_metadata(&path) {
+        Ok(state) if state.is_file() => {}
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(call("look at", &path)(error));
+        }
+        _ => return Err(occupied()),
     }
     let mut magic = [0; format::MAGIC.len()];
-    let path = target.join(STATE);
-    let is_file = std::fs::symlink_metadata(&path).is_ok_and(|file| file.is_file());
-    let file = is_file.then(|| File::open(&path).ok()).flatten();
-    let read = file.is_some_and(|file| file.read_exact_at(&mut magic, 0).is_ok());
-    match read && magic == format::MAGIC {
-        true => Ok(true),
-        false => Err(occupied()),
+    let state = File::open(&path).map_err(call("open", &path))?;
+    match state.read_exact_at(&mut magic, 0) {
+        Ok(()) if magic == format::MAGIC => Ok(true),
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
+            Err(call("read", &path)(error))
+        }
+        _ => Err(occupied()),
     }
 }
 

@@ -185,6 +185,11 @@ impl Shell {
         &mut self.running
     }
 
+    /// The guest's monitor, and no shell any more.
+    pub fn into_monitor(self) -> Running {
+        self.running
+    }
+
     /// Waits for the end of the guest.
     pub fn wait(self) -> Ended {
         self.running.wait()

@@ -16,6 +16,7 @@ use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -31,6 +32,8 @@ pub enum Kind {
     Open(String),
     /// `mmap`, by length and flags: threads map at the same time, each its own things.
     Map(u64, i32),
+    /// Any on a file below the [place](trace_in), by system call number and path from there.
+    File(i64, String),
     /// Any other of the first thread, by system call number.
     Syscall(i64),
     /// Any other of any other thread.
@@ -56,6 +59,10 @@ impl fmt::Display for Kind {
             },
             Kind::Open(path) => write!(f, "open {path}"),
             Kind::Map(len, flags) => write!(f, "mmap of {len:#x} bytes with flags {flags:#x}"),
+            Kind::File(nr, path) => {
+                Kind::Syscall(*nr).fmt(f)?;
+                write!(f, " of {path}")
+            }
             Kind::Syscall(nr) | Kind::Elsewhere(nr) => match SYSCALLS.iter().find(|(n, _)| n == nr)
             {
                 Some((_, name)) => f.write_str(name),
@@ -177,6 +184,18 @@ pub fn trace<A: AsRef<OsStr>>(
     inject: &[Inject],
     limit: Duration,
 ) -> Trace {
+    trace_in(None, args, stdin, inject, limit)
+}
+
+/// The same; calls on files below `place` are told apart by their paths ([`Kind::File`]), so that they count the same in
+/// each run, whatever other threads do.
+pub fn trace_in<A: AsRef<OsStr>>(
+    place: Option<&Path>,
+    args: &[A],
+    stdin: Option<OwnedFd>,
+    inject: &[Inject],
+    limit: Duration,
+) -> Trace {
     let mut command = Command::new(super::binary());
     command
         .args(args)
@@ -200,6 +219,7 @@ pub fn trace<A: AsRef<OsStr>>(
     let mut tracer = Tracer {
         pid,
         inject,
+        place,
         ..Tracer::default()
     };
     let status = tracer.run();
@@ -218,6 +238,7 @@ pub fn trace<A: AsRef<OsStr>>(
 struct Tracer<'a> {
     pid: pid_t,
     inject: &'a [Inject],
+    place: Option<&'a Path>,
     calls: Vec<Call>,
     counts: HashMap<Kind, usize>,
     threads: HashSet<pid_t>,
@@ -306,11 +327,17 @@ impl Tracer<'_> {
     }
 
     fn enter(&mut self, tid: pid_t, nr: i64, args: [u64; 6]) {
-        let kind = match nr as c_long {
-            libc::SYS_ioctl if args[1] >> 8 & 0xff == 0xae => Kind::Kvm(args[1] as u32),
-            libc::SYS_openat => Kind::Open(read_string(tid, args[1])),
-            libc::SYS_open => Kind::Open(read_string(tid, args[0])),
-            libc::SYS_mmap => Kind::Map(args[1], args[3] as i32),
+        let file = self.place.and_then(|place| {
+            let path = path_of(tid, nr as c_long, &args)?;
+            let below = path.strip_prefix(place).ok()?;
+            Some(below.display().to_string())
+        });
+        let kind = match (file, nr as c_long) {
+            (Some(path), _) => Kind::File(nr, path),
+            (_, libc::SYS_ioctl) if args[1] >> 8 & 0xff == 0xae => Kind::Kvm(args[1] as u32),
+            (_, libc::SYS_openat) => Kind::Open(read_string(tid, args[1])),
+            (_, libc::SYS_open) => Kind::Open(read_string(tid, args[0])),
+            (_, libc::SYS_mmap) => Kind::Map(args[1], args[3] as i32),
             _ if tid == self.pid => Kind::Syscall(nr),
             _ => Kind::Elsewhere(nr),
         };
@@ -362,6 +389,47 @@ fn with_registers(tid: pid_t, change: impl FnOnce(&mut libc::user_regs_struct)) 
             change(&mut regs);
             libc::ptrace(libc::PTRACE_SETREGS, tid, 0, &regs);
         }
+    }
+}
+
+/// The file that a call is about; of two, the first.
+fn path_of(tid: pid_t, nr: c_long, args: &[u64; 6]) -> Option<PathBuf> {
+    let open = |fd: u64| std::fs::read_link(format!("/proc/{tid}/fd/{}", fd as i32)).ok();
+    let named = |dir: Option<u64>, at: u64| {
+        let name = read_string(tid, at);
+        let dir = dir.filter(|dir| *dir as i32 != libc::AT_FDCWD);
+        match dir.and_then(open) {
+            // The descriptor itself (AT_EMPTY_PATH).
+            Some(dir) if name.is_empty() => Some(dir),
+            Some(dir) => Some(dir.join(name)),
+            None => Some(name.into()),
+        }
+    };
+    match nr {
+        libc::SYS_open | libc::SYS_mkdir | libc::SYS_rmdir | libc::SYS_unlink => {
+            named(None, args[0])
+        }
+        libc::SYS_openat
+        | libc::SYS_mkdirat
+        | libc::SYS_unlinkat
+        | libc::SYS_renameat2
+        | libc::SYS_newfstatat
+        | libc::SYS_statx => named(Some(args[0]), args[1]),
+        libc::SYS_read
+        | libc::SYS_pread64
+        | libc::SYS_write
+        | libc::SYS_pwrite64
+        | libc::SYS_fsync
+        | libc::SYS_fdatasync
+        | libc::SYS_ftruncate
+        | libc::SYS_fallocate
+        | libc::SYS_flock
+        | libc::SYS_lseek
+        | libc::SYS_fstat
+        | libc::SYS_getdents64
+        | libc::SYS_ioctl => open(args[0]),
+        libc::SYS_mmap if args[3] as i32 & libc::MAP_ANONYMOUS == 0 => open(args[4]),
+        _ => None,
     }
 }
 
@@ -480,6 +548,20 @@ const SYSCALLS: &[(i64, &str)] = &[
     (libc::SYS_sendto, "sendto"),
     (libc::SYS_poll, "poll"),
     (libc::SYS_exit_group, "exit_group"),
+    (libc::SYS_openat, "openat"),
+    (libc::SYS_mkdir, "mkdir"),
+    (libc::SYS_rmdir, "rmdir"),
+    (libc::SYS_unlink, "unlink"),
+    (libc::SYS_unlinkat, "unlinkat"),
+    (libc::SYS_renameat2, "renameat2"),
+    (libc::SYS_pwrite64, "pwrite64"),
+    (libc::SYS_fsync, "fsync"),
+    (libc::SYS_fdatasync, "fdatasync"),
+    (libc::SYS_ftruncate, "ftruncate"),
+    (libc::SYS_fallocate, "fallocate"),
+    (libc::SYS_flock, "flock"),
+    (libc::SYS_newfstatat, "newfstatat"),
+    (libc::SYS_getdents64, "getdents64"),
 ];
 
 /// KVM's ioctls on x86 (`linux/kvm.h`).

@@ -317,8 +317,8 @@ fn all_test_files(workspace: &Path) -> Result<Vec<(String, String)>> {
     Ok(found)
 }
 
-/// The test program that wants a Debian for a guest, which takes a minute to make where the cache has none.
-const DISTRO_TEST: &str = "lab_distro";
+/// The test programs that want a Debian for a guest, which takes a minute to make where the cache has none.
+const DISTRO_TESTS: [&str; 2] = ["lab_distro", "lab_snapshot_load"];
 
 /// The kvm tier and the lab tier, each in a lab machine of its own.
 fn in_lab(
@@ -342,7 +342,10 @@ fn in_lab(
     let guest_io = cargo::static_program("xtask", "guest_io")?;
     named.push(("LAB_GUEST_IO".to_owned(), guest_io.into_os_string()));
     let mut disk = None;
-    if lab.iter().any(|program| program.target == DISTRO_TEST) {
+    if lab
+        .iter()
+        .any(|program| DISTRO_TESTS.contains(&program.target.as_str()))
+    {
         let distro = distro::image(&assets)?;
         let (linux, initrd) = assets.installer()?;
         named.extend([
