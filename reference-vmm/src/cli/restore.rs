@@ -48,6 +48,7 @@ Options:
   --clock advanced|saved   Whether the guest's clocks show the time between, and its timers that are due
                            expire at once, or go on from where they were [advanced]
   --verify=off             Guest memory is not compared with its checksums, which reads all of it
+  --map=off                Guest memory is read and not mapped, so that `ctl snapshot --background` can be used
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --track-dirty-pages      Track what the guest writes from the snapshot on, so that `ctl snapshot --base DIR` may
                            build on it
@@ -163,6 +164,9 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
                     "saved" => Ok(ClockRestore::AsSaved),
                     _ => Err("--clock is advanced or saved"),
                 })?;
+            }
+            Long("map") if !incoming => {
+                request.map = super::on_or_off("--map", &mut parser)?;
             }
             Long("verify") if !incoming => {
                 request.verify = super::on_or_off("--verify", &mut parser)?;

@@ -81,6 +81,7 @@
 //! - State that was added to without a version, and read by position (Firecracker, before its format 2): all fields have
 //!   names.
 
+pub mod background;
 pub mod chain;
 pub mod config_form;
 pub mod disks;
@@ -97,6 +98,7 @@ pub mod parent;
 pub mod ranges;
 mod restore;
 mod save;
+mod tick;
 mod tip;
 
 pub use restore::{Overrides, RestoreError, RestoreRequest, Snapshot};
