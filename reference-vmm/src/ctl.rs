@@ -503,6 +503,11 @@ mod tests {
             "disks": "copy",
         });
         assert_eq!(snapshot_body(&request), body);
+        let asked = "--api-sock /s snapshot /b --background";
+        let Question::Snapshot(request) = parsed(asked).unwrap().unwrap().question else {
+            panic!("{asked}")
+        };
+        assert_eq!(snapshot_body(&request)["background"], true);
         for (words, resume) in [
             ("load /a", false),
             ("load /a --resume", true),
@@ -528,6 +533,7 @@ mod tests {
             ("--api-sock /s pause --timeout 0s", "--timeout"),
             ("--api-sock /s pause --frob", "--frob"),
             ("--api-sock /s pause --track", "options of snapshot"),
+            ("--api-sock /s pause --background", "options of snapshot"),
             (
                 "--api-sock /s snapshot /a --disks move",
                 "name, reflink or copy",
@@ -571,6 +577,14 @@ mod tests {
         assert_eq!(words, "a.b.0 1\na.b.1 x\\n\nc []\n");
         let line = told(&options(Question::Stats, true), body);
         assert_eq!(line.lines().count(), 1);
+        let snapshot = || Question::Snapshot(SnapshotRequest::new("/s"));
+        assert_eq!(told(&options(snapshot(), false), Value::Null), "/s\n");
+        let cost =
+            json!({"pause_us": 312, "protected_pages": 5, "us_per_page": 0.4, "total_us": 9000});
+        assert_eq!(
+            told(&options(snapshot(), false), cost),
+            "/s: the guest stood still for 312 us, in which 5 pages were protected, 0.4 us each; 9000 us in all\n"
+        );
         let status = json!({ "state": "Paused" });
         assert_eq!(told(&options(Question::Status, false), status), "paused\n");
     }

@@ -9,21 +9,19 @@ mod faulty_files;
 mod support;
 
 use std::cell::Cell;
-use std::fs::File;
-use std::io::{self, PipeReader, Read};
+use std::io::{PipeReader, Read};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 
-use faulty_files::Faulty;
+use faulty_files::{Before, Faulty};
 use guests::image;
 use guests::scribe::{PAGES, scribe64};
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::GuestEnd;
 use reference_vmm::memory::Memory;
 use reference_vmm::snapshot::chain::Chain;
-use reference_vmm::snapshot::files::{HostFiles, MEMORY, SnapshotFiles};
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::{
     RestoreRequest, SnapshotError, SnapshotKind, SnapshotReport, SnapshotRequest, info,
@@ -57,43 +55,6 @@ fn unmapped(dir: &Path) -> RestoreRequest {
     RestoreRequest {
         map: false,
         ..RestoreRequest::new(dir)
-    }
-}
-
-/// The host's files, with something to be done before each write to the file of memory, its header aside.
-struct Before<F>(F);
-
-impl<F: Fn()> SnapshotFiles for Before<F> {
-    fn create_dir(&self, path: &Path) -> io::Result<File> {
-        HostFiles.create_dir(path)
-    }
-    fn create(&self, path: &Path) -> io::Result<File> {
-        HostFiles.create(path)
-    }
-    fn set_len(&self, file: &File, len: u64) -> io::Result<()> {
-        HostFiles.set_len(file, len)
-    }
-    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-        if link.ends_with(MEMORY) && offset > 0 {
-            self.0();
-        }
-        HostFiles.write_at(file, bytes, offset)
-    }
-    fn sync(&self, file: &File) -> io::Result<()> {
-        HostFiles.sync(file)
-    }
-    fn open_dir(&self, path: &Path) -> io::Result<File> {
-        HostFiles.open_dir(path)
-    }
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        HostFiles.rename(from, to)
-    }
-    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
-        HostFiles.exchange(one, other)
-    }
-    fn remove(&self, path: &Path) -> io::Result<()> {
-        HostFiles.remove(path)
     }
 }
 

@@ -21,8 +21,9 @@ use crate::vm::{ControlError, RunState, Running};
 
 /// Who does what a client asks for.
 pub trait Monitor: Sync {
-    /// Does it. One that is [long](Action::is_long) is done on a thread that does one after another; others meanwhile on the
-    /// server's own, where all clients wait while this blocks.
+    /// Does it. One that is [long](Action::is_long) is done on a thread that does one after another, one in the
+    /// [background](Action::is_background) on one more; others meanwhile on the server's own, where all clients wait while
+    /// this blocks.
     fn perform(&self, action: Action) -> Outcome;
 
     /// Called on the server's thread when who asked for something long has been given its outcome, or is gone.

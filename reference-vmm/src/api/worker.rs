@@ -237,6 +237,50 @@ mod tests {
     }
 
     #[test]
+    fn what_is_done_in_the_background_holds_nothing_up_and_is_done_once_at_a_time() {
+        /// Comes back from a snapshot when something else has been done.
+        struct Beside(Fake, Condvar);
+        impl Monitor for Beside {
+            fn perform(&self, action: Action) -> Outcome {
+                let mut done = self.0.0.lock().unwrap();
+                if action.is_background() {
+                    while done.is_empty() {
+                        done = self.1.wait(done).unwrap();
+                    }
+                }
+                done.push(action);
+                self.1.notify_all();
+                Outcome::Done
+            }
+        }
+        let worker = Worker::new().unwrap();
+        let snapshot = Action::Snapshot(SnapshotRequest {
+            background: true,
+            ..SnapshotRequest::new("/s")
+        });
+        let first = worker.ask(snapshot.clone()).unwrap();
+        let refused = worker.ask(snapshot.clone()).unwrap_err();
+        assert!(refused.contains("ask again"), "{refused}");
+        let second = worker.ask(Action::Pause).unwrap();
+        let monitor = Beside(Fake::default(), Condvar::new());
+        std::thread::scope(|scope| {
+            for background in [true, false] {
+                let (worker, monitor) = (&worker, &monitor);
+                scope.spawn(move || worker.work(monitor, background));
+            }
+            let mut outcomes = Vec::new();
+            while outcomes.len() < 2 {
+                outcomes.extend(worker.take());
+                std::thread::yield_now();
+            }
+            assert_eq!(outcomes, [(second, Outcome::Done), (first, Outcome::Done)]);
+            worker.close();
+        });
+        worker.settle();
+        assert_eq!(*monitor.0.0.lock().unwrap(), [Action::Pause, snapshot]);
+    }
+
+    #[test]
     fn one_too_many_is_refused_and_has_its_turn_when_one_of_them_is_done() {
         let worker = Worker::new().unwrap();
         for _ in 0..=MAX_WAITING {

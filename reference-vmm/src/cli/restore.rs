@@ -363,7 +363,7 @@ mod tests {
     fn a_clone_gets_files_taps_and_addresses_of_its_own() {
         let request = parsed(
             "--from /s --disk 0:path=/a,b --disk 2:path=c --net 1:tap=t1,mac=02:00:00:00:00:01 --net 0:tap=t0 \
-             --vsock uds=/v,cid=7 --console file=/c --port name=p,unix=/p --clock saved --verify=off --kvm /k",
+             --vsock uds=/v,cid=7 --console file=/c --port name=p,unix=/p --clock saved --verify=off --map=off --kvm /k",
         );
         let request = request.unwrap();
         let of = &request.overrides;
@@ -378,7 +378,7 @@ mod tests {
         assert_eq!(of.console, Some(ConsoleConfig::File("/c".into())));
         assert_eq!((of.ports.len(), of.kvm.clone()), (1, Some("/k".into())));
         assert_eq!(
-            (request.clock, request.verify),
+            (request.clock, request.verify || request.map),
             (ClockRestore::AsSaved, false)
         );
         assert_eq!(parsed("--from /s").unwrap(), RestoreRequest::new("/s"));
@@ -410,7 +410,13 @@ mod tests {
             let flag = format!("--{flag}");
             // Of the two only.
             let restore = flag != "--incoming";
-            let none = ["--from", "--verify", "--disks-to", "--track-dirty-pages"];
+            let none = [
+                "--from",
+                "--verify",
+                "--map",
+                "--disks-to",
+                "--track-dirty-pages",
+            ];
             let incoming = !none.contains(&flag.as_str());
             assert!(
                 flag == "--" || !restore || RESTORE_HELP.contains(&flag),
