@@ -156,6 +156,30 @@ fn a_guest_that_writes_all_the_time_goes_on_from_one_moment() {
 }
 
 #[test]
+fn what_is_protected_in_the_pause_does_not_grow_with_memory() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let sizes: &[_] = match long() {
+        true => &["256M", "1G", "4G"],
+        false => &["64M", "512M"],
+    };
+    for memory in sizes {
+        let folder = tempfile::tempdir().unwrap();
+        let (_kernel, config) = scribe(memory, Irqchip::Split);
+        let mut guest = Guest::boot(&config);
+        guest.hear(1);
+        let request = background(&folder.path().join("s"));
+        let report = guest.running.snapshot(&request).unwrap();
+        println!("{memory}: {report:?}");
+        let cost = report.background.unwrap();
+        assert!(cost.protected < 2 * PAGES, "{memory}: {cost:?}");
+        guest.has_all();
+    }
+}
+
+#[test]
 fn one_of_a_paused_guest_is_byte_by_byte_what_it_has_and_it_stays_paused() {
     need_kvm();
     for memory in ["16M", "16M,shared"] {
