@@ -48,6 +48,7 @@ pub mod monitor;
 mod page_sequence;
 mod page_writer;
 mod parts;
+pub mod scribe;
 pub mod state;
 pub mod tally;
 pub mod vcpu;

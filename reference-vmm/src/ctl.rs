@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use lexopt::prelude::*;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::api::Client;
 use crate::api::client::ClientError;
@@ -41,6 +41,8 @@ Commands:
     --disks name|reflink|copy
                        What becomes of disks that the guest writes: only their names are in it, or clones of
                        them, or copies where the file system does not clone [name]
+    --background       Memory is written when the guest goes on already: it is paused for a moment, however much
+                       memory there is. Says how long, how many pages were protected in it, and what one took
   load DIR [--resume]
                 Have a monitor that waits for it (`restore` without --from) make the guest of the snapshot DIR, which
                 stays paused without --resume
@@ -184,6 +186,7 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
             Long("compress") if !migrate => {
                 options.compression = Some(cli::compression(&mut parser)?);
             }
+            Long("background") => options.background = true,
             Long("disks") => {
                 let disks = parser.value()?.parse_with(|word| match word {
                     "name" => Ok(DiskCopies::Name),
@@ -240,7 +243,8 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
     match &mut question {
         Some(Question::Snapshot(request)) => options.apply(request),
         _ if options != SnapshotOptions::default() => {
-            let text = "--track, --base, --compress and --disks are options of snapshot DIR";
+            let text =
+                "--track, --base, --compress, --disks and --background are options of snapshot DIR";
             return Err(missing(text));
         }
         _ => {}
@@ -273,6 +277,7 @@ struct SnapshotOptions {
     track: Option<bool>,
     compression: Option<Compression>,
     disks: Option<DiskCopies>,
+    background: bool,
 }
 
 impl SnapshotOptions {
@@ -283,6 +288,7 @@ impl SnapshotOptions {
         request.track = self.track;
         request.compression = self.compression.unwrap_or_default();
         request.disks = self.disks.unwrap_or_default();
+        request.background = self.background;
     }
 }
 
@@ -306,6 +312,9 @@ fn snapshot_body(request: &SnapshotRequest) -> Value {
         DiskCopies::Name => {}
         DiskCopies::Reflink => body["disks"] = "reflink".into(),
         DiskCopies::Copy => body["disks"] = "copy".into(),
+    }
+    if request.background {
+        body["background"] = true.into();
     }
     body
 }
@@ -382,10 +391,15 @@ fn told(options: &Ctl, body: Value) -> String {
         }
         Question::Snapshot(request) => {
             let dir = request.dir.display().to_string();
-            (
-                dir.escape_debug().to_string(),
-                json!({ "snapshot_path": dir }),
-            )
+            let shown = dir.escape_debug().to_string();
+            match body {
+                Value::Object(mut cost) => {
+                    let words = background_words(&shown, &cost);
+                    cost.insert("snapshot_path".into(), dir.into());
+                    (words, Value::Object(cost))
+                }
+                _ => (shown, json!({ "snapshot_path": dir })),
+            }
         }
         Question::Migrate(_) | Question::MigrateStatus => (migrate::words(&body), body),
         Question::MigrateOrder(Order::Cancel) => {
@@ -407,6 +421,18 @@ fn told(options: &Ctl, body: Value) -> String {
         true => format!("{body}\n"),
         false => words + "\n",
     }
+}
+
+/// What a snapshot in the background cost.
+fn background_words(dir: &str, cost: &Map<String, Value>) -> String {
+    let number = |name: &str| cost.get(name).map_or_else(|| "?".into(), text);
+    format!(
+        "{dir}: the guest stood still for {} us, in which {} pages were protected, {} us each; {} us in all",
+        number("pause_us"),
+        number("protected_pages"),
+        number("us_per_page"),
+        number("total_us"),
+    )
 }
 
 fn text(value: &Value) -> String {
@@ -478,6 +504,11 @@ mod tests {
             "disks": "copy",
         });
         assert_eq!(snapshot_body(&request), body);
+        let asked = "--api-sock /s snapshot /b --background";
+        let Question::Snapshot(request) = parsed(asked).unwrap().unwrap().question else {
+            panic!("{asked}")
+        };
+        assert_eq!(snapshot_body(&request)["background"], true);
         for (words, resume) in [
             ("load /a", false),
             ("load /a --resume", true),
@@ -503,6 +534,7 @@ mod tests {
             ("--api-sock /s pause --timeout 0s", "--timeout"),
             ("--api-sock /s pause --frob", "--frob"),
             ("--api-sock /s pause --track", "options of snapshot"),
+            ("--api-sock /s pause --background", "options of snapshot"),
             (
                 "--api-sock /s snapshot /a --disks move",
                 "name, reflink or copy",
@@ -546,6 +578,14 @@ mod tests {
         assert_eq!(words, "a.b.0 1\na.b.1 x\\n\nc []\n");
         let line = told(&options(Question::Stats, true), body);
         assert_eq!(line.lines().count(), 1);
+        let snapshot = || Question::Snapshot(SnapshotRequest::new("/s"));
+        assert_eq!(told(&options(snapshot(), false), Value::Null), "/s\n");
+        let cost =
+            json!({"pause_us": 312, "protected_pages": 5, "us_per_page": 0.4, "total_us": 9000});
+        assert_eq!(
+            told(&options(snapshot(), false), cost),
+            "/s: the guest stood still for 312 us, in which 5 pages were protected, 0.4 us each; 9000 us in all\n"
+        );
         let status = json!({ "state": "Paused" });
         assert_eq!(told(&options(Question::Status, false), status), "paused\n");
     }

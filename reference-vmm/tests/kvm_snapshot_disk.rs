@@ -4,14 +4,17 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod faulty_files;
 mod support;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use faulty_files::Before;
 use guests::virtio::{INTERRUPTS, MEMORY, Op, REGISTERS, driver};
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::devices::virtio::block::{DiskConfig, Io};
@@ -39,11 +42,12 @@ use vm_memory::{Bytes, GuestAddress};
 const READY: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
 const ENTRIES: u32 = 8;
 const AVAILABLE: u32 = MEMORY + 0x1000;
-const USED: u32 = MEMORY + 0x2000;
+/// Far from the rest, as `DATA` is: in other steps of a snapshot in the background.
+const USED: u32 = 0x80_0000;
 /// Of each request, 16 bytes.
 const HEADERS: u32 = MEMORY + 0x3000;
 const STATUS: u32 = MEMORY + 0x3800;
-const DATA: u32 = MEMORY + 0x4000;
+const DATA: u32 = 0xa0_0000;
 const NEXT: u32 = 1;
 const WRITE: u32 = 2;
 const SECTORS: u32 = 40;
@@ -326,6 +330,51 @@ fn until_written(guest: &Guest, image: &Path, sector: u32) {
         guest.ends_within(1);
     }
     panic!("sector {sector} is not written");
+}
+
+#[test]
+fn what_a_disk_writes_to_guest_memory_behind_the_pause_is_not_in_a_snapshot_in_the_background() {
+    need_kvm();
+    let kernel = file(&writer());
+    for io in [Io::Uring, Io::Threads] {
+        let image = disk(u64::from(SECTORS));
+        let disk = DiskConfig {
+            io,
+            ..DiskConfig::new(&*image)
+        };
+        let config = config(&kernel, Irqchip::Split, disk);
+        let folder = tempfile::tempdir().unwrap();
+        let (dir, to) = (folder.path().join("s"), folder.path().join("to"));
+        let guest = Guest::of(|console, end| Machine::build(&config, console, end));
+        until_written(&guest, &image, 2);
+        let (at, turns) = (Cell::new(4), Cell::new(0));
+        let files = Before(|| {
+            // The disk is at work between any two pieces.
+            turns.set(turns.get() + 1);
+            at.set((at.get() + 4).min(SECTORS - 1));
+            until_written(&guest, &image, at.get());
+        });
+        let request = SnapshotRequest {
+            disks: DiskCopies::Copy,
+            background: true,
+            ..SnapshotRequest::new(&dir)
+        };
+        let report = guest.running.snapshot_with(&request, &files).unwrap();
+        // The device's page and the sector's, at least.
+        assert!(report.background.unwrap().copied >= 2, "{report:?}");
+        assert!(turns.get() > 2, "{turns:?}");
+        assert!(guest.ends_within(WATCHDOG.as_millis() as i32));
+        assert_eq!(guest.end.get(), Some(&GuestEnd::DebugExit(0)));
+        drop(guest);
+        std::fs::create_dir(&to).unwrap();
+        let restore = RestoreRequest {
+            disks_to: Some(to),
+            ..RestoreRequest::new(&dir)
+        };
+        let guest = Guest::of(|console, end| Machine::restore(&restore, console, end));
+        assert!(guest.ends_within(WATCHDOG.as_millis() as i32));
+        assert_eq!(guest.end.get(), Some(&GuestEnd::DebugExit(0)));
+    }
 }
 
 #[test]

@@ -34,6 +34,7 @@ fn go(mut guest: Running, prefix: &str) -> String {
         "soft lockup",
         "I/O error",
         "rcu_sched",
+        "damaged",
     ] {
         assert!(!text.contains(bad), "{bad}\n{ended}");
     }
@@ -125,4 +126,56 @@ fn linux_goes_on_with_its_disk_at_the_right_time_and_draws_other_numbers() {
             .expect_status(2)
             .expect_line(&["has been written since"]);
     }
+}
+
+#[test]
+#[ignore = "needs the lab: cargo xtask test"]
+fn linux_at_work_goes_on_from_a_snapshot_in_the_background_and_so_does_its_original() {
+    need_kvm();
+    let script = "
+        (
+            while [ ! -e /tmp/stop ]; do
+                dd if=/dev/urandom of=/tmp/a bs=64k count=16 2>/dev/null
+                cp /tmp/a /tmp/b
+                [ \"$(md5sum </tmp/a)\" = \"$(md5sum </tmp/b)\" ] || echo guest: damaged
+                echo x >>/tmp/rounds
+            done
+        ) &
+        echo guest: ready
+        read line
+        before=$(wc -l </tmp/rounds)
+        sleep 2
+        touch /tmp/stop
+        wait
+        echo rounds $before and $(wc -l </tmp/rounds)
+    ";
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let cmdline = format!("console=ttyS0 quiet guest.script={}", base64(script));
+    let mut first = Vmm::run(lab_file("vmlinuz-6.12"))
+        .arg("--initrd")
+        .arg(lab_file("initrd-devices.cpio.gz"))
+        .args(["--cmdline", &cmdline])
+        .arg("--api-sock")
+        .arg(at("api"))
+        .stdin_pipe()
+        .limit(LIMIT)
+        .start();
+    first.wait_for("guest: ready");
+    let asked = Vmm::command(["ctl", "--api-sock"]).arg(at("api")).args([
+        "snapshot",
+        at("s").to_str().unwrap(),
+        "--background",
+    ]);
+    let told = asked.limit(LIMIT).output();
+    println!("{}", told.expect_status(0).text());
+    let restored = Vmm::command(["restore", "--from"]).arg(at("s"));
+    let worked = |guest: Running| {
+        let line = go(guest, "rounds ");
+        println!("{line}");
+        let (before, behind) = line.split_once(" and ").unwrap();
+        assert!(behind.trim().parse::<u32>().unwrap() > before.parse().unwrap());
+    };
+    worked(first);
+    worked(restored.stdin_pipe().limit(LIMIT).start());
 }

@@ -29,6 +29,8 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 use sys::{Kernel, System};
+#[cfg(feature = "uffd")]
+use vm_memory::VolatileSlice;
 use vm_memory::{FileOffset, GuestAddress};
 
 /// `f_type` of a tmpfs (memfds are on one) and of a hugetlbfs, linux/magic.h.
@@ -327,6 +329,36 @@ impl Mapping {
         // SAFETY: a part of this mapping, which lives as long as `self`, is readable and writable, and is accessed by
         // volatile and atomic accesses only.
         unsafe { prefault::populate(self.system, work, threads) }
+    }
+
+    /// Makes a part of it readable, whole pages, by this thread: what is not there and is not file's is zeros that take
+    /// no memory.
+    #[cfg(feature = "uffd")]
+    pub(crate) fn populate_read(&self, range: Range<u64>) -> Result<(), MapError> {
+        let size = range.end.saturating_sub(range.start);
+        if range.end > self.size() {
+            return Err(MapError::TooLarge { size: range.end });
+        }
+        let work = Work {
+            start: self.start as usize + range.start as usize,
+            size: size as usize,
+            page_size: self.page_size as usize,
+            write: false,
+        };
+        // SAFETY: a part of this mapping, which lives as long as `self` and is readable.
+        unsafe { prefault::populate(self.system, work, NonZeroUsize::MIN) }
+    }
+
+    /// Copies what is there from `offset` on; of what would lie behind its end, nothing.
+    #[cfg(feature = "uffd")]
+    pub(crate) fn read(&self, offset: u64, into: &mut [u8]) {
+        let Some(left) = self.size().checked_sub(offset) else {
+            return;
+        };
+        let count = into.len().min(left as usize);
+        // SAFETY: within the mapping, which lives as long as `self`, by a volatile access.
+        let from = unsafe { VolatileSlice::new(self.start.add(offset as usize), count) };
+        from.copy_to(into);
     }
 
     pub(crate) fn start(&self) -> *mut u8 {

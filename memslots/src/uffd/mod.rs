@@ -65,6 +65,11 @@
 //! go on after a restore is complete, where pages are given back afterwards (a balloon). Someone has to answer those, with
 //! [`FillRole::zero`]: a handler that keeps its role, or borrows it again.
 //!
+//! # Memory of one moment
+//! [`PointInTime`] is a background snapshot's half that any monitor would write the same: it lays protection while the guest
+//! runs, protects again in the pause what was written since, and then copies a page before its first write, until it has
+//! been read.
+//!
 //! # Who may block on whom
 //! A fault is a dependency of the faulting thread on whoever reads the messages. So that it is no circle, the thread that
 //! reads and answers them
@@ -108,6 +113,8 @@
 //! nothing here allocates after its set-up.
 
 mod abi;
+#[forbid(unsafe_code)]
+mod copy_book;
 mod error;
 pub mod fake;
 #[forbid(unsafe_code)]
@@ -119,6 +126,7 @@ mod message;
 mod modes;
 #[forbid(unsafe_code)]
 mod outcome;
+pub mod point_in_time;
 #[forbid(unsafe_code)]
 mod ranges;
 mod registration;
@@ -135,6 +143,7 @@ pub use host::UffdHost;
 pub use message::{Fault, FaultKind, Message, RawMessage, UnknownMessage, decode, encode};
 pub use modes::Modes;
 pub use outcome::{Cause, OpError};
+pub use point_in_time::PointInTime;
 pub use registration::{Registration, UnregisterError, UnregisterReason};
 pub use roles::{EndError, FillRole, ProtectRole, Wake};
 pub use uffd::{Event, Messages, Uffd};

@@ -50,6 +50,7 @@
 //! order in which it came, one after another, on a thread of its own; its answer goes to the connection that asked. All
 //! else is answered meanwhile. Up to [`worker::MAX_WAITING`] requests wait for the one that is at work, and one more is
 //! refused. A connection that is closed loses its answer: what has begun is done to its end, what still waits is not begun.
+//! A snapshot in the [background](crate::snapshot::background) has a thread of its own, and others are done beside it.
 //!
 //! # In a program of one's own
 //!

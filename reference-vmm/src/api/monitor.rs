@@ -2,6 +2,9 @@
 
 //! What is behind the API: a machine that runs, and what it was configured to be.
 
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
 use memslots::HugePages;
 use serde_json::{Value, json};
 
@@ -12,12 +15,15 @@ use crate::end::{Chain, EndSignal, GuestEnd};
 use crate::main_loop::GuestSide;
 use crate::migration::outgoing::{Outgoing, OutgoingError};
 use crate::migration::record::MigrationRecord;
+use crate::snapshot::SnapshotReport;
+use crate::snapshot::background::BackgroundCost;
 use crate::vm::{ControlError, RunState, Running};
 
 /// Who does what a client asks for.
 pub trait Monitor: Sync {
-    /// Does it. One that is [long](Action::is_long) is done on a thread that does one after another; others meanwhile on the
-    /// server's own, where all clients wait while this blocks.
+    /// Does it. One that is [long](Action::is_long) is done on a thread that does one after another, one in the
+    /// [background](Action::is_background) on one more; others meanwhile on the server's own, where all clients wait while
+    /// this blocks.
     fn perform(&self, action: Action) -> Outcome;
 
     /// Called on the server's thread when who asked for something long has been given its outcome, or is gone.
@@ -31,9 +37,36 @@ pub struct Machine<'a> {
     outgoing: Outgoing,
     machine_config: Value,
     vm_config: Value,
+    /// Which of those that are never done side by side is.
+    at_work: Mutex<Option<&'static str>>,
+}
+
+const BACKGROUND: &str = "a snapshot is being taken in the background";
+const MIGRATION: &str = "the guest is being moved to another host";
+
+/// One of those is done. Dropped, another may be.
+struct Alone<'a>(&'a Mutex<Option<&'static str>>);
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
 }
 
 impl<'a> Machine<'a> {
+    /// Begins one of those; or what is done.
+    fn alone(&self, what: &'static str) -> Result<Alone<'_>, String> {
+        let at_work = self.at_work.lock();
+        let mut at_work = at_work.unwrap_or_else(PoisonError::into_inner);
+        match *at_work {
+            Some(other) => Err(format!("{other}: ask again when that is done")),
+            None => {
+                *at_work = Some(what);
+                Ok(Alone(&self.at_work))
+            }
+        }
+    }
+
     /// What asks `running`, whose end is told to `end`: it has moved, for one.
     pub fn new(running: &'a Running, end: &'a EndSignal) -> Self {
         let config = running.config();
@@ -45,6 +78,7 @@ impl<'a> Machine<'a> {
             outgoing: Outgoing::default(),
             vm_config: vm_config(config, &machine_config),
             machine_config,
+            at_work: Mutex::default(),
         }
     }
 }
@@ -72,13 +106,21 @@ impl Monitor for Machine<'_> {
                 }
                 other => done(other),
             },
-            Action::Snapshot(request) => match self.running.snapshot(&request) {
-                Ok(report) => {
-                    log::info!("a snapshot was taken: {report:?}");
-                    Outcome::Done
+            Action::Snapshot(request) => {
+                let _alone = match request.background.then(|| self.alone(BACKGROUND)) {
+                    Some(Err(why)) => return Outcome::Refused(why),
+                    alone => alone,
+                };
+                match self.running.snapshot(&request) {
+                    Ok(report) => {
+                        log::info!("a snapshot was taken: {report:?}");
+                        report.background.map_or(Outcome::Done, |cost| {
+                            Outcome::Json(background(&report, &cost).to_string())
+                        })
+                    }
+                    Err(error) => Outcome::Refused(Chain(&error).to_string()),
                 }
-                Err(error) => Outcome::Refused(Chain(&error).to_string()),
-            },
+            }
             Action::Load(_) => Outcome::Refused(
                 "Loading a microVM snapshot is not allowed after starting the microVM, which this monitor does by itself: \
                  reference-vmm restore --from DIR."
@@ -90,6 +132,10 @@ impl Monitor for Machine<'_> {
                     .into(),
             ),
             Action::Migrate(request) => {
+                let _alone = match self.alone(MIGRATION) {
+                    Ok(alone) => alone,
+                    Err(why) => return Outcome::Refused(why),
+                };
                 let moved = self.outgoing.migrate(self.running, self.end, &request);
                 recorded(moved)
             }
@@ -125,6 +171,22 @@ fn recorded(record: Result<MigrationRecord, OutgoingError>) -> Outcome {
         },
         Err(error) => Outcome::Refused(Chain(&error).to_string()),
     }
+}
+
+/// What a snapshot in the background cost: times in microseconds.
+fn background(report: &SnapshotReport, cost: &BackgroundCost) -> Value {
+    let micros = |of: Duration| of.as_micros() as u64;
+    let each = cost.protecting.as_secs_f64() * 1e6 / cost.protected.max(1) as f64;
+    json!({
+        "id": report.id.to_string(),
+        "memory_bytes": report.memory,
+        "written_bytes": report.written,
+        "pause_us": micros(report.paused),
+        "protected_pages": cost.protected,
+        "us_per_page": (each * 1000.0).round() / 1000.0,
+        "copied_pages": cost.copied,
+        "total_us": micros(report.took),
+    })
 }
 
 /// Firecracker's word for it.

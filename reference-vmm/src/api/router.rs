@@ -40,7 +40,8 @@ pub enum Action {
     ///
     /// `snapshot_type` is `Full` or `Diff`. Not Firecracker's are `base`, the snapshot that a `Diff` builds on, without which
     /// it is the last; `track`, whether writes behind it are tracked ([`SnapshotRequest::track`]); `compress` (`zstd`,
-    /// `none`); `disks` (`name`, `reflink`, `copy`).
+    /// `none`); `disks` (`name`, `reflink`, `copy`); `background`, whether memory is written when the guest goes on already
+    /// ([`background`](crate::snapshot::background)): the answer has what that cost then.
     Snapshot(SnapshotRequest),
     /// `PUT /snapshot/load`.
     Load(LoadRequest),
@@ -78,6 +79,11 @@ impl Action {
             | Action::MigrateOrder(_)
             | Action::PowerButton => false,
         }
+    }
+
+    /// Whether it is [long](Self::is_long) and the guest runs meanwhile: other long ones are done beside it.
+    pub fn is_background(&self) -> bool {
+        matches!(self, Action::Snapshot(request) if request.background)
     }
 }
 
@@ -117,6 +123,8 @@ struct Snapshot {
     compress: Compression,
     #[serde(default)]
     disks: DiskCopies,
+    #[serde(default)]
+    background: bool,
 }
 
 #[derive(Default, Deserialize)]
@@ -282,6 +290,7 @@ pub fn route(request: &Request) -> Result<Action, Response> {
                 track,
                 compress,
                 disks,
+                background,
             } = body(request, "PUT")?;
             let kind = match (snapshot_type, base) {
                 (SnapshotType::Full, None) => SnapshotKind::Full,
@@ -298,6 +307,7 @@ pub fn route(request: &Request) -> Result<Action, Response> {
                 track,
                 compression: compress,
                 disks,
+                background,
                 ..SnapshotRequest::new(dir)
             }))
         }

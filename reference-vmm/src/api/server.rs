@@ -96,7 +96,8 @@ impl Server {
     }
 
     /// Serves clients on this thread until it is told to [`stop`](Self::stop), and does what is
-    /// [long](super::router::Action::is_long) on another one, `api-work`. Comes back when what is at work there is done.
+    /// [long](super::router::Action::is_long) on others, `api-work` and `api-background`. Comes back when what is at work
+    /// there is done.
     ///
     /// # Errors
     /// epoll cannot be set up, or fails; there is no other thread.
@@ -110,9 +111,12 @@ impl Server {
         }
         let worker = Worker::new()?;
         std::thread::scope(|scope| {
-            let builder = std::thread::Builder::new().name("api-work".into());
-            builder.spawn_scoped(scope, || worker.work(monitor))?;
             let _close = CloseAtEnd(&worker);
+            for (name, background) in [("api-work", false), ("api-background", true)] {
+                let builder = std::thread::Builder::new().name(name.into());
+                let worker = &worker;
+                builder.spawn_scoped(scope, move || worker.work(monitor, background))?;
+            }
             self.serve_clients(monitor, &worker)
         })
     }
@@ -397,11 +401,11 @@ impl Clients<'_> {
     }
 
     /// Closes the connections but those that wait for what is done, or for this.
-    fn close_all_but(&mut self, begun: Option<Ticket>) {
+    fn close_all_but(&mut self, begun: [Option<Ticket>; 2]) {
         self.last_answers();
         for place in &mut self.connections {
             let waits = place.as_ref().and_then(|of| of.awaits);
-            if waits.is_none() || waits != begun {
+            if waits.is_none() || !begun.contains(&waits) {
                 *place = None;
             }
         }

@@ -10,6 +10,9 @@
 //!
 //! In the order in which they came: who pauses a guest and has it resumed by another connection finds it running, as
 //! behind Firecracker's socket, where each request waits for the one before.
+//!
+//! What is done in the [background](Action::is_background) has a thread of its own, and others go on beside it: one at a
+//! time, and none waits for it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -40,12 +43,19 @@ pub(super) struct Worker {
 #[derive(Default)]
 struct State {
     tickets: u64,
+    foreground: Lane,
+    background: Lane,
+    outcomes: Vec<(Ticket, Outcome)>,
+    closed: bool,
+}
+
+/// What one thread is at.
+#[derive(Default)]
+struct Lane {
     at_work: Option<Ticket>,
     /// What is at work, until the thread has come to it.
     to_begin: Option<Action>,
     waiting: VecDeque<(Ticket, Action)>,
-    outcomes: Vec<(Ticket, Outcome)>,
-    closed: bool,
 }
 
 impl Worker {
@@ -71,11 +81,17 @@ impl Worker {
     pub(super) fn ask(&self, action: Action) -> Result<Ticket, String> {
         let mut state = self.lock();
         let ticket = Ticket(state.tickets);
-        if state.at_work.is_none() {
-            state.begin(ticket, action);
+        let background = action.is_background();
+        let lane = state.lane(background);
+        if lane.at_work.is_none() {
+            lane.begin(ticket, action);
             self.handed.notify_all();
-        } else if state.waiting.len() < MAX_WAITING {
-            state.waiting.push_back((ticket, action));
+        } else if background {
+            let text =
+                "a snapshot is being taken in the background already: ask again when it is done";
+            return Err(text.into());
+        } else if lane.waiting.len() < MAX_WAITING {
+            lane.waiting.push_back((ticket, action));
         } else {
             return Err(format!(
                 "one request is at work, and {MAX_WAITING} others wait for it already: ask again when it is done"
@@ -87,7 +103,8 @@ impl Worker {
 
     /// Nobody waits for this one any more. It is not begun if it has not been.
     pub(super) fn withdraw(&self, ticket: Ticket) {
-        self.lock().waiting.retain(|(of, _)| *of != ticket);
+        let waiting = &mut self.lock().foreground.waiting;
+        waiting.retain(|(of, _)| *of != ticket);
     }
 
     /// Readable when there is something to [`take`](Self::take).
@@ -109,29 +126,35 @@ impl Worker {
     }
 
     /// What has been begun and is not done.
-    pub(super) fn begun(&self) -> Option<Ticket> {
+    pub(super) fn begun(&self) -> [Option<Ticket>; 2] {
         let state = self.lock();
-        state.at_work.filter(|_| state.to_begin.is_none())
+        [state.foreground.begun(), state.background.begun()]
     }
 
     /// Waits for what is at work, when it is closed.
     pub(super) fn settle(&self) {
         let mut state = self.lock();
         // What has not been begun never is.
-        while state.at_work.is_some() && state.to_begin.is_none() {
+        while state
+            .foreground
+            .begun()
+            .or(state.background.begun())
+            .is_some()
+        {
             let waited = self.handed.wait(state);
             state = waited.unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Does what is asked for, on this thread, until it is closed.
-    pub(super) fn work(&self, monitor: &dyn Monitor) {
+    /// Does what is asked for, or all of that which is done in the background, on this thread, until it is closed.
+    pub(super) fn work(&self, monitor: &dyn Monitor, background: bool) {
         let mut state = self.lock();
         loop {
             if state.closed {
                 return;
             }
-            let (Some(ticket), Some(action)) = (state.at_work, state.to_begin.take()) else {
+            let lane = state.lane(background);
+            let (Some(ticket), Some(action)) = (lane.at_work, lane.to_begin.take()) else {
                 let waited = self.handed.wait(state);
                 state = waited.unwrap_or_else(PoisonError::into_inner);
                 continue;
@@ -140,9 +163,10 @@ impl Worker {
             let outcome = monitor.perform(action);
             state = self.lock();
             state.outcomes.push((ticket, outcome));
-            state.at_work = None;
-            if let Some((ticket, action)) = state.waiting.pop_front() {
-                state.begin(ticket, action);
+            let lane = state.lane(background);
+            lane.at_work = None;
+            if let Some((ticket, action)) = lane.waiting.pop_front() {
+                lane.begin(ticket, action);
             }
             self.handed.notify_all();
             // EAGAIN: it is readable as it is.
@@ -152,9 +176,22 @@ impl Worker {
 }
 
 impl State {
+    fn lane(&mut self, background: bool) -> &mut Lane {
+        match background {
+            false => &mut self.foreground,
+            true => &mut self.background,
+        }
+    }
+}
+
+impl Lane {
     fn begin(&mut self, ticket: Ticket, action: Action) {
         self.at_work = Some(ticket);
         self.to_begin = Some(action);
+    }
+
+    fn begun(&self) -> Option<Ticket> {
+        self.at_work.filter(|_| self.to_begin.is_none())
     }
 }
 
@@ -187,7 +224,7 @@ mod tests {
         worker.withdraw(second);
         let fake = Fake::default();
         std::thread::scope(|scope| {
-            scope.spawn(|| worker.work(&fake));
+            scope.spawn(|| worker.work(&fake, false));
             let mut outcomes = Vec::new();
             while outcomes.len() < 2 {
                 outcomes.extend(worker.take());
@@ -200,6 +237,50 @@ mod tests {
     }
 
     #[test]
+    fn what_is_done_in_the_background_holds_nothing_up_and_is_done_once_at_a_time() {
+        /// Comes back from a snapshot when something else has been done.
+        struct Beside(Fake, Condvar);
+        impl Monitor for Beside {
+            fn perform(&self, action: Action) -> Outcome {
+                let mut done = self.0.0.lock().unwrap();
+                if action.is_background() {
+                    while done.is_empty() {
+                        done = self.1.wait(done).unwrap();
+                    }
+                }
+                done.push(action);
+                self.1.notify_all();
+                Outcome::Done
+            }
+        }
+        let worker = Worker::new().unwrap();
+        let snapshot = Action::Snapshot(SnapshotRequest {
+            background: true,
+            ..SnapshotRequest::new("/s")
+        });
+        let first = worker.ask(snapshot.clone()).unwrap();
+        let refused = worker.ask(snapshot.clone()).unwrap_err();
+        assert!(refused.contains("ask again"), "{refused}");
+        let second = worker.ask(Action::Pause).unwrap();
+        let monitor = Beside(Fake::default(), Condvar::new());
+        std::thread::scope(|scope| {
+            for background in [true, false] {
+                let (worker, monitor) = (&worker, &monitor);
+                scope.spawn(move || worker.work(monitor, background));
+            }
+            let mut outcomes = Vec::new();
+            while outcomes.len() < 2 {
+                outcomes.extend(worker.take());
+                std::thread::yield_now();
+            }
+            assert_eq!(outcomes, [(second, Outcome::Done), (first, Outcome::Done)]);
+            worker.close();
+        });
+        worker.settle();
+        assert_eq!(*monitor.0.0.lock().unwrap(), [Action::Pause, snapshot]);
+    }
+
+    #[test]
     fn one_too_many_is_refused_and_has_its_turn_when_one_of_them_is_done() {
         let worker = Worker::new().unwrap();
         for _ in 0..=MAX_WAITING {
@@ -209,7 +290,7 @@ mod tests {
         assert!(refused.contains("ask again"), "{refused}");
         let fake = Fake::default();
         std::thread::scope(|scope| {
-            scope.spawn(|| worker.work(&fake));
+            scope.spawn(|| worker.work(&fake, false));
             let mut done = 0;
             while done <= MAX_WAITING {
                 done += worker.take().len();

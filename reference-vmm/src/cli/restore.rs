@@ -48,6 +48,7 @@ Options:
   --clock advanced|saved   Whether the guest's clocks show the time between, and its timers that are due
                            expire at once, or go on from where they were [advanced]
   --verify=off             Guest memory is not compared with its checksums, which reads all of it
+  --map=off                Guest memory is read and not mapped, so that `ctl snapshot --background` can be used
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --track-dirty-pages      Track what the guest writes from the snapshot on, so that `ctl snapshot --base DIR` may
                            build on it
@@ -163,6 +164,9 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
                     "saved" => Ok(ClockRestore::AsSaved),
                     _ => Err("--clock is advanced or saved"),
                 })?;
+            }
+            Long("map") if !incoming => {
+                request.map = super::on_or_off("--map", &mut parser)?;
             }
             Long("verify") if !incoming => {
                 request.verify = super::on_or_off("--verify", &mut parser)?;
@@ -359,7 +363,7 @@ mod tests {
     fn a_clone_gets_files_taps_and_addresses_of_its_own() {
         let request = parsed(
             "--from /s --disk 0:path=/a,b --disk 2:path=c --net 1:tap=t1,mac=02:00:00:00:00:01 --net 0:tap=t0 \
-             --vsock uds=/v,cid=7 --console file=/c --port name=p,unix=/p --clock saved --verify=off --kvm /k",
+             --vsock uds=/v,cid=7 --console file=/c --port name=p,unix=/p --clock saved --verify=off --map=off --kvm /k",
         );
         let request = request.unwrap();
         let of = &request.overrides;
@@ -374,7 +378,7 @@ mod tests {
         assert_eq!(of.console, Some(ConsoleConfig::File("/c".into())));
         assert_eq!((of.ports.len(), of.kvm.clone()), (1, Some("/k".into())));
         assert_eq!(
-            (request.clock, request.verify),
+            (request.clock, request.verify || request.map),
             (ClockRestore::AsSaved, false)
         );
         assert_eq!(parsed("--from /s").unwrap(), RestoreRequest::new("/s"));
@@ -406,7 +410,13 @@ mod tests {
             let flag = format!("--{flag}");
             // Of the two only.
             let restore = flag != "--incoming";
-            let none = ["--from", "--verify", "--disks-to", "--track-dirty-pages"];
+            let none = [
+                "--from",
+                "--verify",
+                "--map",
+                "--disks-to",
+                "--track-dirty-pages",
+            ];
             let incoming = !none.contains(&flag.as_str());
             assert!(
                 flag == "--" || !restore || RESTORE_HELP.contains(&flag),

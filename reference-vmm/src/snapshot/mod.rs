@@ -36,6 +36,11 @@
 //! ([`kvm_core::state::StateVersion`](kvm_core::arch::x86_64::state::StateVersion) has the policy), and a field that a build
 //! does not know is refused there and here, never passed over.
 //!
+//! # While the guest runs
+//!
+//! One in the [`background`] reads devices and vCPUs in a pause, and memory behind it, as it was in the pause. Its files are
+//! the same.
+//!
 //! # Chains
 //!
 //! An incremental snapshot ([`SnapshotKind::Diff`]) has the machine whole, and of memory what was written since the one
@@ -81,6 +86,7 @@
 //! - State that was added to without a version, and read by position (Firecracker, before its format 2): all fields have
 //!   names.
 
+pub mod background;
 pub mod chain;
 pub mod config_form;
 pub mod disks;
@@ -97,6 +103,7 @@ pub mod parent;
 pub mod ranges;
 mod restore;
 mod save;
+mod tick;
 mod tip;
 
 pub use restore::{Overrides, RestoreError, RestoreRequest, Snapshot};

@@ -77,6 +77,9 @@ pub struct RestoreRequest {
     /// Guest memory is compared with its checksums, which reads all of the file. Without it what is damaged there is the
     /// guest's to find.
     pub verify: bool,
+    /// Guest memory is mapped from the file, where it can be, and not read. A guest's that is mapped cannot be written in
+    /// the [background](super::background).
+    pub map: bool,
     /// What is written from the snapshot's moment on is tracked, so that an incremental snapshot may build on it.
     pub track: bool,
     /// Where disks that are in the snapshot are copied to, each unless [`Overrides::disks`] has it: the guest goes on with
@@ -92,6 +95,7 @@ impl RestoreRequest {
             overrides: Overrides::default(),
             clock: ClockRestore::Advanced,
             verify: true,
+            map: true,
             track: false,
             disks_to: None,
         }

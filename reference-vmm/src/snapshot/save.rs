@@ -8,18 +8,22 @@
 //!   (goes on)       files synced, renamed
 //! ```
 //!
+//! One in the [`background`](super::background) writes memory when the guest goes on already.
+//!
 //! The order of reading: devices (they rest), the interrupt controllers, the vCPUs, the VM's clock. What a controller still
 //! sends then is in the vCPUs' local APICs as well at worst, never in neither.
 
 use std::io;
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use irq_routing::IrqchipStateError;
 use kvm_core::arch::x86_64::state::{ClockError, SaveError, StateHost};
 use kvm_core::{Kvm, Pause, VcpuId, VcpuView};
 use kvm_ioctls::VcpuFd;
+use memslots::uffd::point_in_time::PointInTimeError;
 
+use super::background::BackgroundCost;
 use super::chain::Chain;
 use super::config_form::{self, PathError};
 use super::disks::{self, CopyError, DiskCopies, DiskCopy};
@@ -35,6 +39,7 @@ use super::pages::{self, PAGE, PageMap};
 use super::parent::{MOST_DEPTH, Parent};
 use super::ranges::{MOST_RUNS, Ranges};
 use super::restore::RestoreError;
+use super::tick::wait_for_a_tick;
 use super::tip::Tip;
 use crate::devices::virtio::list::DeviceState;
 use crate::devices::virtio::rng::random_id;
@@ -57,6 +62,8 @@ pub struct SnapshotRequest {
     pub compression: Compression,
     /// What it does with disks that the guest writes.
     pub disks: DiskCopies,
+    /// Whether memory is written when the guest goes on already ([`background`](super::background)).
+    pub background: bool,
 }
 
 /// What of memory is in a snapshot.
@@ -73,7 +80,7 @@ pub enum SnapshotKind {
 }
 
 impl SnapshotRequest {
-    /// A full one in `dir`, mapped by who goes on from it, its disks named.
+    /// A full one in `dir`, mapped by who goes on from it, its disks named, memory written while the guest is paused.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         SnapshotRequest {
             dir: dir.into(),
@@ -81,6 +88,7 @@ impl SnapshotRequest {
             track: None,
             compression: Compression::None,
             disks: DiskCopies::Name,
+            background: false,
         }
     }
 }
@@ -98,6 +106,8 @@ pub struct SnapshotReport {
     pub paused: Duration,
     /// How long all of it took.
     pub took: Duration,
+    /// Of one in the background, what it cost the guest.
+    pub background: Option<BackgroundCost>,
 }
 
 /// Why there is no snapshot. The machine is what it was, running or paused, and an older snapshot of the name too.
@@ -142,6 +152,22 @@ pub enum SnapshotError {
     /// It was to replace what it builds on. Found before anything was done.
     #[error("{0} is one of the chain that it is to build on: name another directory")]
     OntoItself(PathBuf),
+    /// One is being taken in the background, or this one would be. Found before anything was done.
+    #[error("another snapshot of this guest is being taken: ask again when it is done")]
+    Underway,
+    /// Memory cannot be kept as it is while the guest goes on. Found before anything was done, but for the host's
+    /// refusal of a call later on.
+    #[error(
+        "memory cannot be written in the background: {0}; without --background it is written in a pause"
+    )]
+    Background(#[from] PointInTimeError),
+    /// A guest that goes on from a file has that mapped, in which nothing can be protected. Found before anything was
+    /// done.
+    #[error(
+        "memory cannot be written in the background: the guest has that of a snapshot mapped ({0}). Take it without \
+         --background, or restore the guest with --map=off"
+    )]
+    Mapped(memslots::Unsupported),
     /// What was written cannot be known.
     #[error(transparent)]
     Track(#[from] TrackError),
@@ -236,50 +262,33 @@ impl Running {
         let begun = Instant::now();
         self.check_for_snapshot()?;
         // One at a time: what the next one builds on is the last.
-        let mut tip = self.chain().lock();
+        let mut tip = match request.background {
+            false => self.chain().lock(),
+            true => Some(self.chain().try_lock().ok_or(SnapshotError::Underway)?),
+        };
+        let tip = tip.as_mut().ok_or(SnapshotError::Underway)?;
         let parent = self.parent(request, tip.as_ref())?;
         let config = config_form::to_json(self.config())?;
         let host = self.state_host()?;
         let id = SnapshotId(random_id().map_err(SnapshotError::Random)?);
-        let draft = Draft::begin(files, &request.dir)?;
-        let standing = Instant::now();
-        let held = self.hold()?;
-        let captured = self.while_paused(|pause| {
-            let mut state = self.capture(pause, config, host)?;
-            let tracking = Tracking::of(self, request)?;
-            let own = parent.as_ref().map(|_| tracking.written());
-            let len = match request.compression {
-                Compression::None => state.memory.file_len(),
-                Compression::Zstd => packed::FIRST,
-            };
-            let memory = draft.create(MEMORY, len)?;
-            draft.write(&memory, &pages::header(id), 0)?;
-            let table = self.memory();
-            // An end waits for this.
-            let go_on = || match self.is_stopping() {
-                true => Err(ControlError::Ended.into()),
-                false => Ok(()),
-            };
-            let disks = self.copy_disks(&draft, request.disks, &state.devices.virtio)?;
-            let places: Vec<_> = state.memory.places().collect();
-            let out = MemoryOut::new(&draft, &memory, &mut state.memory).only(own.as_ref());
-            let mut out = out.compressed(request.compression)?;
-            out.write(&table, places, go_on)?;
-            let (written, packed) = (out.written(), out.sections());
-            Ok::<_, SnapshotError>(Captured {
-                state,
-                tracking,
-                own,
-                memory,
-                written,
-                packed,
-                disks,
-            })
-        });
-        wait_for_a_tick();
-        let paused = standing.elapsed();
-        drop(held);
-        let captured = captured.ok_or(ControlError::Ended)??;
+        let asked = Asked {
+            request,
+            parent,
+            config,
+            host,
+            id,
+        };
+        let parent = asked.parent.clone();
+        let taken = match request.background {
+            true => self.take_in_background(asked, files)?,
+            false => self.take_in_a_pause(asked, files)?,
+        };
+        let Taken {
+            draft,
+            captured,
+            paused,
+            background,
+        } = taken;
         let Captured {
             state,
             tracking,
@@ -305,7 +314,7 @@ impl Running {
         }
         draft.commit()?;
         // Behind this nothing fails: what the next one has begins here.
-        *tip = tracking.is_on().then(|| Tip {
+        **tip = tracking.is_on().then(|| Tip {
             id,
             depth,
             dir: absolute(&request.dir),
@@ -318,7 +327,71 @@ impl Running {
             written,
             paused,
             took: begun.elapsed(),
+            background,
         })
+    }
+
+    /// Memory is written while the guest stands still.
+    fn take_in_a_pause<'a, F: SnapshotFiles>(
+        &'a self,
+        asked: Asked<'_>,
+        files: &'a F,
+    ) -> Result<Taken<'a, F>, SnapshotError> {
+        let Asked {
+            request,
+            parent,
+            config,
+            host,
+            id,
+        } = asked;
+        let draft = Draft::begin(files, &request.dir)?;
+        let standing = Instant::now();
+        let held = self.hold()?;
+        let captured = self.while_paused(|pause| {
+            let mut state = self.capture(pause, config, host)?;
+            let tracking = Tracking::of(self, request)?;
+            let own = parent.as_ref().map(|_| tracking.written());
+            let memory = create_memory(&draft, request, &state.memory, id)?;
+            let table = self.memory();
+            // An end waits for this.
+            let go_on = || self.go_on();
+            let disks = self.copy_disks(&draft, request.disks, &state.devices.virtio)?;
+            let places: Vec<_> = state.memory.places().collect();
+            let out = MemoryOut::new(&draft, &memory, &mut state.memory).only(own.as_ref());
+            let mut out = out.compressed(request.compression)?;
+            out.write(&table, places, go_on)?;
+            let (written, packed) = (out.written(), out.sections());
+            Ok::<_, SnapshotError>(Captured {
+                state,
+                tracking,
+                own,
+                memory,
+                written,
+                packed,
+                disks,
+            })
+        });
+        wait_for_a_tick(&self.config().disks);
+        let paused = standing.elapsed();
+        drop(held);
+        let captured = captured.ok_or(ControlError::Ended)??;
+        Ok(Taken {
+            draft,
+            captured,
+            paused,
+            background: None,
+        })
+    }
+
+    /// Whether writing goes on: an end waits for it.
+    ///
+    /// # Errors
+    /// The guest has ended.
+    pub(super) fn go_on(&self) -> Result<(), SnapshotError> {
+        match self.is_stopping() {
+            true => Err(ControlError::Ended.into()),
+            false => Ok(()),
+        }
     }
 
     /// What one that is asked for builds on; none of a full one.
@@ -359,7 +432,7 @@ impl Running {
     }
 
     /// Has in the draft what the disks are that the guest writes.
-    fn copy_disks<F: SnapshotFiles>(
+    pub(super) fn copy_disks<F: SnapshotFiles>(
         &self,
         draft: &Draft<'_, F>,
         how: DiskCopies,
@@ -454,47 +527,99 @@ impl Running {
     }
 }
 
-/// What was taken in the pause.
-struct Captured<'a> {
-    state: MachineState,
-    tracking: Tracking<'a>,
-    own: Option<Ranges>,
-    memory: DraftFile,
-    written: u64,
-    packed: Vec<(Kind, Vec<u8>)>,
-    disks: Vec<(DiskCopy, DraftFile)>,
+/// What is known before anything is done.
+pub(super) struct Asked<'r> {
+    pub(super) request: &'r SnapshotRequest,
+    pub(super) parent: Option<Parent>,
+    pub(super) config: serde_json::Value,
+    pub(super) host: StateHost,
+    pub(super) id: SnapshotId,
+}
+
+/// What is in the files but for the state, and not durable yet.
+pub(super) struct Taken<'a, F: SnapshotFiles> {
+    pub(super) draft: Draft<'a, F>,
+    pub(super) captured: Captured<'a>,
+    pub(super) paused: Duration,
+    pub(super) background: Option<BackgroundCost>,
+}
+
+/// What was taken in the pause, and memory's file.
+pub(super) struct Captured<'a> {
+    pub(super) state: MachineState,
+    pub(super) tracking: Tracking<'a>,
+    pub(super) own: Option<Ranges>,
+    pub(super) memory: DraftFile,
+    pub(super) written: u64,
+    pub(super) packed: Vec<(Kind, Vec<u8>)>,
+    pub(super) disks: Vec<(DiskCopy, DraftFile)>,
+}
+
+/// The file of memory, with its header.
+pub(super) fn create_memory<F: SnapshotFiles>(
+    draft: &Draft<'_, F>,
+    request: &SnapshotRequest,
+    map: &PageMap,
+    id: SnapshotId,
+) -> Result<DraftFile, SnapshotError> {
+    let len = match request.compression {
+        Compression::None => map.file_len(),
+        Compression::Zstd => packed::FIRST,
+    };
+    let memory = draft.create(MEMORY, len)?;
+    draft.write(&memory, &pages::header(id), 0)?;
+    Ok(memory)
 }
 
 /// The tracking of writes across a snapshot. Dropped, it is as before, and no page that was written is forgotten.
-struct Tracking<'a> {
+pub(super) struct Tracking<'a> {
     running: &'a Running,
     /// What was written since the last one; none where that was not tracked.
-    before: Option<Harvested<'a>>,
+    before: Vec<Harvested<'a>>,
+    /// Begun for this one.
+    begun: bool,
     on: bool,
     done: bool,
 }
 
 impl<'a> Tracking<'a> {
-    /// In the pause, and before memory is read.
-    fn of(running: &'a Running, request: &SnapshotRequest) -> Result<Self, SnapshotError> {
+    /// What was written until now, before memory is read. In the pause, or before it: then
+    /// [`again`](Self::again) is for the pause.
+    pub(super) fn of(
+        running: &'a Running,
+        request: &SnapshotRequest,
+    ) -> Result<Self, SnapshotError> {
         let tracked = running.is_tracked(TrackUser::Snapshot);
         let before = tracked.then(|| running.harvest(TrackUser::Snapshot));
-        let before = before.transpose()?;
+        let before = before.transpose()?.into_iter().collect();
         let was = tracked || running.chain().is_tracking_always();
         let on = request.track.unwrap_or(was);
-        if on && !tracked {
+        let begun = on && !tracked;
+        if begun {
             running.start_tracking(TrackUser::Snapshot)?;
         }
         Ok(Tracking {
             running,
             before,
+            begun,
             on,
             done: false,
         })
     }
 
+    /// In the pause: what was written since.
+    pub(super) fn again(&mut self) -> Result<(), SnapshotError> {
+        if self.begun {
+            // Of before the moment, all of which is in the snapshot.
+            self.running.harvest(TrackUser::Snapshot)?.commit();
+        } else if !self.before.is_empty() {
+            self.before.push(self.running.harvest(TrackUser::Snapshot)?);
+        }
+        Ok(())
+    }
+
     /// What was written since the last snapshot.
-    fn written(&self) -> Ranges {
+    pub(super) fn written(&self) -> Ranges {
         let slots = self.before.iter().flat_map(Harvested::slots);
         let runs = slots.flat_map(|slot| {
             let start = slot.extent.guest_range().start;
@@ -512,9 +637,7 @@ impl<'a> Tracking<'a> {
     /// The snapshot is whole.
     fn commit(mut self) {
         self.done = true;
-        if let Some(harvested) = self.before.take() {
-            harvested.commit();
-        }
+        self.before.drain(..).for_each(Harvested::commit);
         if !self.on {
             self.running.stop_tracking(TrackUser::Snapshot);
         }
@@ -523,38 +646,9 @@ impl<'a> Tracking<'a> {
 
 impl Drop for Tracking<'_> {
     fn drop(&mut self) {
-        // What was begun for this one; a harvest that is dropped gives back what it has.
-        if !self.done && self.on && self.before.is_none() {
+        // A harvest that is dropped gives back what it has.
+        if !self.done && self.begun {
             self.running.stop_tracking(TrackUser::Snapshot);
         }
-    }
-}
-
-/// Waits until the clock by which file systems tell the time of a write has moved on: a write to a disk that comes when
-/// the guest goes on has another time then than the last one before, by which a restore tells that the disk has moved on.
-/// That clock moves a hundred times a second at least.
-fn wait_for_a_tick() {
-    let begun = coarse_time();
-    for _ in 0..100 {
-        if coarse_time() != begun {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// `CLOCK_REALTIME_COARSE`.
-fn coarse_time() -> Duration {
-    let mut time = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: a timespec that lives through the call.
-    match unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &raw mut time) } {
-        0 => Duration::new(time.tv_sec as u64, time.tv_nsec as u32),
-        // There is no such host; the finer clock moves on at once.
-        _ => SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default(),
     }
 }

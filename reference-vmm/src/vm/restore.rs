@@ -40,7 +40,7 @@ impl Machine {
         devices.check()?;
         let mut mapped = false;
         let allocated = blank.allocate(end, |slots| {
-            mapped = snapshot.map(slots);
+            mapped = request.map && snapshot.map(slots);
             mapped
         })?;
         snapshot.load(&allocated.memory(), mapped)?;
@@ -50,7 +50,10 @@ impl Machine {
         let machine = allocated.finish(state, devices, (snapshot.clock, false), console, end)?;
         if request.track {
             machine.parts.chain.track_always();
-            *machine.parts.chain.lock() = Some(snapshot.tip());
+            // Nobody has it yet.
+            if let Some(mut tip) = machine.parts.chain.lock() {
+                *tip = Some(snapshot.tip());
+            }
         }
         snapshot.keep_disks();
         Ok(machine)

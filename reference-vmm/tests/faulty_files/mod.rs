@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A host that refuses one call on a snapshot's files.
+//! A host that refuses one call on a snapshot's files, or has something else happen before.
 
 #![allow(dead_code)]
 
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use reference_vmm::snapshot::files::{HostFiles, SnapshotFiles};
+use reference_vmm::snapshot::files::{HostFiles, MEMORY, SnapshotFiles};
 
 /// The host's files, of which one call is refused, or writes half of what it is given.
 pub struct Faulty {
@@ -83,6 +84,43 @@ impl SnapshotFiles for Faulty {
     }
     fn remove(&self, path: &Path) -> io::Result<()> {
         // What is refused here cannot but be left, which is told.
+        HostFiles.remove(path)
+    }
+}
+
+/// The host's files, with something to be done before each write to the file of memory, its header aside.
+pub struct Before<F>(pub F);
+
+impl<F: Fn()> SnapshotFiles for Before<F> {
+    fn create_dir(&self, path: &Path) -> io::Result<File> {
+        HostFiles.create_dir(path)
+    }
+    fn create(&self, path: &Path) -> io::Result<File> {
+        HostFiles.create(path)
+    }
+    fn set_len(&self, file: &File, len: u64) -> io::Result<()> {
+        HostFiles.set_len(file, len)
+    }
+    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+        if link.ends_with(MEMORY) && offset > 0 {
+            self.0();
+        }
+        HostFiles.write_at(file, bytes, offset)
+    }
+    fn sync(&self, file: &File) -> io::Result<()> {
+        HostFiles.sync(file)
+    }
+    fn open_dir(&self, path: &Path) -> io::Result<File> {
+        HostFiles.open_dir(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        HostFiles.rename(from, to)
+    }
+    fn exchange(&self, one: &Path, other: &Path) -> io::Result<()> {
+        HostFiles.exchange(one, other)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
         HostFiles.remove(path)
     }
 }

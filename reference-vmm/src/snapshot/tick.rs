@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The time of a write, by which a restore tells that a disk has moved on.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::devices::virtio::block::DiskConfig;
+
+/// Waits until the clock by which file systems tell the time of a write has moved on behind the last write to each of
+/// these disks: one that comes when the guest goes on has another time then, by which a restore tells that the disk has
+/// moved on. That clock moves a hundred times a second at least.
+pub(super) fn wait_for_a_tick(disks: &[DiskConfig]) {
+    let begun = coarse_time();
+    let recent = |disk: &&DiskConfig| {
+        // One that does not say may be as recent as any.
+        let time = fs::metadata(&disk.path).map(|file| (file.mtime(), file.mtime_nsec()));
+        time.map_or(true, |(seconds, nanoseconds)| {
+            Duration::new(seconds.max(0) as u64, nanoseconds as u32) >= begun
+        })
+    };
+    let mut written = disks.iter().filter(|disk| !disk.readonly);
+    if !written.any(|disk| recent(&disk)) {
+        return;
+    }
+    for _ in 0..100 {
+        if coarse_time() != begun {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// `CLOCK_REALTIME_COARSE`.
+fn coarse_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: a timespec that lives through the call.
+    match unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &raw mut time) } {
+        0 => Duration::new(time.tv_sec as u64, time.tv_nsec as u32),
+        // There is no such host; the finer clock moves on at once.
+        _ => SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default(),
+    }
+}

@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Snapshots whose memory is written while the guest goes on, over the real KVM: they are of one moment, and whatever goes
+//! wrong, the guest goes on.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod faulty_files;
+mod support;
+
+use std::cell::Cell;
+use std::io::{PipeReader, Read};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, PoisonError};
+
+use faulty_files::{Before, Faulty};
+use guests::image;
+use guests::scribe::{PAGES, scribe64};
+use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::end::GuestEnd;
+use reference_vmm::memory::Memory;
+use reference_vmm::snapshot::chain::Chain;
+use reference_vmm::snapshot::packed::Compression;
+use reference_vmm::snapshot::{
+    RestoreRequest, SnapshotError, SnapshotKind, SnapshotReport, SnapshotRequest, info,
+};
+use reference_vmm::vm::{ControlError, RunState, Running};
+use support::keeper::{Guest, keeper};
+use support::{Vmm, WATCHDOG, file, long, need_kvm};
+use vm_memory::{Bytes, GuestAddress};
+
+/// A guest that writes without rest.
+fn scribe(memory: &str, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
+    let kernel = file(&image::elf64(scribe64()));
+    let config = Config {
+        memory: memory.parse::<Memory>().unwrap(),
+        irqchip,
+        debug_exit: Some(0xf4),
+        ..Config::new(&*kernel)
+    };
+    (kernel, config)
+}
+
+fn background(dir: &Path) -> SnapshotRequest {
+    SnapshotRequest {
+        background: true,
+        ..SnapshotRequest::new(dir)
+    }
+}
+
+/// From a file that is read: what is mapped cannot be protected.
+fn unmapped(dir: &Path) -> RestoreRequest {
+    RestoreRequest {
+        map: false,
+        ..RestoreRequest::new(dir)
+    }
+}
+
+/// Waits until the guest has said so many bytes more than it has by now.
+fn passes(console: &PipeReader, count: usize) {
+    let mut said = 0;
+    // SAFETY: an open descriptor, and an int that the call writes.
+    let asked = unsafe { libc::ioctl(console.as_raw_fd(), libc::FIONREAD, &raw mut said) };
+    assert_eq!(asked, 0);
+    let mut left = said as usize + count;
+    while left > 0 {
+        let mut polled = libc::pollfd {
+            fd: console.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one pollfd.
+        let ready = unsafe { libc::poll(&raw mut polled, 1, WATCHDOG.as_millis() as i32) };
+        assert!(ready > 0, "it says nothing");
+        let mut heard = [0; 64];
+        let room = left.min(heard.len());
+        let mut console = console;
+        let got = (&mut console).read(&mut heard[..room]).unwrap();
+        assert!(got > 0, "it has ended");
+        left -= got;
+    }
+}
+
+/// Takes one while the guest rewrites all of its pages before each piece that is written.
+fn among_writes(guest: &Guest, request: &SnapshotRequest) -> SnapshotReport {
+    let turns = Cell::new(0);
+    let files = Before(|| {
+        passes(&guest.console, 2);
+        turns.set(turns.get() + 1);
+    });
+    let report = guest.running.snapshot_with(request, &files).unwrap();
+    assert!(turns.get() > 2, "{}", turns.get());
+    report
+}
+
+/// Fails unless the chain that ends in `dir` is what the paused guest has, byte by byte.
+fn is_what_the_guest_has(dir: &Path, running: &Running) {
+    let (chain, _) = Chain::open(dir).unwrap();
+    chain.verify().unwrap();
+    let table = running.memory();
+    for region in table.regions() {
+        let range = region.extent().guest_range();
+        for address in range.step_by(4096) {
+            let (mut has, mut saved) = ([0; 4096], [0xee; 4096]);
+            table.read_slice(&mut has, GuestAddress(address)).unwrap();
+            chain.read(address..address + 4096, &mut saved).unwrap();
+            assert!(has == saved, "{address:#x} in {}", dir.display());
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_writes_all_the_time_goes_on_from_one_moment() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    for (memory, irqchip, compression) in [
+        ("16M", Irqchip::Split, Compression::None),
+        ("16M,shared", Irqchip::Kernel, Compression::None),
+        ("16M,thp=always", Irqchip::Split, Compression::Zstd),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (folder.path().join("1"), folder.path().join("2"));
+        let (_kernel, config) = scribe(memory, irqchip);
+        let mut guest = Guest::boot(&config);
+        guest.hear(2);
+        let request = SnapshotRequest {
+            compression,
+            ..background(&first)
+        };
+        let report = among_writes(&guest, &request);
+        let cost = report.background.unwrap();
+        assert!(cost.copied >= PAGES / 2, "{cost:?}");
+        // Its pages, and what else it may have written: not just all.
+        assert!(cost.protected < 2 * PAGES, "{cost:?}");
+        // One that is not in the background, and another one.
+        guest.snapshot(&SnapshotRequest::new(&second));
+        info::verify(&second).unwrap();
+        among_writes(&guest, &background(&second));
+        guest.has_all();
+        for dir in [&first, &second] {
+            info::verify(dir).unwrap();
+            let mut guest = Guest::restore(&unmapped(dir));
+            guest.hear(3);
+            // One of a guest that was restored.
+            among_writes(&guest, &background(&folder.path().join("3")));
+            guest.has_all();
+        }
+        let mut guest = Guest::restore(&RestoreRequest::new(folder.path().join("3")));
+        guest.hear(3);
+        guest.has_all();
+    }
+}
+
+#[test]
+fn what_is_protected_in_the_pause_does_not_grow_with_memory() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let sizes: &[_] = match long() {
+        true => &["256M", "1G"],
+        false => &["64M", "256M"],
+    };
+    for memory in sizes {
+        let folder = tempfile::tempdir().unwrap();
+        let (_kernel, config) = scribe(memory, Irqchip::Split);
+        let mut guest = Guest::boot(&config);
+        guest.hear(1);
+        let request = background(&folder.path().join("s"));
+        let report = guest.running.snapshot(&request).unwrap();
+        println!("{memory}: {report:?}");
+        let cost = report.background.unwrap();
+        assert!(cost.protected < 2 * PAGES, "{memory}: {cost:?}");
+        guest.has_all();
+    }
+}
+
+#[test]
+fn one_of_a_paused_guest_is_byte_by_byte_what_it_has_and_it_stays_paused() {
+    need_kvm();
+    for memory in ["16M", "16M,shared"] {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("s");
+        let (_kernel, config) = scribe(memory, Irqchip::Split);
+        let mut guest = Guest::boot(&config);
+        guest.hear(1);
+        guest.running.pause().unwrap();
+        guest.snapshot(&background(&dir));
+        assert_eq!(guest.running.state(), RunState::Paused);
+        is_what_the_guest_has(&dir, &guest.running);
+        guest.running.resume().unwrap();
+        guest.hear(1);
+        guest.has_all();
+    }
+}
+
+#[test]
+fn links_of_a_chain_are_taken_in_the_background_and_in_a_pause() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let dir = |number: usize| folder.path().join(format!("s{number}"));
+    let (_kernel, config) = scribe("16M", Irqchip::Split);
+    let mut guest = Guest::boot(&config);
+    let links = if long() { 12 } else { 6 };
+    for number in 0..links {
+        guest.hear(1);
+        let request = SnapshotRequest {
+            kind: match number {
+                0 => SnapshotKind::Full,
+                _ => SnapshotKind::Diff { base: None },
+            },
+            track: Some(true),
+            compression: match number % 3 {
+                2 => Compression::Zstd,
+                _ => Compression::None,
+            },
+            background: number % 2 == 0,
+            ..SnapshotRequest::new(dir(number))
+        };
+        match number {
+            // Of a guest that stands still, it can be compared.
+            4 => {
+                guest.running.pause().unwrap();
+                guest.snapshot(&request);
+                is_what_the_guest_has(&dir(number), &guest.running);
+                guest.running.resume().unwrap();
+            }
+            _ if request.background => {
+                let files = Before(|| passes(&guest.console, 1));
+                let report = guest.running.snapshot_with(&request, &files).unwrap();
+                let written = report.written;
+                assert!(number == 0 || written < 6 << 20, "{written}");
+            }
+            _ => guest.snapshot(&request),
+        }
+    }
+    guest.has_all();
+    assert_eq!(info::verify(&dir(links - 1)).unwrap(), links);
+    for number in 0..links {
+        let mut guest = Guest::restore(&RestoreRequest::new(dir(number)));
+        guest.hear(2);
+        guest.has_all();
+    }
+}
+
+#[test]
+fn a_host_that_refuses_a_write_leaves_the_older_one_and_a_guest_that_goes_on() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let (_kernel, config) = scribe("16M", Irqchip::Split);
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    let files = Faulty::new(usize::MAX, None);
+    let request = SnapshotRequest {
+        track: Some(true),
+        ..background(&dir)
+    };
+    guest.running.snapshot_with(&request, &files).unwrap();
+    let id = info::SnapshotInfo::read(&dir).unwrap().id;
+    let calls = files.calls.get();
+    assert!(calls > 12, "{calls}");
+    for (at, errno) in (0..calls + 2).zip([libc::ENOSPC, libc::EIO].into_iter().cycle()) {
+        let files = Faulty::new(at, Some(errno));
+        let taken = guest.running.snapshot_with(&request, &files);
+        match taken {
+            // What it replaces may lie there still.
+            Ok(_) => break,
+            Err(error) => {
+                let text = reference_vmm::end::Chain(&error).to_string();
+                assert!(text.contains(&format!("(os error {errno})")), "{text}");
+            }
+        }
+        assert_eq!(info::SnapshotInfo::read(&dir).unwrap().id, id, "{at}");
+        let there = std::fs::read_dir(folder.path()).unwrap().count();
+        assert_eq!(there, 1, "{at}");
+        guest.hear(1);
+    }
+    // What was tracked is not lost by any of them.
+    let next = SnapshotRequest {
+        kind: SnapshotKind::Diff { base: None },
+        ..background(&folder.path().join("d"))
+    };
+    guest.snapshot(&next);
+    guest.hear(1);
+    guest.has_all();
+    let mut guest = Guest::restore(&RestoreRequest::new(&next.dir));
+    guest.hear(2);
+    guest.has_all();
+}
+
+/// Has one written that waits with its first piece until it may go on.
+fn held<T>(
+    guest: &Guest,
+    request: &SnapshotRequest,
+    meanwhile: impl FnOnce() -> T,
+) -> (Result<SnapshotReport, SnapshotError>, T) {
+    let (come, came) = channel();
+    let (go, gone): (Sender<()>, Receiver<()>) = channel();
+    let at_work = Mutex::new((come, gone));
+    std::thread::scope(|scope| {
+        let taken = scope.spawn(move || {
+            let files = Before(|| {
+                let at_work = at_work.lock().unwrap_or_else(PoisonError::into_inner);
+                let _ = at_work.0.send(());
+                // When the other side is gone it goes on, and on.
+                let _ = at_work.1.recv();
+            });
+            guest.running.snapshot_with(request, &files)
+        });
+        came.recv_timeout(WATCHDOG).unwrap();
+        let of = meanwhile();
+        drop(go);
+        (taken.join().unwrap(), of)
+    })
+}
+
+#[test]
+fn the_guest_is_paused_and_resumed_meanwhile_and_no_other_snapshot_is_taken() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, other) = (folder.path().join("s"), folder.path().join("o"));
+    let (_kernel, config) = scribe("16M", Irqchip::Kernel);
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    let (taken, ()) = held(&guest, &background(&dir), || {
+        for request in [SnapshotRequest::new(&other), background(&other)] {
+            let refused = guest.running.snapshot(&request).unwrap_err();
+            assert!(matches!(refused, SnapshotError::Underway), "{refused}");
+        }
+        for _ in 0..5 {
+            guest.running.pause().unwrap();
+            guest.running.resume().unwrap();
+            passes(&guest.console, 1);
+        }
+        guest.running.pause().unwrap();
+    });
+    taken.unwrap();
+    assert_eq!(guest.running.state(), RunState::Paused);
+    guest.running.resume().unwrap();
+    // Now it is.
+    guest.snapshot(&SnapshotRequest::new(&other));
+    guest.has_all();
+    let mut guest = Guest::restore(&RestoreRequest::new(&dir));
+    guest.hear(2);
+    guest.has_all();
+}
+
+#[test]
+fn an_end_of_the_guest_ends_it_and_leaves_nothing() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let (_kernel, config) = scribe("16M", Irqchip::Split);
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    let (taken, ()) = held(&guest, &background(&dir), || guest.running.stop());
+    let error = taken.unwrap_err();
+    assert!(
+        matches!(error, SnapshotError::Control(ControlError::Ended)),
+        "{error}"
+    );
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    let (_, end) = guest.leave();
+    assert_eq!(end, None);
+}
+
+#[test]
+fn memory_that_cannot_be_protected_is_refused_with_what_helps() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, other) = (folder.path().join("s"), folder.path().join("o"));
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    guest.snapshot(&background(&dir));
+    guest.has_all();
+    let mut guest = Guest::restore(&RestoreRequest::new(&dir));
+    let refused = guest.running.snapshot(&background(&other)).unwrap_err();
+    let text = refused.to_string();
+    for needle in ["mapped", "--map=off", "write-protect faults"] {
+        assert!(text.contains(needle), "{text}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    guest.snapshot(&SnapshotRequest::new(&other));
+    guest.hear(1);
+    guest.has_all();
+}
+
+#[test]
+fn a_monitor_that_is_killed_leaves_the_older_one_and_its_socket_says_what_one_cost() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let kernel = file(&image::elf64(scribe64()));
+    let start = |vmm: Vmm| {
+        let mut vmm = vmm.arg("--api-sock").arg(at("api")).stdin_pipe().start();
+        vmm.wait_for("1");
+        vmm
+    };
+    let ctl = |words: &[&str]| {
+        let ctl = Vmm::command(["ctl", "--api-sock"]).arg(at("api"));
+        ctl.args(words)
+    };
+    let dir = at("s");
+    let dir = dir.to_str().unwrap();
+    let vmm = start(Vmm::run(&kernel).args(["--memory", "64M", "--debug-exit"]));
+    let told = ctl(&["snapshot", dir, "--background", "--json"]).output();
+    let told = told.expect_status(0).text().to_owned();
+    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+    for number in ["pause_us", "protected_pages", "us_per_page", "total_us"] {
+        assert!(told[number].is_number(), "{told}");
+    }
+    assert_eq!(told["snapshot_path"], dir, "{told}");
+    let words = ctl(&["snapshot", dir, "--background"]).output();
+    let words = words.expect_status(0).text();
+    for needle in ["stood still for", "us each"] {
+        assert!(words.contains(needle), "{words}");
+    }
+    let id = || info::SnapshotInfo::read(Path::new(dir)).map(|info| info.id);
+    let before = id().unwrap();
+    let asked = ctl(&["snapshot", dir, "--background"]).start();
+    while !at(".s.partial").exists() && id().is_ok_and(|id| id == before) {
+        std::thread::yield_now();
+    }
+    vmm.signal(libc::SIGKILL);
+    vmm.wait();
+    drop(asked);
+    assert!(info::verify(Path::new(dir)).is_ok());
+    let mut guest = Guest::restore(&RestoreRequest::new(dir));
+    guest.hear(2);
+    guest.has_all();
+}
+
+#[test]
+fn a_guest_that_ends_itself_meanwhile_ends_as_it_is_to() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let (_kernel, config) = scribe("16M", Irqchip::Split);
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    let (taken, end) = held(&guest, &background(&dir), || {
+        use reference_vmm::main_loop::GuestSide;
+        assert_eq!(guest.running.input(b"q"), 1);
+        while !guest.end.is_told() {
+            std::thread::yield_now();
+        }
+        guest.end.get().cloned()
+    });
+    assert_eq!(end, Some(GuestEnd::DebugExit(0)));
+    // Of the moment before.
+    taken.unwrap();
+    drop(guest);
+    let mut guest = Guest::restore(&RestoreRequest::new(&dir));
+    guest.hear(2);
+    guest.has_all();
+}
