@@ -5,8 +5,10 @@
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
+use kvm_core::arch::x86_64::state::StateHost;
+use memslots::Holes;
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -26,6 +28,10 @@ const PIECE: u32 = 1 << 30;
 pub struct LiveGuest<'a> {
     running: &'a Running,
     end: &'a EndSignal,
+    /// None where the kernel has no such table: then all of memory is read.
+    holes: Option<Holes>,
+    /// What of the state never changes: the configuration, and what KVM can save of the vCPUs.
+    fixed: OnceLock<(Value, StateHost)>,
     /// The devices as they were given away.
     given: Mutex<Option<Vec<Value>>>,
 }
@@ -36,6 +42,8 @@ impl<'a> LiveGuest<'a> {
         LiveGuest {
             running,
             end,
+            holes: Holes::open().ok(),
+            fixed: OnceLock::new(),
             given: Mutex::default(),
         }
     }
@@ -47,12 +55,21 @@ impl<'a> LiveGuest<'a> {
         states.collect()
     }
 
+    fn fixed(&self) -> Result<&(Value, StateHost), Refusal> {
+        if let Some(known) = self.fixed.get() {
+            return Ok(known);
+        }
+        let config = config_form::to_json(self.running.config());
+        let config = config.map_err(|error| Refusal::of(&error))?;
+        let host = self.running.state_host();
+        let host = host.map_err(|error| Refusal::of(&error))?;
+        Ok(self.fixed.get_or_init(|| (config, host)))
+    }
+
     /// The state of the machine, which is paused, as bytes.
     fn capture(&self) -> Result<Vec<u8>, Refusal> {
         let running = self.running;
-        let config = config_form::to_json(running.config());
-        let config = config.map_err(|error| Refusal::of(&error))?;
-        let host = running.state_host().map_err(|error| Refusal::of(&error))?;
+        let (config, host) = self.fixed()?.clone();
         let state = running.while_paused(|pause| running.capture(pause, config, host));
         let state = state.ok_or_else(|| Refusal("the guest was let go on by somebody".into()))?;
         let mut state = state.map_err(|error| Refusal::of(&error))?;
@@ -119,6 +136,8 @@ impl SourceGuest for LiveGuest<'_> {
             ));
         }
         let control = |error: ControlError| Refusal::of(&error);
+        // Before it stands still.
+        self.fixed()?;
         self.running.pause().map_err(control)?;
         let state = self.capture();
         self.running.resume().map_err(control)?;
@@ -139,6 +158,25 @@ impl SourceGuest for LiveGuest<'_> {
         harvested.map(Found).map_err(|error| Refusal::of(&error))
     }
 
+    fn holes(&self, pages: Range<u64>) -> Vec<Range<u64>> {
+        let Some(holes) = &self.holes else {
+            return Vec::new();
+        };
+        let table = self.running.memory();
+        let Some(region) = table.find(GuestAddress(pages.start)) else {
+            return Vec::new();
+        };
+        let slot = region.extent().guest_range();
+        let end = pages.end.min(slot.end);
+        let within = pages.start - slot.start..end.saturating_sub(slot.start);
+        // Not known, they are read.
+        let mut found = holes.of(region.mapping(), within).unwrap_or_default();
+        for hole in &mut found {
+            *hole = hole.start + slot.start..hole.end + slot.start;
+        }
+        found
+    }
+
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Refusal> {
         let read = self
             .running
@@ -148,6 +186,13 @@ impl SourceGuest for LiveGuest<'_> {
     }
 
     fn hold(&self) -> Result<(), Refusal> {
+        // What the disks have yet to write is written while the guest runs: of the stop it is no part then. What comes in
+        // between is, and who cannot write is told the same there.
+        for device in self.running.virtio() {
+            if let Err(error) = device.make_durable() {
+                log::debug!("{}: {error}", device.name());
+            }
+        }
         let held = self.running.hold_for_hand_over();
         held.map_err(|error| Refusal::of(&error))
     }
