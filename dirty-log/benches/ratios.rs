@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use dirty_log::{DirtyBitmap, HostWrites, PAGE_SIZE, PageRun};
 use peers::{bit_by_bit, read};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// 512 GiB of guest memory: 16 MiB of bitmap.
 const PAGES: u64 = 512 << 30 >> 12;
@@ -104,5 +105,28 @@ fn main() {
         let marking = |what: &str| format!("marking {name}{what}");
         row(&marking(""), ours, "`AtomicBitmap`", atomic, times);
         row(&marking(", off"), is_off, "no bitmap", none, times);
+    }
+
+    // What a device does with it: the mark is a part of the write.
+    let ram = [(GuestAddress(0), 1 << 20)];
+    let off = GuestMemoryMmap::<HostWrites>::from_ranges(&ram).unwrap();
+    let none = GuestMemoryMmap::<()>::from_ranges(&ram).unwrap();
+    let block = [1; PAGE_SIZE as usize];
+    for (name, len) in [
+        ("a used ring's entry", 8),
+        ("a packet of 1500 bytes", 1500),
+        ("a page", block.len()),
+    ] {
+        let times = 1000;
+        let (bytes, at) = (&block[..len], GuestAddress(37 * PAGE_SIZE));
+        let [is_off, plain] = least(
+            200,
+            [
+                &mut || (0..times).for_each(|_| off.write_slice(bytes, black_box(at)).unwrap()),
+                &mut || (0..times).for_each(|_| none.write_slice(bytes, black_box(at)).unwrap()),
+            ],
+        );
+        let what = format!("{name} into guest memory, off");
+        row(&what, is_off, "memory without a log", plain, times);
     }
 }

@@ -231,7 +231,8 @@
 //! # Backings, and what works on which
 //! [`Backing`] says what is behind a slot: anonymous memory, a memfd, a file, hugetlb pages, a [part](Backing::part) of
 //! a [`Mapping`] that several slots are cut from, a mapping of the consumer's own; from which NUMA nodes, prefaulted, between guard pages, left out of core dumps. What cannot be is
-//! refused before anything is made or mapped, with the numbers. [`MemoryKind::support`] is the table of which
+//! refused before anything is made or mapped, with the numbers. [`Holes`] says where nothing has been put yet.
+//! [`MemoryKind::support`] is the table of which
 //! [`Mechanism`] works on which memory, checked against the kernel; what a VM will want later (a pager, a snapshot, a
 //! dirty log) is to be asked of it when the VM is configured. With the feature `uffd` the module of that name has the
 //! userfaultfd layer.
@@ -330,7 +331,9 @@ pub use host::{Errno, SetMemoryRegion};
 pub use invalidation::{Invalidation, InvalidationSeq, Invalidations};
 pub use layout::{Layout, LayoutError, LayoutSlot, NewSlot, ram_layout};
 pub use listener::{ChangeListener, LayoutChange, Listening, SlotChange, Veto};
-pub use mapping::{Backing, HugePageSize, HugePages, HugePool, MapError, Mapping, NumaPolicy};
+pub use mapping::{
+    Backing, Holes, HugePageSize, HugePages, HugePool, MapError, Mapping, NumaPolicy,
+};
 pub use matrix::{Mechanism, MemoryKind, Support, Unsupported};
 pub use memslots::{Applied, Memslots};
 pub use plan::{Plan, Step};

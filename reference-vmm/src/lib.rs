@@ -95,6 +95,7 @@ pub mod memory;
 pub mod migration;
 mod msrs;
 mod no_wait;
+mod priority;
 pub mod process;
 pub mod run;
 pub mod signals;

@@ -16,6 +16,7 @@ use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::gdb::Listener;
 use crate::main_loop;
 use crate::migration::incoming::Incoming;
+use crate::priority::step_back;
 use crate::signals::{self, Signals};
 use crate::stats::Stats;
 use crate::timeline::{Event, timeline};
@@ -250,6 +251,10 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             end.tell(GuestEnd::Failed(format!(
                 "cannot wait for the guest: {error}"
             )));
+        }
+        if let Some(GuestEnd::Migrated(_)) = end.get() {
+            // What is left to do is in the way of the guest's first steps, if those are on this host.
+            step_back();
         }
     }
 

@@ -167,6 +167,50 @@ fn a_run_of_memory_is_asked_for_in_order_and_once_and_its_zeros_are_not_sent() {
 }
 
 #[test]
+fn what_is_known_to_be_zero_is_sent_without_being_read_and_beside_what_is() {
+    let mut encoder = Encoder::new(Compression::None).unwrap();
+    let mut out = Vec::new();
+    let ones = |_: u64, into: &mut [u8]| {
+        into.fill(1);
+        Ok(())
+    };
+    // Zeros that are found join those that are known.
+    let zeros = |_: u64, into: &mut [u8]| {
+        into.fill(0);
+        Ok(())
+    };
+    encoder.pages(0, 2 * LEN, ones, &mut out).unwrap();
+    encoder.zeros(2 * LEN, 1 << 40, &mut out).unwrap();
+    encoder
+        .pages((1 << 40) + 2 * LEN, LEN, zeros, &mut out)
+        .unwrap();
+    encoder.zeros(0, 0, &mut out).unwrap();
+    encoder.flush(&mut out).unwrap();
+    let counts = encoder.counts();
+    assert_eq!((counts.frames, counts.data_pages), (1, 2));
+    assert_eq!(counts.zero_pages, (1 << 28) + 1);
+    assert_eq!(out.len(), 24 + 2 * 16 + 2 * PAGE);
+    // As many as one likes.
+    for page in 0..3 * MOST_RUNS as u64 {
+        encoder.zeros(2 * page * LEN, LEN, &mut out).unwrap();
+    }
+    encoder.mark(7, &mut out).unwrap();
+    let mut sink = Pages::up_to(1 << 41);
+    let (marks, got, whole) = decode(&out, &mut sink);
+    assert!(whole && marks == [7]);
+    assert_eq!(got, encoder.counts());
+    for (at, len) in [
+        (1, LEN),
+        (LEN, 1),
+        (u64::MAX - LEN + 1, LEN),
+        (1 << 52, LEN),
+    ] {
+        let error = encoder.zeros(at, len, &mut out).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
+    }
+}
+
+#[test]
 fn more_runs_than_a_frame_has_become_several_frames() {
     let memory: BTreeMap<_, _> = (0..3 * MOST_RUNS as u64)
         .map(|number| (number * 2 * LEN, vec![0; PAGE]))

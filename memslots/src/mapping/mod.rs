@@ -6,6 +6,7 @@
 mod area;
 mod backing;
 mod error;
+mod holes;
 mod hugetlb;
 mod memfd;
 mod numa;
@@ -15,6 +16,7 @@ mod sys;
 
 pub use backing::{Backing, HugePages};
 pub use error::MapError;
+pub use holes::Holes;
 pub use hugetlb::{HugePageSize, HugePool};
 pub use numa::NumaPolicy;
 

@@ -24,7 +24,7 @@ use crate::migration::source::WhenStuck;
 
 /// Its answer comes when the guest is there. The monitor's end ends the wait in any case.
 const PATIENCE: Duration = Duration::from_secs(30 * 24 * 3600);
-/// How often it is asked how it goes.
+/// How often it is asked how it goes, at most: it costs the monitor, and shows no more.
 const INTERVAL: Duration = Duration::from_millis(200);
 
 /// What is asked for.
@@ -162,10 +162,12 @@ pub(super) fn ask(
         let _ = sender.send(client.call("PUT", "/migrate", Some(&body)));
     });
     let began = Instant::now();
-    let mut progress = Progress::new(Manner::of_stderr(true));
+    let manner = Manner::of_stderr(true);
+    let interval = manner.interval().max(INTERVAL);
+    let mut progress = Progress::new(manner);
     let mut last = None;
     let answer = loop {
-        match answers.recv_timeout(INTERVAL) {
+        match answers.recv_timeout(interval) {
             Ok(answer) => break answer,
             Err(RecvTimeoutError::Timeout) => {}
             // The thread has sent before it ended.

@@ -37,8 +37,9 @@
 //!
 //! # Checksums
 //!
-//! A header and its runs always have one. Contents have one by choice ([`Encoder::set_checksums`]): TLS knows what was
-//! changed without it, and a Unix socket is memory.
+//! A header and its runs always have one. Contents have one by choice ([`Encoder::set_checksums`]), and a migration's have
+//! none: TLS knows what was changed without it, and a Unix socket, or TCP within the host, is memory. There is no other way
+//! to go ([`transport`](super::transport)).
 
 #![forbid(unsafe_code)]
 
@@ -223,15 +224,7 @@ impl Encoder {
         mut memory: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
         out: &mut W,
     ) -> io::Result<()> {
-        let page = PAGE as u64;
-        let end = address.checked_add(len).filter(|end| *end <= MOST_ADDRESS);
-        let (Some(end), true) = (
-            end,
-            address.is_multiple_of(page) && len.is_multiple_of(page),
-        ) else {
-            let why = format!("{len} bytes at {address:#x} are no pages of a guest's");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-        };
+        let end = end_of_pages(address, len)?;
         let mut at = address;
         while at < end {
             // Each page may be a run of its own.
@@ -263,11 +256,37 @@ impl Encoder {
                 }
                 self.filled += PAGE;
             }
-            let (address, len) = (address + at as u64, PAGE as u64);
-            match self.runs.last_mut() {
-                Some(run) if run.zero == zero && run.address + run.len == address => run.len += len,
-                _ => self.runs.push(Run { address, len, zero }),
-            }
+            self.add(address + at as u64, PAGE as u64, zero);
+        }
+    }
+
+    /// Takes the `len` bytes of guest memory at `address`, both multiples of [`PAGE`], of which it is known that they are
+    /// zero: nothing is read for it.
+    ///
+    /// # Errors
+    /// As [`pages`](Self::pages)'s.
+    pub fn zeros<W: Write + ?Sized>(
+        &mut self,
+        address: u64,
+        len: u64,
+        out: &mut W,
+    ) -> io::Result<()> {
+        end_of_pages(address, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        if self.runs.len() == MOST_RUNS {
+            self.flush(out)?;
+        }
+        self.add(address, len, true);
+        Ok(())
+    }
+
+    /// There is room for a run.
+    fn add(&mut self, address: u64, len: u64, zero: bool) {
+        match self.runs.last_mut() {
+            Some(run) if run.zero == zero && run.address + run.len == address => run.len += len,
+            _ => self.runs.push(Run { address, len, zero }),
         }
     }
 
@@ -347,6 +366,17 @@ impl Encoder {
         };
         out.flush()
     }
+}
+
+/// Where they end, if these are whole pages.
+fn end_of_pages(address: u64, len: u64) -> io::Result<u64> {
+    let page = PAGE as u64;
+    let end = address.checked_add(len).filter(|end| *end <= MOST_ADDRESS);
+    let whole = address.is_multiple_of(page) && len.is_multiple_of(page);
+    end.filter(|_| whole).ok_or_else(|| {
+        let why = format!("{len} bytes at {address:#x} are no pages of a guest's");
+        io::Error::new(io::ErrorKind::InvalidInput, why)
+    })
 }
 
 /// A header without its own checksum.

@@ -28,7 +28,7 @@ pub trait Dirty: Sync {
     fn commit(self);
 }
 
-/// The guest on the source. Calls come from one thread, but for [`read`](Self::read).
+/// The guest on the source. Calls come from one thread, but for [`read`](Self::read) and [`holes`](Self::holes).
 ///
 /// ```text
 ///   runs ──► start_tracking ──► tracked ──► hold ──► held ──► release ──► let go of
@@ -55,13 +55,18 @@ pub trait SourceGuest: Sync {
     /// # Errors
     /// [`Refusal`].
     fn start_tracking(&self) -> Result<(), Refusal>;
-    /// No more.
+    /// No more. It is not asked of a guest that has gone.
     fn stop_tracking(&self);
     /// What was written since the last harvest that was committed.
     ///
     /// # Errors
     /// [`Refusal`].
     fn harvest(&self) -> Result<Self::Dirty<'_>, Refusal>;
+    /// Of these pages, those that are zero because nothing has ever been put there, in order; as far as that is known
+    /// without reading them. It is asked behind the harvest that they are of, so what is put there later is in the next.
+    fn holes(&self, _: Range<u64>) -> Vec<Range<u64>> {
+        Vec::new()
+    }
     /// Reads guest memory.
     ///
     /// # Errors

@@ -5,10 +5,12 @@
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use dirty_log::estimate::Throttle;
+use kvm_core::arch::x86_64::state::StateHost;
 use kvm_core::{Pause, ThrottleError};
+use memslots::Holes;
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -44,6 +46,10 @@ impl Given {
 pub struct LiveGuest<'a> {
     running: &'a Running,
     end: &'a EndSignal,
+    /// None where the kernel has no such table: then all of memory is read.
+    holes: Option<Holes>,
+    /// What of the state never changes: the configuration, and what KVM can save of the vCPUs.
+    fixed: OnceLock<(Value, StateHost)>,
     given: Arc<Given>,
     /// What slows it; dropped with this, whatever comes of the migration.
     throttle: Mutex<Option<kvm_core::Throttle>>,
@@ -60,6 +66,8 @@ impl<'a> LiveGuest<'a> {
         LiveGuest {
             running,
             end,
+            holes: Holes::open().ok(),
+            fixed: OnceLock::new(),
             given,
             throttle: Mutex::default(),
         }
@@ -72,12 +80,21 @@ impl<'a> LiveGuest<'a> {
         states.collect()
     }
 
+    fn fixed(&self) -> Result<&(Value, StateHost), Refusal> {
+        if let Some(known) = self.fixed.get() {
+            return Ok(known);
+        }
+        let config = config_form::to_json(self.running.config());
+        let config = config.map_err(|error| Refusal::of(&error))?;
+        let host = self.running.state_host();
+        let host = host.map_err(|error| Refusal::of(&error))?;
+        Ok(self.fixed.get_or_init(|| (config, host)))
+    }
+
     /// The state of the machine, which is held by the rehearsal or for the hand-over, as bytes.
     fn capture(&self, last: bool) -> Result<Vec<u8>, Refusal> {
         let running = self.running;
-        let config = config_form::to_json(running.config());
-        let config = config.map_err(|error| Refusal::of(&error))?;
-        let host = running.state_host().map_err(|error| Refusal::of(&error))?;
+        let (config, host) = self.fixed()?.clone();
         let capture = |pause: &Pause| running.capture(pause, config, host);
         let state = match last {
             false => running.while_paused(capture),
@@ -142,6 +159,8 @@ impl SourceGuest for LiveGuest<'_> {
     fn rehearse(&self) -> Result<Vec<u8>, Refusal> {
         let checked = self.running.check_for_snapshot();
         checked.map_err(|error| Refusal::of(&error))?;
+        // Before it stands still.
+        self.fixed()?;
         let held = self.running.hold();
         let held = held.map_err(|error| Refusal::of(&error))?;
         if held.is_paused() {
@@ -162,6 +181,25 @@ impl SourceGuest for LiveGuest<'_> {
     fn harvest(&self) -> Result<Found<'_>, Refusal> {
         let harvested = self.running.harvest(TrackUser::Migration);
         harvested.map(Found).map_err(|error| Refusal::of(&error))
+    }
+
+    fn holes(&self, pages: Range<u64>) -> Vec<Range<u64>> {
+        let Some(holes) = &self.holes else {
+            return Vec::new();
+        };
+        let table = self.running.memory();
+        let Some(region) = table.find(GuestAddress(pages.start)) else {
+            return Vec::new();
+        };
+        let slot = region.extent().guest_range();
+        let end = pages.end.min(slot.end);
+        let within = pages.start - slot.start..end.saturating_sub(slot.start);
+        // Not known, they are read.
+        let mut found = holes.of(region.mapping(), within).unwrap_or_default();
+        for hole in &mut found {
+            *hole = hole.start + slot.start..hole.end + slot.start;
+        }
+        found
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Refusal> {
@@ -187,6 +225,13 @@ impl SourceGuest for LiveGuest<'_> {
     }
 
     fn hold(&self) -> Result<(), Refusal> {
+        // What the disks have yet to write is written while the guest runs: of the stop it is no part then. What comes in
+        // between is, and who cannot write is told the same there.
+        for device in self.running.virtio() {
+            if let Err(error) = device.make_durable() {
+                log::debug!("{}: {error}", device.name());
+            }
+        }
         let held = self.running.hold_for_hand_over();
         held.map_err(|error| Refusal::of(&error))
     }

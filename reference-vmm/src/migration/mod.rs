@@ -35,16 +35,18 @@
 //! | destination | `Settled` | started; or never, a pledge: nothing is held here, and nothing ever starts; or unknown, of a migration that this process knows nothing of |
 //!
 //! Host differences are found before the first page: the rehearsal has the vCPUs' state, which the destination's KVM is
-//! asked about. Disks, taps and sockets are opened when the state comes, for only then are they free. What is wrong with
-//! those costs a stop of some milliseconds, and the guest goes on where it was.
+//! asked about, and the VM, its memory, irqchip and vCPUs are made then, while the guest runs at the source. Disks, taps and
+//! sockets are opened when the state comes, for only then are they free. What is wrong with those costs a stop of some
+//! milliseconds, and the guest goes on where it was.
 //!
 //! # Rounds
 //!
 //! Round 0 is all of memory, the next what was written while the one before was sent. Each is answered before the next is
 //! begun, so what a round took is what the link carries, and nothing waits in buffers when the guest is stopped. That is
 //! done when the rest fits into the downtime: [`dirty_log::estimate`] forecasts it from the last rounds, and what the
-//! rehearsal took for the state is taken off first. A guest that writes faster than that is refused with what a stop would
-//! cost, or slowed down until it does not, or stopped all the same ([`source::WhenStuck`]).
+//! rehearsal took for the state is taken off first. One round follows the first in any case: what a guest that idles wrote
+//! while all was sent need not be sent while it stands still. A guest that writes faster than that is refused with what a
+//! stop would cost, or slowed down until it does not, or stopped all the same ([`source::WhenStuck`]).
 //!
 //! Slowed down, each vCPU sleeps a part of its time ([`kvm_core::Throttle`]): 20 % at first, 10 % more behind each round that
 //! does not promise an end, up to 99 %, as QEMU's auto-converge has it; what was seen before counts as if it had been as slow.
@@ -53,8 +55,10 @@
 //! stays goes on, and the destination knows of none.
 //!
 //! A page takes the same data connection in each round, by its address: so nothing older overtakes what is newer, and
-//! connections do not wait for each other. Pages that are zero are said to be so, by runs; the destination leaves memory
-//! alone that is zero already. The bandwidth limit holds to the end, also while the guest stands still.
+//! connections do not wait for each other. Pages that are zero are said to be so, by runs. In the first round those that
+//! nothing was ever put into are not even read: the host knows them ([`memslots::Holes`]), it is asked behind the harvest, and
+//! what is put there later is in the next one. The destination notes what it has written, and writes zeros only there. The
+//! bandwidth limit holds to the end, also while the guest stands still.
 //!
 //! # Whose the guest is
 //!
@@ -121,7 +125,8 @@
 //!
 //! - Nothing is paged in later (post-copy): the guest goes when nearly all of it is there.
 //! - Writes of other processes into guest memory are not seen ([`dirty_log`] has sources for them).
-//! - Disks are on storage that both hosts have. Their contents are made durable before the state is sent, in the downtime.
+//! - Disks are on storage that both hosts have. Their contents are made durable before the state is sent: once right before
+//!   the guest stops, and what came in between in the downtime.
 
 pub mod address;
 mod arriving;

@@ -47,6 +47,14 @@ impl Manner {
             false => Manner::Lines,
         }
     }
+
+    /// How often there is something new to be seen: who asks more often asks in vain.
+    pub fn interval(self) -> Duration {
+        match self {
+            Manner::InPlace { .. } => IN_PLACE_INTERVAL,
+            Manner::Lines => LINE_INTERVAL,
+        }
+    }
 }
 
 /// Says on stderr how a migration goes, as often as is good.
@@ -80,10 +88,7 @@ impl Progress {
 
     /// What [`show`](Self::show) writes: `None` as long as it is not time.
     pub fn due(&mut self, record: &MigrationRecord, now: Duration) -> Option<String> {
-        let interval = match self.manner {
-            Manner::InPlace { .. } => IN_PLACE_INTERVAL,
-            Manner::Lines => LINE_INTERVAL,
-        };
+        let interval = self.manner.interval();
         if self
             .said
             .is_some_and(|said| now.saturating_sub(said) < interval)

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,6 +24,8 @@ use super::source::{Settings, Why};
 pub const STRIPE: u64 = 256 << 10;
 /// In a mark: no more comes on this connection.
 pub const LAST: u64 = 1 << 32;
+/// The mark of the round that sends all of memory.
+const FIRST: u64 = 0;
 
 /// A data connection, and what makes frames for it.
 pub(super) struct Lane<W> {
@@ -34,7 +37,9 @@ impl<W: Wire> Lane<W> {
     /// # Errors
     /// There is no memory for it, or no such compression.
     pub(super) fn new(wire: W, compression: Compression) -> io::Result<Self> {
-        let encoder = Encoder::new(compression)?;
+        let mut encoder = Encoder::new(compression)?;
+        // It goes through memory, or TLS, which knows what was changed.
+        encoder.set_checksums(false);
         Ok(Lane { wire, encoder })
     }
 }
@@ -184,17 +189,29 @@ impl Stripes {
                     result = Err(io::Error::other(why));
                     return false;
                 }
-                let fill = |address: u64, bytes: &mut [u8]| {
+                let mut fill = |address: u64, bytes: &mut [u8]| {
                     guest.read(address, bytes).map_err(|why| {
                         let error = io::Error::other(why.to_string());
                         refused = Some(why);
                         error
                     })
                 };
-                let len = piece.end - piece.start;
-                result = encoder.pages(piece.start, len, fill, &mut out);
-                if result.is_err() {
-                    return false;
+                let holes = match mark {
+                    // What is dirty later has been written.
+                    FIRST => guest.holes(piece.clone()),
+                    _ => Vec::new(),
+                };
+                let mut from = piece.start;
+                let after = piece.end..piece.end;
+                for hole in holes.into_iter().chain([after]) {
+                    let Range { start, end } = hole;
+                    result = encoder
+                        .pages(from, start.saturating_sub(from), &mut fill, &mut out)
+                        .and_then(|()| encoder.zeros(start, end - start, &mut out));
+                    if result.is_err() {
+                        return false;
+                    }
+                    from = end;
                 }
                 count(encoder.counts());
             }

@@ -272,7 +272,8 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                 Err(MigrateError { why, after })
             }
         };
-        if self.tracked.load(Ordering::Relaxed) {
+        // A guest that has gone writes nothing more here, and KVM's grace periods would only be in the way of its start there.
+        if result.is_err() && self.tracked.load(Ordering::Relaxed) {
             self.guest.stop_tracking();
         }
         result
@@ -710,6 +711,9 @@ impl Rounds {
         match advise(&ahead, spent, &self.policy) {
             // Nothing is left at all.
             _ if left == 0 => Next::Switch,
+            // What was written while all was sent is most of what the guest writes at all; what it writes in the moment that
+            // this takes is less, and only that is to be sent while it stands still.
+            Advice::StopAndCopy if done.number == 0 => Next::Round,
             Advice::StopAndCopy => Next::Switch,
             Advice::GoOn => Next::Round,
             Advice::SlowDown => {

@@ -3,10 +3,14 @@
 //! A machine whose state is to come: from a snapshot's file, or over a wire.
 //!
 //! ```text
-//!   Blank::new ──► check(vCPUs)  ──► allocate ──► memory is filled ──► finish(state, devices)
-//!   (VM)           (host takes        (slots)      (mapped, read,      (irqchip, vCPUs, bus,
-//!                   them?)                          received)           states in KVM's order)
+//!   Blank::new ──► check(vCPUs)  ──► allocate ──► frame ─────────────► finish(state, devices)
+//!   (VM)           (host takes        (slots)      (irqchip, vCPUs)     (states in KVM's order, bus)
+//!                   them?)               └───── memory is filled ─────────┘
+//!                                               (mapped, read, received)
 //! ```
+//!
+//! What KVM takes long to make is in the frame, which wants no state: a machine that comes from elsewhere has it before its
+//! guest is stopped there.
 //!
 //! The states come in the order that KVM needs ([`kvm_core::state`](kvm_core::arch::x86_64::state),
 //! [`irq_routing::IrqchipState`]): the clock when all vCPUs are made, the vCPUs with their local APICs, then the
@@ -22,7 +26,7 @@ use kvm_core::{Kvm, Vcpu, VcpuId, VmSetup};
 use memslots::{NewSlot, Snapshot};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::compose::Composition;
+use super::compose::{Composition, Frame};
 use super::tracking::{TrackError, TrackUser, Tracker};
 use super::{BuildError, Machine};
 use crate::arch::layout;
@@ -47,6 +51,16 @@ pub(crate) struct Allocated {
     blank: Blank,
     memslots: Memslots,
     tracker: Tracker,
+}
+
+/// One that has its irqchip and its vCPUs as well: all but a state.
+pub(crate) struct Framed {
+    config: Config,
+    host: StateHost,
+    memslots: Memslots,
+    tracker: Tracker,
+    frame: Frame,
+    vcpus: Vec<Vcpu>,
 }
 
 impl Blank {
@@ -138,8 +152,50 @@ impl Allocated {
         self.tracker.start(TrackUser::Snapshot, vm, &self.memory())
     }
 
-    /// Gives it its state, and `devices`, which have theirs, with the serial console's output on `console` and its end told
-    /// to `end`. Memory has been filled.
+    /// Makes the irqchip, and these vCPUs.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing is left behind.
+    pub(crate) fn frame(self, vcpus: &[VcpuSection]) -> Result<Framed, BuildError> {
+        let Allocated {
+            blank,
+            memslots,
+            tracker,
+        } = self;
+        let Blank {
+            config,
+            setup,
+            host,
+        } = blank;
+        let frame = Frame::new(&config, setup)?;
+        let vcpus = vcpus
+            .iter()
+            .map(|vcpu| frame.vm.create_vcpu(VcpuId(vcpu.id)));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
+        Ok(Framed {
+            config,
+            host,
+            memslots,
+            tracker,
+            frame,
+            vcpus,
+        })
+    }
+}
+
+impl Framed {
+    /// Its memory, without permissions: to be filled.
+    pub(crate) fn memory(&self) -> Snapshot<SlotTable> {
+        self.memslots.snapshot()
+    }
+
+    /// Its vCPUs, in order.
+    pub(crate) fn vcpu_ids(&self) -> impl Iterator<Item = u32> {
+        self.vcpus.iter().map(|vcpu| vcpu.id().0)
+    }
+
+    /// Gives it its state, which has its vCPUs, and `devices`, which have theirs, with the serial console's output on
+    /// `console` and its end told to `end`. Memory has been filled.
     ///
     /// The guest has another generation id than it had, and hears of that where it listens
     /// ([`layout::GENERATION_ID`]), unless it is `the_same`: a machine that has moved, and goes on nowhere else.
@@ -154,24 +210,33 @@ impl Allocated {
         console: impl AsFd,
         end: &Arc<EndSignal>,
     ) -> Result<Machine, BuildError> {
-        let renewed = self.blank.has_firmware() && !the_same;
+        let renewed = self.config.irqchip != Irqchip::None && !the_same;
         if renewed {
             let generation = random_id().map_err(RestoreError::Random)?;
             write(&self.memory(), &generation, layout::GENERATION_ID)?;
         }
-        let Allocated {
-            blank,
+        let Framed {
+            config,
+            host,
             memslots,
             tracker,
+            frame,
+            vcpus,
         } = self;
-        let Blank {
-            config,
-            setup,
-            host,
-        } = blank;
+        let passage = frame.vm.restore(&state.vm.vm, clock);
+        let passage = passage.map_err(RestoreError::from)?;
+        for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
+            let restored = vcpu.restore(&host, &saved.state, &passage);
+            let restored = restored.map_err(|source| RestoreError::Vcpu {
+                id: vcpu.id(),
+                source,
+            })?;
+            log::debug!("vCPU {}: {restored:?}", vcpu.id());
+        }
         let composition = Composition {
             config: &config,
-            setup,
+            frame,
+            vcpus,
             memslots,
             tracker,
             devices,
@@ -179,24 +244,7 @@ impl Allocated {
             end,
             saved: Some(&state.devices),
         };
-        let machine = composition.compose(|vm| {
-            let make =
-                |vcpu: &VcpuSection| vm.create_vcpu(VcpuId(vcpu.id)).map_err(BuildError::from);
-            let vcpus = state.vcpus.iter().map(make);
-            let vcpus = vcpus.collect::<Result<Vec<Vcpu>, _>>()?;
-            let passage = vm.restore(&state.vm.vm, clock);
-            let passage = passage.map_err(RestoreError::from)?;
-            for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
-                let restored = vcpu.restore(&host, &saved.state, &passage);
-                let restored = restored.map_err(|source| RestoreError::Vcpu {
-                    id: vcpu.id(),
-                    source,
-                })?;
-                log::debug!("vCPU {}: {restored:?}", vcpu.id());
-            }
-            Ok(vcpus)
-        })?;
-
+        let machine = composition.compose()?;
         // The controllers behind the local APICs, and the lines behind the controllers.
         let parts = &machine.parts;
         let restored = parts

@@ -17,7 +17,7 @@ use vm_device::bus::{PioAddress, PioRange};
 use super::error::BuildError;
 use super::tracking::Tracker;
 use super::wiring::{Wiring, register_devices, register_ioapic, wire_virtio};
-use super::{Machine, Parts, Power};
+use super::{Host, Machine, Parts, Power};
 use crate::arch::layout;
 use crate::config::{self, Config};
 use crate::devices::coalesce::{Coalescing, PolledOutput};
@@ -33,37 +33,16 @@ use crate::msrs;
 use crate::snapshot::machine::DevicesSection;
 use crate::snapshot::{ChainTip, RestoreError};
 
-/// What a machine is composed of, its memory in place.
-pub(super) struct Composition<'a, C> {
-    pub(super) config: &'a Config,
-    pub(super) setup: VmSetup,
-    pub(super) memslots: Memslots,
-    /// Has the memory's slots.
-    pub(super) tracker: Tracker,
-    pub(super) devices: Devices,
-    pub(super) console: C,
-    pub(super) end: &'a Arc<EndSignal>,
-    /// The states of what is no virtio device; those have theirs in them.
-    pub(super) saved: Option<&'a DevicesSection>,
+/// A VM with its memory and its irqchip: what vCPUs are made in, and all that costs KVM time.
+pub(super) struct Frame {
+    pub(super) vm: Vm,
+    irqchip: Irqchip,
+    routing: Routing<Host>,
 }
 
-impl<C: AsFd> Composition<'_, C> {
-    /// Makes the rest. `vcpus` makes the vCPUs, when the irqchip is there.
-    pub(super) fn compose(
-        self,
-        vcpus: impl FnOnce(&Vm) -> Result<Vec<Vcpu>, BuildError>,
-    ) -> Result<Machine, BuildError> {
-        let Composition {
-            config,
-            setup,
-            memslots,
-            tracker,
-            devices,
-            console,
-            end,
-            saved,
-        } = self;
-        let places = bay::places(devices.len());
+impl Frame {
+    /// Steps 5 and 6 up to the first vCPU. The memory's slots are there.
+    pub(super) fn new(config: &Config, setup: VmSetup) -> Result<Self, BuildError> {
         // 5. The irqchip.
         setup.set_tss_address(layout::TSS_ADDR)?;
         let irqchip =
@@ -86,7 +65,49 @@ impl<C: AsFd> Composition<'_, C> {
         // limit. SIGURG of these: one that comes from elsewhere does no harm and never did.
         let kick = KickSignal::new(libc::SIGURG).map_err(kvm_core::Error::from)?;
         let vm = setup.kick_signal(kick).finish();
-        let vcpus = vcpus(&vm)?;
+        Ok(Frame {
+            vm,
+            irqchip,
+            routing,
+        })
+    }
+}
+
+/// What a machine is composed of, its memory in place.
+pub(super) struct Composition<'a, C> {
+    pub(super) config: &'a Config,
+    pub(super) frame: Frame,
+    pub(super) vcpus: Vec<Vcpu>,
+    pub(super) memslots: Memslots,
+    /// Has the memory's slots.
+    pub(super) tracker: Tracker,
+    pub(super) devices: Devices,
+    pub(super) console: C,
+    pub(super) end: &'a Arc<EndSignal>,
+    /// The states of what is no virtio device; those have theirs in them.
+    pub(super) saved: Option<&'a DevicesSection>,
+}
+
+impl<C: AsFd> Composition<'_, C> {
+    /// Makes the rest.
+    pub(super) fn compose(self) -> Result<Machine, BuildError> {
+        let Composition {
+            config,
+            frame,
+            vcpus,
+            memslots,
+            tracker,
+            devices,
+            console,
+            end,
+            saved,
+        } = self;
+        let Frame {
+            vm,
+            irqchip,
+            routing,
+        } = frame;
+        let places = bay::places(devices.len());
         tracker.add_vcpus(&vcpus).map_err(BuildError::DirtyLog)?;
 
         // 7. Devices.

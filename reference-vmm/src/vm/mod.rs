@@ -80,8 +80,8 @@ use crate::kvm_stats::KvmReaders;
 use crate::memory::{Memslots, slots_of};
 use crate::snapshot::ChainTip;
 use crate::stats::{ExitCounters, Named};
-pub(crate) use blank::{Allocated, Blank as BlankVm};
-use compose::Composition;
+pub(crate) use blank::{Blank as BlankVm, Framed};
+use compose::{Composition, Frame};
 pub use control::{ControlError, RunState};
 use cpuid::ask_kvm;
 pub use error::BuildError;
@@ -302,33 +302,33 @@ impl Machine {
 
         // 5. to 7.
         let tracker = Tracker::new(slots, setup.fd(), config.dirty_log);
+        let tracker = tracker.map_err(BuildError::DirtyLog)?;
+        let frame = Frame::new(config, setup)?;
+        let mut cpuid = cpuid.answer(&ram)?;
+        let vcpus = topology.apic_ids().map(|id| {
+            let vcpu = frame.vm.create_vcpu(id)?;
+            if id == BOOT_VCPU {
+                cpuid.tell_time(&vcpu);
+            }
+            cpuid.set_up(&vcpu, config)?;
+            if id == BOOT_VCPU {
+                start.set(&vcpu, &plan.entry)?;
+            }
+            Ok::<_, BuildError>(vcpu)
+        });
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
         let composition = Composition {
             config,
+            frame,
+            vcpus,
             memslots,
-            tracker: tracker.map_err(BuildError::DirtyLog)?,
-            setup,
+            tracker,
             devices,
             console,
             end,
             saved: None,
         };
-        composition.compose(|vm| {
-            let mut cpuid = cpuid.answer(&ram)?;
-            topology
-                .apic_ids()
-                .map(|id| {
-                    let vcpu = vm.create_vcpu(id)?;
-                    if id == BOOT_VCPU {
-                        cpuid.tell_time(&vcpu);
-                    }
-                    cpuid.set_up(&vcpu, config)?;
-                    if id == BOOT_VCPU {
-                        start.set(&vcpu, &plan.entry)?;
-                    }
-                    Ok(vcpu)
-                })
-                .collect()
-        })
+        composition.compose()
     }
 
     /// Every snapshot of it begins to track what is written behind it, so that an incremental one may build on it

@@ -47,7 +47,8 @@ impl Machine {
         if request.track {
             allocated.track().map_err(RestoreError::from)?;
         }
-        let machine = allocated.finish(state, devices, (snapshot.clock, false), console, end)?;
+        let framed = allocated.frame(&state.vcpus)?;
+        let machine = framed.finish(state, devices, (snapshot.clock, false), console, end)?;
         if request.track {
             machine.parts.chain.track_always();
             // Nobody has it yet.

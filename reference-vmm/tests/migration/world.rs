@@ -552,6 +552,25 @@ impl SourceGuest for World {
         })
     }
 
+    fn holes(&self, pages: Range<u64>) -> Vec<Range<u64>> {
+        let Ok(at) = offset(pages.start, pages.end - pages.start) else {
+            return Vec::new();
+        };
+        self.change(|state| {
+            let places = pages.clone().step_by(PAGE).enumerate();
+            let holes = places.filter(|(number, _)| {
+                let page = at + number * PAGE;
+                state.memory[page..page + PAGE]
+                    .iter()
+                    .all(|byte| *byte == 0)
+            });
+            let holes = holes.map(|(_, page)| page..page + PAGE as u64).collect();
+            // It goes on to write there, of which the next harvest knows.
+            state.guest_writes(2);
+            holes
+        })
+    }
+
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Refusal> {
         let at = offset(address, bytes.len() as u64)?;
         self.change(|state| {

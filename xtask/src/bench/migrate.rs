@@ -65,17 +65,32 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
     }
     let step = Step::begin(format!("{rounds} migrations of each in the lab"));
     let mut results = vec![[const { Vec::new() }; 2]; contenders.len()];
+    let mut goes: Vec<(String, Vec<f64>)> = Vec::new();
     for number in 1..=rounds {
-        for (at, stood, whole) in round(&argv)? {
+        for moved in round(&argv)? {
+            let at = moved.at;
             let Some((of, (name, _))) = results.get_mut(at).zip(contenders.get(at)) else {
                 continue;
             };
+            let Moved { stood, whole, .. } = moved;
             let [stills, wholes] = of;
             stills.push(stood);
             wholes.push(whole);
+            let steps: Vec<_> = moved
+                .steps
+                .iter()
+                .map(|(of, ms)| format!("{of} {ms:.1}"))
+                .collect();
+            let steps = steps.join(", ");
             say(format!(
-                "round {number}, {name}: stood still for {stood:.0} ms, in all {whole:.0} ms"
+                "round {number}, {name}: stood still for {stood:.0} ms, in all {whole:.0} ms ({steps})"
             ));
+            for (step, ms) in moved.steps {
+                match goes.iter_mut().find(|(name, _)| *name == step) {
+                    Some((_, of)) => of.push(ms),
+                    None => goes.push((step, vec![ms])),
+                }
+            }
         }
     }
     step.end();
@@ -95,6 +110,13 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
             ours.0 / theirs.0,
             ours.1 / theirs.1
         );
+    }
+    println!(
+        "\nwhere it goes, as reference-vmm itself says, and what is left: milliseconds, median\n"
+    );
+    for (step, took) in &mut goes {
+        let (_, middle, _) = super::ranks(took);
+        println!("{step:<28} {middle:>8.1}");
     }
     Ok(0)
 }
@@ -120,8 +142,21 @@ fn ours(vmm: &Path, vmlinux: &Path, initrd: &Path) -> Vec<OsString> {
     words
 }
 
-/// One lab machine: the place of the contender, and its two figures.
-fn round(argv: &[OsString]) -> Result<Vec<(usize, f64, f64)>> {
+/// A guest that has moved.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Moved {
+    /// The place of the contender.
+    at: usize,
+    /// How long it stood still, milliseconds.
+    stood: f64,
+    /// From the asking to its first beat elsewhere.
+    whole: f64,
+    /// What the monitor itself says that it stood still for: the steps' names, and milliseconds.
+    steps: Vec<(String, f64)>,
+}
+
+/// One lab machine: what each contender took.
+fn round(argv: &[OsString]) -> Result<Vec<Moved>> {
     let options = lab::Options {
         time_limit: LIMIT,
         memory_mib: 4096,
@@ -135,10 +170,31 @@ fn round(argv: &[OsString]) -> Result<Vec<(usize, f64, f64)>> {
     }
 }
 
-fn parse_result(line: &str) -> Option<(usize, f64, f64)> {
+fn parse_result(line: &str) -> Option<Moved> {
     let mut words = line.strip_prefix(RESULT_MARK)?.split(' ');
-    let at = words.next()?.parse().ok()?;
-    Some((at, words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+    let mut next = || words.next();
+    let (at, stood, whole) = (next()?, next()?, next()?);
+    let step = |word: &str| {
+        let (step, ms) = word.split_once('=')?;
+        Some((step.to_owned(), ms.parse().ok()?))
+    };
+    Some(Moved {
+        at: at.parse().ok()?,
+        stood: stood.parse().ok()?,
+        whole: whole.parse().ok()?,
+        steps: words.map(step).collect::<Option<_>>()?,
+    })
+}
+
+fn result_line(moved: &Moved) -> String {
+    let Moved {
+        at, stood, whole, ..
+    } = moved;
+    let steps = moved.steps.iter().map(|(step, ms)| format!(" {step}={ms}"));
+    format!(
+        "{RESULT_MARK}{at} {stood} {whole}{}",
+        steps.collect::<String>()
+    )
 }
 
 /// Inside the lab: for each contender the count of its words and the words, ours first.
@@ -152,8 +208,8 @@ pub(crate) fn run_command(args: Vec<OsString>) -> Result<i32> {
             0 => Side::Ours,
             _ => Side::Qemu,
         };
-        let (stood, whole) = migrate(side, &words)?;
-        println!("{RESULT_MARK}{at} {stood} {whole}");
+        let moved = migrate(at, side, &words)?;
+        println!("{}", result_line(&moved));
         at += 1;
     }
     Ok(0)
@@ -197,14 +253,20 @@ impl Side {
                 let program = words.first().cloned().unwrap_or_default();
                 let to = format!("unix:{WIRE}");
                 let asked = Command::new(program)
-                    .args(["ctl", "--api-sock", CONTROL, "migrate", "--to", &to])
+                    .args([
+                        "ctl",
+                        "--api-sock",
+                        CONTROL,
+                        "migrate",
+                        "--json",
+                        "--to",
+                        &to,
+                    ])
                     .stdin(Stdio::null())
+                    .stdout(Stdio::piped())
                     .spawn();
                 let asked = asked.context(|| "ctl does not start".into())?;
-                Ok(Asked {
-                    _ctl: Some(Ended(asked)),
-                    _monitor: None,
-                })
+                Ok(Asked::Ours(Ended(asked)))
             }
             Side::Qemu => {
                 let failed = || "QEMU's monitor does not answer".into();
@@ -213,23 +275,46 @@ impl Side {
                 let orders = "migrate_set_parameter max-bandwidth 10G\nmigrate_set_parameter downtime-limit 100\n";
                 let order = format!("{orders}migrate -d unix:{WIRE}\n");
                 monitor.write_all(order.as_bytes()).context(failed)?;
-                Ok(Asked {
-                    _ctl: None,
-                    _monitor: Some(monitor),
-                })
+                Ok(Asked::Qemu { _monitor: monitor })
             }
         }
     }
 }
 
 /// Who was asked: lives as long as the migration.
-struct Asked {
-    _ctl: Option<Ended>,
-    _monitor: Option<UnixStream>,
+enum Asked {
+    Ours(Ended),
+    Qemu { _monitor: UnixStream },
 }
 
-/// A guest that moves: milliseconds that it stood still, and from the asking to its first beat elsewhere.
-fn migrate(side: Side, words: &[OsString]) -> Result<(f64, f64)> {
+impl Asked {
+    /// What it says, once the guest has moved, that the stop was made of.
+    fn steps(self) -> Result<Vec<(String, f64)>> {
+        let Asked::Ours(mut ctl) = self else {
+            return Ok(Vec::new());
+        };
+        let mut said = String::new();
+        if let Some(out) = &mut ctl.0.stdout {
+            let read = out.read_to_string(&mut said);
+            read.context(|| "ctl's answer cannot be read".into())?;
+        }
+        Ok(steps(&said))
+    }
+}
+
+/// Of `ctl migrate --json`: the steps of the stop in their order.
+fn steps(said: &str) -> Vec<(String, f64)> {
+    let record = serde_json::from_str::<serde_json::Value>(said).unwrap_or_default();
+    let steps = record["switch-over"]["steps"].as_array();
+    let step = |taken: &serde_json::Value| {
+        let name = taken["step"].as_str()?.to_owned();
+        Some((name, taken["took-us"].as_f64()? / 1e3))
+    };
+    steps.into_iter().flatten().filter_map(step).collect()
+}
+
+/// A guest that moves.
+fn migrate(at: usize, side: Side, words: &[OsString]) -> Result<Moved> {
     for socket in [CONTROL, WIRE] {
         let _ = fs::remove_file(socket);
     }
@@ -248,9 +333,20 @@ fn migrate(side: Side, words: &[OsString]) -> Result<(f64, f64)> {
         last = beat.at;
     }
     destination.beats(100)?;
-    drop(asked);
     let ms = |from: Instant| first.at.duration_since(from).as_secs_f64() * 1e3;
-    Ok((ms(last), ms(asked_at)))
+    let (stood, whole) = (ms(last), ms(asked_at));
+    let mut steps = asked.steps()?;
+    if let Side::Ours = side {
+        // Up to a beat's interval before the stop, and what the guest needs to come to say something elsewhere.
+        let told: f64 = steps.iter().map(|(_, ms)| ms).sum();
+        steps.push(("until-it-is-heard".into(), stood - told));
+    }
+    Ok(Moved {
+        at,
+        stood,
+        whole,
+        steps,
+    })
 }
 
 /// What came from the console at one moment.
@@ -357,10 +453,23 @@ mod tests {
 
     #[test]
     fn a_result_is_read_back() {
-        assert_eq!(
-            parse_result("xtask-migrate: 1 21.5 300"),
-            Some((1, 21.5, 300.0))
-        );
+        let moved = Moved {
+            at: 1,
+            stood: 21.5,
+            whole: 300.0,
+            steps: vec![("pause".into(), 0.5), ("hand-over".into(), 3.25)],
+        };
+        assert_eq!(parse_result(&result_line(&moved)), Some(moved));
+        let bare = Moved::default();
+        assert_eq!(parse_result(&result_line(&bare)), Some(bare));
         assert_eq!(parse_result("guest: beat"), None);
+    }
+
+    #[test]
+    fn what_the_monitor_says_of_the_stop_is_read() {
+        let said = r#"{"switch-over":{"steps":[{"step":"pause","took-us":1500},{"step":"state","took-us":20}]}}"#;
+        let due = [("pause".to_owned(), 1.5), ("state".to_owned(), 0.02)];
+        assert_eq!(steps(said), due);
+        assert_eq!(steps(r#"{"fault_message":"no"}"#), []);
     }
 }

@@ -35,8 +35,8 @@ Usage: cargo xtask bench startup [--runs N]   (60)
             does not count them, and the figures are as steady as this host is
   login     the Debian of `cargo xtask boot --distro` from the monitor's start to its login prompt, against the same
             QEMU: a lab machine for each boot, by the host's clock
-  migrate   an idle guest of 1 GiB that moves to another process in the lab: how long it stands still, and how long all
-            takes, against the same QEMU's migration";
+  migrate   an idle guest of 1 GiB that moves to another process in the lab: how long it stands still and
+            where that goes, and how long all takes, against the same QEMU's migration";
 
 /// `cargo xtask bench`.
 pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
