@@ -32,6 +32,8 @@ pub struct Arrival<C, F> {
     pub console: C,
     /// Told of its end.
     pub end: Arc<EndSignal>,
+    /// Called when the machine is whole.
+    pub prepared: Option<Box<dyn FnOnce() + Send>>,
     /// Has the machine go on.
     pub go: F,
 }
@@ -143,6 +145,7 @@ where
             clock,
             console,
             end,
+            prepared,
             go,
         } = self.arrival;
         let copies: BTreeSet<usize> = overrides.disks.iter().map(|(number, _)| *number).collect();
@@ -153,6 +156,9 @@ where
             .allocated
             .finish(&state, devices, (clock, true), &console, &end);
         let machine = machine.map_err(|error| refused(&error))?;
+        if let Some(tell) = prepared {
+            tell();
+        }
         Ok(Whole { machine, go })
     }
 }
