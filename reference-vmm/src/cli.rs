@@ -642,6 +642,25 @@ pub(crate) fn number(
     })
 }
 
+/// The same, and a number outside `range` is refused as well: where nothing behind it would do so.
+pub(crate) fn number_within(
+    flag: &'static str,
+    value: OsString,
+    range: RangeInclusive<u32>,
+) -> Result<u32, UsageError> {
+    let number = number(flag, value.clone(), range.clone())?;
+    let (least, most) = range.clone().into_inner();
+    range
+        .contains(&number)
+        .then_some(number)
+        .ok_or(UsageError::Number {
+            flag,
+            value,
+            least,
+            most,
+        })
+}
+
 /// `text` if it has no sign, which Rust's numbers may have.
 fn unsigned(text: &str) -> Option<&str> {
     (!text.starts_with('+')).then_some(text)

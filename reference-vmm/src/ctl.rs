@@ -157,7 +157,7 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
             Long("api-sock") => api_sock = Some(cli::api_sock(&mut parser)?),
             Long("json") => json = true,
             Long("timeout") => {
-                timeout = cli::number("--timeout", parser.value()?, 1..=u32::MAX)?;
+                timeout = cli::number_within("--timeout", parser.value()?, 1..=u32::MAX)?;
             }
             Long("resume") => resume = true,
             Value(word) if question.is_none() && !migrate && word == MIGRATE => migrate = true,
@@ -180,7 +180,7 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
             Long("base") => {
                 let base = PathBuf::from(parser.value()?);
                 check_path("--base", &base)?;
-                options.base = Some(std::path::absolute(&base).unwrap_or(base));
+                options.base = Some(told_path("--base", base)?);
             }
             // Of migrate it is one of its own.
             Long("compress") if !migrate => {
@@ -260,12 +260,20 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
 /// The directory behind a word, as the monitor has to know it: it may be at home elsewhere.
 fn dir(parser: &mut lexopt::Parser, what: &str) -> Result<PathBuf, UsageError> {
     match parser.next()? {
-        Some(Value(dir)) if !dir.is_empty() => {
-            let dir = PathBuf::from(dir);
-            Ok(std::path::absolute(&dir).unwrap_or(dir))
-        }
+        Some(Value(dir)) if !dir.is_empty() => told_path(what, dir.into()),
         _ => Err(UsageError::Command(format!(
             "{what} is wanted behind the word"
+        ))),
+    }
+}
+
+/// A path as the monitor is told it: from the root on, for it may be at home elsewhere, and as JSON has it.
+fn told_path(what: &str, path: PathBuf) -> Result<PathBuf, UsageError> {
+    let path = std::path::absolute(&path).unwrap_or(path);
+    match path.to_str() {
+        Some(_) => Ok(path),
+        None => Err(UsageError::Command(format!(
+            "{what}: {path:?} is not UTF-8, and the monitor is told of it in JSON"
         ))),
     }
 }
@@ -532,6 +540,22 @@ mod tests {
             ("--api-sock /s pause --resume", "--resume is of `load`"),
             ("--api-sock= pause", "--api-sock \"\""),
             ("--api-sock /s pause --timeout 0s", "--timeout"),
+            (
+                "--api-sock /s pause --timeout 0",
+                "--timeout \"0\": a whole number from 1",
+            ),
+            (
+                "--api-sock /s migrate --to tcp:1.2.3.4:5 --connections 99999",
+                "--connections \"99999\": a whole number from 1 to",
+            ),
+            (
+                "--api-sock /s migrate --to unix:/s --downtime 0",
+                "--downtime \"0\"",
+            ),
+            (
+                "--api-sock /s migrate --to unix:/s --max-time 0",
+                "--max-time \"0\"",
+            ),
             ("--api-sock /s pause --frob", "--frob"),
             ("--api-sock /s pause --track", "options of snapshot"),
             ("--api-sock /s pause --background", "options of snapshot"),
@@ -544,6 +568,40 @@ mod tests {
         ] {
             let refused = parsed(words).unwrap_err().to_string();
             assert!(refused.contains(needle), "{words}: {refused}");
+        }
+    }
+
+    #[test]
+    fn a_path_that_json_cannot_have_is_refused_with_its_bytes() {
+        use std::ffi::OsString;
+        use std::os::unix::ffi::OsStringExt;
+        for (words, more) in [
+            (&["snapshot", "?"][..], ""),
+            (&["snapshot", "/a", "--base", "?"], "--base"),
+            (&["load", "?"], ""),
+            (
+                &[
+                    "migrate",
+                    "--to=unix:/s",
+                    "--tls-cert",
+                    "/c",
+                    "--tls-key",
+                    "?",
+                    "--tls-ca",
+                    "/a",
+                ],
+                "--tls-key",
+            ),
+        ] {
+            let words = words.iter().map(|word| match *word {
+                "?" => OsString::from_vec(b"/tmp/\xff".to_vec()),
+                word => word.into(),
+            });
+            let words = ["--api-sock".into(), "/s".into()].into_iter().chain(words);
+            let refused = parse(lexopt::Parser::from_args(words)).unwrap_err();
+            let refused = refused.to_string();
+            assert!(refused.contains("\"/tmp/\\xFF\" is not UTF-8"), "{refused}");
+            assert!(refused.contains(more), "{refused}");
         }
     }
 

@@ -70,6 +70,26 @@ impl GuestEnd {
     }
 }
 
+impl fmt::Display for GuestEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            GuestEnd::PoweredOff => f.write_str("it powered off"),
+            GuestEnd::Reset => f.write_str("it asked for a reset"),
+            GuestEnd::Panicked => f.write_str("its kernel panicked"),
+            GuestEnd::DebugExit(value) => write!(f, "it wrote {value:#x} to the debug-exit port"),
+            GuestEnd::Halted => f.write_str("every vCPU halted for good"),
+            GuestEnd::Crashed(what) => write!(f, "it crashed: {what}"),
+            GuestEnd::Stopped(StopCause::Signal(signal)) => {
+                write!(f, "{} stopped it", crate::signals::name(*signal))
+            }
+            GuestEnd::Stopped(StopCause::Console) => f.write_str("the console's escape stopped it"),
+            GuestEnd::Stopped(StopCause::Debugger) => f.write_str("the debugger stopped it"),
+            GuestEnd::Migrated(to) => write!(f, "it has moved to {}", to.escape_debug()),
+            GuestEnd::Failed(what) => f.write_str(what),
+        }
+    }
+}
+
 /// Told by the first who knows that the guest has ended; polled by the main thread through its
 /// eventfd.
 #[derive(Debug)]
@@ -201,6 +221,23 @@ mod tests {
         signal.tell(GuestEnd::Crashed("later".into()));
         assert_eq!(signal.get(), Some(&GuestEnd::Reset));
         assert_eq!(signal.event.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn an_end_is_said_in_words() {
+        for (end, said) in [
+            (
+                GuestEnd::Stopped(StopCause::Signal(libc::SIGTERM)),
+                "SIGTERM stopped it",
+            ),
+            (GuestEnd::Crashed("vCPU 0".into()), "it crashed: vCPU 0"),
+            (
+                GuestEnd::DebugExit(16),
+                "it wrote 0x10 to the debug-exit port",
+            ),
+        ] {
+            assert_eq!(end.to_string(), said);
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 //! `reference-vmm run` and `restore`: build the machine, let it run, say how it ended.
 
+mod incoming;
 mod load;
 
 use std::fmt;
@@ -142,30 +143,18 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended,
         watch();
         end.is_told().then(|| "it was stopped".to_owned())
     };
-    let none = || {
-        let stats = |_| Stats::none(options.config.cpus.count);
-        options.stats.map(stats)
-    };
     let (running, terminal) = if let Some(request) = &options.incoming {
         let incoming = Incoming::bind(request)?;
         say(format_args!(
             "a guest is waited for at {}",
             incoming.address()
         ));
-        let (mut debugger, mut terminal) = (debugger, None);
-        let go = |machine: Machine| {
-            let started = session.start(machine, debugger.take(), RunState::Running)?;
-            terminal = started.1;
-            Ok(started.0)
-        };
-        match (
-            incoming.receive(io::stdout(), &end, &stopped, go),
-            end.get(),
-        ) {
-            (Ok(running), _) => (running, terminal),
-            // Nobody has lost a guest by it.
-            (Err(_), Some(end)) => return Ok((end.clone(), none())),
-            (Err(error), None) => return Err(error.into()),
+        if let Some(server) = &api {
+            return session.run_incoming(incoming, server, debugger, &end, &stopped);
+        }
+        match session.receive(incoming, debugger, &end, &stopped) {
+            Ok(came) => came,
+            Err(error) => return session.not_come(&end, error),
         }
     } else {
         let built = match &options.restore {
@@ -173,7 +162,7 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended,
             None => Machine::build_watched(&options.config, io::stdout(), &end, watch),
         };
         let machine = match (built, end.get()) {
-            (Err(BuildError::Ended), Some(end)) => return Ok((end.clone(), none())),
+            (Err(BuildError::Ended), Some(end)) => return Ok((end.clone(), session.no_stats())),
             (built, _) => built?,
         };
         session.start(machine, debugger, RunState::Running)?
@@ -230,6 +219,12 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             source,
         })?;
         Ok((machine.start_as(state)?, terminal))
+    }
+
+    /// The numbers of no guest.
+    fn no_stats(&self) -> Option<Stats> {
+        let stats = |_| Stats::none(self.options.config.cpus.count);
+        self.options.stats.map(stats)
     }
 
     /// Serves the guest until its end has been told.

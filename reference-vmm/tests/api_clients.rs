@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -393,6 +394,19 @@ fn what_is_no_request_is_refused_and_the_connection_closed() {
             431,
         ),
         (
+            "GET / HTTP/1.1\r\nX: ".to_owned() + &"y".repeat(2 << 20),
+            431,
+        ),
+        (
+            "GET / HTTP/1.1\r\n".to_owned() + &"X: y\r\n".repeat(100_000),
+            431,
+        ),
+        ("GET /".to_owned() + &"y".repeat(100_000), 431),
+        (
+            "GET / HTTP/1.1\r\nX: ".to_owned() + &"\0".repeat(100_000),
+            400,
+        ),
+        (
             format!(
                 "PUT /actions HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
                 MAX_BODY + 1
@@ -401,13 +415,47 @@ fn what_is_no_request_is_refused_and_the_connection_closed() {
         ),
     ] {
         let mut stream = served.raw();
-        // It may be closed before all of it is sent.
-        let _ = stream.write_all(sent.as_bytes());
-        let said = to_the_end(&mut stream);
+        // All of it is taken, and so the answer is not lost.
+        stream.write_all(sent.as_bytes()).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut said = String::new();
+        stream.read_to_string(&mut said).unwrap();
         assert!(said.starts_with(&format!("HTTP/1.1 {status} ")), "{said}");
         assert!(said.contains("fault_message"), "{said}");
         served.answers();
     }
+}
+
+#[test]
+fn one_that_does_not_end_behind_a_refusal_is_ended_and_holds_nobody_up() {
+    let served = Served::start();
+    // Says nothing more, and does not close.
+    let mut silent = served.raw();
+    silent.write_all(b"\0\r\n\r\n").unwrap();
+    assert!(to_the_end(&mut silent).starts_with("HTTP/1.1 400 "));
+    // Never stops. What was unread at the end is a reset.
+    let is_end = |error: &std::io::Error| {
+        matches!(
+            error.kind(),
+            ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
+        )
+    };
+    let mut endless = served.raw();
+    let ended = loop {
+        if let Err(error) = endless.write_all(&[b'y'; 64 << 10]) {
+            break error;
+        }
+    };
+    assert!(is_end(&ended), "{ended}");
+    served.answers();
+    // The silent one has its end as well, by the clock.
+    let ended = loop {
+        if let Err(error) = silent.write_all(&[0]) {
+            break error;
+        }
+        served.answers();
+    };
+    assert!(is_end(&ended), "{ended}");
 }
 
 #[test]

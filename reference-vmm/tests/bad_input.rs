@@ -136,6 +136,26 @@ fn bytes_that_are_no_text_do_not_confuse_the_command_line() {
         .expect_status(1)
         .one_line();
     Vmm::command([odd]).output().expect_status(2).one_line();
+    // What is told to a monitor in JSON: it is not even dialled.
+    let ctl = || Vmm::command(["ctl", "--api-sock", "/no/such/socket"]);
+    for vmm in [
+        ctl().words("snapshot").arg(odd),
+        ctl().words("load").arg(odd),
+        ctl().words("snapshot /s --base").arg(odd),
+    ] {
+        let refused = vmm.output();
+        refused.expect_status(2).expect_line(&["xFF", "not UTF-8"]);
+        refused.one_line();
+    }
+    for words in [
+        "--timeout 0 status",
+        "migrate --to tcp:1.2.3.4:5 --connections 99999",
+    ] {
+        let refused = ctl().words(words).output();
+        refused
+            .expect_status(2)
+            .expect_line(&["a whole number from 1 to"]);
+    }
 }
 
 #[test]

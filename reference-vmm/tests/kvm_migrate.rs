@@ -387,6 +387,34 @@ fn a_wire_that_is_cut_anywhere_leaves_one_guest_that_has_lost_nothing() {
     assert_eq!(all, digits(all.len() - 1) + "!");
 }
 
+#[test]
+fn a_guest_that_cannot_be_moved_or_whose_destination_says_nothing_is_told_why() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let guest = Guest::boot(&config);
+    let (_folder, path) = place();
+    // Closes as one does that wants TLS.
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::spawn(move || drop(listener.accept().unwrap()));
+    let migrate = || {
+        let outgoing = Outgoing::default();
+        let request = request(&Address::Unix(path.clone()));
+        let moved = outgoing.migrate(&guest.running, &guest.end, &request);
+        reference_vmm::end::Chain(&moved.unwrap_err()).to_string()
+    };
+    let why = migrate();
+    assert!(why.contains("does the destination want TLS"), "{why}");
+    guest.running.pause().unwrap();
+    let why = migrate();
+    assert!(
+        why.contains("cannot be moved as it is: the guest is paused"),
+        "{why}"
+    );
+}
+
 /// A monitor's process, with its control socket.
 struct Process {
     running: support::Running,
@@ -514,8 +542,19 @@ fn a_process_that_waits_for_a_guest_is_stopped_by_a_signal_and_says_what_is_wron
     }
     let folder = tempfile::tempdir().unwrap();
     let (there, path) = Process::incoming(folder.path(), "");
+    // Its socket answers.
+    let status = there.ctl("--timeout 30 status");
+    assert_eq!(status.expect_status(0).text(), "not started\n");
+    for words in ["pause", "migrate-status", "load /s", "snapshot /s"] {
+        let refused = there.ctl(words);
+        let path = path.to_str().unwrap();
+        refused
+            .expect_status(1)
+            .expect_line(&["waited for at", path]);
+    }
     there.running.signal(libc::SIGTERM);
     there.running.wait().expect_status(0);
+    assert!(!there.socket.exists());
     assert!(!path.exists());
     for (words, needle) in [
         ("run --incoming nowhere", "nowhere"),

@@ -235,6 +235,11 @@ fn what_an_incremental_snapshot_cannot_build_on_is_refused_with_the_numbers() {
         let error = refused(&guest, &diff(&dir(name), &dir("b")), &[name]);
         assert!(matches!(error, SnapshotError::OntoItself(_)));
     }
+    // A full one onto what the last one builds on.
+    for request in [full(&dir("a")), SnapshotRequest::new(dir("a"))] {
+        let error = refused(&guest, &request, &[b.to_str().unwrap(), "builds on"]);
+        assert!(matches!(error, SnapshotError::OntoBase { .. }));
+    }
     // One that lost what it builds on.
     std::fs::rename(dir("a"), folder.path().join("elsewhere")).unwrap();
     refused(&guest, &diff(&dir("x"), &dir("b")), &["builds on"]);
@@ -242,6 +247,8 @@ fn what_an_incremental_snapshot_cannot_build_on_is_refused_with_the_numbers() {
     // A full one between is the last one then; and it is no more.
     guest.snapshot(&SnapshotRequest::new(dir("c")));
     refused(&guest, &diff(&dir("x"), &dir("b")), &[&id("c")]);
+    // Which is replaced by itself, as nothing builds on it.
+    guest.snapshot(&SnapshotRequest::new(dir("c")));
     guest.snapshot(&SnapshotRequest {
         track: Some(false),
         ..diff(&dir("d"), &dir("c"))

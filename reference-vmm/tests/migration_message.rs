@@ -6,8 +6,8 @@
 
 use proptest::prelude::*;
 use reference_vmm::migration::message::{
-    Ending, GREETING, Greeting, HEAD, Head, Kind, MAGIC, MOST_CONNECTIONS, MOST_TEXT, Message,
-    MessageError, MigrationId, Role, TAIL,
+    Ending, GREETING, Greeting, HEAD, Head, Kind, MAGIC, MOST_CONNECTIONS, MOST_STATE, MOST_TEXT,
+    Message, MessageError, MigrationId, Role, TAIL,
 };
 
 /// Reads what [`Message::encode`] made.
@@ -150,4 +150,33 @@ fn a_reason_that_is_too_long_is_cut_between_two_characters() {
         panic!();
     };
     assert_eq!(cut, "€".repeat(MOST_TEXT as usize / 3));
+}
+
+#[test]
+fn a_state_that_no_machine_has_is_not_waited_for() {
+    // 255 vCPUs are 20 MiB, and anyone who may connect can offer.
+    const { assert!(MOST_STATE >= 24 << 20 && MOST_STATE <= 32 << 20) }
+    for (kind, before) in [(Kind::Offer, 8), (Kind::State, 4)] {
+        let head = |len: u32| {
+            let mut head = [0; HEAD];
+            let of = match kind {
+                Kind::Offer => Message::Offer {
+                    connections: 1,
+                    compressed: false,
+                    state: Vec::new(),
+                },
+                _ => Message::State {
+                    round: 0,
+                    state: Vec::new(),
+                },
+            };
+            head.copy_from_slice(&of.encode().unwrap()[..HEAD]);
+            head[HEAD - 4..].copy_from_slice(&len.to_le_bytes());
+            Head::parse(&head)
+        };
+        let most = before + MOST_STATE;
+        assert_eq!(head(most).unwrap().len, most);
+        let error = head(most + 1).unwrap_err().to_string();
+        assert!(error.contains(&(most + 1).to_string()), "{error}");
+    }
 }

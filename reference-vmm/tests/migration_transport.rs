@@ -340,6 +340,34 @@ fn a_listener_whose_certificate_has_expired_or_is_for_another_name_is_not_connec
 }
 
 #[test]
+fn an_authoritys_own_certificate_is_refused_in_words() {
+    let authority = Authority::new();
+    let own = authority.host_with("own", &["127.0.0.1"], |params| {
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    });
+    let error = Tls::load(&own).unwrap_err().to_string();
+    assert!(error.contains("is an authority's (CA:TRUE)"), "{error}");
+    assert!(!error.contains("OtherError"), "{error}");
+}
+
+#[test]
+fn a_listener_without_tls_that_resets_the_connection_is_asked_about() {
+    let authority = Authority::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp:{}", listener.local_addr().unwrap());
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut socket, _) = listener.accept().unwrap();
+            // Closed with something unread, it is reset.
+            socket.read_exact(&mut [0; 8]).unwrap();
+        });
+        let error = connect(&address.parse().unwrap(), Some(&authority.tls()), soon()).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("does it listen with TLS?"), "{error}");
+    });
+}
+
+#[test]
 fn a_certificate_for_the_other_purpose_is_refused() {
     let authority = Authority::new();
     let of = |file, purpose| {

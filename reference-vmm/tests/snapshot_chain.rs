@@ -331,6 +331,44 @@ fn what_is_damaged_in_any_link_is_found_with_its_name() {
 }
 
 #[test]
+fn what_is_written_where_no_memory_is_is_found() {
+    use std::os::unix::fs::FileExt;
+    let (folder, dirs, _) = three();
+    let zstd = folder.path().join("zstd");
+    merge(&request(&[&dirs[2]], &zstd, Compression::Zstd), &HostFiles).unwrap();
+    // The header's rest, and between the two regions.
+    let plain = [
+        32,
+        100,
+        4095,
+        4096,
+        5000,
+        (2 << 20) - 1,
+        (2 << 20) + (640 << 10),
+        (4 << 20) - 1,
+    ];
+    for (dir, places) in [
+        (&dirs[0], &plain[..]),
+        (&dirs[2], &plain),
+        (&zstd, &[32, 282, 1792, 4095]),
+    ] {
+        let path = dir.join("memory");
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        for place in places {
+            file.write_all_at(&[0x10], *place).unwrap();
+            let (chain, _) = Chain::open(dir).unwrap();
+            let error = chain.verify().unwrap_err();
+            let RestoreError::MemoryDamaged { from, to, .. } = error else {
+                panic!("{error}");
+            };
+            assert!((from..to).contains(place), "{place}: {from} to {to}");
+            file.write_all_at(&[0], *place).unwrap();
+            chain.verify().unwrap();
+        }
+    }
+}
+
+#[test]
 fn only_a_chain_in_its_order_is_merged_and_never_onto_itself() {
     let (folder, dirs, _) = three();
     let before = tree(folder.path());
@@ -353,6 +391,23 @@ fn only_a_chain_in_its_order_is_merged_and_never_onto_itself() {
         let error = merge(&request, &HostFiles).unwrap_err();
         assert!(matches!(error, MergeError::OntoItself(_)), "{error}");
     }
+    for to in [
+        first.join("out"),
+        second.join("new/out"),
+        third.join("../s1/out"),
+    ] {
+        let request = request(&[third], &to, Compression::None);
+        let error = merge(&request, &HostFiles).unwrap_err();
+        assert!(matches!(error, MergeError::Within { .. }), "{error}");
+        assert_eq!(error.exit_status(), 2);
+    }
+    // A place that is taken.
+    let taken = tempfile::tempdir().unwrap();
+    fs::write(taken.path().join("file"), "").unwrap();
+    let request = request(&[third], taken.path(), Compression::None);
+    let error = merge(&request, &HostFiles).unwrap_err();
+    assert!(error.to_string().contains("is no snapshot"), "{error}");
+    assert_eq!(error.exit_status(), 2);
     assert!(tree(folder.path()) == before);
 }
 

@@ -56,7 +56,8 @@ fn a_file_that_is_cut_off_anywhere_is_refused() {
     for len in 0..file.len() {
         let error = parse(&file[..len]).unwrap_err();
         match len {
-            0..8 => assert_eq!(error, FormatError::Magic(file[..len].to_vec())),
+            0 => assert_eq!(error, FormatError::Empty),
+            1..8 => assert_eq!(error, FormatError::Magic(file[..len].to_vec())),
             8..48 => assert_eq!(error, FormatError::Short(len as u64), "{len}"),
             _ => {
                 let says = file.len() as u64;

@@ -10,14 +10,16 @@
 //! ```
 //!
 //! Before that the monitor is "Not started", in Firecracker's words, and does nothing but say so. A load that fails has
-//! left nothing behind, and another one may come.
+//! left nothing behind, and another one may come. One that waits for a migration (`run --incoming`) is so too, but that it
+//! takes no load.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use kvm_core::arch::x86_64::state::ClockRestore;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -146,24 +148,93 @@ impl AsRawFd for Loads {
     }
 }
 
-/// A monitor that has no machine before one is loaded.
+/// A monitor that has no machine before one is loaded, or comes from elsewhere.
 pub struct Waiting<'a> {
-    loads: &'a Loads,
+    source: Source<'a>,
     machine: OnceLock<Machine<'a>>,
+}
+
+/// Whence the machine is to come.
+enum Source<'a> {
+    /// A client says what it goes on from.
+    Loads(&'a Loads),
+    /// A migration to this address brings it.
+    Migration(String, Arc<Landing>),
+}
+
+/// Between the source's word that the guest is not there any more and the first moment at which it can be asked here, a
+/// client that knows of that word waits for this moment, rather than hear that there is no guest.
+#[derive(Debug, Default)]
+pub struct Landing {
+    is_near: Mutex<bool>,
+    over: Condvar,
+}
+
+/// How long a client waits for that: the machine is whole by then, and it takes milliseconds. That the source says no
+/// more is heard of elsewhere.
+const NEAR: Duration = Duration::from_secs(5);
+
+impl Landing {
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.is_near.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The machine is whole, and may be the guest from now on.
+    pub fn is_near(&self) {
+        *self.lock() = true;
+    }
+
+    /// It is, or will never be.
+    fn is_over(&self) {
+        *self.lock() = false;
+        self.over.notify_all();
+    }
+
+    /// Blocks while it is near.
+    fn wait(&self) {
+        let waited = self
+            .over
+            .wait_timeout_while(self.lock(), NEAR, |near| *near);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
 }
 
 impl<'a> Waiting<'a> {
     /// One whose loads go to `loads`.
     pub fn new(loads: &'a Loads) -> Self {
         Waiting {
-            loads,
+            source: Source::Loads(loads),
             machine: OnceLock::new(),
+        }
+    }
+
+    /// One that waits for a migration at `address`, and takes no load.
+    pub fn for_migration(address: impl Into<String>) -> Self {
+        Waiting {
+            source: Source::Migration(address.into(), Arc::default()),
+            machine: OnceLock::new(),
+        }
+    }
+
+    /// Where it is said that the machine of a migration comes; none of one that is loaded.
+    pub fn landing(&self) -> Option<Arc<Landing>> {
+        match &self.source {
+            Source::Loads(_) => None,
+            Source::Migration(_, landing) => Some(Arc::clone(landing)),
         }
     }
 
     /// From now on it is this machine. Only the first call counts.
     pub fn begin(&self, machine: Machine<'a>) {
         let _ = self.machine.set(machine);
+        self.end();
+    }
+
+    /// No machine comes any more, if none has.
+    pub fn end(&self) {
+        if let Source::Migration(_, landing) = &self.source {
+            landing.is_over();
+        }
     }
 }
 
@@ -175,18 +246,24 @@ impl Monitor for Waiting<'_> {
     }
 
     fn perform(&self, action: Action) -> Outcome {
+        if let (None, Source::Migration(_, landing)) = (self.machine.get(), &self.source) {
+            landing.wait();
+        }
         if let Some(machine) = self.machine.get() {
             return machine.perform(action);
         }
-        match action {
-            Action::Describe => Outcome::Json(describe("Not started").to_string()),
-            Action::Version => version(),
-            Action::Load(request) => self.loads.hand_over(request),
-            Action::Start => Outcome::Refused(
+        match (action, &self.source) {
+            (Action::Describe, _) => Outcome::Json(describe("Not started").to_string()),
+            (Action::Version, _) => version(),
+            (_, Source::Migration(address, _)) => Outcome::Refused(format!(
+                "There is no guest here yet: one is waited for at {address}, by migration."
+            )),
+            (Action::Load(request), Source::Loads(loads)) => loads.hand_over(request),
+            (Action::Start, _) => Outcome::Refused(
                 "This monitor waits for a snapshot, and has no kernel to boot: PUT /snapshot/load."
                     .into(),
             ),
-            _ => Outcome::Refused(
+            (_, Source::Loads(_)) => Outcome::Refused(
                 "The requested operation is not supported before starting the microVM: PUT /snapshot/load."
                     .into(),
             ),
@@ -275,6 +352,35 @@ mod tests {
                 assert_eq!(client.join().unwrap(), Outcome::Refused(why.into()));
             });
         }
+    }
+
+    #[test]
+    fn one_that_waits_for_a_migration_says_where_and_takes_no_load() {
+        let waiting = Waiting::for_migration("unix:/w");
+        let Outcome::Json(who) = waiting.perform(Action::Describe) else {
+            panic!("not described");
+        };
+        assert!(who.contains("\"Not started\""), "{who}");
+        assert!(matches!(waiting.perform(Action::Version), Outcome::Json(_)));
+        for action in [Action::Pause, Action::Start, Action::Load(request())] {
+            let Outcome::Refused(why) = waiting.perform(action) else {
+                panic!("not refused");
+            };
+            assert!(why.contains("waited for at unix:/w"), "{why}");
+        }
+        // When the machine is whole who asks waits for it, until it is known what came of it.
+        waiting.landing().unwrap().is_near();
+        std::thread::scope(|scope| {
+            let (said, hears) = channel();
+            let waiting = &waiting;
+            scope.spawn(move || said.send(waiting.perform(Action::Describe)).unwrap());
+            assert!(hears.recv_timeout(Duration::from_millis(20)).is_err());
+            waiting.end();
+            let Outcome::Json(who) = hears.recv().unwrap() else {
+                panic!("not described");
+            };
+            assert!(who.contains("\"Not started\""), "{who}");
+        });
     }
 
     #[test]

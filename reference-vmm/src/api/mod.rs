@@ -41,8 +41,8 @@
 //! mistake: heads, bodies, headers and connections are bounded ([`http`], [`server::MAX_CONNECTIONS`]), a client that
 //! reads nothing is read from no more, and one that is silent loses its connection to newcomers when there are too many.
 //!
-//! The socket is there as soon as the configuration is known to be good, and answers when the guest has started, or waits
-//! to be loaded. It goes with the guest: what is under way then gets no answer.
+//! The socket is there as soon as the configuration is known to be good, and answers when the guest has started, or is
+//! waited for: to be loaded, or to come by migration. It goes with the guest: what is under way then gets no answer.
 //!
 //! # One after another, and meanwhile
 //!

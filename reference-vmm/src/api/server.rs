@@ -4,11 +4,13 @@
 //! never for a client or for an action that takes its time ([`worker`](super::worker)).
 
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::epoll::EventSet;
@@ -28,6 +30,13 @@ pub const MAX_CONNECTIONS: usize = 10;
 const BACKLOG: i32 = 32;
 /// What is read at a time, so that each client gets its turn.
 const CHUNK: usize = 4096;
+/// How much of what is still sent behind a refusal is read and forgotten, bytes. A connection that is closed while something
+/// is unread is reset, and its client may never see the answer.
+const DRAINED: usize = 16 << 20;
+/// How long that goes on at most.
+const DRAIN: Duration = Duration::from_secs(2);
+/// So many chunks of it are read at a time.
+const DRAIN_CHUNKS: usize = 16;
 /// How long no connection is accepted where the host has no descriptor for one.
 const DEAF_MS: i32 = 500;
 
@@ -139,8 +148,15 @@ impl Server {
             if let Some(error) = clients.failed.take() {
                 return Err(io::Error::other(error));
             }
+            let patience = clients.end_drains(Instant::now());
             if clients.listening {
-                manager.run().map_err(failed)?;
+                match patience {
+                    None => manager.run().map_err(failed)?,
+                    Some(patience) => {
+                        let millis = patience.as_millis().min(DRAIN.as_millis()) as i32;
+                        manager.run_with_timeout(millis + 1).map_err(failed)?
+                    }
+                };
             } else {
                 manager.run_with_timeout(DEAF_MS).map_err(failed)?;
                 let mut ops = manager.event_ops(id).map_err(failed)?;
@@ -190,12 +206,23 @@ struct Connection {
     read_all: bool,
     /// The connection ends when `out` is out.
     closing: bool,
+    /// What it said last was no request: what else it sends is forgotten before the end.
+    drain: Option<Drain>,
     /// The action that it waits for. It is read from no more until that is done.
     awaits: Option<Ticket>,
     /// What is waited for.
     interest: EventSet,
     /// When it was accepted, or made its last request.
     turn: u64,
+}
+
+/// What is still read of a connection whose answer is the last.
+struct Drain {
+    until: Instant,
+    /// Bytes.
+    left: usize,
+    /// The client has heard that nothing more is said.
+    told: bool,
 }
 
 impl Connection {
@@ -212,6 +239,11 @@ impl Connection {
                 Some(Incoming::Continue) => self.out.extend_from_slice(CONTINUE),
                 Some(Incoming::Refused(response)) => {
                     self.closing = true;
+                    self.drain = Some(Drain {
+                        until: Instant::now() + DRAIN,
+                        left: DRAINED,
+                        told: false,
+                    });
                     response.encode(false, &mut self.out);
                 }
                 Some(Incoming::Request(request)) => {
@@ -245,8 +277,32 @@ impl Connection {
             (None, true) => EventSet::IN,
             (None, false) => EventSet::OUT,
         };
+        if self.closing && self.out.is_empty() && !self.read_all && self.drain.is_some() {
+            return self.drain();
+        }
         let at_end = self.closing || self.read_all;
         Ok(self.awaits.is_some() || !self.out.is_empty() || !at_end)
+    }
+
+    /// Says that nothing more comes, and forgets what does; false when that is over.
+    fn drain(&mut self) -> io::Result<bool> {
+        let Some(drain) = &mut self.drain else {
+            return Ok(false);
+        };
+        if !drain.told {
+            self.stream.shutdown(Shutdown::Write)?;
+            drain.told = true;
+        }
+        let mut chunk = [0; CHUNK];
+        for _ in 0..DRAIN_CHUNKS {
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Ok(false),
+                Ok(len) => drain.left = drain.left.saturating_sub(len),
+                Err(error) if is_soon(&error) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(drain.left > 0)
     }
 
     /// What it waited for is done.
@@ -333,6 +389,7 @@ impl Clients<'_> {
                     sent: 0,
                     read_all: false,
                     closing: false,
+                    drain: None,
                     awaits: None,
                     interest: EventSet::IN,
                     turn: self.turns,
@@ -363,6 +420,27 @@ impl Clients<'_> {
             }
             let _ = ops.remove(events(of.stream.as_raw_fd(), place, of.interest));
         }
+    }
+
+    /// Ends the connections whose refusal has been there for long enough; how long the next of them has yet.
+    fn end_drains(&mut self, now: Instant) -> Option<Duration> {
+        let mut next = None;
+        for of in self.connections.iter_mut().flatten() {
+            let Some(drain) = of.drain.as_mut().filter(|drain| drain.left > 0) else {
+                continue;
+            };
+            match drain.until.checked_duration_since(now) {
+                Some(left) if !left.is_zero() => {
+                    next = Some(next.map_or(left, |next: Duration| next.min(left)));
+                }
+                _ => {
+                    drain.left = 0;
+                    // Readable by that, it has its last turn. What is not connected is at its end as it is.
+                    let _ = of.stream.shutdown(Shutdown::Both);
+                }
+            }
+        }
+        next
     }
 
     fn turn(&mut self, place: usize, ops: &mut EventOps<'_>) {

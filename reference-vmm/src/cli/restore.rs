@@ -47,7 +47,8 @@ Options:
                            The port NAME leads there now; may be repeated
   --clock advanced|saved   Whether the guest's clocks show the time between, and its timers that are due
                            expire at once, or go on from where they were [advanced]
-  --verify=off             Guest memory is not compared with its checksums, which reads all of it
+  --verify=off             Guest memory is not compared with its checksums, which reads all of it; for loads by
+                           the control socket as well
   --map=off                Guest memory is read and not mapped, so that `ctl snapshot --background` can be used
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --track-dirty-pages      Track what the guest writes from the snapshot on, so that `ctl snapshot --base DIR` may

@@ -68,7 +68,7 @@ impl Flags {
             }
             Long("connections") => {
                 let value = parser.value()?;
-                let number = cli::number("--connections", value, 1..=MOST_CONNECTIONS)?;
+                let number = cli::number_within("--connections", value, 1..=MOST_CONNECTIONS)?;
                 self.connections = Some(number);
             }
             Long("compress") => {
@@ -83,11 +83,11 @@ impl Flags {
                 self.bandwidth = Some(bytes.ok_or_else(|| wrong(flag, why()))?);
             }
             Long("downtime") => {
-                let number = cli::number("--downtime", parser.value()?, 1..=u32::MAX)?;
+                let number = cli::number_within("--downtime", parser.value()?, 1..=u32::MAX)?;
                 self.downtime = Some(number);
             }
             Long("max-time") => {
-                let number = cli::number("--max-time", parser.value()?, 1..=u32::MAX)?;
+                let number = cli::number_within("--max-time", parser.value()?, 1..=u32::MAX)?;
                 self.time = Some(number);
             }
             Long("when-stuck") => {
@@ -122,10 +122,17 @@ impl Flags {
         let to = self.to.ok_or_else(|| UsageError::Command(text.into()))?;
         let to = match to {
             // The monitor has another working directory.
-            Address::Unix(path) => Address::Unix(std::path::absolute(&path).unwrap_or(path)),
+            Address::Unix(path) => Address::Unix(super::told_path("--to", path)?),
             other => other,
         };
         let usual = MigrateRequest::new(to.to_string());
+        let tls = self.tls.files()?;
+        for (flag, file) in tls.iter().flat_map(|tls| {
+            let (cert, key, ca) = (&tls.cert, &tls.key, &tls.ca);
+            [("--tls-cert", cert), ("--tls-key", key), ("--tls-ca", ca)]
+        }) {
+            super::told_path(flag, file.clone())?;
+        }
         Ok(Migrate {
             request: MigrateRequest {
                 connections: self.connections.unwrap_or(usual.connections),
@@ -136,7 +143,7 @@ impl Flags {
                 downtime_ms: self.downtime.map_or(usual.downtime_ms, u64::from),
                 time_s: self.time.map_or(usual.time_s, u64::from),
                 when_stuck: self.when_stuck.unwrap_or_default(),
-                tls: self.tls.files()?,
+                tls,
                 destination: usual.destination,
             },
             report: self.report,

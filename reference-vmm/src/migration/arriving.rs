@@ -34,6 +34,8 @@ pub struct Arrival<C, F> {
     pub console: C,
     /// Told of its end.
     pub end: Arc<EndSignal>,
+    /// Called when the machine is whole.
+    pub prepared: Option<Box<dyn FnOnce() + Send>>,
     /// Has the machine go on.
     pub go: F,
 }
@@ -194,6 +196,7 @@ where
             clock,
             console,
             end,
+            prepared,
             go,
         } = self.arrival;
         let copies: BTreeSet<usize> = overrides.disks.iter().map(|(number, _)| *number).collect();
@@ -204,6 +207,9 @@ where
             .framed
             .finish(&state, devices, (clock, true), &console, &end);
         let machine = machine.map_err(|error| refused(&error))?;
+        if let Some(tell) = prepared {
+            tell();
+        }
         Ok(Whole { machine, go })
     }
 }

@@ -43,6 +43,12 @@ impl Connect for Dial {
         connection.set_patience(TICK);
         Ok(connection)
     }
+
+    fn hint(&self) -> Option<&str> {
+        // With TLS there was a handshake before.
+        let hint = "does the destination want TLS (--tls-cert, --tls-key, --tls-ca)?";
+        self.tls.is_none().then_some(hint)
+    }
 }
 
 /// Where a destination listens.

@@ -72,11 +72,20 @@ impl IncomingError {
 }
 
 /// Listens for a guest.
-#[derive(Debug)]
 pub struct Incoming {
     listener: Listener,
     overrides: Overrides,
     clock: ClockRestore,
+    prepared: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl std::fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut shown = f.debug_struct("Incoming");
+        shown
+            .field("listener", &self.listener)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Incoming {
@@ -90,7 +99,14 @@ impl Incoming {
             listener: Listener::bind(&request.address, tls.as_ref())?,
             overrides: request.overrides.clone(),
             clock: request.clock,
+            prepared: None,
         })
+    }
+
+    /// Has `tell` called when the machine is whole, before the source is told so: from then on it may be the guest at any
+    /// moment.
+    pub fn when_prepared(&mut self, tell: impl FnOnce() + Send + 'static) {
+        self.prepared = Some(Box::new(tell));
     }
 
     /// Where, with the port that the system chose.
@@ -119,6 +135,7 @@ impl Incoming {
             clock: self.clock,
             console,
             end: Arc::clone(end),
+            prepared: self.prepared,
             go,
         };
         let arrived = receive(Ear(self.listener), arrival, Patience::default(), stop)?;

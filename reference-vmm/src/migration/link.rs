@@ -27,6 +27,10 @@ pub trait Connect: Sync {
     /// # Errors
     /// [`io::ErrorKind::ConnectionRefused`] says that nobody listens there: who did is gone.
     fn connect(&self, patience: Duration) -> io::Result<Self::Wire>;
+    /// What may be the reason where a connection breaks before the other side has said anything.
+    fn hint(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// Where connections of the source's come.
@@ -67,6 +71,18 @@ pub enum LinkError {
     /// It is not wanted any more.
     #[error("{0}")]
     Stopped(String),
+}
+
+impl LinkError {
+    /// The same; of a connection that broke with `hint` behind it.
+    pub fn hinted(self, hint: Option<&str>) -> Self {
+        match (self, hint) {
+            (LinkError::Broken(why), Some(hint)) => {
+                LinkError::Broken(io::Error::new(why.kind(), format!("{why}; {hint}")))
+            }
+            (other, _) => other,
+        }
+    }
 }
 
 /// How long a wait goes on.

@@ -150,7 +150,7 @@ impl SourceGuest for LiveGuest<'_> {
 
     fn over(&self) -> Option<String> {
         match self.end.get() {
-            Some(end) => Some(format!("{end:?}")),
+            Some(end) => Some(end.to_string()),
             None if self.running.is_stopping() => Some("it was stopped".into()),
             None => None,
         }

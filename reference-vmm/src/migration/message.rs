@@ -45,8 +45,9 @@ pub const GREETING: usize = 40;
 pub const HEAD: usize = 8;
 /// Bytes of a message behind its payload.
 pub const TAIL: usize = 4;
-/// A machine's state is no longer: 255 vCPUs are 20 MiB.
-pub const MOST_STATE: u32 = 256 << 20;
+/// A machine's state is no longer: 64 vCPUs are 5 MiB, 255, which are the most, 20, and devices keep kilobytes. Whoever may
+/// connect to a destination that waits can have it keep so much.
+pub const MOST_STATE: u32 = 32 << 20;
 /// A reason is no longer; what is longer is cut when it is sent.
 pub const MOST_TEXT: u32 = 4096;
 /// Data connections there may be.

@@ -316,7 +316,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let begun = Instant::now();
         let state = guest
             .rehearse()
-            .map_err(refused("cannot read the guest's state"))?;
+            .map_err(refused("the guest cannot be moved as it is"))?;
         let rehearsal = begun.elapsed();
         if let Some(why) = self.stop() {
             return Err(why);
@@ -338,7 +338,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         expect(wire, &quiet(patience.prepare), "Ready", |said| {
             *said == Message::Ready
         })
-        .map_err(at(doing))?;
+        .map_err(|error| at(doing)(error.hinted(self.connect.hint())))?;
         let mut data = Vec::new();
         for number in 0..connections {
             let connected = self.connect.connect(patience.connect);

@@ -279,6 +279,11 @@ fn plain(error: &rustls::Error) -> String {
         E::InvalidCertificate(
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
         ) => format!("its certificate is for another name, and --tls-name may say which ({error})"),
+        E::InvalidCertificate(CertificateError::Other(other))
+            if other.0.to_string().contains("CaUsedAsEndEntity") =>
+        {
+            "its certificate is an authority's (CA:TRUE), as one that signed itself often is, and none for a host".into()
+        }
         E::AlertReceived(alert) => format!("it refuses us: {}", of_alert(*alert)),
         error => error.to_string(),
     }
@@ -325,6 +330,17 @@ impl Session {
     /// # Errors
     /// `InvalidData`, with why one side refuses the other; `UnexpectedEof`: it closed; the socket's.
     pub(super) fn handshake(&mut self, socket: &mut (impl Read + Write)) -> io::Result<()> {
+        self.handshaken(socket).map_err(|error| match error.kind() {
+            // One that was closed by who has not understood what we said.
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                let why = format!("{error}; does it listen with TLS?");
+                io::Error::new(error.kind(), why)
+            }
+            _ => error,
+        })
+    }
+
+    fn handshaken(&mut self, socket: &mut (impl Read + Write)) -> io::Result<()> {
         while self.tls.is_handshaking() {
             self.send(socket)?;
             if self.tls.is_handshaking() && !self.receive(socket)? {

@@ -15,7 +15,6 @@ use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::gdb::Listener;
 use crate::snapshot::RestoreRequest;
-use crate::stats::Stats;
 use crate::timeline::{Event, timeline};
 use crate::vm::{BuildError, Machine, RunState, Running};
 
@@ -71,9 +70,8 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             }
             (Some(Waited::Stopped(signal)), _) => {
                 timeline().mark(Event::Exit);
-                let none = || Stats::none(self.options.config.cpus.count);
                 let end = GuestEnd::Stopped(StopCause::Signal(signal));
-                Ok((end, self.options.stats.map(|_| none())))
+                Ok((end, self.no_stats()))
             }
             // Neither can be: who has waited says how, and a guest that has ended is there.
             (_, _) => Err(BuildError::Ended),

@@ -11,7 +11,8 @@
 //!
 //! Until the rename the older snapshot is what it was, and after it the new one is whole and durable: a crash in between
 //! leaves one of the two under the name. What it leaves under `.NAME.partial` is nobody's, for its lock went with the
-//! process, and the next snapshot of that name removes it. A call that fails leaves nothing behind.
+//! process, and the next snapshot of that name removes it; who wants the room before may do so by hand. A call
+//! that fails leaves nothing behind.
 
 use std::ffi::{CString, OsString};
 use std::fs::{DirBuilder, File, OpenOptions};

@@ -131,6 +131,9 @@ impl fmt::Display for Kind {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FormatError {
+    /// There is nothing in it.
+    #[error("it is empty")]
+    Empty,
     /// It begins with something else.
     #[error("it begins with {}, which no snapshot does", hex(.0))]
     Magic(Vec<u8>),
@@ -251,6 +254,9 @@ pub fn encode(id: SnapshotId, sections: &[(Kind, Vec<u8>)]) -> Vec<u8> {
 /// [`FormatError`], the first thing that is wrong.
 pub fn parse(file: &[u8]) -> Result<Container<'_>, FormatError> {
     let has = file.len() as u64;
+    if has == 0 {
+        return Err(FormatError::Empty);
+    }
     let begins = file.get(..MAGIC.len()).unwrap_or(file);
     if begins != MAGIC {
         return Err(FormatError::Magic(begins.to_vec()));

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::files::{MEMORY, STATE};
 use super::format::{self, Kind, SnapshotId};
 use super::machine::StateError;
-use super::packed::{Duplicates, Packed, Stored};
+use super::packed::{Duplicates, FIRST, Packed, Stored};
 use super::pages::{self, PageMap, Piece, Region};
 use super::parent::Parent;
 use super::ranges::Ranges;
@@ -230,11 +230,12 @@ impl Link {
         }
     }
 
-    /// Compares memory with its checksums, which reads all of it that is not zero.
+    /// Compares memory with its checksums, which reads all of it that is not zero, and sees that there is nothing between.
     ///
     /// # Errors
     /// [`RestoreError::Read`], [`RestoreError::MemoryDamaged`].
     pub fn verify(&self) -> Result<(), RestoreError> {
+        self.verify_room()?;
         let mut buffer = Vec::new();
         for (number, place) in self.map.places() {
             let piece = self.map.pieces.get(number).copied().unwrap_or_default();
@@ -257,6 +258,40 @@ impl Link {
             }
             if let Some(what) = differs(piece, &buffer) {
                 return Err(self.damaged(place, what));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares what no piece is of with zero: the rest of the header, and what aligns the regions.
+    fn verify_room(&self) -> Result<(), RestoreError> {
+        // Which is no hole: the header is written there.
+        let header = pages::HEADER as u64..FIRST;
+        let mut room = Vec::new();
+        if self.packed.is_none() {
+            let mut at = FIRST;
+            for region in &self.map.regions {
+                room.push(at..region.offset);
+                at = region.offset + region.len;
+            }
+        }
+        let mut bytes = Vec::new();
+        for Range { start, end } in std::iter::once(header).chain(room) {
+            // Less than the regions are aligned to.
+            let len = end - start;
+            if len == 0 || is_hole(&self.memory, start, len) {
+                continue;
+            }
+            bytes.resize(len as usize, 0);
+            let read = self.memory.read_exact_at(&mut bytes, start);
+            read.map_err(|source| self.unreadable(source))?;
+            if !pages::is_zero(&bytes) {
+                return Err(RestoreError::MemoryDamaged {
+                    path: self.dir.join(MEMORY),
+                    from: start,
+                    to: end,
+                    what: "there is nothing of the guest's, and it is not zero".into(),
+                });
             }
         }
         Ok(())

@@ -6,8 +6,8 @@
 //! page of a file cannot be many of a guest's that are each its own. A snapshot that is mapped therefore knows neither
 //! section.
 //!
-//! The file begins as any other ([`pages`](super::pages)), and its pieces are stored one behind the other from byte 4096
-//! on. The offsets of the section `memory` are then those of the file as it would be without. The section `packed`:
+//! The file begins as any other ([`pages`](super::pages)), with zeros up to byte 4096, and its pieces are stored one
+//! behind the other from there on. The offsets of the section `memory` are then those of the file as it would be without. The section `packed`:
 //!
 //! ```text
 //!    0   4  form: 1, zstd

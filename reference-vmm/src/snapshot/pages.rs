@@ -13,7 +13,7 @@
 //!   2 MiB   the regions, one behind the other, each at the next multiple of 2 MiB
 //! ```
 //!
-//! What is zero in guest memory is a hole, page by page. The section `memory` of the file `state`:
+//! What is zero in guest memory is a hole, page by page; behind the header and between regions all is zero. The section `memory` of the file `state`:
 //!
 //! ```text
 //!    0   8  length of the file `memory`, bytes
@@ -43,7 +43,7 @@ pub const PIECE: u32 = 1 << 20;
 pub const PAGE: u64 = 4096;
 
 const VERSION: u32 = 1;
-const HEADER: usize = 32;
+pub(super) const HEADER: usize = 32;
 const MOST_REGIONS: usize = 4096;
 /// Where guest memory ends at most, by the 52 address bits of x86-64.
 const MOST_ADDRESS: u64 = 1 << 52;

@@ -14,7 +14,7 @@
 //! sends then is in the vCPUs' local APICs as well at worst, never in neither.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use irq_routing::IrqchipStateError;
@@ -168,6 +168,17 @@ pub enum SnapshotError {
          --background, or restore the guest with --map=off"
     )]
     Mapped(memslots::Unsupported),
+    /// It was to replace what the guest's last snapshot builds on. Found before anything was done.
+    #[error(
+        "{dir} is what the guest's last snapshot, {last}, builds on, which would be worth nothing without it: name another \
+         directory, or remove {last} first"
+    )]
+    OntoBase {
+        /// Where it was to be.
+        dir: PathBuf,
+        /// The last one.
+        last: PathBuf,
+    },
     /// What was written cannot be known.
     #[error(transparent)]
     Track(#[from] TrackError),
@@ -236,6 +247,19 @@ pub enum SnapshotError {
     /// The files cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
+}
+
+/// Whether the snapshot in `dir` is one that the last one builds on, and not that itself.
+fn is_under(dir: &Path, tip: &Tip) -> bool {
+    if !dir.join(STATE).exists() || same(dir, &tip.dir) {
+        return false;
+    }
+    // Of a chain that is gone, or is another's now, there is nothing to be lost.
+    let Ok((chain, _)) = Chain::open(&tip.dir) else {
+        return false;
+    };
+    let is_last = chain.newest().is_some_and(|link| link.id() == tip.id);
+    is_last && chain.links().iter().any(|link| same(link.dir(), dir))
 }
 
 impl Running {
@@ -401,7 +425,13 @@ impl Running {
         tip: Option<&Tip>,
     ) -> Result<Option<Parent>, SnapshotError> {
         let SnapshotKind::Diff { base } = &request.kind else {
-            return Ok(None);
+            return match tip {
+                Some(tip) if is_under(&request.dir, tip) => Err(SnapshotError::OntoBase {
+                    dir: request.dir.clone(),
+                    last: tip.dir.clone(),
+                }),
+                _ => Ok(None),
+            };
         };
         let tip = tip.filter(|_| self.is_tracked(TrackUser::Snapshot));
         let tip = tip.ok_or(SnapshotError::NotTracked)?;

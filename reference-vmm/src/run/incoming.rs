@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `run --incoming`: the guest comes from another process, and the control socket answers before it is there.
+
+use std::fmt;
+use std::io;
+use std::sync::{Arc, OnceLock};
+
+use super::{Ended, Session, with_api};
+use crate::api::load::Waiting;
+use crate::api::{self, Server};
+use crate::console::RawTerminal;
+use crate::end::EndSignal;
+use crate::gdb::Listener;
+use crate::migration::incoming::Incoming;
+use crate::vm::{BuildError, Machine, RunState, Running};
+
+/// Why a guest is not waited for any more, if so.
+type Stopped<'a> = &'a (dyn Fn() -> Option<String> + Sync);
+
+impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
+    /// Waits for a guest, and for its end behind that, and has clients answered all the while.
+    ///
+    /// # Errors
+    /// [`BuildError`]: none has come.
+    pub(super) fn run_incoming(
+        &self,
+        mut incoming: Incoming,
+        server: &Server,
+        debugger: Option<Listener>,
+        end: &Arc<EndSignal>,
+        stopped: Stopped<'_>,
+    ) -> Result<Ended, BuildError> {
+        let guest = OnceLock::<Running>::new();
+        let came = {
+            let waiting = Waiting::for_migration(incoming.address().to_string());
+            if let Some(landing) = waiting.landing() {
+                incoming.when_prepared(move || landing.is_near());
+            }
+            let stop = || {
+                if let Some(running) = guest.get() {
+                    running.stop();
+                }
+            };
+            let mut came = None;
+            let served = with_api(server, &waiting, stop, || {
+                let received = self.receive(incoming, debugger, end, stopped);
+                came = Some(received.map(|(running, terminal)| {
+                    let running = guest.get_or_init(|| running);
+                    waiting.begin(api::Machine::new(running, end));
+                    self.wait(end, running, terminal.is_some());
+                    terminal
+                }));
+                // Who waits for a guest that has not come waits no more.
+                waiting.end();
+            });
+            served.map_err(|source| BuildError::Process {
+                what: "start the control socket's thread",
+                source,
+            })?;
+            came
+        };
+        match (came, guest.into_inner()) {
+            (Some(Ok(terminal)), Some(running)) => Ok(self.finish(end, running, terminal)),
+            (Some(Err(error)), _) => self.not_come(end, error),
+            // Neither can be: who has waited says how, and a guest that has come is there.
+            (_, _) => Err(BuildError::Ended),
+        }
+    }
+
+    /// Waits for a guest, which goes on as it was.
+    pub(super) fn receive(
+        &self,
+        incoming: Incoming,
+        mut debugger: Option<Listener>,
+        end: &Arc<EndSignal>,
+        stopped: Stopped<'_>,
+    ) -> Result<(Running, Option<RawTerminal>), BuildError> {
+        let mut terminal = None;
+        let go = |machine: Machine| {
+            let started = self.start(machine, debugger.take(), RunState::Running)?;
+            terminal = started.1;
+            Ok(started.0)
+        };
+        let running = incoming.receive(io::stdout(), end, stopped, go)?;
+        Ok((running, terminal))
+    }
+
+    /// None has come: by a stop nobody has lost a guest.
+    pub(super) fn not_come(&self, end: &EndSignal, error: BuildError) -> Result<Ended, BuildError> {
+        match end.get() {
+            Some(end) => Ok((end.clone(), self.no_stats())),
+            None => Err(error),
+        }
+    }
+}
