@@ -211,7 +211,7 @@ fn what_is_damaged_is_refused_with_what_is_wrong_and_status_2() {
     std::fs::write(&state, &good[..good.len() - 1]).unwrap();
     refused(&[name, "cut off"]);
     std::fs::write(&state, b"").unwrap();
-    refused(&[name, "which no snapshot does"]);
+    refused(&[name, "it is empty"]);
     let mut newer = good.clone();
     newer[8] = 2;
     std::fs::write(&state, newer).unwrap();

@@ -326,19 +326,23 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let connections = self.settings.connections.max(1);
         let (id, role) = (self.id, Role::Control);
         let doing = "cannot offer the guest to the destination";
-        greet(wire, &Greeting { id, role }, &quiet(patience.connect)).map_err(at(doing))?;
+        let broke = |doing| {
+            // Before it has said anything.
+            move |error: LinkError| at(doing)(error.hinted(self.connect.hint()))
+        };
+        greet(wire, &Greeting { id, role }, &quiet(patience.connect)).map_err(broke(doing))?;
         let offer = Message::Offer {
             connections,
             compressed: self.settings.compression != Compression::None,
             state,
         };
-        send(wire, &offer, &quiet(patience.pages)).map_err(at(doing))?;
+        send(wire, &offer, &quiet(patience.pages)).map_err(broke(doing))?;
         drop(offer);
         let doing = "the destination does not say whether it takes the guest";
         expect(wire, &quiet(patience.prepare), "Ready", |said| {
             *said == Message::Ready
         })
-        .map_err(|error| at(doing)(error.hinted(self.connect.hint())))?;
+        .map_err(broke(doing))?;
         let mut data = Vec::new();
         for number in 0..connections {
             let connected = self.connect.connect(patience.connect);
