@@ -69,19 +69,14 @@ umount /tmp/disk && echo "guest: done"
 echo o >/proc/sysrq-trigger
 "#;
 
+/// What the guest says of each record, with its number.
+const RECORD: &str = "guest: record ";
+
 fn disk(path: impl Into<OsString>, options: &str) -> OsString {
     let mut disk = OsString::from("path=");
     disk.push(path.into());
     disk.push(options);
     disk
-}
-
-/// Waits until a record more has been told, and so many behind that.
-fn hear(guest: &mut Running, records: u64) {
-    let mut told = Told::default();
-    told.read(&guest.stdout());
-    let next = told.records.last().map_or(0, |last| last + 1);
-    guest.wait_for(&format!("guest: record {}\r\n", next + records));
 }
 
 /// Tells a guest to end, and looks at what it leaves behind in its disk.
@@ -164,7 +159,7 @@ fn a_debian_under_load_goes_on_from_old_snapshots_with_their_disks_and_has_lost_
     // What was told before each snapshot that has the disk.
     let mut before = Vec::new();
     for number in 0..snapshots {
-        hear(&mut guest, 10);
+        guest.wait_for_more(RECORD, 11);
         if has_disk(number) {
             before.push((number, guest.stdout()));
         }
@@ -184,7 +179,7 @@ fn a_debian_under_load_goes_on_from_old_snapshots_with_their_disks_and_has_lost_
         println!("snapshot {number}: {:.1} s", begun.elapsed().as_secs_f64());
     }
     // The first guest has lost nothing by all that.
-    hear(&mut guest, 10);
+    guest.wait_for_more(RECORD, 11);
     ends_well(guest, &at("image"), Told::default());
     std::fs::remove_file(at("image")).unwrap();
 
@@ -199,7 +194,7 @@ fn a_debian_under_load_goes_on_from_old_snapshots_with_their_disks_and_has_lost_
             .stdin_pipe()
             .limit(LIMIT)
             .start();
-        hear(&mut guest, 10);
+        guest.wait_for_more(RECORD, 11);
         let mut told = Told::default();
         told.read(&said);
         ends_well(guest, &to.join("disk1"), told);

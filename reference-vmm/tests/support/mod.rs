@@ -340,6 +340,17 @@ impl Running {
         }
     }
 
+    /// Waits until stdout has said `needle` so many times more than it has now.
+    pub fn wait_for_more(&mut self, needle: &str, more: usize) {
+        let stdout = self.stdout.as_ref().expect("captured");
+        let times = stdout.count(needle) + more;
+        // That it was said `times` times is more than once less.
+        let least = times.saturating_sub(1);
+        if !stdout.wait_for_more(needle, least, self.deadline) {
+            self.fail(&format!("stdout has not said {needle:?} {more} times more"));
+        }
+    }
+
     /// Waits until stderr holds `needle`.
     pub fn wait_for_stderr(&mut self, needle: &str) {
         if !self.stderr.wait_for(needle, self.deadline) {
