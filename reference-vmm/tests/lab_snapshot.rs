@@ -133,6 +133,7 @@ fn linux_goes_on_with_its_disk_at_the_right_time_and_draws_other_numbers() {
 fn linux_at_work_goes_on_from_a_snapshot_in_the_background_and_so_does_its_original() {
     need_kvm();
     let script = "
+        touch /tmp/rounds
         (
             while [ ! -e /tmp/stop ]; do
                 dd if=/dev/urandom of=/tmp/a bs=64k count=16 2>/dev/null

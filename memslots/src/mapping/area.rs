@@ -260,7 +260,8 @@ impl Area {
         let before = start as usize - base as usize;
         let behind = length - before - size;
         let own = |base, length| {
-            (length > 0).then_some(Self::Own {
+            // Not `then_some`: one that is made is dropped, which unmaps.
+            (length > 0).then(|| Self::Own {
                 base,
                 length,
                 system,

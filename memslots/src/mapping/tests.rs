@@ -77,6 +77,7 @@ impl System for Refusing {
     }
 
     unsafe fn munmap(&self, start: *mut c_void, length: usize) -> Result<(), Errno> {
+        assert!(length > 0, "the kernel refuses that");
         self.call("munmap")?;
         // SAFETY: the caller's promise.
         unsafe { Kernel.munmap(start, length) }?;
