@@ -4,20 +4,19 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod faulty_files;
 mod support;
 
-use std::cell::Cell;
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use faulty_files::{before, with_room};
 use guests::keeper::{QUIT, keeper64};
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::devices::virtio::any::Devices;
 use reference_vmm::devices::virtio::rng::Rng;
 use reference_vmm::end::GuestEnd;
 use reference_vmm::main_loop::GuestSide;
-use reference_vmm::snapshot::files::{HostFiles, SnapshotFiles};
 use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
 use reference_vmm::vm::{Machine, RunState};
 use support::keeper::{Guest, digits, keeper};
@@ -302,42 +301,6 @@ fn a_device_of_a_programs_own_is_refused_by_its_name_and_the_guest_runs_on() {
     assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{said}");
 }
 
-/// The host's files, asked at each write of how many bytes there is room for how many of them.
-struct Writes<F>(F);
-
-impl<F: Fn(u64) -> u64> SnapshotFiles for Writes<F> {
-    fn create_dir(&self, path: &Path) -> std::io::Result<File> {
-        HostFiles.create_dir(path)
-    }
-    fn create(&self, path: &Path) -> std::io::Result<File> {
-        HostFiles.create(path)
-    }
-    fn set_len(&self, file: &File, len: u64) -> std::io::Result<()> {
-        HostFiles.set_len(file, len)
-    }
-    fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> std::io::Result<usize> {
-        match (self.0)(bytes.len() as u64) {
-            0 => Err(std::io::Error::from_raw_os_error(libc::ENOSPC)),
-            room => HostFiles.write_at(file, &bytes[..room as usize], offset),
-        }
-    }
-    fn sync(&self, file: &File) -> std::io::Result<()> {
-        HostFiles.sync(file)
-    }
-    fn open_dir(&self, path: &Path) -> std::io::Result<File> {
-        HostFiles.open_dir(path)
-    }
-    fn rename(&self, from: &Path, to: &Path) -> std::io::Result<()> {
-        HostFiles.rename(from, to)
-    }
-    fn exchange(&self, one: &Path, other: &Path) -> std::io::Result<()> {
-        HostFiles.exchange(one, other)
-    }
-    fn remove(&self, path: &Path) -> std::io::Result<()> {
-        HostFiles.remove(path)
-    }
-}
-
 #[test]
 fn who_pauses_a_guest_while_it_is_snapshotted_has_it_paused_behind_that() {
     need_kvm();
@@ -353,9 +316,8 @@ fn who_pauses_a_guest_while_it_is_snapshotted_has_it_paused_behind_that() {
             running.pause()
         });
         // The guest stands still for the snapshot when its memory is written.
-        let files = Writes(|len: u64| {
+        let files = before(|| {
             let _ = now.send(());
-            len
         });
         let request = SnapshotRequest::new(&dir);
         running.snapshot_with(&request, &files).unwrap();
@@ -382,12 +344,7 @@ fn a_disk_that_is_full_leaves_the_older_snapshot_and_the_guest_running_or_paused
                 RunState::Running => guest.running.resume().unwrap(),
                 RunState::Paused => guest.running.pause().unwrap(),
             }
-            let left = Cell::new(room);
-            let files = Writes(|len: u64| {
-                let room = left.get().min(len);
-                left.set(left.get() - room);
-                room
-            });
+            let files = with_room(room);
             let error = guest.running.snapshot_with(&request, &files).unwrap_err();
             assert!(error.to_string().contains("No space left"), "{error}");
             assert_eq!(guest.running.state(), state);

@@ -15,21 +15,19 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 
-use faulty_files::{Before, Faulty};
+use faulty_files::{Faulty, before};
 use guests::image;
 use guests::scribe::{PAGES, scribe64};
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::GuestEnd;
 use reference_vmm::memory::Memory;
-use reference_vmm::snapshot::chain::Chain;
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::{
     RestoreRequest, SnapshotError, SnapshotKind, SnapshotReport, SnapshotRequest, info,
 };
-use reference_vmm::vm::{ControlError, RunState, Running};
+use reference_vmm::vm::{ControlError, RunState};
 use support::keeper::{Guest, keeper};
 use support::{Vmm, WATCHDOG, file, long, need_kvm};
-use vm_memory::{Bytes, GuestAddress};
 
 /// A guest that writes without rest.
 fn scribe(memory: &str, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
@@ -86,29 +84,13 @@ fn passes(console: &PipeReader, count: usize) {
 /// Takes one while the guest rewrites all of its pages before each piece that is written.
 fn among_writes(guest: &Guest, request: &SnapshotRequest) -> SnapshotReport {
     let turns = Cell::new(0);
-    let files = Before(|| {
+    let files = before(|| {
         passes(&guest.console, 2);
         turns.set(turns.get() + 1);
     });
     let report = guest.running.snapshot_with(request, &files).unwrap();
     assert!(turns.get() > 2, "{}", turns.get());
     report
-}
-
-/// Fails unless the chain that ends in `dir` is what the paused guest has, byte by byte.
-fn is_what_the_guest_has(dir: &Path, running: &Running) {
-    let (chain, _) = Chain::open(dir).unwrap();
-    chain.verify().unwrap();
-    let table = running.memory();
-    for region in table.regions() {
-        let range = region.extent().guest_range();
-        for address in range.step_by(4096) {
-            let (mut has, mut saved) = ([0; 4096], [0xee; 4096]);
-            table.read_slice(&mut has, GuestAddress(address)).unwrap();
-            chain.read(address..address + 4096, &mut saved).unwrap();
-            assert!(has == saved, "{address:#x} in {}", dir.display());
-        }
-    }
 }
 
 #[test]
@@ -191,7 +173,7 @@ fn one_of_a_paused_guest_is_byte_by_byte_what_it_has_and_it_stays_paused() {
         guest.running.pause().unwrap();
         guest.snapshot(&background(&dir));
         assert_eq!(guest.running.state(), RunState::Paused);
-        is_what_the_guest_has(&dir, &guest.running);
+        guest.is_saved_in(&dir);
         guest.running.resume().unwrap();
         guest.hear(1);
         guest.has_all();
@@ -229,11 +211,11 @@ fn links_of_a_chain_are_taken_in_the_background_and_in_a_pause() {
             4 => {
                 guest.running.pause().unwrap();
                 guest.snapshot(&request);
-                is_what_the_guest_has(&dir(number), &guest.running);
+                guest.is_saved_in(&dir(number));
                 guest.running.resume().unwrap();
             }
             _ if request.background => {
-                let files = Before(|| passes(&guest.console, 1));
+                let files = before(|| passes(&guest.console, 1));
                 let report = guest.running.snapshot_with(&request, &files).unwrap();
                 let written = report.written;
                 assert!(number == 0 || written < 6 << 20, "{written}");
@@ -307,7 +289,7 @@ fn held<T>(
     let at_work = Mutex::new((come, gone));
     std::thread::scope(|scope| {
         let taken = scope.spawn(move || {
-            let files = Before(|| {
+            let files = before(|| {
                 let at_work = at_work.lock().unwrap_or_else(PoisonError::into_inner);
                 let _ = at_work.0.send(());
                 // When the other side is gone it goes on, and on.

@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use faulty_files::Faulty;
 use guests::keeper::keeper64;
 use reference_vmm::config::Irqchip;
-use reference_vmm::snapshot::chain::Chain;
 use reference_vmm::snapshot::files::HostFiles;
 use reference_vmm::snapshot::info::{self, SnapshotInfo};
 use reference_vmm::snapshot::merge::{MergeRequest, merge};
@@ -64,26 +63,6 @@ fn diff(dir: &Path, base: &Path) -> SnapshotRequest {
     }
 }
 
-/// Fails unless the chain that ends in `dir` is what the paused guest has, byte by byte.
-fn is_what_the_guest_has(dir: &Path, running: &Running) {
-    let (chain, _) = Chain::open(dir).unwrap();
-    chain.verify().unwrap();
-    let table = running.memory();
-    for region in table.regions() {
-        let range = region.extent().guest_range();
-        let len = (range.end - range.start) as usize;
-        let (mut has, mut saved) = (vec![0; len], vec![0xee; len]);
-        table
-            .read_slice(&mut has, GuestAddress(range.start))
-            .unwrap();
-        chain.read(range.clone(), &mut saved).unwrap();
-        for (page, (has, saved)) in has.chunks(4096).zip(saved.chunks(4096)).enumerate() {
-            let address = range.start + page as u64 * 4096;
-            assert!(has == saved, "{address:#x} in {}", dir.display());
-        }
-    }
-}
-
 #[test]
 fn a_guest_goes_on_from_any_link_of_a_chain_and_has_lost_nothing() {
     need_kvm();
@@ -115,7 +94,7 @@ fn a_guest_goes_on_from_any_link_of_a_chain_and_has_lost_nothing() {
                 request.compression = Compression::Zstd;
             }
             guest.snapshot(&request);
-            is_what_the_guest_has(&dir(number), &guest.running);
+            guest.is_saved_in(&dir(number));
             guest.running.resume().unwrap();
         }
         guest.hear(1);
@@ -186,7 +165,7 @@ fn a_chain_goes_on_behind_a_restore() {
                 kind: SnapshotKind::Diff { base: None },
                 ..SnapshotRequest::new(dir(number))
             });
-            is_what_the_guest_has(&dir(number), &guest.running);
+            guest.is_saved_in(&dir(number));
         }
         let info = SnapshotInfo::read(&dir(4)).unwrap();
         assert_eq!(info.parent.as_ref().map(|of| of.depth), Some(4));
@@ -306,7 +285,7 @@ fn a_file_call_that_is_refused_loses_no_page_and_no_older_link() {
                 }
                 Ok(_) => {
                     // All that was written since the last good one is in it.
-                    is_what_the_guest_has(&dir(name), &guest.running);
+                    guest.is_saved_in(&dir(name));
                     guest.running.resume().unwrap();
                     break;
                 }

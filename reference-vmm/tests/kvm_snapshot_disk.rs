@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use faulty_files::Before;
+use faulty_files::before;
 use guests::virtio::{INTERRUPTS, MEMORY, Op, REGISTERS, driver};
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::devices::virtio::block::{DiskConfig, Io};
@@ -348,7 +348,7 @@ fn what_a_disk_writes_to_guest_memory_behind_the_pause_is_not_in_a_snapshot_in_t
         let guest = Guest::of(|console, end| Machine::build(&config, console, end));
         until_written(&guest, &image, 2);
         let (at, turns) = (Cell::new(4), Cell::new(0));
-        let files = Before(|| {
+        let files = before(|| {
             // The disk is at work between any two pieces.
             turns.set(turns.get() + 1);
             at.set((at.get() + 4).min(SECTORS - 1));
@@ -365,6 +365,8 @@ fn what_a_disk_writes_to_guest_memory_behind_the_pause_is_not_in_a_snapshot_in_t
         assert!(turns.get() > 2, "{turns:?}");
         assert!(guest.ends_within(WATCHDOG.as_millis() as i32));
         assert_eq!(guest.end.get(), Some(&GuestEnd::DebugExit(0)));
+        // It looks at the guest.
+        drop(files);
         drop(guest);
         std::fs::create_dir(&to).unwrap();
         let restore = RestoreRequest {

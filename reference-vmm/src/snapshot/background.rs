@@ -31,7 +31,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use memslots::uffd::PointInTime;
 use memslots::uffd::point_in_time::Frozen;
@@ -43,8 +43,7 @@ use super::packed::Compression;
 use super::pages::{PageMap, Region};
 use super::ranges::Ranges;
 use super::save::{Asked, Captured, SnapshotError, Taken, Tracking, create_memory};
-use super::tick::wait_for_a_tick;
-use crate::vm::{ControlError, Running};
+use crate::vm::Running;
 
 /// The most bytes of pages that are kept because the guest has written to them before they were on the disk.
 pub const ROOM: u64 = 256 << 20;
@@ -149,7 +148,7 @@ impl Running {
     ) -> Result<Taken<'a, F>, SnapshotError> {
         let Asked {
             request,
-            parent,
+            is_link,
             config,
             host,
             id,
@@ -164,7 +163,7 @@ impl Running {
         // So that the pause has less to wait for.
         self.write_disks_back();
         let all = areas.map().all();
-        let first = parent.as_ref().map(|_| tracking.written());
+        let first = is_link.then(|| tracking.written());
         for (area, range) in areas.whole(first.as_ref().unwrap_or(&all)) {
             for start in range.clone().step_by(STEP as usize) {
                 self.go_on()?;
@@ -172,22 +171,16 @@ impl Running {
             }
         }
 
-        let standing = Instant::now();
-        let held = self.hold()?;
-        let in_pause = self.while_paused(|pause| {
+        let (in_pause, paused) = self.standing_still(|pause| {
             tracking.again()?;
-            let own = parent.as_ref().map(|_| tracking.written());
+            let own = is_link.then(|| tracking.written());
             let wanted = own.as_ref().map(|own| areas.whole(own));
             let frozen = kept.freeze(&wanted.unwrap_or_default())?;
             let state = self.capture(pause, config, host)?;
             let disks = self.copy_disks(&draft, request.disks, &state.devices.virtio)?;
-            Ok::<_, SnapshotError>((frozen, own, state, disks))
-        });
-        wait_for_a_tick(&self.config().disks);
-        let paused = standing.elapsed();
-        drop(held);
-        let (Frozen { pages, took }, own, mut state, disks) =
-            in_pause.ok_or(ControlError::Ended)??;
+            Ok((frozen, own, state, disks))
+        })?;
+        let (Frozen { pages, took }, own, mut state, disks) = in_pause;
 
         let steps = areas.steps(&state.memory);
         let out = MemoryOut::new(&draft, &memory, &mut state.memory).only(own.as_ref());

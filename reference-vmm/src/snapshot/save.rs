@@ -286,23 +286,22 @@ impl Running {
         let begun = Instant::now();
         self.check_for_snapshot()?;
         // One at a time: what the next one builds on is the last.
-        let mut tip = match request.background {
+        let tip = match request.background {
             false => self.chain().lock(),
-            true => Some(self.chain().try_lock().ok_or(SnapshotError::Underway)?),
+            true => self.chain().try_lock(),
         };
-        let tip = tip.as_mut().ok_or(SnapshotError::Underway)?;
+        let mut tip = tip.ok_or(SnapshotError::Underway)?;
         let parent = self.parent(request, tip.as_ref())?;
         let config = config_form::to_json(self.config())?;
         let host = self.state_host()?;
         let id = SnapshotId(random_id().map_err(SnapshotError::Random)?);
         let asked = Asked {
             request,
-            parent,
+            is_link: parent.is_some(),
             config,
             host,
             id,
         };
-        let parent = asked.parent.clone();
         let taken = match request.background {
             true => self.take_in_background(asked, files)?,
             false => self.take_in_a_pause(asked, files)?,
@@ -338,7 +337,7 @@ impl Running {
         }
         draft.commit()?;
         // Behind this nothing fails: what the next one has begins here.
-        **tip = tracking.is_on().then(|| Tip {
+        *tip = tracking.is_on().then(|| Tip {
             id,
             depth,
             dir: absolute(&request.dir),
@@ -363,18 +362,16 @@ impl Running {
     ) -> Result<Taken<'a, F>, SnapshotError> {
         let Asked {
             request,
-            parent,
+            is_link,
             config,
             host,
             id,
         } = asked;
         let draft = Draft::begin(files, &request.dir)?;
-        let standing = Instant::now();
-        let held = self.hold()?;
-        let captured = self.while_paused(|pause| {
+        let (captured, paused) = self.standing_still(|pause| {
             let mut state = self.capture(pause, config, host)?;
             let tracking = Tracking::of(self, request)?;
-            let own = parent.as_ref().map(|_| tracking.written());
+            let own = is_link.then(|| tracking.written());
             let memory = create_memory(&draft, request, &state.memory, id)?;
             let table = self.memory();
             // An end waits for this.
@@ -394,17 +391,30 @@ impl Running {
                 packed,
                 disks,
             })
-        });
-        wait_for_a_tick(&self.config().disks);
-        let paused = standing.elapsed();
-        drop(held);
-        let captured = captured.ok_or(ControlError::Ended)??;
+        })?;
         Ok(Taken {
             draft,
             captured,
             paused,
             background: None,
         })
+    }
+
+    /// Calls `take` while the guest stands still; and for how long it did.
+    ///
+    /// # Errors
+    /// It does not, or has ended, or `take`'s: it goes on in any case.
+    pub(super) fn standing_still<T>(
+        &self,
+        take: impl FnOnce(&Pause) -> Result<T, SnapshotError>,
+    ) -> Result<(T, Duration), SnapshotError> {
+        let begun = Instant::now();
+        let held = self.hold()?;
+        let taken = self.while_paused(take);
+        wait_for_a_tick(&self.config().disks);
+        let stood = begun.elapsed();
+        drop(held);
+        Ok((taken.ok_or(ControlError::Ended)??, stood))
     }
 
     /// Whether writing goes on: an end waits for it.
@@ -560,7 +570,8 @@ impl Running {
 /// What is known before anything is done.
 pub(super) struct Asked<'r> {
     pub(super) request: &'r SnapshotRequest,
-    pub(super) parent: Option<Parent>,
+    /// It builds on another one.
+    pub(super) is_link: bool,
     pub(super) config: serde_json::Value,
     pub(super) host: StateHost,
     pub(super) id: SnapshotId,

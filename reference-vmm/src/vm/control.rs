@@ -122,7 +122,7 @@ enum Hold {
 }
 
 /// Who wants it paused: somebody, or none is left and it goes on.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 struct For {
     /// A user, until he resumes it.
     user: bool,
@@ -140,8 +140,8 @@ impl For {
         held: 1,
     };
 
-    fn is_none(self) -> bool {
-        !self.user && self.held == 0
+    fn is_nobody(self) -> bool {
+        self == For::default()
     }
 }
 
@@ -227,10 +227,7 @@ impl Running {
             Hold::Running => {}
         }
         let paused = self.hold_all(patience).map(|pause| {
-            let mut whom = For {
-                user: false,
-                held: 0,
-            };
+            let mut whom = For::default();
             by(&mut whom);
             *hold = Hold::Paused(pause, whom);
             // Relaxed: a hint to those that do not take the lock.
@@ -259,7 +256,7 @@ impl Running {
             Hold::Running => {}
             Hold::Paused(pause, mut whom) => {
                 by(&mut whom);
-                if !whom.is_none() {
+                if !whom.is_nobody() {
                     *hold = Hold::Paused(pause, whom);
                     return Ok(());
                 }

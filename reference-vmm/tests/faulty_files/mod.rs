@@ -89,9 +89,33 @@ impl SnapshotFiles for Faulty {
 }
 
 /// The host's files, with something to be done before each write to the file of memory, its header aside.
-pub struct Before<F>(pub F);
+pub fn before(hook: impl Fn()) -> impl SnapshotFiles {
+    Writes(move |file: &File, bytes: &[u8], offset| {
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+        if link.ends_with(MEMORY) && offset > 0 {
+            hook();
+        }
+        HostFiles.write_at(file, bytes, offset)
+    })
+}
 
-impl<F: Fn()> SnapshotFiles for Before<F> {
+/// The host's files, with room for so many bytes.
+pub fn with_room(room: u64) -> impl SnapshotFiles {
+    let left = Cell::new(room);
+    Writes(move |file: &File, bytes: &[u8], offset| {
+        let room = left.get().min(bytes.len() as u64);
+        left.set(left.get() - room);
+        match room {
+            0 => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            _ => HostFiles.write_at(file, &bytes[..room as usize], offset),
+        }
+    })
+}
+
+/// The host's files, written by this.
+struct Writes<F>(F);
+
+impl<F: Fn(&File, &[u8], u64) -> io::Result<usize>> SnapshotFiles for Writes<F> {
     fn create_dir(&self, path: &Path) -> io::Result<File> {
         HostFiles.create_dir(path)
     }
@@ -102,11 +126,7 @@ impl<F: Fn()> SnapshotFiles for Before<F> {
         HostFiles.set_len(file, len)
     }
     fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-        if link.ends_with(MEMORY) && offset > 0 {
-            self.0();
-        }
-        HostFiles.write_at(file, bytes, offset)
+        (self.0)(file, bytes, offset)
     }
     fn sync(&self, file: &File) -> io::Result<()> {
         HostFiles.sync(file)

@@ -5,6 +5,7 @@
 
 use std::io::{PipeReader, PipeWriter, Read};
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use guests::image;
@@ -13,8 +14,10 @@ use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::{EndSignal, GuestEnd};
 use reference_vmm::main_loop::GuestSide;
 use reference_vmm::memory::Memory;
+use reference_vmm::snapshot::chain::Chain;
 use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
 use reference_vmm::vm::{Machine, Running};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{WATCHDOG, file};
 
@@ -77,6 +80,22 @@ impl Guest {
 
     pub fn snapshot(&self, request: &SnapshotRequest) {
         self.running.snapshot(request).unwrap();
+    }
+
+    /// Fails unless the chain that ends in `dir` is what the guest, paused, has byte by byte.
+    pub fn is_saved_in(&self, dir: &Path) {
+        let (chain, _) = Chain::open(dir).unwrap();
+        chain.verify().unwrap();
+        let table = self.running.memory();
+        for region in table.regions() {
+            let range = region.extent().guest_range();
+            for address in range.step_by(4096) {
+                let (mut has, mut saved) = ([0; 4096], [0xee; 4096]);
+                table.read_slice(&mut has, GuestAddress(address)).unwrap();
+                chain.read(address..address + 4096, &mut saved).unwrap();
+                assert!(has == saved, "{address:#x} in {}", dir.display());
+            }
+        }
     }
 
     /// Lets go of it; all that it said.
