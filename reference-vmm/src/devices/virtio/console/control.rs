@@ -253,6 +253,7 @@ impl Dialogue {
                 let was_open = std::mem::take(&mut talk.guest_open);
                 *talk = Talk {
                     host_open: talk.host_open,
+                    told_open: talk.told_open,
                     ..Talk::default()
                 };
                 match was_open {
@@ -262,11 +263,11 @@ impl Dialogue {
             }
             PORT_READY => {
                 talk.is_ready = true;
-                talk.told_open = false;
                 talk.owe(Notice::Console, kind.is_console);
                 talk.owe(Notice::Name, kind.name.is_some());
                 talk.owe(Notice::Resize, kind.is_console && self.sizes);
-                talk.owe(Notice::Close, false);
+                // It may say so again and again, and have been told before.
+                talk.owe(Notice::Close, talk.told_open && !talk.host_open);
                 talk.owe(Notice::Open, talk.host_open);
                 Heard::Nothing
             }
@@ -427,6 +428,28 @@ mod tests {
         dialogue.set_host_open(1, false);
         dialogue.set_host_open(1, true);
         assert_eq!(tell(&mut dialogue), [(1, Notice::Close), (1, Notice::Open)]);
+    }
+
+    #[test]
+    fn a_driver_that_is_ready_again_is_told_of_a_host_that_has_gone() {
+        // It may say first that it is not, and the host may go before that or behind it.
+        for (unready, early) in [(false, false), (false, true), (true, false), (true, true)] {
+            let mut dialogue = dialogue();
+            dialogue.receive(says(3, PORT_READY, 1));
+            dialogue.set_host_open(3, true);
+            let told = [(3, Notice::Name), (3, Notice::Open)];
+            assert_eq!(tell(&mut dialogue), told);
+            if early {
+                dialogue.set_host_open(3, false);
+            }
+            if unready {
+                dialogue.receive(says(3, PORT_READY, 0));
+            }
+            dialogue.receive(says(3, PORT_READY, 1));
+            dialogue.set_host_open(3, false);
+            let told = [(3, Notice::Name), (3, Notice::Close)];
+            assert_eq!(tell(&mut dialogue), told, "{unready} {early}");
+        }
     }
 
     #[test]
