@@ -570,6 +570,56 @@ fn states_at_every_exit(guest: &[u8]) -> Vec<(String, VcpuState)> {
     states
 }
 
+/// A guest that halts, before its first instruction.
+fn halts() -> Fresh {
+    let machine = Machine::new(guests::vcpu::halt());
+    let (vcpu, host) = (machine.vcpu(0), machine.vm.state_host(&kvm()).unwrap());
+    Fresh {
+        machine,
+        vcpu,
+        host,
+    }
+}
+
+/// What KVM writes of the time into kvm-clock's page, and with it what the guest is told beside: the page's flags.
+fn clock_flags(of: Fresh, page: u64) -> u8 {
+    let Fresh { machine, vcpu, .. } = of;
+    let set = VcpuSet::new(machine.vm.identity().clone());
+    let handler = |_: &VcpuView<'_, VcpuFd>, exit: Exit<'_>| -> Flow<()> {
+        assert!(matches!(exit, Exit::Hlt), "{exit:?}");
+        Flow::Stop(())
+    };
+    let thread = set.spawn("vcpu", vcpu, handler).unwrap();
+    assert_eq!(thread.join().unwrap().reason, HaltReason::Handler(()));
+    // `struct pvclock_vcpu_time_info`: the version, which an update makes even and not 0; tsc_shift, then flags.
+    assert_ne!(machine.memory.word(page), 0, "the clock was never written");
+    (machine.memory.word(page + 28) >> 8) as u8
+}
+
+#[test]
+fn a_guest_with_kvm_clock_hears_that_it_stood_still_when_it_is_restored() {
+    const GUEST_STOPPED: u8 = 1 << 1;
+    const PAGE: u64 = 0x3000;
+    watchdog(|| {
+        let clock = [kvm_abi::kvm_msr_entry {
+            index: KVM_SYSTEM_TIME,
+            data: PAGE | 1,
+            ..Default::default()
+        }];
+        let with_clock = || {
+            let fresh = halts();
+            assert_eq!(fresh.vcpu.set_msrs(&clock).unwrap(), []);
+            fresh
+        };
+        let state = with_clock().state();
+        assert_eq!(clock_flags(with_clock(), PAGE) & GUEST_STOPPED, 0);
+        let restored = halts();
+        restored.restore(&state).unwrap();
+        assert_ne!(clock_flags(restored, PAGE) & GUEST_STOPPED, 0);
+        // Who has no such clock is restored as well: the other tests' have none.
+    });
+}
+
 #[test]
 fn a_state_taken_in_the_middle_of_a_read_has_what_was_read_in_it() {
     watchdog(|| {

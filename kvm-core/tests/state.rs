@@ -83,10 +83,13 @@ fn pieces_are_saved_and_restored_in_the_order_that_kvm_needs() {
             ("set_registers", "set_events"),
             ("set_nested", "set_events"),
             ("set_events", "set_mp_state"),
+            ("put_msrs", "tell_clock_gap"),
         ],
     );
     let mut pieces = VcpuPiece::SAVE_ORDER.to_vec();
     pieces.sort_by_key(|piece| VcpuPiece::RESTORE_ORDER.iter().position(|p| p == piece));
+    // That it stood still is told to who is restored, and is nothing that one has.
+    pieces.push(VcpuPiece::ClockGap);
     assert_eq!(pieces, VcpuPiece::RESTORE_ORDER);
 }
 

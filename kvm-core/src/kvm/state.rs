@@ -500,4 +500,8 @@ impl AccessVcpu for VcpuFd {
         // there as well.
         unsafe { ioctl(self, KVM_SET_NESTED_STATE, words.as_mut_ptr()) }
     }
+
+    fn tell_clock_gap(&self) -> Result<(), Errno> {
+        self.kvmclock_ctrl()
+    }
 }

@@ -247,6 +247,10 @@ impl AccessVcpu for FakeState {
             state.nested = Some(StateBytes(nested.to_vec()));
         })
     }
+
+    fn tell_clock_gap(&self) -> Result<(), Errno> {
+        self.write("tell_clock_gap", |_| {})
+    }
 }
 
 /// A VM that has a clock that stands still but for what it is told.

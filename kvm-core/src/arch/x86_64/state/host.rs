@@ -136,4 +136,6 @@ pub trait AccessVcpu {
     fn nested(&self, max: usize) -> Result<Vec<u8>, Errno>;
     /// `KVM_SET_NESTED_STATE`.
     fn set_nested(&self, state: &[u8]) -> Result<(), Errno>;
+    /// `KVM_KVMCLOCK_CTRL`; `EINVAL` of a guest without kvm-clock.
+    fn tell_clock_gap(&self) -> Result<(), Errno>;
 }

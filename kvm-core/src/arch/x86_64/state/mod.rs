@@ -53,7 +53,9 @@
 //! 9. **Other registers** of KVM, **nested state**: they need all of the above. Nested state loads what
 //!    vmcs12 or vmcb12 say, which is what was saved.
 //! 10. **Events** after what clears or queues them (registers, nested state, system registers).
-//! 11. **MP state** last: it is refused where INIT and SIPI are not possible, by what the events say.
+//! 11. **MP state** behind those: it is refused where INIT and SIPI are not possible, by what the events say.
+//! 12. **kvm-clock's gap**, behind its MSRs: what `KVM_KVMCLOCK_CTRL` told KVM when the vCPU was paused is in no state, and
+//!     a guest that does not hear of it takes the time between for its own: soft lockups and RCU stalls of a minute.
 //!
 //! The VM's clock goes before the vCPUs' state: kvm-clock's MSRs are answered with the clock of that
 //! moment, and it says by how much the TSCs are to move ([`Passage`]). But it goes after all vCPUs were

@@ -40,6 +40,8 @@ pub enum VcpuPiece {
     Events,
     /// `KVM_GET_MP_STATE`, `KVM_SET_MP_STATE`.
     MpState,
+    /// `KVM_KVMCLOCK_CTRL`, when it is restored: kvm-clock's guest is told that it stood still.
+    ClockGap,
 }
 
 impl VcpuPiece {
@@ -79,6 +81,7 @@ impl VcpuPiece {
         Self::Nested,
         Self::Events,
         Self::MpState,
+        Self::ClockGap,
     ];
 }
 
@@ -100,6 +103,7 @@ impl fmt::Display for VcpuPiece {
             Self::Nested => "nested state",
             Self::Events => "events",
             Self::MpState => "MP state",
+            Self::ClockGap => "kvm-clock's gap",
         })
     }
 }

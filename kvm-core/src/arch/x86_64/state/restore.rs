@@ -198,6 +198,7 @@ impl StateHost {
             },
             VcpuPiece::Events => plain(vcpu.set_events(&state.events)),
             VcpuPiece::MpState => plain(vcpu.set_mp_state(state.mp_state)),
+            VcpuPiece::ClockGap => plain(where_there(vcpu.tell_clock_gap(), &[EINVAL]).map(drop)),
             VcpuPiece::TscFrequency | VcpuPiece::Xcrs => Ok(()),
         }
     }

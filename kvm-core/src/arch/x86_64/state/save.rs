@@ -80,7 +80,8 @@ impl StateHost {
             VcpuPiece::Nested if self.nested_bytes > 0 => {
                 state.nested = Some(StateBytes(vcpu.nested(self.nested_bytes)?));
             }
-            VcpuPiece::Xcrs | VcpuPiece::OneRegisters | VcpuPiece::Nested => {}
+            VcpuPiece::Xcrs | VcpuPiece::OneRegisters | VcpuPiece::Nested | VcpuPiece::ClockGap => {
+            }
         }
         Ok(())
     }
