@@ -131,6 +131,11 @@ impl<H: CheckExtension> Capabilities<H> {
         self.has(kvm::KVM_CAP_USER_NMI)
     }
 
+    /// Guest memory can be taken into KVM's page tables before the guest runs ([`pre_fault`](crate::pre_fault); Linux 6.11).
+    pub fn pre_fault_memory(&self) -> bool {
+        self.has(kvm::KVM_CAP_PRE_FAULT_MEMORY)
+    }
+
     /// Bytes of a vCPU's extended state; `None` on hosts where the old 4 KiB structure is all.
     pub fn xsave_bytes(&self) -> Option<NonZeroU32> {
         self.value(kvm::KVM_CAP_XSAVE2)

@@ -62,8 +62,8 @@
 //! why nothing is lost), `run.rs` (the loop), `control.rs` (all vCPUs together), `exit.rs` (the
 //! decoder), `memory_error.rs` (guest memory that the host cannot give) with `kvm/bus_error.rs`
 //! (`SIGBUS`), `access.rs` (what a paused vCPU is asked), `blocker.rs` and `halt_poll.rs` (a vCPU that
-//! is halted in user space), `hold.rs` and `throttle.rs` (vCPUs that are slowed down), `kernel_halt.rs` (one that is halted in KVM), `device.rs` (devices in the
-//! kernel), `stats/` (KVM's own statistics), `logging/` (log lines that no guest can make flow), `kvm/`
+//! is halted in user space), `hold.rs` and `throttle.rs` (vCPUs that are slowed down), `kernel_halt.rs` (one that is halted in KVM), `pre_fault.rs` (memory in KVM's
+//! page tables before the guest runs), `device.rs` (devices in the kernel), `stats/` (KVM's own statistics), `logging/` (log lines that no guest can make flow), `kvm/`
 //! (the ioctls, and all `unsafe`), `arch/` (CPUID with topologies and processor models, MSRs and their
 //! filter, registers, tables, debug registers, machine checks as data; whole state), `fake.rs` (a vCPU without KVM).
 //!
@@ -238,6 +238,7 @@ mod kvm;
 pub mod logging;
 mod memory_error;
 mod mode;
+mod pre_fault;
 mod request;
 mod run;
 pub mod stats;
@@ -269,6 +270,7 @@ pub use memory_error::{
     Remedy,
 };
 pub use mode::{GuestMode, ModeEvent};
+pub use pre_fault::{PreFaultError, PreFaultMemory, pre_fault};
 pub use request::{Request, Requests};
 pub use run::{ExitHandler, Flow, Halt, HaltReason, RunVcpu, Runner, VcpuView};
 pub use throttle::{Throttle, ThrottleError};

@@ -11,6 +11,7 @@ mod machine_check;
 mod mapping;
 #[cfg(target_arch = "x86_64")]
 mod msr;
+mod pre_fault;
 mod signal;
 #[cfg(target_arch = "x86_64")]
 mod state;

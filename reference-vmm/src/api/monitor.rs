@@ -15,7 +15,6 @@ use crate::end::{Chain, EndSignal, GuestEnd};
 use crate::main_loop::GuestSide;
 use crate::migration::outgoing::{Outgoing, OutgoingError};
 use crate::migration::record::MigrationRecord;
-use crate::priority::step_back;
 use crate::snapshot::SnapshotReport;
 use crate::snapshot::background::BackgroundCost;
 use crate::vm::{ControlError, RunState, Running};
@@ -159,8 +158,6 @@ impl Monitor for Machine<'_> {
     fn answered(&self) {
         // Behind the answer, which else would be lost with the process.
         if let Some(to) = self.outgoing.moved_to() {
-            // To take down what was left here is slow, and the guest may begin on this same host.
-            step_back();
             self.end.tell(GuestEnd::Migrated(to));
         }
     }

@@ -122,7 +122,7 @@ const TABLE: &[Row] = table! {
         KVM_CAP_GUEST_MEMFD Optional "memory that the host cannot map"
         KVM_CAP_MEMORY_ATTRIBUTES Optional "private and shared pages"
         KVM_CAP_MEMORY_FAULT_INFO Optional "why a memory access failed"
-        KVM_CAP_PRE_FAULT_MEMORY Optional "populating memory before it is touched"
+        KVM_CAP_PRE_FAULT_MEMORY Optional "a guest that moved here begins without page faults"
     }
     "io-bus" {
         KVM_CAP_IOEVENTFD Used "a guest's write as an eventfd"

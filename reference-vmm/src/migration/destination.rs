@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -341,23 +342,40 @@ impl<W: Wire + 'static> Destination<'_, W> {
 
         // 3. Memory. Rounds are counted from 1 on here: 0 is none.
         let memory = blank.memory();
+        // Relaxed: who misses it does a little more.
+        let enough = AtomicBool::new(false);
         let state = std::thread::scope(|scope| {
             let mut takers = Vec::new();
-            let took = self.take_memory(id, connections, control, |number, mut wire| {
-                let (shared, memory) = (self.shared, &memory);
-                let stop = self.stop;
-                let taker = move || {
-                    let taken = take(&mut wire, number, shared, memory, stop);
-                    if let Err(why) = taken {
-                        shared.change(|state| {
-                            state.failed.get_or_insert(why);
-                        });
-                    }
-                };
+            // When nearly all is there: what comes behind it is in the same places.
+            let mut pre_fault = Some(|| {
+                let work = || memory.pre_fault(&|| enough.load(Ordering::Relaxed));
                 let builder = std::thread::Builder::new().name("incoming".into());
-                takers.push(builder.spawn_scoped(scope, taker)?);
-                Ok(())
+                // Without it the guest faults.
+                let _ = builder.spawn_scoped(scope, work);
             });
+            let whole = || pre_fault.take().map_or((), |start| start());
+            let took = self.take_memory(
+                id,
+                connections,
+                control,
+                |number, mut wire| {
+                    let (shared, memory) = (self.shared, &memory);
+                    let stop = self.stop;
+                    let taker = move || {
+                        let taken = take(&mut wire, number, shared, memory, stop);
+                        if let Err(why) = taken {
+                            shared.change(|state| {
+                                state.failed.get_or_insert(why);
+                            });
+                        }
+                    };
+                    let builder = std::thread::Builder::new().name("incoming".into());
+                    takers.push(builder.spawn_scoped(scope, taker)?);
+                    Ok(())
+                },
+                whole,
+            );
+            enough.store(true, Ordering::Relaxed);
             // The takers end now: they look each tick.
             self.shared.change(|state| {
                 state
@@ -399,13 +417,15 @@ impl<W: Wire + 'static> Destination<'_, W> {
         prepared.start().map_err(ReceiveError::Lost)
     }
 
-    /// Hears of rounds and waits for their pages, until the state comes and all pages that it is of are there.
+    /// Hears of rounds and waits for their pages, until the state comes and all pages that it is of are there. `whole_round` is
+    /// called behind each round that is answered.
     fn take_memory(
         &self,
         id: MigrationId,
         connections: u32,
         control: &mut W,
         mut spawn: impl FnMut(u32, W) -> io::Result<()>,
+        mut whole_round: impl FnMut(),
     ) -> Result<Vec<u8>, ReceiveError> {
         log::debug!("migration {id}: pages over {connections} connections");
         let stop = || self.why_to_end();
@@ -457,8 +477,11 @@ impl<W: Wire + 'static> Destination<'_, W> {
             }
             match state {
                 Some(state) => return Ok(state),
-                None => send(control, &Message::Taken(round), &watch)
-                    .map_err(|source| self.broke(doing, source))?,
+                None => {
+                    let told = send(control, &Message::Taken(round), &watch);
+                    told.map_err(|source| self.broke(doing, source))?;
+                    whole_round();
+                }
             }
         }
     }

@@ -112,6 +112,9 @@ pub trait ArrivingMemory: Sync {
     /// # Errors
     /// As of [`page`](Self::page).
     fn zero(&self, address: u64, len: u64) -> Result<(), Refusal>;
+    /// Has what came so far where the guest finds it without an exit, as far as the host can do that, and returns when that
+    /// is done or soon after `enough`. More may come meanwhile.
+    fn pre_fault(&self, _enough: &dyn Fn() -> bool) {}
 }
 
 /// What makes the machine on the destination. Dropped at any point, nothing of it is left.

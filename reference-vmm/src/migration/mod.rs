@@ -57,8 +57,9 @@
 //! A page takes the same data connection in each round, by its address: so nothing older overtakes what is newer, and
 //! connections do not wait for each other. Pages that are zero are said to be so, by runs. In the first round those that
 //! nothing was ever put into are not even read: the host knows them ([`memslots::Holes`]), it is asked behind the harvest, and
-//! what is put there later is in the next one. The destination notes what it has written, and writes zeros only there. The
-//! bandwidth limit holds to the end, also while the guest stands still.
+//! what is put there later is in the next one. The destination notes what it has written, and writes zeros only there. Behind
+//! the first round it has KVM take that into its page tables ([`kvm_core::pre_fault`], Linux 6.11), or the guest's first steps
+//! there would be an exit for each page. The bandwidth limit holds to the end, also while the guest stands still.
 //!
 //! # Whose the guest is
 //!
@@ -134,6 +135,7 @@ pub mod codec;
 pub mod destination;
 pub mod dial;
 pub mod event;
+mod filled;
 pub mod guest;
 pub mod incoming;
 pub mod limit;

@@ -24,6 +24,7 @@ use super::source::{MigrateError, Patience, Settings, WhenStuck, Why, migrate};
 use super::tls::{Tls, TlsFiles};
 use crate::devices::virtio::rng::random_id;
 use crate::end::{Chain, EndSignal};
+use crate::priority::step_back;
 use crate::vm::Running;
 
 /// How to migrate, as it is asked for: the body of `PUT /migrate`.
@@ -330,7 +331,11 @@ impl Observer for Recorder {
                 Step::PagesSent => record.step_ends(record::Step::LastPages, now),
                 Step::StateSent => record.step_ends(record::Step::State, now),
                 Step::Prepared => record.step_ends(record::Step::HandOver, now),
-                Step::Started => record.step_ends(record::Step::Start, now),
+                Step::Started => {
+                    record.step_ends(record::Step::Start, now);
+                    // What is left to do here is in nobody's hurry, and the guest may begin on this same host.
+                    step_back();
+                }
                 Step::Released | Step::StateRead => {}
             },
             Event::Accepted { rehearsal, .. } => {

@@ -235,6 +235,9 @@ enum Taken {
     Released,
 }
 
+/// The connection of the conversation, and those that carried pages.
+type Wires<W> = (W, Vec<Lane<W>>);
+
 struct Source<'a, G, C> {
     guest: &'a G,
     connect: &'a C,
@@ -251,7 +254,8 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let mut taken = Taken::Nothing;
         let handed = self.hand_over(&mut control, &mut taken);
         let result = match handed {
-            Ok(control) => self.see_it_start(control),
+            // What carried pages is closed behind that: it takes its time.
+            Ok((control, _data)) => self.see_it_start(control),
             Err(why) => {
                 // Heard, the destination ends at once with the reason; if not, by the connection's end.
                 if let Some(control) = &mut control {
@@ -303,9 +307,13 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         }
     }
 
-    /// All up to the word after which the guest is not the source's any more; the connection on which it was said, or was
-    /// to be said.
-    fn hand_over(&self, control: &mut Option<C::Wire>, taken: &mut Taken) -> Result<C::Wire, Why> {
+    /// All up to the word after which the guest is not the source's any more; the connection on which it is to be said, and
+    /// those that carried pages.
+    fn hand_over(
+        &self,
+        control: &mut Option<C::Wire>,
+        taken: &mut Taken,
+    ) -> Result<Wires<C::Wire>, Why> {
         let (guest, patience) = (self.guest, &self.settings.patience);
         let stop = || self.stop().map(|why| why.to_string());
         let quiet = |quiet| Watch { quiet, stop: &stop };
@@ -429,7 +437,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             return Err(why);
         }
         match (self.orders.commit(), control.take()) {
-            (true, Some(control)) => Ok(control),
+            (true, Some(control)) => Ok((control, data)),
             _ => Err(Why::Cancelled),
         }
     }

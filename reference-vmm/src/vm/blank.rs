@@ -22,7 +22,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use kvm_core::arch::x86_64::state::{ClockRestore, StateHost};
-use kvm_core::{Kvm, Vcpu, VcpuId, VmSetup};
+use kvm_core::{Kvm, PreFaultMemory, Vcpu, VcpuId, VmSetup};
 use memslots::{NewSlot, Snapshot};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -44,6 +44,8 @@ pub(crate) struct Blank {
     config: Config,
     setup: VmSetup,
     host: StateHost,
+    /// KVM takes memory into its page tables before the guest runs.
+    pre_faults: bool,
 }
 
 /// One that has its memory.
@@ -61,6 +63,7 @@ pub(crate) struct Framed {
     tracker: Tracker,
     frame: Frame,
     vcpus: Vec<Vcpu>,
+    pre_faults: bool,
 }
 
 impl Blank {
@@ -81,6 +84,7 @@ impl Blank {
             config: config.clone(),
             setup,
             host,
+            pre_faults: kvm.capabilities().pre_fault_memory(),
         })
     }
 
@@ -166,6 +170,7 @@ impl Allocated {
             config,
             setup,
             host,
+            pre_faults,
         } = blank;
         let frame = Frame::new(&config, setup)?;
         let vcpus = vcpus
@@ -179,6 +184,7 @@ impl Allocated {
             tracker,
             frame,
             vcpus,
+            pre_faults,
         })
     }
 }
@@ -192,6 +198,12 @@ impl Framed {
     /// Its vCPUs, in order.
     pub(crate) fn vcpu_ids(&self) -> impl Iterator<Item = u32> {
         self.vcpus.iter().map(|vcpu| vcpu.id().0)
+    }
+
+    /// By whose leave memory is taken into KVM's page tables, where KVM does that: a vCPU that does not run yet.
+    pub(crate) fn pre_faulter(&self) -> Option<&(dyn PreFaultMemory + Sync)> {
+        let first = self.vcpus.first().filter(|_| self.pre_faults)?;
+        Some(first.fd())
     }
 
     /// Gives it its state, which has its vCPUs, and `devices`, which have theirs, with the serial console's output on
@@ -222,6 +234,7 @@ impl Framed {
             tracker,
             frame,
             vcpus,
+            ..
         } = self;
         let passage = frame.vm.restore(&state.vm.vm, clock);
         let passage = passage.map_err(RestoreError::from)?;
