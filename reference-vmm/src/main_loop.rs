@@ -34,7 +34,8 @@ pub trait GuestSide: Send + Sync {
     fn clear_drained(&self);
     /// Presses the power button; false if no one in the guest will notice.
     fn press_power_button(&self) -> bool;
-    /// The guest is paused, and reacts to nothing.
+    /// The guest is paused, and reacts to nothing until somebody resumes it. One that stands still for a snapshot goes on by
+    /// itself.
     fn is_paused(&self) -> bool {
         false
     }

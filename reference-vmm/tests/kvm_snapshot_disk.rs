@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use faulty_files::before;
+use faulty_files::{before, before_those_of};
 use guests::virtio::{INTERRUPTS, MEMORY, Op, REGISTERS, driver};
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::devices::virtio::block::{DiskConfig, Io};
@@ -611,5 +611,48 @@ fn a_disk_goes_along_with_a_guest_that_migrates_and_is_never_locked_twice() {
             .read_exact_at(&mut bytes, u64::from(sector) * 512)
             .unwrap();
         assert_eq!(u32::from_le_bytes(bytes), word(sector));
+    }
+}
+
+#[test]
+fn an_end_of_the_guest_does_not_wait_for_the_rest_of_its_disks_to_be_copied() {
+    need_kvm();
+    const MIB: u64 = 1 << 20;
+    let kernel = file(&writer_of(40));
+    for background in [false, true] {
+        let image = disk(8 * MIB / 512);
+        File::options()
+            .write(true)
+            .open(&*image)
+            .unwrap()
+            .write_all_at(&[0xda; 8 << 20], 0)
+            .unwrap();
+        let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
+        let guest = Guest::of(|console, end| Machine::build(&config, console, end));
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("s");
+        let request = SnapshotRequest {
+            disks: DiskCopies::Copy,
+            background,
+            ..SnapshotRequest::new(&dir)
+        };
+        let written = Cell::new(0);
+        let error = std::thread::scope(|scope| {
+            let files = before_those_of("disk0", |_| {
+                written.set(written.get() + 1);
+                if written.get() > 1 {
+                    return;
+                }
+                scope.spawn(|| guest.running.stop());
+                while LiveGuest::new(&guest.running, &guest.end).over().is_none() {
+                    std::thread::yield_now();
+                }
+            });
+            guest.running.snapshot_with(&request, &files).unwrap_err()
+        });
+        let text = reference_vmm::end::Chain(&error).to_string();
+        assert!(text.contains("ended"), "{text}");
+        assert_eq!(written.get(), 1, "of eight");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }

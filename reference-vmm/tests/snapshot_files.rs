@@ -139,3 +139,82 @@ fn only_a_snapshot_or_an_empty_directory_is_replaced() {
         (0o700, 0o600)
     );
 }
+
+/// What lies there under other names than a snapshot's files have.
+fn foreign(error: &WriteError, target: &Path, name: &str) {
+    let WriteError::Foreign { dir, entry } = error else {
+        panic!("{error}");
+    };
+    assert_eq!((&**dir, entry.to_str()), (target, Some(name)));
+    assert!(
+        error.to_string().contains("would be removed with it"),
+        "{error}"
+    );
+}
+
+#[test]
+fn what_lies_beside_an_older_snapshot_is_not_removed_with_it() {
+    for name in ["root.raw", "disk", "disk01", "disk-1", "state.bak", "sub"] {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("s");
+        write(&HostFiles, &target, "old").unwrap();
+        // A disk of its own, which is one.
+        fs::write(target.join("disk10"), "its disk").unwrap();
+        match name {
+            "sub" => fs::create_dir(target.join(name)).unwrap(),
+            _ => fs::write(target.join(name), "somebody's own").unwrap(),
+        }
+        let before = tree(folder.path());
+        foreign(
+            &write(&HostFiles, &target, "new").unwrap_err(),
+            &target,
+            name,
+        );
+        assert_eq!(tree(folder.path()), before);
+        assert!(target.join(name).exists());
+        // Moved away, the older one is replaced.
+        fs::rename(target.join(name), folder.path().join("away")).unwrap();
+        write(&HostFiles, &target, "new").unwrap();
+        assert_eq!(fs::read(target.join("state")).unwrap(), state("new"));
+        assert!(!target.join("disk10").exists());
+    }
+}
+
+#[test]
+fn what_comes_to_lie_there_while_a_snapshot_is_written_is_not_removed_either() {
+    for older in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("s");
+        match older {
+            true => write(&HostFiles, &target, "old").unwrap(),
+            false => fs::create_dir(&target).unwrap(),
+        }
+        let draft = Draft::begin(&HostFiles, &target).unwrap();
+        let bytes = state("new");
+        let file = draft.create("state", bytes.len() as u64).unwrap();
+        draft.write(&file, &bytes, 0).unwrap();
+        draft.sync(&file).unwrap();
+        fs::write(target.join("thesis.tex"), "years of work").unwrap();
+        let mut due = tree(folder.path());
+        due.retain(|path, _| path.starts_with(&target));
+        foreign(&draft.commit().unwrap_err(), &target, "thesis.tex");
+        assert_eq!(tree(folder.path()), due, "{older}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}
+
+#[test]
+fn what_a_crash_left_is_removed_by_the_next_one_but_nothing_else_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (target, partial) = (folder.path().join("s"), folder.path().join(".s.partial"));
+    fs::create_dir(&partial).unwrap();
+    fs::write(partial.join("memory"), "half").unwrap();
+    fs::write(partial.join("root.raw"), "somebody's own").unwrap();
+    let before = tree(folder.path());
+    let error = write(&HostFiles, &target, "new").unwrap_err().to_string();
+    assert!(error.contains("it holds root.raw"), "{error}");
+    assert_eq!(tree(folder.path()), before);
+    fs::remove_file(partial.join("root.raw")).unwrap();
+    write(&HostFiles, &target, "new").unwrap();
+    assert!(!partial.exists());
+}

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::files::{Draft, DraftFile, SnapshotFiles, WriteError};
+use super::files::{DISK, Draft, DraftFile, SnapshotFiles, WriteError};
 use super::format::{Container, Kind};
 use super::machine::StateError;
 use super::restore::RestoreError;
@@ -97,7 +97,7 @@ pub enum CopyError {
 impl DiskCopy {
     /// The name of its file in the snapshot's directory.
     pub fn name(self) -> String {
-        format!("disk{}", self.disk)
+        format!("{DISK}{}", self.disk)
     }
 }
 
@@ -162,18 +162,19 @@ pub(super) fn open_as_it_was(
     }
 }
 
-/// Has what is in `image` in a file of the draft: cloned, and with `copy` copied where that cannot be. What the image has
-/// by then is in it; that it is on the disk too is [`Draft::sync`]'s.
+/// Has what is in `image` in a file of the draft: cloned, and with `copy` copied where that cannot be, with `go_on` asked
+/// before each MiB. What the image has by then is in it; that it is on the disk too is [`Draft::sync`]'s.
 ///
 /// # Errors
-/// [`CopyError`].
-pub(super) fn copy_in<F: SnapshotFiles>(
+/// [`CopyError`], and what `go_on` says.
+pub(super) fn copy_in<F: SnapshotFiles, E: From<CopyError>>(
     draft: &Draft<'_, F>,
     image: &File,
     path: &Path,
     disk: usize,
     copy: bool,
-) -> Result<(DiskCopy, DraftFile), CopyError> {
+    go_on: impl Fn() -> Result<(), E>,
+) -> Result<(DiskCopy, DraftFile), E> {
     let read = |source| CopyError::Read {
         path: path.to_owned(),
         source,
@@ -181,17 +182,21 @@ pub(super) fn copy_in<F: SnapshotFiles>(
     // A block device's length is where its end is.
     let len = end(image).map_err(read)?;
     let of = DiskCopy { disk, len };
-    let file = draft.create(&of.name(), 0)?;
+    let file = draft.create(&of.name(), 0).map_err(CopyError::from)?;
     match draft.reflink(&file, image) {
         Ok(()) => return Ok((of, file)),
         Err(source) if !copy => {
             let path = path.to_owned();
-            return Err(CopyError::Reflink { path, source });
+            return Err(CopyError::Reflink { path, source }.into());
         }
-        Err(_) => draft.set_len(&file, len)?,
+        Err(_) => draft.set_len(&file, len).map_err(CopyError::from)?,
     }
+    let read = |error| E::from(read(error));
     copy_data(image, len, read, |bytes, at| {
-        draft.write(&file, bytes, at).map_err(CopyError::from)
+        go_on()?;
+        draft
+            .write(&file, bytes, at)
+            .map_err(|error| CopyError::from(error).into())
     })?;
     Ok((of, file))
 }

@@ -9,12 +9,15 @@
 //!            the parent directory      synced
 //! ```
 //!
+//! What is replaced and removed is a snapshot's alone: its `state`, its `memory` and its `diskN`. Where anything else lies
+//! beside them, before or since the snapshot began, it stays under its name, and the snapshot is refused.
+//!
 //! Until the rename the older snapshot is what it was, and after it the new one is whole and durable: a crash in between
 //! leaves one of the two under the name. What it leaves under `.NAME.partial` is nobody's, for its lock went with the
 //! process, and the next snapshot of that name removes it; who wants the room before may do so by hand. A call
 //! that fails leaves nothing behind.
 
-use std::ffi::{CString, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -28,6 +31,8 @@ use super::format;
 pub const STATE: &str = "state";
 /// The file of guest memory.
 pub const MEMORY: &str = "memory";
+/// What the files of disks begin with, before their number.
+pub const DISK: &str = "disk";
 
 /// What a snapshot asks of the host's file system: a call each. A test plays one that is full or broken.
 #[allow(clippy::missing_errors_doc, reason = "always the errno of the call")]
@@ -57,7 +62,8 @@ pub trait SnapshotFiles {
             _ => Err(io::Error::last_os_error()),
         }
     }
-    /// Removes a directory and what is in it.
+    /// Removes the directory of a snapshot, or of a part of one; one in which anything else lies stays as it is, which is an
+    /// error.
     fn remove(&self, path: &Path) -> io::Result<()>;
 }
 
@@ -74,7 +80,7 @@ impl SnapshotFiles for HostFiles {
                 return Err(error);
             }
             let _stale = lock_dir(path)?;
-            std::fs::remove_dir_all(path)?;
+            remove(path)?;
             builder.create(path)?;
         }
         lock_dir(path).inspect_err(|error| {
@@ -118,8 +124,58 @@ impl SnapshotFiles for HostFiles {
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        std::fs::remove_dir_all(path)
+        remove(path)
     }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    let files = match own(path)? {
+        Contents::Own(files) => files,
+        Contents::Foreign(name) => {
+            let text = format!(
+                "it holds {}, which is no file of a snapshot",
+                name.display()
+            );
+            return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, text));
+        }
+    };
+    for name in files {
+        std::fs::remove_file(path.join(name))?;
+    }
+    std::fs::remove_dir(path)
+}
+
+/// What is in a directory.
+enum Contents {
+    /// Files of a snapshot, and no others.
+    Own(Vec<OsString>),
+    /// Something else, of this name.
+    Foreign(OsString),
+}
+
+fn own(dir: &Path) -> io::Result<Contents> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if !is_own(&name) || entry.file_type()?.is_dir() {
+            return Ok(Contents::Foreign(name));
+        }
+        files.push(name);
+    }
+    Ok(Contents::Own(files))
+}
+
+/// Whether a file of a snapshot has this name.
+fn is_own(name: &OsStr) -> bool {
+    let disk = |name: &str| {
+        let number = name.strip_prefix(DISK)?;
+        number
+            .parse::<u32>()
+            .ok()
+            .filter(|it| it.to_string() == number)
+    };
+    name == STATE || name == MEMORY || name.to_str().and_then(disk).is_some()
 }
 
 /// Locks a directory, which is still the one of this name then.
@@ -160,6 +216,17 @@ pub enum WriteError {
     /// Something else is there.
     #[error("{0} is there and is no snapshot: name another place, or remove it")]
     Occupied(PathBuf),
+    /// A snapshot is there, or an empty directory was, and beside it what is no snapshot's and would be removed with it.
+    #[error(
+        "{} holds {}, which is no file of a snapshot and would be removed with it: name another place, or move it away",
+        dir.display(), entry.display()
+    )]
+    Foreign {
+        /// Where.
+        dir: PathBuf,
+        /// Its name there.
+        entry: OsString,
+    },
     /// Another process writes a snapshot of this name.
     #[error("another snapshot to {0} is being written")]
     InUse(PathBuf),
@@ -302,19 +369,16 @@ impl<'a, F: SnapshotFiles> Draft<'a, F> {
         let parent = parent.map_err(call("open", &self.parent))?;
         self.swap()
             .map_err(call("rename the new snapshot to", &self.target))?;
+        // What lay there when it began is known; what came since is seen where nobody finds it by its name any more.
+        if self.replaces
+            && let Err(error) = only_own(&self.partial, &self.target)
+        {
+            self.swap_back();
+            return Err(error);
+        }
         if let Err(error) = self.files.sync(&parent) {
             // What is on the disk nobody knows then. Under the name is the older one again, which was whole before.
-            let back = match self.replaces {
-                true => self.swap(),
-                false => self.files.rename(&self.target, &self.partial),
-            };
-            if let Err(back) = back {
-                log::error!(
-                    "{}: the new snapshot stays there, though its name may not be durable: {back}",
-                    self.target.display()
-                );
-                self.done = true;
-            }
+            self.swap_back();
             return Err(call("sync", &self.parent)(error));
         }
         self.done = true;
@@ -327,6 +391,21 @@ impl<'a, F: SnapshotFiles> Draft<'a, F> {
             );
         }
         Ok(())
+    }
+
+    /// What was under the name is there again. Where that is refused nothing is removed.
+    fn swap_back(&mut self) {
+        let back = match self.replaces {
+            true => self.swap(),
+            false => self.files.rename(&self.target, &self.partial),
+        };
+        if let Err(back) = back {
+            log::error!(
+                "{}: the new snapshot stays there, though it was refused or its name may not be durable: {back}",
+                self.target.display()
+            );
+            self.done = true;
+        }
     }
 
     fn swap(&self) -> io::Result<()> {
@@ -368,11 +447,9 @@ fn look(target: &Path) -> Result<bool, WriteError> {
         Ok(there) if !there.is_dir() => return Err(occupied()),
         Ok(_) => {}
     }
-    let mut entries = std::fs::read_dir(target).map_err(call("read", target))?;
-    match entries.next() {
-        None => return Ok(true),
-        Some(Err(error)) => return Err(call("read", target)(error)),
-        Some(Ok(_)) => {}
+    let contents = own(target).map_err(call("read", target))?;
+    if matches!(&contents, Contents::Own(files) if files.is_empty()) {
+        return Ok(true);
     }
     // What cannot be read may be one all the same: nobody is told to remove it.
     let path = target.join(STATE);
@@ -386,11 +463,28 @@ fn look(target: &Path) -> Result<bool, WriteError> {
     let mut magic = [0; format::MAGIC.len()];
     let state = File::open(&path).map_err(call("open", &path))?;
     match state.read_exact_at(&mut magic, 0) {
-        Ok(()) if magic == format::MAGIC => Ok(true),
+        Ok(()) if magic == format::MAGIC => match contents {
+            Contents::Own(_) => Ok(true),
+            Contents::Foreign(entry) => Err(WriteError::Foreign {
+                dir: target.to_owned(),
+                entry,
+            }),
+        },
         Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
             Err(call("read", &path)(error))
         }
         _ => Err(occupied()),
+    }
+}
+
+/// Refuses what is no snapshot's in `dir`, which was `target`.
+fn only_own(dir: &Path, target: &Path) -> Result<(), WriteError> {
+    match own(dir).map_err(call("read", dir))? {
+        Contents::Own(_) => Ok(()),
+        Contents::Foreign(entry) => Err(WriteError::Foreign {
+            dir: target.to_owned(),
+            entry,
+        }),
     }
 }
 

@@ -89,7 +89,7 @@ impl MergeError {
             MergeError::OntoItself(_) | MergeError::Within { .. } => 2,
             // What is there is not for it, by what the command line says.
             MergeError::Write(SnapshotError::Write(
-                WriteError::NoName(_) | WriteError::Occupied(_),
+                WriteError::NoName(_) | WriteError::Occupied(_) | WriteError::Foreign { .. },
             )) => 2,
             MergeError::Write(_) => 1,
         }
@@ -159,7 +159,8 @@ pub fn merge(
             path: path.clone(),
             source,
         })?;
-        let (_, file) = disks::copy_in(&draft, &image, &path, copy.disk, true)?;
+        let go_on = || Ok::<_, MergeError>(());
+        let (_, file) = disks::copy_in(&draft, &image, &path, copy.disk, true, go_on)?;
         copied.push(file);
     }
     let mut sections = Vec::new();

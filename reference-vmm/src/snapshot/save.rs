@@ -471,7 +471,7 @@ impl Running {
         }))
     }
 
-    /// Has in the draft what the disks are that the guest writes.
+    /// Has in the draft what the disks are that the guest writes. An end ends it.
     pub(super) fn copy_disks<F: SnapshotFiles>(
         &self,
         draft: &Draft<'_, F>,
@@ -488,7 +488,10 @@ impl Running {
                 continue;
             }
             let image = disks::open_as_it_was(&disk.path, number, states)?;
-            copies.push(disks::copy_in(draft, &image, &disk.path, number, copy)?);
+            let go_on = || self.go_on();
+            copies.push(disks::copy_in(
+                draft, &image, &disk.path, number, copy, go_on,
+            )?);
         }
         Ok(copies)
     }

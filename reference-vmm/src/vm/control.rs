@@ -41,6 +41,7 @@
 //! device whose I/O has none, the debugger ([`gdb`](crate::gdb)). What is waited for is waited for up to
 //! [`PATIENCE`]; then the guest runs on as if nobody had asked, and the error says who it was.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
@@ -106,8 +107,10 @@ pub enum ControlError {
 #[derive(Default)]
 pub(super) struct Control {
     hold: Mutex<Hold>,
-    /// Whether it is held, for those that wait for nobody. Written under the lock.
+    /// Whether it is held, for those that wait for nobody. Written under the lock ([`Holding`]).
     paused: AtomicBool,
+    /// Whether it is held until somebody says otherwise: a user has paused it, or it is being handed over.
+    stays: AtomicBool,
 }
 
 #[derive(Default)]
@@ -151,12 +154,16 @@ impl Control {
         Control {
             hold: Mutex::new(Hold::Paused(pause, For::USER)),
             paused: AtomicBool::new(true),
+            stays: AtomicBool::new(true),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Hold> {
-        // What is in it is whole after each statement.
-        self.hold.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> Holding<'_> {
+        Holding {
+            // What is in it is whole after each statement.
+            hold: self.hold.lock().unwrap_or_else(PoisonError::into_inner),
+            of: self,
+        }
     }
 
     fn try_lock(&self) -> Option<MutexGuard<'_, Hold>> {
@@ -170,8 +177,40 @@ impl Control {
     /// No more pauses and resumes: the vCPUs have been stopped. Waits for one that is under way.
     pub(super) fn close(&self) {
         let held = std::mem::replace(&mut *self.lock(), Hold::Ended);
-        self.paused.store(false, Ordering::Relaxed);
         drop(held);
+    }
+}
+
+/// What holds the machine, locked. Dropped, those that do not take the lock are told, before it is let go of.
+struct Holding<'a> {
+    hold: MutexGuard<'a, Hold>,
+    of: &'a Control,
+}
+
+impl Deref for Holding<'_> {
+    type Target = Hold;
+
+    fn deref(&self) -> &Hold {
+        &self.hold
+    }
+}
+
+impl DerefMut for Holding<'_> {
+    fn deref_mut(&mut self) -> &mut Hold {
+        &mut self.hold
+    }
+}
+
+impl Drop for Holding<'_> {
+    fn drop(&mut self) {
+        let (paused, stays) = match &*self.hold {
+            Hold::Running | Hold::Ended => (false, false),
+            Hold::Paused(_, by) => (true, by.user),
+            Hold::HandedOver(_) => (true, true),
+        };
+        // Relaxed: hints, each of which says all that there is to it.
+        self.of.paused.store(paused, Ordering::Relaxed);
+        self.of.stays.store(stays, Ordering::Relaxed);
     }
 }
 
@@ -230,8 +269,6 @@ impl Running {
             let mut whom = For::default();
             by(&mut whom);
             *hold = Hold::Paused(pause, whom);
-            // Relaxed: a hint to those that do not take the lock.
-            self.control.paused.store(true, Ordering::Relaxed);
         });
         drop(hold);
         if paused.is_err() {
@@ -261,7 +298,6 @@ impl Running {
                     return Ok(());
                 }
                 self.parts.virtio.iter().for_each(|device| device.resume());
-                self.control.paused.store(false, Ordering::Relaxed);
                 drop(pause);
             }
             held @ Hold::HandedOver(_) => {
@@ -285,6 +321,12 @@ impl Running {
             true => RunState::Paused,
             false => RunState::Running,
         }
+    }
+
+    /// Whether it stays paused until somebody resumes it, or ends its hand-over: what a snapshot holds goes on by itself. Does
+    /// not block.
+    pub(super) fn stays_paused(&self) -> bool {
+        self.control.stays.load(Ordering::Relaxed)
     }
 
     /// Calls `f` with the pause that holds, which stays for as long; none where the machine is not paused, or is being
@@ -443,5 +485,42 @@ impl Drop for Held<'_> {
     fn drop(&mut self) {
         // Its end may have been told meanwhile, which is no concern of who held it.
         let _ = self.0.let_go();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use kvm_core::{Identity, VcpuSet};
+
+    use super::*;
+
+    #[test]
+    fn who_takes_no_lock_knows_whether_it_is_held_and_whether_that_ends_by_itself() {
+        let pause = || VcpuSet::new(Identity::vm("a")).pause().unwrap();
+        let control = Control::default();
+        let hints = || {
+            let hint = |of: &AtomicBool| of.load(Ordering::Relaxed);
+            (hint(&control.paused), hint(&control.stays))
+        };
+        let hold = |hold| *control.lock() = hold;
+        assert_eq!(hints(), (false, false));
+        hold(Hold::Paused(pause(), For::HELD));
+        assert_eq!(hints(), (true, false), "a snapshot has it");
+        hold(Hold::Paused(pause(), For::USER));
+        assert_eq!(hints(), (true, true));
+        let both = For {
+            user: true,
+            held: 1,
+        };
+        hold(Hold::Paused(pause(), both));
+        assert_eq!(hints(), (true, true));
+        hold(Hold::HandedOver(pause()));
+        assert_eq!(hints(), (true, true));
+        control.close();
+        assert_eq!(hints(), (false, false));
+        let held = Control::held(pause());
+        assert!(held.stays.load(Ordering::Relaxed));
     }
 }

@@ -15,7 +15,7 @@ use kvm_core::{Throttle, ThrottleError, VcpuSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Parts;
-use super::control::{self, Control, RunState};
+use super::control::{self, Control};
 use crate::console::{CHUNK, MOST_AT_ONCE};
 use crate::devices::virtio::console::config::terminal_size;
 use crate::exits::{SEND_OWED, SHOW_REGISTERS};
@@ -241,7 +241,7 @@ impl GuestSide for Running {
     }
 
     fn is_paused(&self) -> bool {
-        self.state() == RunState::Paused
+        self.stays_paused()
     }
 
     fn show_registers(&self) {

@@ -90,10 +90,19 @@ impl SnapshotFiles for Faulty {
 
 /// The host's files, with something to be done before each write to the file of memory, its header aside.
 pub fn before(hook: impl Fn()) -> impl SnapshotFiles {
+    before_those_of(MEMORY, move |offset| {
+        if offset > 0 {
+            hook();
+        }
+    })
+}
+
+/// The same, before each write to the file of this name, with where it is written.
+pub fn before_those_of(name: &'static str, hook: impl Fn(u64)) -> impl SnapshotFiles {
     Writes(move |file: &File, bytes: &[u8], offset| {
         let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-        if link.ends_with(MEMORY) && offset > 0 {
-            hook();
+        if link.ends_with(name) {
+            hook(offset);
         }
         HostFiles.write_at(file, bytes, offset)
     })
