@@ -446,6 +446,20 @@ fn what_a_disk_wrote_to_guest_memory_is_in_the_link_of_a_chain_that_follows() {
         let mut onto = request.clone();
         onto.overrides.disks = vec![(0, own.clone())];
         refused(&onto, &["the snapshot's own file"]);
+        // By other names, and of what it builds on too.
+        for link in [number, 0] {
+            let own = dir(link).join("disk0");
+            let (symbolic, hard) = (folder.path().join("symbolic"), folder.path().join("hard"));
+            std::os::unix::fs::symlink(&own, &symbolic).unwrap();
+            std::fs::hard_link(&own, &hard).unwrap();
+            for name in [own.clone(), symbolic.clone(), hard.clone()] {
+                onto.overrides.disks = vec![(0, name.clone())];
+                let needles = ["the snapshot's own file", own.to_str().unwrap()];
+                refused(&onto, &[&needles[..], &[name.to_str().unwrap()]].concat());
+            }
+            std::fs::remove_file(symbolic).unwrap();
+            std::fs::remove_file(hard).unwrap();
+        }
         let to = folder.path().join(format!("to{number}"));
         std::fs::create_dir(&to).unwrap();
         let elsewhere = RestoreRequest {

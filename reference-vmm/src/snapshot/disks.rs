@@ -320,5 +320,13 @@ pub fn provide(dir: &Path, copies: &[DiskCopy], folder: &Path) -> Result<Provide
         // A guest's flush is to mean that what is below is durable too.
         file.sync_all().map_err(wrong(&to))?;
     }
+    if !provided.images.is_empty() {
+        // And that there is a file of the name.
+        let synced = File::open(folder).and_then(|folder| folder.sync_all());
+        synced.map_err(|source| RestoreError::DiskCopy {
+            path: folder.to_owned(),
+            source,
+        })?;
+    }
     Ok(provided)
 }

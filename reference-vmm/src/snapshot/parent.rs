@@ -54,6 +54,15 @@ impl Parent {
         places
     }
 
+    /// Whether [`parse`](Self::parse) reads what [`encode`](Self::encode) writes. A path from the root on may be longer than
+    /// the host takes where a process is deep below it.
+    ///
+    /// # Errors
+    /// [`ParentError`]: it does not, with what is wrong.
+    pub fn check(&self) -> Result<(), ParentError> {
+        Parent::parse(&self.encode()).map(drop)
+    }
+
     /// The section's bytes.
     pub fn encode(&self) -> Vec<u8> {
         let path = self.path.as_os_str().as_bytes();
@@ -89,5 +98,33 @@ impl Parent {
             depth,
             path: OsStr::from_bytes(path).into(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_not_be_read_again_is_found_before_it_is_written() {
+        let of = |path: Vec<u8>, depth| Parent {
+            id: SnapshotId([7; 16]),
+            depth,
+            path: OsStr::from_bytes(&path).into(),
+        };
+        let longest = of(vec![b'a'; MOST_PATH], MOST_DEPTH);
+        assert_eq!(longest.check(), Ok(()));
+        for wrong in [
+            of(vec![b'a'; MOST_PATH + 1], 1),
+            of(Vec::new(), 1),
+            of(b"/s".to_vec(), MOST_DEPTH + 1),
+        ] {
+            let text = wrong.check().unwrap_err().to_string();
+            let value = match wrong.depth {
+                1 => wrong.path.as_os_str().len().to_string(),
+                depth => depth.to_string(),
+            };
+            assert!(text.contains(&value), "{text}");
+        }
     }
 }

@@ -354,7 +354,7 @@ impl Snapshot {
         };
         overrides.disks.extend(provided.images().iter().cloned());
         let config = overrides.apply(config)?;
-        check_own_disks(&request.dir, &config)?;
+        check_own_disks(&chain, &config)?;
         Ok(Snapshot {
             id,
             config,
@@ -491,21 +491,41 @@ struct MovedOn {
     disk: usize,
 }
 
-/// Refuses a guest that would write to the snapshot's own files.
-fn check_own_disks(dir: &Path, config: &Config) -> Result<(), RestoreError> {
-    for (number, disk) in config.disks.iter().enumerate() {
-        let own = disk.path.parent().is_some_and(|folder| same(folder, dir));
-        if own && !disk.readonly {
-            let (path, copy) = (disk.path.display(), "--disks-to FOLDER copies it");
+/// Refuses a guest that would write to the snapshot's own files, or to those of one that it builds on, by whatever name.
+fn check_own_disks(chain: &Chain, config: &Config) -> Result<(), RestoreError> {
+    let disks = config.disks.iter().enumerate();
+    for (number, disk) in disks.filter(|(_, disk)| !disk.readonly) {
+        for dir in chain.links().iter().map(Link::dir) {
+            let Some(own) = own_file(&disk.path, dir)? else {
+                continue;
+            };
+            let (path, own) = (disk.path.display(), own.display());
             return Err(RestoreError::Override {
                 flag: "--disk",
                 why: format!(
-                    "{path} is the snapshot's own file for disk {number}, which no guest writes: {copy}"
+                    "{path}, for disk {number}, is the snapshot's own file {own}, which no guest writes: --disks-to FOLDER \
+                     copies it"
                 ),
             });
         }
     }
     Ok(())
+}
+
+/// What `path` is in the snapshot in `dir`, if it is anything there: by another name, as a symbolic or a hard link.
+fn own_file(path: &Path, dir: &Path) -> Result<Option<PathBuf>, RestoreError> {
+    let cannot = |source| RestoreError::DiskCopy {
+        path: dir.to_owned(),
+        source,
+    };
+    for entry in std::fs::read_dir(dir).map_err(cannot)? {
+        let entry = entry.map_err(cannot)?.path();
+        if same(path, &entry) {
+            return Ok(Some(entry));
+        }
+    }
+    let within = path.parent().is_some_and(|folder| same(folder, dir));
+    Ok(within.then(|| path.to_owned()))
 }
 
 /// Whether the regions are those of a machine with this configuration.

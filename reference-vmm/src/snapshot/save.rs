@@ -36,7 +36,7 @@ use super::machine::{DevicesSection, MachineState, StateError, VcpuSection, VmSe
 use super::memory_out::MemoryOut;
 use super::packed::{self, Compression};
 use super::pages::{self, PAGE, PageMap};
-use super::parent::{MOST_DEPTH, Parent};
+use super::parent::{MOST_DEPTH, Parent, ParentError};
 use super::ranges::{MOST_RUNS, Ranges};
 use super::restore::RestoreError;
 use super::tick::wait_for_a_tick;
@@ -146,6 +146,9 @@ pub enum SnapshotError {
     /// What it is to build on is not whole. Found before anything was done.
     #[error("the snapshot that it is to build on cannot be read: {0}")]
     Chain(#[source] Box<RestoreError>),
+    /// Where that is cannot be written down. Found before anything was done.
+    #[error("the snapshot that it is to build on cannot be named: {0}")]
+    Parent(#[source] ParentError),
     /// Its chain is as long as one can be. Found before anything was done.
     #[error("{0} has {MOST_DEPTH} snapshots before it, which is the most: take a full one")]
     TooLong(PathBuf),
@@ -464,11 +467,13 @@ impl Running {
         if links.any(|link| same(link.dir(), &request.dir)) {
             return Err(SnapshotError::OntoItself(request.dir.clone()));
         }
-        Ok(Some(Parent {
+        let parent = Parent {
             id: tip.id,
             depth: tip.depth + 1,
             path: absolute(base),
-        }))
+        };
+        parent.check().map_err(SnapshotError::Parent)?;
+        Ok(Some(parent))
     }
 
     /// Has in the draft what the disks are that the guest writes. An end ends it.
