@@ -577,4 +577,8 @@ fn a_paused_guests_input_waits_and_comes_when_it_goes_on() {
     guest.running.resume().unwrap();
     assert!(drained(&guest));
     assert_eq!(guest.running.input(b"b"), 1);
+    // Who asks for a pause of one that runs has kept its input out for a moment.
+    guest.running.clear_drained();
+    assert_eq!(guest.running.while_paused(|_| ()), None);
+    assert!(drained(&guest));
 }

@@ -20,8 +20,11 @@
 //!
 //! # When it goes wrong
 //! A full disk, an end of the guest's, a kernel that refuses: all protection is gone at once, the guest goes on, nothing is
-//! left of what was written, and an older snapshot of the name is whole. The guest may be paused and resumed meanwhile. It
-//! is not moved to another host, and no other snapshot of it is taken.
+//! left of what was written, and an older snapshot of the name is whole. The guest may be paused and resumed meanwhile. No
+//! other snapshot of it is taken, and the control socket does not have it moved to another host
+//! ([`api::Machine`](crate::api::Machine) refuses that; a program that has [`Running`] itself has to see to it).
+//!
+//! While its writes wait for the disk a vCPU may be at one, and a pause that it keeps waiting is refused.
 //!
 //! # Where it cannot be
 //! What the kernel has no write-protect faults for ([`memslots::MemoryKind::support`]): a snapshot's file that a restored
@@ -98,15 +101,14 @@ impl Areas {
         })
     }
 
-    /// The same of many, widened to whole pages of each area.
+    /// The same of many, widened to whole pages of each area, each page once.
     fn whole(&self, ranges: &Ranges) -> Vec<(usize, Range<u64>)> {
         let split = ranges.iter().flat_map(|run| self.split(run));
-        let widened = split.map(|(at, run)| {
-            let page = self.0.get(at).map_or(1, |(_, mapping)| mapping.page_size());
-            let end = run.end.next_multiple_of(page);
-            (at, run.start / page * page..end)
-        });
-        widened.collect()
+        let page = |at| {
+            let area: Option<&(_, Arc<Mapping>)> = self.0.get(at);
+            area.map_or(1, |(_, mapping)| mapping.page_size())
+        };
+        widened(split, page)
     }
 
     /// The steps in which all of it is written: an area's bytes, and the pieces of the file in them.
@@ -130,6 +132,25 @@ impl Areas {
         }
         steps
     }
+}
+
+/// Runs in order, by areas, widened to whole pages of the size that an area has, each page once.
+fn widened(
+    runs: impl Iterator<Item = (usize, Range<u64>)>,
+    page: impl Fn(usize) -> u64,
+) -> Vec<(usize, Range<u64>)> {
+    let mut whole: Vec<(usize, Range<u64>)> = Vec::new();
+    for (area, run) in runs {
+        let page = page(area);
+        let (start, end) = (run.start / page * page, run.end.next_multiple_of(page));
+        match whole.last_mut() {
+            Some((last, before)) if *last == area && start < before.end => {
+                before.end = before.end.max(end);
+            }
+            _ => whole.push((area, start..end)),
+        }
+    }
+    whole
 }
 
 /// What is written at a time.
@@ -156,8 +177,9 @@ impl Running {
         let areas = Areas::of(self);
         areas.check()?;
         let mappings = areas.0.iter().map(|(_, mapping)| Arc::clone(mapping));
-        let kept = PointInTime::begin(mappings, ROOM)?;
+        // Before what is kept, and so removed behind it where this fails: the guest does not wait for that.
         let draft = Draft::begin(files, &request.dir)?;
+        let kept = PointInTime::begin(mappings, ROOM)?;
         let memory = create_memory(&draft, request, &areas.map(), id)?;
         let mut tracking = Tracking::of(self, request)?;
         // So that the pause has less to wait for.
@@ -280,5 +302,31 @@ impl Running {
             // The pause asks again, and tells of what was refused.
             drop(std::fs::File::open(&disk.path).and_then(|image| image.sync_data()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_in_one_large_page_are_protected_once() {
+        let runs = [
+            (0, 0x1000..0x2000),
+            (0, 0x5000..0x6000),
+            (0, 0x1f_f000..0x20_1000),
+            (0, 0x60_0000..0x60_1000),
+            (1, 0x1000..0x2000),
+            (1, 0x3000..0x4000),
+        ];
+        let page = |area| [0x20_0000, 0x1000].get(area).copied().unwrap();
+        let whole = widened(runs.into_iter(), page);
+        let expected = [
+            (0, 0..0x40_0000),
+            (0, 0x60_0000..0x80_0000),
+            (1, 0x1000..0x2000),
+            (1, 0x3000..0x4000),
+        ];
+        assert_eq!(whole, expected);
     }
 }

@@ -6,7 +6,7 @@
 use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::format::SnapshotId;
 
@@ -23,18 +23,39 @@ pub(crate) struct Tip {
 /// What a machine knows of its chain.
 #[derive(Debug, Default)]
 pub(crate) struct ChainTip {
+    /// Before `tip`, which only who has begun takes, and so at once.
+    taken: Mutex<Option<How>>,
+    /// One taken in a pause is done.
+    done: Condvar,
     tip: Mutex<Option<Tip>>,
     /// Every snapshot begins to track.
     always: AtomicBool,
-    /// One is taken in the background.
-    background: AtomicBool,
+}
+
+/// How a snapshot is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    InPause,
+    Background,
 }
 
 /// The end of the chain, for the one that takes a snapshot.
 #[derive(Debug)]
 pub(crate) struct Hold<'a> {
+    // Before it is said that it is done: the next one waits for nothing then.
     tip: MutexGuard<'a, Option<Tip>>,
-    of: Option<&'a AtomicBool>,
+    _begun: Begun<'a>,
+}
+
+/// One is taken. Dropped, another may be.
+#[derive(Debug)]
+struct Begun<'a>(&'a ChainTip);
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        *self.0.taken() = None;
+        self.0.done.notify_all();
+    }
 }
 
 impl Deref for Hold<'_> {
@@ -51,37 +72,36 @@ impl DerefMut for Hold<'_> {
     }
 }
 
-impl Drop for Hold<'_> {
-    fn drop(&mut self) {
-        if let Some(background) = self.of {
-            background.store(false, Ordering::Relaxed);
-        }
-    }
-}
-
 impl ChainTip {
     /// Who holds it is the one that takes a snapshot; what is in it is none where writes are not tracked. Waits for one
-    /// that is taken in a pause; none while one is taken in the background.
+    /// that is taken in a pause; none as soon as one is taken in the background.
     pub(crate) fn lock(&self) -> Option<Hold<'_>> {
-        // Relaxed: who misses it waits, and that is all.
-        if self.background.load(Ordering::Relaxed) {
-            return None;
-        }
-        // What is in it is whole after each statement.
-        let tip = self.tip.lock().unwrap_or_else(PoisonError::into_inner);
-        Some(Hold { tip, of: None })
+        let taken = self
+            .done
+            .wait_while(self.taken(), |taken| *taken == Some(How::InPause));
+        self.begin(taken.unwrap_or_else(PoisonError::into_inner), How::InPause)
     }
 
     /// The same for one in the background; none while another is taken.
     pub(crate) fn try_lock(&self) -> Option<Hold<'_>> {
-        let tip = match self.tip.try_lock() {
-            Ok(tip) => tip,
-            Err(TryLockError::Poisoned(tip)) => tip.into_inner(),
-            Err(TryLockError::WouldBlock) => return None,
-        };
-        self.background.store(true, Ordering::Relaxed);
-        let of = Some(&self.background);
-        Some(Hold { tip, of })
+        self.begin(self.taken(), How::Background)
+    }
+
+    fn begin(&self, mut taken: MutexGuard<'_, Option<How>>, how: How) -> Option<Hold<'_>> {
+        if taken.is_some() {
+            return None;
+        }
+        *taken = Some(how);
+        drop(taken);
+        let begun = Begun(self);
+        // What is in it is whole after each statement.
+        let tip = self.tip.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(Hold { tip, _begun: begun })
+    }
+
+    fn taken(&self) -> MutexGuard<'_, Option<How>> {
+        // As above.
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn track_always(&self) {
@@ -91,5 +111,30 @@ impl ChainTip {
 
     pub(crate) fn is_tracking_always(&self) -> bool {
         self.always.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_for_one_in_a_pause_is_told_of_one_in_the_background_that_came_first() {
+        let chain = ChainTip::default();
+        let background = chain.try_lock();
+        assert!(background.is_some());
+        assert!(chain.lock().is_none() && chain.try_lock().is_none());
+        drop(background);
+        let in_pause = chain.lock().unwrap();
+        assert!(chain.try_lock().is_none());
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| chain.lock().is_some());
+            drop(in_pause);
+            // Whoever of the two comes first, and it is held while the other is waited for.
+            let background = chain.try_lock();
+            let waited = waits.join().unwrap();
+            assert!(waited || background.is_some());
+        });
+        assert!(chain.try_lock().is_some());
     }
 }

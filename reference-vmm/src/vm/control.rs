@@ -37,8 +37,8 @@
 //!
 //! # What can refuse a pause
 //!
-//! A vCPU whose access has no end (a device's reset that waits for the host's I/O, a console whose reader has stopped), a
-//! device whose I/O has none, the debugger ([`gdb`](crate::gdb)). What is waited for is waited for up to
+//! A vCPU whose access has no end (a device's reset that waits for the host's I/O, a console whose reader has stopped, a write
+//! that waits for the disk of a snapshot in the [background](crate::snapshot::background)), a device whose I/O has none, the debugger ([`gdb`](crate::gdb)). What is waited for is waited for up to
 //! [`PATIENCE`]; then the guest runs on as if nobody had asked, and the error says who it was.
 
 use std::ops::{Deref, DerefMut};
@@ -76,9 +76,10 @@ pub enum ControlError {
         "the guest is stopped in the debugger; let it go on there (continue, detach), then pause it"
     )]
     Debugger,
-    /// A vCPU is at an access that has no end.
+    /// A vCPU is at an access that has no end, or writes to a page that a snapshot in the background has no room to keep.
     #[error(
-        "a vCPU has waited for a device, or for the console's reader, for {0:?}; the guest runs on"
+        "a vCPU has waited for a device, for the console's reader, or for the disk of a snapshot in the background, for {0:?}; \
+         the guest runs on"
     )]
     Vcpu(Duration),
     /// A device has I/O of its host's under way that does not end.
@@ -332,18 +333,31 @@ impl Running {
     /// Calls `f` with the pause that holds, which stays for as long; none where the machine is not paused, or is being
     /// handed over to another process. Blocks for another thread's pause or resume, and has those wait.
     pub fn while_paused<T>(&self, f: impl FnOnce(&Pause) -> T) -> Option<T> {
-        match &*self.control.lock() {
+        self.with_hold(|hold| match hold {
             Hold::Paused(pause, _) => Some(f(pause)),
             Hold::HandedOver(_) | Hold::Running | Hold::Ended => None,
-        }
+        })
     }
 
     /// [`while_paused`](Self::while_paused), of a machine that is being handed over.
     pub(crate) fn while_handed_over<T>(&self, f: impl FnOnce(&Pause) -> T) -> Option<T> {
-        match &*self.control.lock() {
+        self.with_hold(|hold| match hold {
             Hold::HandedOver(pause) => Some(f(pause)),
             Hold::Paused(..) | Hold::Running | Hold::Ended => None,
+        })
+    }
+
+    fn with_hold<T>(&self, f: impl FnOnce(&Hold) -> Option<T>) -> Option<T> {
+        let hold = self.control.lock();
+        let done = f(&hold);
+        let runs = matches!(&*hold, Hold::Running);
+        // Before input is woken: it looks without waiting.
+        drop(hold);
+        if runs {
+            // Input that met this was told to wait, and no resume follows.
+            self.wake_input();
         }
+        done
     }
 
     /// Brings a machine that runs to rest, to go on in another process: nobody else pauses or resumes it until
