@@ -25,7 +25,7 @@ use reference_vmm::migration::outgoing::{MigrateRequest, Order, Outgoing, Outgoi
 use reference_vmm::migration::record::MigrationRecord;
 use reference_vmm::migration::source::WhenStuck;
 use reference_vmm::snapshot::{SnapshotError, SnapshotRequest};
-use reference_vmm::vm::{ControlError, Machine, RunState};
+use reference_vmm::vm::{BuildError, ControlError, Machine, RunState, Running};
 use support::keeper::{Guest, digits, keeper};
 use support::{Vmm, long, need_kvm};
 
@@ -34,6 +34,19 @@ fn migrate(
     guest: &Guest,
     incoming: Incoming,
     request: &MigrateRequest,
+) -> (
+    Result<MigrationRecord, OutgoingError>,
+    Result<Guest, IncomingError>,
+) {
+    migrate_to(guest, incoming, request, Machine::start)
+}
+
+/// [`migrate`], where `start` starts what has come.
+fn migrate_to(
+    guest: &Guest,
+    incoming: Incoming,
+    request: &MigrateRequest,
+    start: impl FnOnce(Machine) -> Result<Running, BuildError> + Send,
 ) -> (
     Result<MigrationRecord, OutgoingError>,
     Result<Guest, IncomingError>,
@@ -47,7 +60,7 @@ fn migrate(
                 gone.load(Ordering::Relaxed)
                     .then(|| "no source is left".to_owned())
             };
-            incoming.receive(writer, &end, &stop, Machine::start)
+            incoming.receive(writer, &end, &stop, start)
         });
         let here = Outgoing::default().migrate(&guest.running, &guest.end, request);
         gone.store(here.is_err(), Ordering::Relaxed);
@@ -413,6 +426,68 @@ fn a_guest_that_cannot_be_moved_or_whose_destination_says_nothing_is_told_why() 
         why.contains("cannot be moved as it is: the guest is paused"),
         "{why}"
     );
+}
+
+#[test]
+fn a_guest_that_cannot_be_started_where_it_comes_goes_on_where_it_was() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    for threads in [false, true] {
+        let (_kernel, config) = keeper(2, Irqchip::Split);
+        let mut guest = Guest::boot(&config);
+        guest.hear(1);
+        let (_folder, path) = place();
+        let incoming = Incoming::bind(&IncomingRequest::new(Address::Unix(path))).unwrap();
+        let request = request(incoming.address());
+        // Before its threads, and when all of them are there.
+        let refuse = |machine: Machine| {
+            let running = threads.then(|| machine.start()).transpose()?;
+            drop(running);
+            Err(BuildError::Process {
+                what: "start a thread",
+                source: std::io::ErrorKind::WouldBlock.into(),
+            })
+        };
+        let (here, there) = migrate_to(&guest, incoming, &request, refuse);
+        let why = reference_vmm::end::Chain(&here.unwrap_err()).to_string();
+        assert!(why.contains("cannot start a thread"), "{why}");
+        let why = there.map(drop).unwrap_err().to_string();
+        assert!(why.contains("cannot be here"), "{why}");
+        assert_eq!(guest.running.state(), RunState::Running);
+        guest.hear(2);
+        guest.has_all();
+    }
+}
+
+#[test]
+fn a_guest_that_has_its_threads_where_it_comes_stands_still_there_until_it_is_handed_over() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let (_kernel, config) = keeper(2, Irqchip::Split);
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    let (_folder, path) = place();
+    let incoming = Incoming::bind(&IncomingRequest::new(Address::Unix(path))).unwrap();
+    let request = request(incoming.address());
+    let start = |machine: Machine| {
+        let running = machine.start()?;
+        assert_eq!(running.state(), RunState::Paused);
+        assert_eq!(running.resume(), Err(ControlError::HandOver));
+        Ok(running)
+    };
+    let (here, there) = migrate_to(&guest, incoming, &request, start);
+    here.unwrap();
+    let mut there = there.unwrap();
+    assert_eq!(there.running.state(), RunState::Running);
+    let (mut all, _) = guest.leave();
+    there.hear(2);
+    let (said, _) = there.leave();
+    all += &said;
+    assert_eq!(all, digits(all.len()));
 }
 
 /// A monitor's process, with its control socket.

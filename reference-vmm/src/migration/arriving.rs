@@ -31,8 +31,8 @@ pub struct Arrival<C, F> {
     pub end: Arc<EndSignal>,
     /// Called when the machine is whole.
     pub prepared: Option<Box<dyn FnOnce() + Send>>,
-    /// Has the machine go on.
-    pub go: F,
+    /// Makes the machine's threads. It stands still until the source has handed it over.
+    pub start: F,
 }
 
 /// A machine that is there but for its state.
@@ -44,11 +44,8 @@ pub struct Arriving<C, F> {
     config: Config,
 }
 
-/// A machine that is whole.
-pub struct Whole<F> {
-    machine: Machine,
-    go: F,
-}
+/// A machine that is whole: its threads are there, and wait for the word.
+pub struct Whole(Running);
 
 fn refused(error: &dyn std::error::Error) -> Refusal {
     Refusal::of(error)
@@ -96,13 +93,13 @@ where
         = Filled<'a>
     where
         Self: 'a;
-    type Prepared = Whole<F>;
+    type Prepared = Whole;
 
     fn memory(&self) -> Filled<'_> {
         Filled::new(self.framed.memory(), self.framed.pre_faulter())
     }
 
-    fn prepare(self, state: &[u8]) -> Result<Whole<F>, Refusal> {
+    fn prepare(self, state: &[u8]) -> Result<Whole, Refusal> {
         let parsed = MachineState::parse(state);
         let (_, state, _) = parsed.map_err(|error| refused(&error))?;
         let vcpus = state.vcpus.iter().map(|vcpu| vcpu.id);
@@ -115,7 +112,7 @@ where
             console,
             end,
             prepared,
-            go,
+            start,
         } = self.arrival;
         let copies: BTreeSet<usize> = overrides.disks.iter().map(|(number, _)| *number).collect();
         let devices = Devices::open_from(&self.config, &state.devices.virtio, &copies, &console);
@@ -124,21 +121,23 @@ where
         let machine = self
             .framed
             .finish(&state, devices, (clock, true), &console, &end);
-        let machine = machine.map_err(|error| refused(&error))?;
+        let mut machine = machine.map_err(|error| refused(&error))?;
+        // Threads, the terminal, a debugger's socket: a host that is full refuses them, and the source has the guest still.
+        machine.await_hand_over();
+        let running = start(machine)?;
         if let Some(tell) = prepared {
             tell();
         }
-        Ok(Whole { machine, go })
+        Ok(Whole(running))
     }
 }
 
-impl<F> Prepared for Whole<F>
-where
-    F: FnOnce(Machine) -> Result<Running, Refusal>,
-{
+impl Prepared for Whole {
     type Running = Running;
 
     fn start(self) -> Result<Running, Refusal> {
-        (self.go)(self.machine)
+        let taken = self.0.take_over();
+        taken.map_err(|error| refused(&error))?;
+        Ok(self.0)
     }
 }

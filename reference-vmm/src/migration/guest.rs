@@ -138,7 +138,8 @@ pub trait Blank: Sized {
     type Prepared: Prepared;
     /// Where pages go.
     fn memory(&self) -> Self::Memory<'_>;
-    /// Makes it whole, disks locked, and does all that can fail.
+    /// Makes it whole, disks locked and threads made, and does all that can fail: what fails behind it is a guest lost. Nothing
+    /// of the guest runs yet.
     ///
     /// # Errors
     /// [`Refusal`]; nothing is left.
@@ -149,9 +150,9 @@ pub trait Blank: Sized {
 pub trait Prepared {
     /// A machine that runs.
     type Running;
-    /// Has the guest go on.
+    /// Has the guest go on, which is no more than to let go of what holds it.
     ///
     /// # Errors
-    /// [`Refusal`]. The guest is lost, as if its monitor had ended.
+    /// [`Refusal`]: this machine was stopped meanwhile. The guest is lost, as if its monitor had ended.
     fn start(self) -> Result<Self::Running, Refusal>;
 }

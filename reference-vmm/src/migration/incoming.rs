@@ -114,8 +114,12 @@ impl Incoming {
         self.listener.address()
     }
 
-    /// Waits for a guest, and has it go on: `go` starts the machine, with its serial console's output on `console` and its
+    /// Waits for a guest, and has it go on: `start` starts the machine, with its serial console's output on `console` and its
     /// end told to `end`. `stop` says why it is not waited for any more, if so.
+    ///
+    /// `start` is called while the guest is the source's still. What it returns stands still and cannot be resumed
+    /// ([`ControlError::HandOver`](crate::vm::ControlError::HandOver)), whether it was started so or not; it goes on when the
+    /// source has let go of it. If `start` fails, the guest goes on at the source.
     ///
     /// # Errors
     /// [`IncomingError::Receive`]; nothing is left of it.
@@ -124,19 +128,16 @@ impl Incoming {
         console: impl AsFd,
         end: &Arc<EndSignal>,
         stop: &(dyn Fn() -> Option<String> + Sync),
-        go: impl FnOnce(Machine) -> Result<Running, BuildError>,
+        start: impl FnOnce(Machine) -> Result<Running, BuildError>,
     ) -> Result<Running, IncomingError> {
-        let go = |machine: Machine| {
-            machine.announce();
-            go(machine).map_err(|error| Refusal::of(&error))
-        };
+        let start = |machine: Machine| start(machine).map_err(|error| Refusal::of(&error));
         let arrival = Arrival {
             overrides: self.overrides,
             clock: self.clock,
             console,
             end: Arc::clone(end),
             prepared: self.prepared,
-            go,
+            start,
         };
         let arrived = receive(Ear(self.listener), arrival, Patience::default(), stop)?;
         log::info!("the guest of migration {} goes on here", arrived.id);

@@ -26,7 +26,7 @@
 //! | source | `Round(n)` | all pages of round n are sent, and the mark n on each data connection |
 //! | destination | `Taken(n)` | and in memory |
 //! | source | `State(n)` | the guest stands still, its disks are let go of; this is all of it but memory, which is whole with round n |
-//! | destination | `Prepared` | the machine is whole and holds the disks; one word starts it |
+//! | destination | `Prepared` | the machine is whole, its threads are there and it holds the disks; one word starts it |
 //! | source | `Go` | the guest is not mine any more |
 //! | destination | `Started` | it is mine; said before its vCPUs run |
 //! | source | `Done` | heard; I shall not ask |

@@ -77,12 +77,13 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
         stopped: Stopped<'_>,
     ) -> Result<(Running, Option<RawTerminal>), BuildError> {
         let mut terminal = None;
-        let go = |machine: Machine| {
+        // While the guest is the source's still: a terminal or a thread that cannot be had costs it nothing.
+        let start = |machine: Machine| {
             let started = self.start(machine, debugger.take(), RunState::Running)?;
             terminal = started.1;
             Ok(started.0)
         };
-        let running = incoming.receive(io::stdout(), end, stopped, go)?;
+        let running = incoming.receive(io::stdout(), end, stopped, start)?;
         Ok((running, terminal))
     }
 

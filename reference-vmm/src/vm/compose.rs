@@ -227,6 +227,7 @@ impl<C: AsFd> Composition<'_, C> {
             kvm_stats: None,
             gdb: None,
             restored: saved.is_some(),
+            handed_over: false,
         })
     }
 }

@@ -159,6 +159,15 @@ impl Control {
         }
     }
 
+    /// Of a machine that another process hands over, from its start on.
+    pub(super) fn handed_over(pause: Pause) -> Self {
+        Control {
+            hold: Mutex::new(Hold::HandedOver(pause)),
+            paused: AtomicBool::new(true),
+            stays: AtomicBool::new(true),
+        }
+    }
+
     fn lock(&self) -> Holding<'_> {
         Holding {
             // What is in it is whole after each statement.
@@ -391,6 +400,19 @@ impl Running {
         // Before what it holds is let go of, which locks.
         drop(hold);
         Err(refused)
+    }
+
+    /// The other process has handed the machine over: the host's side of its devices learns where they are now, and the
+    /// guest goes on. Nothing is left to fail but that the machine has been stopped.
+    ///
+    /// # Errors
+    /// [`ControlError::Ended`].
+    pub(crate) fn take_over(&self) -> Result<(), ControlError> {
+        self.parts
+            .virtio
+            .iter()
+            .for_each(|device| device.announce());
+        self.end_hand_over()
     }
 
     /// It goes on here after all.

@@ -107,6 +107,8 @@ pub struct Machine {
     gdb: Option<gdb::Listener>,
     /// It goes on from a snapshot.
     restored: bool,
+    /// It comes from another process, which has the guest until it says otherwise.
+    handed_over: bool,
 }
 
 /// What lives as long as the guest. Fields are dropped in this order: devices first, which hold
@@ -368,10 +370,17 @@ impl Machine {
             .for_each(|device| device.announce());
     }
 
+    /// It is another process's guest still: however it is started it stands still, and [`Running::take_over`] alone lets it
+    /// go on.
+    pub(crate) fn await_hand_over(&mut self) {
+        self.handed_over = true;
+    }
+
     /// Starts a thread for each vCPU, named `vcpu0` and so on, the boot vCPU's as the last.
     ///
     /// # Errors
-    /// A thread cannot be started; those that were have been stopped again, and the guest has not run.
+    /// A thread cannot be started; those that were have been stopped again. A guest that was built has not run; one that was
+    /// restored, and not paused, may have: each of its vCPUs runs as soon as it has a thread.
     pub fn start(self) -> Result<Running, BuildError> {
         self.start_as(RunState::Running)
     }
@@ -388,7 +397,13 @@ impl Machine {
             kvm_stats,
             gdb,
             restored,
+            handed_over,
         } = self;
+        // Who comes from elsewhere stands still, whatever was asked for.
+        let state = match handed_over {
+            true => RunState::Paused,
+            false => state,
+        };
         let set = VcpuSet::new(parts.vm.identity().clone());
         let process = |what| move |source| BuildError::Process { what, source };
         // Before there is a vCPU's thread: none runs an instruction before the debugger lets it.
@@ -397,6 +412,7 @@ impl Machine {
         let control = match state {
             RunState::Running => control::Control::default(),
             // As early.
+            RunState::Paused if handed_over => control::Control::handed_over(set.begin_pause()),
             RunState::Paused => control::Control::held(set.begin_pause()),
         };
         let live = Arc::new(AtomicUsize::new(vcpus.len()));
@@ -443,7 +459,9 @@ impl Machine {
             }
         }
         // The boot vCPU is the first, and begins as soon as it has a thread; KVM has the others wait until
-        // it starts them. So it is the last here: a start that fails has run nothing of the guest.
+        // it starts them. So it is the last here: a start that fails has run nothing of the guest, unless that was
+        // restored, for then all of them begin. Where that must not be (a guest that another process has still) it is
+        // started paused.
         for (runner, handler) in ready.into_iter().rev() {
             // On an error `running` is dropped, which stops the threads started so far.
             let name = format!("vcpu{}", runner.id().0);
