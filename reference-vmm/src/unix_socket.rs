@@ -43,6 +43,11 @@ pub struct Listener {
 }
 
 impl Listener {
+    /// Device and inode of its file, by which who connects can tell it from another at the same path.
+    pub fn file(&self) -> Option<(u64, u64)> {
+        self.file
+    }
+
     /// Listens at `path`, for up to `backlog` connections that wait to be accepted. A socket that nobody listens at any
     /// more, which a killed monitor leaves behind, is replaced; any other file is left alone.
     ///

@@ -39,7 +39,7 @@ fn message() -> impl Strategy<Value = Message> {
         any::<u32>().prop_map(Message::Round),
         ".{0,80}".prop_map(Message::GivenUp),
         ending.prop_map(Message::Settled),
-        Just(Message::Ready),
+        "[ -~]{0,256}".prop_map(Message::Ready),
         Just(Message::Prepared),
         Just(Message::Go),
         Just(Message::Started),

@@ -63,7 +63,11 @@ fn both(
     let ear = Ear(Arc::clone(world));
     let patience = destination::Patience {
         // None of the two is silent without an end to its connection.
-        asked: Duration::from_millis(100),
+        asked: match world.has_tunnel() {
+            // Behind it nobody is known to be gone: it is asked until it answers.
+            true => Duration::from_millis(500),
+            false => Duration::from_millis(100),
+        },
         ..destination::Patience::default()
     };
     // Where no source was ever heard, one is waited for.
@@ -170,6 +174,11 @@ fn one_connection_that_breaks_at_any_message_leaves_one_guest() {
 #[test]
 fn a_way_that_is_closed_for_a_while_leaves_one_guest() {
     one_guest_runs(&[Arrives::Nothing, Arrives::All], Strike::Partition(5));
+}
+
+#[test]
+fn a_tunnel_that_dies_at_any_message_is_not_taken_for_the_destination() {
+    one_guest_runs(&ALL, Strike::Tunnel(5));
 }
 
 #[test]

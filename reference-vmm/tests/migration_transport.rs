@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -18,6 +19,9 @@ use rcgen::{
     KeyPair, date_time_ymd,
 };
 use reference_vmm::migration::address::Address;
+use reference_vmm::migration::dial::Dial;
+use reference_vmm::migration::link::Connect;
+use reference_vmm::migration::message::MOST_LINE;
 use reference_vmm::migration::tls::{Tls, TlsError, TlsFiles};
 use reference_vmm::migration::transport::{
     AcceptError, BindError, ConnectError, Connection, Listener, connect,
@@ -225,6 +229,33 @@ fn what_was_sent_one_way_arrives_though_the_sender_is_gone_before_it_is_read() {
         let mut read = Vec::new();
         other.read_to_end(&mut read).unwrap();
         assert!(read == [7; 20_000]);
+    }
+}
+
+#[test]
+fn a_socket_whose_path_is_gone_is_not_one_that_refuses() {
+    let folder = tempfile::tempdir().unwrap();
+    let address = Address::Unix(folder.path().join("x.sock"));
+    let dial = Dial { address, tls: None };
+    let kind = || dial.connect(MOMENT).unwrap_err().kind();
+    assert_eq!(kind(), io::ErrorKind::NotFound);
+    // One whose process was killed.
+    drop(UnixListener::bind(folder.path().join("x.sock")).unwrap());
+    assert_eq!(kind(), io::ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn the_ends_of_a_line_say_the_same_of_it_and_those_of_a_tunnel_do_not() {
+    for ((_folder, listener, tls), (_other, tunnel, its)) in kinds().into_iter().zip(kinds()) {
+        let (one, other) = ends(&listener, tls.as_ref());
+        let line = one.line().unwrap();
+        assert_eq!(Some(line), other.line());
+        assert!(line.len() <= MOST_LINE as usize, "{line}");
+        // The source has its end of the one, the destination of the other, and who passes on has the two between.
+        let (to_tunnel, _from) = ends(&tunnel, its.as_ref());
+        assert_ne!(to_tunnel.line().unwrap(), line);
+        let (_to, from_tunnel) = ends(&listener, tls.as_ref());
+        assert_ne!(to_tunnel.line(), from_tunnel.line());
     }
 }
 

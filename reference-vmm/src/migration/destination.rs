@@ -338,7 +338,8 @@ impl<W: Wire + 'static> Destination<'_, W> {
             state.life = Some(Instant::now());
         });
         let doing = "cannot answer the source";
-        send(control, &Message::Ready, &watch).map_err(at(doing))?;
+        let ready = Message::Ready(control.line().unwrap_or_default());
+        send(control, &ready, &watch).map_err(at(doing))?;
 
         // 3. Memory. Rounds are counted from 1 on here: 0 is none.
         let memory = blank.memory();

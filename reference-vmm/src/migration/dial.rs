@@ -12,7 +12,11 @@ use super::link::{Accept, Connect, TICK, Wire};
 use super::tls::Tls;
 use super::transport::{AcceptError, ConnectError, Connection, HANDSHAKE, Listener, connect};
 
-impl Wire for Connection {}
+impl Wire for Connection {
+    fn line(&self) -> Option<String> {
+        Connection::line(self).map(str::to_owned)
+    }
+}
 
 /// The way to a destination.
 #[derive(Clone, Debug)]

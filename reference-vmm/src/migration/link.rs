@@ -16,7 +16,13 @@ pub const TICK: Duration = Duration::from_millis(50);
 
 /// A connection, whose reads and writes fail with [`io::ErrorKind::WouldBlock`] or [`io::ErrorKind::TimedOut`] after a
 /// [`TICK`] in which no byte got on, and can be made again.
-pub trait Wire: Read + Write + Send {}
+pub trait Wire: Read + Write + Send {
+    /// The line as this end sees it, at most [`MOST_LINE`](super::message::MOST_LINE) bytes. That both ends say the same
+    /// proves that nobody stands between them who passes on what they say; none proves nothing.
+    fn line(&self) -> Option<String> {
+        None
+    }
+}
 
 /// What makes connections to the destination.
 pub trait Connect: Sync {
@@ -25,7 +31,8 @@ pub trait Connect: Sync {
     /// Connects, within `patience`.
     ///
     /// # Errors
-    /// [`io::ErrorKind::ConnectionRefused`] says that nobody listens there: who did is gone.
+    /// [`io::ErrorKind::ConnectionRefused`] says that nobody listens there: who did is gone. That is the destination where the
+    /// line to it was direct ([`Wire::line`]), and else who stood between.
     fn connect(&self, patience: Duration) -> io::Result<Self::Wire>;
     /// What may be the reason where a connection breaks before the other side has said anything.
     fn hint(&self) -> Option<&str> {

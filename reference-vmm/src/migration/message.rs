@@ -51,6 +51,8 @@ pub const TAIL: usize = 4;
 pub const MOST_STATE: u32 = 32 << 20;
 /// A reason is no longer; what is longer is cut when it is sent.
 pub const MOST_TEXT: u32 = 4096;
+/// A destination's words for the line to it are no longer.
+pub const MOST_LINE: u32 = 256;
 /// Data connections there may be.
 pub const MOST_CONNECTIONS: u32 = 64;
 
@@ -241,7 +243,8 @@ impl Kind {
             Kind::Taken | Kind::Round => (4, 4),
             Kind::GivenUp => (0, MOST_TEXT),
             Kind::Settled => (1, 1),
-            Kind::Ready | Kind::Prepared | Kind::Go | Kind::Started | Kind::Done => (0, 0),
+            Kind::Ready => (0, MOST_LINE),
+            Kind::Prepared | Kind::Go | Kind::Started | Kind::Done => (0, 0),
         }
     }
 }
@@ -304,8 +307,9 @@ pub enum Message {
         /// [`MachineState::encode`](crate::snapshot::machine::MachineState::encode).
         state: Vec<u8>,
     },
-    /// Destination: such a machine can be here. Pages may come.
-    Ready,
+    /// Destination: such a machine can be here. Pages may come. With what it sees of the line
+    /// ([`Wire::line`](super::link::Wire::line)), or nothing.
+    Ready(String),
     /// Destination: all pages of this round are in memory.
     Taken(u32),
     /// Source, whose guest stands still from here on, and has let go of its disks: the machine. Its pages are those of the
@@ -337,7 +341,7 @@ impl Message {
     pub fn kind(&self) -> Kind {
         match self {
             Message::Offer { .. } => Kind::Offer,
-            Message::Ready => Kind::Ready,
+            Message::Ready(_) => Kind::Ready,
             Message::Taken(_) => Kind::Taken,
             Message::State { .. } => Kind::State,
             Message::Prepared => Kind::Prepared,
@@ -353,7 +357,7 @@ impl Message {
     /// Its bytes, head and checksum with them.
     ///
     /// # Errors
-    /// [`MessageError::Length`]: a state that is longer than any may be.
+    /// [`MessageError::Length`]: a state, or a line, that is longer than any may be.
     pub fn encode(&self) -> Result<Vec<u8>, MessageError> {
         let kind = self.kind();
         let mut bytes = vec![0; HEAD];
@@ -373,13 +377,13 @@ impl Message {
             }
             Message::Taken(round) | Message::Round(round) => bytes.extend(round.to_le_bytes()),
             Message::GivenUp(why) => bytes.extend(cut(why).bytes()),
+            Message::Ready(line) => bytes.extend(line.bytes()),
             Message::Settled(ending) => bytes.push(match ending {
                 Ending::Started => 1,
                 Ending::Never => 2,
                 Ending::Unknown => 3,
             }),
-            Message::Ready | Message::Prepared | Message::Go | Message::Started | Message::Done => {
-            }
+            Message::Prepared | Message::Go | Message::Started | Message::Done => {}
         }
         let len = u32::try_from(bytes.len() - HEAD).unwrap_or(u32::MAX);
         let (_, most) = kind.lengths();
@@ -439,7 +443,7 @@ impl Message {
                 Some(3) => Ending::Unknown,
                 other => return Err(wrong(format!("{other:?}"))),
             }),
-            Kind::Ready => Message::Ready,
+            Kind::Ready => Message::Ready(String::from_utf8_lossy(&payload).into_owned()),
             Kind::Prepared => Message::Prepared,
             Kind::Go => Message::Go,
             Kind::Started => Message::Started,

@@ -22,7 +22,7 @@
 //! | from | message | what it means |
 //! | --- | --- | --- |
 //! | source | `Offer` | the machine, as a snapshot's file `state` of now: a rehearsal |
-//! | destination | `Ready` | such a machine can be here: CPUID, MSRs, capabilities, memory |
+//! | destination | `Ready` | such a machine can be here: CPUID, MSRs, capabilities, memory; with its words for the line |
 //! | source | `Round(n)` | all pages of round n are sent, and the mark n on each data connection |
 //! | destination | `Taken(n)` | and in memory |
 //! | source | `State(n)` | the guest stands still, its disks are let go of; this is all of it but memory, which is whole with round n |
@@ -83,7 +83,7 @@
 //! let go. A break in 4: the source connects again and asks. If `Go` had come through the answer is *started*; if not, it is
 //! *never*, and a `Go` that arrives behind it starts nothing. The destination in turn, which has heard neither, decides for
 //! *never* when its connection breaks, and stays for a while to say so. If the destination's process dies, nobody listens
-//! where it did, and the source is told that at once: before `Started` was sent the guest has not run there, because that
+//! where it did, and the source is told that at once, if the line was direct: before `Started` was sent the guest has not run there, because that
 //! word is sent first; so it goes on here. After it the destination was the owner, and what dies with its owner is gone, as
 //! without any migration. If the source's process dies before `Go`, the guest dies with it, as without any migration; after
 //! it, it runs at the destination.
@@ -94,11 +94,16 @@
 //! that gets through finds nobody there. (A Unix socket whose path is gone proves nothing: somebody may have removed it while
 //! the destination lives. That is no way at all, too.)
 //!
+//! **A tunnel or a proxy** (ssh, socat, a published port of a container) between the two may die while the destination lives:
+//! that nobody listens there, or somebody who knows nothing of the guest, proves nothing then. `Ready` has the
+//! destination's words for the line ([`link::Wire::line`]). Where they are not the source's own, only an answer of the
+//! destination's ends the doubt, or who knows better.
+//!
 //! **Two faults.** A wire that loses `Started`, and a destination that dies before it can be asked: the source finds nobody
 //! there, and goes on with a guest that ran elsewhere for that long. If a disk was written there meanwhile it sees that and
 //! stands still, until somebody answers for it (`ctl migrate-settle here`, then `ctl resume`); memory and sockets have no
 //! such guard. A firewall that cuts a TCP connection and then answers in the destination's place that nobody listens looks
-//! the same. Who fears it migrates over a link without such a box, or uses Unix sockets through a tunnel of ssh.
+//! the same. Who fears it migrates over a link without such a box, or through a tunnel, behind which a refusal proves nothing.
 //!
 //! # What can be done meanwhile
 //!

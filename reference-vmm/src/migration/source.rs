@@ -19,7 +19,7 @@ use super::codec::{Compression, PAGE};
 use super::event::{Event, Observer, RoundDone, Step};
 use super::guest::{Dirty, Refusal, SourceGuest};
 use super::limit::Limiter;
-use super::link::{Connect, LinkError, Watch, greet, receive, send};
+use super::link::{Connect, LinkError, Watch, Wire, greet, receive, send};
 use super::message::{Ending, Greeting, Message, MigrationId, Role};
 use super::orders::{Orders, Whereabouts};
 use super::sender::{LAST, Lane, Tally, send_round};
@@ -219,6 +219,7 @@ pub fn migrate<G: SourceGuest, C: Connect>(
         orders,
         observer,
         tracked: AtomicBool::new(false),
+        direct: AtomicBool::new(false),
     };
     let ended = source.run();
     orders.over();
@@ -246,6 +247,8 @@ struct Source<'a, G, C> {
     orders: &'a Orders,
     observer: &'a dyn Observer,
     tracked: AtomicBool,
+    /// Nobody stands between: who refuses a connection does so in the destination's own place. Relaxed: one thread's.
+    direct: AtomicBool,
 }
 
 impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
@@ -347,10 +350,16 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         send(wire, &offer, &quiet(patience.pages)).map_err(broke(doing))?;
         drop(offer);
         let doing = "the destination does not say whether it takes the guest";
-        expect(wire, &quiet(patience.prepare), "Ready", |said| {
-            *said == Message::Ready
-        })
-        .map_err(broke(doing))?;
+        match receive(wire, &quiet(patience.prepare)).map_err(broke(doing))? {
+            Message::Ready(line) => {
+                let direct = !line.is_empty() && wire.line() == Some(line);
+                self.direct.store(direct, Ordering::Relaxed);
+            }
+            other => {
+                let (said, due) = (other.kind(), "Ready");
+                return Err(broke(doing)(LinkError::Unexpected { said, due }));
+            }
+        }
         let mut data = Vec::new();
         for number in 0..connections {
             let connected = self.connect.connect(patience.connect);
@@ -527,9 +536,12 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                     self.observer.event(Event::Step(Step::Started));
                     return Ok(());
                 }
-                // Who listens there now knows nothing of it: who took part is gone.
-                Asked::Ending(Ending::Never | Ending::Unknown) | Asked::Gone => {
-                    break Why::NotStarted;
+                Asked::Ending(Ending::Never) | Asked::Gone => break Why::NotStarted,
+                // Who listens there now knows nothing of it: who took part is gone, if it was there.
+                Asked::Ending(Ending::Unknown) if self.is_direct() => break Why::NotStarted,
+                Asked::Ending(Ending::Unknown) => {
+                    let why = "who answers knows nothing of this guest, but may be another than who has it";
+                    format!("{why} ({BETWEEN})")
                 }
                 Asked::Nothing(why) => why,
             };
@@ -553,6 +565,10 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         Err(MigrateError { why, after })
     }
 
+    fn is_direct(&self) -> bool {
+        self.direct.load(Ordering::Relaxed)
+    }
+
     /// Asks once.
     fn ask(&self) -> Asked {
         let watch = Watch {
@@ -563,7 +579,10 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             Ok(wire) => wire,
             Err(error) => {
                 return match error.kind() {
-                    io::ErrorKind::ConnectionRefused => Asked::Gone,
+                    io::ErrorKind::ConnectionRefused if self.is_direct() => Asked::Gone,
+                    io::ErrorKind::ConnectionRefused => {
+                        Asked::Nothing(format!("{error}, but the destination may live ({BETWEEN})"))
+                    }
                     _ => Asked::Nothing(format!("it cannot be reached: {error}")),
                 };
             }
@@ -607,6 +626,9 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
     }
 }
 
+/// Why nobody's word is taken for the destination's death.
+const BETWEEN: &str = "a tunnel or a proxy may stand between";
+
 enum Asked {
     Ending(Ending),
     Gone,
@@ -615,7 +637,7 @@ enum Asked {
 
 /// Waits for one message.
 fn expect(
-    wire: &mut impl super::link::Wire,
+    wire: &mut impl Wire,
     watch: &Watch<'_>,
     due: &'static str,
     is: impl Fn(&Message) -> bool,

@@ -13,6 +13,12 @@
 //! ([`Connection::set_patience`], 30 s at first): then it is an error that says so with the seconds. Who drips a byte now
 //! and then is held to a time by [`Connection::set_deadline`]. [`Canceller::cancel`] ends all of it at once.
 //!
+//! # Who is at the other end
+//!
+//! A tunnel passes on what both sides say, and dies alone. So each end has words for the line ([`Connection::line`]) that
+//! are the same at both only where there is nobody between: of a Unix socket the host's boot and the inode of the socket's
+//! file, of TCP both ports and addresses, and on loopback the host's boot and the network namespace.
+//!
 //! # Who may connect
 //!
 //! A Unix socket is its user's alone (mode 0600). TCP without TLS is for this host alone: memory of guests would be there
@@ -22,8 +28,9 @@
 
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -259,7 +266,7 @@ impl Listener {
             address: self.address.clone(),
             source,
         };
-        let (socket, peer) = loop {
+        let (socket, peer, line) = loop {
             let nobody = match self.accept_now() {
                 Ok(accepted) => break accepted,
                 Err(error) => error,
@@ -293,20 +300,23 @@ impl Listener {
         let session = self.tls.as_ref().map(Tls::accepting).transpose();
         let session = session.map_err(refused)?;
         let deadline = deadline.min(Instant::now() + HANDSHAKE);
-        Connection::begin(socket, peer.clone(), session, deadline).map_err(refused)
+        Connection::begin(socket, peer.clone(), line, session, deadline).map_err(refused)
     }
 
-    fn accept_now(&self) -> io::Result<(Socket, String)> {
+    fn accept_now(&self) -> io::Result<(Socket, String, Option<String>)> {
         match &self.shared.socket {
             Socket::UnixListener(listener) => {
                 let stream = listener.accept()?;
                 stream.set_nonblocking(false)?;
-                Ok((Socket::Unix(stream), self.address.to_string()))
+                let line = listener.file().and_then(unix_line);
+                Ok((Socket::Unix(stream), self.address.to_string(), line))
             }
             Socket::TcpListener(listener) => {
                 let (stream, peer) = listener.accept()?;
                 stream.set_nonblocking(false)?;
-                Ok((Socket::Tcp(stream), format!("tcp:{peer}")))
+                let line = stream.local_addr().ok();
+                let line = line.and_then(|here| tcp_line(peer, here));
+                Ok((Socket::Tcp(stream), format!("tcp:{peer}"), line))
             }
             // None of these is made a listener of.
             Socket::Unix(_) | Socket::Tcp(_) => Err(io::ErrorKind::Unsupported.into()),
@@ -339,7 +349,7 @@ pub fn connect(
         let left = deadline.saturating_duration_since(Instant::now());
         left.max(Duration::from_millis(1))
     };
-    let (socket, host) = match address {
+    let (socket, host, line) = match address {
         Address::Unix(path) => {
             let stream = unix_socket::connect_within(path, left());
             let stream = stream.map_err(|error| match error.kind() {
@@ -349,7 +359,9 @@ pub fn connect(
                 }
                 _ => failed(error),
             })?;
-            (Socket::Unix(stream), None)
+            let file = std::fs::metadata(path).ok();
+            let line = file.and_then(|file| unix_line((file.dev(), file.ino())));
+            (Socket::Unix(stream), None, line)
         }
         Address::Tcp { host, port } => {
             let places = resolve(host, *port, deadline).map_err(failed)?;
@@ -370,7 +382,11 @@ pub fn connect(
                     (Err(error), _) => stream = Err(error),
                 }
             }
-            (Socket::Tcp(stream.map_err(failed)?), Some(host.as_str()))
+            let stream = stream.map_err(failed)?;
+            let ends = (stream.local_addr().ok(), stream.peer_addr().ok());
+            let line = ends.0.zip(ends.1);
+            let line = line.and_then(|(here, there)| tcp_line(here, there));
+            (Socket::Tcp(stream), Some(host.as_str()), line)
         }
     };
     // That TLS is refused is not that nobody listens.
@@ -381,7 +397,36 @@ pub fn connect(
     let session = tls.map(|tls| tls.connecting(host)).transpose();
     let session = session.map_err(failed)?;
     let deadline = deadline.min(Instant::now() + HANDSHAKE);
-    Connection::begin(socket, address.to_string(), session, deadline).map_err(failed)
+    Connection::begin(socket, address.to_string(), line, session, deadline).map_err(failed)
+}
+
+/// Of a socket's file, which on one host no other has at the time.
+fn unix_line((device, inode): (u64, u64)) -> Option<String> {
+    Some(format!("unix {device}:{inode} {}", boot()?))
+}
+
+/// Of who connected, and to where. Loopback is another one in each network namespace.
+fn tcp_line(from: SocketAddr, to: SocketAddr) -> Option<String> {
+    let place = match from.ip().to_canonical().is_loopback() {
+        true => format!("{} {}", boot()?, network()?),
+        false => String::new(),
+    };
+    let [from, to] = [from, to].map(|end| (end.ip().to_canonical(), end.port()));
+    Some(format!(
+        "tcp {}:{} {}:{} {place}",
+        from.0, from.1, to.0, to.1
+    ))
+}
+
+/// The host since it was booted.
+fn boot() -> Option<String> {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned())
+}
+
+fn network() -> Option<String> {
+    let name = std::fs::read_link("/proc/self/ns/net").ok()?;
+    Some(name.display().to_string())
 }
 
 /// A stream to the other side. What is written is on its way at once. Dropped, it is closed; [`finish`](Self::finish) says
@@ -389,6 +434,7 @@ pub fn connect(
 pub struct Connection {
     wire: Wire,
     session: Option<Session>,
+    line: Option<String>,
 }
 
 impl fmt::Debug for Connection {
@@ -404,6 +450,7 @@ impl Connection {
     fn begin(
         socket: Socket,
         peer: String,
+        line: Option<String>,
         session: Option<Session>,
         deadline: Instant,
     ) -> io::Result<Self> {
@@ -420,6 +467,7 @@ impl Connection {
                 armed: [None; 2],
             },
             session,
+            line,
         };
         if let Some(session) = &mut connection.session {
             connection.wire.deadline = Some(deadline);
@@ -427,6 +475,11 @@ impl Connection {
             connection.wire.deadline = None;
         }
         Ok(connection)
+    }
+
+    /// The line as this end sees it: the same as the other end's, if nobody stands between. None where it cannot be told.
+    pub fn line(&self) -> Option<&str> {
+        self.line.as_deref()
     }
 
     /// Who is at the other end, for messages.

@@ -42,6 +42,8 @@ pub enum Strike {
     SeverOne,
     /// All break, and so many attempts to connect find no way.
     Partition(u32),
+    /// What stands between the two dies, and so many attempts to connect find nobody there, while the destination lives.
+    Tunnel(u32),
     /// All break for the source, and the message arrives when the destination has answered a question.
     Late,
     /// A process dies.
@@ -83,6 +85,7 @@ struct State {
     fault: Option<Fault>,
     struck: bool,
     no_way: u32,
+    no_tunnel: u32,
     late: Option<(usize, Vec<u8>)>,
     processes: [Process; 2],
     /// The guest's memory, as it is where it runs.
@@ -243,6 +246,11 @@ impl World {
         self.lock().processes[side as usize].locked
     }
 
+    pub fn has_tunnel(&self) -> bool {
+        let fault = self.lock().fault;
+        fault.is_some_and(|fault| matches!(fault.strike, Strike::Tunnel(_)))
+    }
+
     pub fn is_tracked(&self) -> bool {
         self.lock().tracked
     }
@@ -304,7 +312,15 @@ pub struct End {
     side: Side,
 }
 
-impl Wire for End {}
+impl Wire for End {
+    fn line(&self) -> Option<String> {
+        Some(match (self.world.has_tunnel(), self.side) {
+            (true, Source) => "to the tunnel".into(),
+            (true, Destination) => "from the tunnel".into(),
+            (false, _) => "from here to there".into(),
+        })
+    }
+}
 
 impl Read for End {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
@@ -377,6 +393,10 @@ impl Write for End {
                     state.no_way = times;
                     state.conns.iter_mut().for_each(|conn| conn.cut = [true; 2]);
                 }
+                Strike::Tunnel(times) => {
+                    state.no_tunnel = times;
+                    state.conns.iter_mut().for_each(|conn| conn.cut = [true; 2]);
+                }
                 Strike::SeverOne => state.conns[self.conn].cut = [true; 2],
                 Strike::Late => state.conns.iter_mut().for_each(|conn| {
                     conn.cut[Source as usize] = true;
@@ -415,6 +435,10 @@ impl Connect for Dial {
         if state.no_way > 0 {
             state.no_way -= 1;
             return Err(io::ErrorKind::TimedOut.into());
+        }
+        if state.no_tunnel > 0 {
+            state.no_tunnel -= 1;
+            return Err(io::ErrorKind::ConnectionRefused.into());
         }
         if state.deaf {
             return Err(io::ErrorKind::ConnectionRefused.into());
