@@ -11,6 +11,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,7 @@ use rcgen::{
 };
 use reference_vmm::migration::address::Address;
 use reference_vmm::migration::dial::Dial;
-use reference_vmm::migration::link::Connect;
+use reference_vmm::migration::link::{Connect, Watch, write_all};
 use reference_vmm::migration::message::MOST_LINE;
 use reference_vmm::migration::tls::{Tls, TlsError, TlsFiles};
 use reference_vmm::migration::transport::{
@@ -256,6 +257,44 @@ fn the_ends_of_a_line_say_the_same_of_it_and_those_of_a_tunnel_do_not() {
         assert_ne!(to_tunnel.line().unwrap(), line);
         let (_to, from_tunnel) = ends(&listener, tls.as_ref());
         assert_ne!(to_tunnel.line(), from_tunnel.line());
+    }
+}
+
+#[test]
+fn a_peer_that_takes_nothing_for_a_while_gets_each_byte_once() {
+    // More than sockets hold, of which no piece is like another.
+    let bytes: Vec<u8> = (0..16_u32 << 20)
+        .map(|at| ((at >> 12) ^ at) as u8)
+        .collect();
+    for (_folder, listener, tls) in kinds() {
+        let (mut one, mut other) = ends(&listener, tls.as_ref());
+        one.set_patience(Duration::from_millis(1));
+        let stalled = AtomicUsize::new(0);
+        let got = thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let mut writer = one;
+                let stop = || {
+                    stalled.fetch_add(1, Ordering::SeqCst);
+                    None
+                };
+                let quiet = Duration::from_secs(60);
+                write_all(&mut writer, &bytes, &Watch { quiet, stop: &stop })
+            });
+            let mut got = vec![0; bytes.len()];
+            for piece in got.chunks_mut(4 << 20) {
+                // The writer has had to come again some times, and does still.
+                let before = stalled.load(Ordering::SeqCst);
+                while stalled.load(Ordering::SeqCst) < before + 3 && !writer.is_finished() {
+                    thread::yield_now();
+                }
+                other.read_exact(piece).unwrap();
+            }
+            writer.join().unwrap().unwrap();
+            assert_eq!(other.read(&mut [0]).unwrap_or(0), 0);
+            got
+        });
+        assert!(got == bytes, "{}", listener.address());
+        assert!(stalled.into_inner() > 3, "{}", listener.address());
     }
 }
 

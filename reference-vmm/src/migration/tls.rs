@@ -305,6 +305,12 @@ fn of_alert(alert: AlertDescription) -> String {
     }
 }
 
+/// It can be tried again.
+fn waits(error: &io::Error) -> bool {
+    use io::ErrorKind::{TimedOut, WouldBlock};
+    matches!(error.kind(), TimedOut | WouldBlock)
+}
+
 /// One side of a connection, without the socket.
 #[derive(Debug)]
 pub(super) struct Session {
@@ -383,15 +389,24 @@ impl Session {
         }
     }
 
-    /// As `Write::write`; what it has taken is on its way.
+    /// As `Write::write`. What it has taken is on its way, or goes with the next write or [`flush`](Self::flush): a socket
+    /// that has no room fails it only where nothing was taken, so that who writes again writes nothing twice.
     pub(super) fn write(
         &mut self,
         socket: &mut (impl Read + Write),
         bytes: &[u8],
     ) -> io::Result<usize> {
-        let taken = self.tls.writer().write(bytes)?;
         self.send(socket)?;
-        Ok(taken)
+        let taken = self.tls.writer().write(bytes)?;
+        match self.send(socket) {
+            Err(error) if !waits(&error) => Err(error),
+            _ => Ok(taken),
+        }
+    }
+
+    /// As `Write::flush`.
+    pub(super) fn flush(&mut self, socket: &mut (impl Read + Write)) -> io::Result<()> {
+        self.send(socket)
     }
 
     fn write_all(&mut self, socket: &mut (impl Read + Write), bytes: &[u8]) -> io::Result<()> {
@@ -400,7 +415,7 @@ impl Session {
             let taken = self.write(socket, rest)?;
             rest = rest.get(taken..).unwrap_or_default();
         }
-        Ok(())
+        self.flush(socket)
     }
 
     /// Says that nothing more will come.

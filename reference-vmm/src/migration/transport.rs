@@ -429,7 +429,8 @@ fn network() -> Option<String> {
     Some(name.display().to_string())
 }
 
-/// A stream to the other side. What is written is on its way at once. Dropped, it is closed; [`finish`](Self::finish) says
+/// A stream to the other side. What is written is on its way at once; with TLS, where the other side takes nothing for as
+/// long as is waited, with the next write or flush. A write that fails for want of time has taken nothing. Dropped, it is closed; [`finish`](Self::finish) says
 /// before that all has been sent.
 pub struct Connection {
     wire: Wire,
@@ -548,7 +549,12 @@ impl Write for Connection {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        match &mut self.session {
+            Some(session) => session
+                .flush(&mut self.wire)
+                .map_err(|error| of_session(error, &self.wire.peer)),
+            None => Ok(()),
+        }
     }
 }
 
