@@ -18,7 +18,8 @@ use reference_vmm::migration::destination::{self, ReceiveError, receive};
 use reference_vmm::migration::dial;
 use reference_vmm::migration::event::{Event, Observer};
 use reference_vmm::migration::limit::Limiter;
-use reference_vmm::migration::message::MigrationId;
+use reference_vmm::migration::link::{Watch, Wire, greeted, receive_hasty};
+use reference_vmm::migration::message::{Greeting, Message, MigrationId, Role};
 use reference_vmm::migration::orders::{OrderError, Orders, Whereabouts};
 use reference_vmm::migration::source::{
     self, After, MigrateError, Settings, WhenStuck, Why, migrate,
@@ -174,6 +175,51 @@ fn one_connection_that_breaks_at_any_message_leaves_one_guest() {
 #[test]
 fn a_way_that_is_closed_for_a_while_leaves_one_guest() {
     one_guest_runs(&[Arrives::Nothing, Arrives::All], Strike::Partition(5));
+}
+
+/// A wire on which a byte comes whenever it is read, and that counts them.
+struct Drip(Vec<u8>, usize);
+
+impl Read for Drip {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        std::thread::sleep(Duration::from_millis(1));
+        let next = self.0.get(self.1).copied();
+        self.1 += 1;
+        bytes[0] = next.unwrap();
+        Ok(1)
+    }
+}
+
+impl Write for Drip {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Wire for Drip {}
+
+#[test]
+fn a_greeting_or_a_first_message_that_drips_is_over_in_time() {
+    let (id, role) = (ID, Role::Settle);
+    let greeting = Greeting { id, role }.encode().to_vec();
+    let message = Message::GivenUp("why".repeat(100)).encode().unwrap();
+    let watch = Watch {
+        quiet: Duration::from_millis(10),
+        stop: &|| None,
+    };
+    // Each byte takes a millisecond, and each has more than ten.
+    let mut drips = Drip(greeting, 0);
+    let why = greeted(&mut drips, &watch).unwrap_err().to_string();
+    assert!(why.contains("not said all within 10ms"), "{why}");
+    assert!(drips.1 <= 10, "{}", drips.1);
+    let mut drips = Drip(message, 0);
+    let why = receive_hasty(&mut drips, &watch).unwrap_err().to_string();
+    assert!(why.contains("not said all within 10ms"), "{why}");
+    assert!(drips.1 <= 10, "{}", drips.1);
 }
 
 #[test]

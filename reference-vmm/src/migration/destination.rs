@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 use super::codec::{DecodeError, Decoder, Frame, Sink};
 use super::guest::{ArrivingMemory, Blank, DestinationGuest, Prepared, Refusal};
 use super::link::{
-    Accept, LinkError, Patient, TICK, Watch, Wire, greeted, receive as hear, receive_now, send,
+    Accept, LinkError, Patient, TICK, Watch, Wire, greeted, receive as hear,
+    receive_hasty as hear_hasty, receive_now, send,
 };
 use super::message::{Ending, Greeting, Message, MigrationId, Role};
 use super::sender::LAST;
@@ -30,9 +31,9 @@ use super::sender::LAST;
 /// How long is waited for what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patience {
-    /// For who has connected to say what for. Nobody else is heard meanwhile.
+    /// For who has connected to say all of what for. Nobody else is heard meanwhile.
     pub greeting: Duration,
-    /// For a sign of life, on any connection.
+    /// For a sign of life, on any connection; and for all of the source's offer.
     pub quiet: Duration,
     /// For the source to say that the guest is not its own any more, or to ask.
     pub word: Duration,
@@ -324,7 +325,8 @@ impl<W: Wire + 'static> Destination<'_, W> {
 
         // 2. Can it be here?
         let doing = "the source does not offer a guest";
-        let (connections, offered) = match hear(control, &watch).map_err(at(doing))? {
+        let offer = hear_hasty(control, &watch).map_err(at(doing))?;
+        let (connections, offered) = match offer {
             Message::Offer {
                 connections, state, ..
             } => (connections, state),
@@ -712,7 +714,7 @@ fn place<W: Wire>(
                 }
             };
             let said = send(&mut wire, &Message::Settled(ending), watch);
-            let heard = said.and_then(|()| hear(&mut wire, watch));
+            let heard = said.and_then(|()| hear_hasty(&mut wire, watch));
             if let (Ok(Message::Done), true) = (heard, ending != Ending::Unknown) {
                 shared.change(|state| {
                     state.told = true;

@@ -188,13 +188,13 @@ pub fn greet(
     write_all(wire, &greeting.encode(), watch)
 }
 
-/// Waits for the greeting.
+/// Waits for the greeting, all of which comes within the watch's quiet time.
 ///
 /// # Errors
 /// [`LinkError`].
 pub fn greeted(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Greeting, LinkError> {
     let mut bytes = [0; GREETING];
-    read_exact(wire, &mut bytes, watch)?;
+    read_exact(&mut Hasty::new(wire, watch.quiet), &mut bytes, watch)?;
     Ok(Greeting::parse(&bytes)?)
 }
 
@@ -216,6 +216,55 @@ pub fn receive(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Message, LinkE
     read_exact(wire, &mut head, watch)?;
     receive_behind(wire, head, watch)
 }
+
+/// [`receive`], where all of the message is to come within the watch's quiet time: of who has not shown yet that he is worth
+/// a longer wait.
+///
+/// # Errors
+/// [`LinkError`].
+pub fn receive_hasty(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Message, LinkError> {
+    receive(&mut Hasty::new(wire, watch.quiet), watch)
+}
+
+/// A connection that is read until a certain moment, however little is missing then: bytes that drip do not lengthen it.
+struct Hasty<'a, W> {
+    wire: &'a mut W,
+    patience: Duration,
+    since: Instant,
+}
+
+impl<'a, W: Wire> Hasty<'a, W> {
+    fn new(wire: &'a mut W, patience: Duration) -> Self {
+        let since = Instant::now();
+        Hasty {
+            wire,
+            patience,
+            since,
+        }
+    }
+}
+
+impl<W: Wire> Read for Hasty<'_, W> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        if self.since.elapsed() >= self.patience {
+            let why = format!("it has not said all within {:?}", self.patience);
+            return Err(io::Error::other(why));
+        }
+        self.wire.read(bytes)
+    }
+}
+
+impl<W: Wire> Write for Hasty<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.wire.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.wire.flush()
+    }
+}
+
+impl<W: Wire> Wire for Hasty<'_, W> {}
 
 /// The message that has begun to come, if one does within a [`TICK`].
 ///

@@ -124,8 +124,8 @@
 //! Who has the guest's memory has the guest, and who offers one names the files that are its disks, and the taps and
 //! sockets: whatever the user of this process may open. A Unix socket is its user's. TCP on this host is open to all of its
 //! users, who are to be trusted like that; TCP beyond the host needs TLS, where both sides have certificates ([`tls`]). Whatever the other side sends is bounded, and parsed as a snapshot's file is; the first who
-//! offers a guest is the one, and others are sent away. One who connects and says nothing has 2 s, in which nobody else is
-//! heard.
+//! offers a guest is the one, and others are sent away. One who connects has 2 s to say all of what for, however
+//! slowly it comes, in which nobody else is heard; with TLS up to 10 s more to show who he is.
 //!
 //! # Limits
 //!

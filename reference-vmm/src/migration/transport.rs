@@ -10,8 +10,9 @@
 //! # No wait without an end
 //!
 //! A read waits until something comes and a write until there is room, but never longer than the connection's patience
-//! ([`Connection::set_patience`], 30 s at first): then it is an error that says so with the seconds. Who drips a byte now
-//! and then is held to a time by [`Connection::set_deadline`]. [`Canceller::cancel`] ends all of it at once.
+//! ([`Connection::set_patience`], 30 s at first): then it is an error that says so with the seconds. TLS is agreed upon
+//! within [`HANDSHAKE`], and who drips a byte now and then is held to a time by who reads
+//! ([`link`](super::link::receive_hasty)). [`Canceller::cancel`] ends a listener's wait at once.
 //!
 //! # Who is at the other end
 //!
