@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use super::record::{Ahead, Converges, MigrationRecord, Round, per_second};
+use super::record::{Ahead, Converges, MigrationRecord, Outcome, Round, per_second};
 use super::units;
 use crate::stderr;
 
@@ -128,6 +128,11 @@ pub fn line(record: &MigrationRecord, now: Duration) -> String {
     let mut text = String::from("migration: ");
     // A string takes everything.
     let _ = match (&record.outcome, &record.at_work) {
+        // It is asked for still, and the guest stands still meanwhile.
+        (Some(Outcome::Unsettled { .. }), _) => write!(
+            text,
+            "in doubt, the destination does not answer (migrate-settle here or there, who knows)"
+        ),
         (Some(_), _) => write!(text, "over"),
         (None, Some(round)) if round.stopped => write!(text, "guest stopped, last pages"),
         (None, Some(round)) => write!(text, "round {}", round.number),
@@ -224,7 +229,7 @@ fn columns() -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::{Outcome, Settings, Step};
+    use super::super::record::{Settings, Step};
     use super::*;
     use std::time::SystemTime;
 
@@ -287,8 +292,12 @@ mod tests {
         record.round_ends(ms(2101), 0);
         record.step_ends(Step::LastPages, ms(2101));
         assert!(line(&record, ms(2101)).starts_with("migration: guest stopped, hand-over"));
-        record.ends(ms(2102), Outcome::Moved);
-        assert_eq!(line(&record, ms(2102)), "migration: over");
+        let why = "it cannot be reached".into();
+        record.ends(ms(2102), Outcome::Unsettled { why });
+        let doubt = line(&record, ms(2102));
+        assert!(doubt.starts_with("migration: in doubt, "), "{doubt}");
+        record.ends(ms(2103), Outcome::Moved);
+        assert_eq!(line(&record, ms(2103)), "migration: over");
     }
 
     #[test]
