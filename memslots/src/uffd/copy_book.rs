@@ -148,6 +148,11 @@ impl CopyBook {
         self.frozen = true;
     }
 
+    /// Whether they are.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
+    }
+
     /// Somebody wants to write there.
     pub fn on_write(&mut self, area: usize, unit: usize) -> OnWrite {
         match (self.get(area, unit), self.frozen) {

@@ -77,6 +77,11 @@ pub enum PointInTimeError {
     /// The moment is lost: everything is free to be written.
     #[error("memory is not kept as it was any more: {0}")]
     Lost(String),
+    /// The moment has been: nothing can be added to it.
+    #[error(
+        "memory is kept as it was at a moment that has been; another moment is another PointInTime"
+    )]
+    Frozen,
     /// These bytes are not of the moment: they were taken before, or not wanted.
     #[error("{offset:#x} of mapping {area} is not kept as it was")]
     NotKept {
@@ -163,16 +168,18 @@ impl PointInTime {
     /// most, and the first time that it writes to a page.
     ///
     /// # Errors
-    /// [`PointInTimeError`].
+    /// [`PointInTimeError::Frozen`] behind [`freeze`](Self::freeze), and nothing has changed. The others of
+    /// [`PointInTimeError`]; what was laid until then is.
     pub fn lay(&self, area: usize, range: Range<u64>) -> Result<(), PointInTimeError> {
         self.shared.lay(area, range)
     }
 
     /// Keeps everything as it is now that was [laid](Self::lay), and these parts of mappings besides. Nobody writes
-    /// meanwhile: the machine is paused, and its I/O has ended.
+    /// meanwhile: the machine is paused, and its I/O has ended. Once: there is one moment.
     ///
     /// # Errors
-    /// [`PointInTimeError`].
+    /// [`PointInTimeError::Frozen`] when it has been, and it stays as it is. The others of [`PointInTimeError`]; then it
+    /// has not been, and may be tried again unless it is lost.
     pub fn freeze(&self, wanted: &[(usize, Range<u64>)]) -> Result<Frozen, PointInTimeError> {
         self.shared.freeze(wanted)
     }
@@ -283,6 +290,7 @@ impl Shared {
                 of.mapping.populate_read(start..end)?;
             }
             let mut state = self.lock();
+            state.check_before()?;
             state.protect(area, start..end)?;
             start = end;
         }
@@ -292,6 +300,7 @@ impl Shared {
     fn freeze(&self, wanted: &[(usize, Range<u64>)]) -> Result<Frozen, PointInTimeError> {
         let begun = Instant::now();
         let mut state = self.lock();
+        state.check_before()?;
         let mut pages = 0;
         for (area, run) in state.book.to_freeze(wanted) {
             // What never was laid may not be there.
@@ -442,6 +451,15 @@ impl State {
         match &self.lost {
             None => Ok(()),
             Some(why) => Err(PointInTimeError::Lost(why.clone())),
+        }
+    }
+
+    /// Refuses what is for before the moment.
+    fn check_before(&self) -> Result<(), PointInTimeError> {
+        self.check()?;
+        match self.book.is_frozen() {
+            true => Err(PointInTimeError::Frozen),
+            false => Ok(()),
         }
     }
 

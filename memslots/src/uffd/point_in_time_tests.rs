@@ -262,3 +262,29 @@ fn a_refusal_frees_all_and_the_reader_is_told_why() {
     assert!(world.shared.lay(0, 0..PAGE).is_err());
     assert!(world.shared.freeze(&[]).is_err());
 }
+
+#[test]
+fn the_moment_is_one_and_nothing_is_added_to_it() {
+    let mut world = World::new(1 << 20);
+    world.shared.lay(0, 0..4 * PAGE).unwrap();
+    world.shared.freeze(&[]).unwrap();
+    let moment = world.values();
+    world.write((0, 1));
+    world.write((0, 6));
+    world.settle();
+    let calls = world.fake.calls().len();
+    for again in [
+        world.shared.lay(0, 0..PAGES as u64 * PAGE),
+        world.shared.freeze(&[]).map(drop),
+        world.shared.freeze(&[(0, 6 * PAGE..7 * PAGE)]).map(drop),
+    ] {
+        let frozen = again.unwrap_err();
+        assert!(matches!(frozen, PointInTimeError::Frozen), "{frozen}");
+    }
+    assert_eq!(world.fake.calls().len(), calls);
+    for (page, value) in moment.into_iter().enumerate().take(4) {
+        assert_eq!(world.read((0, page)).unwrap(), value, "{page}");
+    }
+    let never = world.read((0, 6)).unwrap_err();
+    assert!(matches!(never, PointInTimeError::NotKept { .. }), "{never}");
+}
