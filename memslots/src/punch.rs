@@ -69,6 +69,18 @@ pub enum PunchError {
         /// Which memory, and why not.
         source: Unsupported,
     },
+    /// Somebody keeps what is in memory as it was (`uffd::PointInTime`): what is given back would be lost to it. Behind
+    /// that it may be asked for again.
+    #[error(
+        "guest address {address:#x} is in {slot}, whose memory is kept as it was at one moment, for a snapshot: it \
+         cannot be given back before that has ended"
+    )]
+    Kept {
+        /// The slot.
+        slot: SlotId,
+        /// The first such address.
+        address: u64,
+    },
     /// The host refused. What was asked for before this range is given back; where it refused for the slot's guest_memfd,
     /// which comes second, the user mapping of this range too.
     #[error(
@@ -114,6 +126,8 @@ impl<B: SlotBitmap> GuestRam<B> {
     /// attributes say now: the pages of the user mapping (what is shared lives there) and those of the guest_memfd (what
     /// is private lives there). A page that is both takes memory twice until it is punched.
     ///
+    /// While a `uffd::PointInTime` keeps a mapping of these slots, pages of it are not given back.
+    ///
     /// A slot that another thread moves or removes meanwhile is punched all the same, where it was.
     ///
     /// Blocks until the readers that are inside have left: not to be called inside a guard of the same VM's slots. One
@@ -144,6 +158,15 @@ impl<B: SlotBitmap> GuestRam<B> {
         else {
             return Ok(0);
         };
+        // To the end: nobody begins to keep what is in them.
+        let discarding = parts.iter().map(|(region, range)| {
+            let kept = PunchError::Kept {
+                slot: region.extent().id(),
+                address: range.start,
+            };
+            region.mapping().discard().ok_or(kept)
+        });
+        let _discarding = discarding.collect::<Result<Vec<_>, _>>()?;
         let (invalidation, grace) = self.invalidate(frames(&hull));
         grace.wait();
         let mut done = 0;

@@ -6,9 +6,12 @@
 #![cfg(feature = "uffd")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use memslots::fake::FakeHost;
 use memslots::uffd::point_in_time::PointInTimeError;
 use memslots::uffd::{OpenError, PointInTime};
-use memslots::{Backing, HugePages, Mapping};
+use memslots::{
+    Backing, HugePages, MapError, Mapping, Memslots, NewSlot, PrivateRanges, PunchError, SlotFlags,
+};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -160,4 +163,89 @@ fn a_system_call_that_writes_waits_as_a_thread_does() {
         (0..PAGES).for_each(|page| word(mapping, page).store(1, Ordering::Relaxed));
     }
     drop(begin(&mappings, 0).unwrap());
+}
+
+#[test]
+fn pages_are_not_given_back_while_they_are_kept() {
+    let memslots = Memslots::<()>::with_policy(FakeHost::new(8), PrivateRanges::none());
+    let slot = |page: u64, backing| NewSlot {
+        start: GuestAddress(page * PAGE),
+        backing,
+        flags: SlotFlags::NONE,
+    };
+    let whole = Arc::new(Mapping::new(&Backing::anonymous(8 * PAGE), GuestAddress(0)).unwrap());
+    let _slots = memslots
+        .create_all([
+            slot(0, Backing::anonymous(8 * PAGE)),
+            slot(8, Backing::memfd(8 * PAGE)),
+            slot(16, Backing::part(&whole, 4 * PAGE, 4 * PAGE)),
+        ])
+        .unwrap();
+    let ram = memslots.ram();
+    let snapshot = memslots.snapshot();
+    let own = snapshot
+        .regions()
+        .map(|region| Arc::clone(region.mapping()));
+    // Of the third slot's memory the whole, of which it is a part.
+    let mappings: Vec<_> = own.take(2).chain([whole]).collect();
+    let (starts, pages) = ([0, 8, 16], [3, 3, 7]);
+    for (mapping, page) in mappings.iter().zip(pages) {
+        word(mapping, page).store(7, Ordering::Relaxed);
+    }
+    for (number, start) in starts.into_iter().enumerate() {
+        let other = starts[(number + 1) % 3];
+        let Some(kept) = begin(&mappings[number..=number], 1 << 20) else {
+            return;
+        };
+        let page = pages[number];
+        kept.lay(0, page * PAGE..(page + 1) * PAGE).unwrap();
+        let given = |page: u64| GuestAddress(page * PAGE)..GuestAddress((page + 1) * PAGE);
+        // All of a request is refused with a part of it.
+        let refused = ram.punch(&[given(other), given(start + 3)]).unwrap_err();
+        let address = (start + 3) * PAGE;
+        assert!(
+            matches!(refused, PunchError::Kept { address: at, .. } if at == address),
+            "{refused}"
+        );
+        kept.freeze(&[]).unwrap();
+        ram.punch(&[given(start + 3)]).unwrap_err();
+        let mut bytes = vec![0; PAGE as usize];
+        kept.read(0, page * PAGE, &mut bytes).unwrap();
+        assert_eq!(bytes[0], 7);
+        // What nobody keeps is given back.
+        assert_eq!(ram.punch(&[given(other)]), Ok(PAGE));
+        drop(kept);
+        assert_eq!(ram.punch(&[given(start + 3)]), Ok(PAGE));
+        assert_eq!(word(&mappings[number], page).load(Ordering::Relaxed), 0);
+    }
+}
+
+#[test]
+fn memory_whose_pages_are_merged_is_not_kept() {
+    let map = |backing: &Backing| Mapping::new(backing, GuestAddress(0)).map(Arc::new);
+    let plain = map(&Backing::anonymous(PAGES * PAGE)).unwrap();
+    match map(&Backing::anonymous(PAGES * PAGE).mergeable()) {
+        // A kernel without KSM.
+        Err(MapError::Call { .. }) => return,
+        merged => {
+            let mappings = [plain.clone(), merged.unwrap()];
+            match PointInTime::begin(mappings, 0) {
+                Err(PointInTimeError::Open(OpenError::Denied { .. })) => return,
+                refused => {
+                    let refused = refused.unwrap_err();
+                    let mergeable = matches!(refused, PointInTimeError::Mergeable { area: 1 });
+                    assert!(mergeable, "{refused}");
+                }
+            }
+        }
+    }
+    // A part is of the whole, and the whole of its parts.
+    let part = Backing::part(&plain, 0, PAGE).mergeable();
+    let kept = begin(std::slice::from_ref(&plain), 0).unwrap();
+    assert_eq!(map(&part).err(), Some(MapError::MergeableKept));
+    drop(kept);
+    map(&part).unwrap();
+    let refused = PointInTime::begin([plain], 0).unwrap_err();
+    let mergeable = matches!(refused, PointInTimeError::Mergeable { area: 0 });
+    assert!(mergeable, "{refused}");
 }

@@ -264,7 +264,8 @@ impl Backing {
     }
 
     /// The same offered for the merging of equal pages (`MADV_MERGEABLE`, KSM). Between tenants that do not trust each
-    /// other, merged pages tell by their timing who has what.
+    /// other, merged pages tell by their timing who has what. Such memory cannot be kept as it was at one moment
+    /// (`uffd::PointInTime`).
     #[must_use]
     pub const fn mergeable(mut self) -> Self {
         self.merge = true;

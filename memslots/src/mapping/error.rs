@@ -57,6 +57,11 @@ pub enum MapError {
         /// The mapping's length, in bytes.
         length: u64,
     },
+    /// A part that is to be merged of a mapping whose contents somebody keeps as they were (`uffd::PointInTime`).
+    #[error(
+        "pages whose contents are kept as they were cannot be merged until they are not kept any more"
+    )]
+    MergeableKept,
     /// A shared mapping of a file that was opened for reading only: what a loader writes could not go there.
     #[error(
         "a shared mapping of {size:#x} bytes from offset {offset:#x} of a file that is open for reading only: open it \

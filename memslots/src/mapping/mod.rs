@@ -10,6 +10,7 @@ mod holes;
 mod hugetlb;
 mod memfd;
 mod numa;
+mod pages;
 mod place;
 mod prefault;
 mod sys;
@@ -24,6 +25,10 @@ use crate::{Errno, Hva, MemoryKind, PAGE_SIZE};
 use area::{Area, Plan};
 use backing::Source;
 use numa::Binding;
+pub(crate) use pages::Discarding;
+#[cfg(feature = "uffd")]
+pub(crate) use pages::Keeping;
+use pages::Pages;
 use prefault::Work;
 use std::fmt;
 use std::fs::File;
@@ -66,6 +71,8 @@ pub struct Mapping {
     kind: MemoryKind,
     /// Where others find it: of shared mappings only, for a private one shows its file's contents no more.
     file: Option<FileOffset>,
+    /// Shared with all that is cut from the same memory.
+    pages: Arc<Pages>,
     system: &'static dyn System,
 }
 
@@ -142,6 +149,7 @@ impl Mapping {
                     page_size: PAGE_SIZE,
                     kind: MemoryKind::External,
                     file: None,
+                    pages: Arc::default(),
                     system,
                 }
             }
@@ -182,6 +190,7 @@ impl Mapping {
             kind: whole.kind,
             file: file
                 .map(|file| FileOffset::from_arc(Arc::clone(file.arc()), file.start() + offset)),
+            pages: Arc::clone(&whole.pages),
             system,
         })
     }
@@ -265,7 +274,8 @@ impl Mapping {
             self.advise("madvise(MADV_DONTFORK)", libc::MADV_DONTFORK)?;
         }
         if backing.merge {
-            self.advise("madvise(MADV_MERGEABLE)", libc::MADV_MERGEABLE)?;
+            let advise = || self.advise("madvise(MADV_MERGEABLE)", libc::MADV_MERGEABLE);
+            self.pages.merge(advise).ok_or(MapError::MergeableKept)??;
         }
         if let Some(threads) = backing.prefault {
             self.prefault(0..self.size(), threads)?;
@@ -361,6 +371,18 @@ impl Mapping {
         // SAFETY: within the mapping, which lives as long as `self`, by a volatile access.
         let from = unsafe { VolatileSlice::new(self.start.add(offset as usize), count) };
         from.copy_to(into);
+    }
+
+    /// Pages may be given back until what is returned is dropped; none where a point in time keeps what they hold.
+    pub(crate) fn discard(&self) -> Option<Discarding> {
+        self.pages.discard()
+    }
+
+    /// No page is given back or merged until what is returned is dropped; none where they are merged. Waits for who is
+    /// giving some back.
+    #[cfg(feature = "uffd")]
+    pub(crate) fn keep(&self) -> Option<Keeping> {
+        self.pages.keep()
     }
 
     pub(crate) fn start(&self) -> *mut u8 {

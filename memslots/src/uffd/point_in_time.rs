@@ -20,6 +20,14 @@
 //! moment and is written by a device behind it is not told: let all I/O end before, as a paused machine does anyway, and
 //! begin none that was pinned before.
 //!
+//! # What takes protection away without a write
+//! Pages that are given back, and those that the kernel merges with equal ones, come again without protection, and no one
+//! is told. So nothing of the kind happens here while this lives: [`GuestRam::punch`](crate::GuestRam::punch) is refused
+//! ([`PunchError::Kept`](crate::PunchError::Kept)), and a mapping that is
+//! [`mergeable`](crate::Backing::mergeable), or of which a part is, is not taken. What a consumer does by itself is its
+//! own to leave: `MADV_DONTNEED`, a hole in the file, `MADV_MERGEABLE` or `PR_SET_MEMORY_MERGE`, here or in a process
+//! that shares the memory.
+//!
 //! # When it goes wrong
 //! Dropped at any time, and whenever its thread ends for whatever reason, all protection is gone and who waited goes on.
 //! [`read`](PointInTime::read) then says that the moment is lost.
@@ -30,6 +38,7 @@ use super::{
     Event, Features, LendError, Messages, Modes, OpError, OpenError, ProtectRole, RegisterError,
     Registration, Uffd, Wake,
 };
+use crate::mapping::Keeping;
 use crate::{Errno, MapError, Mapping, MemoryKind};
 use std::fmt;
 use std::io;
@@ -65,6 +74,15 @@ pub enum PointInTimeError {
         "pages of {0:#x} bytes, of which each would be copied while its writer waits: {MOST_PAGE:#x} are the most"
     )]
     PageSize(u64),
+    /// The kernel merges equal pages of it: what becomes of them is not told.
+    #[error(
+        "mapping {area}, or a part of it, is mergeable (KSM): what is in pages that the kernel merges cannot be kept as \
+         it was"
+    )]
+    Mergeable {
+        /// Which mapping.
+        area: usize,
+    },
     /// Its thread cannot be made.
     #[error("cannot make the thread that answers page faults: {0}")]
     Thread(io::Error),
@@ -134,12 +152,14 @@ struct Area {
     populate: bool,
     /// Kept for its drop.
     _registration: Registration,
+    /// Behind it: what is given back before would be lost.
+    _keeping: Keeping,
 }
 
 impl PointInTime {
     /// Registers these mappings with a userfaultfd of their own, and starts the thread. They are known by their place from
     /// then on. `room` is how many bytes of copies there may be: when they are, writers wait for the reader. Nothing is
-    /// protected yet.
+    /// protected yet. Waits for a [`punch`](crate::GuestRam::punch) that is under way; none begins while this lives.
     ///
     /// # Errors
     /// [`PointInTimeError`]; nothing has changed.
@@ -250,11 +270,13 @@ impl Shared {
     ) -> Result<Self, PointInTimeError> {
         let unpopulated = uffd.enabled().contains(Features::WP_UNPOPULATED);
         let (mut areas, mut roles, mut sizes) = (Vec::new(), Vec::new(), Vec::new());
-        for mapping in mappings {
+        for (area, mapping) in mappings.into_iter().enumerate() {
             let unit = mapping.page_size();
             if unit > MOST_PAGE {
                 return Err(PointInTimeError::PageSize(unit));
             }
+            let keeping = mapping.keep();
+            let _keeping = keeping.ok_or(PointInTimeError::Mergeable { area })?;
             let registration = uffd.register_all(&mapping, Modes::WRITE_PROTECT)?;
             roles.push(registration.lend_protect()?);
             sizes.push((mapping.size(), unit));
@@ -262,6 +284,7 @@ impl Shared {
                 populate: mapping.kind() == MemoryKind::Anonymous && !unpopulated,
                 mapping,
                 _registration: registration,
+                _keeping,
             });
         }
         Ok(Shared {
