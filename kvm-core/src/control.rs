@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use crate::access::{OnThread, Tasks};
 use crate::blocker::{Blocker, Waker};
 use crate::halt_poll::HaltPolling;
-use crate::hold::{Ledger, Look, SLICE, Sentence};
+use crate::hold::{Ledger, Look, SLICE, Sentences};
 use crate::identity::{Identity, VcpuId};
 use crate::kick::Gate;
 use crate::mode::GuestMode;
@@ -187,9 +187,10 @@ impl Control {
         next
     }
 
-    pub(crate) fn release_all(&self) {
+    /// Nobody owes a throttle anything.
+    pub(crate) fn lift_all(&self) {
         for member in lock(&self.members).iter() {
-            member.change_hold(Ledger::release);
+            member.change_hold(Ledger::lift);
         }
     }
 
@@ -210,8 +211,8 @@ impl Control {
 ///
 /// Every method may be called from any thread. Those that wait ([`VcpuSet::pause`], [`VcpuSet::pause_within`],
 /// [`VcpuSet::stop`], [`VcpuSet::wait`], [`VcpuSet::request_all_and_wait`]) refuse on a vCPU thread
-/// of the same set. A wait is for handlers to return and no longer than that; it never sleeps for a
-/// time and never polls.
+/// of the same set. A wait is for handlers to return and no longer than that, and with
+/// [`VcpuSet::pause_within`] no longer than it is told; it never sleeps for a time and never polls.
 #[derive(Clone)]
 pub struct VcpuSet {
     control: Arc<Control>,
@@ -475,7 +476,8 @@ impl VcpuSet {
         Ok(())
     }
 
-    /// Ends a vCPU's [hold](Self::hold) at once; one that is not held runs on. Does not block.
+    /// Ends a vCPU's [hold](Self::hold) at once; one that is not held runs on. What it sleeps for a
+    /// [throttle](Self::throttle) it sleeps on. Does not block.
     ///
     /// # Errors
     /// [`ControlError::NoSuchVcpu`].
@@ -484,8 +486,8 @@ impl VcpuSet {
         Ok(())
     }
 
-    /// What slows all vCPUs down, from 0 % on: those that are enrolled later too. It holds each
-    /// ([`hold`](Self::hold)) for a part of its time, in slices of about 10 ms that it ran (2 ms at 99 %); one that sleeps in HLT is
+    /// What slows all vCPUs down, from 0 % on: those that are enrolled later too. Each sleeps as if it were
+    /// [held](Self::hold), and besides what it is held for, for a part of its time, in slices of about 10 ms that it ran (2 ms at 99 %); one that sleeps in HLT is
     /// left alone. It has a thread of its own.
     ///
     /// ([`Doorbell::cpu_time`](crate::Doorbell::cpu_time) tells how long a vCPU ran; without it one is not slowed.)
@@ -662,7 +664,7 @@ impl Member {
     }
 
     /// What is to be done about its hold, once.
-    pub(crate) fn sentence(&self) -> Sentence {
+    pub(crate) fn sentences(&self) -> Sentences {
         lock(&self.enrolled.ledger).take()
     }
 

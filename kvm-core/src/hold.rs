@@ -3,15 +3,18 @@
 //! A vCPU that is kept out of the guest for a time, and what a throttle charges it for what it ran.
 //!
 //! ```text
-//!   throttle ── charge ──► ┌────────┐
-//!   VcpuSet::hold ───────► │ Ledger │ ── take ──► the run loop rests until then, on the vCPU's thread
-//!   VcpuSet::release ────► └────────┘
+//!   throttle ── charge, lift ────► ┌────────┐
+//!                                  │ Ledger │ ── take ──► the run loop rests until both are over, on the vCPU's thread
+//!   VcpuSet ── hold, release ────► └────────┘
 //! ```
+//!
+//! The two owe nothing to each other: what the throttle charged is lifted with it, what a consumer holds is the consumer's
+//! to release, and who sleeps for both sleeps for the longer of the two.
 //!
 //! The ledger is behind a lock of its own, which a vCPU's thread takes only when it was asked to
 //! ([`Request::HOLD`](crate::request::Request)); a request is never lost (`kick.rs`), and neither is what it is about.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a vCPU runs for before it is held, about, and at most: QEMU's time slice of `cpu-throttle`.
 pub(crate) const SLICE: Duration = Duration::from_millis(10);
@@ -22,13 +25,18 @@ const PERIOD: Duration = Duration::from_millis(200);
 /// still for the longer.
 pub(crate) const MOST: Duration = Duration::from_millis(40);
 
+/// A hold that is as good as one without an end; an `Instant` has one.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// What a vCPU owes, and what it has run for.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     /// The CPU time of its thread up to which it has been charged.
     charged: Option<Duration>,
-    owed: Duration,
-    released: bool,
+    /// To the throttle.
+    throttle: Sentence,
+    /// To who holds it.
+    hold: Sentence,
 }
 
 /// What [`Ledger::look`] found.
@@ -40,13 +48,68 @@ pub(crate) enum Look {
     Again(Duration),
 }
 
-/// What a vCPU is to do about its hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a vCPU is to do about one of the two.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sentence {
     /// First, it is held no more.
-    pub(crate) released: bool,
+    released: bool,
     /// Then, it is held for so much longer.
-    pub(crate) owed: Duration,
+    owed: Duration,
+}
+
+impl Sentence {
+    fn add(&mut self, time: Duration) {
+        self.owed = self.owed.saturating_add(time);
+    }
+
+    fn forgive(&mut self) {
+        *self = Self {
+            released: true,
+            owed: Duration::ZERO,
+        };
+    }
+
+    /// Until when it is held that was held until `held`. What was over before is over, seen or not: it makes nothing
+    /// shorter that comes behind it.
+    fn until(self, held: Option<Instant>, now: Instant) -> Option<Instant> {
+        let held = held.filter(|until| !self.released && *until > now);
+        match self.owed.is_zero() {
+            true => held,
+            false => Some(held.unwrap_or(now) + self.owed.min(LONGEST)),
+        }
+    }
+}
+
+/// What a vCPU is to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Sentences {
+    throttle: Sentence,
+    hold: Sentence,
+}
+
+/// Until when a vCPU stays out of the guest.
+#[derive(Debug, Default)]
+pub(crate) struct Held {
+    throttle: Option<Instant>,
+    hold: Option<Instant>,
+}
+
+impl Held {
+    /// Does as it is told.
+    pub(crate) fn serve(&mut self, sentences: Sentences, now: Instant) {
+        self.throttle = sentences.throttle.until(self.throttle, now);
+        self.hold = sentences.hold.until(self.hold, now);
+    }
+
+    /// Until both are over; none where it is not held.
+    pub(crate) fn until(&self) -> Option<Instant> {
+        self.throttle.max(self.hold)
+    }
+
+    /// Both are over.
+    pub(crate) fn over(&mut self) {
+        *self = Self::default();
+    }
 }
 
 impl Ledger {
@@ -68,28 +131,31 @@ impl Ledger {
         }
         self.charged = Some(cpu);
         let sleep = ran.min(MOST).saturating_mul(percent.into()) / runs;
-        self.hold(sleep);
+        self.throttle.add(sleep);
         Look::Hold
     }
 
-    /// It owes so much more.
+    /// It is held for so much longer.
     pub(crate) fn hold(&mut self, time: Duration) {
-        self.owed = self.owed.saturating_add(time);
+        self.hold.add(time);
     }
 
-    /// It owes nothing, and nothing of what it has run.
+    /// It is held no more.
     pub(crate) fn release(&mut self) {
-        *self = Self {
-            released: true,
-            ..Self::default()
-        };
+        self.hold.forgive();
+    }
+
+    /// It owes the throttle nothing, and nothing of what it has run.
+    pub(crate) fn lift(&mut self) {
+        self.charged = None;
+        self.throttle.forgive();
     }
 
     /// What there is to do, once.
-    pub(crate) fn take(&mut self) -> Sentence {
-        Sentence {
-            released: std::mem::take(&mut self.released),
-            owed: std::mem::take(&mut self.owed),
+    pub(crate) fn take(&mut self) -> Sentences {
+        Sentences {
+            throttle: std::mem::take(&mut self.throttle),
+            hold: std::mem::take(&mut self.hold),
         }
     }
 }
@@ -98,11 +164,6 @@ impl Ledger {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    const NOTHING: Sentence = Sentence {
-        released: false,
-        owed: Duration::ZERO,
-    };
 
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(500) })]
@@ -120,7 +181,7 @@ mod tests {
             for late in looks {
                 cpu += Duration::from_micros(late);
                 ledger.look(cpu, percent);
-                slept += ledger.take().owed;
+                slept += ledger.take().throttle.owed;
             }
             let ran = cpu - begun;
             let part = |ran: Duration| ran * u32::from(percent) / u32::from(100 - percent);
@@ -156,7 +217,7 @@ mod tests {
         for _ in 0..1000 {
             assert_eq!(ledger.look(Duration::from_secs(3), 95), Look::Again(SLICE));
         }
-        assert_eq!(ledger.take(), NOTHING);
+        assert_eq!(ledger.take(), Sentences::default());
     }
 
     #[test]
@@ -165,7 +226,7 @@ mod tests {
         ledger.look(Duration::ZERO, 99);
         let slice = Duration::from_millis(2);
         assert_eq!(ledger.look(slice, 99), Look::Hold);
-        assert_eq!(ledger.take().owed, slice * 99);
+        assert_eq!(ledger.take().throttle.owed, slice * 99);
     }
 
     #[test]
@@ -173,7 +234,7 @@ mod tests {
         let mut ledger = Ledger::default();
         ledger.look(Duration::ZERO, 50);
         assert_eq!(ledger.look(Duration::from_secs(60), 50), Look::Hold);
-        assert_eq!(ledger.take().owed, MOST);
+        assert_eq!(ledger.take().throttle.owed, MOST);
     }
 
     #[test]
@@ -185,30 +246,90 @@ mod tests {
             Look::Again(SLICE)
         );
         assert_eq!(ledger.look(Duration::from_millis(11), 50), Look::Hold);
-        assert_eq!(ledger.take().owed, SLICE);
+        assert_eq!(ledger.take().throttle.owed, SLICE);
     }
 
+    const FORGIVEN: Sentence = Sentence {
+        released: true,
+        owed: Duration::ZERO,
+    };
+
     #[test]
-    fn a_release_forgives_what_is_owed_and_what_was_run() {
+    fn what_is_lifted_forgives_what_was_run_and_leaves_what_is_held_and_the_other_way_round() {
         let mut ledger = Ledger::default();
-        ledger.look(Duration::ZERO, 50);
-        ledger.look(SLICE, 50);
-        ledger.hold(Duration::from_secs(9));
-        ledger.release();
-        let released = Sentence {
-            released: true,
-            ..NOTHING
+        let hold = Sentence {
+            released: false,
+            owed: Duration::from_secs(9),
         };
-        assert_eq!(ledger.take(), released);
-        assert_eq!(ledger.take(), NOTHING);
+        let charge = |ledger: &mut Ledger| {
+            ledger.look(Duration::ZERO, 50);
+            ledger.look(SLICE, 50);
+            ledger.hold(hold.owed);
+        };
+        charge(&mut ledger);
+        ledger.lift();
+        let lifted = Sentences {
+            throttle: FORGIVEN,
+            hold,
+        };
+        assert_eq!(ledger.take(), lifted);
+        assert_eq!(ledger.take(), Sentences::default());
         assert_eq!(ledger.look(SLICE * 9, 50), Look::Again(SLICE));
+        ledger.lift();
+        ledger.take();
+        charge(&mut ledger);
+        ledger.release();
+        let released = ledger.take();
+        assert_eq!((released.throttle.owed, released.hold), (SLICE, FORGIVEN));
         // What comes behind it holds.
         ledger.release();
         ledger.hold(SLICE);
         let both = Sentence {
-            released: true,
             owed: SLICE,
+            ..FORGIVEN
         };
-        assert_eq!(ledger.take(), both);
+        assert_eq!(ledger.take().hold, both);
+    }
+
+    #[test]
+    fn holds_add_up_and_one_that_is_over_makes_the_next_no_shorter() {
+        let now = Instant::now();
+        let owed = |owed| Sentence {
+            released: false,
+            owed,
+        };
+        let late = now + SLICE;
+        // It has ended, and nobody has looked since.
+        let over = Some(now);
+        assert_eq!(owed(SLICE).until(over, late), Some(late + SLICE));
+        assert_eq!(owed(Duration::ZERO).until(over, late), None);
+        assert_eq!(owed(SLICE).until(Some(late), now), Some(late + SLICE));
+        assert_eq!(owed(Duration::ZERO).until(Some(late), now), Some(late));
+        assert_eq!(FORGIVEN.until(Some(late), now), None);
+        let both = Sentence {
+            owed: SLICE,
+            ..FORGIVEN
+        };
+        assert_eq!(both.until(Some(late + SLICE), now), Some(late));
+        assert_eq!(owed(Duration::MAX).until(None, now), Some(now + LONGEST));
+    }
+
+    #[test]
+    fn who_sleeps_for_both_sleeps_for_the_longer_of_the_two() {
+        let now = Instant::now();
+        let mut ledger = Ledger::default();
+        let mut held = Held::default();
+        assert_eq!(held.until(), None);
+        ledger.look(Duration::ZERO, 50);
+        ledger.look(SLICE, 50);
+        ledger.hold(SLICE * 3);
+        held.serve(ledger.take(), now);
+        assert_eq!(held.until(), Some(now + SLICE * 3));
+        ledger.release();
+        held.serve(ledger.take(), now);
+        assert_eq!(held.until(), Some(now + SLICE));
+        ledger.lift();
+        held.serve(ledger.take(), now);
+        assert_eq!(held.until(), None);
     }
 }

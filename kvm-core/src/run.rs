@@ -50,7 +50,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vm_memory::GuestAddress;
 use vmm_sys_util::errno::Error as Errno;
@@ -60,7 +60,7 @@ use crate::blocker::{Blocker, Waker, Woken};
 use crate::control::{Member, Verdict};
 use crate::exit::{DecodeError, Exit, InternalError, forget};
 use crate::halt_poll::HaltPolling;
-use crate::hold::Sentence;
+use crate::hold::Held;
 use crate::identity::VcpuId;
 use crate::kick::Doorbell;
 use crate::memory_error::{BusError, HostAddress, MemoryError, Remedy};
@@ -72,9 +72,6 @@ const EFAULT: i32 = 14;
 const EINVAL: i32 = 22;
 const ENOTTY: i32 = 25;
 const EHWPOISON: i32 = 133;
-
-/// A hold that is as good as one without an end; an `Instant` has one.
-const LONGEST_HOLD: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// So many times in succession `KVM_RUN` may say `EAGAIN` to a vCPU that waits for nothing. One is
 /// KVM's way to start an AP; a shortage that is over at once is given the others.
@@ -379,8 +376,8 @@ pub struct Runner<V> {
     /// The vCPU's handler said [`Flow::Block`], and it has not been woken since.
     halted: bool,
     blocker: Blocker,
-    /// It is held out of the guest until then.
-    held: Option<Instant>,
+    /// It is held out of the guest.
+    held: Held,
     /// What a paused vCPU's thread ran into.
     untold: VecDeque<BusError>,
 }
@@ -393,7 +390,7 @@ impl<V: RunVcpu> Runner<V> {
             refusals: 0,
             halted: false,
             blocker,
-            held: None,
+            held: Held::default(),
             untold: VecDeque::new(),
         }
     }
@@ -498,7 +495,7 @@ impl<V: RunVcpu> Runner<V> {
             // Behind all that may have touched guest memory since the last look: the handler, and tasks of
             // a pause.
             self.bus_errors(handler)?;
-            let waits = self.halted || self.held.is_some();
+            let waits = self.halted || self.held.until().is_some();
             if waits && !self.member.gate().is_asked() {
                 self.block(handler);
             } else if self.member.gate().enter() {
@@ -517,23 +514,17 @@ impl<V: RunVcpu> Runner<V> {
             if self.blocker.block() == Woken::Event {
                 self.halted = !handler.runnable(&self.view());
             }
-        } else if let Some(until) = self.held
+        } else if let Some(until) = self.held.until()
             && !self.blocker.rest(until)
         {
-            self.held = None;
+            self.held.over();
         }
     }
 
     /// Somebody holds it, or releases it.
     #[cold]
     fn sentenced(&mut self) {
-        let Sentence { released, owed } = self.member.sentence();
-        let now = Instant::now();
-        let held = self.held.filter(|until| !released && *until > now);
-        self.held = match owed.is_zero() {
-            true => held,
-            false => Some(held.unwrap_or(now) + owed.min(LONGEST_HOLD)),
-        };
+        self.held.serve(self.member.sentences(), Instant::now());
     }
 
     /// One `KVM_RUN`, and what comes of it.

@@ -117,8 +117,8 @@ impl Throttle {
         Ok(throttle)
     }
 
-    /// Has each vCPU sleep `percent` of its time from now on; 0 is not at all. Less than before, and those that sleep
-    /// are woken at once. Does not block.
+    /// Has each vCPU sleep `percent` of its time from now on; 0 is not at all. Less than before, and those that sleep for
+    /// it are woken at once; who is [held](crate::VcpuSet::hold) besides stays so. Does not block.
     ///
     /// # Errors
     /// [`ThrottleError::Percent`]; what was in force still is.
@@ -129,7 +129,7 @@ impl Throttle {
         let mut order = lock(&self.shared.order);
         let before = std::mem::replace(&mut order.percent, percent);
         if percent < before {
-            self.shared.control.release_all();
+            self.shared.control.lift_all();
         }
         drop(order);
         self.shared.changed.notify_all();
@@ -147,7 +147,7 @@ impl Drop for Throttle {
     fn drop(&mut self) {
         let mut order = lock(&self.shared.order);
         order.over = true;
-        self.shared.control.release_all();
+        self.shared.control.lift_all();
         drop(order);
         self.shared.changed.notify_all();
         // It waits for nobody but this lock.
@@ -163,5 +163,29 @@ impl Drop for Throttle {
 impl std::fmt::Debug for Throttle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Throttle of {} %", self.percent())
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use crate::fake::FakeVcpu;
+    use crate::hold::SLICE;
+    use crate::{Identity, VcpuId, VcpuSet};
+
+    #[test]
+    fn the_throttle_looks_again_when_the_first_vcpu_can_have_run_for_a_slice() {
+        let set = VcpuSet::new(Identity::vm("test"));
+        let vcpus = [0, 1].map(|id| FakeVcpu::new(VcpuId(id), []));
+        let states = vcpus.each_ref().map(FakeVcpu::state);
+        let _runners = vcpus.map(|vcpu| set.enroll(vcpu).unwrap());
+        // At 0 % its own thread looks at nothing.
+        let throttle = set.throttle().unwrap();
+        let look = || throttle.shared.control.charge_all(50);
+        assert_eq!(look(), SLICE);
+        states[0].has_run(SLICE * 4 / 10);
+        states[1].has_run(SLICE * 7 / 10);
+        assert_eq!(look(), SLICE * 3 / 10);
+        states[1].has_run(SLICE);
+        assert_eq!(look(), SLICE * 6 / 10);
     }
 }

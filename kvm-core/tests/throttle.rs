@@ -169,9 +169,33 @@ fn less_of_a_throttle_and_its_end_wake_who_sleeps() {
             state.has_run(Duration::from_millis(10));
             !state.is_in_guest()
         });
-        // What it was charged for is of a second; this is in force besides.
-        set.hold(ZERO, LONG).unwrap();
+        // What it was charged for is of a second.
         lift(throttle);
+        until(|| state.is_in_guest());
+    }
+    stopped(&set, thread);
+}
+
+#[test]
+fn a_hold_outlives_the_throttle_and_less_of_it() {
+    let set = VcpuSet::new(Identity::vm("test"));
+    let (state, thread) = start(&set, 0, []);
+    for lift in [
+        |throttle: kvm_core::Throttle| throttle.set(98).unwrap(),
+        |throttle: kvm_core::Throttle| throttle.set(0).unwrap(),
+        drop,
+    ] {
+        let throttle = set.throttle().unwrap();
+        throttle.set(99).unwrap();
+        held(&set, &state);
+        let ran = state.log().guest;
+        lift(throttle);
+        // It has heard of that, and of all before it.
+        set.request_all_and_wait(Request::consumer(0).unwrap())
+            .unwrap();
+        set.pause().unwrap().resume();
+        assert_eq!(state.log().guest, ran);
+        set.release(ZERO).unwrap();
         until(|| state.is_in_guest());
     }
     stopped(&set, thread);
