@@ -83,8 +83,8 @@
 //! - One thread runs a vCPU: [`Runner::run`] takes the vCPU and gives it back in a [`Halt`]. It comes
 //!   back to halt, and for nothing else: its type is `Result<Infallible, Halt>`.
 //! - [`VcpuSet`] is the other side, for any thread. What waits there waits on a condition variable
-//!   for vCPU threads to pass a lock; there is no time-out, no sleep and no poll. Waiting for one's
-//!   own vCPU is refused with [`ControlError::OnVcpuThread`].
+//!   for vCPU threads to pass a lock, with no time-out (but for [`VcpuSet::pause_within`], which is asked for one), no
+//!   sleep and no poll. Waiting for one's own vCPU is refused with [`ControlError::OnVcpuThread`].
 //! - A paused vCPU is asked through its own thread ([`Pause::with_vcpu`]); who asks one that leaves
 //!   instead is told, and never left waiting (`access.rs` argues it).
 //! - A vCPU thread that halts, fails at its first ioctl or panics leaves its set on the way, and one
@@ -100,7 +100,8 @@
 //!   that reaches a vCPU in the guest reaches it there as well.
 //! - vCPUs are slowed down by [`VcpuSet::throttle`], all of them by a part of their time, or one by one with
 //!   [`VcpuSet::hold`]: each sleeps outside the guest, on its own thread, and all that reaches a vCPU in the guest
-//!   reaches it there at once. One that sleeps in HLT is not woken for it.
+//!   reaches it there at once. One that sleeps in HLT is not woken for it. These alone go by the clock: a hold ends at its
+//!   time, and while a throttle is not 0 its thread looks each 10 ms, more often beyond 95 %, at what each vCPU has run.
 //! - Memory orderings are argued in `kick.rs`, `mode.rs`, `request.rs` and `blocker.rs`, and loom explores
 //!   run loop, kick, request, pause, stop and halt with every stale value that they allow and every
 //!   interleaving of at most two to four preemptions (`tests/loom_*.rs`).
