@@ -6,11 +6,15 @@
 #![cfg(feature = "uffd")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "common/pool.rs"]
+mod pool;
+
 use memslots::fake::FakeHost;
 use memslots::uffd::point_in_time::PointInTimeError;
 use memslots::uffd::{OpenError, PointInTime};
 use memslots::{
-    Backing, HugePages, MapError, Mapping, Memslots, NewSlot, PrivateRanges, PunchError, SlotFlags,
+    Backing, HugePageSize, HugePages, HugePool, MapError, Mapping, Memslots, NewSlot,
+    PrivateRanges, PunchError, SlotFlags,
 };
 use std::fs::File;
 use std::io::Write;
@@ -248,4 +252,44 @@ fn memory_whose_pages_are_merged_is_not_kept() {
     let refused = PointInTime::begin([plain], 0).unwrap_err();
     let mergeable = matches!(refused, PointInTimeError::Mergeable { area: 0 });
     assert!(mergeable, "{refused}");
+}
+
+#[test]
+fn large_pages_are_copied_whole_and_read_in_parts() {
+    let (large, page) = (HugePageSize::MIB_2.bytes(), HugePageSize::MIB_2);
+    let _pool = pool::Overcommit::raise(2);
+    if HugePool::of_host(page).is_none_or(|pool| pool.available() < 2) {
+        return eprintln!("this host has no pool of 2 MiB pages, and lends none");
+    }
+    for backing in [
+        Backing::hugetlb(2 * large, page),
+        Backing::hugetlb_memfd(2 * large, page),
+    ] {
+        let mapping = Arc::new(Mapping::new(&backing, GuestAddress(0)).unwrap());
+        let Some(kept) = begin(std::slice::from_ref(&mapping), 2 * large) else {
+            return;
+        };
+        let pages = 2 * large / PAGE;
+        let fill = |add: u64| {
+            (0..pages).for_each(|page| word(&mapping, page).store(page + add, Ordering::Relaxed));
+        };
+        fill(1);
+        kept.lay(0, 0..2 * large).unwrap();
+        kept.freeze(&[]).unwrap();
+        let mut bytes = vec![0; PAGE as usize];
+        let mut read = |page: u64| {
+            kept.read(0, page * PAGE, &mut bytes).unwrap();
+            u64::from_le_bytes(*bytes.first_chunk().unwrap())
+        };
+        // The first part from memory, the rest of the page from its copy; of the other all from its copy.
+        assert_eq!(read(0), 1);
+        fill(0x1000);
+        assert_eq!(kept.copied(), 2);
+        (0..pages).for_each(|page| assert_eq!(read(page), page + 1));
+        // Of a part of one nothing is free: it is read again.
+        assert_eq!(read(pages - 1), pages);
+        kept.done(0, 0..2 * large).unwrap();
+        let over = kept.read(0, 0, &mut bytes).unwrap_err();
+        assert!(matches!(over, PointInTimeError::NotKept { .. }), "{over}");
+    }
 }

@@ -361,6 +361,13 @@ impl Mapping {
         unsafe { prefault::populate(self.system, work, NonZeroUsize::MIN) }
     }
 
+    /// As one of larger pages, for a test of who refuses those: a host may have none to lend.
+    #[cfg(all(test, feature = "uffd"))]
+    pub(crate) fn pretend_page_size(mut self, page_size: u64) -> Self {
+        self.page_size = page_size;
+        self
+    }
+
     /// Copies what is there from `offset` on; of what would lie behind its end, nothing.
     #[cfg(feature = "uffd")]
     pub(crate) fn read(&self, offset: u64, into: &mut [u8]) {

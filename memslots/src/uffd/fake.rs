@@ -9,8 +9,9 @@ use super::{Call, Fault, FaultKind, Features, Message, OpenError, RawMessage, Uf
 use crate::{Errno, Hva, PAGE_SIZE};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::ops::Range;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -47,6 +48,8 @@ struct Shared {
     available: Features,
     state: Mutex<State>,
     told: Condvar,
+    /// Can be read while there are messages; where the host has no pipe for it, it is no descriptor.
+    ready: Option<(PipeReader, PipeWriter)>,
     meanwhile: Mutex<Vec<Meanwhile>>,
 }
 
@@ -111,6 +114,7 @@ impl FakeUffd {
                 available,
                 state: Mutex::default(),
                 told: Condvar::new(),
+                ready: io::pipe().ok(),
                 meanwhile: Mutex::default(),
             }),
         }
@@ -198,8 +202,7 @@ impl FakeUffd {
             thread: 0,
         };
         state.asleep.insert(page);
-        state.messages.push_back(encode(&Message::Fault(fault)));
-        self.shared.told.notify_all();
+        self.shared.push(&mut state, encode(&Message::Fault(fault)));
         Touch::Sleeps
     }
 
@@ -211,8 +214,7 @@ impl FakeUffd {
 
     /// Queues a message as it is.
     pub fn tell(&self, message: RawMessage) {
-        self.lock().messages.push_back(message);
-        self.shared.told.notify_all();
+        self.shared.push(&mut self.lock(), message);
     }
 
     /// Whether there is a page, and if so whether it is protected.
@@ -233,6 +235,18 @@ impl FakeUffd {
 }
 
 impl Shared {
+    fn push(&self, state: &mut State, message: RawMessage) {
+        // One byte is in the pipe while there are messages.
+        if state.messages.is_empty()
+            && let Some((_, ready)) = &self.ready
+        {
+            // There is room, and its reader is there.
+            let _ = (&*ready).write(&[1]);
+        }
+        state.messages.push_back(message);
+        self.told.notify_all();
+    }
+
     fn meanwhile(&self) -> MutexGuard<'_, Vec<Meanwhile>> {
         self.meanwhile
             .lock()
@@ -464,6 +478,12 @@ impl UffdHost for Descriptor {
             .iter_mut()
             .zip(told)
             .for_each(|(to, from)| *to = from);
+        if state.messages.is_empty()
+            && let Some((ready, _)) = &self.shared.ready
+        {
+            // The byte of what there was.
+            let _ = (&*ready).read(&mut [0]);
+        }
         Ok(count)
     }
 
@@ -489,9 +509,10 @@ impl UffdHost for Descriptor {
         Ok(true)
     }
 
-    /// None: it is no descriptor.
+    /// One that can be polled, and no more.
     fn descriptor(&self) -> RawFd {
-        -1
+        let ready = self.shared.ready.as_ref();
+        ready.map_or(-1, |(from, _)| from.as_raw_fd())
     }
 
     unsafe fn claim(&self, _descriptor: u32) -> Option<OwnedFd> {

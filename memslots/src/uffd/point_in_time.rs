@@ -172,11 +172,7 @@ impl PointInTime {
         let (stopped, stop) = io::pipe().map_err(PointInTimeError::Thread)?;
         let of = Arc::clone(&shared);
         let builder = std::thread::Builder::new().name("copy-aside".into());
-        let thread = builder.spawn(move || {
-            // Whatever ends it: nobody waits for it then.
-            let _free = FreeAtEnd(&of);
-            of.serve(stopped.as_raw_fd());
-        });
+        let thread = builder.spawn(move || of.run(stopped.as_raw_fd()));
         Ok(PointInTime {
             shared,
             stop: Some(stop),
@@ -391,6 +387,13 @@ impl Shared {
             role.unprotect(range, Wake::Now)?;
         }
         Ok(())
+    }
+
+    /// The thread.
+    fn run(&self, stopped: RawFd) {
+        // Whatever ends it: nobody waits for it then.
+        let _free = FreeAtEnd(self);
+        self.serve(stopped);
     }
 
     /// Answers writers until `stopped` can be read or is closed.
