@@ -11,7 +11,7 @@
 //!                         └────────────────────────────────►└─► Free
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 /// What one unit of memory is: a page of the mapping's size.
@@ -61,6 +61,8 @@ struct Area {
 pub(super) struct CopyBook {
     areas: Vec<Area>,
     frozen: bool,
+    /// The units that are [`Unit::Open`], by area and number: what the pause looks at, whatever the size of memory.
+    open: BTreeSet<(usize, usize)>,
     aside: BTreeMap<(usize, usize), Box<[u8]>>,
     aside_bytes: u64,
     /// The most bytes of copies, unless there is none.
@@ -77,6 +79,7 @@ impl CopyBook {
         CopyBook {
             areas: areas.into_iter().map(area).collect(),
             frozen: false,
+            open: BTreeSet::new(),
             aside: BTreeMap::new(),
             aside_bytes: 0,
             room,
@@ -95,9 +98,15 @@ impl CopyBook {
     }
 
     fn set(&mut self, area: usize, unit: usize, to: Unit) {
-        let area = self.areas.get_mut(area);
-        if let Some(unit) = area.and_then(|area| area.units.get_mut(unit)) {
-            *unit = to;
+        let of = self.areas.get_mut(area);
+        let Some(state) = of.and_then(|of| of.units.get_mut(unit)) else {
+            return;
+        };
+        let before = std::mem::replace(state, to);
+        match (before == Unit::Open, to == Unit::Open) {
+            (false, true) => drop(self.open.insert((area, unit))),
+            (true, false) => drop(self.open.remove(&(area, unit))),
+            _ => {}
         }
     }
 
@@ -118,7 +127,7 @@ impl CopyBook {
     }
 
     /// The bytes to protect at the moment: what was written since it was protected, and of `wanted` what never was. As
-    /// runs of whole units.
+    /// runs of whole units. Looks at those alone, and at what is `wanted`.
     pub fn to_freeze(&self, wanted: &[(usize, Range<u64>)]) -> Vec<(usize, Range<u64>)> {
         let mut runs: Vec<(usize, Range<u64>)> = Vec::new();
         let mut push = |number, unit: u64, at: usize| {
@@ -128,10 +137,8 @@ impl CopyBook {
                 _ => runs.push((number, start..start + unit)),
             }
         };
-        for (number, area) in self.areas.iter().enumerate() {
-            let untracked = area.units.iter().enumerate();
-            let open = untracked.filter(|(_, unit)| **unit == Unit::Open);
-            open.for_each(|(at, _)| push(number, area.unit, at));
+        for (number, at) in &self.open {
+            push(*number, self.unit(*number), *at);
         }
         for (number, range) in wanted {
             for at in self.units(*number, range) {
@@ -208,5 +215,32 @@ impl CopyBook {
         let (area, unit) = *self.aside.keys().next()?;
         let half = self.aside_bytes >= self.room / 2;
         half.then(|| (area, unit as u64 * self.unit(area)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    /// What the pause looks at is kept beside the units: it agrees with them whatever comes.
+    #[test]
+    fn what_is_protected_again_is_what_was_written_and_not_taken_back_since() {
+        let mut book = CopyBook::new([(8 * PAGE, PAGE), (8 * PAGE, PAGE)], 0);
+        let all = 0..8 * PAGE;
+        book.protected(0, all.clone());
+        book.protected(1, all.clone());
+        for (area, unit) in [(1, 7), (0, 3), (0, 2), (0, 6), (0, 3)] {
+            assert_eq!(book.on_write(area, unit), OnWrite::Release);
+        }
+        let written = |area, units: Range<u64>| (area, units.start * PAGE..units.end * PAGE);
+        let all_written = [written(0, 2..4), written(0, 6..7), written(1, 7..8)];
+        assert_eq!(book.to_freeze(&[]), all_written);
+        // Laid again, and wanted no more.
+        book.protected(0, 3 * PAGE..4 * PAGE);
+        book.free(0, 6..7);
+        let left = [written(0, 2..3), written(1, 7..8)];
+        assert_eq!(book.to_freeze(&[(0, all)]), left);
     }
 }

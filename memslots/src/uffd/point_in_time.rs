@@ -12,8 +12,9 @@
 //! ```
 //!
 //! Protection is laid while the guest runs, so the pause at [`freeze`](PointInTime::freeze) costs what was written since,
-//! whatever the size of memory. Behind it a thread of this answers writes: the page's contents are put aside before the
-//! first one. [`read`](PointInTime::read) gives each page as it was then, from there or from memory.
+//! whatever the size of memory ([what the rest costs](self#what-it-costs)). Behind it a thread of this answers writes: the
+//! page's contents are put aside before the first one. [`read`](PointInTime::read) gives each page as it was then, from
+//! there or from memory.
 //!
 //! # Who may write when
 //! Anyone whose write is a page fault: vCPUs, threads, system calls that copy to user space. What was pinned before the
@@ -27,6 +28,12 @@
 //! [`mergeable`](crate::Backing::mergeable), or of which a part is, is not taken. What a consumer does by itself is its
 //! own to leave: `MADV_DONTNEED`, a hole in the file, `MADV_MERGEABLE` or `PR_SET_MEMORY_MERGE`, here or in a process
 //! that shares the memory.
+//!
+//! # What it costs
+//! A byte for each page of each mapping, as long as this lives. A page table's 8 bytes for each page of 4 KiB that is
+//! protected, there or not, and that stays when this has gone (4 GiB of nothing: page tables of 68 KiB before, 8.1 MiB
+//! then). The pause looks at what was written since it was protected and at what is wanted besides, and at nothing else:
+//! where nothing was written, it is 3 µs for 1 GiB and 4 µs for 64.
 //!
 //! # When it goes wrong
 //! Dropped at any time, and whenever its thread ends for whatever reason, all protection is gone and who waited goes on.
