@@ -110,7 +110,7 @@ fn a_guest_of_which_a_snapshot_is_taken_is_not_handed_over() {
         // One behind the other, each of which holds the machine for most of its time.
         let snapshots = scope.spawn(|| {
             while !over.load(Ordering::SeqCst) {
-                let taken = running.snapshot(&SnapshotRequest::new(&folder.path().join("to")));
+                let taken = running.snapshot(&SnapshotRequest::new(folder.path().join("to")));
                 let why = taken.map_or_else(|error| error.to_string(), |_| String::new());
                 assert!(why.is_empty() || why.contains("handed over"), "{why}");
             }
@@ -151,7 +151,7 @@ fn a_snapshot_in_the_background_and_a_migration_are_not_done_side_by_side() {
     let snapshot = || {
         machine.perform(Action::Snapshot(SnapshotRequest {
             background: true,
-            ..SnapshotRequest::new(&folder.path().join("to"))
+            ..SnapshotRequest::new(folder.path().join("to"))
         }))
     };
     std::thread::scope(|scope| {
