@@ -15,6 +15,7 @@ use crate::end::{Chain, EndSignal, GuestEnd};
 use crate::main_loop::GuestSide;
 use crate::migration::outgoing::{Outgoing, OutgoingError};
 use crate::migration::record::MigrationRecord;
+use crate::priority::step_back;
 use crate::snapshot::SnapshotReport;
 use crate::snapshot::background::BackgroundCost;
 use crate::vm::{ControlError, RunState, Running};
@@ -75,7 +76,8 @@ impl<'a> Machine<'a> {
         Machine {
             running,
             end,
-            outgoing: Outgoing::default(),
+            // What is left to do behind it is in nobody's hurry, and the guest may begin on this same host.
+            outgoing: Outgoing::telling(step_back),
             vm_config: vm_config(config, &machine_config),
             machine_config,
             at_work: Mutex::default(),

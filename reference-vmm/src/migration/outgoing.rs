@@ -24,7 +24,6 @@ use super::source::{MigrateError, Patience, Settings, WhenStuck, Why, migrate};
 use super::tls::{Tls, TlsFiles};
 use crate::devices::virtio::rng::random_id;
 use crate::end::{Chain, EndSignal};
-use crate::priority::step_back;
 use crate::vm::Running;
 
 /// How to migrate, as it is asked for: the body of `PUT /migrate`.
@@ -124,6 +123,8 @@ pub enum OutgoingError {
 #[derive(Default)]
 pub struct Outgoing {
     job: Mutex<Option<Arc<Job>>>,
+    /// Called when a guest has gone, on the thread that migrates: much is left to do there.
+    started: Option<fn()>,
 }
 
 struct Job {
@@ -134,6 +135,15 @@ struct Job {
 }
 
 impl Outgoing {
+    /// One that has `started` called as soon as a guest is the destination's, on the thread that migrates, before anything
+    /// else that is left to do here.
+    pub(crate) fn telling(started: fn()) -> Self {
+        Outgoing {
+            started: Some(started),
+            ..Outgoing::default()
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<Arc<Job>>> {
         self.job.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -198,6 +208,7 @@ impl Outgoing {
             recorder: Recorder {
                 began: Instant::now(),
                 record: Mutex::new(record),
+                started: self.started,
             },
         });
         {
@@ -288,6 +299,7 @@ impl Outgoing {
 struct Recorder {
     began: Instant,
     record: Mutex<MigrationRecord>,
+    started: Option<fn()>,
 }
 
 impl Recorder {
@@ -333,8 +345,9 @@ impl Observer for Recorder {
                 Step::Prepared => record.step_ends(record::Step::HandOver, now),
                 Step::Started => {
                     record.step_ends(record::Step::Start, now);
-                    // What is left to do here is in nobody's hurry, and the guest may begin on this same host.
-                    step_back();
+                    if let Some(tell) = self.started {
+                        tell();
+                    }
                 }
                 Step::Released | Step::StateRead => {}
             },
