@@ -5,9 +5,10 @@
 //!
 //! A guest whose memory is still on a disk or on another host runs at once; each page that it
 //! touches too early is a fault that somebody serves. In the kernel that somebody is
-//! `virt/kvm/async_pf.c`; in user space it is a pager over userfaultfd. The bookkeeping is the same
-//! and is what this crate is, as plain data in and out, with no thread, lock, descriptor or
-//! `unsafe`:
+//! `virt/kvm/async_pf.c`; in user space it is a pager over userfaultfd. [`pager`] is one, with its
+//! threads. The rest of this crate is the bookkeeping for whoever writes another, or passes
+//! asynchronous page faults on to a guest: plain data in and out, with no thread, lock or
+//! descriptor. There is no `unsafe` in either.
 //!
 //! ```text
 //!   vCPU 0 ──fault──▶ VcpuQueue.setup ─token─┐
@@ -28,7 +29,7 @@
 //!   the guest's side: CPUID bits, MSRs and the shared structure, decoded and encoded.
 //!
 //! # Example
-//! A pager's round, by hand (`examples/pager.rs` has it with threads):
+//! [`pager`] has one that serves real faults. This is the bookkeeping's round, by hand:
 //!
 //! ```
 //! use async_pf::*;
@@ -70,7 +71,8 @@
 //! | `kvm_async_pf_wakeup_all` | [`VcpuQueue::wake_all`] |
 //!
 //! # Concurrency
-//! Every type but the sources is plain data with `&mut self` methods: put a [`Schedule`] behind one
+//! [`pager::Pager`] is `Send` and `Sync`, and its threads are its own. Every other type but the
+//! sources is plain data with `&mut self` methods: put a [`Schedule`] behind one
 //! mutex and hold it for the call, never across a fetch. A [`VcpuQueue`] belongs to its vCPU's
 //! state; whoever finishes a page reaches it under that vCPU's lock. Sources are shared by workers
 //! and may block, so they are called from workers alone. Nothing here waits.
@@ -88,15 +90,16 @@
 //! [`AsyncPfMsrs`] keeps the MSRs, in the order in which they must be written.
 //!
 //! # Known limits
-//! * No pager of its own yet: the userfaultfd layer comes with memslots' `uffd` feature, deadlines,
-//!   batching and the recording of working sets on top of it. Until then the loop in
-//!   `examples/pager.rs` is the pattern.
+//! * The pager keeps a byte a page of guest memory, and does not follow memory that is moved within
+//!   the process (`mremap`) or forked.
 //! * A schedule covers one slot, and its pages are of 4 KiB.
 //! * [`FileSource`] reads holes of a sparse file as zeros and says [`Fetched::Bytes`] to them.
 
 #![forbid(unsafe_code)]
 
 mod error;
+#[cfg(feature = "uffd")]
+pub mod pager;
 mod paravirt;
 mod queue;
 mod schedule;

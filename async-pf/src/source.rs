@@ -102,6 +102,13 @@ pub trait PageSource: Send + Sync {
     /// # Errors
     /// [`SourceError`]; [`SourceError::is_transient`] says whether trying again may help.
     fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError>;
+
+    /// How many of `pages` pages from `first` on are best fetched in one call: those that lie together, or are all zeros.
+    /// Answered without blocking; at least 1, at most `pages`.
+    fn run(&self, first: Gfn, pages: u64) -> u64 {
+        let _ = first;
+        pages
+    }
 }
 
 /// Every page is zero: memory that the guest has not used before.
@@ -225,6 +232,10 @@ impl PageSource for FileSource {
             (gfn, rest) = (Gfn(gfn.0 + pages), later);
         }
         Ok(Fetched::Bytes)
+    }
+
+    fn run(&self, first: Gfn, pages: u64) -> u64 {
+        self.locate(first).map_or(1, |(_, there)| there.min(pages))
     }
 }
 

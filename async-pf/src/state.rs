@@ -11,6 +11,7 @@
 //!              │ └─Forget (anywhere)  ▼             Fetching ──Arrived──▶ Present
 //!              └──────Fault───────▶ Wanted ──Start──▶  │ ├─────GaveUp──▶ Poisoned
 //!                                     ▲────Retry───────┘
+//!            Remove: any ──▶ Absent, but Wanted stays so; GaveUp: Wanted ──▶ Poisoned too
 //!
 //!  request   Free ──Setup──▶ Waiting ──Arrived──▶ Ready ──Taken──▶ Free
 //!              │                └─────GaveUp────▶ Failed ─Taken──▶ Free
@@ -31,9 +32,9 @@ pub enum PageState {
     Wanted,
     /// A worker reads it.
     Fetching,
-    /// In guest memory. Final.
+    /// In guest memory. Final, but for being given back.
     Present,
-    /// The source cannot deliver it; whoever touches it is told. Final.
+    /// The source cannot deliver it; whoever touches it is told. Final, but for being given back.
     Poisoned,
 }
 
@@ -52,8 +53,10 @@ pub enum PageEvent {
     Retry,
     /// Nobody wants it any more: a guess that failed, or a wait that was given up.
     Forget,
-    /// Reading it failed for good.
+    /// Reading it failed for good, or took too long.
     GaveUp,
+    /// Its owner gave it back: it is not here, and whoever touches it next finds zeros.
+    Remove,
 }
 
 impl PageState {
@@ -77,7 +80,10 @@ impl PageState {
             (S::Prefetching | S::Wanted, E::Start) => Some(S::Fetching),
             (S::Fetching, E::Arrived) => Some(S::Present),
             (S::Fetching, E::Retry) => Some(S::Wanted),
-            (S::Fetching, E::GaveUp) => Some(S::Poisoned),
+            (S::Wanted | S::Fetching, E::GaveUp) => Some(S::Poisoned),
+            // Who waits goes on waiting, for zeros.
+            (S::Wanted, E::Remove) => Some(S::Wanted),
+            (_, E::Remove) => Some(S::Absent),
             (S::Prefetching | S::Wanted | S::Fetching, E::Forget) => Some(S::Absent),
             // A request for what is under way, or decided, changes nothing.
             (S::Wanted | S::Fetching | S::Present | S::Poisoned, E::Fault) => Some(self),

@@ -17,6 +17,7 @@ use memslots::{Backing, Errno, Hva, Mapping, PAGE_SIZE};
 use proptest::prelude::*;
 use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::Duration;
 use vm_memory::GuestAddress;
 
 const ALL: Features = Features::from_bits(0x1ffff);
@@ -806,4 +807,25 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_wait_for_messages_ends_when_another_descriptor_has_something() {
+    let world = World::new();
+    let _registration = world.register(Modes::MISSING);
+    let (stopped, stop) = std::io::pipe().unwrap();
+    assert_eq!(
+        world.uffd.wait_or(&stopped, Some(Duration::ZERO)),
+        Ok(false)
+    );
+    assert_eq!(world.fake.touch(world.at(1), false), Touch::Sleeps);
+    assert_eq!(world.uffd.wait_or(&stopped, None), Ok(true));
+    let mut messages = Messages::with_capacity(8);
+    assert_eq!(world.uffd.read(&mut messages), Ok(1));
+    assert_eq!(
+        world.uffd.wait_or(&stopped, Some(Duration::ZERO)),
+        Ok(false)
+    );
+    drop(stop);
+    assert_eq!(world.uffd.wait_or(&stopped, None), Ok(false));
 }

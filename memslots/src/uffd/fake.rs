@@ -5,13 +5,14 @@
 //! ([`FakeUffd::touch`]).
 
 use super::message::encode;
+use super::sys::poll;
 use super::{Call, Fault, FaultKind, Features, Message, OpenError, RawMessage, UffdHost, abi};
 use crate::{Errno, Hva, PAGE_SIZE};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::io::{self, Read, Write};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -48,8 +49,8 @@ struct Shared {
     available: Features,
     state: Mutex<State>,
     told: Condvar,
-    /// Can be read while there are messages; where the host has no pipe for it, it is no descriptor.
-    ready: Option<(PipeReader, PipeWriter)>,
+    /// Has a byte for as long as there are messages: for who waits for something else besides.
+    bell: Option<(io::PipeReader, io::PipeWriter)>,
     meanwhile: Mutex<Vec<Meanwhile>>,
 }
 
@@ -114,7 +115,7 @@ impl FakeUffd {
                 available,
                 state: Mutex::default(),
                 told: Condvar::new(),
-                ready: io::pipe().ok(),
+                bell: io::pipe().ok(),
                 meanwhile: Mutex::default(),
             }),
         }
@@ -202,7 +203,8 @@ impl FakeUffd {
             thread: 0,
         };
         state.asleep.insert(page);
-        self.shared.push(&mut state, encode(&Message::Fault(fault)));
+        self.shared
+            .queue(&mut state, encode(&Message::Fault(fault)));
         Touch::Sleeps
     }
 
@@ -214,7 +216,7 @@ impl FakeUffd {
 
     /// Queues a message as it is.
     pub fn tell(&self, message: RawMessage) {
-        self.shared.push(&mut self.lock(), message);
+        self.shared.queue(&mut self.lock(), message);
     }
 
     /// Whether there is a page, and if so whether it is protected.
@@ -235,18 +237,6 @@ impl FakeUffd {
 }
 
 impl Shared {
-    fn push(&self, state: &mut State, message: RawMessage) {
-        // One byte is in the pipe while there are messages.
-        if state.messages.is_empty()
-            && let Some((_, ready)) = &self.ready
-        {
-            // There is room, and its reader is there.
-            let _ = (&*ready).write(&[1]);
-        }
-        state.messages.push_back(message);
-        self.told.notify_all();
-    }
-
     fn meanwhile(&self) -> MutexGuard<'_, Vec<Meanwhile>> {
         self.meanwhile
             .lock()
@@ -277,6 +267,21 @@ impl Shared {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn queue(&self, state: &mut State, message: RawMessage) {
+        if let (true, Some((_, writer))) = (state.messages.is_empty(), &self.bell) {
+            // A pipe of its own with room for it.
+            let _ = (&mut &*writer).write_all(&[0]);
+        }
+        state.messages.push_back(message);
+        self.told.notify_all();
+    }
+
+    fn silence(&self, state: &State) {
+        if let (true, Some((reader, _))) = (state.messages.is_empty(), &self.bell) {
+            let _ = (&mut &*reader).read_exact(&mut [0]);
+        }
     }
 }
 
@@ -478,12 +483,7 @@ impl UffdHost for Descriptor {
             .iter_mut()
             .zip(told)
             .for_each(|(to, from)| *to = from);
-        if state.messages.is_empty()
-            && let Some((ready, _)) = &self.shared.ready
-        {
-            // The byte of what there was.
-            let _ = (&*ready).read(&mut [0]);
-        }
+        self.shared.silence(&state);
         Ok(count)
     }
 
@@ -509,10 +509,14 @@ impl UffdHost for Descriptor {
         Ok(true)
     }
 
-    /// One that can be polled, and no more.
+    fn wait_or(&self, other: BorrowedFd<'_>, limit: Option<Duration>) -> Result<bool, Errno> {
+        poll([self.descriptor(), other.as_raw_fd()], limit).map(|[ready, _]| ready)
+    }
+
+    /// The bell's: readable when there is a message, and for nothing else.
     fn descriptor(&self) -> RawFd {
-        let ready = self.shared.ready.as_ref();
-        ready.map_or(-1, |(from, _)| from.as_raw_fd())
+        let bell = self.shared.bell.as_ref();
+        bell.map_or(-1, |(reader, _)| reader.as_raw_fd())
     }
 
     unsafe fn claim(&self, _descriptor: u32) -> Option<OwnedFd> {

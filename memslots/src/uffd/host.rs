@@ -5,7 +5,7 @@
 
 use super::{Call, RawMessage};
 use crate::Errno;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 /// A userfaultfd that has been opened and nothing more.
@@ -32,6 +32,13 @@ pub trait UffdHost: Send + Sync {
     /// # Errors
     /// The kernel's errno; `EINTR` at a signal.
     fn wait(&self, limit: Option<Duration>) -> Result<bool, Errno>;
+
+    /// As [`wait`](Self::wait), and ends as soon as `other` can be read or has nobody who writes to it any more. Says
+    /// whether there is a message.
+    ///
+    /// # Errors
+    /// The kernel's errno; `EINTR` at a signal.
+    fn wait_or(&self, other: BorrowedFd<'_>, limit: Option<Duration>) -> Result<bool, Errno>;
 
     /// Its descriptor, for epoll.
     fn descriptor(&self) -> RawFd;

@@ -7,7 +7,7 @@ use super::{Call, OpenError, RawMessage, UffdHost};
 use crate::Errno;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 /// A userfaultfd of the kernel.
@@ -140,6 +140,10 @@ impl UffdHost for Kernel {
 
     fn wait(&self, limit: Option<Duration>) -> Result<bool, Errno> {
         poll([self.0.as_raw_fd()], limit).map(|[ready]| ready)
+    }
+
+    fn wait_or(&self, other: BorrowedFd<'_>, limit: Option<Duration>) -> Result<bool, Errno> {
+        poll([self.0.as_raw_fd(), other.as_raw_fd()], limit).map(|[ready, _]| ready)
     }
 
     fn descriptor(&self) -> RawFd {

@@ -14,7 +14,7 @@ use crate::{Errno, Hva, Mapping};
 use std::collections::VecDeque;
 use std::fmt;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -201,6 +201,15 @@ impl Uffd {
     /// The kernel's errno; `EINTR` at a signal.
     pub fn wait(&self, limit: Option<Duration>) -> Result<bool, Errno> {
         self.inner.host.wait(limit)
+    }
+
+    /// As [`wait`](Self::wait), and ends as soon as `other` can be read or has nobody who writes to it any more: the end of
+    /// a pipe whose other end stops the thread. Says whether there is a message.
+    ///
+    /// # Errors
+    /// The kernel's errno; `EINTR` at a signal.
+    pub fn wait_or(&self, other: impl AsFd, limit: Option<Duration>) -> Result<bool, Errno> {
+        self.inner.host.wait_or(other.as_fd(), limit)
     }
 }
 

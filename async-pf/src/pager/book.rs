@@ -1,0 +1,618 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Which page is where, who waits how long, and what is done next: the pager's head. Plain data, with no thread, clock
+//! or call in it: the threads of [`shared`](super::shared) hold it behind one mutex, for as long as a look takes.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use super::stats::Stats;
+use super::window::Window;
+use crate::{PageEvent, PageState};
+
+/// A page of a slot, counted in pages of the slot's size from its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Place {
+    pub slot: usize,
+    pub page: u64,
+}
+
+/// Why pages are brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Why {
+    /// Someone waits.
+    Fault,
+    /// Someone thinks that they will be wanted: if it fails, they are forgotten.
+    Guess,
+    /// Everything has to come at last.
+    Rest,
+}
+
+/// Pages for one worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Job {
+    pub slot: usize,
+    pub pages: Range<u64>,
+    /// Zeros, whatever the source says.
+    pub zero: bool,
+    pub why: Why,
+}
+
+/// What a fault's reader has to do about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    /// Nothing: the page is in line now, or was.
+    InLine,
+    /// The page was placed: it has been given back since, or the fault is an old one.
+    Placed,
+    /// The page will not come.
+    Lost,
+    /// There is no such page.
+    Nowhere,
+}
+
+/// How often a page is tried, and how long it may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub deadline: Duration,
+    pub retries: u32,
+    pub backoff: Duration,
+    pub longest_backoff: Duration,
+    pub backlog: usize,
+}
+
+/// Where a page is, in a byte: its state, whether it was given back, whether someone waits.
+#[derive(Clone, Copy)]
+struct Page(u8);
+
+impl Page {
+    const ZERO: u8 = 1 << 3;
+    const AWAITED: u8 = 1 << 4;
+
+    fn new(state: PageState, zero: bool, awaited: bool) -> Self {
+        let state = match state {
+            PageState::Absent => 0,
+            PageState::Prefetching => 1,
+            PageState::Wanted => 2,
+            PageState::Fetching => 3,
+            PageState::Present => 4,
+            PageState::Poisoned => 5,
+        };
+        Self(state | if zero { Self::ZERO } else { 0 } | if awaited { Self::AWAITED } else { 0 })
+    }
+
+    fn state(self) -> PageState {
+        let all = PageState::ALL;
+        all.get(usize::from(self.0 & 7))
+            .copied()
+            .unwrap_or(PageState::Absent)
+    }
+
+    fn zero(self) -> bool {
+        self.0 & Self::ZERO != 0
+    }
+
+    fn awaited(self) -> bool {
+        self.0 & Self::AWAITED != 0
+    }
+
+    /// Nothing has to be done for it: there, lost, or given back and not touched since.
+    fn settled(self) -> bool {
+        match self.state() {
+            PageState::Present | PageState::Poisoned => true,
+            PageState::Absent => self.zero(),
+            _ => false,
+        }
+    }
+}
+
+struct Slot {
+    pages: Vec<Page>,
+    window: Window,
+}
+
+/// Pages to come before anyone touches them.
+struct Stretch {
+    slot: usize,
+    pages: Range<u64>,
+    why: Why,
+}
+
+struct Wait {
+    place: Place,
+    since: Instant,
+}
+
+pub(super) struct Book {
+    slots: Vec<Slot>,
+    limits: Limits,
+    faults: VecDeque<Place>,
+    guesses: VecDeque<Stretch>,
+    /// Where bringing everything has come to.
+    rest: Option<Place>,
+    /// One for each page that someone waits for: as many as there are threads, so it is searched from end to end.
+    waits: Vec<Wait>,
+    /// Pages that failed, and how often by themselves. Those are brought alone.
+    failures: HashMap<Place, u32>,
+    delayed: Vec<(Instant, Place)>,
+    total: u64,
+    settled: u64,
+    lost: u64,
+    pub stats: Stats,
+}
+
+impl Book {
+    /// Slots of so many pages, with windows of so many at most.
+    pub fn new(slots: impl IntoIterator<Item = (u64, u64)>, limits: Limits) -> Self {
+        let slots: Vec<Slot> = slots
+            .into_iter()
+            .map(|(pages, window)| Slot {
+                pages: vec![Page::new(PageState::Absent, false, false); pages as usize],
+                window: Window::new(window),
+            })
+            .collect();
+        Self {
+            total: slots.iter().map(|slot| slot.pages.len() as u64).sum(),
+            slots,
+            limits,
+            faults: VecDeque::with_capacity(256),
+            guesses: VecDeque::new(),
+            rest: None,
+            waits: Vec::with_capacity(256),
+            failures: HashMap::new(),
+            delayed: Vec::new(),
+            settled: 0,
+            lost: 0,
+            stats: Stats::default(),
+        }
+    }
+
+    fn get(&self, place: Place) -> Option<Page> {
+        let slot = self.slots.get(place.slot)?;
+        slot.pages.get(place.page as usize).copied()
+    }
+
+    /// Writes a page down, and what that changes of the totals.
+    fn set(&mut self, place: Place, page: Page) {
+        let at = self.slots.get_mut(place.slot);
+        let Some(at) = at.and_then(|slot| slot.pages.get_mut(place.page as usize)) else {
+            return;
+        };
+        let before = std::mem::replace(at, page);
+        self.settled = self.settled + u64::from(page.settled()) - u64::from(before.settled());
+        let lost = |page: Page| u64::from(page.state() == PageState::Poisoned);
+        self.lost = self.lost + lost(page) - lost(before);
+    }
+
+    /// Moves a page by the table; says where it is then. What the table does not have changes nothing.
+    fn step(&mut self, place: Place, event: PageEvent) -> Option<PageState> {
+        let page = self.get(place)?;
+        let after = page.state().after(event)?;
+        let awaited = match after {
+            PageState::Wanted => true,
+            PageState::Fetching => page.awaited(),
+            _ => false,
+        };
+        self.set(place, Page::new(after, page.zero(), awaited));
+        Some(after)
+    }
+
+    /// Someone touched a page that is missing.
+    pub fn fault(&mut self, place: Place, now: Instant) -> Told {
+        let Some(page) = self.get(place) else {
+            return Told::Nowhere;
+        };
+        match page.state() {
+            PageState::Present => return Told::Placed,
+            PageState::Poisoned => return Told::Lost,
+            PageState::Wanted => {}
+            PageState::Fetching => {
+                self.set(place, Page::new(PageState::Fetching, page.zero(), true));
+            }
+            _ => {
+                self.step(place, PageEvent::Fault);
+                self.faults.push_back(place);
+                self.stats.faults += 1;
+            }
+        }
+        if page.awaited() {
+            self.stats.joined += 1;
+        } else {
+            if page.state() == PageState::Fetching {
+                self.stats.joined += 1;
+            }
+            self.waits.push(Wait { place, since: now });
+        }
+        Told::InLine
+    }
+
+    /// Someone touched a page that the page cache has: the pages to be mapped, which are the caller's now. None where
+    /// that is under way, or done.
+    pub fn minor(&mut self, place: Place, now: Instant) -> Option<Job> {
+        self.stats.minor += 1;
+        match self.get(place)?.state() {
+            PageState::Absent | PageState::Wanted => {}
+            PageState::Fetching => {
+                self.fault(place, now);
+                return None;
+            }
+            // Mapped before, and taken out of the page table since.
+            _ => return None,
+        }
+        self.fault(place, now);
+        let window = self.slots.get_mut(place.slot)?.window.fault(place.page);
+        Some(self.take(place, window, Why::Fault))
+    }
+
+    /// These pages will probably be wanted.
+    ///
+    /// Says whether there was room for it in the line.
+    pub fn guess(&mut self, slot: usize, pages: Range<u64>) -> bool {
+        if self.guesses.len() >= self.limits.backlog {
+            return false;
+        }
+        let why = Why::Guess;
+        self.guesses.push_back(Stretch { slot, pages, why });
+        true
+    }
+
+    /// Everything is wanted, after all else.
+    pub fn want_rest(&mut self) {
+        self.rest.get_or_insert(Place { slot: 0, page: 0 });
+    }
+
+    /// The next fault's pages. `cut` says how many of so many pages from one are to be brought at once.
+    pub fn start_fault(&mut self, cut: impl Fn(Place, u64) -> u64) -> Option<Job> {
+        loop {
+            let place = self.faults.pop_front()?;
+            if self.get(place).map(Page::state) != Some(PageState::Wanted) {
+                continue; // it came with a neighbour
+            }
+            let window = self.slots.get_mut(place.slot)?.window.fault(place.page);
+            return Some(self.take_cut(place, window, Why::Fault, cut));
+        }
+    }
+
+    /// The next pages that nobody waits for, `most` bytes' worth of them.
+    pub fn start_ahead(
+        &mut self,
+        most: impl Fn(usize) -> u64,
+        cut: impl Fn(Place, u64) -> u64,
+    ) -> Option<Job> {
+        while let Some(mut stretch) = self.guesses.pop_front() {
+            let Some(page) = self.absent(stretch.slot, stretch.pages.clone()) else {
+                continue;
+            };
+            let place = Place {
+                slot: stretch.slot,
+                page,
+            };
+            let most = most(place.slot).min(stretch.pages.end - page);
+            let job = self.take_cut(place, most, stretch.why, cut);
+            stretch.pages.start = job.pages.end;
+            if !stretch.pages.is_empty() {
+                self.guesses.push_front(stretch);
+            }
+            return Some(job);
+        }
+        let mut at = self.rest?;
+        while let Some(slot) = self.slots.get(at.slot) {
+            if let Some(page) = self.absent(at.slot, at.page..slot.pages.len() as u64) {
+                let place = Place {
+                    slot: at.slot,
+                    page,
+                };
+                let job = self.take_cut(place, most(at.slot), Why::Rest, cut);
+                at.page = job.pages.end;
+                self.rest = Some(at);
+                return Some(job);
+            }
+            at = Place {
+                slot: at.slot + 1,
+                page: 0,
+            };
+            self.rest = Some(at);
+        }
+        None
+    }
+
+    /// The first of these pages that is neither here nor under way nor given back.
+    fn absent(&self, slot: usize, pages: Range<u64>) -> Option<u64> {
+        let all = &self.slots.get(slot)?.pages;
+        let some = all.get(pages.start as usize..all.len().min(pages.end as usize))?;
+        let wanted = |page: &Page| page.state() == PageState::Absent && !page.zero();
+        Some(pages.start + some.iter().position(wanted)? as u64)
+    }
+
+    fn take_cut(
+        &mut self,
+        place: Place,
+        most: u64,
+        why: Why,
+        cut: impl Fn(Place, u64) -> u64,
+    ) -> Job {
+        let zero = self.get(place).is_some_and(Page::zero);
+        let most = if zero {
+            most
+        } else {
+            cut(place, most).clamp(1, most.max(1))
+        };
+        self.take(place, most, why)
+    }
+
+    /// The page, and those after it that nobody has and that are alike, begun.
+    fn take(&mut self, place: Place, most: u64, why: Why) -> Job {
+        let slot = place.slot;
+        let zero = self.get(place).is_some_and(Page::zero);
+        let alone = |book: &Self, place: &Place| {
+            !book.failures.is_empty() && book.failures.contains_key(place)
+        };
+        let most = if alone(self, &place) { 1 } else { most.max(1) };
+        let mut end = place.page;
+        while end - place.page < most {
+            let next = Place { slot, page: end };
+            let fits = self.get(next).is_some_and(|page| {
+                matches!(page.state(), PageState::Absent | PageState::Wanted) && page.zero() == zero
+            });
+            if !fits || end > place.page && alone(self, &next) {
+                break;
+            }
+            self.step(next, PageEvent::Prefetch); // of a wanted one, changes nothing
+            self.step(next, PageEvent::Start);
+            end += 1;
+        }
+        self.stats.fetches += 1;
+        Job {
+            slot,
+            pages: place.page..end,
+            zero,
+            why,
+        }
+    }
+
+    /// The pages of a job, from one on, that are still its own: not given back, given up or placed since it began.
+    pub fn own(&self, job: &Job, from: u64) -> Option<Range<u64>> {
+        let mine = |page: u64| {
+            let page = self.get(Place {
+                slot: job.slot,
+                page,
+            });
+            page.is_some_and(|page| page.state() == PageState::Fetching && page.zero() == job.zero)
+        };
+        let start = (from..job.pages.end).find(|page| mine(*page))?;
+        let end = (start..job.pages.end).find(|page| !mine(*page));
+        Some(start..end.unwrap_or(job.pages.end))
+    }
+
+    /// Pages of a job are in memory.
+    pub fn arrived(&mut self, job: &Job, pages: Range<u64>, now: Instant) {
+        for page in pages {
+            let place = Place {
+                slot: job.slot,
+                page,
+            };
+            let Some(before) = self.get(place) else {
+                continue;
+            };
+            if before.zero() != job.zero || self.step(place, PageEvent::Arrived).is_none() {
+                continue;
+            }
+            self.stats.placed += 1;
+            if before.awaited() {
+                if let Some(since) = self.waited(place) {
+                    let took = now.saturating_duration_since(since);
+                    self.stats.latency.record(took);
+                }
+            } else {
+                self.stats.ahead += 1;
+            }
+            if !self.failures.is_empty() {
+                self.failures.remove(&place);
+            }
+        }
+    }
+
+    fn waited(&mut self, place: Place) -> Option<Instant> {
+        let at = self.waits.iter().position(|wait| wait.place == place)?;
+        Some(self.waits.swap_remove(at).since)
+    }
+
+    /// The pages of a job from one on did not come; trying again may help, or not. Those that are given up: they are to
+    /// be poisoned.
+    pub fn failed(&mut self, job: &Job, from: u64, transient: bool, now: Instant) -> Vec<Place> {
+        let alone = job.pages.end - job.pages.start == 1;
+        let mut given_up = Vec::new();
+        for page in from..job.pages.end {
+            let place = Place {
+                slot: job.slot,
+                page,
+            };
+            let Some(before) = self.get(place) else {
+                continue;
+            };
+            if before.state() != PageState::Fetching || before.zero() != job.zero {
+                continue;
+            }
+            let awaited = before.awaited();
+            if !awaited && job.why == Why::Guess {
+                self.step(place, PageEvent::Forget);
+                continue;
+            }
+            // A neighbour may be to blame: each by itself, at once, and this does not count.
+            let failures = self.failures.entry(place).or_insert(0);
+            *failures += u32::from(alone);
+            let failures = *failures;
+            if alone && (!transient || failures > self.limits.retries) {
+                self.step(place, PageEvent::GaveUp);
+                self.forget(place);
+                self.stats.lost += 1;
+                given_up.push(place);
+                continue;
+            }
+            let event = if awaited {
+                PageEvent::Retry
+            } else {
+                PageEvent::Forget
+            };
+            self.step(place, event);
+            self.stats.retries += 1;
+            match (alone, awaited) {
+                (true, _) => self.delayed.push((now + self.backoff(failures), place)),
+                (false, true) => self.faults.push_back(place),
+                (false, false) => self.again(place),
+            }
+        }
+        given_up
+    }
+
+    fn forget(&mut self, place: Place) {
+        self.waited(place);
+        self.failures.remove(&place);
+    }
+
+    /// A page that nobody waits for is tried again by itself.
+    fn again(&mut self, Place { slot, page }: Place) {
+        self.guesses.push_back(Stretch {
+            slot,
+            pages: page..page + 1,
+            why: Why::Rest,
+        });
+    }
+
+    /// Twice as long after each failure.
+    fn backoff(&self, failures: u32) -> Duration {
+        let doubled = 1u32
+            .checked_shl(failures.saturating_sub(1))
+            .unwrap_or(u32::MAX);
+        let backoff = self.limits.backoff.saturating_mul(doubled);
+        backoff.min(self.limits.longest_backoff)
+    }
+
+    /// Puts in line again what has been put off until now.
+    pub fn put_due_in_line(&mut self, now: Instant) {
+        let mut next = 0;
+        while let Some((due, place)) = self.delayed.get(next).copied() {
+            if due > now {
+                next += 1;
+                continue;
+            }
+            self.delayed.swap_remove(next);
+            match self.get(place).map(Page::state) {
+                Some(PageState::Wanted) => self.faults.push_back(place),
+                Some(PageState::Absent) => self.again(place),
+                _ => {}
+            }
+        }
+    }
+
+    /// Gives up what has taken too long, and says what: it is to be poisoned. Zeros are never late, for they need no
+    /// source.
+    pub fn expire(&mut self, now: Instant) -> Vec<Place> {
+        let deadline = self.limits.deadline;
+        let is_late = |wait: &Wait| now.saturating_duration_since(wait.since) >= deadline;
+        if !self.waits.iter().any(is_late) {
+            return Vec::new();
+        }
+        let late = self.waits.iter().filter(|wait| is_late(wait));
+        let mut late: Vec<Place> = late.map(|wait| wait.place).collect();
+        late.retain(|place| !self.is_zero(*place));
+        for place in &late {
+            self.step(*place, PageEvent::GaveUp);
+            self.forget(*place);
+            self.stats.lost += 1;
+        }
+        late
+    }
+
+    /// A page for which someone waits and which was given back: it can be served without a source.
+    pub fn start_zero(&mut self) -> Option<Job> {
+        let wants_zeros = |place: &Place| {
+            let page = self.get(*place);
+            page.is_some_and(|page| page.state() == PageState::Wanted && page.zero())
+        };
+        let at = self.faults.iter().position(wants_zeros)?;
+        let place = self.faults.remove(at)?;
+        Some(self.take(place, 1, Why::Fault))
+    }
+
+    /// When [`expire`](Self::expire) or [`put_due_in_line`](Self::put_due_in_line) has something to do next.
+    pub fn next_due(&self) -> Option<Instant> {
+        let is_late = |wait: &&Wait| !self.is_zero(wait.place);
+        let late = self.waits.iter().filter(is_late);
+        let late = late.filter_map(|wait| wait.since.checked_add(self.limits.deadline));
+        let due = self.delayed.iter().map(|(due, _)| *due);
+        late.chain(due).min()
+    }
+
+    /// Pages were given back: they are zeros from now on, whoever brings what.
+    pub fn removed(&mut self, slot: usize, pages: Range<u64>) {
+        for page in pages {
+            let place = Place { slot, page };
+            let Some(before) = self.get(place) else {
+                return;
+            };
+            let Some(after) = before.state().after(PageEvent::Remove) else {
+                continue;
+            };
+            self.stats.removed += 1;
+            let waits = before.awaited() && after == PageState::Absent;
+            let after = if waits { PageState::Wanted } else { after };
+            self.set(place, Page::new(after, true, after == PageState::Wanted));
+            if waits {
+                self.faults.push_back(place);
+            }
+        }
+    }
+
+    /// Whether a page was given back.
+    pub fn is_zero(&self, place: Place) -> bool {
+        self.get(place).is_some_and(Page::zero)
+    }
+
+    /// Whether someone waits for a page that no worker has begun.
+    pub fn has_faults(&self) -> bool {
+        !self.faults.is_empty()
+    }
+
+    /// Whether there is something to bring that nobody waits for; may be wrong about pages that have come meanwhile.
+    pub fn has_ahead(&self) -> bool {
+        let behind = |at: Place| at.slot < self.slots.len();
+        !self.guesses.is_empty() || self.rest.is_some_and(behind)
+    }
+
+    /// Whether every page is here, lost, or given back.
+    pub fn is_complete(&self) -> bool {
+        self.settled == self.total
+    }
+
+    /// Pages that have to come still, those that will not, and all.
+    pub fn totals(&self) -> (u64, u64, u64) {
+        (self.total - self.settled, self.lost, self.total)
+    }
+
+    /// The runs of pages that are not settled, which are lost from now on. Nothing is left to be done.
+    pub fn give_all_up(&mut self) -> Vec<(usize, Range<u64>)> {
+        (self.guesses, self.rest) = (VecDeque::new(), None);
+        self.faults.clear();
+        self.delayed.clear();
+        self.waits.clear();
+        let mut runs: Vec<(usize, Range<u64>)> = Vec::new();
+        for (slot, of) in self.slots.iter_mut().enumerate() {
+            for (page, state) in of.pages.iter_mut().enumerate() {
+                let page = page as u64;
+                if state.settled() {
+                    continue;
+                }
+                *state = Page::new(PageState::Poisoned, state.zero(), false);
+                self.settled += 1;
+                self.lost += 1;
+                match runs.last_mut() {
+                    Some((of, run)) if *of == slot && run.end == page => run.end += 1,
+                    _ => runs.push((slot, page..page + 1)),
+                }
+            }
+        }
+        runs
+    }
+}

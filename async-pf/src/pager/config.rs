@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a pager is told to be: how many threads, how patient, and whom it tells what.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use memslots::uffd::{Fault, OpError};
+use memslots::{Errno, Gfn, Hva};
+
+use super::book::Limits;
+use crate::SourceError;
+
+/// What becomes of a page that will not come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GiveUp {
+    /// It is poisoned: who touches it has a memory error (of a guest, what its monitor makes of it). Needs the userfaultfd
+    /// feature `POISON` (Linux 6.6).
+    #[default]
+    Poison,
+    /// [`PagerEvents::lost`] is told, and who touched it sleeps on. The machine is to be stopped then: when the
+    /// registration goes, what is missing reads as zeros.
+    Tell,
+}
+
+/// Why a page will not come.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LostReason {
+    /// Its source did not answer in time.
+    #[error("it did not come within {0:?}")]
+    Deadline(Duration),
+    /// Its source has failed, for good or too often.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Its source panicked.
+    #[error("its source panicked")]
+    Panic,
+    /// It cannot be placed.
+    #[error(transparent)]
+    Place(#[from] OpError),
+}
+
+/// A page that will not come.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Lost<'a> {
+    /// The slot, by its place in the list that the pager was started with.
+    pub slot: usize,
+    /// The page.
+    pub gfn: Gfn,
+    /// Why.
+    pub reason: &'a LostReason,
+}
+
+/// Whom a pager tells of what it does not answer itself. Each has a default that does nothing.
+///
+/// # Contract
+/// Called on the pager's threads, with no lock held. Whoever faults waits meanwhile, so a call is short; and it follows
+/// the rules of [who may block on whom](memslots::uffd#who-may-block-on-whom): above all it touches no memory that the
+/// pager serves.
+pub trait PagerEvents: Send + Sync {
+    /// Someone writes to a write-protected page, and waits for whoever has the
+    /// [`ProtectRole`](memslots::uffd::ProtectRole). Returns whether it is answered: where the role said
+    /// [`Cause::Changing`](memslots::uffd::Cause::Changing), it is `false`, and the fault is told again when other messages
+    /// have been read.
+    fn write_protected(&self, fault: &Fault) -> bool {
+        let _ = fault;
+        true
+    }
+
+    /// A page will not come. It is poisoned after this, or not ([`GiveUp`]).
+    fn lost(&self, lost: &Lost<'_>) {
+        let _ = lost;
+    }
+
+    /// Memory was given back; the pager brings zeros from now on.
+    fn removed(&self, addresses: Range<usize>) {
+        let _ = addresses;
+    }
+
+    /// Registered memory was moved within the process, which a pager cannot follow: its pages are not served any more.
+    fn remapped(&self, from: Hva, to: Hva, size: u64) {
+        let _ = (from, to, size);
+    }
+
+    /// The pager cannot go on: the kernel refuses to be read. What is missing has been given up.
+    fn failed(&self, errno: Errno) {
+        let _ = errno;
+    }
+}
+
+/// Nobody is told.
+impl PagerEvents for () {}
+
+/// A thread that cannot be made is an error with its name. As [`thread::Builder::spawn`], for a consumer who has rules
+/// about threads (affinity, seccomp), or a test.
+pub type Spawn = dyn Fn(String, Box<dyn FnOnce() + Send>) -> io::Result<()> + Send + Sync;
+
+/// How a [`Pager`](super::Pager) works.
+///
+/// ```
+/// use async_pf::pager::{GiveUp, PagerConfig};
+/// use std::time::Duration;
+///
+/// let config = PagerConfig {
+///     workers: 2,
+///     deadline: Duration::from_secs(2),
+///     give_up: GiveUp::Tell,
+///     ..PagerConfig::default()
+/// };
+/// assert_eq!(config.retries, 5);
+/// ```
+#[derive(Clone)]
+pub struct PagerConfig {
+    /// Threads that fetch, at least one; one more watches over them.
+    pub workers: usize,
+    /// How long who touched a page waits for it at most, from the moment that the fault was read.
+    pub deadline: Duration,
+    /// How often a page is tried again after a [transient](SourceError::is_transient) failure of its source.
+    pub retries: u32,
+    /// How long a page waits for its second try; each further wait is twice as long.
+    pub backoff: Duration,
+    /// The longest of these waits.
+    pub longest_backoff: Duration,
+    /// What a fault brings at most where faults follow each other, in bytes. At least a page.
+    pub window: u64,
+    /// What is fetched at once where nobody waits, in bytes: a fault may have to wait for it if all workers do this. At
+    /// least a page.
+    pub ahead: u64,
+    /// How many ranges may be in line that nobody waits for.
+    pub backlog: usize,
+    /// What becomes of a page that will not come.
+    pub give_up: GiveUp,
+    /// Who is told.
+    pub events: Arc<dyn PagerEvents>,
+    /// How threads are made; they end when the pager is dropped or finished.
+    pub spawn: Arc<Spawn>,
+}
+
+impl Default for PagerConfig {
+    /// One worker, ten seconds, five retries from 2 ms on, windows of 128 KiB, poison.
+    fn default() -> Self {
+        Self {
+            workers: 1,
+            deadline: Duration::from_secs(10),
+            retries: 5,
+            backoff: Duration::from_millis(2),
+            longest_backoff: Duration::from_millis(500),
+            window: 128 << 10,
+            ahead: 128 << 10,
+            backlog: 1024,
+            give_up: GiveUp::default(),
+            events: Arc::new(()),
+            spawn: Arc::new(|name, run| thread::Builder::new().name(name).spawn(run).map(drop)),
+        }
+    }
+}
+
+impl PagerConfig {
+    pub(super) fn limits(&self) -> Limits {
+        Limits {
+            deadline: self.deadline,
+            retries: self.retries,
+            backoff: self.backoff,
+            longest_backoff: self.longest_backoff,
+            backlog: self.backlog,
+        }
+    }
+}
+
+impl fmt::Debug for PagerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PagerConfig")
+            .field("workers", &self.workers)
+            .field("deadline", &self.deadline)
+            .field("retries", &self.retries)
+            .field("backoff", &self.backoff)
+            .field("window", &self.window)
+            .field("ahead", &self.ahead)
+            .field("give_up", &self.give_up)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,349 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Pages into memory, and what to do about each of the kernel's refusals.
+
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+use std::time::Instant;
+
+use memslots::uffd::{Cause, Fault, FillRole, OpError, Wake};
+
+use super::book::{Job, Place};
+use super::config::{GiveUp, Lost, LostReason};
+use super::shared::{Answer, Hands, Reader, Shared};
+use crate::Fetched;
+
+/// How often an operation is asked for again while memory is being changed, each time after others had their turn. The
+/// change waits for a message to be read, which one of us does.
+const TRIES: usize = 10_000;
+
+/// What is placed.
+#[derive(Clone, Copy)]
+enum With<'a> {
+    Bytes(&'a [u8]),
+    Zeros,
+    /// What the page cache has.
+    Cache,
+}
+
+impl Shared {
+    /// Brings the pages of a job, and does what else is to be done.
+    pub fn serve(&self, job: &Job, hands: &mut Hands) {
+        self.bring(job, hands);
+        self.answer(hands);
+    }
+
+    fn bring(&self, job: &Job, hands: &mut Hands) {
+        let Some(slot) = self.slots.get(job.slot) else {
+            return;
+        };
+        if !slot.missing {
+            return self.put(job, With::Cache, hands);
+        }
+        if job.zero {
+            return self.put(job, With::Zeros, hands);
+        }
+        let size = ((job.pages.end - job.pages.start) * slot.page_size) as usize;
+        let mut buffer = std::mem::take(&mut hands.buffer);
+        if buffer.len() < size {
+            buffer.resize(size, 0);
+        }
+        let bytes = buffer.get_mut(..size).unwrap_or_default();
+        let first = slot.gfn(job.pages.start);
+        let mut state = self.lock();
+        if state.stop {
+            return; // whoever ends the pager does not wait for a source
+        }
+        state.fetching += 1;
+        drop(state);
+        let begun = Instant::now();
+        // A panic of a source is the page's failure, not the pager's. What it leaves behind is its own affair.
+        let fetched = catch_unwind(AssertUnwindSafe(|| slot.source.fetch(first, bytes)));
+        let took = begun.elapsed();
+        let mut state = self.lock();
+        state.fetching -= 1;
+        state.fetch = (state.fetch * 7 + took) / 8;
+        drop(state);
+        match fetched {
+            Ok(Ok(Fetched::Bytes)) => self.put(job, With::Bytes(bytes), hands),
+            Ok(Ok(Fetched::Zero)) => self.put(job, With::Zeros, hands),
+            Ok(Err(error)) => {
+                let transient = error.is_transient();
+                self.failed(job, job.pages.start, transient, &error.into(), hands);
+            }
+            Err(_) => self.failed(job, job.pages.start, false, &LostReason::Panic, hands),
+        }
+        hands.buffer = buffer;
+    }
+
+    /// Places the pages of a job that are still its own.
+    fn put(&self, job: &Job, with: With<'_>, hands: &mut Hands) {
+        let (mut at, mut tries) = (job.pages.start, 0);
+        while at < job.pages.end {
+            let roles = self.roles();
+            // Asked under `roles`: until it is let go of, nobody notes that a page was given back.
+            let Some(run) = self.lock().book.own(job, at) else {
+                return;
+            };
+            let (Some(role), Some(slot)) = (roles.get(job.slot), self.slots.get(job.slot)) else {
+                return; // the pager is over
+            };
+            let bytes = slot.bytes(&run);
+            let placed = match with {
+                With::Bytes(all) => {
+                    let skip = ((run.start - job.pages.start) * slot.page_size) as usize;
+                    let size = (bytes.end - bytes.start) as usize;
+                    let part = all.get(skip..skip + size).unwrap_or_default();
+                    role.copy(bytes.start, part, Wake::Now)
+                }
+                With::Zeros => role.zero(bytes, Wake::Now),
+                With::Cache => role.continue_minor(bytes, Wake::Now),
+            };
+            drop(roles);
+            let (stopped, cause) = match placed {
+                Ok(()) => (run.end, None),
+                Err(error) => (run.start + error.done / slot.page_size, Some(error)),
+            };
+            self.arrived(job, run.start..stopped, matches!(with, With::Zeros));
+            at = stopped;
+            let Some(error) = cause else {
+                continue;
+            };
+            match error.cause {
+                Cause::AlreadyThere => {
+                    self.wake(Place {
+                        slot: job.slot,
+                        page: at,
+                    });
+                    self.arrived(job, at..at + 1, false);
+                    at += 1;
+                }
+                Cause::Changing if tries < TRIES => {
+                    tries += 1;
+                    self.let_change(hands);
+                }
+                // Nobody can wait for these any more.
+                Cause::NotRegistered | Cause::ProcessGone => {
+                    self.arrived(job, at..job.pages.end, false);
+                    return;
+                }
+                // It has left the page cache, or never was in it: then it is the kernel's to bring.
+                Cause::NoSource if matches!(with, With::Cache) => {
+                    self.wake(Place {
+                        slot: job.slot,
+                        page: at,
+                    });
+                    self.arrived(job, at..at + 1, false);
+                    at += 1;
+                }
+                cause => {
+                    let transient = matches!(cause, Cause::NoMemory | Cause::Changing);
+                    return self.failed(job, at, transient, &error.into(), hands);
+                }
+            }
+        }
+    }
+
+    fn arrived(&self, job: &Job, pages: Range<u64>, zeros: bool) {
+        if pages.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let mut state = self.lock();
+        if zeros {
+            state.book.stats.zeros += pages.end - pages.start;
+        }
+        state.book.arrived(job, pages, now);
+        if state.book.is_complete() {
+            self.done.notify_all();
+        }
+    }
+
+    /// Memory is being changed, and that waits for its message to be read: does so, unless someone else is about to.
+    fn let_change(&self, hands: &mut Hands) {
+        let mut state = self.lock();
+        if state.reader != Reader::Nobody {
+            drop(state);
+            return thread::yield_now();
+        }
+        state.reader = Reader::Worker;
+        drop(state);
+        let read = self.read(hands);
+        let mut state = self.lock();
+        state.reader = Reader::Nobody;
+        state.turns += 1;
+        drop(state);
+        if let Err(errno) = read {
+            self.fail(errno);
+        }
+    }
+
+    fn failed(
+        &self,
+        job: &Job,
+        from: u64,
+        transient: bool,
+        reason: &LostReason,
+        hands: &mut Hands,
+    ) {
+        let mut state = self.lock();
+        let lost = state.book.failed(job, from, transient, Instant::now());
+        self.rouse(&mut state);
+        drop(state);
+        for place in lost {
+            self.give_up(place, reason, hands);
+        }
+    }
+
+    /// Tells of a page that will not come, and poisons it.
+    pub fn give_up(&self, place: Place, reason: &LostReason, hands: &mut Hands) {
+        if let Some(slot) = self.slots.get(place.slot) {
+            self.config.events.lost(&Lost {
+                slot: place.slot,
+                gfn: slot.gfn(place.page),
+                reason,
+            });
+        }
+        if self.config.give_up == GiveUp::Poison {
+            self.poison(place, hands);
+        }
+        if self.lock().book.is_complete() {
+            self.done.notify_all();
+        }
+    }
+
+    fn poison(&self, place: Place, hands: &mut Hands) {
+        for _ in 0..TRIES {
+            match self.on_page(place, |role, bytes| role.poison(bytes, Wake::Now)) {
+                Err(Cause::Changing) => self.let_change(hands),
+                // A worker was first.
+                Err(Cause::AlreadyThere) => return self.wake(place),
+                Err(_) => break,
+                Ok(()) => return,
+            }
+        }
+        self.lock().book.stats.unanswered += 1;
+    }
+
+    fn wake(&self, place: Place) {
+        if self.on_page(place, |role, bytes| role.wake(bytes)).is_err() {
+            self.lock().book.stats.unanswered += 1;
+        }
+    }
+
+    /// An operation on one page. That the pager is over is no failure.
+    fn on_page(
+        &self,
+        place: Place,
+        operate: impl FnOnce(&FillRole, Range<u64>) -> Result<(), OpError>,
+    ) -> Result<(), Cause> {
+        let roles = self.roles();
+        match (roles.get(place.slot), self.slots.get(place.slot)) {
+            (Some(role), Some(slot)) => operate(role, slot.bytes(&(place.page..place.page + 1)))
+                .map_err(|error| error.cause),
+            _ => Ok(()),
+        }
+    }
+
+    /// Does what the messages asked for that were read.
+    pub fn answer(&self, hands: &mut Hands) {
+        while let Some(answer) = hands.answers.pop() {
+            match answer {
+                Answer::Again(place) => self.again(place, hands),
+                Answer::Poison(place) if self.config.give_up == GiveUp::Poison => {
+                    self.poison(place, hands);
+                }
+                Answer::Poison(_) => {}
+                Answer::Map(job) => self.put(&job, With::Cache, hands),
+                Answer::Continue(place) => self.map_again(place, hands),
+                Answer::Protected(fault) => self.protected(&fault, hands),
+                Answer::Removed(range) => self.config.events.removed(range),
+                Answer::Remapped(from, to, size) => self.config.events.remapped(from, to, size),
+            }
+        }
+    }
+
+    /// A fault on a page that was placed. It is missing only if it has been given back since without a message, and then
+    /// reads as zeros; otherwise whoever waits has only to look again.
+    fn again(&self, place: Place, hands: &mut Hands) {
+        for _ in 0..TRIES {
+            match self.on_page(place, |role, bytes| role.zero(bytes, Wake::Now)) {
+                Err(Cause::Changing) => self.let_change(hands),
+                Err(_) => return self.wake(place),
+                Ok(()) => return,
+            }
+        }
+        self.wake(place);
+    }
+
+    fn protected(&self, fault: &Fault, hands: &mut Hands) {
+        for _ in 0..TRIES {
+            if self.config.events.write_protected(fault) {
+                return;
+            }
+            self.let_change(hands);
+        }
+        self.lock().book.stats.unanswered += 1;
+    }
+
+    fn map_again(&self, place: Place, hands: &mut Hands) {
+        for _ in 0..TRIES {
+            match self.on_page(place, |role, bytes| role.continue_minor(bytes, Wake::Now)) {
+                Err(Cause::Changing) => self.let_change(hands),
+                Err(_) => return self.wake(place),
+                Ok(()) => return,
+            }
+        }
+        self.wake(place);
+    }
+
+    /// The kernel refuses to be read: nobody can be served any more.
+    pub fn fail(&self, errno: memslots::Errno) {
+        let mut state = self.lock();
+        let first = state.failed.replace(errno).is_none();
+        state.stop = true;
+        state.poke = None;
+        self.work.notify_all();
+        self.watch.notify_all();
+        self.done.notify_all();
+        drop(state);
+        if first {
+            self.abandon();
+            self.config.events.failed(errno);
+        }
+    }
+
+    /// Gives up all that is missing, so that nobody waits for a pager that is not there, or reads zeros in its place.
+    pub fn abandon(&self) {
+        let roles = self.roles();
+        if roles.is_empty() {
+            return;
+        }
+        let runs = self.lock().book.give_all_up();
+        if self.config.give_up != GiveUp::Poison {
+            return;
+        }
+        for (slot, mut run) in runs {
+            let (Some(role), Some(slot)) = (roles.get(slot), self.slots.get(slot)) else {
+                continue;
+            };
+            let mut tries = 0;
+            while !run.is_empty() && tries < TRIES {
+                let bytes = slot.bytes(&run);
+                let Err(error) = role.poison(bytes, Wake::Now) else {
+                    break;
+                };
+                run.start += error.done / slot.page_size;
+                match error.cause {
+                    Cause::AlreadyThere => run.start += 1,
+                    Cause::Changing => {
+                        tries += 1;
+                        thread::yield_now();
+                    }
+                    _ => break,
+                }
+            }
+        }
+    }
+}

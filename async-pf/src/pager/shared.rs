@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the threads of a pager share, and how they hand the reading of messages to each other.
+//!
+//! There is one reader at a time, and any thread can be it. A worker with nothing to do becomes the reader; with a fault
+//! in hand it stops reading and serves it, itself, for that is faster than waking another thread as long as the source
+//! answers within microseconds. Where it does not, another worker is told to read meanwhile. Where nobody is left, the
+//! [guard](super::worker) reads.
+//!
+//! Locks, in this order: `roles`, `state`. Neither is held across a fetch or a wait.
+
+use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, Instant};
+
+use memslots::uffd::{Event, Fault, FaultKind, Features, FillRole, Messages, Uffd};
+use memslots::{Errno, Gfn, Hva, PAGE_SIZE};
+
+use super::book::{Book, Job, Place, Told};
+use super::config::PagerConfig;
+use crate::PageSource;
+
+/// A source whose fetches take longer is one during which another thread should read messages: about what it costs to
+/// wake that.
+const SLOW: Duration = Duration::from_micros(50);
+/// Messages a read. More than one, so that a burst costs one call.
+const BATCH: usize = 16;
+
+/// A slot, as it does not change.
+pub(super) struct SlotInfo {
+    pub host: Range<usize>,
+    pub page_size: u64,
+    pub first: Gfn,
+    pub source: Arc<dyn PageSource>,
+    /// Its missing pages are told of. If not, only minor faults are, and its pages are mapped from the page cache.
+    pub missing: bool,
+    /// What is fetched at once at most where nobody waits, in pages.
+    pub ahead: u64,
+}
+
+impl SlotInfo {
+    pub fn pages(&self) -> u64 {
+        (self.host.end - self.host.start) as u64 / self.page_size
+    }
+
+    pub fn gfn(&self, page: u64) -> Gfn {
+        Gfn(self.first.0 + page * (self.page_size / PAGE_SIZE))
+    }
+
+    pub fn bytes(&self, pages: &Range<u64>) -> Range<u64> {
+        pages.start * self.page_size..pages.end * self.page_size
+    }
+}
+
+/// Who waits for messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reader {
+    Nobody,
+    /// Some worker, or one that is about to.
+    Worker,
+    Guard,
+}
+
+pub(super) struct State {
+    pub book: Book,
+    pub reader: Reader,
+    /// How often a worker has read.
+    pub turns: u64,
+    /// Workers that wait for work.
+    pub idle: usize,
+    /// Workers that are inside a source.
+    pub fetching: usize,
+    /// A worker brings what nobody waits for: one at a time does.
+    pub ahead: bool,
+    /// The mean of what a fetch takes.
+    pub fetch: Duration,
+    /// The guard sleeps until someone waits.
+    pub guard_asleep: bool,
+    /// There is a byte in the pipe.
+    pub poked: bool,
+    /// Dropped, whoever waits for messages wakes for ever.
+    pub poke: Option<io::PipeWriter>,
+    pub stop: bool,
+    /// Threads that have not ended.
+    pub alive: usize,
+    /// Why it cannot go on.
+    pub failed: Option<Errno>,
+}
+
+pub(super) struct Shared {
+    pub uffd: Uffd,
+    pub slots: Vec<SlotInfo>,
+    /// Of each slot; none when the pager is over. Held for reading while a page is placed, for writing while a message
+    /// that pages were given back is taken: so nothing is placed between the moment that the giver goes on and the
+    /// moment that it is noted. (The kernel lets it go on when the message is read.)
+    pub roles: RwLock<Vec<FillRole>>,
+    state: Mutex<State>,
+    /// For workers: there is work, or nobody reads.
+    pub work: Condvar,
+    /// For the guard: someone waits.
+    pub watch: Condvar,
+    /// For the owner: everything is there, or a thread has ended.
+    pub done: Condvar,
+    pub config: PagerConfig,
+    /// Messages say that pages were given back.
+    removes: bool,
+    pokes: io::PipeReader,
+}
+
+/// What a thread of the pager has for itself.
+pub(super) struct Hands {
+    messages: Messages,
+    pub answers: Vec<Answer>,
+    pub buffer: Vec<u8>,
+}
+
+/// What a message asks for that is done with no lock held.
+pub(super) enum Answer {
+    /// A page was placed: zeros if it has been given back since, else a wake-up.
+    Again(Place),
+    Poison(Place),
+    /// Map it, whatever the book says.
+    Continue(Place),
+    Map(Job),
+    Protected(Fault),
+    Removed(Range<usize>),
+    Remapped(Hva, Hva, u64),
+}
+
+impl Shared {
+    pub fn new(
+        uffd: Uffd,
+        slots: Vec<(SlotInfo, FillRole)>,
+        config: PagerConfig,
+    ) -> io::Result<Self> {
+        let (pokes, poke) = io::pipe()?;
+        let (slots, roles): (Vec<_>, Vec<_>) = slots.into_iter().unzip();
+        let window = |slot: &SlotInfo| (config.window / slot.page_size).max(1);
+        let sizes = slots.iter().map(|slot| (slot.pages(), window(slot)));
+        let state = State {
+            book: Book::new(sizes, config.limits()),
+            reader: Reader::Nobody,
+            turns: 0,
+            idle: 0,
+            fetching: 0,
+            ahead: false,
+            fetch: Duration::ZERO,
+            guard_asleep: false,
+            poked: false,
+            poke: Some(poke),
+            stop: false,
+            alive: 0,
+            failed: None,
+        };
+        Ok(Self {
+            removes: uffd.enabled().contains(Features::EVENT_REMOVE),
+            uffd,
+            slots,
+            roles: RwLock::new(roles),
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            watch: Condvar::new(),
+            done: Condvar::new(),
+            config,
+            pokes,
+        })
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        // What is in it is whole after each statement.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn roles(&self) -> RwLockReadGuard<'_, Vec<FillRole>> {
+        self.roles.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many of so many pages from one are fetched at once, as its source likes it. Blocks for nothing.
+    pub fn cut(&self, place: Place, most: u64) -> u64 {
+        let Some(slot) = self.slots.get(place.slot).filter(|slot| slot.missing) else {
+            return most;
+        };
+        let each = slot.page_size / PAGE_SIZE;
+        slot.source.run(slot.gfn(place.page), most * each) / each
+    }
+
+    pub fn hands(&self) -> Hands {
+        let config = &self.config;
+        let most = |slot: &SlotInfo| slot.page_size.max(config.window).max(config.ahead);
+        let buffer = self.slots.iter().map(most).max().unwrap_or(PAGE_SIZE);
+        Hands {
+            messages: Messages::with_capacity(BATCH),
+            answers: Vec::with_capacity(BATCH),
+            buffer: vec![0; buffer as usize],
+        }
+    }
+
+    fn place(&self, address: Hva) -> Option<Place> {
+        let inside = |slot: &SlotInfo| slot.host.contains(&address.0);
+        let index = self.slots.iter().position(inside)?;
+        let slot = self.slots.get(index)?;
+        Some(Place {
+            slot: index,
+            page: (address.0 - slot.host.start) as u64 / slot.page_size,
+        })
+    }
+
+    /// Waits for messages, as the reader. Ends early when poked or stopped.
+    pub fn wait(&self, limit: Option<Duration>) -> Result<bool, Errno> {
+        match self.uffd.wait_or(&self.pokes, limit) {
+            Err(Errno(EINTR)) => Ok(false),
+            waited => waited,
+        }
+    }
+
+    /// Takes the messages that there are, as the reader: notes them, and leaves what is to be done in `hands`.
+    pub fn read(&self, hands: &mut Hands) -> Result<(), Errno> {
+        let exclusive = self
+            .removes
+            .then(|| self.roles.write().unwrap_or_else(PoisonError::into_inner));
+        let count = match self.uffd.read(&mut hands.messages) {
+            Err(Errno(EINTR)) => 0,
+            read => read?,
+        };
+        if count == 0 {
+            return Ok(());
+        }
+        let now = Instant::now();
+        let mut state = self.lock();
+        for event in &mut hands.messages {
+            hands.answers.extend(self.note(&mut state.book, event, now));
+        }
+        drop(state);
+        drop(exclusive);
+        Ok(())
+    }
+
+    fn note(&self, book: &mut Book, event: Event, now: Instant) -> Option<Answer> {
+        match event {
+            Event::Fault(fault) => self.note_fault(book, fault, now),
+            Event::Remove(range) => {
+                self.forget(book, &range);
+                Some(Answer::Removed(range))
+            }
+            // There is nothing to be placed there any more.
+            Event::Unmap(range) => {
+                self.forget(book, &range);
+                None
+            }
+            Event::Remap { from, to, size } => {
+                self.forget(book, &(from.0..from.0.saturating_add(size as usize)));
+                Some(Answer::Remapped(from, to, size))
+            }
+            // Dropped, the child's faults are the kernel's.
+            Event::Fork(_) => None,
+            _ => {
+                book.stats.unanswered += 1;
+                None
+            }
+        }
+    }
+
+    fn note_fault(&self, book: &mut Book, fault: Fault, now: Instant) -> Option<Answer> {
+        if fault.kind == FaultKind::WriteProtect {
+            book.stats.protected += 1;
+            return Some(Answer::Protected(fault));
+        }
+        let Some(place) = self.place(fault.address) else {
+            book.stats.unanswered += 1;
+            return None;
+        };
+        if fault.kind == FaultKind::Minor {
+            return Some(match book.minor(place, now) {
+                Some(job) => Answer::Map(job),
+                None => Answer::Continue(place),
+            });
+        }
+        match book.fault(place, now) {
+            Told::InLine => None,
+            Told::Placed => {
+                book.stats.late += 1;
+                Some(Answer::Again(place))
+            }
+            Told::Lost => Some(Answer::Poison(place)),
+            Told::Nowhere => {
+                book.stats.unanswered += 1;
+                None
+            }
+        }
+    }
+
+    /// The pages of these addresses are zeros from now on.
+    fn forget(&self, book: &mut Book, range: &Range<usize>) {
+        for (index, slot) in self.slots.iter().enumerate() {
+            let start = range.start.max(slot.host.start);
+            let end = range.end.min(slot.host.end);
+            if start < end {
+                let page = |address: usize| (address - slot.host.start) as u64 / slot.page_size;
+                book.removed(index, page(start)..page(end - 1) + 1);
+            }
+        }
+        if book.is_complete() {
+            self.done.notify_all();
+        }
+    }
+
+    /// Wakes someone for what was put in line.
+    pub fn rouse(&self, state: &mut State) {
+        if state.idle > 0 {
+            self.work.notify_one();
+        } else if state.reader == Reader::Worker && !state.poked {
+            self.poke(state);
+        }
+    }
+
+    fn poke(&self, state: &mut State) {
+        if let Some(poke) = &mut state.poke {
+            // One byte at a time, into a pipe of its own.
+            state.poked = poke.write_all(&[0]).is_ok();
+        }
+    }
+
+    /// Takes the byte out of the pipe.
+    pub fn unpoke(&self, state: &mut State) {
+        if std::mem::take(&mut state.poked) {
+            let _ = (&self.pokes).read(&mut [0]);
+        }
+    }
+
+    /// Before a job is served: whoever should read meanwhile is told so, and the guard that someone waits.
+    pub fn leave(&self, state: &mut State) {
+        let busy = state.fetch > SLOW || state.book.has_faults();
+        if state.idle > 0 && busy {
+            self.work.notify_one();
+        }
+        if state.guard_asleep {
+            state.guard_asleep = false;
+            self.watch.notify_one();
+        }
+    }
+
+    /// Ends all threads but those inside a source, which end when it answers.
+    pub fn stop(&self) {
+        let mut state = self.lock();
+        state.stop = true;
+        state.poke = None;
+        self.work.notify_all();
+        self.watch.notify_all();
+        self.done.notify_all();
+        while state.alive > state.fetching {
+            state = self
+                .done
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// `EINTR`.
+pub(super) const EINTR: i32 = 4;

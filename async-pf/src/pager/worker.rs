@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The threads: workers, which read messages, fetch and place; and the guard, which has the clock.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::config::LostReason;
+use super::shared::{Hands, Reader, Shared, State};
+
+/// How often the guard looks whether someone reads messages, while there is something to do.
+const TICK: Duration = Duration::from_millis(2);
+/// After so many looks at which nothing was done, it sleeps until something is.
+const QUIET: u32 = 50;
+
+/// Counts a thread out when it ends, however that comes.
+pub(super) struct Living(pub Arc<Shared>);
+
+impl Drop for Living {
+    fn drop(&mut self) {
+        self.0.lock().alive -= 1;
+        self.0.done.notify_all();
+    }
+}
+
+impl Shared {
+    /// A worker's life.
+    pub fn work(&self) {
+        let mut hands = self.hands();
+        let mut state = self.lock();
+        while !state.stop {
+            if let Some(job) = state.book.start_fault(|place, most| self.cut(place, most)) {
+                self.leave(&mut state);
+                drop(state);
+                self.serve(&job, &mut hands);
+                state = self.lock();
+                continue;
+            }
+            // One brings what nobody waits for; between two pieces it looks for faults, if nobody else does.
+            let ahead = !state.ahead && state.book.has_ahead();
+            if state.reader == Reader::Nobody {
+                state.reader = Reader::Worker;
+                drop(state);
+                let read = self.take_turn(!ahead, &mut hands);
+                state = self.lock();
+                state.reader = Reader::Nobody;
+                state.turns += 1;
+                self.unpoke(&mut state);
+                if read.is_err() || !hands.answers.is_empty() {
+                    drop(state);
+                    read.unwrap_or_else(|errno| self.fail(errno));
+                    self.answer(&mut hands);
+                    state = self.lock();
+                }
+                if !ahead || state.book.has_faults() {
+                    continue;
+                }
+            }
+            if ahead && !state.ahead {
+                state = self.bring_ahead(state, &mut hands);
+                continue;
+            }
+            state.idle += 1;
+            state = self
+                .work
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+            state.idle -= 1;
+        }
+    }
+
+    /// A piece of what nobody waits for.
+    fn bring_ahead<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        hands: &mut Hands,
+    ) -> MutexGuard<'a, State> {
+        let most = |slot: usize| self.slots.get(slot).map_or(1, |slot| slot.ahead);
+        let Some(job) = state
+            .book
+            .start_ahead(most, |place, most| self.cut(place, most))
+        else {
+            return state;
+        };
+        state.ahead = true;
+        if state.reader == Reader::Nobody && state.idle > 0 {
+            self.work.notify_one();
+        }
+        self.leave(&mut state);
+        drop(state);
+        self.serve(&job, hands);
+        state = self.lock();
+        state.ahead = false;
+        state
+    }
+
+    fn take_turn(&self, wait: bool, hands: &mut Hands) -> Result<(), memslots::Errno> {
+        if wait && !self.wait(None)? {
+            return Ok(());
+        }
+        self.read(hands)
+    }
+
+    /// The guard's life. It answers who has waited too long, puts in line what is to be tried again, and reads messages
+    /// where every worker is inside a source.
+    pub fn guard(&self) {
+        let mut hands = self.hands();
+        let (mut seen, mut quiet) = (0, 0);
+        let mut state = self.lock();
+        while !state.stop {
+            let now = Instant::now();
+            state.book.put_due_in_line(now);
+            let late = state.book.expire(now);
+            if state.book.has_faults() || state.book.has_ahead() && !state.ahead {
+                self.rouse(&mut state);
+            }
+            if !late.is_empty() {
+                drop(state);
+                let reason = LostReason::Deadline(self.config.deadline);
+                for place in late {
+                    self.give_up(place, &reason, &mut hands);
+                }
+                self.answer(&mut hands);
+                state = self.lock();
+                continue;
+            }
+            let nobody = state.reader == Reader::Nobody;
+            let unmoved = nobody && state.turns == seen;
+            if unmoved && state.idle > 0 {
+                self.work.notify_one();
+            } else if unmoved {
+                state = self.read_for_others(state, &mut hands);
+                continue;
+            }
+            let still = !nobody && state.turns == seen;
+            quiet = if still { quiet + 1 } else { 0 };
+            seen = state.turns;
+            let due = state.book.next_due();
+            let due = due.map(|due| due.saturating_duration_since(Instant::now()));
+            state.guard_asleep = quiet >= QUIET;
+            let limit = match (state.guard_asleep, due) {
+                (true, due) => due,
+                (false, due) => Some(due.unwrap_or(TICK).min(TICK)),
+            };
+            state = match limit {
+                Some(limit) => {
+                    let waited = self.watch.wait_timeout(state, limit);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => {
+                    let waited = self.watch.wait(state);
+                    waited.unwrap_or_else(PoisonError::into_inner)
+                }
+            };
+            if std::mem::take(&mut state.guard_asleep) {
+                // It was time, and not someone who begins to wait.
+                quiet = QUIET;
+            } else if quiet >= QUIET {
+                quiet = 0;
+            }
+        }
+    }
+
+    /// Every worker is busy and none has read since the last look: reads in their place, for a moment.
+    fn read_for_others<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        hands: &mut Hands,
+    ) -> MutexGuard<'a, State> {
+        state.reader = Reader::Guard;
+        let due = state.book.next_due();
+        drop(state);
+        let limit = due.map_or(TICK, |due| {
+            due.saturating_duration_since(Instant::now()).min(TICK)
+        });
+        let read = self.wait(Some(limit)).and_then(|told| match told {
+            true => self.read(hands),
+            false => Ok(()),
+        });
+        let mut state = self.lock();
+        state.reader = Reader::Nobody;
+        if state.idle > 0 {
+            self.work.notify_one();
+        }
+        // What needs no source waits for none.
+        let zeros = state.book.start_zero();
+        drop(state);
+        read.unwrap_or_else(|errno| self.fail(errno));
+        if let Some(job) = zeros {
+            self.serve(&job, hands);
+        }
+        self.answer(hands);
+        self.lock()
+    }
+}

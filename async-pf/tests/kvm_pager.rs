@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The pager on the kernel's userfaultfd: threads touch memory in place of vCPUs, and every byte that they read is the one
+//! that its page should have.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier, Mutex, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use async_pf::pager::{GiveUp, Lost, PagedSlot, Pager, PagerConfig, PagerEvents};
+use async_pf::{Fetched, PageSource, SourceError, ZeroSource};
+use memslots::uffd::{Cause, Fault, Features, Modes, ProtectRole, Registration, Uffd, Wake};
+use memslots::{Backing, Gfn, Hva, Mapping, PAGE_SIZE};
+use vm_memory::GuestAddress;
+
+const P: u64 = PAGE_SIZE;
+const LONG: Duration = Duration::from_secs(60);
+
+/// The word that begins page `gfn` in the source; its last word is the complement.
+fn key(gfn: u64) -> u64 {
+    gfn.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
+}
+
+/// Pages with a keyed pattern; every seventh is zero.
+struct Keyed;
+
+impl PageSource for Keyed {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        for (gfn, page) in (first.0..).zip(into.chunks_mut(P as usize)) {
+            page.fill(0);
+            if gfn % 7 != 0 {
+                page[..8].copy_from_slice(&key(gfn).to_ne_bytes());
+                page[4088..].copy_from_slice(&(!key(gfn)).to_ne_bytes());
+            }
+        }
+        Ok(Fetched::Bytes)
+    }
+}
+
+fn uffd() -> Uffd {
+    Uffd::open(
+        Features::EVENT_REMOVE,
+        Features::POISON | Features::WP_UNPOPULATED,
+    )
+    .expect("this test needs a userfaultfd: run it as root, or as the error says")
+}
+
+struct World {
+    uffd: Uffd,
+    memory: Arc<Mapping>,
+    registration: Registration,
+}
+
+impl World {
+    fn new(backing: &Backing, modes: Modes) -> Self {
+        let uffd = uffd();
+        let memory = Arc::new(Mapping::new(backing, GuestAddress(0)).unwrap());
+        let registration = uffd.register_all(&memory, modes).unwrap();
+        Self {
+            uffd,
+            memory,
+            registration,
+        }
+    }
+
+    fn start(&self, source: impl PageSource + 'static, config: PagerConfig) -> Pager {
+        let slot = PagedSlot::new(&self.registration, Gfn(0), Arc::new(source)).unwrap();
+        let poisons = self.uffd.available().contains(Features::POISON);
+        let give_up = if poisons {
+            config.give_up
+        } else {
+            GiveUp::Tell
+        };
+        Pager::start(&self.uffd, vec![slot], PagerConfig { give_up, ..config }).unwrap()
+    }
+
+    fn read(&self, page: u64) -> [u64; 2] {
+        read(self.memory.host(), page)
+    }
+
+    fn give_back(&self, page: u64, pages: u64) {
+        let at = (self.memory.host().0 + (page * P) as usize) as *mut libc::c_void;
+        // SAFETY: whole pages of the mapping, which nobody has a reference to.
+        let result = unsafe { libc::madvise(at, (pages * P) as usize, libc::MADV_DONTNEED) };
+        assert_eq!(result, 0);
+    }
+}
+
+/// The first and the last word of a page.
+fn read(start: Hva, page: u64) -> [u64; 2] {
+    let at = start.0 + (page * P) as usize;
+    // SAFETY: within a mapping that lives as long as the test; read volatile, as it may change.
+    [at, at + 4088].map(|at| unsafe { (at as *const u64).read_volatile() })
+}
+
+fn expected(gfn: u64) -> [u64; 2] {
+    match gfn % 7 {
+        0 => [0, 0],
+        _ => [key(gfn), !key(gfn)],
+    }
+}
+
+/// A sequence that looks random, the same in each run.
+fn next(seed: &mut u64) -> u64 {
+    *seed ^= *seed << 13;
+    *seed ^= *seed >> 7;
+    *seed ^= *seed << 17;
+    *seed
+}
+
+#[test]
+fn what_is_touched_comes_and_the_rest_behind_it() {
+    for backing in [Backing::anonymous(512 * P), Backing::memfd(512 * P)] {
+        for workers in [1, 2] {
+            let world = World::new(&backing, Modes::MISSING);
+            let pager = world.start(
+                Keyed,
+                PagerConfig {
+                    workers,
+                    ..PagerConfig::default()
+                },
+            );
+            assert_eq!(world.read(300), expected(300));
+            assert!(pager.progress().missing >= 480, "nothing comes unasked");
+            pager.prefetch_rest();
+            assert!(pager.wait(LONG));
+            let stats = pager.stats();
+            assert_eq!((stats.placed, stats.latency.count()), (512, stats.faults));
+            drop(pager.finish().unwrap());
+            for page in 0..512 {
+                assert_eq!(world.read(page), expected(page));
+            }
+        }
+    }
+}
+
+#[test]
+fn faults_in_a_row_are_brought_by_a_window_that_grows() {
+    let world = World::new(&Backing::anonymous(4096 * P), Modes::MISSING);
+    let pager = world.start(Keyed, PagerConfig::default());
+    for page in 0..4096 {
+        assert_eq!(world.read(page), expected(page));
+    }
+    let stats = pager.stats();
+    assert!(stats.faults < 4096 / 16, "{stats:?}");
+    assert!(
+        pager.wait(LONG),
+        "the last is noted just after it was placed"
+    );
+    assert!(pager.finish().is_ok());
+}
+
+#[test]
+fn memory_that_was_given_back_reads_as_zeros_brought_or_not() {
+    let world = World::new(&Backing::anonymous(64 * P), Modes::MISSING);
+    let pager = world.start(Keyed, PagerConfig::default());
+    assert_eq!(world.read(10), expected(10));
+    world.give_back(9, 3);
+    for page in 9..12 {
+        assert_eq!(world.read(page), [0, 0]);
+    }
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    assert_eq!(world.read(12), expected(12));
+    assert_eq!(world.read(9), [0, 0]);
+}
+
+/// Waits inside a fetch until it is let go.
+struct Gate {
+    inside: Barrier,
+    open: Barrier,
+    once: AtomicBool,
+}
+
+impl PageSource for &'static Gate {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        // Relaxed: a flag that orders nothing else.
+        if first == Gfn(1) && !self.once.swap(true, Ordering::Relaxed) {
+            self.inside.wait();
+            self.open.wait();
+        }
+        Keyed.fetch(first, into)
+    }
+}
+
+#[test]
+fn what_is_given_back_while_it_is_fetched_is_not_brought() {
+    for workers in [1, 2] {
+        let gate: &'static Gate = Box::leak(Box::new(Gate {
+            inside: Barrier::new(2),
+            open: Barrier::new(2),
+            once: AtomicBool::new(false),
+        }));
+        let world = World::new(&Backing::anonymous(4 * P), Modes::MISSING);
+        let pager = world.start(
+            gate,
+            PagerConfig {
+                workers,
+                ..PagerConfig::default()
+            },
+        );
+        pager.prefetch(0, Gfn(1)..Gfn(2)).unwrap();
+        gate.inside.wait();
+        // The worker is inside the source, and this waits for the message to be read: by another.
+        world.give_back(1, 1);
+        gate.open.wait();
+        assert_eq!(world.read(1), [0, 0]);
+        assert_eq!(world.read(2), expected(2));
+    }
+}
+
+/// Never answers for odd pages.
+struct Mute;
+
+impl PageSource for Mute {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        if first.0 % 2 == 1 {
+            loop {
+                thread::park();
+            }
+        }
+        Keyed.fetch(first, into)
+    }
+
+    fn run(&self, _: Gfn, _: u64) -> u64 {
+        1
+    }
+}
+
+/// Reads a page by a system call, which says EFAULT of a poisoned one where a load would end the process.
+fn readable(start: Hva, page: u64) -> bool {
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let at = (start.0 + (page * P) as usize) as *const libc::c_void;
+    // SAFETY: a page of a mapping that lives as long as the test; the kernel reads it.
+    unsafe { libc::write(std::os::fd::AsRawFd::as_raw_fd(&writer), at, 8) == 8 }
+}
+
+#[test]
+fn a_source_that_never_answers_keeps_nobody_beyond_the_deadline() {
+    let world = World::new(&Backing::anonymous(64 * P), Modes::MISSING);
+    if !world.uffd.available().contains(Features::POISON) {
+        return;
+    }
+    let deadline = Duration::from_millis(100);
+    let pager = world.start(
+        Mute,
+        PagerConfig {
+            workers: 2,
+            deadline,
+            ..PagerConfig::default()
+        },
+    );
+    let begun = Instant::now();
+    thread::scope(|scope| {
+        for page in [1, 3, 5, 7] {
+            let host = world.memory.host();
+            scope.spawn(move || assert!(!readable(host, page)));
+        }
+    });
+    // Not a speed test: that they come back at all is the promise, and long before a patient machine gives up.
+    assert!(begun.elapsed() >= deadline);
+    assert_eq!(pager.progress().lost, 4);
+    // Both workers are gone for good; memory that was given back needs no source.
+    world.give_back(20, 1);
+    assert_eq!(world.read(20), [0, 0]);
+    drop(pager);
+}
+
+#[test]
+fn dropped_before_everything_is_there_it_poisons_the_rest() {
+    let world = World::new(&Backing::anonymous(64 * P), Modes::MISSING);
+    if !world.uffd.available().contains(Features::POISON) {
+        return;
+    }
+    let pager = world.start(Keyed, PagerConfig::default());
+    assert_eq!(world.read(5), expected(5));
+    drop(pager);
+    assert_eq!(world.read(5), expected(5));
+    assert!(!readable(world.memory.host(), 40));
+    assert!(
+        world.registration.lend_fill().is_ok(),
+        "the role is free again"
+    );
+}
+
+#[derive(Default)]
+struct Unprotect {
+    role: OnceLock<ProtectRole>,
+    start: usize,
+    told: AtomicU64,
+    lost: Mutex<Vec<u64>>,
+}
+
+impl PagerEvents for Unprotect {
+    fn write_protected(&self, fault: &Fault) -> bool {
+        let page = (fault.address.0 - self.start) as u64 / P * P;
+        let role = self.role.get().expect("nothing is protected before");
+        // Relaxed: a number, read after the threads were joined.
+        self.told.fetch_add(1, Ordering::Relaxed);
+        match role.unprotect(page..page + P, Wake::Now) {
+            Err(error) => {
+                assert_eq!(error.cause, Cause::Changing);
+                false
+            }
+            Ok(()) => true,
+        }
+    }
+
+    fn lost(&self, lost: &Lost<'_>) {
+        self.lost.lock().unwrap().push(lost.gfn.0);
+    }
+}
+
+#[test]
+fn four_threads_read_what_they_should_beside_prefetch_discards_and_write_protection() {
+    const PAGES: u64 = 8192;
+    let discarded = |page: u64| page % 64 >= 60;
+    let world = World::new(
+        &Backing::anonymous(PAGES * P),
+        Modes::MISSING | Modes::WRITE_PROTECT,
+    );
+    let events = Arc::new(Unprotect {
+        start: world.memory.host().0,
+        ..Unprotect::default()
+    });
+    let config = PagerConfig {
+        workers: 2,
+        events: events.clone(),
+        ..PagerConfig::default()
+    };
+    let pager = world.start(Keyed, config);
+    let role = world.registration.lend_protect().unwrap();
+    role.protect(0..PAGES / 2 * P).unwrap();
+    assert!(events.role.set(role).is_ok());
+    thread::scope(|scope| {
+        for vcpu in 0..4u64 {
+            let host = world.memory.host();
+            scope.spawn(move || {
+                let mut seed = 0x1234_5678 + vcpu * 77;
+                for _ in 0..PAGES {
+                    let page = next(&mut seed) % PAGES;
+                    if discarded(page) {
+                        continue;
+                    }
+                    assert_eq!(read(host, page), expected(page), "page {page}");
+                    if page % 4 == vcpu {
+                        // A write of what is there: the page stays right, and is written.
+                        let at = (host.0 + (page * P) as usize) as *mut u64;
+                        // SAFETY: as in `read`; of this page, no other thread writes.
+                        unsafe { at.write_volatile(expected(page)[0]) };
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            for block in 0..PAGES / 64 {
+                world.give_back(block * 64 + 60, 4);
+                for page in block * 64 + 60..block * 64 + 64 {
+                    assert_eq!(world.read(page), [0, 0], "page {page} was given back");
+                }
+            }
+        });
+        let mut seed = 99;
+        for _ in 0..200 {
+            let first = next(&mut seed) % (PAGES - 32);
+            let _ = pager.prefetch(0, Gfn(first)..Gfn(first + 32));
+        }
+        pager.prefetch_rest();
+    });
+    assert!(pager.wait(LONG));
+    for page in 0..PAGES {
+        let wanted = if discarded(page) {
+            [0, 0]
+        } else {
+            expected(page)
+        };
+        assert_eq!(world.read(page), wanted, "page {page}");
+    }
+    assert!(events.told.load(Ordering::Relaxed) > 0);
+    assert!(events.lost.lock().unwrap().is_empty());
+    assert_eq!(pager.stats().unanswered, 0);
+}
+
+#[test]
+fn minor_faults_map_what_the_page_cache_has() {
+    const PAGES: u64 = 256;
+    let world = World::new(&Backing::memfd(PAGES * P), Modes::MINOR);
+    // Contents come through the file, as from another process that shares it.
+    let of = world.memory.file().unwrap();
+    for page in 0..PAGES {
+        let mut bytes = [0; P as usize];
+        let _ = Keyed.fetch(Gfn(page), &mut bytes).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(of.file(), &bytes, of.start() + page * P).unwrap();
+    }
+    let pager = world.start(ZeroSource, PagerConfig::default());
+    for page in (0..PAGES).step_by(3) {
+        assert_eq!(world.read(page), expected(page));
+    }
+    assert!(pager.stats().minor > 0);
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    let before = pager.stats().minor;
+    for page in 0..PAGES {
+        assert_eq!(world.read(page), expected(page));
+    }
+    assert_eq!(pager.stats().minor, before);
+}
