@@ -23,7 +23,7 @@ pub(super) struct Place {
 pub(super) enum Why {
     /// Someone waits.
     Fault,
-    /// Someone thinks that they will be wanted: if it fails, they are forgotten.
+    /// Someone thinks that they will be wanted: if it fails, they are forgotten, as the neighbours of a fault are.
     Guess,
     /// Everything has to come at last.
     Rest,
@@ -435,7 +435,8 @@ impl Book {
                 continue;
             }
             let awaited = before.awaited();
-            if !awaited && job.why == Why::Guess {
+            // Where everything is to come, this page may have been passed over already.
+            if !awaited && job.why != Why::Rest && self.rest.is_none() {
                 self.step(place, PageEvent::Forget);
                 continue;
             }

@@ -306,6 +306,8 @@ impl Pager {
             .roles
             .write()
             .unwrap_or_else(PoisonError::into_inner);
+        // A fault whose message was read is told again to whoever comes next.
+        self.shared.wake_all(&roles);
         std::mem::take(&mut *roles)
     }
 }

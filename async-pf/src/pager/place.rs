@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 use std::time::Instant;
 
-use memslots::uffd::{Cause, Fault, FillRole, OpError, Wake};
+use memslots::uffd::{Cause, Event, Fault, FaultKind, FillRole, Messages, OpError, Wake};
 
 use super::book::{Job, Place};
 use super::config::{GiveUp, Lost, LostReason};
@@ -315,6 +315,7 @@ impl Shared {
     }
 
     /// Gives up all that is missing, so that nobody waits for a pager that is not there, or reads zeros in its place.
+    /// Where nothing is poisoned, who waits is woken, and is told of again.
     pub fn abandon(&self) {
         let roles = self.roles();
         if roles.is_empty() {
@@ -322,28 +323,53 @@ impl Shared {
         }
         let runs = self.lock().book.give_all_up();
         if self.config.give_up != GiveUp::Poison {
-            return;
+            return self.wake_all(&roles);
         }
         for (slot, mut run) in runs {
             let (Some(role), Some(slot)) = (roles.get(slot), self.slots.get(slot)) else {
                 continue;
             };
             let mut tries = 0;
-            while !run.is_empty() && tries < TRIES {
-                let bytes = slot.bytes(&run);
-                let Err(error) = role.poison(bytes, Wake::Now) else {
+            while !run.is_empty() {
+                let Err(error) = role.poison(slot.bytes(&run), Wake::Now) else {
                     break;
                 };
                 run.start += error.done / slot.page_size;
                 match error.cause {
+                    // A worker was first; whoever waits for it is woken below.
                     Cause::AlreadyThere => run.start += 1,
-                    Cause::Changing => {
+                    Cause::Changing if tries < TRIES => {
                         tries += 1;
-                        thread::yield_now();
+                        self.drain();
                     }
                     _ => break,
                 }
             }
         }
+        self.wake_all(&roles);
+    }
+
+    /// Who waits looks again. That memory is not registered any more is no failure: nobody waits there.
+    pub fn wake_all(&self, roles: &[FillRole]) {
+        for role in roles {
+            let _ = role.wake(0..role.size());
+        }
+    }
+
+    /// Reads messages, for nobody else does: a change of memory waits for that. Faults of missing pages need no answer,
+    /// for all of these are given up at this moment.
+    fn drain(&self) {
+        let mut messages = Messages::with_capacity(16);
+        if self.uffd.read(&mut messages).is_err() {
+            return;
+        }
+        for event in messages {
+            if let Event::Fault(fault) = event
+                && fault.kind == FaultKind::WriteProtect
+            {
+                self.config.events.write_protected(&fault);
+            }
+        }
+        thread::yield_now();
     }
 }

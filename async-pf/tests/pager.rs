@@ -1,0 +1,607 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The pager's promises on a fake kernel: whatever a source or an ioctl answers, whoever waits goes on, and nothing is
+//! fetched twice, forgotten or left running.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use async_pf::pager::{
+    GiveUp, Lost, LostReason, PagedSlot, Pager, PagerConfig, PagerEvents, PrefetchError, StartError,
+};
+use async_pf::{Fetched, FilePiece, FileSource, PageSource, SourceError, ZeroSource};
+use memslots::uffd::fake::{FakeUffd, Touch};
+use memslots::uffd::{
+    Call, Fault, FaultKind, Features, Message, Modes, Registration, Uffd, encode,
+};
+use memslots::{Backing, Errno, Gfn, Hva, Mapping, PAGE_SIZE};
+use vm_memory::GuestAddress;
+
+const P: u64 = PAGE_SIZE;
+const PAGES: u64 = 64;
+const ALL: Features = Features::from_bits(0x1ffff);
+/// Nothing here takes this long; what hangs fails in the end.
+const LONG: Duration = Duration::from_secs(30);
+
+struct World {
+    fake: FakeUffd,
+    uffd: Uffd,
+    memory: Arc<Mapping>,
+    registration: Registration,
+}
+
+impl World {
+    fn new() -> Self {
+        Self::with(ALL, Modes::MISSING | Modes::WRITE_PROTECT)
+    }
+
+    fn with(available: Features, modes: Modes) -> Self {
+        let fake = FakeUffd::new(available);
+        let uffd = Uffd::on(|| fake.open(), Features::EVENT_REMOVE, Features::NONE).unwrap();
+        let memory = Mapping::new(&Backing::anonymous(PAGES * P), GuestAddress(0)).unwrap();
+        let memory = Arc::new(memory);
+        let registration = uffd.register_all(&memory, modes).unwrap();
+        Self {
+            fake,
+            uffd,
+            memory,
+            registration,
+        }
+    }
+
+    fn slot(&self, source: impl PageSource + 'static) -> PagedSlot {
+        PagedSlot::new(&self.registration, Gfn(0x100), Arc::new(source)).unwrap()
+    }
+
+    fn start(&self, source: impl PageSource + 'static, config: PagerConfig) -> Pager {
+        Pager::start(&self.uffd, vec![self.slot(source)], config).unwrap()
+    }
+
+    fn at(&self, page: u64) -> Hva {
+        Hva(self.memory.host().0 + (page * P) as usize)
+    }
+
+    fn byte(&self, page: u64) -> u8 {
+        // SAFETY: within the mapping; read volatile, as another thread fills it.
+        unsafe { (self.at(page).0 as *const u8).read_volatile() }
+    }
+
+    fn count(&self, call: Call) -> usize {
+        let calls = self.fake.calls();
+        calls.iter().filter(|(made, _)| *made == call).count()
+    }
+
+    /// Someone touches the page and waits until it is there, or poisoned.
+    fn touch(&self, page: u64) -> Touch {
+        until("the page is served", || {
+            let touch = self.fake.touch(self.at(page), false);
+            (touch != Touch::Sleeps).then_some(touch)
+        })
+    }
+
+    fn wakes_all(&self) {
+        until("nobody sleeps", || {
+            self.fake.asleep().is_empty().then_some(())
+        });
+    }
+}
+
+/// Looks until there is something. No sleep decides a test: only one that would fail takes long.
+fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(begun.elapsed() < LONG, "waited in vain until {what}");
+        thread::yield_now();
+    }
+}
+
+/// Each page is full of its number's low byte; counts what is asked of it, and fails as it is told.
+#[derive(Clone, Default)]
+struct Scripted {
+    shared: Arc<Script>,
+}
+
+#[derive(Default)]
+struct Script {
+    /// How often a page is still to fail, and whether that passes.
+    failing: Mutex<HashMap<u64, (u32, bool)>>,
+    asked: Mutex<Vec<(u64, u64)>>,
+}
+
+impl Scripted {
+    fn fail(self, gfn: u64, times: u32, transient: bool) -> Self {
+        let mut failing = self.shared.failing.lock().unwrap();
+        failing.insert(gfn, (times, transient));
+        drop(failing);
+        self
+    }
+
+    fn asked(&self) -> Vec<(u64, u64)> {
+        self.shared.asked.lock().unwrap().clone()
+    }
+}
+
+impl PageSource for Scripted {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        let pages = into.len() as u64 / P;
+        self.shared.asked.lock().unwrap().push((first.0, pages));
+        for (gfn, page) in (first.0..).zip(into.chunks_mut(P as usize)) {
+            page.fill(gfn as u8);
+            let mut failing = self.shared.failing.lock().unwrap();
+            let Some((times, transient)) = failing.get_mut(&gfn) else {
+                continue;
+            };
+            if *times == 0 {
+                continue;
+            }
+            *times -= 1;
+            return Err(match transient {
+                true => SourceError::Read {
+                    gfn: Gfn(gfn),
+                    offset: 0,
+                    want: 4096,
+                    source: io::Error::from_raw_os_error(libc::EIO),
+                },
+                false => SourceError::NoSuchPage { gfn: Gfn(gfn) },
+            });
+        }
+        Ok(Fetched::Bytes)
+    }
+}
+
+#[derive(Default)]
+struct Told {
+    lost: Mutex<Vec<(u64, String)>>,
+    protected: AtomicUsize,
+}
+
+impl PagerEvents for Told {
+    fn lost(&self, lost: &Lost<'_>) {
+        let told = (lost.gfn.0, lost.reason.to_string());
+        self.lost.lock().unwrap().push(told);
+    }
+
+    fn write_protected(&self, _: &Fault) -> bool {
+        // Relaxed: a number that orders nothing else. The first answer is "not yet".
+        self.protected.fetch_add(1, Ordering::Relaxed) > 0
+    }
+}
+
+fn quick() -> PagerConfig {
+    PagerConfig {
+        backoff: Duration::from_micros(100),
+        ..PagerConfig::default()
+    }
+}
+
+#[test]
+fn whatever_an_ioctl_answers_once_everybody_goes_on_and_everything_comes() {
+    const ERRNOS: [i32; 9] = [
+        libc::EEXIST,
+        libc::EAGAIN,
+        libc::ENOENT,
+        libc::ESRCH,
+        libc::ENOMEM,
+        libc::ENOSPC,
+        libc::EFAULT,
+        libc::EBUSY,
+        libc::EINVAL,
+    ];
+    for errno in ERRNOS {
+        for after in 0..6 {
+            for workers in [1, 2] {
+                let world = World::new();
+                let pager = world.start(Scripted::default(), PagerConfig { workers, ..quick() });
+                world.fake.fail(after, Errno(errno));
+                for page in [5, 6, 7, 8, 40] {
+                    world.fake.touch(world.at(page), false);
+                }
+                pager.prefetch_rest();
+                assert!(pager.wait(LONG), "{errno} after {after}");
+                // These two say that there is nobody any more who could sleep.
+                if ![libc::ENOENT, libc::ESRCH].contains(&errno) {
+                    world.wakes_all();
+                }
+                let progress = pager.progress();
+                assert_eq!((progress.missing, progress.failed), (0, None));
+                assert!(progress.lost <= PAGES);
+                assert_eq!(pager.finish().unwrap().len(), 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_operation_that_stops_halfway_goes_on_where_it_stopped() {
+    let world = World::new();
+    let source = Scripted::default();
+    let pager = world.start(source.clone(), quick());
+    world.fake.do_partly(0, 3 * P);
+    pager.prefetch(0, Gfn(0x100)..Gfn(0x110)).unwrap();
+    until("they are placed", || {
+        (pager.stats().placed == 16).then_some(())
+    });
+    assert_eq!(source.asked(), [(0x100, 16)]);
+    assert_eq!(world.byte(15), 0x0f);
+}
+
+#[test]
+fn a_failure_that_passes_is_tried_again_and_one_that_stays_poisons_its_page_alone() {
+    let world = World::new();
+    let source = Scripted::default()
+        .fail(0x103, 3, true)
+        .fail(0x105, u32::MAX, true)
+        .fail(0x109, 1, false);
+    let told = Arc::new(Told::default());
+    let pager = world.start(
+        source,
+        PagerConfig {
+            events: told.clone(),
+            ..quick()
+        },
+    );
+    assert_eq!((world.touch(3), world.byte(3)), (Touch::Done, 3));
+    assert_eq!(pager.stats().retries, 3);
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    for page in 0..PAGES {
+        let expected = match page {
+            5 | 9 => Touch::Poisoned,
+            _ => Touch::Done,
+        };
+        assert_eq!(world.touch(page), expected, "page {page}");
+        if expected == Touch::Done {
+            assert_eq!(world.byte(page), page as u8);
+        }
+    }
+    assert_eq!(pager.progress().lost, 2);
+    let mut lost = told.lost.lock().unwrap().clone();
+    lost.sort();
+    assert_eq!(lost.len(), 2);
+    assert!(lost[0].1.contains("gfn 0x105: reading"), "{lost:?}");
+    assert_eq!(lost[1], (0x109, "no source has gfn 0x109".into()));
+}
+
+#[test]
+fn a_file_that_was_cut_off_poisons_what_it_has_lost() {
+    let world = World::new();
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&vec![7; (PAGES * P) as usize]).unwrap();
+    let piece = FilePiece {
+        first: Gfn(0x100),
+        pages: PAGES,
+        offset: 0,
+    };
+    let source = FileSource::new(file.try_clone().unwrap(), [piece]).unwrap();
+    file.set_len(40 * P + 5).unwrap();
+    let pager = world.start(source, quick());
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    assert_eq!(pager.progress().lost, PAGES - 40);
+    assert_eq!(world.touch(39), Touch::Done);
+    assert_eq!(world.touch(40), Touch::Poisoned);
+}
+
+/// Panics at one page.
+struct Rotten;
+
+impl PageSource for Rotten {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        assert_ne!(first, Gfn(0x102), "this panic is a test's");
+        ZeroSource.fetch(first, into)
+    }
+}
+
+#[test]
+fn a_source_that_panics_costs_its_page_and_no_worker() {
+    let world = World::new();
+    let pager = world.start(Rotten, quick());
+    assert_eq!(world.touch(2), Touch::Poisoned);
+    assert_eq!(world.touch(3), Touch::Done);
+    assert_eq!(pager.stats().lost, 1);
+    assert_eq!(
+        world.count(Call::Copy),
+        0,
+        "zeros are placed without a copy"
+    );
+}
+
+/// Stops in its first fetch until it is let go.
+struct Gate {
+    inside: Barrier,
+    open: Barrier,
+    times: AtomicUsize,
+}
+
+impl Gate {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            inside: Barrier::new(2),
+            open: Barrier::new(2),
+            times: AtomicUsize::new(0),
+        })
+    }
+}
+
+struct Gated(Arc<Gate>);
+
+impl PageSource for Gated {
+    fn fetch(&self, _: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        // Relaxed: a number that orders nothing else.
+        if self.0.times.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.0.inside.wait();
+            self.0.open.wait();
+        }
+        into.fill(9);
+        Ok(Fetched::Bytes)
+    }
+}
+
+#[test]
+fn two_faults_on_a_page_are_one_fetch() {
+    let world = World::new();
+    let gate = Gate::new();
+    let pager = world.start(
+        Gated(gate.clone()),
+        PagerConfig {
+            workers: 2,
+            ..quick()
+        },
+    );
+    assert_eq!(world.fake.touch(world.at(4), false), Touch::Sleeps);
+    gate.inside.wait();
+    assert_eq!(world.fake.touch(world.at(4), true), Touch::Sleeps);
+    until("the second fault is read", || {
+        (pager.stats().joined == 1).then_some(())
+    });
+    gate.open.wait();
+    world.wakes_all();
+    assert_eq!(gate.times.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_fault_overtakes_what_nobody_waits_for() {
+    let world = World::new();
+    let gate = Gate::new();
+    let pager = world.start(
+        Gated(gate.clone()),
+        PagerConfig {
+            ahead: P,
+            ..quick()
+        },
+    );
+    pager.prefetch(0, Gfn(0x100)..Gfn(0x120)).unwrap();
+    gate.inside.wait();
+    assert_eq!(world.fake.touch(world.at(50), false), Touch::Sleeps);
+    gate.open.wait();
+    world.wakes_all();
+    until("all of it has come", || {
+        (pager.stats().placed == 33).then_some(())
+    });
+    let copies: Vec<u64> = world
+        .fake
+        .calls()
+        .into_iter()
+        .filter(|(call, _)| *call == Call::Copy)
+        .map(|(_, argument)| (argument[0] - world.memory.host().0 as u64) / P)
+        .collect();
+    let place = copies.iter().position(|page| *page == 50).unwrap();
+    assert!(place <= 2, "behind the piece under way: {copies:?}");
+}
+
+#[test]
+fn a_worker_inside_its_source_is_not_waited_for() {
+    let world = World::new();
+    let gate = Gate::new();
+    let pager = world.start(Gated(gate.clone()), quick());
+    assert_eq!(world.fake.touch(world.at(4), false), Touch::Sleeps);
+    gate.inside.wait();
+    drop(pager);
+    assert_eq!(
+        world.fake.touch(world.at(4), false),
+        Touch::Poisoned,
+        "nobody hangs"
+    );
+    let role = world.registration.lend_fill();
+    assert!(role.is_ok(), "the next pager can have it");
+    gate.open.wait();
+    assert_eq!(world.count(Call::Copy), 0, "what comes too late is dropped");
+}
+
+#[test]
+fn a_page_that_is_late_is_given_up_at_its_deadline_while_every_worker_is_stuck() {
+    for give_up in [GiveUp::Poison, GiveUp::Tell] {
+        let world = World::new();
+        let gate = Gate::new();
+        let told = Arc::new(Told::default());
+        let deadline = Duration::from_millis(30);
+        let pager = world.start(
+            Gated(gate.clone()),
+            PagerConfig {
+                deadline,
+                give_up,
+                events: told.clone(),
+                ..quick()
+            },
+        );
+        assert_eq!(world.fake.touch(world.at(4), false), Touch::Sleeps);
+        gate.inside.wait();
+        // Read by the guard, for nobody else is left.
+        assert_eq!(world.fake.touch(world.at(20), false), Touch::Sleeps);
+        until("both are given up", || {
+            (told.lost.lock().unwrap().len() == 2).then_some(())
+        });
+        let reason = LostReason::Deadline(deadline).to_string();
+        let expected = [(0x104, reason.clone()), (0x114, reason)];
+        assert_eq!(*told.lost.lock().unwrap(), expected);
+        if give_up == GiveUp::Poison {
+            assert_eq!(world.touch(4), Touch::Poisoned);
+            assert_eq!(world.touch(20), Touch::Poisoned);
+            world.wakes_all();
+        } else {
+            assert_eq!(world.fake.asleep().len(), 2, "the machine is to be stopped");
+        }
+        gate.open.wait();
+        drop(pager);
+        world.wakes_all();
+    }
+}
+
+#[test]
+fn a_thread_that_cannot_be_made_is_an_error_and_leaves_nothing_behind() {
+    for failing in 0..3 {
+        let world = World::new();
+        let (made, ended) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (counting, ending) = (made.clone(), ended.clone());
+        let config = PagerConfig {
+            workers: 2,
+            spawn: Arc::new(move |name, run| {
+                // SeqCst: a test's counters.
+                if counting.fetch_add(1, Ordering::SeqCst) == failing {
+                    return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+                }
+                let ending = ending.clone();
+                let run = move || {
+                    run();
+                    ending.fetch_add(1, Ordering::SeqCst);
+                };
+                thread::Builder::new().name(name).spawn(run).map(drop)
+            }),
+            ..quick()
+        };
+        let slot = world.slot(ZeroSource);
+        let error = Pager::start(&world.uffd, vec![slot], config).unwrap_err();
+        assert!(matches!(error, StartError::Thread { .. }), "{error}");
+        until("its threads have ended", || {
+            (ended.load(Ordering::SeqCst) == failing).then_some(())
+        });
+        assert!(world.registration.lend_fill().is_ok());
+        assert_eq!(world.count(Call::Poison), 0, "nothing was promised yet");
+    }
+}
+
+#[test]
+fn what_is_given_back_comes_as_zeros_and_is_not_fetched() {
+    let world = World::new();
+    let source = Scripted::default();
+    let pager = world.start(source.clone(), quick());
+    let range = world.at(8).0..world.at(16).0;
+    world.fake.tell(encode(&Message::Remove(range)));
+    until("it is noted", || (pager.stats().removed == 8).then_some(()));
+    assert_eq!(world.touch(9), Touch::Done);
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    let brought =
+        |(first, pages): &(u64, u64)| (*first..first + pages).any(|g| (0x108..0x110).contains(&g));
+    assert!(!source.asked().iter().any(brought), "{:?}", source.asked());
+    assert_eq!(pager.stats().zeros, 1);
+}
+
+#[test]
+fn a_page_that_was_given_back_without_a_word_comes_as_zeros() {
+    let world = World::new();
+    let pager = world.start(Scripted::default(), quick());
+    assert_eq!(world.touch(3), Touch::Done);
+    // Of a fault on a page that it has placed, the pager only knows that there was one.
+    let fault = Fault {
+        address: world.at(3),
+        kind: FaultKind::Missing,
+        write: false,
+        thread: 0,
+    };
+    world.fake.tell(encode(&Message::Fault(fault)));
+    until("it is answered", || {
+        (world.count(Call::ZeroPage) == 1 && world.count(Call::Wake) == 1).then_some(())
+    });
+    assert_eq!(pager.stats().late, 1);
+    assert_eq!(world.byte(3), 3, "it was there: whoever waited is woken");
+}
+
+#[test]
+fn write_protect_faults_go_to_who_protects_until_they_are_answered() {
+    let world = World::new();
+    let told = Arc::new(Told::default());
+    let pager = world.start(
+        Scripted::default(),
+        PagerConfig {
+            events: told.clone(),
+            ..quick()
+        },
+    );
+    assert_eq!(world.touch(3), Touch::Done);
+    let role = world.registration.lend_protect().unwrap();
+    role.protect(0..PAGES * P).unwrap();
+    assert_eq!(world.fake.touch(world.at(3), true), Touch::Sleeps);
+    until("it is told of twice", || {
+        (told.protected.load(Ordering::Relaxed) == 2).then_some(())
+    });
+    assert_eq!(world.touch(4), Touch::Done);
+    assert_eq!(
+        world.fake.page(world.at(4)),
+        Some(true),
+        "it came protected"
+    );
+    assert_eq!(pager.stats().protected, 1);
+}
+
+#[test]
+fn bad_requests_are_refused_with_their_values_and_change_nothing() {
+    let world = World::new();
+    let start = |slots, config| Pager::start(&world.uffd, slots, config).unwrap_err();
+    assert!(matches!(start(vec![], quick()), StartError::NoSlot));
+    let second = {
+        let _first = world.slot(ZeroSource);
+        PagedSlot::new(&world.registration, Gfn(0), Arc::new(ZeroSource)).unwrap_err()
+    };
+    assert!(matches!(second, StartError::Lend(_)));
+    let far = Gfn(u64::MAX - 5);
+    let wraps = PagedSlot::new(&world.registration, far, Arc::new(ZeroSource)).unwrap_err();
+    assert!(matches!(wraps, StartError::Wraps { pages: PAGES, .. }));
+    let old = World::with(Features::from_bits(0x1fff), Modes::MISSING);
+    let slot = vec![old.slot(ZeroSource)];
+    let error = Pager::start(&old.uffd, slot, quick()).unwrap_err();
+    assert!(error.to_string().contains("POISON (Linux 6.6)"), "{error}");
+
+    let gate = Gate::new();
+    let config = PagerConfig {
+        backlog: 2,
+        ..quick()
+    };
+    let pager = world.start(Gated(gate.clone()), config);
+    assert_eq!(
+        pager.prefetch(1, Gfn(0x100)..Gfn(0x101)),
+        Err(PrefetchError::NoSlot { slot: 1, slots: 1 })
+    );
+    for (start, end) in [(0xff, 0x101), (0x13f, 0x141), (0x105, 0x104)] {
+        let error = pager.prefetch(0, Gfn(start)..Gfn(end)).unwrap_err();
+        assert!(matches!(error, PrefetchError::OutOfRange { .. }), "{error}");
+    }
+    assert_eq!(pager.prefetch(0, Gfn(0x100)..Gfn(0x100)), Ok(()));
+    pager.prefetch(0, Gfn(0x100)..Gfn(0x101)).unwrap();
+    gate.inside.wait();
+    for page in 0x110..0x112 {
+        pager.prefetch(0, Gfn(page)..Gfn(page + 1)).unwrap();
+    }
+    assert_eq!(
+        pager.prefetch(0, Gfn(0x120)..Gfn(0x121)),
+        Err(PrefetchError::Backlog { bound: 2 })
+    );
+    gate.open.wait();
+    until("they have come", || {
+        (pager.progress().missing == PAGES - 3).then_some(())
+    });
+    let unfinished = pager.finish().unwrap_err();
+    assert_eq!(unfinished.to_string(), "61 pages are still to come");
+    assert!(!unfinished.pager.wait(Duration::ZERO));
+    unfinished.pager.prefetch_rest();
+    assert!(unfinished.pager.wait(LONG), "it goes on");
+}
