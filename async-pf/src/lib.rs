@@ -24,7 +24,8 @@
 //! * [`Schedule`] holds the pages of a slot: two faults on one page are one fetch, faults overtake
 //!   guesses, a guess that is touched becomes a fault.
 //! * [`PageState`] and [`RequestState`] are the two state machines, each one `const` table.
-//! * [`PageSource`] has the contents: [`FileSource`], [`ZeroSource`], or yours.
+//! * [`PageSource`] has the contents: [`FileSource`], [`SparseSource`], [`CompositeSource`],
+//!   [`ZeroSource`], or yours.
 //! * [`AsyncPfFeatures`], [`AsyncPfEnable`], [`AsyncPfVector`], [`AsyncPfMsrs`] and [`ApfData`] are
 //!   the guest's side: CPUID bits, MSRs and the shared structure, decoded and encoded.
 //!
@@ -113,7 +114,10 @@ pub use paravirt::{
 };
 pub use queue::{ASYNC_PF_PER_VCPU, Completion, Token, VcpuQueue, WAKE_ALL_TOKEN};
 pub use schedule::{FaultAnswer, Job, Lane, Outcome, Schedule};
-pub use source::{Fetched, FilePiece, FileSource, PageSource, SourceError, ZeroSource};
+pub use source::{
+    CompositeSource, Fetched, FilePiece, FileSource, PageSource, SourceError, SparseSource,
+    ZeroSource,
+};
 pub use state::{PageEvent, PageState, RequestEvent, RequestState};
 
 /// The README's example, so that it compiles.

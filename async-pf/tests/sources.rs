@@ -5,9 +5,13 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::sync::Arc;
 
-use async_pf::{Fetched, FilePiece, FileSource, PageSource, SourceError, ZeroSource};
-use memslots::Gfn;
+use async_pf::{
+    CompositeSource, Fetched, FilePiece, FileSource, PageSource, SourceError, SparseSource,
+    ZeroSource,
+};
+use memslots::{Gfn, PAGE_SIZE};
 use proptest::prelude::*;
 
 const PAGE: usize = 4096;
@@ -170,4 +174,86 @@ fn zero_pages_are_told_not_written() {
         Fetched::Zero
     );
     assert_eq!(page, [7; PAGE]);
+}
+
+/// Page `gfn` of a file in which every page is full of its number.
+fn numbered(pages: u64) -> std::fs::File {
+    let mut file = tempfile::tempfile().unwrap();
+    for page in 0..pages {
+        file.write_all(&[page as u8; PAGE_SIZE as usize]).unwrap();
+    }
+    file
+}
+
+proptest! {
+    /// A sparse source and a composite one give, page by page and in one call, what a plain array of pages says.
+    #[test]
+    fn sparse_and_composite_sources_are_an_array_of_pages(
+        runs in proptest::collection::vec((0u64..4, 1u64..5), 1..6),
+        first in 0u64..30,
+        pages in 1u64..12,
+        split in 0u64..30,
+    ) {
+        let (mut pieces, mut truth, mut offset) = (Vec::new(), Vec::new(), 0);
+        for (gap, length) in runs {
+            truth.extend(vec![0; gap as usize]);
+            let piece = FilePiece {
+                first: Gfn(truth.len() as u64),
+                pages: length,
+                offset: offset * PAGE_SIZE,
+            };
+            pieces.push(piece);
+            truth.extend((offset..offset + length).map(|page| page as u8));
+            offset += length;
+        }
+        let all = truth.len() as u64;
+        let sparse = || -> Arc<dyn PageSource> {
+            let pieces = pieces.iter().copied();
+            Arc::new(SparseSource::new(numbered(offset), pieces, Gfn(0)..Gfn(all)).unwrap())
+        };
+        let split = split.min(all);
+        let parts = [(Gfn(split)..Gfn(all), sparse()), (Gfn(0)..Gfn(split), sparse())];
+        let composite: Arc<dyn PageSource> = Arc::new(CompositeSource::new(parts).unwrap());
+        for source in [sparse(), composite] {
+            let mut buffer = vec![0xee; (pages * PAGE_SIZE) as usize];
+            let fetched = source.fetch(Gfn(first), &mut buffer);
+            if first + pages > all {
+                let refused = matches!(fetched, Err(SourceError::NoSuchPage { .. }));
+                prop_assert!(refused);
+                continue;
+            }
+            let expected = &truth[first as usize..(first + pages) as usize];
+            match fetched.unwrap() {
+                Fetched::Zero => prop_assert!(expected.iter().all(|byte| *byte == 0)),
+                Fetched::Bytes => {
+                    for (page, byte) in buffer.chunks(PAGE_SIZE as usize).zip(expected) {
+                        prop_assert!(page.iter().all(|b| b == byte));
+                    }
+                }
+            }
+            let run = source.run(Gfn(first), pages);
+            prop_assert!((1..=pages).contains(&run));
+        }
+    }
+}
+
+#[test]
+fn sparse_and_composite_sources_refuse_what_does_not_fit() {
+    let piece = FilePiece {
+        first: Gfn(3),
+        pages: 2,
+        offset: 0,
+    };
+    let error = SparseSource::new(numbered(2), [piece], Gfn(0)..Gfn(4)).unwrap_err();
+    assert!(matches!(
+        error,
+        SourceError::Layout {
+            gfn: Gfn(3),
+            pages: 2
+        }
+    ));
+    let zeros: Arc<dyn PageSource> = Arc::new(ZeroSource);
+    let overlapping = [(Gfn(0)..Gfn(5), zeros.clone()), (Gfn(4)..Gfn(6), zeros)];
+    let error = CompositeSource::new(overlapping).unwrap_err();
+    assert!(matches!(error, SourceError::Layout { gfn: Gfn(4), .. }));
 }

@@ -2,7 +2,7 @@
 
 //! What the threads of a pager share, and how they hand the reading of messages to each other.
 //!
-//! There is one reader at a time, and any thread can be it. A worker with nothing to do becomes the reader; with a fault
+//! There is one reader at a time, and any thread can be it. (Two would do no harm, but that one wakes for nothing.) A worker with nothing to do becomes the reader; with a fault
 //! in hand it stops reading and serves it, itself, for that is faster than waking another thread as long as the source
 //! answers within microseconds. Where it does not, another worker is told to read meanwhile. Where nobody is left, the
 //! [guard](super::worker) reads.

@@ -38,7 +38,8 @@ impl Shared {
             }
             // One brings what nobody waits for; between two pieces it looks for faults, if nobody else does.
             let ahead = !state.ahead && state.book.has_ahead();
-            if state.reader == Reader::Nobody {
+            // The guard only stands in: whoever comes back reads again, and does not wait for it to be scheduled.
+            if state.reader != Reader::Worker {
                 state.reader = Reader::Worker;
                 drop(state);
                 let read = self.take_turn(!ahead, &mut hands);
@@ -52,14 +53,16 @@ impl Shared {
                     self.answer(&mut hands);
                     state = self.lock();
                 }
-                if !ahead || state.book.has_faults() {
-                    continue;
+                if ahead && !state.ahead && !state.stop && !state.book.has_faults() {
+                    state = self.bring_ahead(state, &mut hands);
                 }
+                continue; // from the top: whatever it had seen may have changed meanwhile
             }
-            if ahead && !state.ahead {
+            if ahead {
                 state = self.bring_ahead(state, &mut hands);
                 continue;
             }
+            // Another one reads, and the lock was not let go of since that was seen, nor since `stop` was.
             state.idle += 1;
             state = self
                 .work
@@ -178,7 +181,9 @@ impl Shared {
             false => Ok(()),
         });
         let mut state = self.lock();
-        state.reader = Reader::Nobody;
+        if state.reader == Reader::Guard {
+            state.reader = Reader::Nobody;
+        }
         if state.idle > 0 {
             self.work.notify_one();
         }
