@@ -617,3 +617,7 @@ impl Book {
         runs
     }
 }
+
+#[cfg(test)]
+#[path = "book_tests.rs"]
+mod tests;

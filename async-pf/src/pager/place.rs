@@ -100,12 +100,15 @@ impl Shared {
                 With::Zeros => role.zero(bytes, Wake::Now),
                 With::Cache => role.continue_minor(bytes, Wake::Now),
             };
-            drop(roles);
             let (stopped, cause) = match placed {
                 Ok(()) => (run.end, None),
                 Err(error) => (run.start + error.done / slot.page_size, Some(error)),
             };
-            self.arrived(job, run.start..stopped, matches!(with, With::Zeros));
+            let there = cause.is_some_and(|error| error.cause == Cause::AlreadyThere);
+            // Noted under `roles` too: or the page could be given back, and wanted again, before it counts as placed.
+            let placed = run.start..stopped + u64::from(there);
+            self.arrived(job, placed, matches!(with, With::Zeros));
+            drop(roles);
             at = stopped;
             let Some(error) = cause else {
                 continue;
@@ -116,7 +119,6 @@ impl Shared {
                         slot: job.slot,
                         page: at,
                     });
-                    self.arrived(job, at..at + 1, false);
                     at += 1;
                 }
                 Cause::Changing if tries < TRIES => {

@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The book against a naive account of the same story, over random ones.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+
+use super::*;
+
+const SIZES: [u64; 2] = [24, 9];
+const LIMITS: Limits = Limits {
+    deadline: Duration::from_millis(100),
+    retries: 2,
+    backoff: Duration::from_millis(1),
+    longest_backoff: Duration::from_millis(5),
+    backlog: 4,
+};
+
+#[derive(Clone, Debug)]
+enum Step {
+    Fault(usize, u64),
+    Guess(usize, u64, u64),
+    Rest,
+    StartFault(u64),
+    StartAhead,
+    /// A job (by its place among those under way) places so many of its pages and goes on.
+    Arrive(usize, u64),
+    /// A job ends in failure, which passes or not.
+    Fail(usize, bool),
+    Remove(usize, u64, u64),
+    Wait(u64),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        4 => (0..2usize, 0..24u64).prop_map(|(slot, page)| Step::Fault(slot, page)),
+        1 => (0..2usize, 0..24u64, 0..12u64).prop_map(|(slot, page, n)| Step::Guess(slot, page, n)),
+        1 => Just(Step::Rest),
+        4 => (1..8u64).prop_map(Step::StartFault),
+        2 => Just(Step::StartAhead),
+        4 => (0..4usize, 1..8u64).prop_map(|(job, pages)| Step::Arrive(job, pages)),
+        2 => (0..4usize, any::<bool>()).prop_map(|(job, passes)| Step::Fail(job, passes)),
+        1 => (0..2usize, 0..24u64, 1..6u64).prop_map(|(slot, page, n)| Step::Remove(slot, page, n)),
+        1 => (0..60u64).prop_map(Step::Wait),
+    ];
+    proptest::collection::vec(step, 0..120)
+}
+
+/// Who waits, what is there, what was given back: by name, in sets.
+#[derive(Default)]
+struct Account {
+    waiting: BTreeSet<(usize, u64)>,
+    there: BTreeSet<(usize, u64)>,
+    lost: BTreeSet<(usize, u64)>,
+    zero: BTreeSet<(usize, u64)>,
+}
+
+struct Story {
+    book: Book,
+    account: Account,
+    jobs: Vec<(Job, u64)>,
+    now: Instant,
+}
+
+impl Story {
+    fn lose(&mut self, places: Vec<Place>) {
+        for place in places {
+            let page = (place.slot, place.page);
+            assert!(!self.account.zero.contains(&page), "zeros need no source");
+            self.account.waiting.remove(&page);
+            assert!(self.account.lost.insert(page), "{place:?} is lost once");
+        }
+    }
+
+    fn begin(&mut self, job: Option<Job>) {
+        let Some(job) = job else { return };
+        assert!(!job.pages.is_empty());
+        for page in job.pages.clone() {
+            let zero = self.account.zero.contains(&(job.slot, page));
+            assert_eq!(zero, job.zero, "page {page} of {job:?}");
+            assert!(!self.account.there.contains(&(job.slot, page)));
+            // Zeros may be: given back again, and touched again. The first that places them is enough.
+            let twice = !zero
+                && self.jobs.iter().any(|(other, from)| {
+                    other.slot == job.slot
+                        && other.zero == job.zero
+                        && other.pages.contains(&page)
+                        && page >= *from
+                });
+            assert!(!twice, "page {page} of {job:?} is fetched already");
+        }
+        let from = job.pages.start;
+        self.jobs.push((job, from));
+    }
+
+    fn arrive(&mut self, at: usize, most: u64) {
+        let Some((job, from)) = self.jobs.get(at).cloned() else {
+            return;
+        };
+        let Some(run) = self.book.own(&job, from) else {
+            self.jobs.remove(at);
+            return;
+        };
+        let end = run.end.min(run.start + most);
+        for page in run.start..end {
+            let page = (job.slot, page);
+            assert_eq!(
+                self.account.zero.contains(&page),
+                job.zero,
+                "{page:?} would be placed with what it should not have"
+            );
+            self.account.waiting.remove(&page);
+            assert!(self.account.there.insert(page), "{page:?} is placed once");
+        }
+        self.book.arrived(&job, run.start..end, self.now);
+        if end == job.pages.end {
+            self.jobs.remove(at);
+        } else if let Some((_, from)) = self.jobs.get_mut(at) {
+            *from = end;
+        }
+    }
+
+    fn take(&mut self, step: Step) {
+        let now = self.now;
+        match step {
+            Step::Fault(slot, page) => {
+                let known = (slot, page);
+                let expected = if page >= SIZES[slot] {
+                    Told::Nowhere
+                } else if self.account.there.contains(&known) {
+                    Told::Placed
+                } else if self.account.lost.contains(&known) {
+                    Told::Lost
+                } else {
+                    self.account.waiting.insert(known);
+                    Told::InLine
+                };
+                assert_eq!(self.book.fault(Place { slot, page }, now), expected);
+            }
+            Step::Guess(slot, page, pages) => drop(self.book.guess(slot, page..page + pages)),
+            Step::Rest => self.book.want_rest(),
+            Step::StartFault(cut) => {
+                let job = self.book.start_fault(|_, most| most.min(cut));
+                self.begin(job);
+            }
+            Step::StartAhead => {
+                let job = self.book.start_ahead(|_| 4, |_, most| most);
+                self.begin(job);
+            }
+            Step::Arrive(job, pages) => self.arrive(job, pages),
+            Step::Fail(at, passes) => {
+                if at < self.jobs.len() {
+                    let (job, from) = self.jobs.remove(at);
+                    // No source is asked for zeros.
+                    let lost = self.book.failed(&job, from, passes || job.zero, now);
+                    if job.zero {
+                        // Placing fails too, for want of memory.
+                        for place in &lost {
+                            self.account.zero.remove(&(place.slot, place.page));
+                        }
+                    }
+                    self.lose(lost);
+                }
+            }
+            Step::Remove(slot, page, pages) => {
+                self.book.removed(slot, page..page + pages);
+                for page in (page..page + pages).filter(|page| *page < SIZES[slot]) {
+                    let page = (slot, page);
+                    self.account.there.remove(&page);
+                    self.account.lost.remove(&page);
+                    self.account.zero.insert(page);
+                }
+            }
+            Step::Wait(millis) => {
+                self.now += Duration::from_millis(millis);
+                self.book.put_due_in_line(self.now);
+                let late = self.book.expire(self.now);
+                self.lose(late);
+            }
+        }
+    }
+
+    fn check(&self) {
+        let all: u64 = SIZES.iter().sum();
+        let untouched = self.account.zero.iter().filter(|page| {
+            let of = &self.account;
+            !of.there.contains(page) && !of.lost.contains(page)
+        });
+        // A page that was given back counts as done until someone waits for it.
+        let waiting_or_begun = untouched.clone().filter(|(slot, page)| {
+            let place = Place {
+                slot: *slot,
+                page: *page,
+            };
+            let state = self.book.get(place).map(Page::state);
+            state != Some(PageState::Absent)
+        });
+        let settled =
+            self.account.there.len() + self.account.lost.len() + untouched.clone().count()
+                - waiting_or_begun.count();
+        let (missing, lost, total) = self.book.totals();
+        assert_eq!(
+            (missing, lost, total),
+            (all - settled as u64, self.account.lost.len() as u64, all)
+        );
+        assert_eq!(self.book.waits.len(), self.account.waiting.len());
+    }
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_nothing_is_forgotten_placed_twice_or_wrong(steps in steps()) {
+        let sizes = SIZES.map(|pages| (pages, 4));
+        let mut story = Story {
+            book: Book::new(sizes, LIMITS),
+            account: Account::default(),
+            jobs: Vec::new(),
+            now: Instant::now(),
+        };
+        for step in steps {
+            story.take(step);
+            story.check();
+        }
+        // From here on all goes well: everybody gets a page, and everything comes.
+        story.book.want_rest();
+        for _ in 0..1000 {
+            story.take(Step::Wait(6));
+            story.take(Step::StartFault(8));
+            story.take(Step::StartAhead);
+            while !story.jobs.is_empty() {
+                story.take(Step::Arrive(0, 3));
+            }
+            if story.book.is_complete() && story.account.waiting.is_empty() {
+                break;
+            }
+        }
+        story.check();
+        prop_assert!(story.book.is_complete());
+        prop_assert!(story.account.waiting.is_empty());
+        prop_assert!(!story.book.has_ahead() || story.book.start_ahead(|_| 4, |_, most| most).is_none());
+    }
+}
