@@ -1,103 +1,92 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A pager in a page: four "vCPUs" read a memory whose contents are in a file, two workers serve
-//! their faults and one guess after another meanwhile. `cargo run -p async-pf --example pager`.
-//!
-//! A real one differs where the comments say: faults come from a userfaultfd, and pages go into
-//! guest memory by `UFFDIO_COPY`.
-#![allow(clippy::unwrap_used)] // a poisoned lock ends an example
+//! Memory that arrives when it is touched: four threads in place of vCPUs read a memory whose contents are in a file,
+//! while the rest of it comes behind them. `cargo run -p async-pf --example pager`; needs a userfaultfd (root, or what the
+//! error says).
 
-use std::collections::HashMap;
 use std::error::Error;
 use std::io::Write;
-use std::sync::{Condvar, Mutex, mpsc};
+use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
-use async_pf::{FaultAnswer, FilePiece, FileSource, Outcome, PageSource, Schedule};
-use memslots::Gfn;
+use async_pf::pager::{Lost, PagedSlot, Pager, PagerConfig, PagerEvents};
+use async_pf::{FilePiece, SparseSource};
+use memslots::uffd::{Features, Modes, Uffd};
+use memslots::{Backing, Gfn, Mapping, PAGE_SIZE};
+use vm_memory::GuestAddress;
 
-const PAGES: u64 = 256;
+const PAGES: u64 = 4096;
+
+/// A monitor would stop the guest, or give it a machine check.
+struct Say;
+
+impl PagerEvents for Say {
+    fn lost(&self, lost: &Lost<'_>) {
+        eprintln!("gfn {:#x} will not come: {}", lost.gfn.0, lost.reason);
+    }
+}
 
 fn main() -> Result<(), Box<dyn Error>> {
+    // A snapshot: the first three quarters are in a file, the last is zeros.
     let mut file = tempfile::tempfile()?;
-    for page in 0..PAGES {
-        file.write_all(&[page as u8; 4096])?;
+    let stored = PAGES * 3 / 4;
+    for page in 0..stored {
+        file.write_all(&[page as u8 | 1; PAGE_SIZE as usize])?;
     }
-    let source = FileSource::new(
-        file,
-        [FilePiece {
-            first: Gfn(0),
-            pages: PAGES,
-            offset: 0,
-        }],
-    )?;
+    let piece = FilePiece {
+        first: Gfn(0),
+        pages: stored,
+        offset: 0,
+    };
+    let source = SparseSource::new(file, [piece], Gfn(0)..Gfn(PAGES))?;
 
-    let schedule = Mutex::new(Schedule::<mpsc::Sender<()>>::new(Gfn(0), PAGES, 16));
-    let work = Condvar::new();
-    let memory = Mutex::new(HashMap::<u64, Vec<u8>>::new()); // guest memory
+    // The pager starts before anything can touch the memory.
+    let uffd = Uffd::open(Features::POISON, Features::EVENT_REMOVE)?;
+    let memory = Backing::anonymous(PAGES * PAGE_SIZE);
+    let memory = Arc::new(Mapping::new(&memory, GuestAddress(0))?);
+    let registration = uffd.register_all(&memory, Modes::MISSING)?;
+    let slot = PagedSlot::new(&registration, Gfn(0), Arc::new(source))?;
+    let config = PagerConfig {
+        workers: 2,
+        events: Arc::new(Say),
+        ..PagerConfig::default()
+    };
+    let pager = Pager::start(&uffd, vec![slot], config)?;
 
     thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                let mut guesses = 0..PAGES;
-                loop {
-                    let mut pages = schedule.lock().unwrap();
-                    let job = loop {
-                        if pages.is_complete() {
-                            work.notify_all();
-                            return;
-                        }
-                        match pages.start() {
-                            Some(job) => break job,
-                            None => match guesses.next() {
-                                Some(page) => drop(pages.prefetch(Gfn(page))),
-                                None => pages = work.wait(pages).unwrap(),
-                            },
-                        }
-                    };
-                    drop(pages); // never held across a fetch
-                    let mut buffer = vec![0; 4096];
-                    let outcome = match source.fetch(job.gfn, &mut buffer) {
-                        Ok(_) => {
-                            memory.lock().unwrap().insert(job.gfn.0, buffer); // UFFDIO_COPY
-                            Outcome::Arrived
-                        }
-                        Err(error) if error.is_transient() && job.failures < 3 => Outcome::Retry,
-                        Err(error) => {
-                            eprintln!("{error}");
-                            Outcome::GaveUp // UFFDIO_POISON
-                        }
-                    };
-                    for waiter in schedule.lock().unwrap().finish(job.gfn, outcome).unwrap() {
-                        let _gone = waiter.send(());
-                    }
-                    work.notify_all();
-                }
-            });
-        }
         for vcpu in 0..4 {
-            let (schedule, work, memory) = (&schedule, &work, &memory);
+            let host = memory.host();
             scope.spawn(move || {
-                let mut waited = 0;
                 for step in 0..PAGES {
-                    let page = (step * 37 + vcpu * 64) % PAGES;
-                    let (wake, woken) = mpsc::channel();
-                    // userfaultfd: UFFD_EVENT_PAGEFAULT
-                    let answer = schedule.lock().unwrap().fault(Gfn(page), wake).unwrap();
-                    if let FaultAnswer::Waiting { .. } = answer {
-                        work.notify_one();
-                        woken.recv().unwrap();
-                        waited += 1;
-                    }
-                    assert_eq!(memory.lock().unwrap()[&page], vec![page as u8; 4096]);
+                    let page = (step * 1_597 + vcpu * 1_024) % PAGES;
+                    let at = (host.0 + (page * PAGE_SIZE) as usize) as *const u8;
+                    // SAFETY: within the mapping, which outlives the scope; read volatile, as guest memory is.
+                    let byte = unsafe { at.read_volatile() };
+                    assert_eq!(byte, if page < stored { page as u8 | 1 } else { 0 });
                 }
-                println!("vCPU {vcpu}: read {PAGES} pages, waited for {waited} of them");
             });
         }
+        pager.prefetch_rest();
     });
+    assert!(pager.wait(Duration::from_secs(60)), "everything comes");
+
+    let stats = pager.stats();
     println!(
-        "{} of {PAGES} pages present",
-        schedule.lock().unwrap().present()
+        "{} pages came by {} fetches, {} of them before anyone waited; {} are zeros",
+        stats.placed, stats.fetches, stats.ahead, stats.zeros
     );
+    println!(
+        "{} faults: half within {:?}, 99 % within {:?}, the longest {:?}",
+        stats.faults,
+        stats.latency.percentile(50.0),
+        stats.latency.percentile(99.0),
+        stats.latency.max()
+    );
+    for (below, count) in stats.latency.buckets() {
+        println!("{count:8} below {below:?}");
+    }
+    // The fill role of the registration, for whoever answers faults from now on: a balloon's, say.
+    let _roles = pager.finish()?;
     Ok(())
 }
