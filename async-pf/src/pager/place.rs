@@ -5,18 +5,26 @@
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use memslots::uffd::{Cause, Event, Fault, FaultKind, FillRole, Messages, OpError, Wake};
 
 use super::book::{Job, Place};
 use super::config::{GiveUp, Lost, LostReason};
-use super::shared::{Answer, Hands, Reader, Shared};
+use super::shared::{Answer, Hands, Shared};
 use crate::Fetched;
 
-/// How often an operation is asked for again while memory is being changed, each time after others had their turn. The
-/// change waits for a message to be read, which one of us does.
-const TRIES: usize = 10_000;
+/// How often others have their turn before a thread that waits for a change of memory sleeps between two looks.
+const TURNS: u32 = 64;
+/// How long it sleeps then.
+const NAP: Duration = Duration::from_micros(100);
+
+/// How long an operation is asked for again while memory is being changed: that ends when the changing thread has been
+/// scheduled, after its message was read. Until the deadline of a fault.
+struct Patience {
+    turns: u32,
+    until: Option<Instant>,
+}
 
 /// What is placed.
 #[derive(Clone, Copy)]
@@ -79,7 +87,7 @@ impl Shared {
 
     /// Places the pages of a job that are still its own.
     fn put(&self, job: &Job, with: With<'_>, hands: &mut Hands) {
-        let (mut at, mut tries) = (job.pages.start, 0);
+        let (mut at, mut patience) = (job.pages.start, self.patience());
         while at < job.pages.end {
             let roles = self.roles();
             // Asked under `roles`: until it is let go of, nobody notes that a page was given back.
@@ -121,10 +129,7 @@ impl Shared {
                     });
                     at += 1;
                 }
-                Cause::Changing if tries < TRIES => {
-                    tries += 1;
-                    self.let_change(hands);
-                }
+                Cause::Changing if self.let_change(&mut patience, hands) => {}
                 // Nobody can wait for these any more.
                 Cause::NotRegistered | Cause::ProcessGone => {
                     self.arrived(job, at..job.pages.end, false);
@@ -162,23 +167,26 @@ impl Shared {
         }
     }
 
-    /// Memory is being changed, and that waits for its message to be read: does so, unless someone else is about to.
-    fn let_change(&self, hands: &mut Hands) {
-        let mut state = self.lock();
-        if state.reader != Reader::Nobody {
-            drop(state);
-            return thread::yield_now();
+    fn patience(&self) -> Patience {
+        Patience {
+            turns: 0,
+            until: Instant::now().checked_add(self.config.deadline),
         }
-        state.reader = Reader::Worker;
-        drop(state);
-        let read = self.read(hands);
-        let mut state = self.lock();
-        state.reader = Reader::Nobody;
-        state.turns += 1;
-        drop(state);
-        if let Err(errno) = read {
+    }
+
+    /// Memory is being changed: reads the message that this may wait for, whoever else is about to, and lets others have
+    /// their turn. Says whether it is worth asking again.
+    fn let_change(&self, patience: &mut Patience, hands: &mut Hands) -> bool {
+        if let Err(errno) = self.read(hands) {
             self.fail(errno);
         }
+        patience.turns = patience.turns.saturating_add(1);
+        if patience.turns < TURNS {
+            thread::yield_now();
+            return true;
+        }
+        thread::sleep(NAP);
+        patience.until.is_none_or(|until| Instant::now() < until) && !self.lock().stop
     }
 
     fn failed(
@@ -216,9 +224,10 @@ impl Shared {
     }
 
     fn poison(&self, place: Place, hands: &mut Hands) {
-        for _ in 0..TRIES {
+        let mut patience = self.patience();
+        loop {
             match self.on_page(place, |role, bytes| role.poison(bytes, Wake::Now)) {
-                Err(Cause::Changing) => self.let_change(hands),
+                Err(Cause::Changing) if self.let_change(&mut patience, hands) => {}
                 // A worker was first.
                 Err(Cause::AlreadyThere) => return self.wake(place),
                 Err(_) => break,
@@ -269,35 +278,38 @@ impl Shared {
     /// A fault on a page that was placed. It is missing only if it has been given back since without a message, and then
     /// reads as zeros; otherwise whoever waits has only to look again.
     fn again(&self, place: Place, hands: &mut Hands) {
-        for _ in 0..TRIES {
+        let mut patience = self.patience();
+        loop {
             match self.on_page(place, |role, bytes| role.zero(bytes, Wake::Now)) {
-                Err(Cause::Changing) => self.let_change(hands),
+                Err(Cause::Changing) if self.let_change(&mut patience, hands) => {}
                 Err(_) => return self.wake(place),
                 Ok(()) => return,
             }
         }
-        self.wake(place);
     }
 
     fn protected(&self, fault: &Fault, hands: &mut Hands) {
-        for _ in 0..TRIES {
-            if self.config.events.write_protected(fault) {
+        let mut patience = self.patience();
+        while !self.config.events.write_protected(fault) {
+            if !self.let_change(&mut patience, hands) {
+                // Then it is told of again.
+                if let Some(place) = self.place(fault.address) {
+                    self.wake(place);
+                }
                 return;
             }
-            self.let_change(hands);
         }
-        self.lock().book.stats.unanswered += 1;
     }
 
     fn map_again(&self, place: Place, hands: &mut Hands) {
-        for _ in 0..TRIES {
+        let mut patience = self.patience();
+        loop {
             match self.on_page(place, |role, bytes| role.continue_minor(bytes, Wake::Now)) {
-                Err(Cause::Changing) => self.let_change(hands),
+                Err(Cause::Changing) if self.let_change(&mut patience, hands) => {}
                 Err(_) => return self.wake(place),
                 Ok(()) => return,
             }
         }
-        self.wake(place);
     }
 
     /// The kernel refuses to be read: nobody can be served any more.
@@ -331,7 +343,7 @@ impl Shared {
             let (Some(role), Some(slot)) = (roles.get(slot), self.slots.get(slot)) else {
                 continue;
             };
-            let mut tries = 0;
+            let mut patience = self.patience();
             while !run.is_empty() {
                 let Err(error) = role.poison(slot.bytes(&run), Wake::Now) else {
                     break;
@@ -340,10 +352,7 @@ impl Shared {
                 match error.cause {
                     // A worker was first; whoever waits for it is woken below.
                     Cause::AlreadyThere => run.start += 1,
-                    Cause::Changing if tries < TRIES => {
-                        tries += 1;
-                        self.drain();
-                    }
+                    Cause::Changing if self.drain(&mut patience) => {}
                     _ => break,
                 }
             }
@@ -360,11 +369,10 @@ impl Shared {
 
     /// Reads messages, for nobody else does: a change of memory waits for that. Faults of missing pages need no answer,
     /// for all of these are given up at this moment.
-    fn drain(&self) {
+    fn drain(&self, patience: &mut Patience) -> bool {
         let mut messages = Messages::with_capacity(16);
-        if self.uffd.read(&mut messages).is_err() {
-            return;
-        }
+        // What cannot be read is not waited for either.
+        let read = self.uffd.read(&mut messages);
         for event in messages {
             if let Event::Fault(fault) = event
                 && fault.kind == FaultKind::WriteProtect
@@ -372,6 +380,11 @@ impl Shared {
                 self.config.events.write_protected(&fault);
             }
         }
-        thread::yield_now();
+        patience.turns = patience.turns.saturating_add(1);
+        match patience.turns < TURNS {
+            true => thread::yield_now(),
+            false => thread::sleep(NAP),
+        }
+        read.is_ok() && patience.until.is_none_or(|until| Instant::now() < until)
     }
 }

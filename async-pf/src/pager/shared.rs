@@ -196,7 +196,7 @@ impl Shared {
         }
     }
 
-    fn place(&self, address: Hva) -> Option<Place> {
+    pub fn place(&self, address: Hva) -> Option<Place> {
         let inside = |slot: &SlotInfo| slot.host.contains(&address.0);
         let index = self.slots.iter().position(inside)?;
         let slot = self.slots.get(index)?;
