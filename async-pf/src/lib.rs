@@ -28,6 +28,8 @@
 //!   [`ZeroSource`], or yours.
 //! * [`AsyncPfFeatures`], [`AsyncPfEnable`], [`AsyncPfVector`], [`AsyncPfMsrs`] and [`ApfData`] are
 //!   the guest's side: CPUID bits, MSRs and the shared structure, decoded and encoded.
+//! * [`working_set`] remembers which pages a restored guest touches first, and reads them ahead the
+//!   next time.
 //!
 //! # Example
 //! [`pager`] has one that serves real faults. This is the bookkeeping's round, by hand:
@@ -101,11 +103,13 @@
 mod error;
 #[cfg(feature = "uffd")]
 pub mod pager;
+mod intervals;
 mod paravirt;
 mod queue;
 mod schedule;
 mod source;
 mod state;
+pub mod working_set;
 
 pub use error::Error;
 pub use paravirt::{
