@@ -30,6 +30,8 @@
 //!   the guest's side: CPUID bits, MSRs and the shared structure, decoded and encoded.
 //! * [`working_set`] remembers which pages a restored guest touches first, and reads them ahead the
 //!   next time.
+//! * [`external`] hands a userfaultfd to a pager in another process, or takes one, as Firecracker
+//!   does it.
 //!
 //! # Example
 //! [`pager`] has one that serves real faults. This is the bookkeeping's round, by hand:
@@ -103,6 +105,7 @@
 mod error;
 #[cfg(feature = "uffd")]
 pub mod pager;
+pub mod external;
 mod intervals;
 mod paravirt;
 mod queue;
