@@ -92,6 +92,14 @@ pub enum MsrError {
         /// Those of its bits that need the feature; 0 where the MSR itself does.
         bits: u64,
     },
+    /// The guest takes part, and the vector by which it is told is not known.
+    #[error(
+        "MSR {MSR_KVM_ASYNC_PF_EN:#x} = {enable:#x} takes part, and MSR {MSR_KVM_ASYNC_PF_INT:#x} with its vector is missing"
+    )]
+    NoVector {
+        /// The value of [`MSR_KVM_ASYNC_PF_EN`].
+        enable: u64,
+    },
 }
 
 /// The value of [`MSR_KVM_ASYNC_PF_EN`].
@@ -239,6 +247,40 @@ pub struct AsyncPfMsrs {
 impl AsyncPfMsrs {
     /// The MSRs to read when a vCPU is saved. `ACK` is a doorbell: it reads as zero.
     pub const SAVED: [u32; 2] = [MSR_KVM_ASYNC_PF_INT, MSR_KVM_ASYNC_PF_EN];
+
+    /// What a snapshot kept, from its MSRs as (index, value); others than these two are passed over. A snapshot without
+    /// either is one of a guest that has not been offered them, and reads as switched off.
+    ///
+    /// # Errors
+    /// [`MsrError`] of a value that KVM would refuse; [`MsrError::NoVector`] where the guest takes part and the snapshot
+    /// has lost [`MSR_KVM_ASYNC_PF_INT`] (Firecracker 5738): a guest so restored would be told by vector 0, and whoever
+    /// waits would wait for ever. Restore it with the vector, or refuse it.
+    pub fn from_saved(
+        msrs: impl IntoIterator<Item = (u32, u64)>,
+        offered: AsyncPfFeatures,
+    ) -> Result<Self, MsrError> {
+        let (mut enable, mut vector) = (AsyncPfEnable::default(), None);
+        for (index, value) in msrs {
+            match index {
+                // Zero is off, which is what a guest without the feature has.
+                MSR_KVM_ASYNC_PF_EN if value != 0 => {
+                    enable = AsyncPfEnable::decode(value, offered)?;
+                }
+                MSR_KVM_ASYNC_PF_INT if value == 0 => vector = Some(AsyncPfVector::default()),
+                MSR_KVM_ASYNC_PF_INT => vector = Some(AsyncPfVector::decode(value, offered)?),
+                _ => {}
+            }
+        }
+        match vector {
+            None if enable.is_active() => Err(MsrError::NoVector {
+                enable: enable.encode(),
+            }),
+            vector => Ok(Self {
+                enable,
+                vector: vector.unwrap_or_default(),
+            }),
+        }
+    }
 
     /// The MSRs to write when a vCPU is restored, as (index, value), in this order: enabling makes
     /// KVM queue a wake-up for every waiting task, since the tokens that the guest holds name

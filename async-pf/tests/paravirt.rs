@@ -104,3 +104,35 @@ fn a_wake_up_for_all_has_the_token_of_all_ones() {
     );
     assert_eq!(ApfData::default().ready(), None);
 }
+
+/// Firecracker 5738: a snapshot that kept `EN` and lost `INT`.
+#[test]
+fn a_snapshot_that_lost_the_vector_is_refused() {
+    let msrs = AsyncPfMsrs {
+        enable: AsyncPfEnable::at(0x1040).unwrap(),
+        vector: AsyncPfVector(0xec),
+    };
+    let saved = |kept: &[u32]| {
+        let all = msrs.restore().into_iter();
+        let kept: Vec<_> = all.filter(|(index, _)| kept.contains(index)).collect();
+        AsyncPfMsrs::from_saved(kept.into_iter().chain([(0x10, 7)]), ALL)
+    };
+    assert_eq!(saved(&AsyncPfMsrs::SAVED), Ok(msrs));
+    assert_eq!(
+        saved(&[MSR_KVM_ASYNC_PF_EN]),
+        Err(MsrError::NoVector { enable: 0x1049 })
+    );
+    assert_eq!(saved(&[]), Ok(AsyncPfMsrs::default()), "never took part");
+
+    // Saved with the feature, restored without: refused, not switched off behind the guest's back.
+    let none = AsyncPfFeatures::default();
+    assert!(matches!(
+        AsyncPfMsrs::from_saved(msrs.restore(), none),
+        Err(MsrError::NotOffered { .. })
+    ));
+    let off = AsyncPfMsrs::SAVED.map(|index| (index, 0));
+    assert_eq!(
+        AsyncPfMsrs::from_saved(off, none),
+        Ok(AsyncPfMsrs::default())
+    );
+}
