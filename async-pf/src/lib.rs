@@ -102,14 +102,17 @@
 //!   the process (`mremap`) or forked.
 //! * A schedule covers one slot, and its pages are of 4 KiB.
 //! * [`FileSource`] reads holes of a sparse file as zeros and says [`Fetched::Bytes`] to them.
+//! * [`external`] is the hand-off alone: to serve the userfaultfd of another process takes a layer that
+//!   memslots has not, and heart-beats and reconnection a protocol that there is not yet. No source
+//!   reads from a socket yet either.
 
 #![forbid(unsafe_code)]
 
 mod error;
-#[cfg(feature = "uffd")]
-pub mod pager;
 pub mod external;
 mod intervals;
+#[cfg(feature = "uffd")]
+pub mod pager;
 mod paravirt;
 mod queue;
 mod schedule;
