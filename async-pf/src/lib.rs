@@ -8,10 +8,7 @@
 //! `virt/kvm/async_pf.c`; in user space it is a pager over userfaultfd. [`pager`] is one, with its
 //! threads. The rest of this crate is the bookkeeping for whoever writes another, or passes
 //! asynchronous page faults on to a guest: plain data in and out, with no thread, lock or
-//! descriptor. There is no `unsafe` in either.
-//! `virt/kvm/async_pf.c`; in user space it is a pager over userfaultfd. The bookkeeping is the same
-//! and is what this crate is, as plain data in and out, with no thread, lock or `unsafe` (and no
-//! descriptor but in [`external`] and a working set's file):
+//! descriptor (but in [`external`] and a working set's file). There is no `unsafe` in either.
 //!
 //! ```text
 //!   vCPU 0 ──fault──▶ VcpuQueue.setup ─token─┐
