@@ -11,6 +11,7 @@ use kvm_core::{Exit, Flow, HaltReason, PreFaultError, VcpuSet, VcpuView};
 
 const ENOENT: i32 = 2;
 const EINVAL: i32 = 22;
+const EOPNOTSUPP: i32 = 95;
 const PAGE: u64 = 0x1000;
 /// Of the machine's memory.
 const PAGES: u64 = 16;
@@ -31,7 +32,12 @@ fn memory_that_was_taken_beforehand_costs_the_guest_no_page_fault() {
         };
         if !kvm().capabilities().pre_fault_memory() {
             println!("NOT TRIED: this KVM has no KVM_CAP_PRE_FAULT_MEMORY");
-            assert_eq!(error(vcpu.pre_fault(0..PAGE)), (0, EINVAL));
+            // Of a KVM that knows no such ioctl, and of one that knows it and has no two-dimensional paging.
+            let (address, errno) = error(vcpu.pre_fault(0..PAGE));
+            assert!(
+                address == 0 && [EINVAL, EOPNOTSUPP].contains(&errno),
+                "{errno}"
+            );
             return;
         }
         let mut of_vm = machine.vm.stats().unwrap();
