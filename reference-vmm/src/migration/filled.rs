@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use dirty_log::DirtyBitmap;
 use kvm_core::{PreFaultMemory, pre_fault};
 use memslots::Snapshot;
 use vm_memory::{Bytes, GuestAddress};
@@ -25,7 +26,7 @@ pub struct Filled<'a> {
     memory: Snapshot<SlotTable>,
     /// Of each slot, in order: where it is, and a bit for each page that was written.
     written: Vec<(Range<u64>, Vec<AtomicU64>)>,
-    /// By whose leave it is taken into KVM's page tables.
+    /// By whose leave it is taken into KVM's page tables, where KVM does that.
     vcpu: Option<&'a (dyn PreFaultMemory + Sync)>,
 }
 
@@ -38,7 +39,7 @@ struct Note<'a> {
 }
 
 impl<'a> Filled<'a> {
-    /// All of `memory`, which nobody has written yet, of a machine with `vcpu`, if its KVM takes memory beforehand.
+    /// All of `memory`, which nobody has written yet, of a machine with `vcpu`.
     pub(super) fn new(
         memory: Snapshot<SlotTable>,
         vcpu: Option<&'a (dyn PreFaultMemory + Sync)>,
@@ -82,8 +83,13 @@ impl<'a> Filled<'a> {
                 .zip(words.chunks(LARGE / PAGE / 64));
             blocks.flat_map(|(start, words)| {
                 // Relaxed, as those that set them: a page that is missed costs the guest an exit.
-                let words = words.iter().map(|word| word.load(Ordering::Relaxed));
-                runs(words).map(move |pages| {
+                let words: Vec<_> = words
+                    .iter()
+                    .map(|word| word.load(Ordering::Relaxed))
+                    .collect();
+                // Without memory for that the guest faults, as it would have.
+                let runs = runs(&words).unwrap_or_default();
+                runs.into_iter().map(move |pages| {
                     start + pages.start * PAGE as u64..start + pages.end * PAGE as u64
                 })
             })
@@ -92,13 +98,10 @@ impl<'a> Filled<'a> {
 }
 
 /// Bits that are set one behind the other, from the first word's lowest on.
-fn runs(words: impl Iterator<Item = u64>) -> impl Iterator<Item = Range<u64>> {
-    let mut bits = (0..).zip(words.flat_map(|word| (0..64).map(move |bit| word >> bit & 1 != 0)));
-    std::iter::from_fn(move || {
-        let (start, _) = bits.find(|(_, set)| *set)?;
-        let behind = bits.by_ref().take_while(|(_, set)| *set).count() as u64;
-        Some(start..start + 1 + behind)
-    })
+fn runs(words: &[u64]) -> Result<Vec<Range<u64>>, dirty_log::Error> {
+    let mut written = DirtyBitmap::new(words.len() as u64 * 64)?;
+    written.merge_words(words)?;
+    Ok(written.runs().map(|run| run.first..run.end()).collect())
 }
 
 // Relaxed: a page comes by one connection in all rounds, so its bit is one thread's. Others write the word's other bits, and
@@ -150,11 +153,13 @@ impl ArrivingMemory for Filled<'_> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     #[test]
     fn runs_are_of_bits_that_touch_over_the_words_too() {
-        let of = |words: &[u64]| runs(words.iter().copied()).collect::<Vec<_>>();
+        let of = |words: &[u64]| runs(words).unwrap();
         assert_eq!(of(&[0, 0]), []);
         assert_eq!(of(&[0b1011_0110]), [1..3, 4..6, 7..8]);
         assert_eq!(of(&[1 << 63, 0b101]), [63..65, 66..67]);

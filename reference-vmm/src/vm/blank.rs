@@ -44,8 +44,6 @@ pub(crate) struct Blank {
     config: Config,
     setup: VmSetup,
     host: StateHost,
-    /// KVM takes memory into its page tables before the guest runs.
-    pre_faults: bool,
 }
 
 /// One that has its memory.
@@ -63,7 +61,6 @@ pub(crate) struct Framed {
     tracker: Tracker,
     frame: Frame,
     vcpus: Vec<Vcpu>,
-    pre_faults: bool,
 }
 
 impl Blank {
@@ -84,7 +81,6 @@ impl Blank {
             config: config.clone(),
             setup,
             host,
-            pre_faults: kvm.capabilities().pre_fault_memory(),
         })
     }
 
@@ -170,7 +166,6 @@ impl Allocated {
             config,
             setup,
             host,
-            pre_faults,
         } = blank;
         let frame = Frame::new(&config, setup)?;
         let vcpus = vcpus
@@ -184,7 +179,6 @@ impl Allocated {
             tracker,
             frame,
             vcpus,
-            pre_faults,
         })
     }
 }
@@ -202,8 +196,7 @@ impl Framed {
 
     /// By whose leave memory is taken into KVM's page tables, where KVM does that: a vCPU that does not run yet.
     pub(crate) fn pre_faulter(&self) -> Option<&(dyn PreFaultMemory + Sync)> {
-        let first = self.vcpus.first().filter(|_| self.pre_faults)?;
-        Some(first.fd())
+        self.vcpus.first().map(|first| first.fd() as _)
     }
 
     /// Gives it its state, which has its vCPUs, and `devices`, which have theirs, with the serial console's output on
@@ -234,7 +227,6 @@ impl Framed {
             tracker,
             frame,
             vcpus,
-            ..
         } = self;
         let passage = frame.vm.restore(&state.vm.vm, clock);
         let passage = passage.map_err(RestoreError::from)?;

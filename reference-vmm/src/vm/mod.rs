@@ -361,15 +361,6 @@ impl Machine {
         Ok(())
     }
 
-    /// Tells the host's side of each device that the machine is here now, where it was not before: bridges learn where its
-    /// network cards are. The guest need not do anything.
-    pub fn announce(&self) {
-        self.parts
-            .virtio
-            .iter()
-            .for_each(|device| device.announce());
-    }
-
     /// It is another process's guest still: however it is started it stands still, and [`Running::take_over`] alone lets it
     /// go on.
     pub(crate) fn await_hand_over(&mut self) {
