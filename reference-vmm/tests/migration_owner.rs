@@ -461,6 +461,58 @@ fn a_destination_that_cannot_have_the_guest_says_so_before_the_first_page() {
     assert!(there.contains(why), "{there}");
 }
 
+/// A destination that would stay for an hour to be asked, until `stop` says something.
+fn staying(world: &Arc<World>, stop: &(dyn Fn() -> Option<String> + Sync)) -> Received {
+    let maker = Maker {
+        world: Arc::clone(world),
+        refuses: None,
+    };
+    let patience = destination::Patience {
+        asked: Duration::from_secs(3600),
+        ..destination::Patience::default()
+    };
+    receive(Ear(Arc::clone(world)), maker, patience, stop)
+}
+
+#[test]
+fn a_destination_whose_machine_fails_behind_the_state_ends_when_the_source_has_heard_so() {
+    let world = World::new(None);
+    world.spoil();
+    let (here, there) = std::thread::scope(|scope| {
+        let there = scope.spawn(|| staying(&world, &|| None));
+        let dial = Dial(Arc::clone(&world));
+        let here = migrate(&*world, &dial, ID, &settings(), &Orders::default(), &());
+        (here, there.join().unwrap())
+    });
+    check(&world, &here, &there, "spoiled");
+    let why = there.err().unwrap().to_string();
+    assert!(why.contains("cannot be made whole"), "{why}");
+}
+
+#[test]
+fn a_destination_that_nobody_asks_ends_when_it_is_stopped() {
+    // The source is gone, and nobody knows whether it had let go of the guest.
+    let [messages, _] = messages();
+    let fault = Fault {
+        of: Source,
+        number: messages - 3,
+        arrives: Arrives::All,
+        strike: Strike::Kill(Source),
+    };
+    let world = World::new(Some(fault));
+    // Behind that it stays to be asked.
+    let stop = || world.was_dropped().then(|| "SIGTERM".to_owned());
+    let there = std::thread::scope(|scope| {
+        let there = scope.spawn(|| staying(&world, &stop));
+        let dial = Dial(Arc::clone(&world));
+        let here = migrate(&*world, &dial, ID, &settings(), &Orders::default(), &());
+        assert!(here.is_err() && world.struck());
+        there.join().unwrap()
+    });
+    assert!(there.is_err() && !world.runs(Destination) && world.was_dropped());
+    assert_eq!(world.wrong(), [""; 0]);
+}
+
 /// Where the word that gives the guest away is lost and no way leads to the destination any more.
 fn in_doubt(say: Whereabouts) -> (Arc<World>, Result<(), MigrateError>, Received) {
     let [messages, _] = messages();

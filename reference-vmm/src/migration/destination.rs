@@ -37,7 +37,8 @@ pub struct Patience {
     pub quiet: Duration,
     /// For the source to say that the guest is not its own any more, or to ask.
     pub word: Duration,
-    /// For the source to ask, when it can only be told that the guest has not started.
+    /// For the source to ask, when it can only be told that the guest has not started. Not where it has heard so, and for a
+    /// second only in a process that is to end.
     pub asked: Duration,
 }
 
@@ -54,6 +55,9 @@ impl Default for Patience {
 
 /// Between two tries to accept connections.
 const AGAIN: Duration = Duration::from_secs(1);
+
+/// For the source to ask a process that is to end: it does so right behind the connection's end.
+const STOPPED: Duration = Duration::from_secs(1);
 
 /// Why there is no guest here. Nothing is left of it.
 #[derive(Debug, thiserror::Error)]
@@ -172,6 +176,13 @@ impl<W: Wire> Shared<W> {
             state.decision
         })
     }
+
+    /// Nothing of a guest is here any more, and what the source asks from here on has this answer; what was decided.
+    fn release(&self) -> Decision {
+        let decision = self.decide(Decision::Never);
+        self.change(|state| state.released = true);
+        decision
+    }
 }
 
 /// A guest that came.
@@ -183,7 +194,7 @@ pub struct Arrived<R> {
 }
 
 /// Waits for a guest, and has it go on here. `stop` says why that is not wanted any more, if so; it is asked a few times a
-/// second, until the guest is this process's.
+/// second, until the guest is this process's, or this returns.
 ///
 /// Connections of who is no monitor are closed, and the wait goes on; the first that offers a guest is the one.
 ///
@@ -231,16 +242,10 @@ where
         patience,
         stop,
     };
-    let mut handed = false;
-    let result = destination.run(guest, &mut handed);
-    if let Err(error) = &result {
-        // Nothing of the guest is here any more. What the source asks from here on has this answer.
-        let decision = shared.decide(Decision::Never);
-        shared.change(|state| state.released = true);
-        let may_ask = handed && decision == Decision::Never;
-        if may_ask && !matches!(error, ReceiveError::GivenUp(_)) {
-            shared.wait(patience.asked, |state| state.told.then_some(()));
-        }
+    let result = destination.run(guest);
+    if result.is_err() {
+        // Also where no source has come.
+        shared.release();
         shared.change(|state| state.over = true);
         // It looks each tick, and has told by then who was asking.
         let _ = acceptor.join();
@@ -255,11 +260,9 @@ struct Destination<'a, W> {
 }
 
 impl<W: Wire + 'static> Destination<'_, W> {
-    /// `handed` becomes true when the source may have let go of the guest's disks.
     fn run<G: DestinationGuest>(
         &self,
         guest: G,
-        handed: &mut bool,
     ) -> Result<Arrived<<<G::Blank as Blank>::Prepared as Prepared>::Running>, ReceiveError> {
         // 1. A source.
         let (id, mut control) = loop {
@@ -278,16 +281,21 @@ impl<W: Wire + 'static> Destination<'_, W> {
                 Some(Err(error)) => return Err(ReceiveError::Accept(error)),
             }
         };
-        let result = self.converse(id, &mut control, guest, handed);
-        if let Err(error) = &result
-            && !matches!(error, ReceiveError::GivenUp(_) | ReceiveError::Lost(_))
-        {
+        let mut handed = false;
+        let result = self.converse(id, &mut control, guest, &mut handed);
+        if let Err(error) = &result {
             // The machine is gone by now, and with it all that it held.
-            let watch = Watch {
-                quiet: Duration::from_secs(1),
-                stop: &|| None,
-            };
-            let _ = send(&mut control, &Message::GivenUp(error.to_string()), &watch);
+            let decision = self.shared.release();
+            if !matches!(error, ReceiveError::GivenUp(_) | ReceiveError::Lost(_)) {
+                let watch = Watch {
+                    quiet: Duration::from_secs(1),
+                    stop: &|| None,
+                };
+                let _ = send(&mut control, &Message::GivenUp(error.to_string()), &watch);
+                if handed && decision == Decision::Never {
+                    self.answer(&mut control);
+                }
+            }
         }
         let running = result?;
         let shared = Arc::clone(self.shared);
@@ -308,6 +316,40 @@ impl<W: Wire + 'static> Destination<'_, W> {
         Ok(Arrived { running, id })
     }
 
+    /// Stays for the source's question whether the guest is here, as long as it may have one: one that gives up itself, or
+    /// has its answer, has none. A process that is to end stays for a moment only.
+    fn answer(&self, control: &mut W) {
+        let watch = Watch {
+            quiet: STOPPED,
+            stop: &|| None,
+        };
+        let mut until = Instant::now() + self.patience.asked;
+        let mut hears = true;
+        loop {
+            let patience = if hears { Duration::ZERO } else { TICK };
+            let told = |state: &mut State<W>| state.told.then_some(());
+            if self.shared.wait(patience, told).is_some() {
+                return;
+            }
+            if hears {
+                match receive_now(control, &watch) {
+                    Err(LinkError::GivenUp(_)) => return,
+                    // What was said before it heard.
+                    Ok(_) => {}
+                    Err(_) => hears = false,
+                }
+            }
+            let now = Instant::now();
+            if (self.stop)().is_some() {
+                until = until.min(now + STOPPED);
+            }
+            if now >= until {
+                return;
+            }
+        }
+    }
+
+    /// `handed` becomes true when the source may have let go of the guest's disks.
     fn converse<G: DestinationGuest>(
         &self,
         id: MigrationId,

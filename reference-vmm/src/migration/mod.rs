@@ -82,7 +82,8 @@
 //! not, and also when the source cannot reach it. If the disks are not free yet, the source asks, which has the destination
 //! let go. A break in 4: the source connects again and asks. If `Go` had come through the answer is *started*; if not, it is
 //! *never*, and a `Go` that arrives behind it starts nothing. The destination in turn, which has heard neither, decides for
-//! *never* when its connection breaks, and stays for a while to say so. If the destination's process dies, nobody listens
+//! *never* when its connection breaks, and stays for a while to say so: until the source has heard it or gives up too, and no
+//! longer than a second in a process that is to end. If the destination's process dies, nobody listens
 //! where it did, and the source is told that at once, if the line was direct: before `Started` was sent the guest has not run there, because that
 //! word is sent first; so it goes on here. After it the destination was the owner, and what dies with its owner is gone, as
 //! without any migration. If the source's process dies before `Go`, the guest dies with it, as without any migration; after

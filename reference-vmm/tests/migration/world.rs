@@ -100,6 +100,10 @@ struct State {
     /// Behind the fault, so many times the destination has no descriptor for who connects.
     out_of_files: u32,
     over: bool,
+    /// The destination cannot make the machine whole.
+    spoiled: bool,
+    /// It has made it so.
+    prepared: bool,
     /// The guest has run on the destination.
     ran_there: bool,
     /// What its vCPUs sleep, in percent.
@@ -271,6 +275,17 @@ impl World {
     /// The next so many times that the source wants its disk back somebody has it.
     pub fn out_of_files(&self, times: u32) {
         self.lock().out_of_files = times;
+    }
+
+    /// The destination had the machine, and has dropped it.
+    pub fn was_dropped(&self) -> bool {
+        let state = self.lock();
+        state.prepared && !state.processes[Destination as usize].locked
+    }
+
+    /// The destination has no machine to put the state into.
+    pub fn spoil(&self) {
+        self.change(|state| state.spoiled = true);
     }
 
     pub fn busy(&self, times: u32) {
@@ -719,6 +734,9 @@ impl Blank for Made {
         let world = Arc::clone(&self.world);
         world.change(|state| {
             World::alive(state, Destination)?;
+            if state.spoiled {
+                return Err(Refusal("the machine cannot be made whole".into()));
+            }
             if said != checksum(&self.memory.lock().unwrap()) {
                 state.wrong.push("its memory is another one".into());
             }
@@ -726,7 +744,7 @@ impl Blank for Made {
                 return Err(Refusal("the source has the disk".into()));
             }
             state.process(Destination).locked = true;
-            self.locked = true;
+            (self.locked, state.prepared) = (true, true);
             Ok(())
         })?;
         Ok(self)
