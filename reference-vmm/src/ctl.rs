@@ -68,9 +68,9 @@ Options of migrate:
   --connections N  How many connections carry memory [1]
   --compress zstd[:LEVEL]
                    Compress it [none]
-  --bandwidth SIZE So many bytes a second at most, as in 100M
+  --bandwidth SIZE So many bytes a second at most, as in 100M; 64K or more
   --downtime MS    How long the guest may stand still, in milliseconds [100]
-  --max-time SECS  How long memory is sent while the guest runs [300]
+  --max-time SECS  How long memory is sent while the guest runs [3600]
   --when-stuck cancel|throttle|stop
                    When it writes faster than that goes: give up; slow it by 20 %, then 10 % more at a time, up to
                    99 %, and give up if that does not help; or stop it for as long as it takes [cancel]
@@ -555,6 +555,10 @@ mod tests {
             (
                 "--api-sock /s migrate --to unix:/s --max-time 0",
                 "--max-time \"0\"",
+            ),
+            (
+                "--api-sock /s migrate --to unix:/s --bandwidth 100",
+                "--bandwidth \"100\"",
             ),
             ("--api-sock /s pause --frob", "--frob"),
             ("--api-sock /s pause --track", "options of snapshot"),

@@ -576,7 +576,7 @@ fn a_guest_stays_when_its_destination_is_killed_or_the_migration_is_cancelled() 
         let source = Process::boot(folder.path());
         let (there, path) = Process::incoming(folder.path(), "");
         // So slowly that it is there when this has had its turn.
-        let words = format!("migrate --bandwidth 4K --to unix:{}", path.display());
+        let words = format!("migrate --bandwidth 64K --to unix:{}", path.display());
         let migrate = source.command(&words).start();
         // Nothing has begun yet, or no memory goes.
         while !source

@@ -364,6 +364,98 @@ fn a_guest_that_writes_too_fast_is_refused_with_what_a_stop_would_cost_and_goes_
     assert!(why.contains("when_stuck: throttle"), "{why}");
 }
 
+/// So little may be sent that no round ever ends.
+fn crawling(time: Duration) -> Settings {
+    Settings {
+        when_stuck: WhenStuck::Throttle,
+        limit: Arc::new(Limiter::new(std::num::NonZeroU64::new(1))),
+        time,
+        ..settings()
+    }
+}
+
+#[test]
+fn a_round_that_does_not_end_in_time_is_given_up_with_what_is_left_of_it() {
+    let world = World::new(None);
+    let settings = crawling(Duration::from_millis(100));
+    let (here, there) = both(&world, &settings, &Orders::default(), &(), None);
+    check(&world, &here, &there, "out of time");
+    let error = here.unwrap_err();
+    let why = error.to_string();
+    let Why::OutOfTime {
+        round, pages, left, ..
+    } = error.why
+    else {
+        panic!("{why}");
+    };
+    assert!(
+        round == 1 && pages == world::pages() && left > 0 && left <= pages,
+        "{why}"
+    );
+    assert!(why.contains("pages are left"), "{why}");
+}
+
+#[test]
+fn a_round_that_the_time_cuts_short_is_sent_again_by_a_guest_that_is_to_be_stopped() {
+    for micros in [0, 100, 1000, 5000, 20_000] {
+        let world = World::new(None);
+        let settings = Settings {
+            time: Duration::from_micros(micros),
+            ..settings()
+        };
+        let rounds = Mutex::new(Vec::new());
+        let observer = At(|event| match event {
+            Event::RoundDone(done) => rounds.lock().unwrap().push(done.pages),
+            Event::Throttled(_) => panic!("it is not to be slowed"),
+            _ => {}
+        });
+        let (here, there) = both(&world, &settings, &Orders::default(), &observer, None);
+        here.as_ref().unwrap();
+        // With all of its memory, or it says so.
+        check(&world, &here, &there, &format!("{micros} us"));
+        if micros == 0 {
+            assert_eq!(rounds.into_inner().unwrap(), [0, world::pages()]);
+        }
+    }
+}
+
+#[test]
+fn a_destination_that_dies_while_nothing_may_be_sent_is_noticed() {
+    // The first piece on each data connection, behind greetings and the offer.
+    for number in 4..6 {
+        let fault = Fault {
+            of: Source,
+            number,
+            arrives: Arrives::All,
+            strike: Strike::Kill(Destination),
+        };
+        let world = World::new(Some(fault));
+        let settings = crawling(Duration::from_secs(3600));
+        let (here, there) = both(&world, &settings, &Orders::default(), &(), None);
+        assert!(world.struck());
+        check(&world, &here, &there, "dead");
+        assert!(matches!(here.unwrap_err().why, Why::Link { .. }));
+    }
+}
+
+#[test]
+fn a_cancel_is_heard_while_nothing_may_be_sent() {
+    let (world, orders) = (World::new(None), Orders::default());
+    let (here, there) = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Behind its greetings and its offer.
+            while world.said(Source) < 5 {
+                std::thread::yield_now();
+            }
+            orders.cancel().unwrap();
+        });
+        let settings = crawling(Duration::from_secs(3600));
+        both(&world, &settings, &orders, &(), None)
+    });
+    check(&world, &here, &there, "cancelled");
+    assert!(matches!(here.unwrap_err().why, Why::Cancelled));
+}
+
 fn throttling() -> Settings {
     Settings {
         when_stuck: WhenStuck::Throttle,

@@ -15,6 +15,7 @@ use crate::cli::restore::TlsFlags;
 use crate::cli::{self, UsageError};
 use crate::migration::address::Address;
 use crate::migration::codec::Compression;
+use crate::migration::limit::LEAST_RATE;
 use crate::migration::message::MOST_CONNECTIONS;
 use crate::migration::outgoing::MigrateRequest;
 use crate::migration::progress::{Manner, Progress};
@@ -78,8 +79,9 @@ impl Flags {
             Long("bandwidth") => {
                 let text = parser.value()?.string()?;
                 let bytes = crate::config::parse_size(&text);
-                let bytes = bytes.ok().filter(|bytes| *bytes > 0);
-                let why = || format!("{text:?}: bytes a second are wanted, as in 100M");
+                let bytes = bytes.ok().filter(|bytes| *bytes >= LEAST_RATE);
+                let why =
+                    || format!("{text:?}: bytes a second are wanted, 64K or more, as in 100M");
                 self.bandwidth = Some(bytes.ok_or_else(|| wrong(flag, why()))?);
             }
             Long("downtime") => {

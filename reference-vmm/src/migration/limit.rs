@@ -3,7 +3,8 @@
 //! How many bytes a second a migration may send, on all of its data connections together.
 //!
 //! [`TokenBucket`] is the rule, a pure one. [`Limiter`] is one that threads share and wait by, and [`Limited`] a writer
-//! that asks it before each write.
+//! that asks it before each write. A wait that is long goes by ticks, in which the connection is looked at ([`Rest`]): that
+//! it has ended, or is not wanted any more, is noticed however little may be sent.
 
 #![forbid(unsafe_code)]
 
@@ -12,11 +13,17 @@ use std::num::NonZeroU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::link::{Rest, TICK};
+
 /// What may be sent at once after a rest, as a part of a second.
 const BURST_PART: u64 = 20;
 /// And what may always, bytes: less is not worth a system call.
 const LEAST_BURST: u64 = 4096;
 const NANOSECONDS: i128 = 1_000_000_000;
+
+/// The least rate that a migration takes for each of its connections, bytes a second. A frame of pages is under way for
+/// seconds then; at less than a tenth of it the other side would take that for silence.
+pub const LEAST_RATE: u64 = 64 << 10;
 
 /// So many bytes a second, with a rest of 1/20 s to make up for at once. Over any time no more is let pass than the rate's
 /// share of it, one burst, and the last piece.
@@ -111,11 +118,12 @@ impl Limiter {
         self.changed.notify_all();
     }
 
-    /// Waits until up to `wanted` bytes may be sent, and says how many of them. It is asked again for the rest.
+    /// Waits until up to `wanted` bytes may be sent, and says how many of them. It is asked again for the rest. None, and at
+    /// once, if that would take longer than `patience`.
     ///
     /// # Errors
     /// `ConnectionAborted`: cancelled.
-    pub fn wait(&self, wanted: usize) -> io::Result<usize> {
+    pub fn wait(&self, wanted: usize, patience: Duration) -> io::Result<Option<usize>> {
         let mut state = self.lock();
         loop {
             if state.cancelled {
@@ -123,13 +131,16 @@ impl Limiter {
                 return Err(io::Error::new(io::ErrorKind::ConnectionAborted, why));
             }
             let Some(bucket) = &mut state.bucket else {
-                return Ok(wanted);
+                return Ok(Some(wanted));
             };
             let burst = usize::try_from(bucket.burst()).unwrap_or(usize::MAX);
             let piece = wanted.min(burst);
             let Err(wait) = bucket.take(Instant::now(), piece as u64) else {
-                return Ok(piece);
+                return Ok(Some(piece));
             };
+            if wait > patience {
+                return Ok(None);
+            }
             let waited = self.changed.wait_timeout(state, wait);
             (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         }
@@ -159,9 +170,21 @@ impl<W> Limited<W> {
     }
 }
 
-impl<W: Write> Write for Limited<W> {
+impl<W: Rest> Limited<W> {
+    /// Waits until up to `wanted` bytes may be sent, and says how many of them.
+    fn wait(&mut self, wanted: usize) -> io::Result<usize> {
+        loop {
+            match self.limit.wait(wanted, TICK)? {
+                Some(piece) => return Ok(piece),
+                None => self.to.rest()?,
+            }
+        }
+    }
+}
+
+impl<W: Write + Rest> Write for Limited<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let piece = self.limit.wait(bytes.len())?;
+        let piece = self.wait(bytes.len())?;
         self.to.write(bytes.get(..piece).unwrap_or(bytes))
     }
 
@@ -240,32 +263,71 @@ mod tests {
         let limit = Limiter::new(Some(rate(1)));
         // The second is paid for by who comes next, who has to wait for more than an hour.
         for _ in 0..2 {
-            assert_eq!(limit.wait(1 << 20).unwrap(), 4096);
+            assert_eq!(limit.wait(1 << 20, Duration::MAX).unwrap(), Some(4096));
         }
+        assert_eq!(limit.wait(1, Duration::from_secs(1000)).unwrap(), None);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| limit.wait(1 << 20));
+            let waiting = scope.spawn(|| limit.wait(1 << 20, Duration::MAX));
             limit.set(None);
-            assert_eq!(waiting.join().unwrap().unwrap(), 1 << 20);
+            assert_eq!(waiting.join().unwrap().unwrap(), Some(1 << 20));
         });
         limit.set(Some(rate(1)));
         for _ in 0..2 {
-            limit.wait(1 << 20).unwrap();
+            limit.wait(1 << 20, Duration::MAX).unwrap();
         }
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| limit.wait(1));
+            let waiting = scope.spawn(|| limit.wait(1, Duration::MAX));
             limit.cancel();
             let error = waiting.join().unwrap().unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
         });
     }
 
+    /// A connection, which ends in the third rest.
+    #[derive(Default)]
+    struct Wire {
+        took: Vec<u8>,
+        rests: u32,
+    }
+
+    impl Write for Wire {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.took.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Rest for Wire {
+        fn rest(&mut self) -> io::Result<()> {
+            self.rests += 1;
+            match self.rests {
+                3 => Err(io::ErrorKind::BrokenPipe.into()),
+                _ => Ok(()),
+            }
+        }
+    }
+
     #[test]
     fn a_limited_writer_loses_no_byte() {
         let limit = Arc::new(Limiter::new(Some(rate(1 << 30))));
-        let mut out = Limited::new(Vec::new(), limit);
+        let mut out = Limited::new(Wire::default(), limit);
         let bytes: Vec<u8> = (0..1 << 20).map(|at: u32| (at >> 3) as u8).collect();
         out.write_all(&bytes).unwrap();
         out.flush().unwrap();
-        assert!(*out.get_mut() == bytes);
+        let Wire { took, rests } = out.get_mut();
+        assert!(*took == bytes && *rests == 0);
+    }
+
+    #[test]
+    fn who_waits_to_send_notices_that_the_connection_has_ended() {
+        let limit = Arc::new(Limiter::new(Some(rate(1))));
+        let mut out = Limited::new(Wire::default(), limit);
+        // The third has to wait for an hour.
+        let error = out.write_all(&[7; 3 * 4096]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(out.get_mut().took.len(), 2 * 4096);
     }
 }

@@ -353,6 +353,32 @@ impl<'a, W: Wire> Patient<'a, W> {
     }
 }
 
+/// Who has something to send, and may not yet.
+pub trait Rest {
+    /// Waits for a [`TICK`], more or less, and looks at the connection meanwhile.
+    ///
+    /// # Errors
+    /// Nothing can be sent any more, or need be.
+    fn rest(&mut self) -> io::Result<()>;
+}
+
+impl<W: Wire> Rest for Patient<'_, W> {
+    fn rest(&mut self) -> io::Result<()> {
+        // However long it takes, it is not the other side's silence.
+        if let Err(stopped) = self.watch.ask(Instant::now()) {
+            let error = io::Error::other(stopped.to_string());
+            self.stopped = Some(stopped);
+            return Err(error);
+        }
+        match self.wire.read(&mut [0]) {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => Err(io::Error::other("the other side sends something back")),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted || is_tick(&error) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
 impl<W: Wire> Read for Patient<'_, W> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         self.again(|wire| wire.read(bytes))

@@ -61,6 +61,9 @@
 //! the first round it has KVM take that into its page tables ([`kvm_core::pre_fault`], Linux 6.11), or the guest's first steps
 //! there would be an exit for each page. The bandwidth limit holds to the end, also while the guest stands still.
 //!
+//! All that takes the time that is allowed at most ([`source::Settings::time`]): a round that is at work then is given up, and
+//! the migration with it; or cut short where the guest is to be stopped, and all that was dirty is sent while it stands still.
+//!
 //! # Whose the guest is
 //!
 //! | | source | destination | the guest is |

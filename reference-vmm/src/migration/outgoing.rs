@@ -15,7 +15,7 @@ use super::codec::{Compression, PAGE};
 use super::dial::Dial;
 use super::event::{Event, Observer, Step};
 use super::guest::{Refusal, SourceGuest};
-use super::limit::Limiter;
+use super::limit::{LEAST_RATE, Limiter};
 use super::live::{Given, LiveGuest};
 use super::message::{MOST_CONNECTIONS, MigrationId};
 use super::orders::{OrderError, Orders, Whereabouts};
@@ -38,7 +38,7 @@ pub struct MigrateRequest {
     /// `none`, `zstd` or `zstd:LEVEL`.
     #[serde(default = "none")]
     pub compression: String,
-    /// The most bytes a second on the wire.
+    /// The most bytes a second on the wire, [`LEAST_RATE`] or more for each connection.
     #[serde(default)]
     pub bandwidth_limit: Option<u64>,
     /// How long the guest may stand still, in milliseconds.
@@ -68,7 +68,7 @@ fn downtime() -> u64 {
 }
 
 fn time() -> u64 {
-    300
+    3600
 }
 
 impl MigrateRequest {
@@ -83,6 +83,19 @@ impl MigrateRequest {
             time_s: time(),
             when_stuck: WhenStuck::Cancel,
             tls: None,
+        }
+    }
+
+    /// The limit, if it is one with which pages arrive.
+    fn rate(&self) -> Result<Option<NonZeroU64>, String> {
+        let least = LEAST_RATE * u64::from(self.connections);
+        match self.bandwidth_limit {
+            Some(rate) if rate < least => Err(format!(
+                "a bandwidth of {rate} bytes a second is too little for {} connections: {}K is the least",
+                self.connections,
+                least >> 10
+            )),
+            rate => Ok(rate.and_then(NonZeroU64::new)),
         }
     }
 }
@@ -168,14 +181,7 @@ impl Outgoing {
             let (asked, most) = (request.connections, MOST_CONNECTIONS);
             return Err(wrong(format!("{asked} connections: there are 1 to {most}")));
         }
-        let rate = match request.bandwidth_limit.map(NonZeroU64::new) {
-            Some(None) => {
-                return Err(wrong(
-                    "a bandwidth of 0 bytes a second carries nothing".into(),
-                ));
-            }
-            rate => rate.flatten(),
-        };
+        let rate = request.rate().map_err(wrong)?;
         let tls = request.tls.as_ref().map(Tls::load).transpose();
         let tls = tls.map_err(|error| wrong(error.to_string()))?;
         let id = random_id().map_err(|error| wrong(format!("no random number: {error}")))?;
@@ -366,6 +372,29 @@ impl Observer for Recorder {
             Event::NotTakenBack(why) => {
                 log::warn!("what was let go of for the migration cannot be taken back yet: {why}");
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bandwidth_with_which_frames_would_take_too_long_is_refused_with_its_value() {
+        let rate = |connections, limit| {
+            let request = MigrateRequest {
+                connections,
+                bandwidth_limit: limit,
+                ..MigrateRequest::new("unix:/s")
+            };
+            request.rate().map(|rate| rate.map(NonZeroU64::get))
+        };
+        assert_eq!(rate(4, None), Ok(None));
+        assert_eq!(rate(4, Some(256 << 10)), Ok(Some(256 << 10)));
+        for (connections, limit) in [(1, 0), (1, 1), (1, LEAST_RATE - 1), (64, LEAST_RATE)] {
+            let refused = rate(connections, Some(limit)).unwrap_err();
+            assert!(refused.contains(&format!("of {limit} bytes")), "{refused}");
         }
     }
 }

@@ -47,13 +47,45 @@ impl<W: Wire> Lane<W> {
 /// What has been sent of a round, by all connections.
 pub(super) struct Tally<'a> {
     observer: &'a dyn Observer,
+    pages: AtomicU64,
     zero: AtomicU64,
+    /// No more of it is to be sent: asked before each stripe.
+    enough: &'a (dyn Fn() -> bool + Sync),
+    /// And some was not.
+    cut: AtomicBool,
 }
 
 impl<'a> Tally<'a> {
-    pub(super) fn new(observer: &'a dyn Observer) -> Self {
-        let zero = AtomicU64::new(0);
-        Tally { observer, zero }
+    pub(super) fn new(observer: &'a dyn Observer, enough: &'a (dyn Fn() -> bool + Sync)) -> Self {
+        Tally {
+            observer,
+            pages: AtomicU64::new(0),
+            zero: AtomicU64::new(0),
+            enough,
+            cut: AtomicBool::new(false),
+        }
+    }
+
+    /// Pages, so far.
+    pub(super) fn pages(&self) -> u64 {
+        // Relaxed: the threads that counted have been joined.
+        self.pages.load(Ordering::Relaxed)
+    }
+
+    /// Not all of the round was sent.
+    pub(super) fn is_cut(&self) -> bool {
+        // Relaxed: the threads that set it have been joined.
+        self.cut.load(Ordering::Relaxed)
+    }
+
+    /// Whether the rest is not to be sent.
+    fn is_enough(&self) -> bool {
+        let enough = (self.enough)();
+        if enough {
+            // Relaxed: it is read when this thread has been joined.
+            self.cut.store(true, Ordering::Relaxed);
+        }
+        enough
     }
 
     /// Pages that were zero, so far.
@@ -64,17 +96,20 @@ impl<'a> Tally<'a> {
 
     fn add(&self, before: Counts, now: Counts) {
         let zero = now.zero_pages - before.zero_pages;
-        // Relaxed: a count.
+        let pages = now.data_pages - before.data_pages + zero;
+        // Relaxed: counts.
         self.zero.fetch_add(zero, Ordering::Relaxed);
+        self.pages.fetch_add(pages, Ordering::Relaxed);
         self.observer.event(Event::Sent {
-            pages: now.data_pages - before.data_pages + zero,
+            pages,
             zero,
             bytes: now.wire_bytes - before.wire_bytes,
         });
     }
 }
 
-/// Sends what is dirty, and behind it `mark` on each connection: the round's number, and [`LAST`] if it is the last.
+/// Sends what is dirty, and behind it `mark` on each connection: the round's number, and [`LAST`] if it is the last. The tally
+/// may cut it short.
 ///
 /// # Errors
 /// The first that went wrong.
@@ -187,6 +222,9 @@ impl Stripes {
                 }
                 if let Some(why) = in_vain() {
                     result = Err(io::Error::other(why));
+                    return false;
+                }
+                if tally.is_enough() {
                     return false;
                 }
                 let mut fill = |address: u64, bytes: &mut [u8]| {

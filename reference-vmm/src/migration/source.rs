@@ -79,7 +79,8 @@ pub struct Settings {
     pub limit: Arc<Limiter>,
     /// The guest stands still no longer than this, as far as can be foretold.
     pub downtime: Duration,
-    /// Memory is sent no longer than this while the guest runs.
+    /// Memory is sent no longer than this while the guest runs. A round that is at work then is given up, or where the guest
+    /// is to be stopped, ends with the frame that is under way.
     pub time: Duration,
     /// When that does not go.
     pub when_stuck: WhenStuck,
@@ -169,6 +170,21 @@ pub enum Why {
         downtime: Duration,
         /// What it was slowed by.
         throttle: Throttle,
+    },
+    /// Memory was to be sent within a time, and a round is at work still.
+    #[error(
+        "the guest's memory was not sent within {} s: of round {round} {left} of {pages} pages are left; allow more time or \
+         bandwidth, or have it stopped then (when_stuck: stop)", .time.as_secs()
+    )]
+    OutOfTime {
+        /// The time.
+        time: Duration,
+        /// The round, from 1 on.
+        round: u32,
+        /// Pages that it had.
+        pages: u64,
+        /// Those that have not been sent.
+        left: u64,
     },
     /// The destination does not run it, and says that it never will.
     #[error("the destination did not start the guest")]
@@ -381,15 +397,18 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let mut rounds = Rounds::new(self.settings, memory / PAGE as u64, rehearsal);
         // All of it.
         let dirty = guest.harvest().map_err(refused(unseen))?;
-        let mut done = self.round(&dirty, 0, &mut data, wire, true)?;
-        dirty.commit();
+        let mut sent = self.round(dirty, 0, &mut data, wire, Some(&rounds))?;
         let last = loop {
+            let (mut done, is_cut) = sent;
             let since = rounds.since;
             let dirty = guest.harvest().map_err(refused(unseen))?;
             done.dirtied = dirty.pages();
             done.took = since.elapsed();
             self.observer.event(Event::RoundDone(&done));
             let next = done.number + 1;
+            if is_cut {
+                break next;
+            }
             match rounds.advice(&done, dirty.pages(), self.observer) {
                 Next::Switch => break next,
                 Next::Round => {}
@@ -403,8 +422,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                     WhenStuck::Cancel | WhenStuck::Throttle => return Err(why),
                 },
             }
-            done = self.round(&dirty, next, &mut data, wire, true)?;
-            dirty.commit();
+            sent = self.round(dirty, next, &mut data, wire, Some(&rounds))?;
         };
 
         // 3. The guest stands still.
@@ -416,8 +434,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         self.observer.event(Event::Step(Step::Held));
         let since = Instant::now();
         let dirty = guest.harvest().map_err(refused(unseen))?;
-        let mut done = self.round(&dirty, last, &mut data, wire, false)?;
-        dirty.commit();
+        let (mut done, _) = self.round(dirty, last, &mut data, wire, None)?;
         done.took = since.elapsed();
         self.observer.event(Event::RoundDone(&done));
         self.observer.event(Event::Step(Step::PagesSent));
@@ -451,28 +468,42 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         }
     }
 
-    /// Sends a round, and has the destination say that it has taken it, unless it is the last.
+    /// Sends a round, and has the destination say that it has taken it, unless it is the last, for which the guest stands
+    /// still: `running` is of the others. True: the time was over, and it is cut short; all of it is dirty still.
     fn round<D: Dirty>(
         &self,
-        dirty: &D,
+        dirty: D,
         number: u32,
         data: &mut [Lane<C::Wire>],
         control: &mut C::Wire,
-        answer: bool,
-    ) -> Result<RoundDone, Why> {
+        running: Option<&Rounds>,
+    ) -> Result<(RoundDone, bool), Why> {
         let patience = &self.settings.patience;
         let pages = dirty.pages();
-        let stopped = !answer;
+        let stopped = running.is_none();
         self.observer.event(Event::Round {
             number,
             pages,
             stopped,
         });
-        let stop = || self.stop().map(|why| why.to_string());
+        let is_late = || running.is_some_and(Rounds::is_late);
+        let cuts = self.settings.when_stuck == WhenStuck::Stop;
+        let in_vain = || is_late() && !cuts;
+        let stop = || match self.stop() {
+            Some(why) => Some(why.to_string()),
+            None => in_vain().then(|| "its time is over".to_owned()),
+        };
         let quiet = |quiet| Watch { quiet, stop: &stop };
-        let tally = Tally::new(self.observer);
+        let enough = || is_late() && cuts;
+        let tally = Tally::new(self.observer, &enough);
+        let out_of_time = || Why::OutOfTime {
+            time: self.settings.time,
+            round: number + 1,
+            pages,
+            left: pages.saturating_sub(tally.pages()),
+        };
         let mark = u64::from(number) | if stopped { LAST } else { 0 };
-        let sent = send_round(self.guest, dirty, mark, data, self.settings, &stop, &tally);
+        let sent = send_round(self.guest, &dirty, mark, data, self.settings, &stop, &tally);
         let failed = sent.err().or_else(|| self.stop());
         if let Some(why) = failed {
             // If the destination gave up, it has said why, and its connections end by that.
@@ -480,24 +511,40 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             return Err(match (self.stop(), heard) {
                 (Some(why), _) => why,
                 (None, Err(LinkError::GivenUp(why))) => Why::Refused(why),
+                _ if in_vain() => out_of_time(),
                 _ => why,
             });
         }
-        if answer {
+        if !stopped {
             let doing = "the destination does not take the guest's memory";
             let watch = quiet(patience.pages);
-            send(control, &Message::Round(number), &watch).map_err(self.link(doing))?;
-            expect(control, &watch, "Taken", |said| {
-                *said == Message::Taken(number)
-            })
-            .map_err(self.link(doing))?;
+            let told = send(control, &Message::Round(number), &watch);
+            let taken = told.and_then(|()| {
+                expect(control, &watch, "Taken", |said| {
+                    *said == Message::Taken(number)
+                })
+            });
+            taken.map_err(|error| match error {
+                LinkError::Stopped(_) if self.stop().is_none() => out_of_time(),
+                error => self.link(doing)(error),
+            })?;
         }
-        Ok(RoundDone {
+        let is_cut = tally.is_cut();
+        let sent = match is_cut {
+            // Which of its pages were sent nobody has noted. Dropped, all of them come again.
+            true => tally.pages(),
+            false => {
+                dirty.commit();
+                pages
+            }
+        };
+        let done = RoundDone {
             number,
-            pages,
+            pages: sent,
             zero: tally.zero(),
             ..RoundDone::default()
-        })
+        };
+        Ok((done, is_cut))
     }
 
     /// Says that the guest is not the source's any more, and hears that it is the destination's. If that is not heard it is
@@ -663,6 +710,8 @@ enum Next {
 /// What the rounds so far say of the next.
 struct Rounds {
     began: Instant,
+    /// When no more is sent while the guest runs; none is never.
+    until: Option<Instant>,
     /// When the last one ended.
     since: Instant,
     memory: u64,
@@ -691,6 +740,7 @@ impl Rounds {
         let steps = Steps::default();
         Rounds {
             began: now,
+            until: now.checked_add(settings.time),
             since: now,
             memory,
             policy: Policy {
@@ -709,6 +759,10 @@ impl Rounds {
             rates: Vec::new(),
             guessed: false,
         }
+    }
+
+    fn is_late(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() >= until)
     }
 
     fn advice(&mut self, done: &RoundDone, left: u64, observer: &dyn Observer) -> Next {

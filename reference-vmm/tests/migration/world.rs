@@ -195,6 +195,11 @@ fn len() -> usize {
         .sum()
 }
 
+/// Pages of all of memory.
+pub fn pages() -> u64 {
+    (len() / PAGE) as u64
+}
+
 fn checksum(memory: &[u8]) -> Vec<u8> {
     reference_vmm::snapshot::format::checksum(memory)
         .to_le_bytes()
