@@ -15,7 +15,9 @@ use reference_vmm::snapshot::files::{Draft, HostFiles, SnapshotFiles, WriteError
 use reference_vmm::snapshot::format::{Kind, SnapshotId, encode};
 
 fn state(text: &str) -> Vec<u8> {
-    encode(SnapshotId([1; 16]), &[(Kind::Vm, text.into())])
+    let disks = br#"[{"disk": 10, "len": 8}]"#;
+    let sections = [(Kind::Vm, text.into()), (Kind::Disks, disks.to_vec())];
+    encode(SnapshotId([1; 16]), &sections)
 }
 
 fn write(files: &impl SnapshotFiles, target: &Path, text: &str) -> Result<(), WriteError> {
@@ -154,11 +156,20 @@ fn foreign(error: &WriteError, target: &Path, name: &str) {
 
 #[test]
 fn what_lies_beside_an_older_snapshot_is_not_removed_with_it() {
-    for name in ["root.raw", "disk", "disk01", "disk-1", "state.bak", "sub"] {
+    // It says that it has a disk10, and no disk3.
+    let names = [
+        "root.raw",
+        "disk",
+        "disk01",
+        "disk-1",
+        "disk3",
+        "state.bak",
+        "sub",
+    ];
+    for name in names {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("s");
         write(&HostFiles, &target, "old").unwrap();
-        // A disk of its own, which is one.
         fs::write(target.join("disk10"), "its disk").unwrap();
         match name {
             "sub" => fs::create_dir(target.join(name)).unwrap(),
@@ -182,7 +193,15 @@ fn what_lies_beside_an_older_snapshot_is_not_removed_with_it() {
 
 #[test]
 fn what_comes_to_lie_there_while_a_snapshot_is_written_is_not_removed_either() {
-    for older in [false, true] {
+    let names = ["thesis.tex", "state", "memory", "disk0", "disk1"];
+    for (older, name) in [false, true]
+        .into_iter()
+        .flat_map(|older| names.map(|name| (older, name)))
+    {
+        if older && name == "memory" {
+            // There is one, which it would be.
+            continue;
+        }
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("s");
         match older {
@@ -194,11 +213,11 @@ fn what_comes_to_lie_there_while_a_snapshot_is_written_is_not_removed_either() {
         let file = draft.create("state", bytes.len() as u64).unwrap();
         draft.write(&file, &bytes, 0).unwrap();
         draft.sync(&file).unwrap();
-        fs::write(target.join("thesis.tex"), "years of work").unwrap();
+        fs::write(target.join(name), "years of work").unwrap();
         let mut due = tree(folder.path());
         due.retain(|path, _| path.starts_with(&target));
-        foreign(&draft.commit().unwrap_err(), &target, "thesis.tex");
-        assert_eq!(tree(folder.path()), due, "{older}");
+        foreign(&draft.commit().unwrap_err(), &target, name);
+        assert_eq!(tree(folder.path()), due, "{older} {name}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 }

@@ -9,15 +9,16 @@
 //!            the parent directory      synced
 //! ```
 //!
-//! What is replaced and removed is a snapshot's alone: its `state`, its `memory` and its `diskN`. Where anything else lies
-//! beside them, before or since the snapshot began, it stays under its name, and the snapshot is refused.
+//! What is replaced and removed is a snapshot's alone: its `state`, its `memory` and each `diskN` that it says it has. Where
+//! anything else lies there, before or since the snapshot began, whatever its name, it stays under it, and the snapshot is
+//! refused.
 //!
 //! Until the rename the older snapshot is what it was, and after it the new one is whole and durable: a crash in between
 //! leaves one of the two under the name. What it leaves under `.NAME.partial` is nobody's, for its lock went with the
 //! process, and the next snapshot of that name removes it; who wants the room before may do so by hand. A call
 //! that fails leaves nothing behind.
 
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{CString, OsString};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -25,7 +26,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::format;
+use super::contents::{self, Contents, Names};
 
 /// The file of the machine's state, in a snapshot's directory.
 pub const STATE: &str = "state";
@@ -129,53 +130,19 @@ impl SnapshotFiles for HostFiles {
 }
 
 fn remove(path: &Path) -> io::Result<()> {
-    let files = match own(path)? {
-        Contents::Own(files) => files,
-        Contents::Foreign(name) => {
-            let text = format!(
-                "it holds {}, which is no file of a snapshot",
-                name.display()
-            );
-            return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, text));
-        }
-    };
-    for name in files {
+    // Of one that is half written there are only names.
+    let Names { own, foreign } = Names::of(path)?;
+    if let Some(name) = foreign {
+        let text = format!(
+            "it holds {}, which is no file of a snapshot",
+            name.display()
+        );
+        return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, text));
+    }
+    for name in own {
         std::fs::remove_file(path.join(name))?;
     }
     std::fs::remove_dir(path)
-}
-
-/// What is in a directory.
-enum Contents {
-    /// Files of a snapshot, and no others.
-    Own(Vec<OsString>),
-    /// Something else, of this name.
-    Foreign(OsString),
-}
-
-fn own(dir: &Path) -> io::Result<Contents> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        if !is_own(&name) || entry.file_type()?.is_dir() {
-            return Ok(Contents::Foreign(name));
-        }
-        files.push(name);
-    }
-    Ok(Contents::Own(files))
-}
-
-/// Whether a file of a snapshot has this name.
-fn is_own(name: &OsStr) -> bool {
-    let disk = |name: &str| {
-        let number = name.strip_prefix(DISK)?;
-        number
-            .parse::<u32>()
-            .ok()
-            .filter(|it| it.to_string() == number)
-    };
-    name == STATE || name == MEMORY || name.to_str().and_then(disk).is_some()
 }
 
 /// Locks a directory, which is still the one of this name then.
@@ -216,7 +183,7 @@ pub enum WriteError {
     /// Something else is there.
     #[error("{0} is there and is no snapshot: name another place, or remove it")]
     Occupied(PathBuf),
-    /// A snapshot is there, or an empty directory was, and beside it what is no snapshot's and would be removed with it.
+    /// A snapshot is there, or an empty directory was, and with it what is no snapshot's and would be removed.
     #[error(
         "{} holds {}, which is no file of a snapshot and would be removed with it: name another place, or move it away",
         dir.display(), entry.display()
@@ -371,7 +338,7 @@ impl<'a, F: SnapshotFiles> Draft<'a, F> {
             .map_err(call("rename the new snapshot to", &self.target))?;
         // What lay there when it began is known; what came since is seen where nobody finds it by its name any more.
         if self.replaces
-            && let Err(error) = only_own(&self.partial, &self.target)
+            && let Err(error) = look_again(&self.partial, &self.target)
         {
             self.swap_back();
             return Err(error);
@@ -429,7 +396,7 @@ impl<F: SnapshotFiles> Drop for Draft<'_, F> {
     }
 }
 
-fn call(what: &'static str, path: &Path) -> impl Fn(io::Error) -> WriteError {
+pub(super) fn call(what: &'static str, path: &Path) -> impl Fn(io::Error) -> WriteError {
     let path = path.to_owned();
     move |source| WriteError::Call {
         what,
@@ -447,45 +414,25 @@ fn look(target: &Path) -> Result<bool, WriteError> {
         Ok(there) if !there.is_dir() => return Err(occupied()),
         Ok(_) => {}
     }
-    let contents = own(target).map_err(call("read", target))?;
-    if matches!(&contents, Contents::Own(files) if files.is_empty()) {
-        return Ok(true);
-    }
-    // What cannot be read may be one all the same: nobody is told to remove it.
-    let path = target.join(STATE);
-    match std::fs::symlink_metadata(&path) {
-        Ok(state) if state.is_file() => {}
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(call("look at", &path)(error));
-        }
-        _ => return Err(occupied()),
-    }
-    let mut magic = [0; format::MAGIC.len()];
-    let state = File::open(&path).map_err(call("open", &path))?;
-    match state.read_exact_at(&mut magic, 0) {
-        Ok(()) if magic == format::MAGIC => match contents {
-            Contents::Own(_) => Ok(true),
-            Contents::Foreign(entry) => Err(WriteError::Foreign {
-                dir: target.to_owned(),
-                entry,
-            }),
-        },
-        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
-            Err(call("read", &path)(error))
-        }
-        _ => Err(occupied()),
+    match contents::of(target)? {
+        Contents::Nothing | Contents::Snapshot => Ok(true),
+        Contents::Beside(entry) => Err(foreign(target, entry)),
+        Contents::Other(_) => Err(occupied()),
     }
 }
 
-/// Refuses what is no snapshot's in `dir`, which was `target`.
-fn only_own(dir: &Path, target: &Path) -> Result<(), WriteError> {
-    match own(dir).map_err(call("read", dir))? {
-        Contents::Own(_) => Ok(()),
-        Contents::Foreign(entry) => Err(WriteError::Foreign {
-            dir: target.to_owned(),
-            entry,
-        }),
+/// Looks again at what was `target`, and is `dir` now.
+fn look_again(dir: &Path, target: &Path) -> Result<(), WriteError> {
+    match contents::of(dir)? {
+        Contents::Nothing | Contents::Snapshot => Ok(()),
+        // Nothing of it was there when it was looked at.
+        Contents::Beside(entry) | Contents::Other(entry) => Err(foreign(target, entry)),
     }
+}
+
+fn foreign(dir: &Path, entry: OsString) -> WriteError {
+    let dir = dir.to_owned();
+    WriteError::Foreign { dir, entry }
 }
 
 /// Whether both are one file, or one directory.

@@ -388,7 +388,7 @@ pub fn id_of(dir: &Path) -> Result<SnapshotId, RestoreError> {
 }
 
 /// A file `state`, whole.
-fn read_state(path: &Path) -> Result<Vec<u8>, RestoreError> {
+pub(super) fn read_state(path: &Path) -> Result<Vec<u8>, RestoreError> {
     let (file, len) = open(path)?;
     if len > format::MOST_BYTES {
         return Err(RestoreError::State {

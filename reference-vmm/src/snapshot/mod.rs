@@ -89,6 +89,7 @@
 pub mod background;
 pub mod chain;
 pub mod config_form;
+mod contents;
 pub mod disks;
 pub mod files;
 pub mod format;
