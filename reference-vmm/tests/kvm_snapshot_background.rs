@@ -8,26 +8,35 @@
 mod faulty_files;
 mod support;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io::{PipeReader, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 
-use faulty_files::{Faulty, before};
+use faulty_files::{Faulty, before, before_those_of};
 use guests::image;
 use guests::scribe::{PAGES, scribe64};
 use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::devices::virtio::block::DiskConfig;
 use reference_vmm::end::GuestEnd;
 use reference_vmm::memory::Memory;
+use reference_vmm::snapshot::background::ROOM;
+use reference_vmm::snapshot::chain::Chain;
+use reference_vmm::snapshot::files::MEMORY;
+use reference_vmm::snapshot::link::Link;
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::{
     RestoreRequest, SnapshotError, SnapshotKind, SnapshotReport, SnapshotRequest, info,
 };
+use reference_vmm::vm::tracking::TrackUser;
 use reference_vmm::vm::{ControlError, RunState};
 use support::keeper::{Guest, keeper};
 use support::{Vmm, WATCHDOG, file, long, need_kvm};
+use vm_memory::{Bytes, GuestAddress};
 
 /// A guest that writes without rest.
 fn scribe(memory: &str, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
@@ -135,6 +144,172 @@ fn a_guest_that_writes_all_the_time_goes_on_from_one_moment() {
         guest.hear(3);
         guest.has_all();
     }
+}
+
+/// The guest's pages.
+const WRITTEN: std::ops::Range<u64> = 0x40_0000..0x60_0000;
+
+/// A guest that writes without rest, and has 2 MiB before its pages that are no zeros either.
+fn filled_scribe() -> (tempfile::TempPath, Config) {
+    let mut code = scribe64().to_vec();
+    code.resize(5 << 19, 0x90);
+    let kernel = file(&image::elf64(&code));
+    let (_, config) = scribe("16M", Irqchip::Split);
+    let at = Some(kernel.to_path_buf());
+    (
+        kernel,
+        Config {
+            kernel: at,
+            ..config
+        },
+    )
+}
+
+/// How many of the guest's pages have changed since their words were these.
+fn changed(guest: &Guest, before: &mut Vec<u64>) -> usize {
+    let table = guest.running.memory();
+    let words = WRITTEN.step_by(4096);
+    let words = words.map(|page| table.read_obj(GuestAddress(page)).unwrap());
+    let now: Vec<u64> = words.collect();
+    if before.is_empty() {
+        before.clone_from(&now);
+    }
+    before
+        .iter()
+        .zip(&now)
+        .filter(|(one, other)| one != other)
+        .count()
+}
+
+#[test]
+fn what_is_copied_is_written_first_when_half_of_the_room_is_taken_up() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let (_kernel, config) = filled_scribe();
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    for (room, in_order) in [(2 * PAGES * 4096, false), (ROOM, true)] {
+        let offsets = RefCell::new(Vec::new());
+        let files = before_those_of(MEMORY, |offset| {
+            if offset > 0 {
+                if offsets.borrow().is_empty() {
+                    // Each of its pages is copied then.
+                    passes(&guest.console, 2);
+                }
+                offsets.borrow_mut().push(offset);
+            }
+        });
+        let request = SnapshotRequest {
+            room,
+            ..background(&dir)
+        };
+        guest.running.snapshot_with(&request, &files).unwrap();
+        drop(files);
+        let offsets = offsets.into_inner();
+        assert!(offsets.len() > 2, "{offsets:x?}");
+        assert_eq!(offsets.is_sorted(), in_order, "{offsets:x?}");
+        info::verify(&dir).unwrap();
+    }
+    guest.has_all();
+}
+
+#[test]
+fn a_guests_writes_wait_when_there_is_no_room_for_more_copies() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let (_kernel, config) = filled_scribe();
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    let held = Cell::new(false);
+    let files = before(|| {
+        if held.replace(true) {
+            return;
+        }
+        let mut words = Vec::new();
+        // Until it gets on no more, by all that is seen.
+        let (mut most, mut still) = (0, 0);
+        while still < 300 {
+            let now = changed(&guest, &mut words);
+            still = if now > most { 0 } else { still + 1 };
+            most = most.max(now);
+            std::thread::yield_now();
+            assert!(most <= PAGES as usize / 2, "{most} pages were written");
+        }
+    });
+    let request = SnapshotRequest {
+        room: PAGES / 2 * 4096,
+        ..background(&dir)
+    };
+    let report = guest.running.snapshot_with(&request, &files).unwrap();
+    drop(files);
+    assert!(held.get() && report.background.unwrap().copied > 0);
+    // They are made behind that.
+    guest.hear(2);
+    guest.has_all();
+    let mut guest = Guest::restore(&RestoreRequest::new(&dir));
+    guest.hear(2);
+    guest.has_all();
+}
+
+#[test]
+fn disks_are_written_back_before_the_pause_and_what_is_written_before_it_is_not_in_the_next_link() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let image = at("image");
+    std::fs::write(&image, [0; 4096]).unwrap();
+    let (_kernel, mut config) = scribe("16M", Irqchip::Split);
+    config.disks = vec![DiskConfig::new(&image)];
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    // Who opens this waits for who writes to it; the device has the image open.
+    std::fs::remove_file(&image).unwrap();
+    let name = std::ffi::CString::new(image.as_os_str().as_bytes()).unwrap();
+    // SAFETY: a name that ends with a NUL.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    let request = SnapshotRequest {
+        track: Some(true),
+        ..background(&at("s"))
+    };
+    // A page that the guest leaves alone.
+    let page = 0x80_0000;
+    let opened = std::thread::scope(|scope| {
+        let taken = scope.spawn(|| guest.running.snapshot(&request));
+        while !guest.running.is_tracked(TrackUser::Snapshot) && !taken.is_finished() {
+            std::thread::yield_now();
+        }
+        // It is not paused, and goes on.
+        passes(&guest.console, 2);
+        assert_eq!(guest.running.state(), RunState::Running);
+        let table = guest.running.memory();
+        table.write_obj(1_u64, GuestAddress(page)).unwrap();
+        let mut options = std::fs::File::options();
+        options.write(true).custom_flags(libc::O_NONBLOCK);
+        let mut opened = false;
+        while !opened && !taken.is_finished() {
+            opened = options.open(&image).is_ok();
+        }
+        taken.join().unwrap().unwrap();
+        opened
+    });
+    assert!(opened);
+    let next = SnapshotRequest {
+        kind: SnapshotKind::Diff { base: None },
+        ..SnapshotRequest::new(at("d"))
+    };
+    guest.snapshot(&next);
+    let (chain, _) = Chain::open(&next.dir).unwrap();
+    let has = |number: usize| {
+        let link: &Link = chain.links().get(number).unwrap();
+        link.own().within(page..page + 4096).next().is_some()
+    };
+    assert_eq!([has(0), has(1)], [true, false]);
+    let mut bytes = [0; 8];
+    chain.read(page..page + 8, &mut bytes).unwrap();
+    assert_eq!(u64::from_le_bytes(bytes), 1);
+    guest.has_all();
 }
 
 #[test]
@@ -419,6 +594,30 @@ fn a_monitor_that_is_killed_leaves_the_older_one_and_its_socket_says_what_one_co
     let mut guest = Guest::restore(&RestoreRequest::new(dir));
     guest.hear(2);
     guest.has_all();
+}
+
+#[test]
+fn a_guest_that_has_ended_itself_leaves_no_snapshot_without_vcpus() {
+    use reference_vmm::main_loop::GuestSide;
+    need_kvm();
+    for in_background in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let (_kernel, config) = scribe("16M", Irqchip::Split);
+        let mut guest = Guest::boot(&config);
+        guest.hear(1);
+        assert_eq!(guest.running.input(b"q"), 1);
+        while !guest.end.is_told() {
+            guest.listen();
+        }
+        let request = SnapshotRequest {
+            background: in_background,
+            ..SnapshotRequest::new(folder.path().join("s"))
+        };
+        let refused = guest.running.snapshot(&request).unwrap_err();
+        let ended = matches!(refused, SnapshotError::Control(ControlError::Ended));
+        assert!(ended, "{refused}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
 }
 
 #[test]

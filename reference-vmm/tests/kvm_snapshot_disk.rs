@@ -491,6 +491,35 @@ fn what_a_disk_wrote_to_guest_memory_is_in_the_link_of_a_chain_that_follows() {
 }
 
 #[test]
+fn a_second_disk_is_none_of_the_snapshots_own_files_either() {
+    need_kvm();
+    let kernel = file(&writer());
+    let images = [disk(u64::from(SECTORS)), disk(8)];
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let mut config = config(&kernel, Irqchip::Split, DiskConfig::new(&*images[0]));
+    config.disks.push(DiskConfig::new(&*images[1]));
+    let guest = Guest::of(|console, end| Machine::build(&config, console, end));
+    guest.running.pause().unwrap();
+    let request = SnapshotRequest {
+        disks: DiskCopies::Copy,
+        ..SnapshotRequest::new(&dir)
+    };
+    guest.running.snapshot(&request).unwrap();
+    drop(guest);
+    for (number, own) in [(1, "disk1"), (1, "disk0"), (0, "disk1"), (1, "memory")] {
+        let mut request = RestoreRequest::new(&dir);
+        request.overrides.disks = vec![(number, dir.join(own))];
+        let end = Arc::new(EndSignal::new().unwrap());
+        let nowhere = File::create("/dev/null").unwrap();
+        let error = Machine::restore(&request, nowhere, &end).map(drop);
+        let text = reference_vmm::end::Chain(&error.unwrap_err()).to_string();
+        let disk = format!("for disk {number}, is the snapshot's own file");
+        assert!(text.contains(&disk), "{text}");
+    }
+}
+
+#[test]
 fn a_disk_that_cannot_be_had_leaves_no_snapshot_and_a_merge_takes_it_along() {
     need_kvm();
     if support::lab_short() {

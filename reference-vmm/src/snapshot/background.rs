@@ -15,8 +15,8 @@
 //! # What it costs the guest
 //! The first write to each page behind the pause, until that page is on its way, waits for a copy: tens of microseconds.
 //! KVM maps memory anew in pages of 4 KiB. While the guest writes faster than the disk takes it, copies are kept, up to
-//! [`ROOM`]; then its writes wait for the disk. Pages that are copied are written first, where the file's form lets pieces
-//! come in any order (`--compress` does not).
+//! [`ROOM`]; then its writes wait for the disk. When half of that is taken up, pages that are copied are written first, where
+//! the file's form lets pieces come in any order (`--compress` does not).
 //!
 //! # When it goes wrong
 //! A full disk, an end of the guest's, a kernel that refuses: all protection is gone at once, the guest goes on, nothing is
@@ -48,7 +48,8 @@ use super::ranges::Ranges;
 use super::save::{Asked, Captured, SnapshotError, Taken, Tracking, create_memory};
 use crate::vm::Running;
 
-/// The most bytes of pages that are kept because the guest has written to them before they were on the disk.
+/// The most bytes of pages that are kept because the guest has written to them before they were on the disk, where no
+/// others are asked for ([`room`](super::SnapshotRequest::room)).
 pub const ROOM: u64 = 256 << 20;
 
 /// So much is written, and then free again, at a time; a large page is not more.
@@ -153,6 +154,21 @@ fn widened(
     whole
 }
 
+/// Has `lay` called for each run, a step at a time, and `go_on` asked before each.
+fn in_steps<E>(
+    runs: Vec<(usize, Range<u64>)>,
+    go_on: impl Fn() -> Result<(), E>,
+    lay: impl Fn(usize, Range<u64>) -> Result<(), E>,
+) -> Result<(), E> {
+    for (area, run) in runs {
+        for start in run.clone().step_by(STEP as usize) {
+            go_on()?;
+            lay(area, start..run.end.min(start + STEP))?;
+        }
+    }
+    Ok(())
+}
+
 /// What is written at a time.
 struct Step {
     area: usize,
@@ -179,19 +195,16 @@ impl Running {
         let mappings = areas.0.iter().map(|(_, mapping)| Arc::clone(mapping));
         // Before what is kept, and so removed behind it where this fails: the guest does not wait for that.
         let draft = Draft::begin(files, &request.dir)?;
-        let kept = PointInTime::begin(mappings, ROOM)?;
+        let kept = PointInTime::begin(mappings, request.room)?;
         let memory = create_memory(&draft, request, &areas.map(), id)?;
         let mut tracking = Tracking::of(self, request)?;
         // So that the pause has less to wait for.
         self.write_disks_back();
         let all = areas.map().all();
         let first = is_link.then(|| tracking.written());
-        for (area, range) in areas.whole(first.as_ref().unwrap_or(&all)) {
-            for start in range.clone().step_by(STEP as usize) {
-                self.go_on()?;
-                kept.lay(area, start..range.end.min(start + STEP))?;
-            }
-        }
+        let runs = areas.whole(first.as_ref().unwrap_or(&all));
+        let lay = |area, run| Ok(kept.lay(area, run)?);
+        in_steps(runs, || self.go_on(), lay)?;
 
         let (in_pause, paused) = self.standing_still(|pause| {
             tracking.again()?;
@@ -308,6 +321,39 @@ impl Running {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::RefCell;
+
+    #[test]
+    fn an_end_ends_the_protecting_before_the_next_step() {
+        let runs = vec![(0, 0..2 * STEP + 0x1000), (1, 0x1000..0x2000)];
+        let laid = RefCell::new(Vec::new());
+        let lay = |area, run| {
+            laid.borrow_mut().push((area, run));
+            Ok(())
+        };
+        assert_eq!(in_steps(runs.clone(), || Ok::<_, ()>(()), lay), Ok(()));
+        let all = laid.take();
+        let last = 2 * STEP..2 * STEP + 0x1000;
+        let due = [
+            (0, 0..STEP),
+            (0, STEP..2 * STEP),
+            (0, last),
+            (1, 0x1000..0x2000),
+        ];
+        assert_eq!(all, due);
+        for steps in 0..due.len() {
+            let go_on = || match laid.borrow().len() < steps {
+                true => Ok(()),
+                false => Err("it has ended"),
+            };
+            let lay = |area, run| {
+                laid.borrow_mut().push((area, run));
+                Ok(())
+            };
+            assert_eq!(in_steps(runs.clone(), go_on, lay), Err("it has ended"));
+            assert_eq!(laid.take(), due[..steps]);
+        }
+    }
 
     #[test]
     fn runs_in_one_large_page_are_protected_once() {

@@ -23,7 +23,7 @@ use kvm_core::{Kvm, Pause, VcpuId, VcpuView};
 use kvm_ioctls::VcpuFd;
 use memslots::uffd::point_in_time::PointInTimeError;
 
-use super::background::BackgroundCost;
+use super::background::{BackgroundCost, ROOM};
 use super::chain::Chain;
 use super::config_form::{self, PathError};
 use super::disks::{self, CopyError, DiskCopies, DiskCopy};
@@ -64,6 +64,8 @@ pub struct SnapshotRequest {
     pub disks: DiskCopies,
     /// Whether memory is written when the guest goes on already ([`background`](super::background)).
     pub background: bool,
+    /// The most bytes of pages that are kept then because the guest has written to them before they were on the disk.
+    pub room: u64,
 }
 
 /// What of memory is in a snapshot.
@@ -89,6 +91,7 @@ impl SnapshotRequest {
             compression: Compression::None,
             disks: DiskCopies::Name,
             background: false,
+            room: ROOM,
         }
     }
 }
@@ -554,6 +557,10 @@ impl Running {
         for (id, state) in pause.with_each(save)? {
             let state = state.map_err(|source| SnapshotError::Vcpu { id, source })?;
             vcpus.push(VcpuSection { id: id.0, state });
+        }
+        // A guest that has just ended, which nobody has been told yet: its vCPUs are not there any more.
+        if vcpus.len() != self.config().cpus.count as usize {
+            return Err(ControlError::Ended.into());
         }
         let vm = self.vm().state()?;
         let table = self.memory();

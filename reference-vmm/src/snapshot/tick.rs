@@ -47,3 +47,27 @@ fn coarse_time() -> Duration {
             .unwrap_or_default(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_behind_it_has_another_time() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let disks = [DiskConfig::new(image.path())];
+        let time = || {
+            let is = image.as_file().metadata().unwrap();
+            (is.mtime(), is.mtime_nsec())
+        };
+        // Of two writes right behind each other some have the same.
+        for _ in 0..50 {
+            fs::write(&image, "before").unwrap();
+            let (written, at) = (time(), coarse_time());
+            wait_for_a_tick(&disks);
+            assert!(coarse_time() > at);
+            fs::write(&image, "behind").unwrap();
+            assert!(time() > written);
+        }
+    }
+}
