@@ -49,6 +49,7 @@ mod page_sequence;
 mod page_writer;
 mod parts;
 pub mod scribe;
+pub mod sleeper;
 pub mod state;
 pub mod tally;
 pub mod vcpu;

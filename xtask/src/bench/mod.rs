@@ -6,6 +6,7 @@ mod boot;
 mod io;
 mod login;
 mod migrate;
+mod restore;
 mod startup;
 
 use std::ffi::{OsStr, OsString};
@@ -25,6 +26,7 @@ Usage: cargo xtask bench startup [--runs N]   (60)
        cargo xtask bench io [--rounds N] [--wall]   (3)
        cargo xtask bench login [--rounds N]   (3)
        cargo xtask bench migrate [--rounds N] (3)
+       cargo xtask bench restore [--rounds N] (9)
 
   startup   a tiny guest on this host's KVM: from exec to its first byte and to the end, against a program that makes
             the unavoidable system calls alone; peak memory; the size of the program
@@ -36,7 +38,9 @@ Usage: cargo xtask bench startup [--runs N]   (60)
   login     the Debian of `cargo xtask boot --distro` from the monitor's start to its login prompt, against the same
             QEMU: a lab machine for each boot, by the host's clock
   migrate   an idle guest of 1 GiB that moves to another process in the lab: how long it stands still and
-            where that goes, and how long all takes, against the same QEMU's migration";
+            where that goes, and how long all takes, against the same QEMU's migration
+  restore   guests that go on from snapshots on this host's KVM: from exec to the first byte and to an answer, by size and by
+            the way in which memory comes, against a tiny guest's boot; 100 of one snapshot: what one more takes";
 
 /// `cargo xtask bench`.
 pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
@@ -66,8 +70,9 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         Some("io") => io::run(count.unwrap_or(3), !wall),
         Some("login") => login::run(count.unwrap_or(3)),
         Some("migrate") => migrate::run(count.unwrap_or(3)),
+        Some("restore") => restore::run(count.unwrap_or(9)),
         _ => Err(Failure::usage(
-            "cargo xtask bench startup, boot, io, login or migrate",
+            "cargo xtask bench startup, boot, io, login, migrate or restore",
         )),
     }
 }
