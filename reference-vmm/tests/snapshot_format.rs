@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use reference_vmm::snapshot::format::{
     FormatError, Kind, MAGIC, SnapshotId, VERSION, checksum, encode, parse,
 };
+use reference_vmm::snapshot::machine::{MachineState, StateError};
 use reference_vmm::snapshot::pages::{
     self, ALIGN, HeaderError, PAGE, PageMap, Piece, check_header, header,
 };
@@ -314,4 +315,23 @@ proptest! {
         }
         prop_assert_eq!(pages::is_zero(&bytes), bytes.iter().all(|byte| *byte == 0));
     }
+}
+
+#[test]
+fn a_configuration_is_no_longer_than_one_can_be_and_none_but_a_configuration() {
+    let parse = |config: String| {
+        let file = encode(ID, &[(Kind::Config, config.into_bytes())]);
+        MachineState::parse(&file).unwrap_err()
+    };
+    let list = |count: usize| format!(r#"{{"x":[{}{{}}]}}"#, r#"{"a":0},"#.repeat(count));
+    let long = list(1 << 17);
+    let len = long.len();
+    let error = parse(long);
+    assert!(
+        matches!(error, StateError::LongConfig(has) if has == len),
+        "{error}"
+    );
+    // Refused at its first key, whatever is behind it.
+    let error = parse(list(1000)).to_string();
+    assert!(error.contains("unknown field `x`"), "{error}");
 }

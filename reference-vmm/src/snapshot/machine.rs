@@ -89,6 +89,9 @@ pub enum StateError {
         /// What is wrong, and where.
         source: serde_json::Error,
     },
+    /// The section of the configuration is longer than one can be.
+    #[error("its section config has {0} bytes, and {most} is the most", most = MOST_CONFIG)]
+    LongConfig(usize),
     /// The section of memory is none.
     #[error(transparent)]
     Pages(#[from] PagesError),
@@ -124,8 +127,10 @@ impl MachineState {
         id: SnapshotId,
         more: Vec<(Kind, Vec<u8>)>,
     ) -> Result<Vec<u8>, StateError> {
+        let config = to_json(Kind::Config, &self.config)?;
+        check_config(&config)?;
         let mut sections = vec![
-            (Kind::Config, to_json(Kind::Config, &self.config)?),
+            (Kind::Config, config),
             (Kind::Vm, to_json(Kind::Vm, &self.vm)?),
             (Kind::Vcpus, to_json(Kind::Vcpus, &self.vcpus)?),
             (Kind::Devices, to_json(Kind::Devices, &self.devices)?),
@@ -142,6 +147,10 @@ impl MachineState {
     /// [`StateError`].
     pub fn parse(file: &[u8]) -> Result<(SnapshotId, Self, Config), StateError> {
         let container = format::parse(file)?;
+        // Of a peer's bytes: as a configuration first, which takes no more memory than its text. A JSON value of just
+        // anything takes a hundred times as much.
+        check_config(container.section(Kind::Config)?)?;
+        let config: Config = from_json(&container, Kind::Config)?;
         let state = MachineState {
             config: from_json(&container, Kind::Config)?,
             vm: from_json(&container, Kind::Vm)?,
@@ -149,9 +158,6 @@ impl MachineState {
             devices: from_json(&container, Kind::Devices)?,
             memory: PageMap::parse(container.section(Kind::Memory)?)?,
         };
-        let kind = Kind::Config;
-        let config = Config::deserialize(&state.config);
-        let config = config.map_err(|source| StateError::Section { kind, source })?;
         state.check(&config)?;
         Ok((container.id, state, config))
     }
@@ -209,6 +215,16 @@ impl MachineState {
             ));
         }
         Ok(())
+    }
+}
+
+/// The longest section of the configuration, bytes: as much as a file of it that is read.
+const MOST_CONFIG: usize = 1 << 20;
+
+fn check_config(text: &[u8]) -> Result<(), StateError> {
+    match text.len() {
+        len if len > MOST_CONFIG => Err(StateError::LongConfig(len)),
+        _ => Ok(()),
     }
 }
 
