@@ -9,7 +9,7 @@
 mod world;
 
 use std::io::{Read, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,8 +18,10 @@ use reference_vmm::migration::destination::{self, ReceiveError, receive};
 use reference_vmm::migration::dial;
 use reference_vmm::migration::event::{Event, Observer};
 use reference_vmm::migration::limit::Limiter;
-use reference_vmm::migration::link::{Watch, Wire, greeted, receive_hasty};
-use reference_vmm::migration::message::{Greeting, Message, MigrationId, Role};
+use reference_vmm::migration::link::{
+    LinkError, Patient, TICK, Watch, Wire, greeted, receive as hear,
+};
+use reference_vmm::migration::message::{Greeting, Message, MigrationId, Role, Side as Says};
 use reference_vmm::migration::orders::{OrderError, Orders, Whereabouts};
 use reference_vmm::migration::source::{
     self, After, MigrateError, Settings, WhenStuck, Why, migrate,
@@ -177,12 +179,12 @@ fn a_way_that_is_closed_for_a_while_leaves_one_guest() {
     one_guest_runs(&[Arrives::Nothing, Arrives::All], Strike::Partition(5));
 }
 
-/// A wire on which a byte comes whenever it is read, and that counts them.
-struct Drip(Vec<u8>, usize);
+/// A wire on which a byte comes whenever it is read, which takes so long, and that counts them.
+struct Drip(Vec<u8>, usize, Duration);
 
 impl Read for Drip {
     fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
-        std::thread::sleep(Duration::from_millis(1));
+        std::thread::sleep(self.2);
         let next = self.0.get(self.1).copied();
         self.1 += 1;
         bytes[0] = next.unwrap();
@@ -203,23 +205,55 @@ impl Write for Drip {
 impl Wire for Drip {}
 
 #[test]
-fn a_greeting_or_a_first_message_that_drips_is_over_in_time() {
+fn a_greeting_or_a_message_that_drips_is_over_in_time() {
     let (id, role) = (ID, Role::Settle);
     let greeting = Greeting { id, role }.encode().to_vec();
     let message = Message::GivenUp("why".repeat(100)).encode().unwrap();
     let watch = Watch {
-        quiet: Duration::from_millis(10),
+        quiet: Duration::from_millis(200),
         stop: &|| None,
     };
-    // Each byte takes a millisecond, and each has more than ten.
-    let mut drips = Drip(greeting, 0);
-    let why = greeted(&mut drips, &watch).unwrap_err().to_string();
-    assert!(why.contains("not said all within 10ms"), "{why}");
-    assert!(drips.1 <= 10, "{}", drips.1);
-    let mut drips = Drip(message, 0);
-    let why = receive_hasty(&mut drips, &watch).unwrap_err().to_string();
-    assert!(why.contains("not said all within 10ms"), "{why}");
-    assert!(drips.1 <= 10, "{}", drips.1);
+    // Each byte takes a tenth of that.
+    let drip = |bytes: &[u8]| Drip(bytes.to_vec(), 0, Duration::from_millis(20));
+    let mut drips = drip(&greeting);
+    let why = greeted(&mut drips, &watch).unwrap_err();
+    assert!(matches!(why, LinkError::Slow(_)), "{why}");
+    assert!(drips.1 <= 15, "{}", drips.1);
+    let mut drips = drip(&message);
+    let why = hear(&mut drips, Says::Destination, &watch).unwrap_err();
+    assert!(matches!(why, LinkError::Slow(_)), "{why}");
+    assert!(drips.1 <= 15, "{}", drips.1);
+}
+
+#[test]
+fn whoever_never_stops_talking_is_stopped_all_the_same() {
+    // Relaxed: one thread.
+    let asked = AtomicU32::new(0);
+    let stop = || {
+        let again = asked.fetch_add(1, Ordering::Relaxed) > 0;
+        again.then(|| "it is not wanted any more".to_owned())
+    };
+    let watch = || Watch {
+        quiet: Duration::from_secs(60),
+        stop: &stop,
+    };
+    let message = Message::GivenUp("why".repeat(1000)).encode().unwrap();
+    let mut drips = Drip(message, 0, TICK / 5);
+    let why = hear(&mut drips, Says::Source, &watch()).unwrap_err();
+    assert!(matches!(why, LinkError::Stopped(_)), "{why}");
+    assert!(drips.1 <= 15, "{}", drips.1);
+    // And who reads pages, each of which comes at once.
+    asked.store(0, Ordering::Relaxed);
+    let mut talks = Drip(vec![0; 1 << 20], 0, TICK / 5);
+    let mut patient = Patient::new(&mut talks, watch());
+    let error = loop {
+        if let Err(error) = patient.read(&mut [0]) {
+            break error;
+        }
+    };
+    let why = patient.why(error);
+    assert!(matches!(why, LinkError::Stopped(_)), "{why}");
+    assert!(talks.1 <= 15, "{}", talks.1);
 }
 
 #[test]

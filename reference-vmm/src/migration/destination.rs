@@ -22,10 +22,9 @@ use std::time::{Duration, Instant};
 use super::codec::{DecodeError, Decoder, Frame, Sink};
 use super::guest::{ArrivingMemory, Blank, DestinationGuest, Prepared, Refusal};
 use super::link::{
-    Accept, LinkError, Patient, TICK, Watch, Wire, greeted, receive as hear,
-    receive_hasty as hear_hasty, receive_now, send,
+    Accept, LinkError, Patient, TICK, Watch, Wire, greeted, receive as hear_from, receive_now, send,
 };
-use super::message::{Ending, Greeting, Message, MigrationId, Role};
+use super::message::{Ending, Greeting, Message, MigrationId, Role, Side};
 use super::sender::LAST;
 
 /// How long is waited for what.
@@ -367,7 +366,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
 
         // 2. Can it be here?
         let doing = "the source does not offer a guest";
-        let offer = hear_hasty(control, &watch).map_err(at(doing))?;
+        let offer = hear(control, &watch).map_err(at(doing))?;
         let (connections, offered) = match offer {
             Message::Offer {
                 connections, state, ..
@@ -493,7 +492,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
                     self.go_on(control)?;
                     // The source has nothing to say yet, but that it gives up, or by its end that it is gone.
                     let doing = "the source does not connect again to send pages";
-                    match receive_now(control, &watch) {
+                    match receive_now(control, Side::Source, &watch) {
                         Ok(None) => {}
                         Ok(Some(other)) => return Err(unexpected(doing, "a connection", &other)),
                         Err(source) => return Err(self.broke(doing, source)),
@@ -567,12 +566,17 @@ impl<W: Wire + 'static> Destination<'_, W> {
         if let Some(why) = (self.stop)() {
             return ReceiveError::Stopped(why);
         }
+        let until = Instant::now() + Duration::from_millis(200);
+        let over = || (Instant::now() >= until).then(|| "it says no reason".to_owned());
         let watch = Watch {
             quiet: Duration::from_millis(200),
-            stop: &|| None,
+            stop: &over,
         };
         // Rounds may stand before it.
         loop {
+            if over().is_some() {
+                return ReceiveError::Pages(why);
+            }
             match hear(control, &watch) {
                 Ok(Message::Round(_)) => {}
                 Err(LinkError::GivenUp(why)) => return ReceiveError::GivenUp(why),
@@ -589,6 +593,10 @@ impl<W: Wire + 'static> Destination<'_, W> {
             source => ReceiveError::Link { doing, source },
         }
     }
+}
+
+fn hear(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Message, LinkError> {
+    hear_from(wire, Side::Source, watch)
 }
 
 fn unexpected(doing: &'static str, due: &'static str, said: &Message) -> ReceiveError {
@@ -756,7 +764,7 @@ fn place<W: Wire>(
                 }
             };
             let said = send(&mut wire, &Message::Settled(ending), watch);
-            let heard = said.and_then(|()| hear_hasty(&mut wire, watch));
+            let heard = said.and_then(|()| hear(&mut wire, watch));
             if let (Ok(Message::Done), true) = (heard, ending != Ending::Unknown) {
                 shared.change(|state| {
                     state.told = true;

@@ -9,7 +9,7 @@
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
-use super::message::{GREETING, Greeting, HEAD, Head, Kind, Message, MessageError, TAIL};
+use super::message::{GREETING, Greeting, HEAD, Head, Kind, Message, MessageError, Side, TAIL};
 
 /// How often it is asked whether a wait is to go on.
 pub const TICK: Duration = Duration::from_millis(50);
@@ -61,6 +61,9 @@ pub enum LinkError {
     /// Nothing came, or nothing was taken.
     #[error("the other side has been silent for {} seconds", .0.as_secs())]
     Silent(Duration),
+    /// Something came, or was taken, and not all of it.
+    #[error("the other side has not said, or heard, all of it in {} ms", .0.as_millis())]
+    Slow(Duration),
     /// What came is nothing.
     #[error(transparent)]
     Message(#[from] MessageError),
@@ -94,53 +97,91 @@ impl LinkError {
 
 /// How long a wait goes on.
 pub struct Watch<'a> {
-    /// As long as no byte gets on.
+    /// As long as not all has come, or gone, that is waited for: a greeting, a message, a read or a write of pages. Bytes that
+    /// drip do not lengthen it. A message for which there is no such limit has [`WHOLE`] once it has begun.
     pub quiet: Duration,
-    /// Asked each [`TICK`], and before each message: why it is to end, if it is.
+    /// Asked each [`TICK`], whatever comes meanwhile, and before each message: why it is to end, if it is.
     pub stop: &'a (dyn Fn() -> Option<String> + Sync),
 }
 
-impl Watch<'_> {
-    fn ask(&self, since: Instant) -> Result<(), LinkError> {
-        if let Some(why) = (self.stop)() {
+/// How long a message may take that has begun to come: the longest, of 32 MiB, at half a megabyte a second.
+pub const WHOLE: Duration = Duration::from_secs(60);
+
+/// A wait for all of something.
+struct Wait<'a> {
+    watch: &'a Watch<'a>,
+    quiet: Duration,
+    since: Instant,
+    asked: Instant,
+    /// Bytes got on.
+    moved: bool,
+}
+
+impl<'a> Wait<'a> {
+    fn begin(watch: &'a Watch<'a>) -> Self {
+        let since = Instant::now();
+        Wait {
+            watch,
+            quiet: watch.quiet,
+            since,
+            asked: since,
+            moved: false,
+        }
+    }
+
+    /// What was waited for has begun to come.
+    fn begun(&mut self) {
+        if self.quiet > WHOLE {
+            (self.quiet, self.since) = (WHOLE, Instant::now());
+        }
+    }
+
+    /// Behind a try, whatever it did.
+    fn tried(&mut self, moved: bool) -> Result<(), LinkError> {
+        self.moved |= moved;
+        let now = Instant::now();
+        if moved && now.duration_since(self.asked) < TICK {
+            return Ok(());
+        }
+        self.asked = now;
+        self.ask()
+    }
+
+    fn ask(&self) -> Result<(), LinkError> {
+        if let Some(why) = (self.watch.stop)() {
             return Err(LinkError::Stopped(why));
         }
-        let quiet = since.elapsed();
-        match quiet >= self.quiet {
-            true => Err(LinkError::Silent(quiet)),
-            false => Ok(()),
+        let quiet = self.since.elapsed();
+        match (quiet >= self.quiet, self.moved) {
+            (false, _) => Ok(()),
+            (true, false) => Err(LinkError::Silent(quiet)),
+            (true, true) => Err(LinkError::Slow(quiet)),
         }
+    }
+
+    /// Fills `bytes`.
+    fn read(&mut self, wire: &mut impl Wire, mut bytes: &mut [u8]) -> Result<(), LinkError> {
+        while !bytes.is_empty() {
+            match wire.read(bytes) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                Ok(len) => {
+                    bytes = bytes.get_mut(len..).unwrap_or_default();
+                    if !bytes.is_empty() {
+                        self.tried(true)?;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_tick(&error) => self.tried(false)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 }
 
 fn is_tick(error: &io::Error) -> bool {
     use io::ErrorKind::{TimedOut, WouldBlock};
     matches!(error.kind(), TimedOut | WouldBlock)
-}
-
-/// Fills `bytes`.
-///
-/// # Errors
-/// [`LinkError`]; the end of the connection is [`LinkError::Broken`].
-pub fn read_exact(
-    wire: &mut impl Wire,
-    mut bytes: &mut [u8],
-    watch: &Watch<'_>,
-) -> Result<(), LinkError> {
-    let mut since = Instant::now();
-    while !bytes.is_empty() {
-        match wire.read(bytes) {
-            Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-            Ok(len) => {
-                bytes = bytes.get_mut(len..).unwrap_or_default();
-                since = Instant::now();
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if is_tick(&error) => watch.ask(since)?,
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
 }
 
 /// Sends `bytes`.
@@ -152,24 +193,23 @@ pub fn write_all(
     mut bytes: &[u8],
     watch: &Watch<'_>,
 ) -> Result<(), LinkError> {
-    let mut since = Instant::now();
-    while !bytes.is_empty() {
-        match wire.write(bytes) {
-            Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
-            Ok(len) => {
+    let mut wait = Wait::begin(watch);
+    loop {
+        let wrote = match bytes.is_empty() {
+            true => wire.flush().map(|()| None),
+            false => wire.write(bytes).map(Some),
+        };
+        match wrote {
+            Ok(None) => return Ok(()),
+            Ok(Some(0)) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+            Ok(Some(len)) => {
                 bytes = bytes.get(len..).unwrap_or_default();
-                since = Instant::now();
+                if !bytes.is_empty() {
+                    wait.tried(true)?;
+                }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if is_tick(&error) => watch.ask(since)?,
-            Err(error) => return Err(error.into()),
-        }
-    }
-    loop {
-        match wire.flush() {
-            Ok(()) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if is_tick(&error) => watch.ask(since)?,
+            Err(error) if is_tick(&error) => wait.tried(false)?,
             Err(error) => return Err(error.into()),
         }
     }
@@ -184,17 +224,17 @@ pub fn greet(
     greeting: &Greeting,
     watch: &Watch<'_>,
 ) -> Result<(), LinkError> {
-    watch.ask(Instant::now())?;
+    Wait::begin(watch).ask()?;
     write_all(wire, &greeting.encode(), watch)
 }
 
-/// Waits for the greeting, all of which comes within the watch's quiet time.
+/// Waits for the greeting.
 ///
 /// # Errors
 /// [`LinkError`].
 pub fn greeted(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Greeting, LinkError> {
     let mut bytes = [0; GREETING];
-    read_exact(&mut Hasty::new(wire, watch.quiet), &mut bytes, watch)?;
+    Wait::begin(watch).read(wire, &mut bytes)?;
     Ok(Greeting::parse(&bytes)?)
 }
 
@@ -203,74 +243,34 @@ pub fn greeted(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Greeting, Link
 /// # Errors
 /// [`LinkError`]. Whether the other side hears it is not known.
 pub fn send(wire: &mut impl Wire, message: &Message, watch: &Watch<'_>) -> Result<(), LinkError> {
-    watch.ask(Instant::now())?;
+    Wait::begin(watch).ask()?;
     write_all(wire, &message.encode()?, watch)
 }
 
-/// Waits for a message. That the other side gives up is an error.
+/// Waits for a message of `side`'s. That it gives up is an error.
 ///
 /// # Errors
 /// [`LinkError`].
-pub fn receive(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Message, LinkError> {
+pub fn receive(wire: &mut impl Wire, side: Side, watch: &Watch<'_>) -> Result<Message, LinkError> {
+    let mut wait = Wait::begin(watch);
     let mut head = [0; HEAD];
-    read_exact(wire, &mut head, watch)?;
-    receive_behind(wire, head, watch)
+    let (first, rest) = head.split_at_mut(1);
+    wait.read(wire, first)?;
+    wait.begun();
+    wait.read(wire, rest)?;
+    receive_behind(wire, side, head, wait)
 }
 
-/// [`receive`], where all of the message is to come within the watch's quiet time: of who has not shown yet that he is worth
-/// a longer wait.
-///
-/// # Errors
-/// [`LinkError`].
-pub fn receive_hasty(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Message, LinkError> {
-    receive(&mut Hasty::new(wire, watch.quiet), watch)
-}
-
-/// A connection that is read until a certain moment, however little is missing then: bytes that drip do not lengthen it.
-struct Hasty<'a, W> {
-    wire: &'a mut W,
-    patience: Duration,
-    since: Instant,
-}
-
-impl<'a, W: Wire> Hasty<'a, W> {
-    fn new(wire: &'a mut W, patience: Duration) -> Self {
-        let since = Instant::now();
-        Hasty {
-            wire,
-            patience,
-            since,
-        }
-    }
-}
-
-impl<W: Wire> Read for Hasty<'_, W> {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        if self.since.elapsed() >= self.patience {
-            let why = format!("it has not said all within {:?}", self.patience);
-            return Err(io::Error::other(why));
-        }
-        self.wire.read(bytes)
-    }
-}
-
-impl<W: Wire> Write for Hasty<'_, W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.wire.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.wire.flush()
-    }
-}
-
-impl<W: Wire> Wire for Hasty<'_, W> {}
-
-/// The message that has begun to come, if one does within a [`TICK`].
+/// The message of `side`'s that has begun to come, if one does within a [`TICK`].
 ///
 /// # Errors
 /// [`LinkError`], as of [`receive`].
-pub fn receive_now(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Option<Message>, LinkError> {
+pub fn receive_now(
+    wire: &mut impl Wire,
+    side: Side,
+    watch: &Watch<'_>,
+) -> Result<Option<Message>, LinkError> {
+    let mut wait = Wait::begin(watch);
     let mut head = [0; HEAD];
     let got = match wire.read(&mut head) {
         Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
@@ -280,37 +280,57 @@ pub fn receive_now(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Option<Mes
         }
         Err(error) => return Err(error.into()),
     };
-    read_exact(wire, head.get_mut(got..).unwrap_or_default(), watch)?;
-    receive_behind(wire, head, watch).map(Some)
+    wait.begun();
+    wait.read(wire, head.get_mut(got..).unwrap_or_default())?;
+    receive_behind(wire, side, head, wait).map(Some)
 }
 
 fn receive_behind(
     wire: &mut impl Wire,
+    side: Side,
     head: [u8; HEAD],
-    watch: &Watch<'_>,
+    mut wait: Wait<'_>,
 ) -> Result<Message, LinkError> {
     /// Who says that much will come gets that much memory when it comes.
     const STEP: usize = 1 << 20;
     let head = Head::parse(&head)?;
+    if !head.kind.is_said_by(side) {
+        let (said, due) = (head.kind, side.words());
+        return Err(LinkError::Unexpected { said, due });
+    }
     let (mut payload, mut left) = (Vec::new(), head.len as usize);
     while left > 0 {
         let (from, step) = (payload.len(), left.min(STEP));
         payload.resize(from + step, 0);
-        read_exact(wire, payload.get_mut(from..).unwrap_or_default(), watch)?;
+        wait.read(wire, payload.get_mut(from..).unwrap_or_default())?;
         left -= step;
     }
     let mut sum = [0; TAIL];
-    read_exact(wire, &mut sum, watch)?;
+    wait.read(wire, &mut sum)?;
     match Message::parse(head, payload, sum)? {
-        Message::GivenUp(why) => Err(LinkError::GivenUp(why)),
+        Message::GivenUp(why) => Err(LinkError::GivenUp(printable(&why))),
         message => Ok(message),
     }
+}
+
+/// A text of the other side's that may be shown: nothing in it moves a cursor or begins a line.
+fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for char in text.chars() {
+        match char.is_control() {
+            true => shown.extend(char.escape_default()),
+            false => shown.push(char),
+        }
+    }
+    shown
 }
 
 /// A connection whose ticks are nobody's concern: for who reads frames from it, or writes them.
 pub struct Patient<'a, W> {
     wire: &'a mut W,
     watch: Watch<'a>,
+    /// When it was asked last whether this goes on.
+    asked: Instant,
     /// Why it ended, if it was not the connection.
     stopped: Option<LinkError>,
 }
@@ -321,6 +341,7 @@ impl<'a, W: Wire> Patient<'a, W> {
         Patient {
             wire,
             watch,
+            asked: Instant::now(),
             stopped: None,
         }
     }
@@ -336,20 +357,29 @@ impl<'a, W: Wire> Patient<'a, W> {
     }
 
     fn again<T>(&mut self, mut turn: impl FnMut(&mut W) -> io::Result<T>) -> io::Result<T> {
-        let since = Instant::now();
-        loop {
-            match turn(self.wire) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if is_tick(&error) => {
-                    if let Err(stopped) = self.watch.ask(since) {
-                        let error = io::Error::other(stopped.to_string());
-                        self.stopped = Some(stopped);
-                        return Err(error);
-                    }
+        let mut wait = Wait::begin(&self.watch);
+        // Of one that never waits it is to be heard as well.
+        wait.asked = self.asked;
+        let result = loop {
+            let tried = turn(self.wire);
+            let moved = match &tried {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if is_tick(error) => false,
+                Err(_) => break tried,
+                Ok(_) => true,
+            };
+            match wait.tried(moved) {
+                Ok(()) if moved => break tried,
+                Ok(()) => {}
+                Err(stopped) => {
+                    let error = io::Error::other(stopped.to_string());
+                    self.stopped = Some(stopped);
+                    break Err(error);
                 }
-                other => return other,
             }
-        }
+        };
+        self.asked = wait.asked;
+        result
     }
 }
 

@@ -235,6 +235,17 @@ impl Kind {
         Kind::Round,
     ];
 
+    /// Whether it is this side's to say.
+    pub fn is_said_by(self, side: Side) -> bool {
+        match self {
+            Kind::GivenUp => true,
+            Kind::Offer | Kind::State | Kind::Round | Kind::Go | Kind::Done => side == Side::Source,
+            Kind::Ready | Kind::Taken | Kind::Prepared | Kind::Started | Kind::Settled => {
+                side == Side::Destination
+            }
+        }
+    }
+
     /// The bytes that a payload may have, at least and at most.
     fn lengths(self) -> (u32, u32) {
         match self {
@@ -245,6 +256,25 @@ impl Kind {
             Kind::Settled => (1, 1),
             Kind::Ready => (0, MOST_LINE),
             Kind::Prepared | Kind::Go | Kind::Started | Kind::Done => (0, 0),
+        }
+    }
+}
+
+/// Who says something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Where the guest comes from.
+    Source,
+    /// Where it goes.
+    Destination,
+}
+
+impl Side {
+    /// What it says.
+    pub(super) fn words(self) -> &'static str {
+        match self {
+            Side::Source => "a word of the source's",
+            Side::Destination => "a word of the destination's",
         }
     }
 }

@@ -20,7 +20,7 @@ use super::event::{Event, Observer, RoundDone, Step};
 use super::guest::{Dirty, Refusal, SourceGuest};
 use super::limit::Limiter;
 use super::link::{Connect, LinkError, Watch, Wire, greet, receive, send};
-use super::message::{Ending, Greeting, Message, MigrationId, Role};
+use super::message::{Ending, Greeting, Message, MigrationId, Role, Side};
 use super::orders::{Orders, Whereabouts};
 use super::sender::{LAST, Lane, Tally, send_round};
 
@@ -366,7 +366,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         send(wire, &offer, &quiet(patience.pages)).map_err(broke(doing))?;
         drop(offer);
         let doing = "the destination does not say whether it takes the guest";
-        match receive(wire, &quiet(patience.prepare)).map_err(broke(doing))? {
+        match receive(wire, Side::Destination, &quiet(patience.prepare)).map_err(broke(doing))? {
             Message::Ready(line) => {
                 let direct = !line.is_empty() && wire.line() == Some(line);
                 self.direct.store(direct, Ordering::Relaxed);
@@ -507,7 +507,11 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let failed = sent.err().or_else(|| self.stop());
         if let Some(why) = failed {
             // If the destination gave up, it has said why, and its connections end by that.
-            let heard = receive(control, &quiet(Duration::from_millis(200)));
+            let heard = receive(
+                control,
+                Side::Destination,
+                &quiet(Duration::from_millis(200)),
+            );
             return Err(match (self.stop(), heard) {
                 (Some(why), _) => why,
                 (None, Err(LinkError::GivenUp(why))) => Why::Refused(why),
@@ -636,7 +640,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         };
         let (id, role) = (self.id, Role::Settle);
         let greeted = greet(&mut wire, &Greeting { id, role }, &watch);
-        match greeted.and_then(|()| receive(&mut wire, &watch)) {
+        match greeted.and_then(|()| receive(&mut wire, Side::Destination, &watch)) {
             Ok(Message::Settled(ending)) => {
                 // Not heard, it goes on answering.
                 let _ = send(&mut wire, &Message::Done, &watch);
@@ -689,7 +693,7 @@ fn expect(
     due: &'static str,
     is: impl Fn(&Message) -> bool,
 ) -> Result<(), LinkError> {
-    let message = receive(wire, watch)?;
+    let message = receive(wire, Side::Destination, watch)?;
     match is(&message) {
         true => Ok(()),
         false => Err(LinkError::Unexpected {
