@@ -331,7 +331,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
                 return;
             }
             if hears {
-                match receive_now(control, &watch) {
+                match receive_now(control, Side::Source, &watch) {
                     Err(LinkError::GivenUp(_)) => return,
                     // What was said before it heard.
                     Ok(_) => {}
