@@ -84,40 +84,63 @@ struct Subscriber<'a> {
     stopping: Option<i32>,
 }
 
-/// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers, and `show_more`; SIGWINCH tells the guest
-/// that the terminal has another size; the first SIGTERM stops a guest that is paused, and else presses the power button and gives the guest `shutdown_timeout` to react; any other stop signal, or
-/// a second one, ends at once.
-///
-/// `terminal` says that stdin is a terminal, on which the console's escapes are taken out.
-///
-/// # Errors
-/// epoll cannot be set up.
-pub fn run(
-    end: &Arc<EndSignal>,
-    signals: &Signals,
-    guest: &dyn GuestSide,
-    show_more: &ShowMore<'_>,
+/// The loop with all descriptors that it begins with: to be made while its failure costs nobody a guest.
+pub struct MainLoop<'a> {
+    manager: EventManager<Subscriber<'a>>,
+    stdin: Reader,
+    /// Stdin is a terminal, on which the console's escapes are taken out.
     terminal: bool,
-    shutdown_timeout: Duration,
-) -> io::Result<()> {
-    let failed = |error: event_manager::Error| io::Error::other(error.to_string());
-    let mut manager = EventManager::new_with_capacity(8).map_err(failed)?;
-    manager.add_subscriber(Subscriber {
-        end: end.clone(),
-        signals,
-        guest,
-        show_more,
-        stdin: Reader::new(io::stdin().as_fd().try_clone_to_owned()?.into()),
-        input: ConsoleInput::new(terminal, guest.input_chunk()),
-        waiting: Waiting::Readable,
-        shutdown_timeout,
-        deadline: None,
-        stopping: None,
-    });
-    while !end.is_told() {
-        manager.run().map_err(failed)?;
+}
+
+fn failed(error: event_manager::Error) -> io::Error {
+    io::Error::other(error.to_string())
+}
+
+impl<'a> MainLoop<'a> {
+    /// `terminal` says that stdin is a terminal, on which the console's escapes are taken out.
+    ///
+    /// # Errors
+    /// There is no epoll, or no other descriptor of stdin.
+    pub fn new(terminal: bool) -> io::Result<Self> {
+        Ok(MainLoop {
+            manager: EventManager::new_with_capacity(8).map_err(failed)?,
+            stdin: Reader::new(io::stdin().as_fd().try_clone_to_owned()?.into()),
+            terminal,
+        })
     }
-    Ok(())
+
+    /// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers, and `show_more`; SIGWINCH tells the
+    /// guest that the terminal has another size; the first SIGTERM stops a guest that is paused, and else presses the power
+    /// button and gives the guest `shutdown_timeout` to react; any other stop signal, or a second one, ends at once.
+    ///
+    /// # Errors
+    /// epoll fails.
+    pub fn run(
+        self,
+        end: &Arc<EndSignal>,
+        signals: &'a Signals,
+        guest: &'a dyn GuestSide,
+        show_more: &'a ShowMore<'a>,
+        shutdown_timeout: Duration,
+    ) -> io::Result<()> {
+        let mut manager = self.manager;
+        manager.add_subscriber(Subscriber {
+            end: end.clone(),
+            signals,
+            guest,
+            show_more,
+            stdin: self.stdin,
+            input: ConsoleInput::new(self.terminal, guest.input_chunk()),
+            waiting: Waiting::Readable,
+            shutdown_timeout,
+            deadline: None,
+            stopping: None,
+        });
+        while !end.is_told() {
+            manager.run().map_err(failed)?;
+        }
+        Ok(())
+    }
 }
 
 impl Subscriber<'_> {
@@ -353,7 +376,10 @@ mod tests {
                 }
             };
             let timeout = Duration::from_secs(3600);
-            run(&end, &signals, &guest, &show_more, false, timeout).unwrap();
+            let main_loop = MainLoop::new(false).unwrap();
+            main_loop
+                .run(&end, &signals, &guest, &show_more, timeout)
+                .unwrap();
             let stopped = GuestEnd::Stopped(StopCause::Signal(stop));
             assert_eq!(format!("{:?}", end.get()), format!("{:?}", Some(stopped)));
             assert_eq!(guest.answers.into_inner(), 1);

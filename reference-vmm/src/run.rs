@@ -15,7 +15,7 @@ use crate::cli::{Run, StatsForm};
 use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::gdb::Listener;
-use crate::main_loop;
+use crate::main_loop::MainLoop;
 use crate::migration::incoming::Incoming;
 use crate::priority::step_back;
 use crate::signals::{self, Signals};
@@ -143,7 +143,7 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended,
         watch();
         end.is_told().then(|| "it was stopped".to_owned())
     };
-    let (running, terminal) = if let Some(request) = &options.incoming {
+    let (running, seat) = if let Some(request) = &options.incoming {
         let incoming = Incoming::bind(request)?;
         say(format_args!(
             "a guest is waited for at {}",
@@ -167,7 +167,11 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended,
         };
         session.start(machine, debugger, RunState::Running)?
     };
-    let wait_for_the_end = || session.wait(&end, &running, terminal.is_some());
+    let Seat {
+        terminal,
+        main_loop,
+    } = seat;
+    let wait_for_the_end = || session.wait(&end, &running, main_loop);
     match &api {
         None => wait_for_the_end(),
         Some(server) => {
@@ -182,6 +186,13 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended,
     Ok(session.finish(&end, running, terminal))
 }
 
+/// From where a guest is watched: all of it is there before the guest goes on.
+struct Seat<'a> {
+    /// In raw mode.
+    terminal: Option<RawTerminal>,
+    main_loop: MainLoop<'a>,
+}
+
 /// What a run has, whatever its machine.
 struct Session<'a, S> {
     options: &'a Run,
@@ -191,12 +202,12 @@ struct Session<'a, S> {
 
 impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
     /// Lets a machine go, watched as the options say, under the terminal in raw mode.
-    fn start(
+    fn start<'a>(
         &self,
         mut machine: Machine,
         debugger: Option<Listener>,
         state: RunState,
-    ) -> Result<(Running, Option<RawTerminal>), BuildError> {
+    ) -> Result<(Running, Seat<'a>), BuildError> {
         if self.options.track_dirty_pages {
             machine.track_snapshots();
         }
@@ -214,11 +225,14 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             machine.debug(listener);
         }
         // Last before the guest speaks: what fails above is told on a terminal in its usual mode.
-        let terminal = RawTerminal::enter().map_err(|source| BuildError::Process {
-            what: "put the terminal into raw mode",
-            source,
-        })?;
-        Ok((machine.start_as(state)?, terminal))
+        let failed = |what| move |source| BuildError::Process { what, source };
+        let terminal = RawTerminal::enter().map_err(failed("put the terminal into raw mode"))?;
+        let main_loop = MainLoop::new(terminal.is_some()).map_err(failed("wait for the guest"))?;
+        let seat = Seat {
+            terminal,
+            main_loop,
+        };
+        Ok((machine.start_as(state)?, seat))
     }
 
     /// The numbers of no guest.
@@ -228,20 +242,14 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
     }
 
     /// Serves the guest until its end has been told.
-    fn wait(&self, end: &Arc<EndSignal>, running: &Running, terminal: bool) {
+    fn wait(&self, end: &Arc<EndSignal>, running: &Running, main_loop: MainLoop<'_>) {
         let show_more = || {
             if let Some(form) = self.options.stats {
                 show(&running.stats(), form);
             }
         };
-        let looped = main_loop::run(
-            end,
-            &self.signals,
-            running,
-            &show_more,
-            terminal,
-            Duration::from_secs(self.options.shutdown_timeout.into()),
-        );
+        let timeout = Duration::from_secs(self.options.shutdown_timeout.into());
+        let looped = main_loop.run(end, &self.signals, running, &show_more, timeout);
         if let Err(error) = looped {
             end.tell(GuestEnd::Failed(format!(
                 "cannot wait for the guest: {error}"

@@ -610,6 +610,57 @@ fn a_guest_stays_when_its_destination_is_killed_or_the_migration_is_cancelled() 
 }
 
 #[test]
+fn a_destination_that_has_too_few_descriptors_for_anything_leaves_the_guest_where_it_was() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let source = Process::boot(folder.path());
+    // One at least for the source's first connection: without it nobody is told anything.
+    for more in 1.. {
+        let (there, path) = Process::incoming(folder.path(), "");
+        let pid = there.running.pid();
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .count() as u64;
+        let limit = libc::rlimit {
+            rlim_cur: open + more,
+            rlim_max: open + more,
+        };
+        // SAFETY: reads one rlimit, and writes none.
+        let set = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) };
+        assert_eq!(set, 0);
+        let moved = source.ctl(&format!("migrate --to unix:{}", path.display()));
+        if moved.text().contains("moved") {
+            // A VM, a vCPU, a connection of pages, epoll and stdin at the least.
+            assert!(more > 5, "{more}: {moved}");
+            let said = source.running.wait().expect_status(0).text();
+            let mut there = there.running;
+            let next = char::from(b'0' + ((said.len() + 2) % 10) as u8);
+            there.wait_for(next.encode_utf8(&mut [0; 4]));
+            there.signal(libc::SIGTERM);
+            let all = said + &there.wait().expect_status(0).text();
+            assert_eq!(all, digits(all.len()));
+            return;
+        }
+        moved.expect_status(1);
+        let status = source.ctl("status");
+        assert_eq!(
+            status.expect_status(0).text(),
+            "running\n",
+            "{more}: {moved}"
+        );
+        let there = there.running.wait();
+        there.expect_status(1);
+        assert!(
+            there.to_string().contains("os error 24"),
+            "{more}: {moved}, {there}"
+        );
+    }
+}
+
+#[test]
 fn a_process_that_waits_for_a_guest_is_stopped_by_a_signal_and_says_what_is_wrong_with_its_words() {
     need_kvm();
     if support::lab_short() {

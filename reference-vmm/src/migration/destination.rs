@@ -47,7 +47,7 @@ impl Default for Patience {
             greeting: Duration::from_secs(2),
             quiet: Duration::from_secs(60),
             word: Duration::from_secs(60),
-            asked: Duration::from_secs(10),
+            asked: Duration::from_secs(20),
         }
     }
 }
@@ -478,6 +478,8 @@ impl<W: Wire + 'static> Destination<'_, W> {
             stop: &stop,
         };
         let mut came = 0;
+        // A round may be over, for the source, before all its connections are known here.
+        let mut early = None;
         while came < connections {
             let next = self.shared.wait(TICK, |state| state.data.pop());
             match next {
@@ -490,10 +492,15 @@ impl<W: Wire + 'static> Destination<'_, W> {
                 }
                 None => {
                     self.go_on(control)?;
-                    // The source has nothing to say yet, but that it gives up, or by its end that it is gone.
+                    // The source has no more to say yet than that: that it gives up, or by its end that it is gone.
                     let doing = "the source does not connect again to send pages";
                     match receive_now(control, Side::Source, &watch) {
                         Ok(None) => {}
+                        Ok(Some(round @ (Message::Round(_) | Message::State { .. })))
+                            if early.is_none() =>
+                        {
+                            early = Some(round);
+                        }
                         Ok(Some(other)) => return Err(unexpected(doing, "a connection", &other)),
                         Err(source) => return Err(self.broke(doing, source)),
                     }
@@ -502,7 +509,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
         }
         loop {
             let doing = "the source has stopped sending";
-            let message = match hear(control, &watch) {
+            let message = match early.take().map_or_else(|| hear(control, &watch), Ok) {
                 Ok(message) => message,
                 Err(LinkError::Stopped(why)) => return Err(self.stopped(why, control)),
                 Err(source) => return Err(self.broke(doing, source)),
@@ -683,6 +690,7 @@ fn take<M: ArrivingMemory, W: Wire>(
 /// Accepts connections, and has each its place, until all is over.
 fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
     let ended = || shared.lock().over.then(|| "it is over".to_owned());
+    let mut again = false;
     while ended().is_none() {
         let mut wire = match accept.accept() {
             Ok(None) => continue,
@@ -693,7 +701,15 @@ fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
                         state.deaf = Some(error);
                         None
                     }
-                    Some(_) => Some(error),
+                    Some(_) => {
+                        // The source waits, and would not know what for.
+                        if again && !state.due.is_empty() {
+                            let why = format!("cannot accept the source's connections: {error}");
+                            state.failed.get_or_insert(why);
+                        }
+                        again = true;
+                        Some(error)
+                    }
                 });
                 // Nobody has a guest here yet, and it is said why nobody can.
                 let Some(error) = told else {
@@ -705,6 +721,7 @@ fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
                 continue;
             }
         };
+        again = false;
         let watch = Watch {
             quiet: patience.greeting,
             stop: &ended,

@@ -395,7 +395,7 @@ pub trait Rest {
 impl<W: Wire> Rest for Patient<'_, W> {
     fn rest(&mut self) -> io::Result<()> {
         // However long it takes, it is not the other side's silence.
-        if let Err(stopped) = self.watch.ask(Instant::now()) {
+        if let Err(stopped) = Wait::begin(&self.watch).ask() {
             let error = io::Error::other(stopped.to_string());
             self.stopped = Some(stopped);
             return Err(error);

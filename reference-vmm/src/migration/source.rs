@@ -35,6 +35,9 @@ pub struct Patience {
     pub pages: Duration,
     /// For the destination to say that it has the guest.
     pub start: Duration,
+    /// For the answer to the question where it is. Short against [`asked`](super::destination::Patience::asked), how long the
+    /// destination stays for it: one that is lost on its way is not the last.
+    pub ask: Duration,
     /// Between two questions where it is, and between two tries to take it back.
     pub again: Duration,
     /// For what was let go of to be free again.
@@ -48,6 +51,7 @@ impl Default for Patience {
             prepare: Duration::from_secs(60),
             pages: Duration::from_secs(30),
             start: Duration::from_secs(5),
+            ask: Duration::from_secs(3),
             again: Duration::from_secs(1),
             take_back: Duration::from_secs(30),
         }
@@ -623,10 +627,10 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
     /// Asks once.
     fn ask(&self) -> Asked {
         let watch = Watch {
-            quiet: self.settings.patience.connect,
+            quiet: self.settings.patience.ask,
             stop: &|| None,
         };
-        let mut wire = match self.connect.connect(self.settings.patience.connect) {
+        let mut wire = match self.connect.connect(self.settings.patience.ask) {
             Ok(wire) => wire,
             Err(error) => {
                 return match error.kind() {

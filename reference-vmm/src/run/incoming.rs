@@ -6,10 +6,9 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, OnceLock};
 
-use super::{Ended, Session, with_api};
+use super::{Ended, Seat, Session, with_api};
 use crate::api::load::Waiting;
 use crate::api::{self, Server};
-use crate::console::RawTerminal;
 use crate::end::EndSignal;
 use crate::gdb::Listener;
 use crate::migration::incoming::Incoming;
@@ -45,11 +44,11 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             let mut came = None;
             let served = with_api(server, &waiting, stop, || {
                 let received = self.receive(incoming, debugger, end, stopped);
-                came = Some(received.map(|(running, terminal)| {
+                came = Some(received.map(|(running, seat)| {
                     let running = guest.get_or_init(|| running);
                     waiting.begin(api::Machine::new(running, end));
-                    self.wait(end, running, terminal.is_some());
-                    terminal
+                    self.wait(end, running, seat.main_loop);
+                    seat.terminal
                 }));
                 // Who waits for a guest that has not come waits no more.
                 waiting.end();
@@ -69,22 +68,24 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
     }
 
     /// Waits for a guest, which goes on as it was.
-    pub(super) fn receive(
+    pub(super) fn receive<'a>(
         &self,
         incoming: Incoming,
         mut debugger: Option<Listener>,
         end: &Arc<EndSignal>,
         stopped: Stopped<'_>,
-    ) -> Result<(Running, Option<RawTerminal>), BuildError> {
-        let mut terminal = None;
-        // While the guest is the source's still: a terminal or a thread that cannot be had costs it nothing.
+    ) -> Result<(Running, Seat<'a>), BuildError> {
+        let mut seat = None;
+        // While the guest is the source's still: a terminal, a thread or a descriptor that cannot be had costs it nothing.
         let start = |machine: Machine| {
-            let started = self.start(machine, debugger.take(), RunState::Running)?;
-            terminal = started.1;
-            Ok(started.0)
+            let (running, its) = self.start(machine, debugger.take(), RunState::Running)?;
+            seat = Some(its);
+            Ok(running)
         };
         let running = incoming.receive(io::stdout(), end, stopped, start)?;
-        Ok((running, terminal))
+        // It was started, or has not come.
+        let seat = seat.ok_or(BuildError::Ended)?;
+        Ok((running, seat))
     }
 
     /// None has come: by a stop nobody has lost a guest.

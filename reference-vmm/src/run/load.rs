@@ -118,7 +118,7 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
                 false => RunState::Paused,
             };
             // What fails here is the process's own matter, and would fail the next time as well.
-            let (running, terminal) = match self.start(machine, debugger.take(), state) {
+            let (running, seat) = match self.start(machine, debugger.take(), state) {
                 Ok(started) => started,
                 Err(error) => {
                     load.answer(Outcome::Refused(Chain(&error).to_string()));
@@ -128,8 +128,8 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             let (running, end) = guest.get_or_init(|| (running, end));
             waiting.begin(api::Machine::new(running, end));
             load.answer(Outcome::Done);
-            self.wait(end, running, terminal.is_some());
-            return Ok(Waited::Guest(terminal));
+            self.wait(end, running, seat.main_loop);
+            return Ok(Waited::Guest(seat.terminal));
         }
     }
 
