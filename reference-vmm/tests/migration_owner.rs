@@ -262,6 +262,11 @@ fn a_tunnel_that_dies_at_any_message_is_not_taken_for_the_destination() {
 }
 
 #[test]
+fn a_socket_whose_path_is_anothers_by_now_is_not_taken_for_the_destination() {
+    one_guest_runs(&ALL, Strike::Replaced(5));
+}
+
+#[test]
 fn a_destination_that_is_killed_at_any_message_leaves_the_guest_with_the_source_unless_it_was_its_own()
  {
     at_each_message(&ALL, Strike::Kill(Destination), |fault, world| {

@@ -21,7 +21,7 @@ use rcgen::{
 };
 use reference_vmm::migration::address::Address;
 use reference_vmm::migration::dial::Dial;
-use reference_vmm::migration::link::{Connect, Watch, write_all};
+use reference_vmm::migration::link::{Connect, TICK, Watch, write_all};
 use reference_vmm::migration::message::MOST_LINE;
 use reference_vmm::migration::tls::{Tls, TlsError, TlsFiles};
 use reference_vmm::migration::transport::{
@@ -258,6 +258,25 @@ fn the_ends_of_a_line_say_the_same_of_it_and_those_of_a_tunnel_do_not() {
         let (_to, from_tunnel) = ends(&listener, tls.as_ref());
         assert_ne!(to_tunnel.line(), from_tunnel.line());
     }
+}
+
+#[test]
+fn a_way_is_told_from_another_that_has_its_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let address = Address::Unix(folder.path().join("wire"));
+    let dial = Dial {
+        address: address.clone(),
+        tls: None,
+    };
+    let first = Listener::bind(&address, None).unwrap();
+    let line = dial.connect(TICK).unwrap().line().unwrap().to_owned();
+    assert!(dial.is_still(&line));
+    // Whoever was there lives, and its inode with it.
+    std::fs::remove_file(folder.path().join("wire")).unwrap();
+    assert!(!dial.is_still(&line));
+    let second = Listener::bind(&address, None).unwrap();
+    assert!(!dial.is_still(&line));
+    drop((first, second));
 }
 
 #[test]

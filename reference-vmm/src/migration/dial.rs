@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use super::address::Address;
 use super::link::{Accept, Connect, TICK, Wire};
 use super::tls::Tls;
-use super::transport::{AcceptError, ConnectError, Connection, HANDSHAKE, Listener, connect};
+use super::transport::{
+    AcceptError, ConnectError, Connection, HANDSHAKE, Listener, connect, unix_line,
+};
 
 impl Wire for Connection {
     fn line(&self) -> Option<String> {
@@ -46,6 +48,15 @@ impl Connect for Dial {
         })?;
         connection.set_patience(TICK);
         Ok(connection)
+    }
+
+    fn is_still(&self, line: &str) -> bool {
+        match &self.address {
+            // The path may be another's by now, while who had it lives.
+            Address::Unix(path) => unix_line(path).as_deref() == Some(line),
+            // A port is its listener's as long as that lives.
+            Address::Tcp { .. } => true,
+        }
     }
 
     fn hint(&self) -> Option<&str> {

@@ -32,8 +32,13 @@ pub trait Connect: Sync {
     ///
     /// # Errors
     /// [`io::ErrorKind::ConnectionRefused`] says that nobody listens there: who did is gone. That is the destination where the
-    /// line to it was direct ([`Wire::line`]), and else who stood between.
+    /// line to it was direct ([`Wire::line`]) and the way [is still](Self::is_still) the same; else it is another.
     fn connect(&self, patience: Duration) -> io::Result<Self::Wire>;
+    /// Whether it still leads to where a connection had this [line](Wire::line), as far as this side can see.
+    fn is_still(&self, line: &str) -> bool {
+        let _ = line;
+        true
+    }
     /// What may be the reason where a connection breaks before the other side has said anything.
     fn hint(&self) -> Option<&str> {
         None

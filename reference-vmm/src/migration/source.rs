@@ -7,8 +7,8 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dirty_log::estimate::{Advice, AutoConverge, Curve, CurvePoint, Forecast, Link, Policy, Spent};
@@ -239,7 +239,7 @@ pub fn migrate<G: SourceGuest, C: Connect>(
         orders,
         observer,
         tracked: AtomicBool::new(false),
-        direct: AtomicBool::new(false),
+        direct: OnceLock::new(),
     };
     let ended = source.run();
     orders.over();
@@ -267,8 +267,8 @@ struct Source<'a, G, C> {
     orders: &'a Orders,
     observer: &'a dyn Observer,
     tracked: AtomicBool,
-    /// Nobody stands between: who refuses a connection does so in the destination's own place. Relaxed: one thread's.
-    direct: AtomicBool,
+    /// The line to the destination, if nobody stands between: who refuses a connection there does so in its own place.
+    direct: OnceLock<String>,
 }
 
 impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
@@ -372,8 +372,9 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let doing = "the destination does not say whether it takes the guest";
         match receive(wire, Side::Destination, &quiet(patience.prepare)).map_err(broke(doing))? {
             Message::Ready(line) => {
-                let direct = !line.is_empty() && wire.line() == Some(line);
-                self.direct.store(direct, Ordering::Relaxed);
+                if !line.is_empty() && wire.line().as_ref() == Some(&line) {
+                    let _ = self.direct.set(line);
+                }
             }
             other => {
                 let (said, due) = (other.kind(), "Ready");
@@ -620,8 +621,10 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         Err(MigrateError { why, after })
     }
 
+    /// Nobody stands between the destination and this side, and who answers or refuses now is where it was.
     fn is_direct(&self) -> bool {
-        self.direct.load(Ordering::Relaxed)
+        let line = self.direct.get();
+        line.is_some_and(|line| self.connect.is_still(line))
     }
 
     /// Asks once.

@@ -12,7 +12,7 @@
 //! A read waits until something comes and a write until there is room, but never longer than the connection's patience
 //! ([`Connection::set_patience`], 30 s at first): then it is an error that says so with the seconds. TLS is agreed upon
 //! within [`HANDSHAKE`], and who drips a byte now and then is held to a time by who reads
-//! ([`link`](super::link::receive_hasty)). [`Canceller::cancel`] ends a listener's wait at once.
+//! ([`link::Watch`](super::link::Watch)). [`Canceller::cancel`] ends a listener's wait at once.
 //!
 //! # Who is at the other end
 //!
@@ -33,6 +33,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -309,7 +310,7 @@ impl Listener {
             Socket::UnixListener(listener) => {
                 let stream = listener.accept()?;
                 stream.set_nonblocking(false)?;
-                let line = listener.file().and_then(unix_line);
+                let line = listener.file().and_then(line_of_file);
                 Ok((Socket::Unix(stream), self.address.to_string(), line))
             }
             Socket::TcpListener(listener) => {
@@ -360,9 +361,7 @@ pub fn connect(
                 }
                 _ => failed(error),
             })?;
-            let file = std::fs::metadata(path).ok();
-            let line = file.and_then(|file| unix_line((file.dev(), file.ino())));
-            (Socket::Unix(stream), None, line)
+            (Socket::Unix(stream), None, unix_line(path))
         }
         Address::Tcp { host, port } => {
             let places = resolve(host, *port, deadline).map_err(failed)?;
@@ -401,8 +400,14 @@ pub fn connect(
     Connection::begin(socket, address.to_string(), line, session, deadline).map_err(failed)
 }
 
-/// Of a socket's file, which on one host no other has at the time.
-fn unix_line((device, inode): (u64, u64)) -> Option<String> {
+/// The line to who listens at this path now.
+pub(super) fn unix_line(path: &Path) -> Option<String> {
+    let file = std::fs::metadata(path).ok()?;
+    line_of_file((file.dev(), file.ino()))
+}
+
+/// Of a socket's file, which on one host no other has at the time: a socket keeps its inode, also when the path is gone.
+fn line_of_file((device, inode): (u64, u64)) -> Option<String> {
     Some(format!("unix {device}:{inode} {}", boot()?))
 }
 

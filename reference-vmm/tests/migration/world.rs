@@ -44,6 +44,8 @@ pub enum Strike {
     Partition(u32),
     /// What stands between the two dies, and so many attempts to connect find nobody there, while the destination lives.
     Tunnel(u32),
+    /// All break, and so many attempts to connect find another one there, or nobody, while the destination lives.
+    Replaced(u32),
     /// All break for the source, and the message arrives when the destination has answered a question.
     Late,
     /// A process dies.
@@ -86,6 +88,9 @@ struct State {
     struck: bool,
     no_way: u32,
     no_tunnel: u32,
+    replaced: u32,
+    /// Who was met last is another.
+    other: bool,
     late: Option<(usize, Vec<u8>)>,
     processes: [Process; 2],
     /// The guest's memory, as it is where it runs.
@@ -413,6 +418,10 @@ impl Write for End {
                     state.no_way = times;
                     state.conns.iter_mut().for_each(|conn| conn.cut = [true; 2]);
                 }
+                Strike::Replaced(times) => {
+                    state.replaced = times;
+                    state.conns.iter_mut().for_each(|conn| conn.cut = [true; 2]);
+                }
                 Strike::Tunnel(times) => {
                     state.no_tunnel = times;
                     state.conns.iter_mut().for_each(|conn| conn.cut = [true; 2]);
@@ -456,6 +465,11 @@ impl Connect for Dial {
             state.no_way -= 1;
             return Err(io::ErrorKind::TimedOut.into());
         }
+        state.other = state.replaced > 0;
+        if state.other {
+            state.replaced -= 1;
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
         if state.no_tunnel > 0 {
             state.no_tunnel -= 1;
             return Err(io::ErrorKind::ConnectionRefused.into());
@@ -465,6 +479,10 @@ impl Connect for Dial {
         }
         drop(state);
         Ok(self.0.stranger())
+    }
+
+    fn is_still(&self, _: &str) -> bool {
+        !self.0.lock().other
     }
 }
 
