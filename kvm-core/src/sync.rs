@@ -21,6 +21,11 @@ pub(crate) use loom::sync::{
     atomic::{AtomicU32, AtomicU64, fence},
 };
 
+#[cfg(loom)]
+pub(crate) use loom::thread;
+#[cfg(not(loom))]
+pub(crate) use std::thread;
+
 pub(crate) use std::sync::atomic::Ordering;
 use std::time::Duration;
 

@@ -21,11 +21,11 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::control::Control;
 use crate::hold::SLICE;
+use crate::sync::thread::{Builder, JoinHandle};
 use crate::sync::{Condvar, Mutex, lock, wait, wait_for};
 
 /// vCPUs are looked at no more often.
@@ -111,7 +111,7 @@ impl Throttle {
             shared,
             thread: None,
         };
-        let thread = std::thread::Builder::new().name("throttle".into());
+        let thread = Builder::new().name("throttle".into());
         let thread = thread.spawn(move || of_thread.run());
         throttle.thread = Some(thread.map_err(ThrottleError::Thread)?);
         Ok(throttle)
