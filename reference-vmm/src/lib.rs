@@ -86,6 +86,7 @@ pub mod devices;
 pub mod doctor;
 pub mod end;
 pub(crate) mod exits;
+mod file_pages;
 pub mod gdb;
 pub mod host_memory;
 pub mod kvm_stats;

@@ -329,6 +329,35 @@ fn who_pauses_a_guest_while_it_is_snapshotted_has_it_paused_behind_that() {
 }
 
 #[test]
+fn a_file_of_memory_that_was_cut_off_costs_its_guest_no_more_than_what_it_needs_of_it() {
+    need_kvm();
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let (folder, dir) = place();
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    guest.snapshot(&SnapshotRequest::new(&dir));
+    guest.leave();
+    let mut guest = Guest::restore(&RestoreRequest::new(&dir));
+    guest.hear(1);
+    // What it never looks at.
+    let memory = std::fs::File::options()
+        .write(true)
+        .open(dir.join("memory"));
+    let memory = memory.unwrap();
+    memory
+        .set_len(memory.metadata().unwrap().len() - (1 << 20))
+        .unwrap();
+    let request = SnapshotRequest::new(folder.path().join("second"));
+    let error = guest.running.snapshot(&request).unwrap_err().to_string();
+    assert!(
+        error.contains("cannot be read") && error.contains("os error 14"),
+        "{error}"
+    );
+    guest.hear(2);
+    assert_eq!(guest.quit().1, Some(GuestEnd::DebugExit(0)));
+}
+
+#[test]
 fn a_disk_that_is_full_leaves_the_older_snapshot_and_the_guest_running_or_paused_as_it_was() {
     need_kvm();
     let (_kernel, config) = keeper(1, Irqchip::Split);

@@ -644,6 +644,22 @@ fn a_destination_that_nobody_asks_ends_when_it_is_stopped() {
     assert_eq!(world.wrong(), [""; 0]);
 }
 
+#[test]
+fn a_destination_that_is_stopped_before_the_guest_is_its_own_leaves_it_to_the_source() {
+    let [messages, _] = messages();
+    let world = World::new(None);
+    // Go has been said, and not been taken.
+    let stop = || (world.said(Source) == messages - 1).then(|| "SIGTERM".to_owned());
+    let (here, there) = std::thread::scope(|scope| {
+        let there = scope.spawn(|| staying(&world, &stop));
+        let dial = Dial(Arc::clone(&world));
+        let here = migrate(&*world, &dial, ID, &settings(), &Orders::default(), &());
+        (here, there.join().unwrap())
+    });
+    check(&world, &here, &there, "stopped");
+    assert!(here.is_err());
+}
+
 /// Where the word that gives the guest away is lost and no way leads to the destination any more.
 fn in_doubt(say: Whereabouts) -> (Arc<World>, Result<(), MigrateError>, Received) {
     let [messages, _] = messages();

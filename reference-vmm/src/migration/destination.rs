@@ -448,6 +448,10 @@ impl<W: Wire + 'static> Destination<'_, W> {
             Ok(other) => return Err(unexpected(doing, "Go", &other)),
             Err(source) => return Err(self.broke(doing, source)),
         }
+        // While it is the source's still: a process that is to end does not take it along.
+        if let Some(why) = (self.stop)() {
+            return Err(ReceiveError::Stopped(why));
+        }
         if self.shared.decide(Decision::Started) != Decision::Started {
             return Err(ReceiveError::TakenBack);
         }

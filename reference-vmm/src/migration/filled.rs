@@ -20,11 +20,11 @@ use crate::memory::SlotTable;
 /// Bytes of a large page, which KVM has in one entry: what is asked of it at a time.
 const LARGE: usize = 2 << 20;
 
-/// Memory that is filled. It is zero as it was made, and what was written of it is noted: so zeros cost nothing where
+/// Memory that is filled. It is zero as it was made, and what is not zero of it is noted: so zeros cost nothing where
 /// nothing was, and make no page present.
 pub struct Filled<'a> {
     memory: Snapshot<SlotTable>,
-    /// Of each slot, in order: where it is, and a bit for each page that was written.
+    /// Of each slot, in order: where it is, and a bit for each page that was written, and not made zero behind that.
     written: Vec<(Range<u64>, Vec<AtomicU64>)>,
     /// By whose leave it is taken into KVM's page tables, where KVM does that.
     vcpu: Option<&'a (dyn PreFaultMemory + Sync)>,
@@ -128,6 +128,8 @@ impl ArrivingMemory for Filled<'_> {
             if clean == 0 {
                 let done = self.memory.write_slice(&[0; PAGE], GuestAddress(address));
                 done.map_err(|error| Refusal(format!("at {address:#x}: {error}")))?;
+                // Or zeros that are said again and again were written as often.
+                note.word.fetch_and(!(1 << note.bit), Ordering::Relaxed);
                 at += PAGE as u64;
             }
         }
@@ -155,7 +157,34 @@ impl ArrivingMemory for Filled<'_> {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use memslots::fake::FakeHost;
+    use memslots::{Backing, SlotFlags};
+
     use super::*;
+    use crate::memory::slots_of;
+
+    #[test]
+    fn zeros_that_are_said_again_are_written_once() {
+        let memslots = slots_of(FakeHost::new(8));
+        let backing = Backing::anonymous(1 << 20);
+        let slot = memslots.create(GuestAddress(0), backing, SlotFlags::NONE);
+        let _slot = slot.unwrap();
+        let filled = Filled::new(memslots.snapshot(), None);
+        let written = || filled.runs().collect::<Vec<_>>();
+        filled.zero(0, 1 << 20).unwrap();
+        assert_eq!(written(), []);
+        let page = [7; PAGE];
+        [0x2000, 0x3000]
+            .iter()
+            .for_each(|at| filled.page(*at, &page).unwrap());
+        assert_eq!(written(), [0x2000..0x4000]);
+        filled.zero(0x3000, 1 << 19).unwrap();
+        assert_eq!(written(), [0x2000..0x3000]);
+        let mut has = [0xee; 2 * PAGE];
+        let memory = memslots.snapshot();
+        memory.read_slice(&mut has, GuestAddress(0x2000)).unwrap();
+        assert!(has == [[7; PAGE], [0; PAGE]].concat()[..]);
+    }
 
     #[test]
     fn runs_are_of_bits_that_touch_over_the_words_too() {

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::error::Error;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -16,7 +17,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::codec::PAGE;
 use super::guest::{Dirty, Refusal, SourceGuest};
-use crate::end::EndSignal;
+use crate::end::{Chain, EndSignal};
+use crate::file_pages;
 use crate::snapshot::config_form;
 use crate::snapshot::format::SnapshotId;
 use crate::snapshot::pages::Piece;
@@ -203,11 +205,12 @@ impl SourceGuest for LiveGuest<'_> {
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Refusal> {
-        let read = self
-            .running
-            .memory()
-            .read_slice(bytes, GuestAddress(address));
-        read.map_err(|error| Refusal(format!("at {address:#x}: {error}")))
+        let failed = |why: &dyn Error| Refusal(format!("at {address:#x}: {}", Chain(why)));
+        let table = self.running.memory();
+        let range = address..address.saturating_add(bytes.len() as u64);
+        file_pages::find(&table, range).map_err(|error| failed(&error))?;
+        let read = table.read_slice(bytes, GuestAddress(address));
+        read.map_err(|error| failed(&error))
     }
 
     fn throttle(&self, throttle: Throttle) -> Result<(), Refusal> {

@@ -15,6 +15,8 @@ use super::packed::{self, Compression, Duplicates, Packed, Seen, Stored};
 use super::pages::{self, PAGE, PageMap, Piece, Region};
 use super::ranges::Ranges;
 use super::save::SnapshotError;
+use crate::end::Chain;
+use crate::file_pages;
 use crate::memory::SlotTable;
 
 /// What writes guest memory into a draft's file, and into the map of it what each piece is.
@@ -103,11 +105,11 @@ impl<'a, F: SnapshotFiles> MemoryOut<'a, F> {
         // Whatever else has it mapped may write meanwhile: what is checked and written is this copy.
         self.write_from(number, place, |range, bytes| {
             let address = range.start;
+            let failed = |why| SnapshotError::Memory { address, why };
+            let found = file_pages::find(memory, range);
+            found.map_err(|error| failed(Chain(&error).to_string()))?;
             let read = memory.read_slice(bytes, GuestAddress(address));
-            read.map_err(|error| SnapshotError::Memory {
-                address,
-                why: error.to_string(),
-            })
+            read.map_err(|error| failed(error.to_string()))
         })
     }
 

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guest memory that is a file's pages, which may be gone by the time that somebody reads them: the file was cut off, or its
+//! disk cannot read any more. An access would be a `SIGBUS`, and only a vCPU's thread survives that
+//! ([`kvm_core::BusErrors`]). So whoever else reads much of it has the host find it first.
+
+#![forbid(unsafe_code)]
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+
+use memslots::{MapError, MemoryKind};
+use vm_memory::GuestAddress;
+
+use crate::memory::SlotTable;
+
+/// Has the host find the pages in a range of guest memory, those of them that are a file's, which blocks until they are
+/// read. Memory that nobody has is not looked for. On Linux before 5.14, which cannot be asked, they are touched.
+///
+/// # Errors
+/// [`MapError::Prefault`]: a page cannot be had.
+pub(crate) fn find(table: &SlotTable, range: Range<u64>) -> Result<(), MapError> {
+    let mut at = range.start;
+    while at < range.end {
+        let Some(region) = table.find(GuestAddress(at)) else {
+            return Ok(());
+        };
+        let (slot, mapping) = (region.extent().guest_range(), region.mapping());
+        let end = range.end.min(slot.end);
+        if mapping.kind() == MemoryKind::FilePrivate {
+            let page = mapping.page_size();
+            let first = (at - slot.start) / page * page;
+            let last = (end - slot.start).next_multiple_of(page);
+            mapping.prefault(first..last, NonZeroUsize::MIN)?;
+        }
+        at = end;
+    }
+    Ok(())
+}
