@@ -33,7 +33,7 @@
 
 use std::fmt;
 
-use crate::snapshot::format::checksum;
+use crate::snapshot::format::{checksum, u32_at};
 
 /// What a connection begins with.
 pub const MAGIC: [u8; 8] = *b"\x89RVMW\r\n\x1a";
@@ -498,10 +498,6 @@ fn behind(mut payload: Vec<u8>, len: usize) -> Vec<u8> {
 /// The bytes at the beginning; 0 where there are none.
 fn first<const N: usize>(bytes: &[u8]) -> [u8; N] {
     bytes.first_chunk().copied().unwrap_or([0; N])
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(first(bytes.get(at..).unwrap_or_default()))
 }
 
 fn verify(what: &'static str, bytes: &[u8], sent: u32) -> Result<(), MessageError> {

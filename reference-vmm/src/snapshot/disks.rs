@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::files::{DISK, Draft, DraftFile, SnapshotFiles, WriteError};
+use super::files::{self, DISK, Draft, DraftFile, SnapshotFiles, WriteError};
 use super::format::{Container, Kind};
 use super::machine::StateError;
 use super::restore::RestoreError;
@@ -308,10 +308,7 @@ pub fn provide(dir: &Path, copies: &[DiskCopy], folder: &Path) -> Result<Provide
         options.read(true).write(true).create_new(true).mode(0o600);
         let file = options.open(&to).map_err(wrong(&to))?;
         provided.images.push((copy.disk, to.clone()));
-        // SAFETY: two open descriptors.
-        let cloned =
-            unsafe { libc::ioctl(file.as_raw_fd(), libc::FICLONE, image.as_raw_fd()) } == 0;
-        if !cloned {
+        if files::clone(&image, &file).is_err() {
             file.set_len(len).map_err(wrong(&to))?;
             copy_data(&image, len, wrong(&from), |bytes, at| {
                 file.write_all_at(bytes, at).map_err(wrong(&to))

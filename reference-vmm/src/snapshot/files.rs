@@ -57,11 +57,7 @@ pub trait SnapshotFiles {
     fn exchange(&self, one: &Path, other: &Path) -> io::Result<()>;
     /// Has `to`, which is empty, share all that is in `from`: `ioctl_ficlone(2)`.
     fn reflink(&self, from: &File, to: &File) -> io::Result<()> {
-        // SAFETY: two open descriptors.
-        match unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        clone(from, to)
     }
     /// Removes the directory of a snapshot, or of a part of one; one in which anything else lies stays as it is, which is an
     /// error.
@@ -126,6 +122,15 @@ impl SnapshotFiles for HostFiles {
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         remove(path)
+    }
+}
+
+/// `ioctl_ficlone(2)`.
+pub(super) fn clone(from: &File, to: &File) -> io::Result<()> {
+    // SAFETY: two open descriptors.
+    match unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
