@@ -335,7 +335,8 @@ fn until_written(guest: &Guest, image: &Path, sector: u32) {
 #[test]
 fn what_a_disk_writes_to_guest_memory_behind_the_pause_is_not_in_a_snapshot_in_the_background() {
     need_kvm();
-    let kernel = file(&writer());
+    // However late this comes, it writes on.
+    let kernel = file(&writer_of(2));
     for io in [Io::Uring, Io::Threads] {
         let image = disk(u64::from(SECTORS));
         let disk = DiskConfig {
@@ -385,7 +386,8 @@ fn what_a_disk_wrote_to_guest_memory_is_in_the_link_of_a_chain_that_follows() {
     if support::lab_short() {
         return;
     }
-    let kernel = file(&writer());
+    // However late this comes, it writes on.
+    let kernel = file(&writer_of(2));
     let image = disk(u64::from(SECTORS));
     let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
     let folder = tempfile::tempdir().unwrap();
