@@ -8,7 +8,7 @@
 //! `virt/kvm/async_pf.c`; in user space it is a pager over userfaultfd. [`pager`] is one, with its
 //! threads. The rest of this crate is the bookkeeping for whoever writes another, or passes
 //! asynchronous page faults on to a guest: plain data in and out, with no thread, lock or
-//! descriptor (but in [`external`] and a working set's file). There is no `unsafe` in either.
+//! descriptor (but in [`peer`], [`external`] and a working set's file). There is no `unsafe` in either.
 //!
 //! ```text
 //!   vCPU 0 ──fault──▶ VcpuQueue.setup ─token─┐
@@ -25,11 +25,12 @@
 //!   guesses, a guess that is touched becomes a fault.
 //! * [`PageState`] and [`RequestState`] are the two state machines, each one `const` table.
 //! * [`PageSource`] has the contents: [`FileSource`], [`SparseSource`], [`CompositeSource`],
-//!   [`ZeroSource`], or yours.
+//!   [`ZeroSource`], [`peer::PeerSource`], or yours.
 //! * [`AsyncPfFeatures`], [`AsyncPfEnable`], [`AsyncPfVector`], [`AsyncPfMsrs`] and [`ApfData`] are
 //!   the guest's side: CPUID bits, MSRs and the shared structure, decoded and encoded.
 //! * [`working_set`] remembers which pages a restored guest touches first, and reads them ahead the
 //!   next time.
+//! * [`peer`] brings pages from another process or host, and serves them there.
 //! * [`external`] hands a userfaultfd to a pager in another process, or takes one, as Firecracker
 //!   does it.
 //!
@@ -87,7 +88,8 @@
 //! bound of requests, a page at most one place in a lane, and an address outside of the slot is an
 //! error. What a guest writes into its MSRs is decoded or refused, never trusted to be sane. A
 //! source is a file or a peer that may lie, shrink or stop: short and failed reads are typed, and
-//! say whether trying again may help; the contents of a page are the source's word.
+//! say whether trying again may help; the contents of a page are the source's word. What a peer may
+//! say, and what it costs, is [`peer`]'s essay.
 //!
 //! # Save and restore
 //! Requests and lanes are not saved: a restored guest faults again, and
@@ -100,8 +102,9 @@
 //! * A schedule covers one slot, and its pages are of 4 KiB.
 //! * [`FileSource`] reads holes of a sparse file as zeros and says [`Fetched::Bytes`] to them.
 //! * [`external`] is the hand-off alone: to serve the userfaultfd of another process takes a layer that
-//!   memslots has not, and heart-beats and reconnection a protocol that there is not yet. No source
-//!   reads from a socket yet either.
+//!   memslots has not.
+//! * [`peer`] neither encrypts nor authenticates: give it connections that do. A prefetch that a peer
+//!   has been asked for does not become a demand when its page is touched.
 
 #![forbid(unsafe_code)]
 
@@ -111,6 +114,7 @@ mod intervals;
 #[cfg(feature = "uffd")]
 pub mod pager;
 mod paravirt;
+pub mod peer;
 mod queue;
 mod schedule;
 mod source;

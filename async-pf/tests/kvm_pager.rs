@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use async_pf::pager::{GiveUp, Lost, PagedSlot, Pager, PagerConfig, PagerEvents};
+use async_pf::peer::{PageServer, PeerConfig, PeerSource, ServerConfig, Wire, fake};
 use async_pf::{Fetched, PageSource, SourceError, ZeroSource};
 use memslots::uffd::{Cause, Fault, Features, Modes, ProtectRole, Registration, Uffd, Wake};
 use memslots::{Backing, Gfn, Hva, Mapping, PAGE_SIZE};
@@ -407,4 +408,52 @@ fn minor_faults_map_what_the_page_cache_has() {
         assert_eq!(world.read(page), expected(page));
     }
     assert_eq!(pager.stats().minor, before);
+}
+
+#[test]
+fn what_is_touched_comes_from_a_peer_whose_connections_break_again_and_again() {
+    let server = PageServer::new(Arc::new(Keyed), ServerConfig::default());
+    let (server, count) = (Arc::new(server), AtomicU64::new(0));
+    let connect = move |_| {
+        let (ours, theirs) = fake::pair();
+        // Relaxed: a number that orders nothing else.
+        let number = count.fetch_add(1, Ordering::Relaxed);
+        theirs.break_after(32 + next(&mut (number + 77)) % 300_000);
+        let server = Arc::clone(&server);
+        thread::spawn(move || server.serve(&theirs).ok());
+        Ok(Box::new(ours) as Box<dyn Wire>)
+    };
+    let limits = PeerConfig {
+        tries: 1000,
+        ..PeerConfig::default()
+    };
+    let source = Arc::new(PeerSource::connect(connect, limits).unwrap());
+    let world = World::new(&Backing::memfd(1024 * P), Modes::MISSING);
+    let slot = PagedSlot::new(&world.registration, Gfn(0), source.clone()).unwrap();
+    let config = PagerConfig {
+        workers: 2,
+        deadline: LONG,
+        give_up: GiveUp::Tell,
+        ..PagerConfig::default()
+    };
+    let pager = Pager::start(&world.uffd, vec![slot], config).unwrap();
+    thread::scope(|scope| {
+        for vcpu in 0..4u64 {
+            let start = world.memory.host();
+            scope.spawn(move || {
+                let mut seed = vcpu + 1;
+                for _ in 0..400 {
+                    let page = next(&mut seed) % 1024;
+                    assert_eq!(read(start, page), expected(page), "page {page}");
+                }
+            });
+        }
+        pager.prefetch_rest();
+    });
+    assert!(pager.wait(LONG));
+    for page in 0..1024 {
+        assert_eq!(world.read(page), expected(page), "page {page}");
+    }
+    assert!(source.stats().connections > 5, "{:?}", source.stats());
+    assert_eq!(pager.progress().lost, 0);
 }

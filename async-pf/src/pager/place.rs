@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use memslots::uffd::{Cause, Event, Fault, FaultKind, FillRole, Messages, OpError, Wake};
 
-use super::book::{Job, Place};
+use super::book::{Job, Place, Why};
 use super::config::{GiveUp, Lost, LostReason};
 use super::shared::{Answer, Hands, Shared};
-use crate::Fetched;
+use crate::{Fetched, Lane};
 
 /// How often others have their turn before a thread that waits for a change of memory sleeps between two looks.
 const TURNS: u32 = 64;
@@ -66,8 +66,14 @@ impl Shared {
         state.fetching += 1;
         drop(state);
         let begun = Instant::now();
+        let lane = match job.why {
+            Why::Fault => Lane::Fault,
+            Why::Guess | Why::Rest => Lane::Prefetch,
+        };
         // A panic of a source is the page's failure, not the pager's. What it leaves behind is its own affair.
-        let fetched = catch_unwind(AssertUnwindSafe(|| slot.source.fetch(first, bytes)));
+        let fetched = catch_unwind(AssertUnwindSafe(|| {
+            slot.source.fetch_for(lane, first, bytes)
+        }));
         let took = begun.elapsed();
         let mut state = self.lock();
         state.fetching -= 1;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use memslots::{Gfn, PAGE_SIZE};
 
 use super::{Fetched, PageSource, SourceError, whole_pages};
+use crate::Lane;
 
 /// Several sources, each for its part of guest memory: a snapshot and those that it builds upon, or a file for each slot.
 ///
@@ -65,6 +66,10 @@ impl CompositeSource {
 
 impl PageSource for CompositeSource {
     fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        self.fetch_for(Lane::Fault, first, into)
+    }
+
+    fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
         whole_pages(first, into)?;
         let (mut done, mut all) = (0, Fetched::Zero);
         while done < into.len() {
@@ -73,7 +78,7 @@ impl PageSource for CompositeSource {
             let left = (into.len() - done) as u64;
             let end = done + there.saturating_mul(PAGE_SIZE).min(left) as usize;
             let part = into.get_mut(done..end).unwrap_or_default();
-            match (source.fetch(gfn, part)?, all) {
+            match (source.fetch_for(lane, gfn, part)?, all) {
                 (Fetched::Zero, Fetched::Zero) => {}
                 (Fetched::Zero, Fetched::Bytes) => part.fill(0),
                 (Fetched::Bytes, Fetched::Bytes) => {}

@@ -11,8 +11,12 @@ pub use file::{FilePiece, FileSource};
 pub use sparse::SparseSource;
 
 use std::io;
+use std::sync::Arc;
 
 use memslots::{Gfn, PAGE_SIZE};
+
+use crate::Lane;
+use crate::peer::PeerError;
 
 /// What a source found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +87,14 @@ pub enum SourceError {
         /// The file's size.
         len: u64,
     },
+    /// A peer did not bring it.
+    #[error("gfn {:#x}: {source}", gfn.0)]
+    Peer {
+        /// The first page asked for.
+        gfn: Gfn,
+        /// Why.
+        source: Arc<PeerError>,
+    },
 }
 
 impl SourceError {
@@ -91,7 +103,11 @@ impl SourceError {
     /// `EIO` on a network file system, `EAGAIN`, `ENOMEM`, `ETIMEDOUT` and the like pass. That a
     /// page does not exist, or that the file shrank, does not.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Read { .. })
+        match self {
+            Self::Read { .. } => true,
+            Self::Peer { source, .. } => source.is_transient(),
+            _ => false,
+        }
     }
 }
 
@@ -108,6 +124,16 @@ pub trait PageSource: Send + Sync {
     /// # Errors
     /// [`SourceError`]; [`SourceError::is_transient`] says whether trying again may help.
     fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError>;
+
+    /// As [`fetch`](Self::fetch), and says whether someone waits for the pages. A source that has a line of its own (a
+    /// connection) lets faults overtake the rest in it; another takes no notice.
+    ///
+    /// # Errors
+    /// As [`fetch`](Self::fetch).
+    fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        let _ = lane;
+        self.fetch(first, into)
+    }
 
     /// How many of `pages` pages from `first` on are best fetched in one call: those that lie together, or are all zeros.
     /// Answered without blocking; at least 1, at most `pages`.
@@ -129,7 +155,7 @@ impl PageSource for ZeroSource {
 }
 
 /// Refuses a buffer that is no whole number of pages, and pages that do not exist.
-fn whole_pages(first: Gfn, into: &[u8]) -> Result<(), SourceError> {
+pub(crate) fn whole_pages(first: Gfn, into: &[u8]) -> Result<(), SourceError> {
     let bytes = into.len();
     if bytes == 0 || !(bytes as u64).is_multiple_of(PAGE_SIZE) {
         return Err(SourceError::Buffer { bytes });

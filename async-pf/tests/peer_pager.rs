@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A pager whose pages come from a peer, on a fake kernel: what breaks between the two reaches no memory that it should
+//! not.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod peers;
+
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use async_pf::pager::{PagedSlot, Pager, PagerConfig};
+use async_pf::peer::PeerSource;
+use memslots::uffd::fake::{FakeUffd, Touch};
+use memslots::uffd::{Call, Features, Message, Modes, Uffd, encode};
+use memslots::{Backing, Gfn, Hva, Mapping, PAGE_SIZE};
+use peers::{LONG, connecting, patient, server, until};
+use vm_memory::GuestAddress;
+
+#[test]
+fn an_answer_that_comes_again_is_not_placed_where_the_page_was_given_back_meanwhile() {
+    let fake = FakeUffd::new(Features::from_bits(0x1ffff));
+    let uffd = Uffd::on(|| fake.open(), Features::EVENT_REMOVE, Features::NONE).unwrap();
+    let memory = Mapping::new(&Backing::anonymous(64 * PAGE_SIZE), GuestAddress(0)).unwrap();
+    let memory = Arc::new(memory);
+    let registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+    let at = |page: u64| Hva(memory.host().0 + (page * PAGE_SIZE) as usize);
+
+    // The first connection greets, and what is asked on it is lost.
+    let first = Arc::new(Mutex::new(None));
+    let kept = Arc::clone(&first);
+    let (connect, _) = connecting(Arc::new(server(400)), move |ours, theirs, number| {
+        if number == 0 {
+            theirs.stall_after(32);
+            *kept.lock().unwrap() = Some(ours.clone());
+        }
+        Ok(())
+    });
+    let source = Arc::new(PeerSource::connect(connect, patient()).unwrap());
+    let slot = PagedSlot::new(&registration, Gfn(0x100), source.clone()).unwrap();
+    let config = PagerConfig {
+        deadline: LONG,
+        ..PagerConfig::default()
+    };
+    let pager = Pager::start(&uffd, vec![slot], config).unwrap();
+
+    // 0x100 + 4 is no page of zeros.
+    assert_eq!(fake.touch(at(4), false), Touch::Sleeps);
+    until("it is asked", || (source.stats().asks == 1).then_some(()));
+    fake.tell(encode(&Message::Remove(at(4).0..at(5).0)));
+    until("who waits has zeros", || {
+        fake.asleep().is_empty().then_some(())
+    });
+    let wire = first.lock().unwrap().take().unwrap();
+    async_pf::peer::Wire::shutdown(&wire);
+
+    // It is asked again, and the answer comes to nothing.
+    until("the answer has come", || {
+        (source.stats().answers == 1).then_some(())
+    });
+    assert_eq!((source.stats().asks, source.stats().again), (2, 1));
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    let calls = fake.calls();
+    let onto = |call: Call| {
+        let made = calls.iter().filter(move |(made, _)| *made == call);
+        made.filter(|(_, words)| words[0] == at(4).0 as u64).count()
+    };
+    assert_eq!((onto(Call::Copy), onto(Call::ZeroPage)), (0, 1));
+    let stats = pager.stats();
+    assert_eq!((stats.removed, stats.lost), (1, 0));
+}
+
+#[test]
+fn a_peer_that_is_gone_poisons_what_it_had_and_hangs_nobody() {
+    let fake = FakeUffd::new(Features::from_bits(0x1ffff));
+    let uffd = Uffd::on(|| fake.open(), Features::EVENT_REMOVE, Features::NONE).unwrap();
+    let memory = Mapping::new(&Backing::anonymous(4 * PAGE_SIZE), GuestAddress(0)).unwrap();
+    let memory = Arc::new(memory);
+    let registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+    let (connect, _) = connecting(Arc::new(server(400)), |_, theirs, number| {
+        theirs.break_after(32);
+        match number {
+            0 => Ok(()),
+            _ => Err(std::io::ErrorKind::ConnectionRefused.into()),
+        }
+    });
+    let source = Arc::new(PeerSource::connect(connect, patient()).unwrap());
+    let slot = PagedSlot::new(&registration, Gfn(0), source.clone()).unwrap();
+    let pager = Pager::start(&uffd, vec![slot], PagerConfig::default()).unwrap();
+    let touch = Hva(memory.host().0 + PAGE_SIZE as usize);
+    until("it is poisoned", || {
+        thread::yield_now();
+        (fake.touch(touch, false) == Touch::Poisoned).then_some(())
+    });
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    assert_eq!(pager.progress().lost, 4);
+}
