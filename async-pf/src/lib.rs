@@ -101,8 +101,7 @@
 //!   the process (`mremap`) or forked.
 //! * A schedule covers one slot, and its pages are of 4 KiB.
 //! * [`FileSource`] reads holes of a sparse file as zeros and says [`Fetched::Bytes`] to them.
-//! * [`external`] is the hand-off alone: to serve the userfaultfd of another process takes a layer that
-//!   memslots has not.
+//! * [`external`]'s pager does not hear that the monitor has ended: its caller watches that.
 //! * [`peer`] neither encrypts nor authenticates: give it connections that do. A prefetch that a peer
 //!   has been asked for does not become a demand when its page is touched.
 

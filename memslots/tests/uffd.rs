@@ -9,9 +9,9 @@
 
 use memslots::uffd::fake::{FakeUffd, Touch};
 use memslots::uffd::{
-    Call, Cause, Event, FaultKind, Features, FillRole, LendError, Message, Messages, Modes,
-    OpError, OpenError, ProtectRole, RegisterError, Registration, Uffd, UnregisterReason, Wake,
-    encode,
+    Call, Cause, Event, FaultKind, Features, FillRole, ForeignRange, LendError, Message, Messages,
+    Modes, OpError, OpenError, ProtectRole, RegisterError, Registration, Uffd, UnregisterReason,
+    Wake, encode,
 };
 use memslots::{Backing, Errno, Hva, Mapping, PAGE_SIZE};
 use proptest::prelude::*;
@@ -828,4 +828,75 @@ fn a_wait_for_messages_ends_when_another_descriptor_has_something() {
     );
     drop(stop);
     assert_eq!(world.uffd.wait_or(&stopped, None), Ok(false));
+}
+
+#[test]
+fn another_processs_memory_is_filled_by_its_addresses_and_stays_registered() {
+    let world = World::new();
+    let registration = world.register(Modes::MISSING);
+    let uffd = Uffd::foreign(world.fake.open_again(), ALL);
+    let all = registration.host_range();
+    let range = ForeignRange::new(&uffd, all.clone(), P, Modes::MISSING).unwrap();
+    let role = range.lend_fill().unwrap();
+    assert_eq!(role.page_of(world.at(3)), Some(3 * P));
+    role.copy(3 * P, &[7; 4096], Wake::Now).unwrap();
+    role.zero(4 * P..5 * P, Wake::Now).unwrap();
+    role.poison(5 * P..6 * P, Wake::Now).unwrap();
+    assert_eq!(world.fake.touch(world.at(3), false), Touch::Done);
+    assert_eq!(world.fake.touch(world.at(4), false), Touch::Done);
+    assert_eq!(world.fake.touch(world.at(5), false), Touch::Poisoned);
+    // A move would take both of its ends to be in the other process.
+    let ours = Mapping::new(&Backing::anonymous(P), GuestAddress(0)).unwrap();
+    let moved = role.move_from(8 * P, &ours, 0, P, false, Wake::Now);
+    let refused = Cause::Refused(Errno(libc::EINVAL));
+    assert_eq!(moved.unwrap_err().cause, refused);
+    drop((role, range));
+    assert!(
+        world
+            .fake
+            .calls()
+            .iter()
+            .all(|(call, _)| *call != Call::Unregister)
+    );
+    assert_eq!(world.fake.touch(world.at(9), false), Touch::Sleeps);
+    // Its end ended its place in the table as well.
+    ForeignRange::new(&uffd, all, P, Modes::MISSING).unwrap();
+}
+
+#[test]
+fn memory_is_registered_with_the_userfaultfd_of_its_own_process_only() {
+    let world = World::new();
+    let at = world.memory.host().0;
+    let refused = |range, page_size, modes| {
+        let uffd = Uffd::foreign(world.fake.open_again(), ALL);
+        ForeignRange::new(&uffd, range, page_size, modes).unwrap_err()
+    };
+    let own = ForeignRange::new(&world.uffd, at..at + 4096, P, Modes::MISSING);
+    assert_eq!(own.unwrap_err(), RegisterError::Whose { foreign: false });
+    let foreign = Uffd::foreign(world.fake.open_again(), ALL);
+    let ours = foreign.register_all(&world.memory, Modes::MISSING);
+    assert_eq!(ours.unwrap_err(), RegisterError::Whose { foreign: true });
+    for (range, page_size) in [
+        (at..at, P),
+        (at + 1..at + 4096, P),
+        (at..at + 4097, P),
+        (at + 4096..at, P),
+        (at..at + 4096, 0),
+        (at..at + 4096, 2048),
+        (at..at + 3 * 4096, 3 * P),
+        (at..at + 4096, 2 << 20),
+    ] {
+        let expected = RegisterError::ForeignRange {
+            range: range.clone(),
+            page_size,
+        };
+        assert_eq!(refused(range, page_size, Modes::MISSING), expected);
+    }
+    let none = refused(at..at + 4096, P, Modes::WRITE_PROTECT);
+    assert_eq!(none, RegisterError::NoMode);
+    let first = ForeignRange::new(&foreign, at..at + 8192, P, Modes::MISSING).unwrap();
+    let overlap = ForeignRange::new(&foreign, at + 4096..at + 8192, P, Modes::MISSING);
+    assert!(matches!(overlap, Err(RegisterError::Overlap { .. })));
+    let _role = first.lend_fill().unwrap();
+    assert!(matches!(first.lend_fill(), Err(LendError::Lent { .. })));
 }

@@ -8,7 +8,7 @@
 //! ```text
 //!   monitor                                            handler
 //!   Uffd, registered  ──── uffd + [mappings] ────▶     receive ──▶ HandOff { userfaultfd, mappings }
-//!   send                                               reads faults, places pages
+//!   send                                               serve ──▶ Pager: reads faults, places pages
 //! ```
 //!
 //! ```json
@@ -17,6 +17,9 @@
 //!
 //! `page_size` is in bytes. `page_size_kib`, which came first, is too, whatever its name says; [`send`] writes both, so
 //! that older handlers find theirs, and [`receive`] takes either. What else is in an object is passed over.
+//!
+//! [`serve`] is this crate's pager as such a handler: retries, deadlines, prefetch and poison as for memory of its own, and
+//! pages that the monitor gives back (a balloon) are zeros from then on. `examples/page_fault_handler.rs` is the program.
 //!
 //! # What is lost under an external pager
 //! One mapping has one userfaultfd. Who has handed it off reads no faults himself: a background snapshot, which needs
@@ -30,6 +33,10 @@
 
 mod hand_off;
 mod mappings;
+#[cfg(feature = "uffd")]
+mod serve;
 
 pub use hand_off::{HandOff, HandOffError, receive, send};
 pub use mappings::{MOST_BYTES, MOST_MAPPINGS, Mapping, Mappings, MappingsError};
+#[cfg(feature = "uffd")]
+pub use serve::{ServeError, serve};

@@ -87,7 +87,7 @@ use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use memslots::uffd::{Features, FillRole, Modes, Registration, Uffd};
+use memslots::uffd::{Features, FillRole, ForeignRange, Modes, Registration, Uffd};
 use memslots::{Errno, Gfn, PAGE_SIZE};
 
 use crate::PageSource;
@@ -116,12 +116,38 @@ impl PagedSlot {
         source: Arc<dyn PageSource>,
     ) -> Result<Self, StartError> {
         let role = registration.lend_fill()?;
+        let missing = registration.modes().contains(Modes::MISSING);
+        Self::of(role, registration.host_range(), first, source, missing)
+    }
+
+    /// As [`new`](Self::new), of another process's memory: nobody protects pages there, and addresses that
+    /// [events](PagerEvents) tell of are that process's.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn foreign(
+        range: &ForeignRange,
+        first: Gfn,
+        source: Arc<dyn PageSource>,
+    ) -> Result<Self, StartError> {
+        let role = range.lend_fill()?;
+        let missing = range.modes().contains(Modes::MISSING);
+        Self::of(role, range.host_range(), first, source, missing)
+    }
+
+    fn of(
+        role: FillRole,
+        host: Range<usize>,
+        first: Gfn,
+        source: Arc<dyn PageSource>,
+        missing: bool,
+    ) -> Result<Self, StartError> {
         let info = SlotInfo {
-            host: registration.host_range(),
+            host,
             page_size: role.page_size(),
             first,
             source,
-            missing: registration.modes().contains(Modes::MISSING),
+            missing,
             ahead: 1,
         };
         let pages = info.pages();

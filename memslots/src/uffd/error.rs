@@ -40,6 +40,12 @@ pub enum OpenError {
         /// What it has.
         available: Features,
     },
+    /// A descriptor that was handed over is something else.
+    #[error("the descriptor that was handed over is no userfaultfd but {name}")]
+    NoUserfaultfd {
+        /// What it is, as `/proc/self/fd` has it.
+        name: String,
+    },
     /// Any other refusal.
     #[error("{call}: {errno}")]
     Call {
@@ -95,6 +101,24 @@ pub enum RegisterError {
     Synchrony {
         /// What was asked for.
         wanted: Mechanism,
+    },
+    /// The userfaultfd is another process's, or is not: it hears of one process's memory only.
+    #[error("{}", if *.foreign {
+        "the userfaultfd is another process's: memory of this one cannot be registered with it"
+    } else {
+        "the userfaultfd is this process's own: it hears of no other's memory"
+    })]
+    Whose {
+        /// Whether it is another's.
+        foreign: bool,
+    },
+    /// A range of another process's memory that cannot be.
+    #[error("{:#x}..{:#x} of another process is no range of whole pages of {page_size:#x} bytes", range.start, range.end)]
+    ForeignRange {
+        /// The addresses, there.
+        range: Range<usize>,
+        /// The size of its pages, in bytes.
+        page_size: u64,
     },
     /// A part of it is registered with this userfaultfd already.
     #[error("{:#x}..{:#x} overlaps {:#x}..{:#x}, which is registered", range.start, range.end, with.start, with.end)]

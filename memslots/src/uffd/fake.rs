@@ -132,6 +132,15 @@ impl FakeUffd {
         }))
     }
 
+    /// Another copy of a descriptor that has been negotiated, as another process has it, for
+    /// [`Uffd::foreign`](super::Uffd::foreign).
+    pub fn open_again(&self) -> Box<dyn UffdHost> {
+        Box::new(Descriptor {
+            shared: Arc::clone(&self.shared),
+            negotiated: AtomicBool::new(true),
+        })
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.shared.lock()
     }

@@ -70,6 +70,12 @@
 //! runs, protects again in the pause what was written since, and then copies a page before its first write, until it has
 //! been read.
 //!
+//! # Another process's memory
+//! A monitor may hand its userfaultfd to a handler in another process, as Firecracker does. There, [`Uffd::receive`] takes
+//! it, and a [`ForeignRange`] stands for a registration of the monitor's: it lends a [`FillRole`], whose pages go into the
+//! other process. Nothing of that memory can be looked at here, so there is no [`ProtectRole`] of it; and its end ends no
+//! registration, which is the monitor's own.
+//!
 //! # Who may block on whom
 //! A fault is a dependency of the faulting thread on whoever reads the messages. So that it is no circle, the thread that
 //! reads and answers them
@@ -119,6 +125,8 @@ mod error;
 pub mod fake;
 #[forbid(unsafe_code)]
 mod features;
+#[forbid(unsafe_code)]
+mod foreign;
 mod host;
 #[forbid(unsafe_code)]
 mod message;
@@ -139,6 +147,7 @@ mod uffd;
 pub use abi::Call;
 pub use error::{LendError, OpenError, RegisterError};
 pub use features::Features;
+pub use foreign::ForeignRange;
 pub use host::UffdHost;
 pub use message::{Fault, FaultKind, Message, RawMessage, UnknownMessage, decode, encode};
 pub use modes::Modes;

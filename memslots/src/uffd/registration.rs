@@ -28,6 +28,8 @@ pub(super) const PROTECT: u8 = 2;
 #[must_use = "dropping a registration ends it"]
 pub struct Registration {
     registered: Arc<Registered>,
+    /// That of `registered`.
+    mapping: Arc<Mapping>,
 }
 
 /// A registration that was not ended: here it is again, unchanged.
@@ -53,9 +55,18 @@ pub enum UnregisterReason {
     Refused(Errno),
 }
 
+/// Whose memory it is.
+pub(super) enum Memory {
+    Ours(Arc<Mapping>),
+    /// Another process's: nothing of it can be looked at, and what is known of it was told.
+    Foreign {
+        page_size: u64,
+    },
+}
+
 pub(super) struct Registered {
     uffd: Arc<Inner>,
-    mapping: Arc<Mapping>,
+    memory: Memory,
     /// Addresses.
     range: Range<usize>,
     /// The roles that are lent. Each is taken and given back by one atomic operation; `AcqRel` there, so that who
@@ -77,6 +88,9 @@ impl Registration {
         range: Range<u64>,
         modes: Modes,
     ) -> Result<Self, RegisterError> {
+        if uffd.foreign {
+            return Err(RegisterError::Whose { foreign: true });
+        }
         let (page_size, size) = (mapping.page_size(), mapping.size());
         // A mapping that is a part of another may begin within a page.
         let host = mapping.host().0 as u64;
@@ -108,13 +122,14 @@ impl Registration {
         Ok(Self {
             registered: Arc::new(Registered {
                 uffd: Arc::clone(uffd),
-                mapping: Arc::clone(mapping),
+                memory: Memory::Ours(Arc::clone(mapping)),
                 range,
                 lent: AtomicU8::new(0),
                 protecting: RwLock::new(false),
                 zeros: OnceLock::new(),
                 ended: false,
             }),
+            mapping: Arc::clone(mapping),
         })
     }
 
@@ -130,7 +145,7 @@ impl Registration {
 
     /// The memory that it is a part of.
     pub fn mapping(&self) -> &Arc<Mapping> {
-        &self.registered.mapping
+        &self.mapping
     }
 
     /// Registers it in further modes as well, without a moment in which a fault of the present ones goes untold: a
@@ -141,12 +156,8 @@ impl Registration {
     /// # Errors
     /// [`RegisterError`]; then nothing has changed.
     pub fn add(&self, modes: Modes) -> Result<(), RegisterError> {
-        let Registered {
-            uffd,
-            mapping,
-            range,
-            ..
-        } = &*self.registered;
+        let Registered { uffd, range, .. } = &*self.registered;
+        let mapping = &self.mapping;
         let mut ranges = uffd.ranges();
         let now = ranges.modes(range.start);
         let wanted = now | modes;
@@ -163,8 +174,7 @@ impl Registration {
     /// # Errors
     /// [`LendError`], if someone has it, or neither [`Modes::MISSING`] nor [`Modes::MINOR`] is registered.
     pub fn lend_fill(&self) -> Result<FillRole, LendError> {
-        self.lend(FILL, Modes::MISSING | Modes::MINOR)?;
-        Ok(FillRole::new(Arc::clone(&self.registered)))
+        FillRole::lend(&self.registered)
     }
 
     /// Borrows the role of a snapshot or a dirty log: it write-protects pages.
@@ -172,29 +182,7 @@ impl Registration {
     /// # Errors
     /// [`LendError`], if someone has it, or no write-protection is registered.
     pub fn lend_protect(&self) -> Result<ProtectRole, LendError> {
-        self.lend(PROTECT, Modes::WRITE_PROTECT | Modes::ASYNC_WRITE_PROTECT)?;
-        Ok(ProtectRole::new(Arc::clone(&self.registered)))
-    }
-
-    fn lend(&self, role: u8, one_of: Modes) -> Result<(), LendError> {
-        let (what, range) = (
-            if role == FILL { "fills" } else { "protects" },
-            self.host_range(),
-        );
-        let modes = self.modes();
-        if !modes.intersects(one_of) {
-            return Err(LendError::NoMode {
-                role: what,
-                range,
-                wanted: one_of,
-                modes,
-            });
-        }
-        // Pairs with the one in `Registered::take_back`.
-        match self.registered.lent.fetch_or(role, Ordering::AcqRel) & role {
-            0 => Ok(()),
-            _ => Err(LendError::Lent { role: what, range }),
-        }
+        ProtectRole::lend(&self.registered, &self.mapping)
     }
 
     /// Wakes whoever sleeps on a page of it. Who still has no page sleeps again, and is told of again.
@@ -211,22 +199,23 @@ impl Registration {
     /// # Errors
     /// [`UnregisterError`], with the registration: a role is lent, or the kernel refused.
     pub fn unregister(self) -> Result<(), Box<UnregisterError>> {
-        let refused = |registration, reason| {
+        let mapping = self.mapping;
+        let refused = |registered, reason| {
             Err(Box::new(UnregisterError {
-                registration,
+                registration: Self {
+                    registered,
+                    mapping,
+                },
                 reason,
             }))
         };
         let mut registered = match Arc::try_unwrap(self.registered) {
             Ok(registered) => registered,
-            Err(registered) => return refused(Self { registered }, UnregisterReason::Lent),
+            Err(registered) => return refused(registered, UnregisterReason::Lent),
         };
         match registered.end() {
             Ok(()) => Ok(()),
-            Err(errno) => {
-                let registered = Arc::new(registered);
-                refused(Self { registered }, UnregisterReason::Refused(errno))
-            }
+            Err(errno) => refused(Arc::new(registered), UnregisterReason::Refused(errno)),
         }
     }
 }
@@ -245,6 +234,42 @@ fn register(uffd: &Inner, range: &Range<usize>, modes: Modes) -> Result<(), Regi
 }
 
 impl Registered {
+    /// Of another process, which has registered it.
+    pub fn foreign(uffd: &Arc<Inner>, range: Range<usize>, page_size: u64) -> Self {
+        Self {
+            uffd: Arc::clone(uffd),
+            memory: Memory::Foreign { page_size },
+            range,
+            lent: AtomicU8::new(0),
+            protecting: RwLock::new(false),
+            zeros: OnceLock::new(),
+            ended: false,
+        }
+    }
+
+    pub fn lend(&self, role: u8, one_of: Modes) -> Result<(), LendError> {
+        let what = if role == FILL { "fills" } else { "protects" };
+        let range = self.range.clone();
+        let modes = self.modes();
+        if !modes.intersects(one_of) {
+            return Err(LendError::NoMode {
+                role: what,
+                range,
+                wanted: one_of,
+                modes,
+            });
+        }
+        // Pairs with the one in `take_back`.
+        match self.lent.fetch_or(role, Ordering::AcqRel) & role {
+            0 => Ok(()),
+            _ => Err(LendError::Lent { role: what, range }),
+        }
+    }
+
+    pub fn range(&self) -> Range<usize> {
+        self.range.clone()
+    }
+
     pub fn modes(&self) -> Modes {
         self.uffd.ranges().modes(self.range.start)
     }
@@ -258,11 +283,10 @@ impl Registered {
     }
 
     pub fn page_size(&self) -> u64 {
-        self.mapping.page_size()
-    }
-
-    pub fn mapping(&self) -> &Arc<Mapping> {
-        &self.mapping
+        match &self.memory {
+            Memory::Ours(mapping) => mapping.page_size(),
+            Memory::Foreign { page_size } => *page_size,
+        }
     }
 
     /// Whether the kernel has a feature.
@@ -271,11 +295,15 @@ impl Registered {
     }
 
     /// Whether `UFFDIO_ZEROPAGE` works on this memory; of a consumer's own mapping that is not known, and copying works.
+    /// Of another process's pages the size says it: hugetlb pages alone have none.
     pub fn has_zero_page(&self) -> bool {
-        !matches!(
-            self.mapping.kind().support(Mechanism::ZeroPage),
-            Support::No(_) | Support::Unknown
-        )
+        match &self.memory {
+            Memory::Ours(mapping) => !matches!(
+                mapping.kind().support(Mechanism::ZeroPage),
+                Support::No(_) | Support::Unknown
+            ),
+            Memory::Foreign { page_size } => *page_size == crate::PAGE_SIZE,
+        }
     }
 
     /// Whether pages come write-protected, for as long as the answer is held.
@@ -311,7 +339,7 @@ impl Registered {
     }
 
     pub fn take_back(&self, role: u8) {
-        // Pairs with the one in `Registration::lend`.
+        // Pairs with the one in `lend`.
         self.lent.fetch_and(!role, Ordering::AcqRel);
     }
 
@@ -396,6 +424,12 @@ impl Registered {
             return Ok(());
         }
         let mut ranges = self.uffd.ranges();
+        if let Memory::Foreign { .. } = self.memory {
+            // It stays registered: that is the other process's affair, and what is missing would read as zeros there.
+            ranges.remove(self.range.start);
+            self.ended = true;
+            return Ok(());
+        }
         let mut argument = [self.range.start as u64, self.size()];
         // SAFETY: the range is of this registration and nobody fills it any more; its memory is a guest's, which cannot
         // rely on how its faults are served.

@@ -5,7 +5,7 @@
 
 use super::abi::{ALLOW_HOLES, DONTWAKE, PROTECT as MODE_PROTECT, PROTECTED};
 use super::registration::{FILL, PROTECT, Registered};
-use super::{Call, Cause, Features, Modes, OpError};
+use super::{Call, Cause, Features, LendError, Modes, OpError};
 use crate::{Hva, Mapping};
 use std::fmt;
 use std::ops::Range;
@@ -49,8 +49,11 @@ pub struct FillRole {
 }
 
 impl FillRole {
-    pub(super) fn new(registered: Arc<Registered>) -> Self {
-        Self { registered }
+    pub(super) fn lend(registered: &Arc<Registered>) -> Result<Self, LendError> {
+        registered.lend(FILL, Modes::MISSING | Modes::MINOR)?;
+        Ok(Self {
+            registered: Arc::clone(registered),
+        })
     }
 
     /// Its size in bytes: that of the registration.
@@ -272,6 +275,7 @@ fn within(mapping: &Mapping, start: u64, size: u64) -> Option<usize> {
 /// reads it borrows the role once more, and ends it.
 pub struct ProtectRole {
     registered: Arc<Registered>,
+    mapping: Arc<Mapping>,
     /// Whether nothing is protected any more.
     ended: bool,
 }
@@ -288,11 +292,16 @@ pub struct EndError {
 }
 
 impl ProtectRole {
-    pub(super) fn new(registered: Arc<Registered>) -> Self {
-        Self {
-            registered,
+    pub(super) fn lend(
+        registered: &Arc<Registered>,
+        mapping: &Arc<Mapping>,
+    ) -> Result<Self, LendError> {
+        registered.lend(PROTECT, Modes::WRITE_PROTECT | Modes::ASYNC_WRITE_PROTECT)?;
+        Ok(Self {
+            registered: Arc::clone(registered),
+            mapping: Arc::clone(mapping),
             ended: false,
-        }
+        })
     }
 
     /// Its size in bytes: that of the registration.
@@ -302,7 +311,7 @@ impl ProtectRole {
 
     /// The memory, to read what is protected: [`Mapping`] of the registration.
     pub fn mapping(&self) -> &Arc<Mapping> {
-        self.registered.mapping()
+        &self.mapping
     }
 
     /// Whether a write to a protected page waits for [`unprotect`](Self::unprotect); if not, it takes the protection

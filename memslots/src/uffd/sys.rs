@@ -62,6 +62,25 @@ impl Kernel {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
+    /// One for faults of user mode alone, which any process may have: enough to ask what this kernel can do.
+    pub fn open_to_ask() -> Result<Self, OpenError> {
+        /// `UFFD_USER_MODE_ONLY`, Linux 5.11.
+        const USER_MODE_ONLY: i32 = 1;
+        // SAFETY: the call takes flags alone and makes a descriptor.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS | USER_MODE_ONLY) };
+        match i32::try_from(fd) {
+            // SAFETY: just made, and owned by nobody else.
+            Ok(fd) if fd >= 0 => Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) })),
+            _ => Self::open(),
+        }
+    }
+
+    /// What a descriptor is, as `/proc` names it.
+    pub fn name(descriptor: &OwnedFd) -> io::Result<String> {
+        let link = format!("/proc/self/fd/{}", descriptor.as_raw_fd());
+        Ok(std::fs::read_link(link)?.to_string_lossy().into_owned())
+    }
+
     /// Takes a descriptor that someone else has opened. From now on it does not block.
     pub fn adopt(descriptor: OwnedFd) -> Result<Self, OpenError> {
         let call = |errno| OpenError::Call {

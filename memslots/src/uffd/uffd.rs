@@ -31,6 +31,8 @@ pub(super) struct Inner {
     pub available: Features,
     /// What was asked for of it.
     pub enabled: Features,
+    /// Whether it is another process's.
+    pub foreign: bool,
     /// Held while the kernel is asked to change them, so that both always agree.
     ranges: Mutex<Ranges>,
 }
@@ -88,6 +90,48 @@ impl Uffd {
         Ok(uffd)
     }
 
+    /// Takes the descriptor of another process, which has opened, negotiated and registered it, and handed it off
+    /// (`SCM_RIGHTS`): [`ForeignRange`](super::ForeignRange) is its memory. From now on the descriptor does not block, for that process either.
+    ///
+    /// What the kernel [has](Self::available) is asked of another descriptor. What that process has enabled cannot be asked;
+    /// its events are expected, all of them.
+    ///
+    /// # Errors
+    /// [`OpenError::NoUserfaultfd`] of another kind of descriptor; and [`OpenError`].
+    pub fn receive(descriptor: OwnedFd) -> Result<Self, OpenError> {
+        let name = Kernel::name(&descriptor).map_err(|error| OpenError::Call {
+            call: "readlink of /proc/self/fd",
+            errno: Errno(error.raw_os_error().unwrap_or(libc::EIO)),
+        })?;
+        if name != "anon_inode:[userfaultfd]" {
+            return Err(OpenError::NoUserfaultfd { name });
+        }
+        let available = ask(&Kernel::open_to_ask()?, Features::NONE).map_err(api_error)?;
+        Ok(Self::foreign(
+            Box::new(Kernel::adopt(descriptor)?),
+            available,
+        ))
+    }
+
+    /// As [`receive`](Self::receive), of another kernel: a [fake](super::fake), whose descriptor has answered `UFFDIO_API`
+    /// with these features.
+    pub fn foreign(host: Box<dyn UffdHost>, available: Features) -> Self {
+        let events = Features::EVENT_FORK
+            | Features::EVENT_REMAP
+            | Features::EVENT_REMOVE
+            | Features::EVENT_UNMAP;
+        Self {
+            inner: Arc::new(Inner {
+                host,
+                // Both ends of a move are in the memory of the descriptor's process: there is nothing of ours to move.
+                available: available.without(Features::MOVE),
+                enabled: events,
+                foreign: true,
+                ranges: Mutex::default(),
+            }),
+        }
+    }
+
     /// As [`open`](Self::open), of another kernel: a [fake](super::fake). `open` is called once or three times, for
     /// what a descriptor can do is found by asking, and one that has answered that cannot be asked again.
     ///
@@ -122,6 +166,7 @@ impl Uffd {
                 host,
                 available,
                 enabled,
+                foreign: false,
                 ranges: Mutex::default(),
             }),
         }
