@@ -373,6 +373,81 @@ fn model_specific_registers_travel_those_that_no_list_has_too() {
     );
 }
 
+/// A guest that looks at the token of a "page ready" until there is one, and says it. Real mode; the structure that KVM
+/// and a guest share for asynchronous page faults is at 0x5000.
+const SAYS_THE_TOKEN: &[u8] = &[
+    0x66, 0xa1, 0x04, 0x50, //  again: mov eax, [0x5004]
+    0x66, 0x85, 0xc0, //        test eax, eax
+    0x74, 0xf7, //              jz again
+    0x66, 0xe7, 0x10, //        out 0x10, eax
+    0xf4, //                    hlt
+];
+
+/// Firecracker 3020 and 5322: the pages that a guest's tasks wait for at a snapshot were promised by a VM that is no more.
+#[test]
+fn who_waits_for_a_page_is_woken_when_its_guest_is_restored() {
+    const ALL: u32 = u32::MAX;
+    const VECTOR: u32 = 0xec;
+    watchdog(|| {
+        let machine = Machine::with_irqchip(SAYS_THE_TOKEN);
+        let (vcpu, host) = (machine.vcpu(0), machine.vm.state_host(&kvm()).unwrap());
+        let mut state = vcpu.state(&host).unwrap();
+        // Of a guest that has enabled its local APIC.
+        let page = &mut state.lapic.as_mut().unwrap().0;
+        page[0xf0..0xf4].copy_from_slice(&0x1ff_u32.to_le_bytes());
+        for (index, value) in [
+            (KVM_ASYNC_PF, 0x5000 | 1 | 8),
+            (KVM_ASYNC_PF_INT, VECTOR.into()),
+        ] {
+            match state.msrs.iter_mut().find(|msr| msr.index == index) {
+                Some(msr) => msr.value = value,
+                None => return println!("NOT TRIED: this KVM has no asynchronous page faults"),
+            }
+        }
+        let there = Machine::with_irqchip(SAYS_THE_TOKEN);
+        let to = there.vcpu(0);
+        to.restore(&host, &state, &Passage::default()).unwrap();
+        let set = VcpuSet::new(there.vm.identity().clone());
+        let handler = |view: &VcpuView<'_, VcpuFd>, exit: Exit<'_>| match exit {
+            Exit::PioOut { data, .. } => {
+                let lapic = view.fd().get_lapic().unwrap().regs;
+                // The interrupt requests, 32 to a register.
+                let at = 0x200 + VECTOR as usize / 32 * 0x10;
+                let requests = lapic[at + (VECTOR as usize % 32) / 8] as u8;
+                Flow::Stop((data.to_vec(), requests >> (VECTOR % 8) & 1))
+            }
+            exit => panic!("{exit:?}"),
+        };
+        let thread = set.spawn("vcpu", to, handler).unwrap();
+        let told = (ALL.to_le_bytes().to_vec(), 1);
+        assert_eq!(thread.join().unwrap().reason, HaltReason::Handler(told));
+    });
+}
+
+/// Firecracker 5738.
+#[test]
+fn a_state_that_has_lost_the_vector_of_asynchronous_page_faults_is_refused() {
+    let from = with_cpuid();
+    let mut state = from.state();
+    let Some(msr) = state.msrs.iter_mut().find(|msr| msr.index == KVM_ASYNC_PF) else {
+        return println!("NOT TRIED: this KVM has no asynchronous page faults");
+    };
+    msr.value = 0x5000 | 1 | 8;
+    state.msrs.retain(|msr| msr.index != KVM_ASYNC_PF_INT);
+    let to = with_cpuid();
+    let before = still(to.state());
+    let refused = to.vcpu.restore(&to.host, &state, &Passage::default());
+    let expected = Refusal::AsyncPfVector { enable: 0x5009 };
+    assert_eq!(refused.unwrap_err(), RestoreError::Refused(expected));
+    assert_same(&still(to.state()), &before);
+    // Of a guest that is not told by interrupt, no vector is no loss.
+    for off in [0, 0x5000 | 1] {
+        let msr = state.msrs.iter_mut().find(|msr| msr.index == KVM_ASYNC_PF);
+        msr.unwrap().value = off;
+        assert_eq!(to.host.check(&state), Ok(()));
+    }
+}
+
 #[test]
 fn machine_check_banks_travel_with_their_number() {
     let mut state = with_cpuid().state();

@@ -47,6 +47,9 @@ impl StateHost {
     }
 
     fn check_msrs(&self, state: &VcpuState) -> Result<(), Refusal> {
+        if let Some(msr) = super::msr::told_by_no_vector(&state.msrs) {
+            return Err(Refusal::AsyncPfVector { enable: msr.value });
+        }
         let lost = |msr: &&super::Msr| msr.value != 0 && !self.has_msr(msr.index, state.mcg_cap);
         match state.msrs.iter().find(lost) {
             Some(msr) => Err(Refusal::Msr {

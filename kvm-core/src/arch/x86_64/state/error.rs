@@ -37,6 +37,16 @@ pub enum Refusal {
         /// Those of its bits that are missing.
         bits: u32,
     },
+    /// The guest hears by interrupt of pages that it waits for, and the state has lost the vector (Firecracker 5738): whoever
+    /// waits would wait for ever.
+    #[error(
+        "the guest takes asynchronous page faults by interrupt (MSR 0x4b564d02 = {enable:#x}), and the state has no \
+         vector for it (MSR 0x4b564d06): it was saved without that MSR"
+    )]
+    AsyncPfVector {
+        /// What the MSR says that switches them on.
+        enable: u64,
+    },
     /// The guest was told of a wider physical address than this host has.
     #[error("the guest has physical addresses of {state} bits, this host of {host}")]
     PhysicalAddressBits {

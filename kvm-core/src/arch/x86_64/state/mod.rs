@@ -72,6 +72,16 @@
 //! them, and adds what the list leaves out: memory types (cloud-hypervisor 7944 lost them) and machine
 //! check banks. One that is listed and cannot be read is named in [`VcpuState::unreadable_msrs`].
 //!
+//! # Asynchronous page faults
+//!
+//! A guest that takes part in them may wait, at the moment of a snapshot, for pages that were promised to it under tokens.
+//! KVM has no call that says which, and a new VM knows none of them: so nothing of it is saved, and KVM, when the MSR that
+//! switches them on is written at the restore, queues one "page ready" for all tokens. Whoever waits looks again, and
+//! nobody waits for ever (Firecracker 3020, 5322). It takes that the vector is there before it (a state that lacks the vector is
+//! refused: Firecracker 5738), that the local APIC was restored before, enabled as it was (before Linux 5.13 the vCPU would
+//! spin until it is: cloud-hypervisor 2277, which 2498 answered by hiding the feature), and that the guest's memory is what
+//! it was when the MSRs were read: the token that waits to be acknowledged is in it.
+//!
 //! # All or nothing
 //!
 //! [`StateHost::check`] compares a state with the host before the first ioctl that changes anything:

@@ -13,6 +13,10 @@ use super::registers::Msr;
 
 pub(super) const IA32_TSC: u32 = 0x10;
 pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Asynchronous page faults: where the guest is told of them, and that it is.
+pub(super) const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
+/// By which vector it is told that a page is ready.
+pub(super) const KVM_ASYNC_PF_INT: u32 = 0x4b56_4d06;
 pub(super) const IA32_MCG_CAP: u32 = 0x179;
 const MC0_CTL: u32 = 0x400;
 const MC0_CTL2: u32 = 0x280;
@@ -83,14 +87,59 @@ pub(super) fn write<V: AccessVcpu + ?Sized>(vcpu: &V, msrs: &[Msr]) -> Result<()
     Ok(())
 }
 
-/// The MSRs in the order in which they are written: the TSC first, its deadline last.
+/// The MSRs in the order in which they are written: the TSC first, its deadline last. Before it, that asynchronous page
+/// faults are on: KVM then queues a wake-up of all who wait for a page (what they were promised named pages of another
+/// VM's), which goes out by the vector. KVM lists them the other way round.
 pub(super) fn ordered(msrs: &[Msr]) -> Vec<Msr> {
     let mut ordered = msrs.to_vec();
     // Stable: all others stay as they are.
     ordered.sort_by_key(|msr| match msr.index {
         IA32_TSC => 0,
-        IA32_TSC_DEADLINE => 2,
+        KVM_ASYNC_PF_EN => 2,
+        IA32_TSC_DEADLINE => 3,
         _ => 1,
     });
     ordered
+}
+
+/// Whether the guest hears of pages that are ready by a vector that is not among these MSRs: then the MSR that says so.
+pub(super) fn told_by_no_vector(msrs: &[Msr]) -> Option<Msr> {
+    /// Enabled, and told by interrupt.
+    const ON: u64 = 1 << 0 | 1 << 3;
+    let has = |msr: &Msr| msr.index == KVM_ASYNC_PF_INT;
+    let on = |msr: &&Msr| msr.index == KVM_ASYNC_PF_EN && msr.value & ON == ON;
+    msrs.iter()
+        .find(on)
+        .filter(|_| !msrs.iter().any(has))
+        .copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_counter_comes_first_its_deadline_last_and_a_vector_before_what_uses_it() {
+        let listed = [
+            IA32_TSC_DEADLINE,
+            0x174,
+            KVM_ASYNC_PF_EN,
+            0x4b56_4d03,
+            KVM_ASYNC_PF_INT,
+            IA32_TSC,
+            0x277,
+        ];
+        let msrs = listed.map(|index| Msr { index, value: 1 });
+        let written: Vec<u32> = ordered(&msrs).iter().map(|msr| msr.index).collect();
+        let expected = [
+            IA32_TSC,
+            0x174,
+            0x4b56_4d03,
+            KVM_ASYNC_PF_INT,
+            0x277,
+            KVM_ASYNC_PF_EN,
+            IA32_TSC_DEADLINE,
+        ];
+        assert_eq!(written, expected);
+    }
 }
