@@ -94,7 +94,9 @@
 //! # Save and restore
 //! Requests and lanes are not saved: a restored guest faults again, and
 //! [`wake_all`](VcpuQueue::wake_all) makes it look again at what it waited for. The guest's side is:
-//! [`AsyncPfMsrs`] keeps the MSRs, in the order in which they must be written.
+//! [`AsyncPfMsrs`] keeps the MSRs, in the order in which they must be written. Of KVM's own tokens
+//! nothing can be drained or saved: the vector, then the MSR that switches them on, and KVM wakes
+//! all that wait ([`AsyncPfMsrs::restore`] has what else that takes).
 //!
 //! # Known limits
 //! * The pager keeps a byte a page of guest memory, and does not follow memory that is moved within
@@ -118,6 +120,8 @@ mod queue;
 mod schedule;
 mod source;
 mod state;
+#[cfg(feature = "uffd")]
+mod sync;
 pub mod working_set;
 
 pub use error::Error;

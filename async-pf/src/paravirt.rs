@@ -287,7 +287,13 @@ impl AsyncPfMsrs {
     /// nothing in the new VM, and that wake-up goes out by the vector.
     ///
     /// The guest memory with the shared structure must be there by then (or a pager that serves
-    /// it): KVM touches it.
+    /// it): KVM touches it. It must be what it was when the MSRs were read, for a token that waits to
+    /// be acknowledged is in it, and nothing more is told until it is.
+    ///
+    /// The local APIC goes before: where it is not enabled, the wake-up waits until the guest enables
+    /// it, and on hosts before Linux 5.13 the vCPU spins meanwhile (cloud-hypervisor 2277; 2498
+    /// therefore hid the feature, 5626 offers it again). A snapshot without all of this leaves tasks
+    /// of the guest asleep for ever (Firecracker 3020; 5322 is of the same path).
     pub const fn restore(self) -> [(u32, u64); 2] {
         [
             (MSR_KVM_ASYNC_PF_INT, self.vector.encode()),

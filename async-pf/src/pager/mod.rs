@@ -85,12 +85,12 @@ pub use stats::{Histogram, Stats};
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use memslots::uffd::{Features, FillRole, ForeignRange, Modes, Registration, Uffd};
 use memslots::{Errno, Gfn, PAGE_SIZE};
 
-use crate::PageSource;
+use crate::{PageSource, sync};
 use shared::{Shared, SlotInfo};
 use worker::Living;
 
@@ -287,17 +287,14 @@ impl Pager {
     /// Waits until every page is there, lost or given back, for this long at most, and says whether they are. Without
     /// [`prefetch_rest`](Self::prefetch_rest), only what is touched comes.
     pub fn wait(&self, limit: Duration) -> bool {
-        let until = Instant::now().checked_add(limit);
+        let until = sync::now().checked_add(limit);
         let mut state = self.shared.lock();
         while !state.book.is_complete() {
-            let left = until.map_or(limit, |until| {
-                until.saturating_duration_since(Instant::now())
-            });
+            let left = until.map_or(limit, |until| until.saturating_duration_since(sync::now()));
             if left.is_zero() {
                 return false;
             }
-            let waited = self.shared.done.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = self.shared.wait_for(&self.shared.done, state, left);
         }
         true
     }

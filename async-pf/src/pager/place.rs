@@ -4,7 +4,6 @@
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use memslots::uffd::{Cause, Event, Fault, FaultKind, FillRole, Messages, OpError, Wake};
@@ -12,7 +11,7 @@ use memslots::uffd::{Cause, Event, Fault, FaultKind, FillRole, Messages, OpError
 use super::book::{Job, Place, Why};
 use super::config::{GiveUp, Lost, LostReason};
 use super::shared::{Answer, Hands, Shared};
-use crate::{Fetched, Lane};
+use crate::{Fetched, Lane, sync};
 
 /// How often others have their turn before a thread that waits for a change of memory sleeps between two looks.
 const TURNS: u32 = 64;
@@ -65,7 +64,7 @@ impl Shared {
         }
         state.fetching += 1;
         drop(state);
-        let begun = Instant::now();
+        let begun = sync::now();
         let lane = match job.why {
             Why::Fault => Lane::Fault,
             Why::Guess | Why::Rest => Lane::Prefetch,
@@ -162,7 +161,7 @@ impl Shared {
         if pages.is_empty() {
             return;
         }
-        let now = Instant::now();
+        let now = sync::now();
         let mut state = self.lock();
         if zeros {
             state.book.stats.zeros += pages.end - pages.start;
@@ -176,7 +175,7 @@ impl Shared {
     fn patience(&self) -> Patience {
         Patience {
             turns: 0,
-            until: Instant::now().checked_add(self.config.deadline),
+            until: sync::now().checked_add(self.config.deadline),
         }
     }
 
@@ -188,11 +187,11 @@ impl Shared {
         }
         patience.turns = patience.turns.saturating_add(1);
         if patience.turns < TURNS {
-            thread::yield_now();
+            sync::yield_now();
             return true;
         }
-        thread::sleep(NAP);
-        patience.until.is_none_or(|until| Instant::now() < until) && !self.lock().stop
+        sync::sleep(NAP);
+        patience.until.is_none_or(|until| sync::now() < until) && !self.lock().stop
     }
 
     fn failed(
@@ -204,7 +203,7 @@ impl Shared {
         hands: &mut Hands,
     ) {
         let mut state = self.lock();
-        let lost = state.book.failed(job, from, transient, Instant::now());
+        let lost = state.book.failed(job, from, transient, sync::now());
         self.rouse(&mut state);
         drop(state);
         for place in lost {
@@ -388,9 +387,9 @@ impl Shared {
         }
         patience.turns = patience.turns.saturating_add(1);
         match patience.turns < TURNS {
-            true => thread::yield_now(),
-            false => thread::sleep(NAP),
+            true => sync::yield_now(),
+            false => sync::sleep(NAP),
         }
-        read.is_ok() && patience.until.is_none_or(|until| Instant::now() < until)
+        read.is_ok() && patience.until.is_none_or(|until| sync::now() < until)
     }
 }

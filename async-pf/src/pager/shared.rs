@@ -11,7 +11,7 @@
 
 use std::io::{self, Read, Write};
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use memslots::uffd::{Event, Fault, FaultKind, Features, FillRole, Messages, Uffd};
@@ -20,6 +20,7 @@ use memslots::{Errno, Gfn, Hva, PAGE_SIZE};
 use super::book::{Book, Job, Place, Told};
 use super::config::PagerConfig;
 use crate::PageSource;
+use crate::sync::{self, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 /// A source whose fetches take longer is one during which another thread should read messages: about what it costs to
 /// wake that.
@@ -172,6 +173,16 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits for one of its condition variables, for so long at most.
+    pub fn wait_for<'a>(
+        &'a self,
+        condvar: &Condvar,
+        state: MutexGuard<'a, State>,
+        limit: Duration,
+    ) -> MutexGuard<'a, State> {
+        sync::wait_timeout(condvar, &self.state, state, limit)
+    }
+
     pub fn roles(&self) -> RwLockReadGuard<'_, Vec<FillRole>> {
         self.roles.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -226,7 +237,7 @@ impl Shared {
         if count == 0 {
             return Ok(());
         }
-        let now = Instant::now();
+        let now = sync::now();
         let mut state = self.lock();
         for event in &mut hands.messages {
             hands.answers.extend(self.note(&mut state.book, event, now));

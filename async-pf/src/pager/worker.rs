@@ -2,16 +2,17 @@
 
 //! The threads: workers, which read messages, fetch and place; and the guard, which has the clock.
 
-use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use super::config::LostReason;
 use super::shared::{Hands, Reader, Shared, State};
+use crate::sync::{self, MutexGuard};
 
 /// How often the guard looks whether someone reads messages, while there is something to do.
 const TICK: Duration = Duration::from_millis(2);
-/// After so many looks at which nothing was done, it sleeps until something is.
-const QUIET: u32 = 50;
+/// After so many looks at which nothing was done, it sleeps until something is. In a model, soon.
+const QUIET: u32 = if cfg!(loom) { 1 } else { 50 };
 
 /// Counts a thread out when it ends, however that comes.
 pub(super) struct Living(pub Arc<Shared>);
@@ -111,7 +112,7 @@ impl Shared {
         let (mut seen, mut quiet) = (0, 0);
         let mut state = self.lock();
         while !state.stop {
-            let now = Instant::now();
+            let now = sync::now();
             state.book.put_due_in_line(now);
             let late = state.book.expire(now);
             if state.book.has_faults() || state.book.has_ahead() && !state.ahead {
@@ -139,17 +140,14 @@ impl Shared {
             quiet = if still { quiet + 1 } else { 0 };
             seen = state.turns;
             let due = state.book.next_due();
-            let due = due.map(|due| due.saturating_duration_since(Instant::now()));
+            let due = due.map(|due| due.saturating_duration_since(sync::now()));
             state.guard_asleep = quiet >= QUIET;
             let limit = match (state.guard_asleep, due) {
                 (true, due) => due,
                 (false, due) => Some(due.unwrap_or(TICK).min(TICK)),
             };
             state = match limit {
-                Some(limit) => {
-                    let waited = self.watch.wait_timeout(state, limit);
-                    waited.unwrap_or_else(PoisonError::into_inner).0
-                }
+                Some(limit) => self.wait_for(&self.watch, state, limit),
                 None => {
                     let waited = self.watch.wait(state);
                     waited.unwrap_or_else(PoisonError::into_inner)
@@ -174,7 +172,7 @@ impl Shared {
         let due = state.book.next_due();
         drop(state);
         let limit = due.map_or(TICK, |due| {
-            due.saturating_duration_since(Instant::now()).min(TICK)
+            due.saturating_duration_since(sync::now()).min(TICK)
         });
         let read = self.wait(Some(limit)).and_then(|told| match told {
             true => self.read(hands),
