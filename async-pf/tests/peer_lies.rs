@@ -266,6 +266,40 @@ fn who_says_much_and_answers_nothing_is_found() {
 }
 
 #[test]
+fn who_drips_is_not_waited_for() {
+    // An answer, a byte at a tick of 10 ms, which would take minutes; each byte is news, and none is a frame.
+    for head in [0, 20] {
+        let connect = move |_| {
+            let (ours, theirs) = fake::pair();
+            thread::spawn(move || {
+                read(&theirs, 32);
+                write(&theirs, &greeting(1, 8, 10, 7));
+                read(&theirs, 32);
+                let answer = pages(1, &[4], 4 * PAGE);
+                let (now, dripping) = answer.split_at(head);
+                write(&theirs, now);
+                theirs.set_tick(Duration::from_millis(10)).unwrap();
+                for byte in dripping {
+                    // What the other side says meanwhile is beats.
+                    theirs.read(&mut [0; 64]).ok();
+                    write(&theirs, &[*byte]);
+                }
+            });
+            Ok(Box::new(ours) as Box<dyn Wire>)
+        };
+        let mut config = patient();
+        config.silence = Duration::from_millis(150);
+        config.tries = 1;
+        let source = PeerSource::connect(connect, config).unwrap();
+        let error = source.fetch(Gfn(0x40), &mut [0; 4 * PAGE]).unwrap_err();
+        let SourceError::Peer { source: why, .. } = &error else {
+            panic!("{error}");
+        };
+        assert!(matches!(**why, PeerError::Silent(_)), "{why}");
+    }
+}
+
+#[test]
 fn greetings_that_do_not_fit_are_refused_before_anything_is_asked() {
     let refused = |hello: Vec<u8>| {
         let refused = lied_to(hello, vec![]);

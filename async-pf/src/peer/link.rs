@@ -139,32 +139,32 @@ impl<W: Wire> Link<W> {
         }
     }
 
-    /// Reads until it is full or the other side has closed, and says how much came.
+    /// Reads until it is full or the other side has closed, and says how much came. Nothing may come for as long as the
+    /// silence lasts, counted from `since`; and from the first byte on, the rest has as long.
     fn fill(
         &self,
         into: &mut [u8],
         since: Instant,
         meanwhile: Meanwhile<'_>,
     ) -> Result<usize, PeerError> {
-        let mut got = 0;
+        let (mut got, mut since) = (0, since);
         while let Some(rest) = into.get_mut(got..).filter(|rest| !rest.is_empty()) {
-            let read = self.wire.read(rest);
-            let quiet = since.elapsed();
-            match read {
+            match self.wire.read(rest) {
                 Ok(0) => break,
-                // What trickles in has more time: if this process stood still, it is all there and is read at once.
-                Ok(_) if quiet > self.silence.saturating_mul(2) => {
-                    return Err(PeerError::Silent(quiet));
-                }
-                Ok(more) => got += more.min(rest.len()),
-                Err(error) if is_tick(&error) => {
-                    if quiet > self.silence {
-                        return Err(PeerError::Silent(quiet));
+                Ok(more) => {
+                    if got == 0 {
+                        since = Instant::now();
                     }
-                    meanwhile()?;
+                    got += more.min(rest.len());
                 }
+                Err(error) if is_tick(&error) => meanwhile()?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(PeerError::Broken(error)),
+            }
+            // Looked at behind the read: what came while this process stood still has come in time.
+            let quiet = since.elapsed();
+            if quiet > self.silence && got < into.len() {
+                return Err(PeerError::Silent(quiet));
             }
         }
         Ok(got)

@@ -82,10 +82,11 @@
 //! being closed, between two frames. Whatever does not fit this ends it at once, with an error that has the value.
 //!
 //! # What both sides promise
-//! * **Silence is found.** Who has nothing to say sends a beat each [`beat`](PeerConfig::beat); a peer from which no whole
-//!   frame comes for [`silence`](PeerConfig::silence), or that takes none for so long, is given up. (So a frame that drips
-//!   in is not waited for either: the slowest link that serves is [`MOST_BODY`] bytes in `silence`.) That a
-//!   peer lives is not enough: an ask that is unanswered after [`answer`](PeerConfig::answer) ends the connection too.
+//! * **Silence is found.** Who has nothing to say sends a beat each [`beat`](PeerConfig::beat); a peer from which nothing
+//!   comes for [`silence`](PeerConfig::silence), or that takes nothing for so long, is given up. One that drips is not
+//!   waited for either: from its first byte on, a frame's head has `silence` to be whole, and its body as long (the slowest
+//!   link that serves is [`MOST_BODY`] bytes in `silence`). That a peer lives is not enough: an ask that is unanswered after
+//!   [`answer`](PeerConfig::answer) ends the connection too.
 //! * **A broken connection is made again** ([`Reconnect`]), and what was unanswered is asked again, under new ids. What an
 //!   old connection still held is gone with it; and an answer fills only the buffer of the call that waits for it, so
 //!   what becomes of pages that were given back meanwhile is the pager's to decide, as with any source.

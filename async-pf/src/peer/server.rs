@@ -119,7 +119,8 @@ impl PageServer {
     }
 
     /// Serves a connection, on this thread and some of its own, until the other side closes it. Several may be served at
-    /// once, each on its thread; how many is the caller's to bound. A worker inside the source is waited for at the end.
+    /// once, each on its thread; how many is the caller's to bound. A worker inside the source is waited for at the end. A TCP
+    /// stream is to be `set_nodelay` before.
     ///
     /// # Errors
     /// [`PeerError`], which says what the other side did, or that the link broke; it is closed then.
