@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 use async_pf::pager::{
     GiveUp, Lost, LostReason, PagedSlot, Pager, PagerConfig, PagerEvents, PrefetchError, StartError,
 };
-use async_pf::{Fetched, FilePiece, FileSource, PageSource, SourceError, ZeroSource};
+use async_pf::{
+    CompositeSource, Fetched, FilePiece, FileSource, Lane, PageSource, SourceError, ZeroSource,
+};
 use memslots::uffd::fake::{FakeUffd, Touch};
 use memslots::uffd::{
     Call, Fault, FaultKind, Features, Message, Modes, Registration, Uffd, encode,
@@ -396,6 +398,52 @@ fn a_fault_overtakes_what_nobody_waits_for() {
         .collect();
     let place = copies.iter().position(|page| *page == 50).unwrap();
     assert!(place <= 2, "behind the piece under way: {copies:?}");
+}
+
+/// Notes in which lane it is asked for what.
+#[derive(Clone, Default)]
+struct Lanes(Arc<Mutex<Vec<(u64, Lane)>>>);
+
+impl PageSource for Lanes {
+    fn fetch(&self, _: Gfn, _: &mut [u8]) -> Result<Fetched, SourceError> {
+        panic!("asked without its lane");
+    }
+
+    fn fetch_for(&self, lane: Lane, first: Gfn, _: &mut [u8]) -> Result<Fetched, SourceError> {
+        self.0.lock().unwrap().push((first.0, lane));
+        Ok(Fetched::Zero)
+    }
+}
+
+#[test]
+fn a_source_is_told_whether_someone_waits() {
+    let world = World::new();
+    let lanes = Lanes::default();
+    // As a part of another source, too.
+    let part: Arc<dyn PageSource> = Arc::new(lanes.clone());
+    let all = CompositeSource::new([(Gfn(0x100)..Gfn(0x100 + PAGES), part)]).unwrap();
+    let config = PagerConfig {
+        ahead: PAGES * P,
+        ..quick()
+    };
+    let pager = world.start(all, config);
+    assert_eq!(world.touch(9), Touch::Done);
+    pager.prefetch(0, Gfn(0x100)..Gfn(0x101)).unwrap();
+    until("the guess has come", || {
+        (pager.stats().placed == 2).then_some(())
+    });
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    let asked = lanes.0.lock().unwrap();
+    let of = |gfn| asked.iter().filter(move |(first, _)| *first == gfn);
+    assert!(of(0x109).all(|(_, lane)| *lane == Lane::Fault));
+    assert_eq!(of(0x109).count(), 1);
+    let others = asked.iter().filter(|(first, _)| *first != 0x109);
+    assert!(
+        others.clone().all(|(_, lane)| *lane == Lane::Prefetch),
+        "{asked:?}"
+    );
+    assert!(others.count() >= 3);
 }
 
 #[test]
