@@ -39,8 +39,8 @@ impl Place {
         run.wait_for("12");
         let refused = place.ctl(&["load", place.text()]);
         refused.expect_status(1).expect_line(&[
-            "Loading a microVM snapshot is not allowed after starting the microVM, which this monitor does by itself: \
-             reference-vmm restore --from DIR.",
+            "Loading a microVM snapshot is not allowed after starting the microVM: this monitor has its guest. Start another \
+             one for the snapshot: reference-vmm restore --from DIR",
         ]);
         place.ctl(&["snapshot", place.text()]).expect_status(0);
         run.type_in(b"q");

@@ -26,6 +26,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::monitor::{Machine, Monitor, describe, version};
 use super::router::{Action, Outcome};
+use super::worker::Busy;
 use crate::snapshot::RestoreRequest;
 
 /// What a client wants to go on from.
@@ -239,6 +240,13 @@ impl<'a> Waiting<'a> {
 }
 
 impl Monitor for Waiting<'_> {
+    fn busy(&self, with: Busy) -> String {
+        match self.machine.get() {
+            Some(machine) => machine.busy(with),
+            None => with.to_string(),
+        }
+    }
+
     fn answered(&self) {
         if let Some(machine) = self.machine.get() {
             machine.answered();

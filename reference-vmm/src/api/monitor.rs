@@ -9,6 +9,7 @@ use memslots::HugePages;
 use serde_json::{Value, json};
 
 use super::router::{Action, Outcome};
+use super::worker::Busy;
 use crate::config::Config;
 use crate::devices::virtio::block::{Cache, Io};
 use crate::end::{Chain, EndSignal, GuestEnd};
@@ -26,6 +27,11 @@ pub trait Monitor: Sync {
     /// [background](Action::is_background) on one more; others meanwhile on the server's own, where all clients wait while
     /// this blocks.
     fn perform(&self, action: Action) -> Outcome;
+
+    /// Why something [long](Action::is_long) is not begun, in words. Called on the server's own thread, and does not block.
+    fn busy(&self, with: Busy) -> String {
+        with.to_string()
+    }
 
     /// Called on the server's thread when who asked for something long has been given its outcome, or is gone.
     fn answered(&self) {}
@@ -124,8 +130,9 @@ impl Monitor for Machine<'_> {
                 }
             }
             Action::Load(_) => Outcome::Refused(
-                "Loading a microVM snapshot is not allowed after starting the microVM, which this monitor does by itself: \
-                 reference-vmm restore --from DIR."
+                "Loading a microVM snapshot is not allowed after starting the microVM: this monitor has its guest. Start \
+                 another one for the snapshot: reference-vmm restore --from DIR, or restore --api-sock PATH and then ctl \
+                 load DIR."
                     .into(),
             ),
             Action::Start => Outcome::Refused(
@@ -154,6 +161,13 @@ impl Monitor for Machine<'_> {
                     Outcome::Refused(why.into())
                 }
             },
+        }
+    }
+
+    fn busy(&self, with: Busy) -> String {
+        match with {
+            Busy::Migration => self.outgoing.under_way(),
+            other => other.to_string(),
         }
     }
 

@@ -261,7 +261,7 @@ impl Connection {
                                 self.awaits = Some(ticket);
                                 break;
                             }
-                            Err(why) => respond(Outcome::Refused(why)),
+                            Err(busy) => respond(Outcome::Refused(monitor.busy(busy))),
                         },
                         Ok(action) => respond(monitor.perform(action)),
                         Err(response) => response,

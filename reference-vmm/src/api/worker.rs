@@ -13,10 +13,15 @@
 //!
 //! What is done in the [background](Action::is_background) has a thread of its own, and others go on beside it: one at a
 //! time, and none waits for it.
+//!
+//! Nothing waits for a migration, which may take minutes, or for ever if its destination is in doubt: what comes while
+//! one is at work, or waits to be, is [refused](Busy) at once, and so is what cannot be done beside a snapshot in the
+//! background. Short actions are answered meanwhile, by which a migration is watched and cancelled.
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -26,6 +31,27 @@ use super::router::{Action, Outcome};
 /// So many actions wait for the one that is at work. One more is refused: each keeps a connection, and some are to be left
 /// for those that ask for something else.
 pub const MAX_WAITING: usize = 4;
+
+/// Why an action is not taken, and does not wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Busy {
+    /// The machine is being moved, or will be next.
+    #[error(
+        "a migration is under way: ask again when it is done, or give it up first (ctl migrate-cancel)"
+    )]
+    Migration,
+    /// A snapshot is being taken in the background, for so long by now.
+    #[error(
+        "a snapshot is being taken in the background, for {} s by now: ask again when it is done", .0.as_secs()
+    )]
+    Background(Duration),
+    /// So many wait already.
+    #[error(
+        "one request is at work, and {MAX_WAITING} others wait for it already: ask again when it is done"
+    )]
+    Full,
+}
 
 /// An action that was taken, by which its outcome is known. None is given twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +79,10 @@ struct State {
 #[derive(Default)]
 struct Lane {
     at_work: Option<Ticket>,
+    /// Since when.
+    since: Option<Instant>,
+    /// It moves the machine.
+    migrates: bool,
     /// What is at work, until the thread has come to it.
     to_begin: Option<Action>,
     waiting: VecDeque<(Ticket, Action)>,
@@ -77,25 +107,21 @@ impl Worker {
     /// Takes an action: at work from now on, or behind those that are. Does not block.
     ///
     /// # Errors
-    /// Why not: too many wait.
-    pub(super) fn ask(&self, action: Action) -> Result<Ticket, String> {
+    /// [`Busy`]: why not.
+    pub(super) fn ask(&self, action: Action) -> Result<Ticket, Busy> {
         let mut state = self.lock();
+        if let Some(busy) = state.in_the_way_of(&action) {
+            return Err(busy);
+        }
         let ticket = Ticket(state.tickets);
-        let background = action.is_background();
-        let lane = state.lane(background);
+        let lane = state.lane(action.is_background());
         if lane.at_work.is_none() {
             lane.begin(ticket, action);
             self.handed.notify_all();
-        } else if background {
-            let text =
-                "a snapshot is being taken in the background already: ask again when it is done";
-            return Err(text.into());
         } else if lane.waiting.len() < MAX_WAITING {
             lane.waiting.push_back((ticket, action));
         } else {
-            return Err(format!(
-                "one request is at work, and {MAX_WAITING} others wait for it already: ask again when it is done"
-            ));
+            return Err(Busy::Full);
         }
         state.tickets += 1;
         Ok(ticket)
@@ -164,7 +190,7 @@ impl Worker {
             state = self.lock();
             state.outcomes.push((ticket, outcome));
             let lane = state.lane(background);
-            lane.at_work = None;
+            lane.end();
             if let Some((ticket, action)) = lane.waiting.pop_front() {
                 lane.begin(ticket, action);
             }
@@ -182,12 +208,34 @@ impl State {
             true => &mut self.background,
         }
     }
+
+    /// What `action` is not done beside, and does not wait for.
+    fn in_the_way_of(&self, action: &Action) -> Option<Busy> {
+        if self.foreground.is_to_migrate() {
+            return Some(Busy::Migration);
+        }
+        let beside = !matches!(action, Action::Snapshot(_) | Action::Migrate(_));
+        let since = self.background.since.filter(|_| !beside)?;
+        Some(Busy::Background(since.elapsed()))
+    }
 }
 
 impl Lane {
     fn begin(&mut self, ticket: Ticket, action: Action) {
         self.at_work = Some(ticket);
+        self.since = Some(Instant::now());
+        self.migrates = matches!(action, Action::Migrate(_));
         self.to_begin = Some(action);
+    }
+
+    fn end(&mut self) {
+        (self.at_work, self.since, self.migrates) = (None, None, false);
+    }
+
+    /// A migration is at work, or waits.
+    fn is_to_migrate(&self) -> bool {
+        let mut waiting = self.waiting.iter();
+        self.migrates || waiting.any(|(_, action)| matches!(action, Action::Migrate(_)))
     }
 
     fn begun(&self) -> Option<Ticket> {
@@ -198,6 +246,7 @@ impl Lane {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migration::outgoing::MigrateRequest;
     use crate::snapshot::SnapshotRequest;
 
     /// Remembers what it did.
@@ -211,14 +260,53 @@ mod tests {
         }
     }
 
+    fn in_pause() -> Action {
+        Action::Snapshot(SnapshotRequest::new("/s"))
+    }
+
+    fn migrate() -> Action {
+        Action::Migrate(Box::new(MigrateRequest::new("unix:/there")))
+    }
+
+    #[test]
+    fn nothing_waits_for_a_migration_that_is_at_work_or_waits_itself() {
+        let snapshot = Action::Snapshot(SnapshotRequest {
+            background: true,
+            ..SnapshotRequest::new("/s")
+        });
+        let long = [
+            Action::Pause,
+            Action::Resume,
+            in_pause(),
+            snapshot,
+            migrate(),
+        ];
+        for before in [None, Some(Action::Pause)] {
+            let worker = Worker::new().unwrap();
+            before.map(|before| worker.ask(before).unwrap());
+            let moves = worker.ask(migrate()).unwrap();
+            for action in &long {
+                assert_eq!(worker.ask(action.clone()), Err(Busy::Migration));
+            }
+            let fake = Fake::default();
+            std::thread::scope(|scope| {
+                scope.spawn(|| worker.work(&fake, false));
+                while !worker.take().iter().any(|(of, _)| *of == moves) {
+                    std::thread::yield_now();
+                }
+                // It is over.
+                worker.ask(Action::Resume).unwrap();
+                worker.close();
+            });
+        }
+    }
+
     #[test]
     fn what_is_withdrawn_before_its_turn_is_not_begun_and_what_has_had_its_turn_is() {
         let worker = Worker::new().unwrap();
         // Nobody has come to the first yet; it has had its turn all the same.
         let first = worker.ask(Action::Pause).unwrap();
-        let second = worker
-            .ask(Action::Snapshot(SnapshotRequest::new("/s")))
-            .unwrap();
+        let second = worker.ask(in_pause()).unwrap();
         let third = worker.ask(Action::Resume).unwrap();
         worker.withdraw(first);
         worker.withdraw(second);
@@ -259,8 +347,10 @@ mod tests {
             ..SnapshotRequest::new("/s")
         });
         let first = worker.ask(snapshot.clone()).unwrap();
-        let refused = worker.ask(snapshot.clone()).unwrap_err();
-        assert!(refused.contains("ask again"), "{refused}");
+        for beside in [snapshot.clone(), in_pause(), migrate()] {
+            let refused = worker.ask(beside).unwrap_err();
+            assert!(matches!(refused, Busy::Background(_)), "{refused}");
+        }
         let second = worker.ask(Action::Pause).unwrap();
         let monitor = Beside(Fake::default(), Condvar::new());
         let mut outcomes = Vec::new();
@@ -289,8 +379,7 @@ mod tests {
         for _ in 0..=MAX_WAITING {
             worker.ask(Action::Pause).unwrap();
         }
-        let refused = worker.ask(Action::Resume).unwrap_err();
-        assert!(refused.contains("ask again"), "{refused}");
+        assert_eq!(worker.ask(Action::Resume), Err(Busy::Full));
         let fake = Fake::default();
         std::thread::scope(|scope| {
             scope.spawn(|| worker.work(&fake, false));

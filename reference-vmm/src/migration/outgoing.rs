@@ -19,6 +19,7 @@ use super::limit::{LEAST_RATE, Limiter};
 use super::live::{Given, LiveGuest};
 use super::message::{MOST_CONNECTIONS, MigrationId};
 use super::orders::{OrderError, Orders, Whereabouts};
+use super::progress;
 use super::record::{self, MigrationRecord, Outcome};
 use super::source::{MigrateError, Patience, Settings, WhenStuck, Why, migrate};
 use super::tls::{Tls, TlsFiles};
@@ -275,6 +276,29 @@ impl Outgoing {
         let job = self.lock();
         let job = job.as_ref().ok_or(OutgoingError::None)?;
         Ok(job.recorder.record())
+    }
+
+    /// Why nothing else is done while one is under way: how far it is, and how it is ended. Does not block.
+    pub(crate) fn under_way(&self) -> String {
+        let job = self.lock().clone().filter(|job| !job.recorder.is_over());
+        let Some(job) = job else {
+            // It waits for what is at work, or has just come to its turn.
+            let text = "a migration has been asked for, and begins: ask again when it is done";
+            return text.into();
+        };
+        let record = job.recorder.record();
+        if record.outcome.is_some() {
+            let to = record.to.escape_debug();
+            return format!(
+                "a migration is in doubt, and whether the guest runs at {to} is not known: who knows says so first (ctl \
+                 migrate-settle here|there)"
+            );
+        }
+        let far = progress::far(&record, job.recorder.began.elapsed());
+        format!(
+            "a migration is under way ({far}): ask again when it is done, or give it up first (ctl migrate-cancel, PATCH \
+             /migrate with {{\"order\": \"Cancel\"}})"
+        )
     }
 
     /// Tells it something. Does not block.

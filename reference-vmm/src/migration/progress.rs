@@ -125,7 +125,12 @@ impl Progress {
 /// The round, what of it is left, bytes a second on the wire, what the guest dirties in a second by the last round
 /// that tells, what the guest is slowed by if it is, and the forecast.
 pub fn line(record: &MigrationRecord, now: Duration) -> String {
-    let mut text = String::from("migration: ");
+    format!("migration: {}", far(record, now))
+}
+
+/// The same without its first word.
+pub(crate) fn far(record: &MigrationRecord, now: Duration) -> String {
+    let mut text = String::new();
     // A string takes everything.
     let _ = match (&record.outcome, &record.at_work) {
         // It is asked for still, and the guest stands still meanwhile.
