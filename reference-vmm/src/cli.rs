@@ -139,20 +139,25 @@ A microVM monitor for KVM.
 
 Usage: reference-vmm run --kernel FILE [OPTIONS]
        reference-vmm run --config FILE [OPTIONS]
+       reference-vmm run --incoming ADDRESS [OPTIONS]
        reference-vmm restore --from DIR [OPTIONS]
        reference-vmm restore --api-sock PATH [OPTIONS]
        reference-vmm cpu [--cpu MODEL] [--json] [--kvm PATH]
        reference-vmm ctl --api-sock PATH COMMAND [--json]
        reference-vmm snapshot info|verify|merge DIR... [--json]
        reference-vmm doctor [--json] [--kvm PATH]
+       reference-vmm help [COMMAND...]
 
 Commands:
-  run      Boot a guest with its serial console on this terminal
+  run      Boot a guest with its serial console on this terminal; with --incoming wait for one that
+           `ctl migrate` sends
   restore  Have the guest of a snapshot go on where it was
-  ctl      Ask something of a monitor that runs: pause, resume, snapshot, status, power-button, stats
-  snapshot Say what a snapshot is, check it, or make one of a chain of them
+  ctl      Ask something of a monitor that runs: status, pause, resume, snapshot, load, migrate,
+           migrate-cancel, migrate-status, migrate-settle, power-button, config, stats, version
+  snapshot Say what a snapshot is (info), check it (verify), or make one of a chain of them (merge)
   cpu      Say which processors this host can be for a guest, and what a model changes
   doctor   Say what this host's KVM offers, and try it
+  help     Show the help of a command, and of one within it: help ctl snapshot
 
 Options:
   -h, --help     Show help; after a command, its own
@@ -240,7 +245,7 @@ Options:
   --api-sock PATH          Listen at this Unix socket for what is asked of the guest while it runs: HTTP with
                            Firecracker's paths; `reference-vmm ctl` and curl are clients. Who can
                            connect owns the guest: the socket is its user's alone
-  --incoming ADDRESS       Boot nothing: wait for a guest that `ctl migrate` sends. `run --incoming x --help` lists
+  --incoming ADDRESS       Boot nothing: wait for a guest that `ctl migrate` sends. `run --incoming --help` lists
                            what goes with it
   --track-dirty-pages      Each snapshot tracks what is written behind it, as by `ctl snapshot --track`
   --timeline               Say on stderr at the end what happened when, in microseconds
@@ -316,17 +321,18 @@ where
     match parser.next()? {
         Some(Short('h') | Long("help")) => alone(parser, Command::Help(HELP)),
         Some(Short('V') | Long("version")) => alone(parser, Command::Version),
+        Some(Value(command)) if command == "help" => help(parser),
         Some(Value(command)) if command == "run" => run(parser),
         Some(Value(command)) if command == "restore" => restore::parse(parser),
         Some(Value(command)) if command == "snapshot" => snapshot::parse(parser),
-        Some(Value(command)) if command == "ctl" => {
-            let asked = ctl::parse(parser)?;
-            Ok(asked.map_or(Command::Help(ctl::HELP), Command::Ctl))
-        }
+        Some(Value(command)) if command == "ctl" => Ok(match ctl::parse(parser)? {
+            ctl::Parsed::Ctl(ctl) => Command::Ctl(ctl),
+            ctl::Parsed::Help(text) => Command::Help(text),
+        }),
         Some(Value(command)) if command == "doctor" => doctor(parser),
         Some(Value(command)) if command == "cpu" => cpu(parser),
         Some(Value(command)) => Err(UsageError::Command(format!(
-            "{} is not a command; the commands are run, restore, snapshot, cpu, ctl and doctor",
+            "{} is not a command; the commands are run, restore, snapshot, cpu, ctl, doctor and help",
             command.display()
         ))),
         Some(other) => Err(other.unexpected().into()),
@@ -342,6 +348,24 @@ fn alone(mut parser: lexopt::Parser, command: Command) -> Result<Command, UsageE
     }
 }
 
+/// `help COMMAND…` is `COMMAND… --help`.
+fn help(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
+    let words: Vec<OsString> = parser.raw_args()?.collect();
+    match words.first() {
+        None => Ok(Command::Help(HELP)),
+        Some(word) if word == "help" || is_help(word) => Ok(Command::Help(HELP)),
+        Some(_) => {
+            let program = "reference-vmm".into();
+            let words = [program].into_iter().chain(words);
+            parse(words.chain(["--help".into()]))
+        }
+    }
+}
+
+fn is_help(word: &OsString) -> bool {
+    word == "--help" || word == "-h"
+}
+
 /// What a flag does to the configuration.
 type Edit = Box<dyn FnOnce(&mut Config)>;
 
@@ -353,6 +377,10 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         word == "--incoming" || word.starts_with("--incoming=")
     };
     let comes = words.iter().any(incoming);
+    if comes && words.iter().any(is_help) {
+        // Also behind an `--incoming` that has no address yet.
+        return Ok(Command::Help(restore::INCOMING_HELP));
+    }
     parser = lexopt::Parser::from_args(words);
     if comes {
         return restore::parse_incoming(parser);
@@ -610,8 +638,8 @@ pub(crate) fn on_or_off(
 }
 
 /// The value of `--compress`.
-pub(crate) fn compression(parser: &mut lexopt::Parser) -> Result<Compression, UsageError> {
-    let compression = parser.value()?.parse_with(|word| match word {
+pub(crate) fn compression(value: OsString) -> Result<Compression, UsageError> {
+    let compression = value.parse_with(|word| match word {
         "zstd" => Ok(Compression::Zstd),
         "none" => Ok(Compression::None),
         _ => Err("--compress is zstd or none"),
@@ -845,7 +873,8 @@ mod tests {
         let source = include_str!("cli.rs");
         for (start, _) in source.match_indices("Long(\"") {
             let flag = source[start + 6..].split('"').next().unwrap();
-            let help = [HELP, ctl::HELP, RUN_HELP, CPU_HELP, DOCTOR_HELP].concat();
+            let snapshot = snapshot::MERGE_HELP;
+            let help = [HELP, ctl::HELP, RUN_HELP, CPU_HELP, DOCTOR_HELP, snapshot].concat();
             assert!(
                 flag.is_empty() || help.contains(&format!("--{flag}")),
                 "--{flag}"

@@ -3,6 +3,8 @@
 //! `reference-vmm ctl`: the control socket's client on the command line. All that it does is a request of the
 //! [API](crate::api)'s.
 
+use std::collections::VecDeque;
+use std::ffi::OsString;
 use std::fmt::{self, Write as _};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,70 +21,11 @@ use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::packed::Compression;
 use crate::snapshot::{SnapshotKind, SnapshotRequest};
 
+mod help;
 mod migrate;
 
+pub use help::HELP;
 pub use migrate::Migrate;
-
-/// `reference-vmm ctl --help`.
-pub const HELP: &str = "\
-Ask something of a monitor that runs, through its control socket (`run --api-sock PATH`).
-
-Usage: reference-vmm ctl --api-sock PATH COMMAND [--json] [--timeout SECS]
-
-Commands:
-  status        Say whether the guest is running, paused or not started
-  pause         Pause the guest: its vCPUs, its devices and its input
-  resume        Let it go on
-  snapshot DIR  Write a snapshot of it to the directory DIR, which is new, empty, or an older snapshot that is
-                replaced. A guest that runs is paused for it and goes on. `restore --from DIR` has it go on
-    --track[=off]      Track what is written behind it, so that the next may build on it; or no more
-    --base PREV        Only what was written since PREV, the last one, which has to be kept
-    --compress zstd    Compress memory, while the guest stands still; a restore reads it and cannot map it
-    --disks name|reflink|copy
-                       What becomes of disks that the guest writes: only their names are in it, or clones of
-                       them, or copies where the file system does not clone [name]
-    --background       Memory is written when the guest goes on already: it is paused for a moment, however much
-                       memory there is. Says how long, how many pages were protected in it, and what one took
-  load DIR [--resume]
-                Have a monitor that waits for it (`restore` without --from) make the guest of the snapshot DIR, which
-                stays paused without --resume
-  migrate       Move the guest to the monitor that waits for it (`run --incoming`) at --to, while it runs
-  migrate-cancel  Give that up; the guest stays where it is
-  migrate-status  Say how it goes, or how the last one went
-  migrate-settle here|there
-                Say where the guest is, when the monitor says that it cannot find that out. Look first: who says so
-                wrongly has two guests, or none
-  power-button  Press the power button, at which a guest with ACPI powers off
-  config        Say what the machine is
-  stats         Say what the guest has done so far, in numbers
-  version       Say the monitor's version
-
-Options:
-  --api-sock PATH  The monitor's control socket
-  --json           One line of JSON, also of a refusal (fault_message), instead of words
-  --timeout SECS   How long to wait for the answer [60]
-  -h, --help       Show this help
-
-Options of migrate:
-  --to ADDRESS     unix:PATH, or tcp:HOST:PORT, which beyond this host needs TLS
-  --connections N  How many connections carry memory [1]
-  --compress zstd[:LEVEL]
-                   Compress it [none]
-  --bandwidth SIZE So many bytes a second at most, as in 100M; 64K or more
-  --downtime MS    How long the guest may stand still, in milliseconds [100]
-  --max-time SECS  How long memory is sent while the guest runs [3600]
-  --when-stuck cancel|throttle|stop
-                   When it writes faster than that goes: give up; slow it by 20 %, then 10 % more at a time, up to
-                   99 %, and give up if that does not help; or stop it for as long as it takes [cancel]
-  --tls-cert FILE, --tls-key FILE, --tls-ca FILE
-                   This host's certificate, its key, and the authority's certificate, PEM
-  --tls-name NAME  Whom the other's certificate is for, if not the host in ADDRESS
-  --report FILE    Write a report with plots there, HTML
-
-The migration goes on if this command is ended: migrate-cancel ends it. --timeout is not for its answer.
-
-Exit status: 0 done; 1 the monitor refused, or is gone; 2 the arguments were wrong.
-";
 
 /// What is asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,6 +70,14 @@ pub struct Ctl {
     pub timeout: Duration,
 }
 
+/// A command line of `ctl`, or the help that it asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Parsed {
+    Ctl(Ctl),
+    Help(&'static str),
+}
+
+/// The questions without arguments.
 const QUESTIONS: [(&str, Question); 9] = [
     ("migrate-cancel", Question::MigrateOrder(Order::Cancel)),
     ("migrate-status", Question::MigrateStatus),
@@ -139,53 +90,33 @@ const QUESTIONS: [(&str, Question); 9] = [
     ("version", Question::Version),
 ];
 
-/// The questions with arguments.
-const LOAD: &str = "load";
-const SNAPSHOT: &str = "snapshot";
-const MIGRATE: &str = "migrate";
-const SETTLE: &str = "migrate-settle";
-
-/// Reads what follows `ctl`; none if its help is asked for.
-pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageError> {
-    let (mut api_sock, mut question, mut json, mut timeout) = (None, None, false, 60);
-    let mut resume = false;
+/// Reads what follows `ctl`.
+pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
+    let (mut api_sock, mut json, mut timeout) = (None, false, 60);
+    let (mut command, mut operands) = (None::<String>, VecDeque::new());
+    let (mut resume, mut compress) = (false, None);
     let mut options = SnapshotOptions::default();
-    let (mut migrate, mut flags) = (false, migrate::Flags::default());
+    let mut flags = migrate::Flags::default();
     while let Some(arg) = parser.next()? {
         match arg {
-            Short('h') | Long("help") => return Ok(None),
+            Short('h') | Long("help") => return Ok(Parsed::Help(help(command, &mut parser)?)),
+            Value(word) if command.is_none() && word == "help" => {
+                return Ok(Parsed::Help(help(None, &mut parser)?));
+            }
             Long("api-sock") => api_sock = Some(cli::api_sock(&mut parser)?),
             Long("json") => json = true,
             Long("timeout") => {
                 timeout = cli::number_within("--timeout", parser.value()?, 1..=u32::MAX)?;
             }
             Long("resume") => resume = true,
-            Value(word) if question.is_none() && !migrate && word == MIGRATE => migrate = true,
-            Value(word) if question.is_none() && !migrate && word == SETTLE => {
-                let order = match parser.next()? {
-                    Some(Value(word)) if word == "here" => Order::Here,
-                    Some(Value(word)) if word == "there" => Order::There,
-                    _ => {
-                        let text = "ctl migrate-settle: here or there is wanted behind the word";
-                        return Err(UsageError::Command(text.into()));
-                    }
-                };
-                question = Some(Question::MigrateOrder(order));
-            }
-            Value(word) if question.is_none() && !migrate && word == SNAPSHOT => {
-                let dir = dir(&mut parser, "ctl snapshot: the directory that it is to be")?;
-                question = Some(Question::Snapshot(SnapshotRequest::new(dir)));
-            }
             Long("track") => options.track = Some(cli::on_or_off("--track", &mut parser)?),
             Long("base") => {
                 let base = PathBuf::from(parser.value()?);
                 check_path("--base", &base)?;
                 options.base = Some(told_path("--base", base)?);
             }
-            // Of migrate it is one of its own.
-            Long("compress") if !migrate => {
-                options.compression = Some(cli::compression(&mut parser)?);
-            }
+            // Of snapshot and of migrate, in which it is not the same.
+            Long("compress") => compress = Some(parser.value()?),
             Long("background") => options.background = true,
             Long("disks") => {
                 let disks = parser.value()?.parse_with(|word| match word {
@@ -196,23 +127,8 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
                 })?;
                 options.disks = Some(disks);
             }
-            Value(word) if question.is_none() && !migrate && word == LOAD => {
-                let dir = dir(&mut parser, "ctl load: the snapshot's directory")?;
-                question = Some(Question::Load(dir, false));
-            }
-            Value(word) if question.is_none() && !migrate => {
-                let known = QUESTIONS.iter().find(|(name, _)| word == *name);
-                let Some((_, known)) = known else {
-                    let names = QUESTIONS.iter().map(|(name, _)| *name);
-                    let names: Vec<_> = names.chain([SNAPSHOT, LOAD, MIGRATE, SETTLE]).collect();
-                    return Err(UsageError::Command(format!(
-                        "ctl {} is not a command; there are {}",
-                        word.display(),
-                        names.join(", ")
-                    )));
-                };
-                question = Some(known.clone());
-            }
+            Value(word) if command.is_none() => command = Some(known(word)?),
+            Value(word) => operands.push_back(word),
             Long(flag) => {
                 let flag = flag.to_owned();
                 if !flags.take(&flag, &mut parser)? {
@@ -222,45 +138,91 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Option<Ctl>, UsageErro
             other => return Err(other.unexpected().into()),
         }
     }
-    match (migrate, flags.any()) {
-        (true, _) => question = Some(Question::Migrate(Box::new(flags.migrate()?))),
-        (false, None) => {}
-        (false, Some(flag)) => {
-            let text = format!("ctl: --{flag} is for migrate");
-            return Err(UsageError::Command(text));
+    let wrong = |what: &str| UsageError::Command(format!("ctl: {what}; try ctl --help"));
+    let command = command.ok_or_else(|| wrong("no command"))?;
+    let is = |name: &str| command == name;
+    match flags.any().filter(|_| !is("migrate")) {
+        Some(flag) => return Err(UsageError::Command(format!("ctl: --{flag} is for migrate"))),
+        None if resume && !is("load") => {
+            let text = "--resume is of `load` alone; a guest that is paused goes on by `resume`";
+            return Err(wrong(text));
         }
+        None => {}
     }
-    match &mut question {
-        Some(Question::Load(_, at_once)) => *at_once = resume,
-        _ if resume => {
-            let text =
-                "ctl: --resume is of `load` alone; a guest that is paused goes on by `resume`";
-            return Err(UsageError::Command(text.into()));
+    let of_snapshot = options != SnapshotOptions::default();
+    if !is("snapshot") && (of_snapshot || (compress.is_some() && !is("migrate"))) {
+        let text =
+            "--track, --base, --compress, --disks and --background are options of snapshot DIR";
+        return Err(wrong(text));
+    }
+    let question = match command.as_str() {
+        "migrate" => Question::Migrate(Box::new(flags.migrate(compress)?)),
+        "migrate-settle" => {
+            let word = operands.pop_front();
+            Question::MigrateOrder(match word.as_ref().and_then(|word| word.to_str()) {
+                Some("here") => Order::Here,
+                Some("there") => Order::There,
+                other => {
+                    let found = other.map_or("nothing".into(), |word| format!("{word:?}"));
+                    let text = format!("migrate-settle: here or there is wanted, and not {found}");
+                    return Err(wrong(&text));
+                }
+            })
         }
-        _ => {}
-    }
-    let missing = |what: &str| UsageError::Command(format!("ctl: {what}; try ctl --help"));
-    match &mut question {
-        Some(Question::Snapshot(request)) => options.apply(request),
-        _ if options != SnapshotOptions::default() => {
-            let text =
-                "--track, --base, --compress, --disks and --background are options of snapshot DIR";
-            return Err(missing(text));
+        "snapshot" => {
+            options.compression = compress.map(cli::compression).transpose()?;
+            let what = "ctl snapshot: the directory that it is to be";
+            let mut request = SnapshotRequest::new(dir(operands.pop_front(), what)?);
+            options.apply(&mut request);
+            Question::Snapshot(request)
         }
-        _ => {}
+        "load" => {
+            let what = "ctl load: the snapshot's directory";
+            Question::Load(dir(operands.pop_front(), what)?, resume)
+        }
+        name => {
+            let mut questions = QUESTIONS.into_iter();
+            let found = questions.find(|(of, _)| *of == name);
+            found.ok_or_else(|| wrong("no command"))?.1
+        }
+    };
+    if let Some(more) = operands.pop_front() {
+        return Err(Value(more).unexpected().into());
     }
-    Ok(Some(Ctl {
-        api_sock: api_sock.ok_or_else(|| missing("no --api-sock PATH"))?,
-        question: question.ok_or_else(|| missing("no command"))?,
+    Ok(Parsed::Ctl(Ctl {
+        api_sock: api_sock.ok_or_else(|| wrong("no --api-sock PATH"))?,
+        question,
         json,
         timeout: Duration::from_secs(timeout.into()),
     }))
 }
 
+/// The name of a command.
+fn known(word: OsString) -> Result<String, UsageError> {
+    let names = || help::COMMANDS.iter().map(|(name, _)| *name);
+    match names().find(|name| word == *name) {
+        Some(name) => Ok(name.to_owned()),
+        None => Err(UsageError::Command(format!(
+            "ctl {} is not a command; there are {}",
+            word.display(),
+            names().collect::<Vec<_>>().join(", ")
+        ))),
+    }
+}
+
+/// The help of `command`, or of the word that comes next.
+fn help(command: Option<String>, parser: &mut lexopt::Parser) -> Result<&'static str, UsageError> {
+    let command = match (command, parser.next()?) {
+        (None, Some(Value(word))) => Some(known(word)?),
+        (command, _) => command,
+    };
+    Ok(help::of(command.as_deref()))
+}
+
 /// The directory behind a word, as the monitor has to know it: it may be at home elsewhere.
-fn dir(parser: &mut lexopt::Parser, what: &str) -> Result<PathBuf, UsageError> {
-    match parser.next()? {
-        Some(Value(dir)) if !dir.is_empty() => told_path(what, dir.into()),
+fn dir(word: Option<OsString>, what: &str) -> Result<PathBuf, UsageError> {
+    match word {
+        Some(dir) if !dir.is_empty() => told_path(what, dir.into()),
         _ => Err(UsageError::Command(format!(
             "{what} is wanted behind the word"
         ))),
@@ -477,8 +439,11 @@ fn flat(path: &str, value: &Value, lines: &mut String) {
 mod tests {
     use super::*;
 
-    fn parsed(words: &str) -> Result<Option<Ctl>, UsageError> {
-        parse(lexopt::Parser::from_args(words.split_whitespace()))
+    fn parsed(words: &str) -> Result<Ctl, UsageError> {
+        match parse(lexopt::Parser::from_args(words.split_whitespace()))? {
+            Parsed::Ctl(ctl) => Ok(ctl),
+            Parsed::Help(help) => panic!("{words}: {help}"),
+        }
     }
 
     #[test]
@@ -493,18 +458,15 @@ mod tests {
             "--api-sock /s power-button --json --timeout 5",
             "--json --timeout=5 power-button --api-sock=/s",
         ] {
-            assert_eq!(parsed(words).unwrap(), Some(expected.clone()));
+            assert_eq!(parsed(words).unwrap(), expected);
         }
-        assert_eq!(parsed("--help").unwrap(), None);
-        let asked = parsed("--api-sock /s snapshot /a/b").unwrap().unwrap();
+        let asked = parsed("--api-sock /s snapshot /a/b").unwrap();
         assert_eq!(
             asked.question,
             Question::Snapshot(SnapshotRequest::new("/a/b"))
         );
-        let asked = "--base /a --api-sock /s snapshot --track=off /b --disks copy --compress zstd";
-        assert!(parsed(asked).is_err());
-        let asked = "--base /a --api-sock /s snapshot /b --track=off --disks copy --compress zstd";
-        let Question::Snapshot(request) = parsed(asked).unwrap().unwrap().question else {
+        let asked = "--base /a --api-sock /s --compress zstd snapshot --track=off /b --disks copy";
+        let Question::Snapshot(request) = parsed(asked).unwrap().question else {
             panic!("{asked}")
         };
         let body = json!({
@@ -513,7 +475,7 @@ mod tests {
         });
         assert_eq!(snapshot_body(&request), body);
         let asked = "--api-sock /s snapshot /b --background";
-        let Question::Snapshot(request) = parsed(asked).unwrap().unwrap().question else {
+        let Question::Snapshot(request) = parsed(asked).unwrap().question else {
             panic!("{asked}")
         };
         assert_eq!(snapshot_body(&request)["background"], true);
@@ -522,7 +484,7 @@ mod tests {
             ("load /a --resume", true),
             ("--resume load /a", true),
         ] {
-            let asked = parsed(&format!("--api-sock /s {words}")).unwrap().unwrap();
+            let asked = parsed(&format!("--api-sock /s {words}")).unwrap();
             assert_eq!(
                 asked.question,
                 Question::Load("/a".into(), resume),
@@ -536,6 +498,17 @@ mod tests {
             ("--api-sock /s snapshot", "directory"),
             ("--api-sock /s snapshot --json", "directory"),
             ("--api-sock /s pause resume", "resume"),
+            ("--api-sock /s snapshot /a /b", "\"/b\""),
+            ("--api-sock /s migrate-settle", "here or there is wanted"),
+            ("--api-sock /s migrate-settle nowhere", "not \"nowhere\""),
+            ("--api-sock /s migrate-settle here there", "\"there\""),
+            ("--api-sock /s pause --to unix:/s", "--to is for migrate"),
+            (
+                "--api-sock /s migrate --track --to unix:/s",
+                "options of snapshot",
+            ),
+            ("--api-sock /s pause --compress zstd", "options of snapshot"),
+            ("help frob", "ctl frob is not a command"),
             ("--api-sock /s load --resume", "directory"),
             ("--api-sock /s pause --resume", "--resume is of `load`"),
             ("--api-sock= pause", "--api-sock \"\""),
@@ -610,20 +583,39 @@ mod tests {
     }
 
     #[test]
-    fn every_word_is_in_the_help() {
-        let source = include_str!("ctl.rs");
-        for (start, _) in source.match_indices("Long(\"") {
-            let flag = source[start + 6..].split('"').next().unwrap();
-            assert!(
-                flag.is_empty() || HELP.contains(&format!("--{flag}")),
-                "{flag}"
-            );
+    fn every_command_has_its_help_and_every_flag_is_in_one() {
+        for source in [include_str!("ctl.rs"), include_str!("ctl/migrate.rs")] {
+            for (start, _) in source.match_indices("Long(\"") {
+                let flag = source[start + 6..].split('"').next().unwrap();
+                let flag = format!("--{flag}");
+                let mut all = help::COMMANDS.iter().map(|(_, help)| help);
+                assert!(all.any(|help| help.contains(&flag)), "{flag}");
+            }
+        }
+        let asks = |words: &str| match parse(lexopt::Parser::from_args(words.split_whitespace())) {
+            Ok(Parsed::Help(help)) => help,
+            other => panic!("{words}: {other:?}"),
+        };
+        for words in ["--help", "-h", "help", "--api-sock /s --help"] {
+            assert_eq!(asks(words), HELP);
+        }
+        for (name, help) in help::COMMANDS {
+            assert!(HELP.contains(&format!("\n  {name} ")), "{name}");
+            let usage = format!("Usage: reference-vmm ctl --api-sock PATH {name} ");
+            assert!(help.contains(&usage), "{name}");
+            for words in [
+                format!("{name} --help"),
+                format!("--api-sock /s {name} -h"),
+                format!("{name} /a --json --help"),
+                format!("--help {name}"),
+                format!("help {name}"),
+            ] {
+                assert_eq!(asks(&words), help, "{words}");
+            }
+            assert!(help.lines().all(|line| line.len() <= 120), "{name}");
         }
         for (name, _) in QUESTIONS {
-            assert!(HELP.contains(&format!("\n  {name} ")), "{name}");
-        }
-        for name in [SNAPSHOT, LOAD] {
-            assert!(HELP.contains(&format!("\n  {name} DIR ")));
+            assert_ne!(help::of(Some(name)), HELP, "{name}");
         }
     }
 

@@ -21,22 +21,66 @@ Look at snapshots, check them, and make one of many. No guest runs for it, and t
 Usage: reference-vmm snapshot info DIR [--json]
        reference-vmm snapshot verify DIR [--json]
        reference-vmm snapshot merge DIR... --to OUT [--compress zstd] [--json]
+       reference-vmm snapshot COMMAND --help
 
 Commands:
-  info    Say what the snapshot in DIR is: its number, what it builds on, memory, devices, disks
+  info    Say what the snapshot in DIR is: its number, its moment, what it builds on, memory, devices, disks
   verify  Read all of it and of those that it builds on, and compare it with its checksums
-  merge   Make a full snapshot OUT of DIR and all that it builds on, with memory and disks as DIR has
-          them; or of a chain whose directories are all named, the full one first. All of them are checked,
-          and left alone. OUT is new, empty, or an older snapshot that is replaced; it is synced, then renamed
+  merge   Make a full snapshot OUT of DIR and all that it builds on
 
 Options:
-  --to OUT         The directory that comes out of a merge
-  --compress zstd  Its memory is compressed: a restore reads it and cannot map it
   --json           One line of JSON, also of a refusal (fault_message), instead of words
   -h, --help       Show this help
 
 Exit status: 0 done, and what was checked is whole; 1 the host refused; 2 the arguments or the snapshot were
 wrong.
+";
+
+/// `reference-vmm snapshot info --help`.
+pub const INFO_HELP: &str = "\
+Say what the snapshot in DIR is: its number, its moment, what it builds on, memory, devices, disks. Memory is not
+read; of a chain that is broken it is said why.
+
+Usage: reference-vmm snapshot info DIR [--json]
+
+Options:
+  --json           One line of JSON, also of a refusal (fault_message), instead of words
+  -h, --help       Show this help
+
+Exit status: 0 done; 1 the host refused; 2 the arguments or the snapshot were wrong.
+";
+
+/// `reference-vmm snapshot verify --help`.
+pub const VERIFY_HELP: &str = "\
+Read all of the snapshot in DIR and of those that it builds on, and compare it with its checksums.
+
+Usage: reference-vmm snapshot verify DIR [--json]
+
+Options:
+  --json           One line of JSON, also of a refusal (fault_message), instead of words
+  -h, --help       Show this help
+
+Exit status: 0 all of it is whole; 1 the host refused; 2 the arguments or the snapshot were wrong.
+";
+
+/// `reference-vmm snapshot merge --help`.
+pub const MERGE_HELP: &str = "\
+Make a full snapshot OUT of DIR and all that it builds on, with memory and disks as DIR has them. All of them are
+checked, and left alone.
+
+Usage: reference-vmm snapshot merge DIR --to OUT [--compress zstd] [--json]
+       reference-vmm snapshot merge FULL DIR... --to OUT [--compress zstd] [--json]
+
+With several, all of a chain is named, in the order in which they were taken, the full one first.
+
+Options:
+  --to OUT         The directory that comes out: new, empty, or an older snapshot that is replaced. It is synced,
+                   then renamed
+  --compress zstd  Its memory is compressed: a restore reads it and cannot map it
+  --json           One line of JSON, also of a refusal (fault_message), instead of words
+  -h, --help       Show this help
+
+Exit status: 0 done; 1 the host refused; 2 the arguments or the snapshots were wrong.
 ";
 
 /// What is done with a snapshot.
@@ -66,14 +110,15 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     let mut form = None;
     while let Some(arg) = parser.next()? {
         match arg {
-            Short('h') | Long("help") => return Ok(Command::Help(SNAPSHOT_HELP)),
+            Short('h') | Long("help") => return help(word, &mut parser),
+            Value(first) if word.is_none() && first == "help" => return help(None, &mut parser),
             Long("json") => json = true,
             Long("to") => {
                 let path = PathBuf::from(parser.value()?);
                 check_path("--to", &path)?;
                 to = Some(path);
             }
-            Long("compress") => form = Some(compression(&mut parser)?),
+            Long("compress") => form = Some(compression(parser.value()?)?),
             Value(value) if word.is_none() => word = Some(value.string()?),
             Value(dir) => {
                 let dir = PathBuf::from(dir);
@@ -104,14 +149,31 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         (Some(word @ ("info" | "verify")), _, _) => {
             return wrong(format!("snapshot {word}: one directory is wanted"));
         }
-        (Some(word), _, _) => {
-            return wrong(format!(
-                "snapshot {word:?} is not a command; there are info, verify and merge"
-            ));
-        }
+        (Some(word), _, _) => return Err(unknown(word)),
         (None, _, _) => return wrong("snapshot: no command; try snapshot --help".into()),
     };
     Ok(Command::Snapshot(SnapshotCommand { task, json }))
+}
+
+/// The help of `word`, or of the one that comes next.
+fn help(word: Option<String>, parser: &mut lexopt::Parser) -> Result<Command, UsageError> {
+    let word = match (word, parser.next()?) {
+        (None, Some(Value(next))) => Some(next.string()?),
+        (word, _) => word,
+    };
+    Ok(Command::Help(match word.as_deref() {
+        None => SNAPSHOT_HELP,
+        Some("info") => INFO_HELP,
+        Some("verify") => VERIFY_HELP,
+        Some("merge") => MERGE_HELP,
+        Some(word) => return Err(unknown(word)),
+    }))
+}
+
+fn unknown(word: &str) -> UsageError {
+    UsageError::Command(format!(
+        "snapshot {word:?} is not a command; there are info, verify and merge"
+    ))
 }
 
 /// Does it: `print` gets what is for stdout, `say` the line for stderr. The exit status.
@@ -231,6 +293,8 @@ mod tests {
             let error = parsed(words).unwrap_err();
             assert!(error.contains(needle), "{words}: {error}");
         }
-        assert!(SNAPSHOT_HELP.lines().all(|line| line.len() <= 120));
+        for help in [SNAPSHOT_HELP, INFO_HELP, VERIFY_HELP, MERGE_HELP] {
+            assert!(help.lines().all(|line| line.len() <= 120));
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 //! `ctl migrate`: asks for a migration, and shows how it goes while it is waited for.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -42,7 +43,6 @@ pub struct Migrate {
 pub(super) struct Flags {
     to: Option<Address>,
     connections: Option<u32>,
-    compression: Option<Compression>,
     bandwidth: Option<u64>,
     downtime: Option<u32>,
     time: Option<u32>,
@@ -71,10 +71,6 @@ impl Flags {
                 let value = parser.value()?;
                 let number = cli::number_within("--connections", value, 1..=MOST_CONNECTIONS)?;
                 self.connections = Some(number);
-            }
-            Long("compress") => {
-                let text = parser.value()?.string()?;
-                self.compression = Some(text.parse().map_err(|why| wrong(flag, why))?);
             }
             Long("bandwidth") => {
                 let text = parser.value()?.string()?;
@@ -118,8 +114,13 @@ impl Flags {
         self.any.as_deref()
     }
 
-    /// All together.
-    pub(super) fn migrate(self) -> Result<Migrate, UsageError> {
+    /// All together, with the value of `--compress`.
+    pub(super) fn migrate(self, compress: Option<OsString>) -> Result<Migrate, UsageError> {
+        let compression = compress.map(|value| {
+            let compression = value.string()?.parse::<Compression>();
+            compression.map_err(|why| UsageError::Command(format!("--compress {why}")))
+        });
+        let compression = compression.transpose()?;
         let text = "ctl migrate: --to unix:PATH or --to tcp:HOST:PORT is missing: where `run --incoming` waits";
         let to = self.to.ok_or_else(|| UsageError::Command(text.into()))?;
         let to = match to {
@@ -138,8 +139,7 @@ impl Flags {
         Ok(Migrate {
             request: MigrateRequest {
                 connections: self.connections.unwrap_or(usual.connections),
-                compression: self
-                    .compression
+                compression: compression
                     .map_or(usual.compression, |compression| compression.to_string()),
                 bandwidth_limit: self.bandwidth,
                 downtime_ms: self.downtime.map_or(usual.downtime_ms, u64::from),
