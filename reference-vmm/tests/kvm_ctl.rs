@@ -10,6 +10,8 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use guests::keeper::keeper64;
+use guests::monitor;
+use serde_json::Value;
 use support::{Ended, Running, Vmm, need_kvm};
 
 /// A monitor with its control socket, in a folder of its own.
@@ -22,18 +24,36 @@ struct Process {
 impl Process {
     /// With a keeper that has begun to speak.
     fn boot() -> Self {
+        let keeper = Vmm::boot(keeper64()).args(["--cmdline", "1 "]);
+        Self::start(keeper.words("--memory 16M --debug-exit"), "1")
+    }
+
+    /// With a guest that does nothing any more.
+    fn idle() -> Self {
+        Self::start(Vmm::boot(monitor::halt64()).words("--debug-exit"), "up\n")
+    }
+
+    fn start(vmm: Vmm, says: &str) -> Self {
         need_kvm();
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("api");
-        let vmm = Vmm::boot(keeper64()).args(["--cmdline", "1 "]);
-        let vmm = vmm.words("--memory 16M --debug-exit --irqchip split --api-sock");
-        let mut running = vmm.arg(&socket).start();
-        running.wait_for("1");
+        let mut running = vmm.arg("--api-sock").arg(&socket).start();
+        running.wait_for(says);
         Process {
             running,
             socket,
             folder,
         }
+    }
+
+    /// One that waits for a guest, and where.
+    fn waits(&self) -> (Running, PathBuf, String) {
+        let (socket, path) = (self.path("there.api"), self.path("incoming"));
+        let to = format!("unix:{}", path.display());
+        let vmm = Vmm::command(["run", "--incoming", &to, "--api-sock"]);
+        let mut running = vmm.arg(&socket).start();
+        running.wait_for_stderr("a guest is waited for at");
+        (running, socket, to)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -98,4 +118,78 @@ fn what_cannot_be_done_while_the_guest_is_moved_is_refused_at_once_with_how_far_
     assert_eq!(source.says("resume"), "running\n");
     source.running.signal(libc::SIGTERM);
     source.running.wait().expect_status(0);
+}
+
+#[test]
+fn a_report_is_the_monitors_and_is_there_whatever_becomes_of_who_asked_for_it() {
+    if support::lab_short() {
+        return;
+    }
+    let source = Process::boot();
+    // Where none can be written nothing is begun.
+    for (path, needle) in [
+        ("/no/such/folder/r.html", "No such file"),
+        ("/", "no regular file"),
+    ] {
+        let refused = source.ctl(&format!("migrate --to unix:/nobody --report {path}"));
+        refused.expect_status(1).expect_line(&["--report", needle]);
+        let none = source.ctl("migrate-status");
+        none.expect_status(1)
+            .expect_line(&["there has been no migration"]);
+    }
+    let silent = source.path("silent");
+    let destination = UnixListener::bind(&silent).unwrap();
+    let report = source.path("report.html");
+    let words = format!("migrate --to unix:{} --report", silent.display());
+    let asker = source.command(&words).arg(&report).start();
+    let connection = destination.accept().unwrap();
+    asker.signal(libc::SIGKILL);
+    asker.wait();
+    assert!(source.says("migrate-status").contains("on its way to"));
+    source.says("migrate-cancel");
+    let record = loop {
+        let record: Value = serde_json::from_str(&source.says("migrate-status --json")).unwrap();
+        if !record["report"].is_null() {
+            break record;
+        }
+    };
+    assert_eq!(record["report"]["failed"], Value::Null, "{record}");
+    assert_eq!(record["report"]["path"], report.to_str().unwrap());
+    let html = std::fs::read_to_string(&report).unwrap();
+    assert!(html.contains("It was called off"), "{html}");
+    assert!(source.says("migrate-status").contains("\nreport in "));
+    drop(connection);
+    source.running.signal(libc::SIGTERM);
+    source.running.wait().expect_status(0);
+}
+
+#[test]
+fn the_destination_says_what_it_waits_for_and_an_idle_guests_forecast_is_told() {
+    if support::lab_short() {
+        return;
+    }
+    let source = Process::idle();
+    let (there, socket, to) = source.waits();
+    let status = |words: &str| {
+        let ended = ctl(&socket, words).output();
+        ended.expect_status(0).expect_silence();
+        ended.text()
+    };
+    let waits = status("migrate-status");
+    assert!(waits.contains(&format!("waited for at {to}")), "{waits}");
+    let report = source.path("report.html");
+    let moved = source.command(&format!("migrate --to {to} --report"));
+    let moved = moved.arg(&report).output();
+    moved.expect_status(0);
+    let foretold = "of the downtime for the last pages";
+    assert!(moved.text().contains(foretold), "{moved}");
+    let html = std::fs::read_to_string(&report).unwrap();
+    assert!(html.contains(foretold), "{html}");
+    source.running.wait().expect_status(0);
+    let came = status("migrate-status");
+    assert_eq!(came, format!("the guest has come here, to {to}\n"));
+    let said: Value = serde_json::from_str(&status("migrate-status --json")).unwrap();
+    assert_eq!(said["state"], "arrived");
+    there.signal(libc::SIGINT);
+    there.wait().expect_status(0);
 }

@@ -671,7 +671,7 @@ fn a_process_that_waits_for_a_guest_is_stopped_by_a_signal_and_says_what_is_wron
     // Its socket answers.
     let status = there.ctl("--timeout 30 status");
     assert_eq!(status.expect_status(0).text(), "not started\n");
-    for words in ["pause", "migrate-status", "load /s", "snapshot /s"] {
+    for words in ["pause", "migrate-cancel", "load /s", "snapshot /s"] {
         let refused = there.ctl(words);
         let path = path.to_str().unwrap();
         refused

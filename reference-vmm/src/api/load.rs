@@ -22,6 +22,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use kvm_core::arch::x86_64::state::ClockRestore;
+use serde_json::json;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::monitor::{Machine, Monitor, describe, version};
@@ -258,9 +259,15 @@ impl Monitor for Waiting<'_> {
             landing.wait();
         }
         if let Some(machine) = self.machine.get() {
-            return machine.perform(action);
+            return match (&action, &self.source) {
+                (Action::Migration, Source::Migration(address, _)) if !machine.has_migrated() => {
+                    incoming(address, "arrived")
+                }
+                _ => machine.perform(action),
+            };
         }
         match (action, &self.source) {
+            (Action::Migration, Source::Migration(address, _)) => incoming(address, "waiting"),
             (Action::Describe, _) => Outcome::Json(describe("Not started").to_string()),
             (Action::Version, _) => version(),
             (_, Source::Migration(address, _)) => Outcome::Refused(format!(
@@ -277,6 +284,12 @@ impl Monitor for Waiting<'_> {
             ),
         }
     }
+}
+
+/// What the destination of a migration says of it.
+fn incoming(address: &str, state: &str) -> Outcome {
+    let said = json!({ "role": "destination", "address": address, "state": state });
+    Outcome::Json(said.to_string())
 }
 
 #[cfg(test)]
@@ -370,6 +383,13 @@ mod tests {
         };
         assert!(who.contains("\"Not started\""), "{who}");
         assert!(matches!(waiting.perform(Action::Version), Outcome::Json(_)));
+        let Outcome::Json(said) = waiting.perform(Action::Migration) else {
+            panic!("not said");
+        };
+        assert!(
+            said.contains("\"waiting\"") && said.contains("unix:/w"),
+            "{said}"
+        );
         for action in [Action::Pause, Action::Start, Action::Load(request())] {
             let Outcome::Refused(why) = waiting.perform(action) else {
                 panic!("not refused");

@@ -89,6 +89,11 @@ impl<'a> Machine<'a> {
             at_work: Mutex::default(),
         }
     }
+
+    /// Whether there was a migration from here, or one is under way.
+    pub(super) fn has_migrated(&self) -> bool {
+        self.outgoing.record().is_ok()
+    }
 }
 
 impl Monitor for Machine<'_> {

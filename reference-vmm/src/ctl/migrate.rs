@@ -21,7 +21,6 @@ use crate::migration::message::MOST_CONNECTIONS;
 use crate::migration::outgoing::MigrateRequest;
 use crate::migration::progress::{Manner, Progress};
 use crate::migration::record::MigrationRecord;
-use crate::migration::report;
 use crate::migration::source::WhenStuck;
 
 /// Its answer comes when the guest is there. The monitor's end ends the wait in any case.
@@ -34,8 +33,6 @@ const INTERVAL: Duration = Duration::from_millis(200);
 pub struct Migrate {
     /// The request.
     pub request: MigrateRequest,
-    /// Where the report goes.
-    pub report: Option<PathBuf>,
 }
 
 /// The flags of `migrate`, as they come.
@@ -100,7 +97,8 @@ impl Flags {
             Long("report") => {
                 let path = PathBuf::from(parser.value()?);
                 crate::config::check_path("--report", &path)?;
-                self.report = Some(path);
+                // The monitor writes it, who may be at home elsewhere.
+                self.report = Some(super::told_path("--report", path)?);
             }
             Long(other) if TlsFlags::is_one(other) => self.tls.take(flag, parser.value()?)?,
             _ => return Ok(false),
@@ -147,8 +145,8 @@ impl Flags {
                 when_stuck: self.when_stuck.unwrap_or_default(),
                 tls,
                 destination: usual.destination,
+                report: self.report,
             },
-            report: self.report,
         })
     }
 }
@@ -174,7 +172,6 @@ pub(super) fn ask(
     let manner = Manner::of_stderr(true);
     let interval = manner.interval().max(INTERVAL);
     let mut progress = Progress::new(manner);
-    let mut last = None;
     let answer = loop {
         match answers.recv_timeout(interval) {
             Ok(answer) => break answer,
@@ -190,19 +187,19 @@ pub(super) fn ask(
             && record.took.is_none()
         {
             progress.show(&record, began.elapsed());
-            last = Some(record);
         }
     };
     progress.end();
     let _ = thread.join();
-    if let Some(path) = &migrate.report {
+    if let Some(path) = &migrate.request.report {
         let told = answer.as_ref().ok().and_then(|answer| answer.body.clone());
         let done = told.and_then(|body| serde_json::from_value(body).ok());
-        // Of one that failed the monitor still knows it.
-        let record = done.or_else(|| record(socket, timeout)).or(last);
-        let written = record.map(|record| report::write(&record, path));
-        if let Some(Err(error)) = written {
-            let text = format!("reference-vmm: no report: {}\n", crate::end::Chain(&error));
+        // Of one that failed the monitor still knows it; of one that it did not begin it knows another's.
+        let record = done.or_else(|| record(socket, timeout));
+        let report = record.and_then(|record: MigrationRecord| record.report);
+        let report = report.filter(|report| Some(report.path.as_str()) == path.to_str());
+        if let Some(why) = report.and_then(|report| report.failed) {
+            let text = format!("reference-vmm: no report: {}\n", why.escape_debug());
             crate::stderr::write(text.as_bytes());
         }
     }
@@ -219,10 +216,17 @@ fn record(socket: &std::path::Path, timeout: Duration) -> Option<MigrationRecord
     }
 }
 
-/// The record in words.
+/// The record in words, or what a monitor says that waits for a guest, or waited.
 pub(super) fn words(body: &Value) -> String {
-    match serde_json::from_value::<MigrationRecord>(body.clone()) {
-        Ok(record) => record.summary().trim_end().to_owned(),
-        Err(_) => body.to_string(),
+    if let Ok(record) = serde_json::from_value::<MigrationRecord>(body.clone()) {
+        return record.summary().trim_end().to_owned();
+    }
+    let address = super::text(&body["address"]);
+    match body["state"].as_str() {
+        Some("waiting") => format!(
+            "a guest is waited for at {address}; of one that is on its way here the monitor knows more where it runs yet"
+        ),
+        Some("arrived") => format!("the guest has come here, to {address}"),
+        _ => body.to_string(),
     }
 }

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::num::NonZeroU64;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -19,10 +20,10 @@ use super::limit::{LEAST_RATE, Limiter};
 use super::live::{Given, LiveGuest};
 use super::message::{MOST_CONNECTIONS, MigrationId};
 use super::orders::{OrderError, Orders, Whereabouts};
-use super::progress;
-use super::record::{self, MigrationRecord, Outcome};
+use super::record::{self, MigrationRecord, Outcome, Report};
 use super::source::{MigrateError, Patience, Settings, WhenStuck, Why, migrate};
 use super::tls::{Tls, TlsFiles};
+use super::{progress, report};
 use crate::devices::virtio::rng::random_id;
 use crate::end::{Chain, EndSignal};
 use crate::vm::Running;
@@ -54,6 +55,9 @@ pub struct MigrateRequest {
     /// By what the two know each other.
     #[serde(default)]
     pub tls: Option<TlsFiles>,
+    /// Where a [report](super::report) is written when it is over, whoever waits for that.
+    #[serde(default)]
+    pub report: Option<PathBuf>,
 }
 
 fn one() -> u32 {
@@ -84,6 +88,7 @@ impl MigrateRequest {
             time_s: time(),
             when_stuck: WhenStuck::Cancel,
             tls: None,
+            report: None,
         }
     }
 
@@ -185,6 +190,9 @@ impl Outgoing {
         let rate = request.rate().map_err(wrong)?;
         let tls = request.tls.as_ref().map(Tls::load).transpose();
         let tls = tls.map_err(|error| wrong(error.to_string()))?;
+        if let Some(path) = &request.report {
+            report::check(path).map_err(|error| wrong(error.to_string()))?;
+        }
         let id = random_id().map_err(|error| wrong(format!("no random number: {error}")))?;
         let limit = Arc::new(Limiter::new(rate));
         let settings = Settings {
@@ -238,6 +246,9 @@ impl Outgoing {
             recorder,
         );
         recorder.ends(&moved);
+        if let Some(path) = &request.report {
+            recorder.write_report(path);
+        }
         moved?;
         Ok(recorder.record())
     }
@@ -354,6 +365,17 @@ impl Recorder {
             },
         };
         self.lock().ends(self.began.elapsed(), outcome);
+    }
+
+    /// Writes the report of a migration that is over.
+    fn write_report(&self, path: &Path) {
+        let failed = report::write(&self.record(), path).err();
+        let failed = failed.map(|error| Chain(&error).to_string());
+        if let Some(why) = &failed {
+            log::warn!("the migration has no report: {why}");
+        }
+        let path = path.to_string_lossy().into_owned();
+        self.lock().report = Some(Report { path, failed });
     }
 }
 

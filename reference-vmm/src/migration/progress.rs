@@ -207,7 +207,7 @@ pub fn forecast(ahead: &Ahead, now: Duration) -> String {
 }
 
 /// `3.00 s to 5.00 s`; one of them where both read the same.
-fn range(least: Duration, most: Duration) -> String {
+pub(super) fn range(least: Duration, most: Duration) -> String {
     if least >= A_DAY {
         return "more than a day".into();
     }

@@ -23,7 +23,7 @@ use std::time::{Duration, SystemTime};
 use dirty_log::estimate::{Forecast, Outcome as ForecastOutcome};
 use serde::{Deserialize, Serialize};
 
-use super::units;
+use super::{progress, units};
 
 /// Rounds that are kept: the first and the newest others.
 pub const MOST_ROUNDS: usize = 1000;
@@ -54,7 +54,7 @@ pub struct MigrationRecord {
     pub rounds: Vec<Round>,
     /// The round at work: `took` and `pages_dirtied` are not known yet.
     pub at_work: Option<Round>,
-    /// The newest forecast.
+    /// The newest forecast; of a migration that is over, the last one.
     pub forecast: Option<Ahead>,
     /// What the guest is slowed by, in percent of its vCPUs' time; of a migration that is over, what it was slowed by at
     /// last.
@@ -64,6 +64,9 @@ pub struct MigrationRecord {
     pub switch_over: Option<SwitchOver>,
     /// How it ended; `None` while it goes.
     pub outcome: Option<Outcome>,
+    /// What became of the report that was asked for, which is written when it is over.
+    #[serde(default)]
+    pub report: Option<Report>,
     /// What had been sent by when, for a plot.
     pub samples: Vec<Sample>,
     /// How far samples are apart, at least.
@@ -382,6 +385,16 @@ pub enum Outcome {
     },
 }
 
+/// A report that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Report {
+    /// Where it is.
+    pub path: String,
+    /// Why it is not, in one line.
+    pub failed: Option<String>,
+}
+
 /// What had been sent by when.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -412,6 +425,7 @@ impl MigrationRecord {
             throttle_percent: 0,
             switch_over: None,
             outcome: None,
+            report: None,
             samples: Vec::new(),
             sample_interval: FIRST_INTERVAL,
         }
@@ -497,7 +511,6 @@ impl MigrationRecord {
     pub fn ends(&mut self, at: Duration, outcome: Outcome) {
         self.round_ends(at, 0);
         self.took = Some(at);
-        self.forecast = None;
         self.outcome = Some(outcome);
     }
 
@@ -570,7 +583,40 @@ impl MigrationRecord {
                 steps.join(", ")
             );
         }
+        if let Some(foretold) = self.foretold() {
+            let _ = writeln!(text, "foretold: {foretold}");
+        }
+        match &self.report {
+            None => {}
+            Some(Report { path, failed: None }) => {
+                let _ = writeln!(text, "report in {}", path.escape_debug());
+            }
+            Some(Report {
+                failed: Some(why), ..
+            }) => {
+                let _ = writeln!(text, "no report: {}", why.escape_debug());
+            }
+        }
         text
+    }
+
+    /// What was foretold last, in words: what is ahead while the guest runs here, and of its stop how long its pages would
+    /// take.
+    pub fn foretold(&self) -> Option<String> {
+        let ahead = self.forecast.as_ref()?;
+        let [least, _, most] = ahead.downtime;
+        match (&self.switch_over, &self.outcome) {
+            (Some(_), _) => {
+                let range = progress::range(least, most);
+                Some(format!("{range} of the downtime for the last pages"))
+            }
+            (None, None) => {
+                let now = self.samples.last().map_or(ahead.at, |last| last.at);
+                Some(progress::forecast(ahead, now))
+            }
+            // It came to nothing for another reason, or by this.
+            (None, Some(_)) => Some(progress::forecast(ahead, ahead.at)),
+        }
     }
 
     fn sample(&mut self, at: Duration) {
@@ -701,6 +747,40 @@ mod tests {
              memory 3.91 MiB; sent 1,050 pages (100 of zeros) in 2 rounds, 3.62 MiB on the wire\n\
              downtime 10.0 ms: pause 1.00 ms, last pages 2.00 ms, state 3.00 ms, hand-over 1.00 ms, start 3.00 ms\n"
         );
+    }
+
+    #[test]
+    fn what_was_foretold_is_kept_and_told_with_what_came_of_it() {
+        let forecast = Forecast {
+            outcome: ForecastOutcome::Converges,
+            rounds: span(1, 1, 1),
+            time: span(ms(3000), ms(4000), ms(5000)),
+            pages: span(1, 2, 3),
+            downtime: span(ms(4), ms(5), ms(6)),
+        };
+        let mut record = record();
+        assert_eq!(record.foretold(), None);
+        record.round_begins(ms(0), 1000, false);
+        record.round_ends(ms(1000), 50);
+        record.forecast_is(ms(1000), &forecast);
+        assert!(
+            record
+                .summary()
+                .contains("\nforetold: stops in 3.00 s to 5.00 s\n")
+        );
+        // One that idles stops at once behind that.
+        record.stop_begins(ms(1001));
+        record.step_ends(Step::Pause, ms(1002));
+        record.ends(ms(1010), Outcome::Moved);
+        let last = "\nforetold: 4.00 ms to 6.00 ms of the downtime for the last pages\n";
+        assert!(record.summary().ends_with(last), "{}", record.summary());
+        record.report = Some(Report {
+            path: "/r".into(),
+            failed: None,
+        });
+        assert!(record.summary().ends_with("\nreport in /r\n"));
+        record.report.as_mut().unwrap().failed = Some("full".into());
+        assert!(record.summary().ends_with("\nno report: full\n"));
     }
 
     #[test]

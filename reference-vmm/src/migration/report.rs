@@ -47,19 +47,7 @@ pub fn write(record: &MigrationRecord, path: &Path) -> Result<(), ReportError> {
         path: path.into(),
         source,
     };
-    let place = match fs::canonicalize(path) {
-        Ok(place) if place.is_file() => place,
-        Ok(_) => return Err(ReportError::NoFile(path.into())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => path.into(),
-        Err(error) => return Err(cannot(error)),
-    };
-    let Some(name) = place.file_name() else {
-        return Err(ReportError::NoFile(path.into()));
-    };
-    let mut partial = std::ffi::OsString::from(".");
-    partial.push(name);
-    partial.push(format!(".{}.partial", std::process::id()));
-    let partial = place.with_file_name(partial);
+    let (place, partial) = places(path)?;
     let mut file = create(&partial).map_err(cannot)?;
     let written = file
         .write_all(html(record).as_bytes())
@@ -71,6 +59,41 @@ pub fn write(record: &MigrationRecord, path: &Path) -> Result<(), ReportError> {
         return Err(cannot(error));
     }
     Ok(())
+}
+
+/// Finds out whether a report can be [written](write) to `path`, before there is one: a file is made beside it, and removed.
+///
+/// # Errors
+/// [`ReportError`].
+pub fn check(path: &Path) -> Result<(), ReportError> {
+    let (_, partial) = places(path)?;
+    create(&partial)
+        .and_then(|_| fs::remove_file(&partial))
+        .map_err(|source| ReportError::Write {
+            path: path.into(),
+            source,
+        })
+}
+
+/// Where the file is to be, and where it is written before.
+fn places(path: &Path) -> Result<(PathBuf, PathBuf), ReportError> {
+    let place = match fs::canonicalize(path) {
+        Ok(place) if place.is_file() => place,
+        Ok(_) => return Err(ReportError::NoFile(path.into())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => path.into(),
+        Err(source) => {
+            let path = path.into();
+            return Err(ReportError::Write { path, source });
+        }
+    };
+    let Some(name) = place.file_name() else {
+        return Err(ReportError::NoFile(path.into()));
+    };
+    let mut partial = std::ffi::OsString::from(".");
+    partial.push(name);
+    partial.push(format!(".{}.partial", std::process::id()));
+    let partial = place.with_file_name(partial);
+    Ok((place, partial))
 }
 
 /// A new file. What another process of this number has left under the name is in nobody's use any more.
@@ -210,10 +233,13 @@ fn key_figures(page: &mut Page, record: &MigrationRecord) {
         }
     }
     if let Some(downtime) = record.downtime() {
+        let foretold = record
+            .foretold()
+            .map(|foretold| format!("; foretold {foretold}"));
         page.key(
             "Downtime",
             &units::time(downtime),
-            &format!("{aim} aimed at"),
+            &format!("{aim} aimed at{}", foretold.unwrap_or_default()),
         );
     }
     page.key(
