@@ -364,7 +364,7 @@ fn told(options: &Ctl, body: Value) -> String {
             let shown = dir.escape_debug().to_string();
             match body {
                 Value::Object(mut cost) => {
-                    let words = background_words(&shown, &cost);
+                    let words = snapshot_words(&shown, &cost);
                     cost.insert("snapshot_path".into(), dir.into());
                     (words, Value::Object(cost))
                 }
@@ -393,16 +393,27 @@ fn told(options: &Ctl, body: Value) -> String {
     }
 }
 
-/// What a snapshot in the background cost.
-fn background_words(dir: &str, cost: &Map<String, Value>) -> String {
+/// What a snapshot cost the guest.
+fn snapshot_words(dir: &str, cost: &Map<String, Value>) -> String {
     let number = |name: &str| cost.get(name).map_or_else(|| "?".into(), text);
-    format!(
-        "{dir}: the guest stood still for {} us, in which {} pages were protected, {} us each; {} us in all",
-        number("pause_us"),
-        number("protected_pages"),
-        number("us_per_page"),
-        number("total_us"),
-    )
+    let mut words = format!("{dir}: ");
+    // A string takes everything.
+    let _ = match cost.get("pause_us") {
+        None | Some(Value::Null) => write!(words, "the guest stays paused"),
+        Some(us) => write!(words, "the guest stood still for {us} us"),
+    };
+    let _ = match cost.get("protected_pages").map(Value::as_u64) {
+        None => Ok(()),
+        Some(Some(0)) => write!(words, ", in which no page had to be protected"),
+        Some(_) => write!(
+            words,
+            ", in which {} pages were protected, {} us each",
+            number("protected_pages"),
+            number("us_per_page")
+        ),
+    };
+    let _ = write!(words, "; {} us in all", number("total_us"));
+    words
 }
 
 fn text(value: &Value) -> String {
@@ -640,6 +651,22 @@ mod tests {
             told(&options(snapshot(), false), cost),
             "/s: the guest stood still for 312 us, in which 5 pages were protected, 0.4 us each; 9000 us in all\n"
         );
+        let none =
+            json!({"pause_us": 312, "protected_pages": 0, "us_per_page": null, "total_us": 9000});
+        assert_eq!(
+            told(&options(snapshot(), false), none),
+            "/s: the guest stood still for 312 us, in which no page had to be protected; 9000 us in all\n"
+        );
+        for (pause, words) in [
+            (json!(312), "the guest stood still for 312 us"),
+            (Value::Null, "the guest stays paused"),
+        ] {
+            let cost = json!({"pause_us": pause, "total_us": 9000});
+            assert_eq!(
+                told(&options(snapshot(), false), cost),
+                format!("/s: {words}; 9000 us in all\n")
+            );
+        }
         let status = json!({ "state": "Paused" });
         assert_eq!(told(&options(Question::Status, false), status), "paused\n");
     }

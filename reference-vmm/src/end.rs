@@ -179,7 +179,7 @@ impl fmt::Display for Chain<'_> {
         let mut source = self.0.source();
         while let Some(error) = source {
             let next = error.to_string();
-            if !line.ends_with(&next) {
+            if !line.contains(&next) {
                 line.push_str(": ");
                 line.push_str(&next);
             }
@@ -248,11 +248,15 @@ mod tests {
             Repeats(#[source] io::Error),
             #[error("outer")]
             Leaves(#[source] io::Error),
+            #[error("outer: {0}; try another")]
+            Advises(#[source] io::Error),
         }
         let errno = || io::Error::from_raw_os_error(libc::EPERM);
         let expected = "outer: Operation not permitted (os error 1)";
         assert_eq!(Chain(&Outer::Repeats(errno())).to_string(), expected);
         assert_eq!(Chain(&Outer::Leaves(errno())).to_string(), expected);
+        let expected = "outer: Operation not permitted (os error 1); try another";
+        assert_eq!(Chain(&Outer::Advises(errno())).to_string(), expected);
     }
 
     #[test]

@@ -23,10 +23,12 @@ pub const MAX_PATH: usize = 107;
 #[non_exhaustive]
 pub enum BindError {
     /// There is something else, which is left alone.
-    #[error("there is something that is no socket; name another path")]
+    #[error("what is there is no socket, and is left alone; name another path")]
     Occupied,
-    /// Another process listens there.
-    #[error("another process listens there; name another path")]
+    /// Another process listens there, or has a socket of another kind there.
+    #[error(
+        "another process listens there, or has a socket of another kind there; name another path"
+    )]
     InUse,
     /// The system refused.
     #[error("cannot listen there: {0}")]
@@ -109,6 +111,7 @@ impl Drop for Listener {
 ///
 /// # Errors
 /// `ENOENT` and `ECONNREFUSED`: nobody listens there. `WouldBlock`: as many as it takes wait there to be accepted.
+/// `InvalidInput`: it is no stream socket, or can be none.
 pub fn connect(path: &Path) -> io::Result<UnixStream> {
     connect_by(socket()?.into(), path)
 }
@@ -131,9 +134,32 @@ fn connect_by(stream: UnixStream, path: &Path) -> io::Result<UnixStream> {
     let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
     // SAFETY: the address is initialised and as long as is said, and is only read.
     if unsafe { libc::connect(stream.as_raw_fd(), (&raw const address).cast(), len) } < 0 {
-        return Err(io::Error::last_os_error());
+        let error = io::Error::last_os_error();
+        let other =
+            is_other(path, &error).map(|is| io::Error::new(io::ErrorKind::InvalidInput, is));
+        return Err(other.unwrap_or(error));
     }
     Ok(stream)
+}
+
+/// What is at `path` that nobody ever connects to: the system says of it what it says of a socket that nobody listens at.
+fn is_other(path: &Path, error: &io::Error) -> Option<String> {
+    let is = match error.raw_os_error()? {
+        libc::EPROTOTYPE => "a socket of another kind (of datagrams, or of packets)",
+        libc::ECONNREFUSED => {
+            let kind = fs::metadata(path).ok()?.file_type();
+            match () {
+                () if kind.is_socket() => return None,
+                () if kind.is_file() => "a regular file",
+                () if kind.is_dir() => "a directory",
+                () => "no socket",
+            }
+        }
+        _ => return None,
+    };
+    Some(format!(
+        "what is there is {is}, and a stream socket is wanted"
+    ))
 }
 
 /// Removes a socket that nobody listens at. Until what is given back is dropped no other process that does so too finds
@@ -279,6 +305,28 @@ mod tests {
         listener.accept().unwrap();
         drop(listener);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_is_no_stream_socket_is_said_to_be_that_and_is_not_one_that_nobody_listens_at() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = place(&folder);
+        let refused = |path: &Path| connect(path).unwrap_err();
+        fs::write(&path, "mine").unwrap();
+        for (path, is) in [(&*path, "a regular file"), (folder.path(), "a directory")] {
+            let error = refused(path);
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+            assert!(error.to_string().contains(is), "{error}");
+        }
+        fs::remove_file(&path).unwrap();
+        let datagrams = UnixDatagram::bind(&path).unwrap();
+        assert!(refused(&path).to_string().contains("another kind"));
+        let taken = Listener::bind(&path, 1).unwrap_err().to_string();
+        assert!(taken.contains("a socket of another kind"), "{taken}");
+        drop(datagrams);
+        fs::remove_file(&path).unwrap();
+        drop(UnixListener::bind(&path).unwrap());
+        assert_eq!(refused(&path).kind(), io::ErrorKind::ConnectionRefused);
     }
 
     #[test]

@@ -22,6 +22,7 @@ fn request(method: &str, path: &str, body: &str) -> Request {
         path: path.into(),
         body: body.into(),
         keep_alive: true,
+        wants_all: false,
     }
 }
 
@@ -55,6 +56,19 @@ fn a_request_is_what_its_bytes_say() {
     let expected = expected.map(Incoming::Request);
     for cut in 1..sent.len() {
         assert_eq!(decode(sent, &[cut]), expected, "{cut}");
+    }
+    for (preference, wants_all) in [
+        ("return=representation", true),
+        ("respond-async, Return=Representation; x=1", true),
+        ("return=minimal", false),
+        ("return", false),
+    ] {
+        let sent = format!("GET / HTTP/1.1\r\nprefer: {preference}\r\n\r\n");
+        let expected = Request {
+            wants_all,
+            ..request("GET", "/", "")
+        };
+        assert_eq!(decode(sent.as_bytes(), &[9]), [Incoming::Request(expected)]);
     }
     for (sent, keep_alive) in [
         ("GET / HTTP/1.0\r\n\r\n", false),
@@ -300,9 +314,16 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
 
 #[test]
 fn what_came_of_an_action_is_its_response() {
-    assert_eq!(readable(&respond(Outcome::Done)), (204, 0));
-    assert_eq!(readable(&respond(Outcome::Json("{}".into()))), (200, 2));
-    let refused = respond(Outcome::Refused("a \"b\"\n".into()));
+    for all in [false, true] {
+        assert_eq!(readable(&respond(Outcome::Done, all)), (204, 0));
+        let json = Outcome::Json("{}".into());
+        assert_eq!(readable(&respond(json, all)), (200, 2));
+    }
+    // As Firecracker says it, to who does not want more.
+    let report = || Outcome::Report("{}".into());
+    assert_eq!(readable(&respond(report(), false)), (204, 0));
+    assert_eq!(readable(&respond(report(), true)), (200, 2));
+    let refused = respond(Outcome::Refused("a \"b\"\n".into()), true);
     assert_eq!(refused.status, Status::BadRequest);
     assert_eq!(fault(&refused), "a \"b\"\n");
 }

@@ -25,11 +25,16 @@ fn run(kernel: impl AsRef<std::ffi::OsStr>) -> Vmm {
 /// What follows `run` on the command line is refused, in a line with all of `needles`.
 #[track_caller]
 fn refused(words: &str, needles: &[&str]) {
+    refused_with(2, words, needles);
+}
+
+#[track_caller]
+fn refused_with(status: i32, words: &str, needles: &[&str]) {
     let kernel = elf(boot::hello64());
     run(&kernel)
         .words(words)
         .output()
-        .expect_status(2)
+        .expect_status(status)
         .expect_stdout("")
         .expect_line(needles);
 }
@@ -654,6 +659,37 @@ fn hostile_bzimages_are_refused_or_planned() {
         let ended = run(&kernel).args(["--memory", "64M"]).output();
         assert!(matches!(ended.status.code(), Some(1 | 2)), "{ended}");
         ended.one_line();
+    }
+}
+
+#[test]
+fn a_path_of_a_socket_that_is_something_else_is_said_to_be_that() {
+    let (mine, folder) = (file(b"mine"), tempfile::tempdir().unwrap());
+    let packets = folder.path().join("datagrams");
+    let _bound = std::os::unix::net::UnixDatagram::bind(&packets).unwrap();
+    let (mine, packets) = (mine.display(), packets.display());
+    for (path, is) in [
+        (mine.to_string(), "a regular file"),
+        (folder.path().display().to_string(), "a directory"),
+        (packets.to_string(), "a socket of another kind"),
+    ] {
+        for words in ["status", "migrate --to unix:/x"] {
+            let ctl = Vmm::command(["ctl", "--api-sock", &path]).words(words);
+            ctl.output().expect_status(1).expect_line(&[&path, is]);
+        }
+    }
+    for (path, is) in [
+        (mine.to_string(), "no socket"),
+        (packets.to_string(), "another kind"),
+    ] {
+        let status = if is == "no socket" { 2 } else { 1 };
+        refused_with(
+            status,
+            &format!("--api-sock {path}"),
+            &["--api-sock", &path, is],
+        );
+        let waits = Vmm::command(["run", "--incoming"]).arg(format!("unix:{path}"));
+        waits.output().expect_line(&["--incoming", &path, is]);
     }
 }
 

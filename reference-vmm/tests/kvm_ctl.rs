@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use guests::keeper::keeper64;
 use guests::monitor;
+use reference_vmm::migration::units;
 use serde_json::Value;
 use support::{Ended, Running, Vmm, need_kvm};
 
@@ -192,4 +193,110 @@ fn the_destination_says_what_it_waits_for_and_an_idle_guests_forecast_is_told() 
     assert_eq!(said["state"], "arrived");
     there.signal(libc::SIGINT);
     there.wait().expect_status(0);
+}
+
+#[test]
+fn a_snapshot_says_how_long_the_guest_stood_still_and_of_which_moment_it_is() {
+    if support::lab_short() {
+        return;
+    }
+    let guest = Process::boot();
+    let dir = guest.path("s");
+    let dir = dir.display();
+    let words = guest.says(&format!("snapshot {dir}"));
+    assert!(
+        words.starts_with(&format!("{dir}: the guest stood still for ")),
+        "{words}"
+    );
+    let said = |words: &str| -> Value { serde_json::from_str(&guest.says(words)).unwrap() };
+    let told = said(&format!("snapshot {dir} --json"));
+    assert!(
+        told["pause_us"].as_u64() <= told["total_us"].as_u64(),
+        "{told}"
+    );
+    assert!(told["pause_us"].is_u64(), "{told}");
+    // Firecracker's clients hear what they wait for.
+    let bytes = std::process::Command::new("curl")
+        .args(["-s", "-X", "PUT", "-w", "%{http_code}", "--unix-socket"])
+        .arg(&guest.socket)
+        .args(["-d", &format!("{{\"snapshot_path\": \"{dir}\"}}")])
+        .arg("http://localhost/snapshot/create")
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&bytes.stdout), "204");
+    guest.says("pause");
+    let words = guest.says(&format!("snapshot {dir}"));
+    assert!(words.contains("the guest stays paused"), "{words}");
+    // The moment is the guest's clock's, and not the file's.
+    let now = std::time::SystemTime::now();
+    let now = now.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let state = std::fs::File::options()
+        .append(true)
+        .open(guest.path("s/state"));
+    state.unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+    let info = |more: &[&str]| {
+        let info = Vmm::command(["snapshot", "info"])
+            .arg(guest.path("s"))
+            .args(more);
+        let info = info.output();
+        info.expect_status(0).expect_silence();
+        info.text()
+    };
+    let of: Value = serde_json::from_str(&info(&["--json"])).unwrap();
+    let taken = of["taken"].as_u64().unwrap();
+    assert!(now.abs_diff(taken) < 600, "{of}");
+    let line = format!("taken       {}\n", units::utc(taken));
+    assert!(info(&[]).contains(&line), "{}", info(&[]));
+    guest.running.signal(libc::SIGTERM);
+    guest.running.wait().expect_status(0);
+}
+
+#[test]
+fn a_full_snapshot_of_a_guest_that_is_tracked_moves_its_chain_on_without_track_as_well() {
+    if support::lab_short() {
+        return;
+    }
+    let guest = Process::boot();
+    let at = |name: &str| guest.path(name).display().to_string();
+    let [a, b, c] = ["a", "b", "c"].map(at);
+    guest.says(&format!("snapshot {a} --track"));
+    guest.says(&format!("snapshot {b}"));
+    let refused = guest.ctl(&format!("snapshot {c} --base {a}"));
+    refused.expect_status(1).expect_line(&["build on that", &b]);
+    guest.says(&format!("snapshot {c} --base {b}"));
+    guest.says(&format!("snapshot {a} --track=off"));
+    let refused = guest.ctl(&format!("snapshot {c} --base {a}"));
+    refused
+        .expect_status(1)
+        .expect_line(&["take a full one with --track first"]);
+    guest.running.signal(libc::SIGTERM);
+    guest.running.wait().expect_status(0);
+}
+
+#[test]
+fn a_destination_that_is_no_socket_and_a_folder_for_no_disks_are_said_to_be_that() {
+    if support::lab_short() {
+        return;
+    }
+    let guest = Process::boot();
+    let mine = guest.path("mine");
+    std::fs::write(&mine, "mine").unwrap();
+    let refused = guest.ctl(&format!("migrate --to unix:{}", mine.display()));
+    let path = mine.to_str().unwrap();
+    let line = refused.expect_status(1).one_line();
+    assert!(
+        line.contains(path) && line.contains("a regular file"),
+        "{line}"
+    );
+    // Said once.
+    assert_eq!(line.matches("a regular file").count(), 1, "{line}");
+    let dir = guest.path("s");
+    guest.says(&format!("snapshot {}", dir.display()));
+    let restore = Vmm::command(["restore", "--from"]).arg(&dir);
+    let refused = restore.arg("--disks-to").arg(guest.folder.path()).output();
+    refused
+        .expect_status(2)
+        .expect_line(&["--disks-to: the guest has no disk"]);
+    guest.running.signal(libc::SIGTERM);
+    guest.running.wait().expect_status(0);
 }

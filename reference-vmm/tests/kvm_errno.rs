@@ -267,6 +267,28 @@ fn a_kvm_run_that_was_interrupted_goes_on() {
 }
 
 #[test]
+fn the_question_for_kvms_version_is_asked_again_when_it_is_interrupted_and_its_errno_is_told() {
+    let kernel = elf(boot::hello64());
+    let scenario = Scenario::new(&kernel, "--debug-exit", b"");
+    let asked = || {
+        let asks = |call: &&Call| call.kind == Kind::kvm("KVM_GET_API_VERSION");
+        scenario.calls().filter(asks)
+    };
+    assert!(asked().next().is_some());
+    let told = scenario.refuse(asked(), &[libc::EINTR], |_, _| Allowed::GoOn);
+    assert!(told.is_empty(), "{told:?}");
+    let told = scenario.refuse(asked(), &[libc::EPERM], kvm_rule);
+    let line = told.values().next().unwrap();
+    assert!(
+        line.contains("cannot ask /dev/kvm for its KVM API version: …"),
+        "{line}"
+    );
+    let told = scenario.refuse(asked(), &[libc::ENOTTY], kvm_rule);
+    let line = told.values().next().unwrap();
+    assert!(line.contains("is no KVM device"), "{line}");
+}
+
+#[test]
 fn a_kvm_run_that_is_refused_for_ever_is_told() {
     need_kvm();
     let kernel = elf(boot::hello64());

@@ -353,7 +353,7 @@ fn the_command_line_makes_a_chain_says_what_it_is_and_merges_it() {
     assert_eq!(merged["links"], 3);
     vmm(&["snapshot", "merge", &b, &c, "--to", &out])
         .expect_status(2)
-        .expect_line(&[&b, "named before it"]);
+        .expect_line(&[&b, "Name the full one first", &a]);
     // The chain is broken, and what was merged is not.
     std::fs::remove_file(PathBuf::from(&b).join("memory")).unwrap();
     vmm(&["snapshot", "verify", &c])

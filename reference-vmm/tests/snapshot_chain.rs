@@ -375,9 +375,13 @@ fn only_a_chain_in_its_order_is_merged_and_never_onto_itself() {
     let to = folder.path().join("out");
     let [first, second, third] = [&*dirs[0], &*dirs[1], &*dirs[2]];
     for (dirs, needle) in [
-        (vec![second, third], "named before it"),
+        (vec![second, third], "Name the full one first"),
         (vec![first, third], "is wanted"),
-        (vec![second, first], "named before it"),
+        (vec![second, first], "Name the full one first"),
+        (
+            vec![first, third, second],
+            "has to be named right before it",
+        ),
         (vec![first, first], "builds on no other"),
     ] {
         let request = request(&dirs, &to, Compression::None);
@@ -385,6 +389,9 @@ fn only_a_chain_in_its_order_is_merged_and_never_onto_itself() {
         let text = ErrorChain(&error).to_string();
         assert!(text.contains(needle), "{dirs:?}: {text}");
         assert_eq!(error.exit_status(), 2);
+        // Against itself only where it is named twice.
+        let twice = format!("{0} does not go on where {0}", dirs[0].display());
+        assert_eq!(text.contains(&twice), dirs[0] == dirs[1], "{text}");
     }
     for to in [first, second, third] {
         let request = request(&[third], to, Compression::None);

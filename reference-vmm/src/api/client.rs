@@ -112,7 +112,9 @@ impl Client {
         target: &str,
         body: Option<&Value>,
     ) -> Result<Answer, ClientError> {
-        let mut request = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\n");
+        let mut request = format!(
+            "{method} {target} HTTP/1.1\r\nHost: localhost\r\nPrefer: return=representation\r\n"
+        );
         let body = body.map(Value::to_string).unwrap_or_default();
         if !body.is_empty() {
             let length = body.len();

@@ -24,6 +24,8 @@ pub struct Request {
     pub body: Vec<u8>,
     /// The client goes on with this connection.
     pub keep_alive: bool,
+    /// It wants to hear what there is to say of what was done (`Prefer: return=representation`, RFC 7240).
+    pub wants_all: bool,
 }
 
 /// What comes of the bytes.
@@ -55,6 +57,7 @@ struct Head {
     path: String,
     length: usize,
     keep_alive: bool,
+    wants_all: bool,
     /// The client waits, and has not been told to go on.
     waits: bool,
 }
@@ -111,6 +114,7 @@ impl Decoder {
             path,
             length,
             keep_alive,
+            wants_all,
             ..
         } = head;
         Ok(Some(Incoming::Request(Request {
@@ -118,6 +122,7 @@ impl Decoder {
             path,
             body: self.buffer.drain(..length).collect(),
             keep_alive,
+            wants_all,
         })))
     }
 }
@@ -153,6 +158,7 @@ fn head(bytes: &[u8]) -> Result<Option<(usize, Head)>, Response> {
         path: path(target)?.to_owned(),
         length: 0,
         keep_alive: version == 1,
+        wants_all: false,
         waits: false,
     };
     let mut length_said = None;
@@ -174,6 +180,10 @@ fn head(bytes: &[u8]) -> Result<Option<(usize, Head)>, Response> {
             }
             // A client of HTTP/1.0 would take the interim answer for the answer.
             head.waits = version == 1;
+        } else if name.eq_ignore_ascii_case("prefer") {
+            let mut words = header.value.split(|byte| matches!(byte, b',' | b';'));
+            let all = b"return=representation";
+            head.wants_all |= words.any(|word| word.trim_ascii().eq_ignore_ascii_case(all));
         } else if name.eq_ignore_ascii_case("connection") {
             for word in header.value.split(|byte| *byte == b',') {
                 let word = word.trim_ascii();

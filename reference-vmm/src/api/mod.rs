@@ -19,7 +19,7 @@
 //! | `GET /vm/config` | the same, kernel, disks, cards, vsock, entropy: as far as Firecracker has words for it |
 //! | `GET /stats` | not Firecracker's: what `--stats=json` says, now |
 //! | `PATCH /vm` | `{"state": "Paused"}` or `"Resumed"` ([`vm::control`](crate::vm::control)) |
-//! | `PUT /snapshot/create` | `{"snapshot_path": DIR}` ([`snapshot`](crate::snapshot)) |
+//! | `PUT /snapshot/create` | `{"snapshot_path": DIR}` ([`snapshot`](crate::snapshot)); to who sends `Prefer: return=representation` (RFC 7240) a 200 with what it cost the guest |
 //! | `PUT /snapshot/load` | the same, where the monitor waits for it ([`load`]) |
 //! | `PUT /migrate` | not Firecracker's: moves the guest to another process ([`migration`](crate::migration)); `GET` says how it goes (at the destination: `role`, `address`, `state`: `waiting` or `arrived`), `PATCH` with `{"order": "Cancel"}` gives it up |
 //! | `PUT /actions` | `{"action_type": "SendCtrlAltDel"}` presses the power button |

@@ -18,7 +18,6 @@ use crate::migration::outgoing::{Outgoing, OutgoingError};
 use crate::migration::record::MigrationRecord;
 use crate::priority::step_back;
 use crate::snapshot::SnapshotReport;
-use crate::snapshot::background::BackgroundCost;
 use crate::vm::{ControlError, RunState, Running};
 
 /// Who does what a client asks for.
@@ -124,12 +123,15 @@ impl Monitor for Machine<'_> {
                     Some(Err(why)) => return Outcome::Refused(why),
                     alone => alone,
                 };
+                let paused = self.running.state() == RunState::Paused;
                 match self.running.snapshot(&request) {
                     Ok(report) => {
                         log::info!("a snapshot was taken: {report:?}");
-                        report.background.map_or(Outcome::Done, |cost| {
-                            Outcome::Json(background(&report, &cost).to_string())
-                        })
+                        let told = told(&report, paused).to_string();
+                        match report.background {
+                            Some(_) => Outcome::Json(told),
+                            None => Outcome::Report(told),
+                        }
                     }
                     Err(error) => Outcome::Refused(Chain(&error).to_string()),
                 }
@@ -194,20 +196,24 @@ fn recorded(record: Result<MigrationRecord, OutgoingError>) -> Outcome {
     }
 }
 
-/// What a snapshot in the background cost: times in microseconds.
-fn background(report: &SnapshotReport, cost: &BackgroundCost) -> Value {
+/// What a snapshot cost the guest, times in microseconds. One that was `paused` before has stood still for longer.
+fn told(report: &SnapshotReport, paused: bool) -> Value {
     let micros = |of: Duration| of.as_micros() as u64;
-    let each = cost.protecting.as_secs_f64() * 1e6 / cost.protected.max(1) as f64;
-    json!({
+    let mut told = json!({
         "id": report.id.to_string(),
         "memory_bytes": report.memory,
         "written_bytes": report.written,
-        "pause_us": micros(report.paused),
-        "protected_pages": cost.protected,
-        "us_per_page": (each * 1000.0).round() / 1000.0,
-        "copied_pages": cost.copied,
+        "pause_us": (!paused).then(|| micros(report.paused)),
         "total_us": micros(report.took),
-    })
+    });
+    if let Some(cost) = report.background {
+        let each = cost.protecting.as_secs_f64() * 1e6 / cost.protected.max(1) as f64;
+        let each = (cost.protected > 0).then(|| (each * 1000.0).round() / 1000.0);
+        told["protected_pages"] = cost.protected.into();
+        told["us_per_page"] = json!(each);
+        told["copied_pages"] = cost.copied.into();
+    }
+    told
 }
 
 /// Firecracker's word for it.

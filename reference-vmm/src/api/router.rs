@@ -94,6 +94,8 @@ pub enum Outcome {
     Done,
     /// This JSON is the answer.
     Json(String),
+    /// It is done, and this JSON says more of it to who [wants that](Request::wants_all): others hear what Firecracker says.
+    Report(String),
     /// It was not done, and nothing has changed; why.
     Refused(String),
 }
@@ -337,11 +339,12 @@ pub fn route(request: &Request) -> Result<Action, Response> {
     }
 }
 
-/// The response to what came of a request.
-pub fn respond(outcome: Outcome) -> Response {
+/// The response to what came of a request; `all` is what it [wants](Request::wants_all).
+pub fn respond(outcome: Outcome, all: bool) -> Response {
     match outcome {
+        Outcome::Report(_) if !all => Response::done(),
         Outcome::Done => Response::done(),
-        Outcome::Json(body) => Response::json(body),
+        Outcome::Json(body) | Outcome::Report(body) => Response::json(body),
         Outcome::Refused(why) => bad(why),
     }
 }

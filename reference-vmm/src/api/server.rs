@@ -208,6 +208,8 @@ struct Connection {
     closing: bool,
     /// What it said last was no request: what else it sends is forgotten before the end.
     drain: Option<Drain>,
+    /// Its last request wants to hear all.
+    wants_all: bool,
     /// The action that it waits for. It is read from no more until that is done.
     awaits: Option<Ticket>,
     /// What is waited for.
@@ -249,6 +251,7 @@ impl Connection {
                 Some(Incoming::Request(request)) => {
                     self.turn = now;
                     self.closing = !request.keep_alive;
+                    self.wants_all = request.wants_all;
                     let action = route(&request);
                     log::debug!(
                         "api: {} {:?}: {action:?}",
@@ -261,9 +264,11 @@ impl Connection {
                                 self.awaits = Some(ticket);
                                 break;
                             }
-                            Err(busy) => respond(Outcome::Refused(monitor.busy(busy))),
+                            Err(busy) => {
+                                respond(Outcome::Refused(monitor.busy(busy)), self.wants_all)
+                            }
                         },
-                        Ok(action) => respond(monitor.perform(action)),
+                        Ok(action) => respond(monitor.perform(action), self.wants_all),
                         Err(response) => response,
                     };
                     response.encode(request.keep_alive, &mut self.out);
@@ -308,7 +313,7 @@ impl Connection {
     /// What it waited for is done.
     fn answer(&mut self, outcome: Outcome) {
         self.awaits = None;
-        respond(outcome).encode(!self.closing, &mut self.out);
+        respond(outcome, self.wants_all).encode(!self.closing, &mut self.out);
     }
 
     fn read(&mut self) -> io::Result<()> {
@@ -390,6 +395,7 @@ impl Clients<'_> {
                     read_all: false,
                     closing: false,
                     drain: None,
+                    wants_all: false,
                     awaits: None,
                     interest: EventSet::IN,
                     turn: self.turns,

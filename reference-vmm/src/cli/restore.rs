@@ -3,6 +3,7 @@
 //! `reference-vmm restore`.
 
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use kvm_core::arch::x86_64::state::ClockRestore;
@@ -175,6 +176,13 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
             Long("disks-to") if !incoming => {
                 let folder = PathBuf::from(parser.value()?);
                 check_path("--disks-to", &folder)?;
+                if folder.as_os_str().as_bytes().starts_with(b"--") {
+                    let text = format!(
+                        "--disks-to: a folder is wanted, and {} is another option; ./{0} is a folder of that name",
+                        folder.display()
+                    );
+                    return Err(UsageError::Command(text));
+                }
                 request.disks_to = Some(folder);
             }
             Long("track-dirty-pages") if !incoming => request.track = true,
@@ -454,6 +462,11 @@ mod tests {
             ("--from s --clock now", "advanced or saved"),
             ("--from s --verify=maybe", "on or off"),
             ("--from s --disks-to=", "--disks-to"),
+            ("--from s --disks-to", "--disks-to"),
+            (
+                "--disks-to --from s",
+                "--disks-to: a folder is wanted, and --from is another option",
+            ),
             ("--from s --memory 1G", "--memory"),
             ("--from s x", "x"),
         ] {

@@ -49,9 +49,9 @@ pub enum ChainError {
     /// The one that is named behind another builds on none.
     #[error("it is a full snapshot, which builds on no other")]
     Full,
-    /// The first of those that are named builds on another.
-    #[error("it builds on {0}, which has to be named before it")]
-    NotFull(SnapshotId),
+    /// What it builds on is named elsewhere.
+    #[error("it builds on what is in {0}, which has to be named right before it")]
+    Order(PathBuf),
 }
 
 /// A chain whose links are open.
@@ -114,18 +114,22 @@ impl Chain {
         let mut newest = Vec::new();
         for dir in dirs {
             let (link, state) = Link::open(dir)?;
-            let wrong = match (links.last(), link.parent()) {
-                (Some(before), _) => continues(before, &link).err(),
-                (None, Some(parent)) => Some(ChainError::NotFull(parent.id)),
-                (None, None) => None,
-            };
-            if let Some(source) = wrong {
-                let before = links.last().map(|before| before.dir().to_owned());
-                return Err(RestoreError::Chain {
-                    child: dir.clone(),
-                    parent: before.unwrap_or_else(|| dir.clone()),
-                    source,
-                });
+            match (links.last(), link.parent()) {
+                (Some(before), _) => {
+                    continues(before, &link).map_err(|source| RestoreError::Chain {
+                        child: dir.clone(),
+                        parent: before.dir().to_owned(),
+                        source: in_order(source, dirs),
+                    })?;
+                }
+                (None, Some(parent)) => {
+                    return Err(RestoreError::NotFull {
+                        dir: dir.clone(),
+                        id: parent.id,
+                        parent: parent.path.clone(),
+                    });
+                }
+                (None, None) => {}
             }
             links.push(link);
             newest = state;
@@ -214,6 +218,16 @@ impl Chain {
             false => Ok(()),
         }
     }
+}
+
+/// What is wrong with one of `dirs`: that another is missing, or that they are not in their order.
+fn in_order(error: ChainError, dirs: &[PathBuf]) -> ChainError {
+    let ChainError::Id { wanted, .. } = error else {
+        return error;
+    };
+    let mut dirs = dirs.iter();
+    let named = dirs.find(|dir| link::id_of(dir).is_ok_and(|id| id == wanted));
+    named.map_or(error, |dir| ChainError::Order(dir.clone()))
 }
 
 /// Whether `child` builds on `parent`.

@@ -287,6 +287,12 @@ impl Drop for Provided {
 /// [`RestoreError::DiskCopy`]; what was made is removed.
 pub fn provide(dir: &Path, copies: &[DiskCopy], folder: &Path) -> Result<Provided, RestoreError> {
     let mut provided = Provided::default();
+    if !folder.is_dir() {
+        return Err(RestoreError::Override {
+            flag: "--disks-to",
+            why: format!("{} is no folder: name one that is there", folder.display()),
+        });
+    }
     for copy in copies {
         let (from, to) = (dir.join(copy.name()), folder.join(copy.name()));
         let wrong = |path: &Path| {

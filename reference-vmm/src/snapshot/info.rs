@@ -18,6 +18,7 @@ use super::machine::MachineState;
 use super::parent::Parent;
 use super::restore::RestoreError;
 use crate::config::Config;
+use crate::migration::units;
 
 /// What a snapshot is.
 #[derive(Clone, Debug)]
@@ -28,7 +29,8 @@ pub struct SnapshotInfo {
     pub id: SnapshotId,
     /// What it builds on, if it is an incremental one.
     pub parent: Option<Parent>,
-    /// When its state was written, as far as the host knows.
+    /// The moment that it is of, by the host's clock: as KVM told it with the guest's; where it did not, when the file
+    /// `state` was written.
     pub taken: Option<SystemTime>,
     /// Guest memory, bytes.
     pub memory: u64,
@@ -83,9 +85,10 @@ impl SnapshotInfo {
             dir: dir.to_owned(),
             id: link.id(),
             parent: link.parent().cloned(),
-            taken: std::fs::metadata(&path)
-                .and_then(|file| file.modified())
-                .ok(),
+            taken: moment(state.vm.vm.clock.realtime).or_else(|| {
+                let file = std::fs::metadata(&path);
+                file.and_then(|file| file.modified()).ok()
+            }),
             memory: link.map().all().bytes(),
             own: link.own().bytes(),
             written: file.map_or(0, |file| file.blocks() * 512),
@@ -165,10 +168,7 @@ impl fmt::Display for SnapshotInfo {
         }
         if let Some(taken) = self.taken {
             let seconds = since_1970(taken).as_secs();
-            writeln!(
-                f,
-                "taken       {seconds} seconds after 1970-01-01 00:00 UTC"
-            )?;
+            writeln!(f, "taken       {}", units::utc(seconds))?;
         }
         writeln!(f, "memory      {} bytes", self.memory)?;
         if self.parent.is_some() {
@@ -223,6 +223,12 @@ pub fn verify(dir: &Path) -> Result<usize, RestoreError> {
         }
     }
     Ok(chain.links().len())
+}
+
+/// Nanoseconds since 1970; 0: not known.
+fn moment(nanoseconds: u64) -> Option<SystemTime> {
+    let since = (nanoseconds > 0).then(|| Duration::from_nanos(nanoseconds))?;
+    SystemTime::UNIX_EPOCH.checked_add(since)
 }
 
 fn since_1970(time: SystemTime) -> Duration {

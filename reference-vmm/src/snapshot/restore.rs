@@ -180,6 +180,19 @@ pub enum RestoreError {
         /// Why not.
         source: ChainError,
     },
+    /// The first of those that are named builds on another.
+    #[error(
+        "{dir} is named first, and is no full snapshot: it builds on {id}, last seen in {parent}. Name the full one first, \
+         and the others in the order in which they were taken; or only the last, whose chain is found"
+    )]
+    NotFull {
+        /// Its directory.
+        dir: PathBuf,
+        /// What it builds on.
+        id: SnapshotId,
+        /// Where that was.
+        parent: PathBuf,
+    },
     /// There is no disk in the snapshot that could be copied.
     #[error(
         "--disks-to: there is no disk in the snapshot {0}, only what its disks were called: take it with --disks reflink or \
@@ -342,6 +355,17 @@ impl Snapshot {
         let copies = copies.into_iter();
         let left: Vec<_> = copies.filter(|copy| !others.contains(&copy.disk)).collect();
         let provided = match &request.disks_to {
+            Some(_) if config.disks.iter().all(|disk| disk.readonly) => {
+                return Err(RestoreError::Override {
+                    flag: "--disks-to",
+                    why: match config.disks.len() {
+                        0 => "the guest has no disk".into(),
+                        count => format!(
+                            "the guest writes none of its {count} disks, and goes on with them"
+                        ),
+                    },
+                });
+            }
             Some(_) if left.is_empty() && others.is_empty() => {
                 return Err(RestoreError::NoDisks(request.dir.clone()));
             }

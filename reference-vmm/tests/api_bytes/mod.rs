@@ -73,7 +73,7 @@ pub fn run(input: &[u8]) {
             Incoming::Request(request) => {
                 assert!(request.body.len() <= MAX_BODY);
                 let response = match route(request) {
-                    Ok(_) => respond(Outcome::Done),
+                    Ok(_) => respond(Outcome::Done, false),
                     Err(response) => response,
                 };
                 readable(&response);
