@@ -17,7 +17,8 @@ use crate::capability::{Capabilities, CheckExtension};
 /// The API version that every KVM since Linux 2.6.22 has (`KVM_GET_API_VERSION`).
 const API_VERSION: i32 = 12;
 const DEV_KVM: &str = "/dev/kvm";
-/// `KVM_CREATE_VM` fails with `EINTR` when a signal is pending; so often in a row is no accident.
+/// `KVM_CREATE_VM` fails with `EINTR` when a signal is pending, and so may any ioctl of what stands in for a device; so often
+/// in a row is no accident.
 const INTERRUPTIONS: usize = 64;
 
 /// Why KVM cannot be used.
@@ -39,6 +40,14 @@ pub enum OpenError {
         path: PathBuf,
         /// What it answered; negative when it is not KVM at all.
         found: i32,
+    },
+    /// It opened, and could not be asked what it is.
+    #[error("cannot ask {} for its KVM API version: {errno}", path.display())]
+    Ask {
+        /// What was opened.
+        path: PathBuf,
+        /// What the system said.
+        errno: Errno,
     },
 }
 
@@ -116,13 +125,25 @@ impl Kvm {
     }
 
     fn check(fd: kvm_ioctls::Kvm, path: &Path) -> Result<Self, OpenError> {
-        match fd.get_api_version() {
-            API_VERSION => Ok(Self { fd }),
-            found => Err(OpenError::ApiVersion {
-                path: path.to_owned(),
-                found,
-            }),
+        let (path, mut errno) = (path.to_owned(), Errno::new(libc::EINTR));
+        for _ in 0..INTERRUPTIONS {
+            match fd.get_api_version() {
+                API_VERSION => return Ok(Self { fd }),
+                found @ 0.. => return Err(OpenError::ApiVersion { path, found }),
+                found => {
+                    errno = Errno::last();
+                    match errno.errno() {
+                        libc::EINTR => {}
+                        // What a driver says to an ioctl that it does not know.
+                        libc::ENOTTY | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP => {
+                            return Err(OpenError::ApiVersion { path, found });
+                        }
+                        _ => break,
+                    }
+                }
+            }
         }
+        Err(OpenError::Ask { path, errno })
     }
 
     /// The raw device, for what this crate does not wrap.
