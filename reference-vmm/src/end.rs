@@ -260,6 +260,16 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_that_advises_behind_its_cause_says_the_cause_once() {
+        use crate::snapshot::SnapshotError;
+        use memslots::uffd::point_in_time::PointInTimeError;
+        let cause = PointInTimeError::Thread(io::Error::from_raw_os_error(libc::EAGAIN));
+        let said = Chain(&SnapshotError::Background(cause)).to_string();
+        assert_eq!(said.matches("os error 11").count(), 1, "{said}");
+        assert!(said.ends_with("it is written in a pause"), "{said}");
+    }
+
+    #[test]
     fn what_nobody_would_read_to_its_end_is_cut() {
         let error = |x: usize| io::Error::other(format!("\"{}\" is no size", "€".repeat(x)));
         let fits = error(587);

@@ -130,7 +130,7 @@ pub enum ConnectError {
     #[error("nobody listens at {0}: there is no such socket")]
     Missing(Address),
     /// The name has no address, the host cannot be reached, it was too late, or TLS was not agreed upon.
-    #[error("cannot connect to {address}: {source}")]
+    #[error("{address}: {source}")]
     Failed {
         /// Where.
         address: Address,
