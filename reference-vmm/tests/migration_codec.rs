@@ -11,10 +11,11 @@ use proptest::prelude::*;
 use reference_vmm::migration::codec::{
     Compression, DecodeError, Decoder, Encoder, Frame, MOST_RUNS, PAGE,
 };
+use reference_vmm::migration::pages::ReadPages;
 
 mod migration_bytes;
 
-use migration_bytes::{Pages, decode, encode, fuzz, run, sealed};
+use migration_bytes::{Pages, decode, encode, encode_lent, fuzz, run, sealed};
 
 const ZSTD: Compression = Compression::Zstd { level: 1 };
 const LEN: u64 = PAGE as u64;
@@ -71,6 +72,46 @@ proptest! {
         prop_assert_eq!(sent, got);
         prop_assert_eq!(sent.wire_bytes, stream.len() as u64);
         prop_assert_eq!(sent.data_pages + sent.zero_pages, memory.len() as u64);
+    }
+
+    #[test]
+    fn pages_that_are_lent_arrive_the_same_in_memory_that_is_lent_or_is_not(
+        memory in memory(), by in by(), checksums in any::<bool>(), lends in any::<bool>(),
+    ) {
+        let (stream, sent) = encode_lent(&memory, by, checksums);
+        let mut sink = Pages::up_to(1 << 40);
+        sink.lends = lends;
+        let (marks, got, whole) = decode(&stream, &mut sink);
+        prop_assert!(whole);
+        prop_assert_eq!(marks, [7]);
+        prop_assert!(sink.last == memory);
+        prop_assert_eq!(sent, got);
+        prop_assert_eq!(sent.wire_bytes, stream.len() as u64);
+        let zeros = memory.values().filter(|page| page.iter().all(|byte| *byte == 0)).count();
+        prop_assert_eq!(sent.zero_pages, zeros as u64);
+        prop_assert_eq!(sent.data_pages + sent.zero_pages, memory.len() as u64);
+        // What is looked at again before it is given away is not read into guest memory.
+        prop_assert!(!checksums || sink.lent == 0);
+    }
+
+    #[test]
+    fn memory_is_lent_for_no_frame_whose_head_is_damaged_and_a_cut_is_one_wherever_it_is(
+        memory in memory(), cut in any::<prop::sample::Index>(), bit in 0..8_u32,
+    ) {
+        let (mut stream, _) = encode_lent(&memory, Compression::None, false);
+        let lending = || Pages { lends: true, ..Pages::up_to(1 << 40) };
+        let cut = cut.index(stream.len());
+        let (_, got, whole) = decode(&stream[..cut], &mut lending());
+        prop_assert_eq!(whole, got.wire_bytes == cut as u64);
+        // The first frame's.
+        let runs = usize::from(u16::from_le_bytes([stream[6], stream[7]]));
+        stream[cut % (24 + 16 * runs)] ^= 1 << bit;
+        let mut sink = lending();
+        let (_, got, whole) = decode(&stream, &mut sink);
+        prop_assert!(!whole);
+        prop_assert_eq!(got, Default::default());
+        prop_assert_eq!(sink.lent, 0);
+        prop_assert!(sink.last.is_empty());
     }
 
     #[test]
@@ -327,6 +368,8 @@ impl Read for Dripping<'_> {
         self.0.read(&mut into[..len])
     }
 }
+
+impl ReadPages for Dripping<'_> {}
 
 #[test]
 fn a_frame_may_come_byte_by_byte() {

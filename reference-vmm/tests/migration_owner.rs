@@ -23,6 +23,7 @@ use reference_vmm::migration::link::{
 };
 use reference_vmm::migration::message::{Greeting, Message, MigrationId, Role, Side as Says};
 use reference_vmm::migration::orders::{OrderError, Orders, Whereabouts};
+use reference_vmm::migration::pages::{ReadPages, WritePages};
 use reference_vmm::migration::source::{
     self, After, MigrateError, Settings, WhenStuck, Why, migrate,
 };
@@ -202,6 +203,8 @@ impl Write for Drip {
     }
 }
 
+impl ReadPages for Drip {}
+impl WritePages for Drip {}
 impl Wire for Drip {}
 
 #[test]

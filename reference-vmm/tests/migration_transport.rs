@@ -7,6 +7,8 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -20,15 +22,23 @@ use rcgen::{
     KeyPair, date_time_ymd,
 };
 use reference_vmm::migration::address::Address;
+use reference_vmm::migration::codec::{
+    Compression, DecodeError, Decoder, Encoder, Frame, PAGE, Sink,
+};
 use reference_vmm::migration::dial::Dial;
-use reference_vmm::migration::link::{Connect, TICK, Watch, write_all};
+use reference_vmm::migration::limit::{Limited, Limiter};
+use reference_vmm::migration::link::{Connect, Patient, TICK, Watch, write_all};
 use reference_vmm::migration::message::MOST_LINE;
+use reference_vmm::migration::pages::{Parts, WritePages, is_fault};
 use reference_vmm::migration::tls::{Tls, TlsError, TlsFiles};
 use reference_vmm::migration::transport::{
     AcceptError, BindError, ConnectError, Connection, Listener, connect,
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
+};
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(60)
@@ -778,6 +788,211 @@ fn what_is_no_certificate_or_no_secret_key_is_refused_with_the_file() {
         error(nameless),
         "\"no name\" is no name or IP address that a certificate could be for"
     );
+}
+
+/// Memory that frames are read into as they come.
+struct Lending<'a>(VolatileSlice<'a>);
+
+impl Sink for Lending<'_> {
+    fn pages(&mut self, _: u64, _: &[u8]) -> io::Result<()> {
+        panic!("a copy")
+    }
+    fn zeros(&mut self, address: u64, len: u64) -> io::Result<()> {
+        let zeros = self.0.subslice(address as usize, len as usize).unwrap();
+        zeros.copy_from(&vec![0_u8; len as usize]);
+        Ok(())
+    }
+    fn lend(
+        &mut self,
+        runs: &[Range<u64>],
+        fill: &mut dyn FnMut(&[VolatileSlice<'_>]),
+    ) -> io::Result<bool> {
+        let slice = |run: &Range<u64>| {
+            let len = (run.end - run.start) as usize;
+            self.0.subslice(run.start as usize, len).unwrap()
+        };
+        fill(&runs.iter().map(slice).collect::<Vec<_>>());
+        Ok(true)
+    }
+}
+
+/// A guest's memory with these contents.
+fn guest(contents: &[u8]) -> GuestMemoryMmap<()> {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), contents.len())]).unwrap();
+    memory.write_slice(contents, GuestAddress(0)).unwrap();
+    memory
+}
+
+fn all_of(memory: &GuestMemoryMmap<()>) -> VolatileSlice<'_> {
+    let region = memory.find_region(GuestAddress(0)).unwrap();
+    GuestMemoryRegion::as_volatile_slice(region).unwrap()
+}
+
+#[test]
+fn guest_memory_goes_from_where_it_lies_to_where_it_belongs_by_every_kind_of_connection() {
+    // Runs of zeros and single pages of them, and more than sockets hold.
+    let zero = |page: usize| page.is_multiple_of(7) || (1000..1300).contains(&page);
+    let mut here = vec![0_u8; 8 << 20];
+    for (page, bytes) in here
+        .chunks_mut(PAGE)
+        .enumerate()
+        .filter(|(page, _)| !zero(*page))
+    {
+        bytes.fill(page as u8 | 1);
+        bytes[17] = (page >> 8) as u8;
+    }
+    let before = here.clone();
+    let memory = guest(&here);
+    for (_folder, listener, tls) in kinds() {
+        let (mut one, mut other) = ends(&listener, tls.as_ref());
+        one.set_patience(Duration::from_millis(1));
+        let mut there = vec![5_u8; before.len()];
+        let ticks = AtomicUsize::new(0);
+        let sent = AtomicUsize::new(0);
+        let counts = thread::scope(|scope| {
+            let (ticks, sent, memory) = (&ticks, &sent, &memory);
+            let sender = scope.spawn(move || {
+                let stop = || {
+                    ticks.fetch_add(1, Ordering::SeqCst);
+                    None
+                };
+                let quiet = Duration::from_secs(60);
+                let patient = Patient::new(&mut one, Watch { quiet, stop: &stop });
+                // A limit that cuts each frame.
+                let rate = NonZeroU64::new(4 << 30).unwrap();
+                let mut out = Limited::new(patient, Arc::new(Limiter::new(Some(rate))));
+                let mut encoder = Encoder::new(Compression::None).unwrap();
+                encoder.set_checksums(false);
+                let memory = all_of(memory);
+                let half = memory.len() / 2;
+                for (at, slice) in [(0, memory.subslice(0, half)), (half, memory.offset(half))] {
+                    encoder
+                        .lent(&[(at as u64, slice.unwrap())], &mut out)
+                        .unwrap();
+                }
+                encoder.mark(7, &mut out).unwrap();
+                sent.store(1, Ordering::SeqCst);
+                encoder.counts()
+            });
+            // It has had to come again some times before anything is taken.
+            while ticks.load(Ordering::SeqCst) < 3 && sent.load(Ordering::SeqCst) == 0 {
+                thread::yield_now();
+            }
+            let mut decoder = Decoder::new().unwrap();
+            let mut sink = Lending(VolatileSlice::from(&mut there[..]));
+            while decoder.frame(&mut other, &mut sink).unwrap() != Frame::Mark(7) {}
+            let counts = sender.join().unwrap();
+            assert_eq!(decoder.counts(), counts);
+            counts
+        });
+        assert!(there == before, "{}", listener.address());
+        let zeros = (0..before.len() / PAGE).filter(|page| zero(*page)).count() as u64;
+        assert_eq!(counts.zero_pages, zeros);
+        assert!(ticks.into_inner() >= 3, "{}", listener.address());
+    }
+}
+
+#[test]
+fn memory_that_the_system_cannot_reach_is_an_error_of_the_memory_on_either_side() {
+    let len = 4 * PAGE;
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0) };
+    assert_ne!(start, libc::MAP_FAILED);
+    let start: *mut u8 = start.cast();
+    // SAFETY: the third page of it, to which nobody has a reference.
+    let hidden = unsafe { libc::mprotect(start.add(2 * PAGE).cast(), PAGE, libc::PROT_NONE) };
+    assert_eq!(hidden, 0);
+    // SAFETY: it stays mapped, and who accesses it by this is the kernel alone, which may fail.
+    let memory = unsafe { VolatileSlice::new(start, len) };
+    for (_folder, listener, _) in kinds().into_iter().filter(|(_, _, tls)| tls.is_none()) {
+        let (mut one, mut other) = ends(&listener, None);
+        let slices = [memory];
+        let mut parts = Parts::new(b"head", &slices);
+        let error = loop {
+            match one.write_pages(parts) {
+                Ok(sent) => parts = parts.behind(sent),
+                Err(error) => break error,
+            }
+        };
+        assert!(is_fault(&error), "{error}");
+        assert!(parts.len() >= 2 * PAGE, "{parts:?}");
+        drop(one);
+        let mut came = Vec::new();
+        other.read_to_end(&mut came).unwrap();
+        assert_eq!(came.len(), 4 + len - parts.len());
+
+        let (mut one, mut other) = ends(&listener, None);
+        let mut source = vec![9_u8; len];
+        let lent = [(0, VolatileSlice::from(&mut source[..]))];
+        let mut encoder = Encoder::new(Compression::None).unwrap();
+        encoder.set_checksums(false);
+        encoder.lent(&lent, &mut one).unwrap();
+        let mut decoder = Decoder::new().unwrap();
+        let error = decoder.frame(&mut other, &mut Lending(memory)).unwrap_err();
+        assert!(matches!(error, DecodeError::Sink(_)), "{error}");
+        let error = error.to_string();
+        assert!(error.contains("cannot reach this guest memory"), "{error}");
+    }
+}
+
+#[test]
+fn a_guest_that_writes_while_it_is_sent_spoils_no_frame() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = format!("unix:{}", folder.path().join("x.sock").display());
+    let listener = listen(&place, None);
+    let (mut one, mut other) = ends(&listener, None);
+    let mut there = vec![0_u8; 300 * PAGE];
+    let memory = guest(&there);
+    let rounds = 50;
+    let over = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        // Pages become zero, and are zero no more, at any moment.
+        let (over, memory) = (&over, &memory);
+        let guest = scope.spawn(move || {
+            let mut turn = 0_usize;
+            while over.load(Ordering::SeqCst) == 0 {
+                let page = all_of(memory)
+                    .subslice(turn * 7 % 300 * PAGE, PAGE)
+                    .unwrap();
+                page.copy_from(&[(turn % 2) as u8 * 3; PAGE]);
+                turn += 1;
+            }
+        });
+        let sender = scope.spawn(move || {
+            let mut encoder = Encoder::new(Compression::None).unwrap();
+            encoder.set_checksums(false);
+            for round in 0..rounds {
+                // The guest stands still for the last.
+                if round + 1 == rounds {
+                    over.store(1, Ordering::SeqCst);
+                    while !guest.is_finished() {
+                        thread::yield_now();
+                    }
+                }
+                encoder.lent(&[(0, all_of(memory))], &mut one).unwrap();
+                encoder.mark(round, &mut one).unwrap();
+            }
+            encoder.counts()
+        });
+        let mut decoder = Decoder::new().unwrap();
+        let mut sink = Lending(VolatileSlice::from(&mut there[..]));
+        let mut marks = 0;
+        while marks < rounds {
+            match decoder.frame(&mut other, &mut sink).unwrap() {
+                Frame::Pages => {}
+                frame => {
+                    assert_eq!(frame, Frame::Mark(marks));
+                    marks += 1;
+                }
+            }
+        }
+        assert_eq!(decoder.counts(), sender.join().unwrap());
+    });
+    let mut here = vec![0; there.len()];
+    all_of(&memory).copy_to(&mut here);
+    assert!(there == here);
 }
 
 #[test]

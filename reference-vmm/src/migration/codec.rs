@@ -24,9 +24,17 @@
 //!
 //! # What is copied, and why
 //!
-//! The guest writes while its memory is sent. A page is therefore first copied into the frame, and then looked at: whether
-//! it is zero, what its checksum is. That which is sent is what was looked at. The other side takes a whole frame before
-//! it gives any of it away, so nothing of a damaged one comes into guest memory.
+//! The guest writes while its memory is sent. What is packed or has a checksum is therefore first copied into the frame and
+//! then looked at: that which is sent is what was looked at ([`Encoder::pages`]). What has neither goes from guest memory
+//! to the connection as it lies there ([`Encoder::lent`]), and from the connection into guest memory ([`Sink::lend`]): such
+//! a page is looked at only for whether it is zero. If the guest writes it behind that, then what is sent is old, or half of
+//! it new; it is as long as the frame says, for a run is of pages and not of their contents, and the page is dirty and comes
+//! again in the next round.
+//!
+//! Where contents have a checksum the other side takes a whole frame before it gives any of it away. Where they have none,
+//! the header and the runs are looked at before any page is written, and a connection that breaks within the contents
+//! leaves a part of them in guest memory: whoever takes frames has to throw that memory away then. The destination of a
+//! migration does; its guest has not begun.
 //!
 //! # Bounds
 //!
@@ -45,12 +53,14 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::ops::AddAssign;
+use std::ops::{AddAssign, Range};
 use std::str::FromStr;
 
 use crc32fast::Hasher;
+use vm_memory::VolatileSlice;
 use zstd::bulk::{Compressor, Decompressor};
 
+use super::pages::{self, Lent, Parts, ReadPages, WritePages, is_fault};
 use crate::snapshot::format::{u32_at, u64_at};
 use crate::snapshot::pages::is_zero;
 
@@ -243,6 +253,84 @@ impl Encoder {
         Ok(())
     }
 
+    /// Takes pages as they lie in guest memory, in whole pages at multiples of [`PAGE`], and gives them to `out` before it
+    /// returns. They are not copied, where they are neither packed nor have a checksum.
+    ///
+    /// # Errors
+    /// As [`pages`](Self::pages)'s.
+    pub fn lent<W: WritePages + ?Sized>(
+        &mut self,
+        memory: &[Lent<'_>],
+        out: &mut W,
+    ) -> io::Result<()> {
+        for (address, slice) in memory {
+            end_of_pages(*address, slice.len() as u64)?;
+        }
+        if self.checksums || self.zstd.is_some() {
+            for (address, slice) in memory {
+                let copy = |at: u64, into: &mut [u8]| {
+                    let from = slice.offset((at - address) as usize);
+                    from.map_err(io::Error::other)?.copy_to(into);
+                    Ok(())
+                };
+                self.pages(*address, slice.len() as u64, copy, out)?;
+            }
+            return Ok(());
+        }
+        if self.filled > 0 {
+            self.flush(out)?;
+        }
+        let (mut contents, mut sent) = (Vec::with_capacity(memory.len()), 0);
+        for (address, slice) in memory {
+            // Where the pages begin that are not zero, and have no piece yet.
+            let mut from = 0;
+            for at in (0..slice.len()).step_by(PAGE) {
+                if self.runs.len() == MOST_RUNS || sent == MOST_CONTENTS {
+                    piece(slice, from..at, &mut contents)?;
+                    from = at;
+                    self.send(&contents, sent, out)?;
+                    contents.clear();
+                    sent = 0;
+                }
+                let zero = pages::is_zero(&page_of(slice, at)?);
+                self.add(address + at as u64, PAGE as u64, zero);
+                if zero {
+                    piece(slice, from..at, &mut contents)?;
+                    from = at + PAGE;
+                } else {
+                    sent += PAGE;
+                }
+            }
+            piece(slice, from..slice.len(), &mut contents)?;
+        }
+        match sent {
+            // What is known of zeros may wait.
+            0 => Ok(()),
+            _ => self.send(&contents, sent, out),
+        }
+    }
+
+    /// Gives the runs that wait to `out`, and `contents` of `len` bytes behind them.
+    fn send<W: WritePages + ?Sized>(
+        &mut self,
+        contents: &[VolatileSlice<'_>],
+        len: usize,
+        out: &mut W,
+    ) -> io::Result<()> {
+        let begin = BEFORE - HEADER - RUN * self.runs.len();
+        let head = self.buffer.get_mut(begin..BEFORE).unwrap_or_default();
+        let counts = heading(head, &self.runs, 0, (len, len), 0);
+        pages::write_all(out, Parts::new(head, contents))?;
+        self.sent(counts);
+        Ok(())
+    }
+
+    fn sent(&mut self, counts: Counts) {
+        self.runs.clear();
+        self.filled = 0;
+        self.counts += counts;
+    }
+
     /// Makes runs of the `take` bytes behind what is filled, and closes the gaps that zero pages leave.
     fn sort_out(&mut self, address: u64, take: usize) {
         let begin = BEFORE + self.filled;
@@ -320,33 +408,11 @@ impl Encoder {
             flags |= CHECKSUM;
             sum = crc32fast::hash(contents);
         }
-        let lengths = (sent as u64) | (self.filled as u64) << 32;
-        let head = header(PAGES, flags, self.runs.len() as u16, lengths, sum);
         let begin = BEFORE - HEADER - RUN * self.runs.len();
         let frame = frame.get_mut(begin..BEFORE + sent).unwrap_or_default();
-        let (into, rest) = frame.split_at_mut(HEADER.min(frame.len()));
-        into.copy_from_slice(&head);
-        let mut counts = Counts {
-            wire_bytes: (into.len() + rest.len()) as u64,
-            frames: 1,
-            ..Counts::default()
-        };
-        for (run, into) in self.runs.iter().zip(rest.as_chunks_mut::<RUN>().0) {
-            let (address, len) = into.split_at_mut(8);
-            address.copy_from_slice(&run.address.to_le_bytes());
-            let zero = if run.zero { ALL_ZERO } else { 0 };
-            len.copy_from_slice(&(run.len | zero).to_le_bytes());
-            let pages = run.len / PAGE as u64;
-            match run.zero {
-                true => counts.zero_pages += pages,
-                false => counts.data_pages += pages,
-            }
-        }
-        seal(frame, self.runs.len());
+        let counts = heading(frame, &self.runs, flags, (sent, self.filled), sum);
         out.write_all(frame)?;
-        self.runs.clear();
-        self.filled = 0;
-        self.counts += counts;
+        self.sent(counts);
         Ok(())
     }
 
@@ -391,6 +457,55 @@ fn header(kind: u8, flags: u8, runs: u16, lengths: u64, sum: u32) -> [u8; HEADER
     head
 }
 
+/// Writes header and runs of pages to the beginning of `frame`, which ends behind them or with the contents; what that comes
+/// to.
+fn heading(
+    frame: &mut [u8],
+    runs: &[Run],
+    flags: u8,
+    (sent, unpacked): (usize, usize),
+    sum: u32,
+) -> Counts {
+    let lengths = (sent as u64) | (unpacked as u64) << 32;
+    let mut counts = Counts {
+        wire_bytes: (HEADER + RUN * runs.len() + sent) as u64,
+        frames: 1,
+        ..Counts::default()
+    };
+    let (head, table) = frame.split_at_mut(HEADER.min(frame.len()));
+    head.copy_from_slice(&header(PAGES, flags, runs.len() as u16, lengths, sum));
+    for (run, into) in runs.iter().zip(table.as_chunks_mut::<RUN>().0) {
+        let (address, len) = into.split_at_mut(8);
+        address.copy_from_slice(&run.address.to_le_bytes());
+        let zero = if run.zero { ALL_ZERO } else { 0 };
+        len.copy_from_slice(&(run.len | zero).to_le_bytes());
+        let pages = run.len / PAGE as u64;
+        match run.zero {
+            true => counts.zero_pages += pages,
+            false => counts.data_pages += pages,
+        }
+    }
+    seal(frame, runs.len());
+    counts
+}
+
+fn page_of<'a>(slice: &VolatileSlice<'a>, at: usize) -> io::Result<VolatileSlice<'a>> {
+    slice.subslice(at, PAGE).map_err(io::Error::other)
+}
+
+/// These bytes of `slice` as a piece of its own, if there are any.
+fn piece<'a>(
+    slice: &VolatileSlice<'a>,
+    range: Range<usize>,
+    into: &mut Vec<VolatileSlice<'a>>,
+) -> io::Result<()> {
+    if !range.is_empty() {
+        let piece = slice.subslice(range.start, range.len());
+        into.push(piece.map_err(io::Error::other)?);
+    }
+    Ok(())
+}
+
 /// Writes a frame's own checksum into it.
 fn seal(frame: &mut [u8], runs: usize) {
     let table = frame.get(HEADER..HEADER + RUN * runs).unwrap_or_default();
@@ -422,6 +537,19 @@ pub trait Sink {
     /// # Errors
     /// As [`pages`](Self::pages)'s.
     fn zeros(&mut self, address: u64, len: u64) -> io::Result<()>;
+
+    /// Calls `fill` once with the memory of all these runs of pages, in their order, into which their contents are read; or
+    /// says false, and they come by [`pages`](Self::pages). Behind an error nobody knows what is in that memory.
+    ///
+    /// # Errors
+    /// As [`pages`](Self::pages)'s, and nothing was filled.
+    fn lend(
+        &mut self,
+        _runs: &[Range<u64>],
+        _fill: &mut dyn FnMut(&[VolatileSlice<'_>]),
+    ) -> io::Result<bool> {
+        Ok(false)
+    }
 }
 
 /// What came.
@@ -459,6 +587,8 @@ pub struct Decoder {
     buffer: Vec<u8>,
     /// Contents unpacked; made when the first packed ones come.
     unpacked: Vec<u8>,
+    /// Runs that have contents.
+    lent: Vec<Range<u64>>,
     zstd: Decompressor<'static>,
     counts: Counts,
 }
@@ -480,6 +610,7 @@ impl Decoder {
         Ok(Decoder {
             buffer: vec![0; RUN * MOST_RUNS + MOST_CONTENTS],
             unpacked: Vec::new(),
+            lent: Vec::with_capacity(MOST_RUNS),
             zstd: Decompressor::new()?,
             counts: Counts::default(),
         })
@@ -493,8 +624,9 @@ impl Decoder {
     /// Reads one frame from `from`, and gives its pages to `sink`. Waits as `from` waits.
     ///
     /// # Errors
-    /// [`DecodeError`]. Of a frame that is damaged the sink has got nothing.
-    pub fn frame<R: Read + ?Sized>(
+    /// [`DecodeError`]. Of a frame that is damaged the sink has got nothing; of one that is cut, and whose contents have no
+    /// checksum, it may have a part.
+    pub fn frame<R: ReadPages + ?Sized>(
         &mut self,
         from: &mut R,
         sink: &mut impl Sink,
@@ -512,13 +644,11 @@ impl Decoder {
         }
         fill(from, head.get_mut(got..).unwrap_or_default())?;
         let head = Head::parse(&head)?;
-        let behind = RUN * head.runs + head.sent;
-        let bytes = self.buffer.get_mut(..behind).unwrap_or_default();
-        fill(from, bytes)?;
-        let (runs, contents) = bytes.split_at((RUN * head.runs).min(bytes.len()));
-        head.check(runs, contents)?;
+        let (runs, contents) = self.buffer.split_at_mut(RUN * head.runs);
+        fill(from, runs)?;
+        head.check(runs)?;
         let mut counts = Counts {
-            wire_bytes: (HEADER + behind) as u64,
+            wire_bytes: (HEADER + runs.len() + head.sent) as u64,
             frames: 1,
             ..Counts::default()
         };
@@ -526,7 +656,17 @@ impl Decoder {
             self.counts += counts;
             return Ok(Frame::Mark(head.mark));
         }
-        let mut contents: &[u8] = contents;
+        let as_it_is = head.flags == 0 && head.sent > 0;
+        let filled = as_it_is && lend(from, sink, runs, &mut self.lent)?;
+        let mut contents: &[u8] = match filled {
+            true => &[],
+            false => {
+                let contents = contents.get_mut(..head.sent).unwrap_or_default();
+                fill(from, contents)?;
+                head.check_contents(contents)?;
+                contents
+            }
+        };
         if head.flags & ZSTD != 0 {
             self.unpacked.resize(MOST_CONTENTS, 0);
             let room = self.unpacked.get_mut(..head.unpacked).unwrap_or_default();
@@ -547,6 +687,9 @@ impl Decoder {
                 sink.zeros(run.address, run.len)
             } else {
                 counts.data_pages += pages;
+                if filled {
+                    continue;
+                }
                 // As long as the contents: checked.
                 let (these, rest) = contents.split_at((run.len as usize).min(contents.len()));
                 contents = rest;
@@ -559,11 +702,37 @@ impl Decoder {
     }
 }
 
+/// Reads contents where they belong, if `sink` has such memory.
+fn lend<R: ReadPages + ?Sized>(
+    from: &mut R,
+    sink: &mut impl Sink,
+    runs: &[u8],
+    lent: &mut Vec<Range<u64>>,
+) -> Result<bool, DecodeError> {
+    lent.clear();
+    let data = each_run(runs).filter(|run| !run.zero);
+    lent.extend(data.map(|run| run.address..run.address + run.len));
+    let mut read = Ok(());
+    let filled = sink.lend(lent, &mut |memory| {
+        read = pages::read_all(from, Parts::new(&[], memory));
+    });
+    let filled = filled.map_err(DecodeError::Sink)?;
+    read.map_err(|error| match is_fault(&error) {
+        true => DecodeError::Sink(error),
+        false => broke(error),
+    })?;
+    Ok(filled)
+}
+
 fn fill<R: Read + ?Sized>(from: &mut R, bytes: &mut [u8]) -> Result<(), DecodeError> {
-    from.read_exact(bytes).map_err(|error| match error.kind() {
+    from.read_exact(bytes).map_err(broke)
+}
+
+fn broke(error: io::Error) -> DecodeError {
+    match error.kind() {
         io::ErrorKind::UnexpectedEof => DecodeError::Cut,
         _ => DecodeError::Connection(error),
-    })
+    }
 }
 
 fn each_run(table: &[u8]) -> impl Iterator<Item = Run> {
@@ -623,18 +792,11 @@ impl Head {
         Ok(head)
     }
 
-    /// That all is as it was sent, and the runs are pages as many as the contents.
-    fn check(&self, runs: &[u8], contents: &[u8]) -> Result<(), DecodeError> {
+    /// That header and runs are as they were sent, and the runs are pages as many as the contents.
+    fn check(&self, runs: &[u8]) -> Result<(), DecodeError> {
         let wrong = |why: String| Err(DecodeError::Damaged(why));
         if head_sum(&self.bytes, runs) != u32_at(&self.bytes, 20) {
             return wrong("the checksum of its header is another".into());
-        }
-        let sum = match self.flags & CHECKSUM {
-            0 => 0,
-            _ => crc32fast::hash(contents),
-        };
-        if sum != u32_at(&self.bytes, 16) {
-            return wrong("the checksum of its contents is another".into());
         }
         let mut data = 0_u64;
         for Run { address, len, zero } in each_run(runs) {
@@ -651,6 +813,21 @@ impl Head {
             let has = self.unpacked;
             return wrong(format!("runs of {data} bytes, and {has} of contents"));
         }
-        Ok(())
+        // Where contents have no checksum the field is 0: known before they are read.
+        match self.flags & CHECKSUM == 0 && u32_at(&self.bytes, 16) != 0 {
+            true => wrong("it has a checksum of contents that have none".into()),
+            false => Ok(()),
+        }
+    }
+
+    /// That the contents are as they were sent, where that is told.
+    fn check_contents(&self, contents: &[u8]) -> Result<(), DecodeError> {
+        let summed = self.flags & CHECKSUM != 0;
+        match summed && crc32fast::hash(contents) != u32_at(&self.bytes, 16) {
+            true => Err(DecodeError::Damaged(
+                "the checksum of its contents is another".into(),
+            )),
+            false => Ok(()),
+        }
     }
 }

@@ -15,9 +15,12 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use vm_memory::VolatileSlice;
 
 use super::codec::{DecodeError, Decoder, Frame, Sink};
 use super::guest::{ArrivingMemory, Blank, DestinationGuest, Prepared, Refusal};
@@ -626,6 +629,15 @@ impl<M: ArrivingMemory, W: Wire> Sink for Into<'_, M, W> {
     fn pages(&mut self, address: u64, contents: &[u8]) -> io::Result<()> {
         let put = self.memory.page(address, contents);
         put.map_err(io::Error::other)
+    }
+
+    fn lend(
+        &mut self,
+        runs: &[Range<u64>],
+        fill: &mut dyn FnMut(&[VolatileSlice<'_>]),
+    ) -> io::Result<bool> {
+        let lent = self.memory.lend(runs, fill);
+        lent.map_err(io::Error::other)
     }
 
     fn zeros(&mut self, address: u64, len: u64) -> io::Result<()> {

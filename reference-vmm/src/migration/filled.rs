@@ -11,10 +11,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use dirty_log::DirtyBitmap;
 use kvm_core::{PreFaultMemory, pre_fault};
 use memslots::Snapshot;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::codec::PAGE;
 use super::guest::{ArrivingMemory, Refusal};
+use super::pages::unnoted;
 use crate::memory::SlotTable;
 
 /// Bytes of a large page, which KVM has in one entry: what is asked of it at a time.
@@ -75,6 +77,19 @@ impl<'a> Filled<'a> {
         })
     }
 
+    /// Notes all pages of `run` as written.
+    fn note_run(&self, run: Range<u64>) -> Result<(), Refusal> {
+        let mut at = run.start;
+        while at < run.end {
+            let note = self.note(at)?;
+            let pages = note.pages.min((run.end - at) / PAGE as u64).max(1);
+            let bits = u64::MAX >> (64 - pages.min(64)) << note.bit;
+            note.word.fetch_or(bits, Ordering::Relaxed);
+            at += pages * PAGE as u64;
+        }
+        Ok(())
+    }
+
     /// What was written, in runs that cross no multiple of a large page.
     fn runs(&self) -> impl Iterator<Item = Range<u64>> {
         self.written.iter().flat_map(|(range, words)| {
@@ -109,12 +124,34 @@ fn runs(words: &[u64]) -> Result<Vec<Range<u64>>, dirty_log::Error> {
 impl ArrivingMemory for Filled<'_> {
     fn page(&self, address: u64, bytes: &[u8]) -> Result<(), Refusal> {
         // Noted first: what fails half-way is not zero either.
-        for at in (address..).step_by(PAGE).take(bytes.len() / PAGE) {
-            let note = self.note(at)?;
-            note.word.fetch_or(1 << note.bit, Ordering::Relaxed);
-        }
+        self.note_run(address..address.saturating_add(bytes.len() as u64))?;
         let written = self.memory.write_slice(bytes, GuestAddress(address));
         written.map_err(|error| Refusal(format!("at {address:#x}: {error}")))
+    }
+
+    fn lend(
+        &self,
+        runs: &[Range<u64>],
+        fill: &mut dyn FnMut(&[VolatileSlice<'_>]),
+    ) -> Result<bool, Refusal> {
+        let mut lent = Vec::with_capacity(runs.len());
+        for run in runs {
+            let len = usize::try_from(run.end.saturating_sub(run.start)).unwrap_or(usize::MAX);
+            for slice in GuestMemoryBackend::get_slices(&*self.memory, GuestAddress(run.start), len)
+            {
+                lent.push(slice.map_err(|error| Refusal(format!("at {:#x}: {error}", run.start)))?);
+            }
+        }
+        // Noted first: what is filled half-way is not zero either.
+        for run in runs {
+            self.note_run(run.clone())?;
+        }
+        let unnoted: Vec<_> = lent.iter().map(unnoted).collect();
+        fill(&unnoted);
+        for slice in lent {
+            slice.bitmap().mark_dirty(0, slice.len());
+        }
+        Ok(true)
     }
 
     fn zero(&self, address: u64, len: u64) -> Result<(), Refusal> {
@@ -155,13 +192,13 @@ impl ArrivingMemory for Filled<'_> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
 
     use memslots::fake::FakeHost;
     use memslots::{Backing, SlotFlags};
 
     use super::*;
-    use crate::memory::slots_of;
+    use crate::memory::{Memory, slots_of};
 
     #[test]
     fn zeros_that_are_said_again_are_written_once() {
@@ -189,6 +226,46 @@ mod tests {
         let memory = memslots.snapshot();
         memory.read_slice(&mut has, GuestAddress(0x2000)).unwrap();
         assert!(has == [[7; PAGE], [0; PAGE]].concat()[..]);
+    }
+
+    #[test]
+    fn memory_that_was_lent_is_written_memory_whatever_became_of_it() {
+        let page = PAGE as u64;
+        let slots = slots_of(FakeHost::new(8));
+        let ram = [(GuestAddress(0), 8 << 20)];
+        // The firmware's slot is a seam within it.
+        let made = Memory::new(8 << 20).slots(&ram, true).into_iter();
+        let made = made.map(|slot| slots.create(slot.start, slot.backing, slot.flags));
+        let _made: Vec<_> = made.map(Result::unwrap).collect();
+        let filled = Filled::new(slots.snapshot(), None);
+        let seam = filled.written[1].0.start;
+        let runs = [seam - 2 * page..seam + 70 * page, 3 << 20..(3 << 20) + page];
+        let mut given = 0;
+        let lent = filled.lend(&runs, &mut |memory| {
+            given += memory.iter().map(VolatileSlice::len).sum::<usize>();
+            // The connection breaks in the second piece.
+            memory[0].copy_from(&[7_u8; 2 * PAGE]);
+            memory[1].copy_from(&[8_u8; 10]);
+        });
+        assert_eq!((lent, given), (Ok(true), 73 * PAGE));
+        let mut found: Vec<_> = filled.runs().collect();
+        found.sort_by_key(|run| run.start);
+        let written: u64 = found.iter().map(|run| run.end - run.start).sum();
+        assert_eq!(written, 73 * page, "{found:x?}");
+        for run in &runs {
+            filled.zero(run.start, run.end - run.start).unwrap();
+            let mut bytes = vec![1; (run.end - run.start) as usize];
+            filled
+                .memory
+                .read_slice(&mut bytes, GuestAddress(run.start))
+                .unwrap();
+            assert!(bytes.iter().all(|byte| *byte == 0));
+        }
+        let none = filled.lend(
+            &[0..page, (8 << 20) - page..(8 << 20) + page],
+            &mut |_| panic!(),
+        );
+        assert!(none.unwrap_err().0.contains("at 0x7ff000"));
     }
 
     #[test]

@@ -5,6 +5,9 @@
 use std::ops::Range;
 
 use dirty_log::estimate::Throttle;
+use vm_memory::VolatileSlice;
+
+use super::pages::Lent;
 
 /// A step that the guest's side refused, in words.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,7 +31,8 @@ pub trait Dirty: Sync {
     fn commit(self);
 }
 
-/// The guest on the source. Calls come from one thread, but for [`read`](Self::read) and [`holes`](Self::holes).
+/// The guest on the source. Calls come from one thread, but for [`read`](Self::read), [`lend`](Self::lend) and
+/// [`holes`](Self::holes).
 ///
 /// ```text
 ///   runs ──► start_tracking ──► tracked ──► hold ──► held ──► release ──► let go of
@@ -72,6 +76,18 @@ pub trait SourceGuest: Sync {
     /// # Errors
     /// [`Refusal`].
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Refusal>;
+    /// Calls `with` once with the memory of these pages, all of them and in their order, where it is memory of this process;
+    /// or says false, and it is [`read`](Self::read). The guest goes on to write there.
+    ///
+    /// # Errors
+    /// [`Refusal`]; `with` was not called.
+    fn lend(
+        &self,
+        _pages: &[Range<u64>],
+        _with: &mut dyn FnMut(&[Lent<'_>]),
+    ) -> Result<bool, Refusal> {
+        Ok(false)
+    }
     /// Has each vCPU sleep this part of its time from now on; with [`Throttle::NONE`] it is lifted.
     ///
     /// # Errors
@@ -107,6 +123,19 @@ pub trait ArrivingMemory: Sync {
     /// # Errors
     /// [`Refusal`]: there is no such memory, or it cannot be written.
     fn page(&self, address: u64, bytes: &[u8]) -> Result<(), Refusal>;
+    /// Calls `fill` once with the memory of these runs of pages, all of them and in their order, where it is memory of this
+    /// process; or says false, and they come by [`page`](Self::page). A connection that breaks meanwhile leaves a part of what
+    /// was to come there: nobody runs in this memory yet, and it is thrown away then.
+    ///
+    /// # Errors
+    /// As of [`page`](Self::page), and `fill` was not called.
+    fn lend(
+        &self,
+        _runs: &[Range<u64>],
+        _fill: &mut dyn FnMut(&[VolatileSlice<'_>]),
+    ) -> Result<bool, Refusal> {
+        Ok(false)
+    }
     /// Makes `len` bytes zero.
     ///
     /// # Errors

@@ -14,6 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::link::{Rest, TICK};
+use super::pages::{Parts, WritePages};
 
 /// What may be sent at once after a rest, as a part of a second.
 const BURST_PART: u64 = 20;
@@ -112,6 +113,11 @@ impl Limiter {
         self.changed.notify_all();
     }
 
+    /// Whether there is a limit.
+    pub fn is_set(&self) -> bool {
+        self.lock().bucket.is_some()
+    }
+
     /// Who waits, and who comes, is refused.
     pub fn cancel(&self) {
         self.lock().cancelled = true;
@@ -179,6 +185,13 @@ impl<W: Rest> Limited<W> {
                 None => self.to.rest()?,
             }
         }
+    }
+}
+
+impl<W: WritePages + Rest> WritePages for Limited<W> {
+    fn write_pages(&mut self, parts: Parts<'_>) -> io::Result<usize> {
+        let piece = self.wait(parts.len())?;
+        self.to.write_pages(parts.first(piece))
     }
 }
 

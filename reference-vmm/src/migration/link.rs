@@ -10,13 +10,14 @@ use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
 use super::message::{GREETING, Greeting, HEAD, Head, Kind, Message, MessageError, Side, TAIL};
+use super::pages::{Parts, ReadPages, WritePages};
 
 /// How often it is asked whether a wait is to go on.
 pub const TICK: Duration = Duration::from_millis(50);
 
 /// A connection, whose reads and writes fail with [`io::ErrorKind::WouldBlock`] or [`io::ErrorKind::TimedOut`] after a
 /// [`TICK`] in which no byte got on, and can be made again.
-pub trait Wire: Read + Write + Send {
+pub trait Wire: ReadPages + WritePages + Send {
     /// The line as this end sees it, at most [`MOST_LINE`](super::message::MOST_LINE) bytes. That both ends say the same
     /// proves that nobody stands between them who passes on what they say; none proves nothing.
     fn line(&self) -> Option<String> {
@@ -427,5 +428,17 @@ impl<W: Wire> Write for Patient<'_, W> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.again(|wire| wire.flush())
+    }
+}
+
+impl<W: Wire> ReadPages for Patient<'_, W> {
+    fn read_pages(&mut self, parts: Parts<'_>) -> io::Result<usize> {
+        self.again(|wire| wire.read_pages(parts))
+    }
+}
+
+impl<W: Wire> WritePages for Patient<'_, W> {
+    fn write_pages(&mut self, parts: Parts<'_>) -> io::Result<usize> {
+        self.again(|wire| wire.write_pages(parts))
     }
 }

@@ -13,10 +13,11 @@ use kvm_core::arch::x86_64::state::StateHost;
 use kvm_core::{Pause, ThrottleError};
 use memslots::Holes;
 use serde_json::Value;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::codec::PAGE;
 use super::guest::{Dirty, Refusal, SourceGuest};
+use super::pages::{Lent, unnoted};
 use crate::end::{Chain, EndSignal};
 use crate::file_pages;
 use crate::snapshot::config_form;
@@ -211,6 +212,28 @@ impl SourceGuest for LiveGuest<'_> {
         file_pages::find(&table, range).map_err(|error| failed(&error))?;
         let read = table.read_slice(bytes, GuestAddress(address));
         read.map_err(|error| failed(&error))
+    }
+
+    fn lend(
+        &self,
+        pages: &[Range<u64>],
+        with: &mut dyn FnMut(&[Lent<'_>]),
+    ) -> Result<bool, Refusal> {
+        let table = self.running.memory();
+        let mut lent = Vec::with_capacity(pages.len());
+        for Range { start, end } in pages.iter().cloned() {
+            let failed = |error| Refusal(format!("at {start:#x}: {}", Chain(&error)));
+            file_pages::find(&table, start..end).map_err(failed)?;
+            let len = usize::try_from(end.saturating_sub(start)).unwrap_or(usize::MAX);
+            let mut at = start;
+            for slice in GuestMemoryBackend::get_slices(&*table, GuestAddress(start), len) {
+                let slice = slice.map_err(|error| Refusal(format!("at {at:#x}: {error}")))?;
+                lent.push((at, unnoted(&slice)));
+                at += slice.len() as u64;
+            }
+        }
+        with(&lent);
+        Ok(true)
     }
 
     fn throttle(&self, throttle: Throttle) -> Result<(), Refusal> {

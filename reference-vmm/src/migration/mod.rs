@@ -153,6 +153,7 @@ pub mod live;
 pub mod message;
 pub mod orders;
 pub mod outgoing;
+pub mod pages;
 mod plot;
 pub mod progress;
 pub mod record;

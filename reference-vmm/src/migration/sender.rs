@@ -13,11 +13,12 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::codec::{Compression, Counts, Encoder};
+use super::codec::{Compression, Counts, Encoder, MOST_CONTENTS};
 use super::event::{Event, Observer};
-use super::guest::{Dirty, SourceGuest};
-use super::limit::Limited;
+use super::guest::{Dirty, Refusal, SourceGuest};
+use super::limit::{Limited, Limiter};
 use super::link::{LinkError, Patient, Watch, Wire};
+use super::pages::{WritePages, is_fault};
 use super::source::{Settings, Why};
 
 /// What goes over one connection before it is the next one's turn, bytes.
@@ -169,6 +170,71 @@ pub(super) fn send_round<G: SourceGuest, D: Dirty, W: Wire>(
     }
 }
 
+/// Pages that are to be sent on one connection, as many as a frame has: so what few pages lie together need no frame of
+/// their own.
+#[derive(Default)]
+struct Batch {
+    pages: Vec<Range<u64>>,
+    bytes: u64,
+    /// Why the guest did not give them.
+    refused: Option<Refusal>,
+}
+
+impl Batch {
+    fn add(&mut self, pages: Range<u64>) {
+        self.bytes += pages.end - pages.start;
+        match self.pages.last_mut() {
+            _ if pages.is_empty() => {}
+            Some(last) if last.end == pages.start => last.end = pages.end,
+            _ => self.pages.push(pages),
+        }
+    }
+
+    /// As many as are sent at once. What is slowed goes in small pieces: it is asked between them whether it is enough.
+    fn is_full(&self, limit: &Limiter) -> bool {
+        let full = match limit.is_set() {
+            true => STRIPE,
+            false => MOST_CONTENTS as u64,
+        };
+        self.bytes >= full
+    }
+
+    /// Sends them, from the guest's own memory where it is lent.
+    fn send<G: SourceGuest, W: WritePages>(
+        &mut self,
+        guest: &G,
+        encoder: &mut Encoder,
+        out: &mut W,
+    ) -> io::Result<()> {
+        let Batch { pages, refused, .. } = self;
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let mut refuse = |why: Refusal| {
+            let error = io::Error::other(why.to_string());
+            *refused = Some(why);
+            error
+        };
+        let mut sent = Ok(());
+        let lent = guest.lend(pages, &mut |memory| sent = encoder.lent(memory, out));
+        let lent = lent.map_err(&mut refuse)?;
+        sent?;
+        if !lent {
+            for Range { start, end } in pages.iter().cloned() {
+                let fill = |at: u64, into: &mut [u8]| guest.read(at, into).map_err(&mut refuse);
+                encoder.pages(start, end - start, fill, out)?;
+            }
+        }
+        self.clear();
+        Ok(())
+    }
+
+    fn clear(&mut self) {
+        self.pages.clear();
+        self.bytes = 0;
+    }
+}
+
 /// The stripes of one connection.
 struct Stripes {
     of: u64,
@@ -200,7 +266,7 @@ impl Stripes {
         let Lane { wire, encoder } = lane;
         let patient = Patient::new(wire, watch);
         let mut out = Limited::new(patient, settings.limit.clone());
-        let mut refused = None;
+        let mut batch = Batch::default();
         let mut result = Ok(());
         let mut before = encoder.counts();
         let mut count = |now: Counts| {
@@ -225,15 +291,10 @@ impl Stripes {
                     return false;
                 }
                 if tally.is_enough() {
+                    // All of the round is dirty still.
+                    batch.clear();
                     return false;
                 }
-                let mut fill = |address: u64, bytes: &mut [u8]| {
-                    guest.read(address, bytes).map_err(|why| {
-                        let error = io::Error::other(why.to_string());
-                        refused = Some(why);
-                        error
-                    })
-                };
                 let holes = match mark {
                     // What is dirty later has been written.
                     FIRST => guest.holes(piece.clone()),
@@ -243,9 +304,11 @@ impl Stripes {
                 let after = piece.end..piece.end;
                 for hole in holes.into_iter().chain([after]) {
                     let Range { start, end } = hole;
-                    result = encoder
-                        .pages(from, start.saturating_sub(from), &mut fill, &mut out)
-                        .and_then(|()| encoder.zeros(start, end - start, &mut out));
+                    batch.add(from..start.max(from));
+                    result = encoder.zeros(start, end - start, &mut out);
+                    if result.is_ok() && batch.is_full(&settings.limit) {
+                        result = batch.send(guest, encoder, &mut out);
+                    }
                     if result.is_err() {
                         return false;
                     }
@@ -255,18 +318,23 @@ impl Stripes {
             }
             true
         });
-        let sent = result.and_then(|()| encoder.mark(mark, &mut out));
+        let sent = result
+            .and_then(|()| batch.send(guest, encoder, &mut out))
+            .and_then(|()| encoder.mark(mark, &mut out));
         count(encoder.counts());
-        match (sent, refused) {
-            (Ok(()), _) => Ok(()),
-            (Err(_), Some(source)) => Err(Why::Guest {
-                doing: "cannot read the guest's memory",
-                source,
-            }),
-            (Err(error), None) => Err(Why::Link {
-                doing,
-                source: out.get_mut().why(error),
-            }),
-        }
+        sent.map_err(|error| {
+            let refused = batch.refused.take();
+            let fault = is_fault(&error).then(|| Refusal(error.to_string()));
+            match refused.or(fault) {
+                Some(source) => Why::Guest {
+                    doing: "cannot read the guest's memory",
+                    source,
+                },
+                None => Why::Link {
+                    doing,
+                    source: out.get_mut().why(error),
+                },
+            }
+        })
     }
 }

@@ -30,6 +30,8 @@ use rustls::version::TLS13;
 use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore, ServerConfig};
 use serde::{Deserialize, Serialize};
 
+use super::pages::{Parts, STAGE};
+
 /// The largest file of certificates that is read, bytes.
 const MOST: u64 = 1 << 20;
 /// What is read from the connection at once, bytes: rustls alone would ask for 4096.
@@ -319,6 +321,8 @@ pub(super) struct Session {
     inbox: Vec<u8>,
     taken: usize,
     there: usize,
+    /// Guest memory on its way; made when it is first needed.
+    stage: Vec<u8>,
 }
 
 impl Session {
@@ -328,6 +332,7 @@ impl Session {
             inbox: vec![0; READ],
             taken: 0,
             there: 0,
+            stage: Vec::new(),
         }
     }
 
@@ -402,6 +407,37 @@ impl Session {
             Err(error) if !waits(&error) => Err(error),
             _ => Ok(taken),
         }
+    }
+
+    /// [`read`](Self::read) into the first of this memory.
+    pub(super) fn read_pages(
+        &mut self,
+        socket: &mut (impl Read + Write),
+        parts: Parts<'_>,
+    ) -> io::Result<usize> {
+        let mut stage = std::mem::take(&mut self.stage);
+        stage.resize(STAGE, 0);
+        let room = parts.len().min(STAGE);
+        let read = self.read(socket, stage.get_mut(..room).unwrap_or_default());
+        if let Ok(len) = read {
+            parts.copy_from(stage.get(..len).unwrap_or_default());
+        }
+        self.stage = stage;
+        read
+    }
+
+    /// [`write`](Self::write) of the first of these bytes.
+    pub(super) fn write_pages(
+        &mut self,
+        socket: &mut (impl Read + Write),
+        parts: Parts<'_>,
+    ) -> io::Result<usize> {
+        let mut stage = std::mem::take(&mut self.stage);
+        stage.resize(STAGE, 0);
+        let len = parts.copy_to(&mut stage);
+        let written = self.write(socket, stage.get(..len).unwrap_or_default());
+        self.stage = stage;
+        written
     }
 
     /// As `Write::flush`.

@@ -14,6 +14,7 @@ use reference_vmm::migration::guest::{
     ArrivingMemory, Blank, DestinationGuest, Dirty, Prepared, Refusal, SourceGuest,
 };
 use reference_vmm::migration::link::{Accept, Connect, TICK, Wire};
+use reference_vmm::migration::pages::{ReadPages, WritePages};
 
 pub const PAGE: usize = 4096;
 /// Two regions, over more than one stripe.
@@ -336,6 +337,9 @@ pub struct End {
     conn: usize,
     side: Side,
 }
+
+impl ReadPages for End {}
+impl WritePages for End {}
 
 impl Wire for End {
     fn line(&self) -> Option<String> {

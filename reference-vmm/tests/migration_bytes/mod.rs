@@ -9,11 +9,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::io;
+use std::ops::Range;
 
 use reference_vmm::migration::codec::{
     Compression, Counts, Decoder, Encoder, Frame, MOST_CONTENTS, PAGE, Sink,
 };
+use reference_vmm::migration::pages::ReadPages;
+use vm_memory::VolatileSlice;
 
 /// Guest memory that is there to look at: what a page has last, and runs of zeros as they came.
 #[derive(Default)]
@@ -24,6 +27,10 @@ pub struct Pages {
     pub most_zeros: u64,
     /// What is behind it is no guest memory.
     pub end: u64,
+    /// Contents are read into memory that it lends.
+    pub lends: bool,
+    /// It was asked for memory.
+    pub lent: u64,
 }
 
 impl Pages {
@@ -58,6 +65,30 @@ impl Sink for Pages {
         Ok(())
     }
 
+    fn lend(
+        &mut self,
+        runs: &[Range<u64>],
+        fill: &mut dyn FnMut(&[VolatileSlice<'_>]),
+    ) -> io::Result<bool> {
+        self.lent += 1;
+        if !self.lends {
+            return Ok(false);
+        }
+        let mut memory = Vec::new();
+        for run in runs {
+            self.check(run.start, run.end - run.start)?;
+            memory.push(vec![0; (run.end - run.start) as usize]);
+        }
+        let slices = memory
+            .iter_mut()
+            .map(|bytes| VolatileSlice::from(&mut bytes[..]));
+        fill(&slices.collect::<Vec<_>>());
+        for (run, bytes) in runs.iter().zip(memory) {
+            self.pages(run.start, &bytes)?;
+        }
+        Ok(true)
+    }
+
     fn zeros(&mut self, address: u64, len: u64) -> io::Result<()> {
         self.check(address, len)?;
         self.counts.zero_pages += len / PAGE as u64;
@@ -70,7 +101,7 @@ impl Sink for Pages {
 
 /// Everything of `stream`, and its marks in order.
 pub fn decode(mut stream: &[u8], sink: &mut Pages) -> (Vec<u64>, Counts, bool) {
-    let from: &mut dyn Read = &mut stream;
+    let from: &mut dyn ReadPages = &mut stream;
     let mut decoder = Decoder::new().unwrap();
     let mut marks = Vec::new();
     loop {
@@ -115,6 +146,33 @@ pub fn encode(
     (out, encoder.counts())
 }
 
+/// The same, of pages that are lent.
+pub fn encode_lent(
+    pages: &BTreeMap<u64, Vec<u8>>,
+    by: Compression,
+    checksums: bool,
+) -> (Vec<u8>, Counts) {
+    let mut out = Vec::new();
+    let mut encoder = Encoder::new(by).unwrap();
+    encoder.set_checksums(checksums);
+    // Runs of pages, each in memory of its own.
+    let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
+    for (at, page) in pages {
+        match runs.last_mut() {
+            Some((start, bytes)) if *start + bytes.len() as u64 == *at => bytes.extend(page),
+            _ => runs.push((*at, page.clone())),
+        }
+    }
+    for runs in runs.chunks_mut(50) {
+        let lent = runs
+            .iter_mut()
+            .map(|(at, bytes)| (*at, VolatileSlice::from(&mut bytes[..])));
+        encoder.lent(&lent.collect::<Vec<_>>(), &mut out).unwrap();
+    }
+    encoder.mark(7, &mut out).unwrap();
+    (out, encoder.counts())
+}
+
 /// What holds for any bytes.
 pub fn run(bytes: &[u8]) {
     let mut sink = Pages::up_to(1 << 40);
@@ -128,6 +186,10 @@ pub fn run(bytes: &[u8]) {
         assert_eq!(sink.counts.data_pages, counts.data_pages);
         assert_eq!(sink.counts.zero_pages, counts.zero_pages);
     }
+    // As far as the contents are there it makes no difference where they are read into, nor where a page is in two runs.
+    let mut lending = Pages::up_to(1 << 40);
+    lending.lends = true;
+    assert_eq!(decode(bytes, &mut lending).1, counts);
     let (again, _) = encode(&sink.last, Compression::None, true);
     let mut same = Pages::up_to(1 << 40);
     let (marks, ..) = decode(&again, &mut same);
