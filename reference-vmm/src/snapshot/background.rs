@@ -45,7 +45,8 @@ use super::memory_out::MemoryOut;
 use super::packed::Compression;
 use super::pages::{PageMap, Region};
 use super::ranges::Ranges;
-use super::save::{Asked, Captured, SnapshotError, Taken, Tracking, create_memory};
+use super::save::{Asked, Captured, SnapshotError, Taken, create_memory};
+use super::written::Tracking;
 use crate::vm::Running;
 
 /// The most bytes of pages that are kept because the guest has written to them before they were on the disk, where no

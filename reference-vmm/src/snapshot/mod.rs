@@ -106,6 +106,7 @@ mod restore;
 mod save;
 mod tick;
 mod tip;
+mod written;
 
 pub use restore::{Overrides, RestoreError, RestoreRequest, Snapshot};
 pub use save::{SnapshotError, SnapshotKind, SnapshotReport, SnapshotRequest};
