@@ -55,7 +55,7 @@ pub struct MigrateRequest {
     /// By what the two know each other.
     #[serde(default)]
     pub tls: Option<TlsFiles>,
-    /// Where a [report](super::report) is written when it is over, whoever waits for that.
+    /// Where a [report] is written when it is over, whoever waits for that.
     #[serde(default)]
     pub report: Option<PathBuf>,
 }

@@ -61,7 +61,7 @@ pub fn write(record: &MigrationRecord, path: &Path) -> Result<(), ReportError> {
     Ok(())
 }
 
-/// Finds out whether a report can be [written](write) to `path`, before there is one: a file is made beside it, and removed.
+/// Finds out whether a report can be [written](fn@write) to `path`, before there is one: a file is made beside it, and removed.
 ///
 /// # Errors
 /// [`ReportError`].
