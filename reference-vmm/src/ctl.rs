@@ -7,13 +7,13 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fmt::{self, Write as _};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lexopt::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::api::Client;
-use crate::api::client::ClientError;
+use crate::api::client::{ClientError, MAX_ANSWER};
 use crate::cli::{self, UsageError};
 use crate::config::check_path;
 use crate::migration::outgoing::Order;
@@ -21,6 +21,7 @@ use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::packed::Compression;
 use crate::snapshot::{SnapshotKind, SnapshotRequest};
 
+mod due;
 mod help;
 mod migrate;
 
@@ -306,6 +307,10 @@ pub fn run(options: &Ctl, print: impl FnOnce(&str), say: impl FnOnce(fmt::Argume
     1
 }
 
+/// The most of an answer in words, bytes. Each line has all names on the way to its value, so that a few long ones may come
+/// to many times what was sent.
+const MOST_WORDS: usize = 4 * MAX_ANSWER;
+
 /// A line on its way to a terminal.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -340,18 +345,32 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
     let answer = match &options.question {
         Question::Migrate(asked) => migrate::ask(&options.api_sock, options.timeout, asked)?,
         _ => {
+            let began = Instant::now();
             let mut client = Client::connect(&options.api_sock, options.timeout)?;
+            client.wait_for(options.timeout.saturating_sub(began.elapsed()));
             client.call(method, target, body.as_ref())?
         }
     };
-    Ok(match answer.fault() {
-        Some(why) => Said::Refused(why),
-        None => Said::Yes(told(options, answer.body.unwrap_or_default())),
-    })
+    if let Some(why) = answer.fault() {
+        return Ok(Said::Refused(why));
+    }
+    let strange = |why| ClientError::Strange {
+        path: options.api_sock.clone(),
+        why,
+    };
+    if let Some(why) = due::wrong(&options.question, &answer) {
+        return Err(strange(why));
+    }
+    match told(options, answer.body.unwrap_or_default()) {
+        Some(text) => Ok(Said::Yes(text)),
+        None => Err(strange(format!(
+            "in words it has more than {MOST_WORDS} bytes; --json says it as it is"
+        ))),
+    }
 }
 
-/// The answer as it is printed.
-fn told(options: &Ctl, body: Value) -> String {
+/// The answer as it is printed; none where that would be more than [`MOST_WORDS`].
+fn told(options: &Ctl, body: Value) -> Option<String> {
     let (words, body) = match &options.question {
         Question::Pause | Question::Load(_, false) => {
             ("paused".into(), json!({ "state": "Paused" }))
@@ -381,16 +400,19 @@ fn told(options: &Ctl, body: Value) -> String {
         Question::Version => (text(&body["firecracker_version"]), body),
         Question::Config | Question::Stats => {
             let mut lines = String::new();
-            flat("", &body, &mut lines);
+            // One line of JSON is no longer than what came.
+            if !options.json && !flat("", &body, &mut lines) {
+                return None;
+            }
             // The newline of the last is added below.
             lines.pop();
             (lines, body)
         }
     };
-    match options.json {
+    Some(match options.json {
         true => format!("{body}\n"),
         false => words + "\n",
-    }
+    })
 }
 
 /// What a snapshot cost the guest.
@@ -424,25 +446,25 @@ fn text(value: &Value) -> String {
     }
 }
 
-/// A line for each number and word: where it is, and what it is.
-fn flat(path: &str, value: &Value, lines: &mut String) {
+/// A line for each number and word: where it is, and what it is. False where that comes to be more than [`MOST_WORDS`].
+fn flat(path: &str, value: &Value, lines: &mut String) -> bool {
     let below = |name: &str| match path {
         "" => name.escape_debug().to_string(),
         path => format!("{path}.{}", name.escape_debug()),
     };
     match value {
-        Value::Object(fields) if !fields.is_empty() => {
-            for (name, value) in fields {
-                flat(&below(name), value, lines);
-            }
+        Value::Object(fields) if !fields.is_empty() => fields
+            .iter()
+            .all(|(name, value)| flat(&below(name), value, lines)),
+        Value::Array(values) if !values.is_empty() => values
+            .iter()
+            .enumerate()
+            .all(|(at, value)| flat(&below(&at.to_string()), value, lines)),
+        leaf => {
+            // A string of String's takes everything.
+            let _ = writeln!(lines, "{path} {}", text(leaf));
+            lines.len() <= MOST_WORDS
         }
-        Value::Array(values) if !values.is_empty() => {
-            for (at, value) in values.iter().enumerate() {
-                flat(&below(&at.to_string()), value, lines);
-            }
-        }
-        // A string of String's takes everything.
-        leaf => drop(writeln!(lines, "{path} {}", text(leaf))),
     }
 }
 
@@ -638,6 +660,7 @@ mod tests {
             json,
             timeout: Duration::from_secs(1),
         };
+        let told = |options: &Ctl, body| told(options, body).unwrap();
         let body = json!({"a": {"b": [1, "x\n"]}, "c": []});
         let words = told(&options(Question::Stats, false), body.clone());
         assert_eq!(words, "a.b.0 1\na.b.1 x\\n\nc []\n");
@@ -669,5 +692,19 @@ mod tests {
         }
         let status = json!({ "state": "Paused" });
         assert_eq!(told(&options(Question::Status, false), status), "paused\n");
+    }
+    #[test]
+    fn a_long_name_over_many_numbers_is_refused_in_words_and_told_as_json() {
+        let mut options = Ctl {
+            api_sock: "/s".into(),
+            question: Question::Stats,
+            json: false,
+            timeout: Duration::from_secs(1),
+        };
+        let (name, numbers) = ("x".repeat(1 << 20), vec![0; 1 << 20]);
+        let body = json!({ "exits": [], name: numbers });
+        assert_eq!(told(&options, body.clone()), None);
+        options.json = true;
+        assert_eq!(told(&options, body.clone()).unwrap(), format!("{body}\n"));
     }
 }

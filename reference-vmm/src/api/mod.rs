@@ -40,6 +40,7 @@
 //! Who can connect owns the guest; the socket is its user's alone (mode 0600). What is limited is what one can do by
 //! mistake: heads, bodies, headers and connections are bounded ([`http`], [`server::MAX_CONNECTIONS`]), a client that
 //! reads nothing is read from no more, and one that is silent loses its connection to newcomers when there are too many.
+//! [`client`] in turn bounds what it takes for an answer, and how long it waits for all of it.
 //!
 //! The socket is there as soon as the configuration is known to be good, and answers when the guest has started, or is
 //! waited for: to be loaded, or to come by migration. It goes with the guest: what is under way then gets no answer.

@@ -9,7 +9,7 @@ macro_rules! with_common {
             $text,
             "  --api-sock PATH  The monitor's control socket
   --json           One line of JSON, also of a refusal (fault_message), instead of words
-  --timeout SECS   How long to wait for the answer [60]
+  --timeout SECS   How long to wait for the answer, until all of it is there [60]
   -h, --help       Show this help
 
 Exit status: 0 done; 1 the monitor refused, or is gone; 2 the arguments were wrong.
