@@ -192,6 +192,49 @@ fn what_lies_beside_an_older_snapshot_is_not_removed_with_it() {
 }
 
 #[test]
+fn none_is_put_into_another_whichever_way_leads_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    write(&HostFiles, &at("s"), "old").unwrap();
+    fs::create_dir_all(at("s/below")).unwrap();
+    std::os::unix::fs::symlink(at("s"), at("link")).unwrap();
+    std::os::unix::fs::symlink(at("s/below"), at("deep")).unwrap();
+    let before = tree(folder.path());
+    for name in [
+        "s/x",
+        "./s/x",
+        "s/below/x",
+        "s/missing/x",
+        "link/x",
+        "deep/x",
+        "s/../s/x",
+    ] {
+        let error = write(&Faulty::new(0, Some(libc::EIO)), &at(name), "new").unwrap_err();
+        let WriteError::Within { dir, snapshot } = &error else {
+            panic!("{name}: {error}");
+        };
+        assert_eq!(
+            (&**dir, snapshot),
+            (&*at(name), &fs::canonicalize(at("s")).unwrap())
+        );
+        assert!(
+            error.to_string().contains("is within the snapshot"),
+            "{error}"
+        );
+        assert_eq!(tree(folder.path()), before, "{name}");
+    }
+    fs::remove_dir(at("s/below")).unwrap();
+    // Beside it, by a way through it; it itself; and below what only has such a name.
+    fs::create_dir(at("dir")).unwrap();
+    fs::write(at("dir/state"), "idle").unwrap();
+    fs::create_dir_all(at("other/state")).unwrap();
+    for name in ["s/../beside", "s", "dir/x", "other/x"] {
+        write(&HostFiles, &at(name), "new").unwrap();
+        assert_eq!(fs::read(at(name).join("state")).unwrap(), state("new"));
+    }
+}
+
+#[test]
 fn what_comes_to_lie_there_while_a_snapshot_is_written_is_not_removed_either() {
     let names = ["thesis.tex", "state", "memory", "disk0", "disk1"];
     for (older, name) in [false, true]

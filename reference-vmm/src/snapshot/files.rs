@@ -13,6 +13,8 @@
 //! anything else lies there, before or since the snapshot began, whatever its name, it stays under it, and the snapshot is
 //! refused.
 //!
+//! None is put into the directory of another, or below it: that one would hold then what is not its own.
+//!
 //! Until the rename the older snapshot is what it was, and after it the new one is whole and durable: a crash in between
 //! leaves one of the two under the name. What it leaves under `.NAME.partial` is nobody's, for its lock went with the
 //! process, and the next snapshot of that name removes it; who wants the room before may do so by hand. A call
@@ -185,6 +187,14 @@ pub enum WriteError {
     /// There is no name in the path, as in `/` or `..`.
     #[error("{0} names no directory that a snapshot could be")]
     NoName(PathBuf),
+    /// It would be what is no file of another snapshot's, which nothing could replace or remove any more then.
+    #[error("{} is within the snapshot {}: name another directory", dir.display(), snapshot.display())]
+    Within {
+        /// Where it was to be.
+        dir: PathBuf,
+        /// The other one, without links on the way.
+        snapshot: PathBuf,
+    },
     /// Something else is there.
     #[error("{0} is there and is no snapshot: name another place, or remove it")]
     Occupied(PathBuf),
@@ -245,6 +255,7 @@ impl<'a, F: SnapshotFiles> Draft<'a, F> {
     pub fn begin(files: &'a F, target: &Path) -> Result<Self, WriteError> {
         let name = target.file_name();
         let name = name.ok_or_else(|| WriteError::NoName(target.to_owned()))?;
+        not_within(target)?;
         let replaces = look(target)?;
         let parent = match target.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
@@ -456,4 +467,31 @@ pub(super) fn same(one: &Path, other: &Path) -> bool {
 /// From the root on; as it is where the process has no current directory.
 pub(super) fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// Refuses a `target` that has a snapshot above it, whichever links and dots lead there.
+fn not_within(target: &Path) -> Result<(), WriteError> {
+    let above = absolute(target);
+    // What is not there yet, and so cannot be made there, is left to who finds that out.
+    let mut there = above.ancestors().skip(1);
+    let there = there.find_map(|above| std::fs::canonicalize(above).ok());
+    let mut there = there.iter().flat_map(|above| above.ancestors());
+    match there.find(|above| is_snapshot(above)) {
+        Some(snapshot) => Err(WriteError::Within {
+            dir: target.to_owned(),
+            snapshot: snapshot.to_owned(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Whether what can be read of `dir` says so.
+fn is_snapshot(dir: &Path) -> bool {
+    let path = dir.join(STATE);
+    // Something else might wait for a writer when it is opened.
+    let is_file = std::fs::metadata(&path).is_ok_and(|state| state.is_file());
+    let mut magic = [0; super::format::MAGIC.len()];
+    let state = is_file.then(|| File::open(&path));
+    let read = state.map(|state| state?.read_exact_at(&mut magic, 0));
+    matches!(read, Some(Ok(()))) && magic == super::format::MAGIC
 }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use super::chain::Chain;
 use super::disks::{self, CopyError};
-use super::files::{Draft, MEMORY, STATE, SnapshotFiles, WriteError, absolute, same};
+use super::files::{Draft, MEMORY, STATE, SnapshotFiles, WriteError, same};
 use super::format::{self, Kind, SnapshotId};
 use super::machine::StateError;
 use super::memory_out::MemoryOut;
@@ -54,16 +54,6 @@ pub enum MergeError {
     /// The result was to replace what it is made of.
     #[error("{0} is one of the chain that is merged: name another directory")]
     OntoItself(PathBuf),
-    /// The result was to be within what it is made of.
-    #[error(
-        "{to} is within {link}, which is one of the chain that is merged: name another directory"
-    )]
-    Within {
-        /// The result.
-        to: PathBuf,
-        /// The snapshot that it would be in.
-        link: PathBuf,
-    },
     /// What comes out cannot be written.
     #[error(transparent)]
     Write(#[from] SnapshotError),
@@ -86,10 +76,13 @@ impl MergeError {
     pub fn exit_status(&self) -> u8 {
         match self {
             MergeError::Read(error) => error.exit_status(),
-            MergeError::OntoItself(_) | MergeError::Within { .. } => 2,
+            MergeError::OntoItself(_) => 2,
             // What is there is not for it, by what the command line says.
             MergeError::Write(SnapshotError::Write(
-                WriteError::NoName(_) | WriteError::Occupied(_) | WriteError::Foreign { .. },
+                WriteError::NoName(_)
+                | WriteError::Within { .. }
+                | WriteError::Occupied(_)
+                | WriteError::Foreign { .. },
             )) => 2,
             MergeError::Write(_) => 1,
         }
@@ -116,14 +109,6 @@ pub fn merge(
         .any(|link| same(link.dir(), &request.to))
     {
         return Err(MergeError::OntoItself(request.to.clone()));
-    }
-    let above = absolute(&request.to);
-    let mut links = chain.links().iter();
-    if let Some(link) = links.find(|link| above.ancestors().any(|above| same(link.dir(), above))) {
-        return Err(MergeError::Within {
-            to: request.to.clone(),
-            link: link.dir().to_owned(),
-        });
     }
     let path = newest.dir().join(STATE);
     let unreadable = |source| RestoreError::State {
