@@ -19,8 +19,8 @@
 //!    …       the contents: the pages of the other runs, one behind the other, at most 1 MiB
 //! ```
 //!
-//! Checksums are CRC-32, as gzip's. A mark says where in the stream something is, a round's end say; what it is, is for
-//! the two sides.
+//! A page is in one run of a frame: of one that is in two, which of them counts is not said. Checksums are CRC-32, as
+//! gzip's. A mark says where in the stream something is, a round's end say; what it is, is for the two sides.
 //!
 //! # What is copied, and why
 //!
@@ -39,9 +39,9 @@
 //! # Bounds
 //!
 //! A frame has [`MOST_CONTENTS`] bytes of pages and [`MOST_RUNS`] runs at most, and both sides keep one frame, made at the
-//! beginning: nothing is allocated by what comes. Whether a run is in guest memory only the [`Sink`] knows, and it is asked
-//! before anything is written. A length of zeros has no bound here but the address space's: it costs the sender as little
-//! as it likes, and the sink should make it cost little too.
+//! beginning: nothing is allocated by what comes, but a list of a frame's runs where their memory is lent. Whether a run
+//! is in guest memory only the [`Sink`] knows, and it is asked before anything is written. A length of zeros has no bound
+//! here but the address space's: it costs the sender as little as it likes, and the sink should make it cost little too.
 //!
 //! # Checksums
 //!

@@ -222,9 +222,10 @@ impl SourceGuest for LiveGuest<'_> {
         let table = self.running.memory();
         let mut lent = Vec::with_capacity(pages.len());
         for Range { start, end } in pages.iter().cloned() {
-            let failed = |error| Refusal(format!("at {start:#x}: {}", Chain(&error)));
-            file_pages::find(&table, start..end).map_err(failed)?;
             let len = usize::try_from(end.saturating_sub(start)).unwrap_or(usize::MAX);
+            // Who looks for zeros in a page that is gone ends by a signal.
+            let found = file_pages::find(&table, start..end);
+            found.map_err(|error| Refusal(format!("at {start:#x}: {}", Chain(&error))))?;
             let mut at = start;
             for slice in GuestMemoryBackend::get_slices(&*table, GuestAddress(start), len) {
                 let slice = slice.map_err(|error| Refusal(format!("at {at:#x}: {error}")))?;

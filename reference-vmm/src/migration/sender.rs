@@ -172,15 +172,26 @@ pub(super) fn send_round<G: SourceGuest, D: Dirty, W: Wire>(
 
 /// Pages that are to be sent on one connection, as many as a frame has: so what few pages lie together need no frame of
 /// their own.
-#[derive(Default)]
 struct Batch {
     pages: Vec<Range<u64>>,
     bytes: u64,
+    /// The guest's memory is lent. Else it is copied at once into a frame, which may wait itself.
+    lent: bool,
     /// Why the guest did not give them.
     refused: Option<Refusal>,
 }
 
 impl Batch {
+    fn of<G: SourceGuest>(guest: &G) -> Self {
+        Batch {
+            pages: Vec::new(),
+            bytes: 0,
+            // An error comes again with pages.
+            lent: guest.lend(&[], &mut |_| {}).unwrap_or(true),
+            refused: None,
+        }
+    }
+
     fn add(&mut self, pages: Range<u64>) {
         self.bytes += pages.end - pages.start;
         match self.pages.last_mut() {
@@ -196,7 +207,7 @@ impl Batch {
             true => STRIPE,
             false => MOST_CONTENTS as u64,
         };
-        self.bytes >= full
+        !self.lent || self.bytes >= full
     }
 
     /// Sends them, from the guest's own memory where it is lent.
@@ -266,7 +277,7 @@ impl Stripes {
         let Lane { wire, encoder } = lane;
         let patient = Patient::new(wire, watch);
         let mut out = Limited::new(patient, settings.limit.clone());
-        let mut batch = Batch::default();
+        let mut batch = Batch::of(guest);
         let mut result = Ok(());
         let mut before = encoder.counts();
         let mut count = |now: Counts| {
@@ -305,10 +316,11 @@ impl Stripes {
                 for hole in holes.into_iter().chain([after]) {
                     let Range { start, end } = hole;
                     batch.add(from..start.max(from));
-                    result = encoder.zeros(start, end - start, &mut out);
-                    if result.is_ok() && batch.is_full(&settings.limit) {
-                        result = batch.send(guest, encoder, &mut out);
-                    }
+                    let sent = match batch.is_full(&settings.limit) {
+                        true => batch.send(guest, encoder, &mut out),
+                        false => Ok(()),
+                    };
+                    result = sent.and_then(|()| encoder.zeros(start, end - start, &mut out));
                     if result.is_err() {
                         return false;
                     }
