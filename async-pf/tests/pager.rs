@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use async_pf::pager::{
     GiveUp, Lost, LostReason, PagedSlot, Pager, PagerConfig, PagerEvents, PrefetchError, StartError,
 };
+use async_pf::working_set::Recorder;
 use async_pf::{
     CompositeSource, Fetched, FilePiece, FileSource, Lane, PageSource, SourceError, ZeroSource,
 };
@@ -656,4 +657,48 @@ fn bad_requests_are_refused_with_their_values_and_change_nothing() {
     assert!(!unfinished.pager.wait(Duration::ZERO));
     unfinished.pager.prefetch_rest();
     assert!(unfinished.pager.wait(LONG), "it goes on");
+}
+
+#[test]
+fn what_someone_faulted_on_is_recorded_and_what_came_before_is_not() {
+    let world = World::new();
+    let record = Arc::new(Recorder::new(Gfn(0), 0x200, 64, [7; 16]).unwrap());
+    let config = PagerConfig {
+        record: Some(Arc::clone(&record)),
+        window: P,
+        ..PagerConfig::default()
+    };
+    let pager = world.start(Scripted::default(), config);
+    pager.prefetch(0, Gfn(0x110)..Gfn(0x112)).unwrap();
+    until("it is there", || {
+        (pager.progress().missing == PAGES - 2).then_some(())
+    });
+    for page in [9, 0x10, 3, 9] {
+        assert!(matches!(world.touch(page), Touch::Done));
+    }
+    let order: Vec<_> = record.so_far().order().map(|gfn| gfn.0).collect();
+    assert_eq!(order, [0x109, 0x103]);
+}
+
+#[test]
+fn a_pager_that_is_closed_by_one_owner_poisons_what_is_missing_and_waits_no_more_for_another() {
+    let world = World::new();
+    let pager = Arc::new(world.start(Scripted::default(), PagerConfig::default()));
+    let waits = Arc::clone(&pager);
+    let waits = thread::spawn(move || waits.wait(LONG));
+    pager.close();
+    assert!(!waits.join().unwrap(), "all of it came");
+    assert!(matches!(world.touch(5), Touch::Poisoned));
+    pager.close();
+}
+
+#[test]
+fn a_source_of_ones_own_says_itself_whether_to_ask_again() {
+    let of = |transient| SourceError::Other {
+        gfn: Gfn(0x1f),
+        transient,
+        source: "it is gone".into(),
+    };
+    assert!(of(true).is_transient() && !of(false).is_transient());
+    assert_eq!(of(true).to_string(), "gfn 0x1f: it is gone");
 }

@@ -53,6 +53,7 @@ pub mod sleeper;
 pub mod state;
 pub mod tally;
 pub mod vcpu;
+pub mod verifier;
 pub mod virtio;
 
 pub use page_sequence::{page_sequence, page_sequence_step};

@@ -71,7 +71,7 @@ impl Drop for RawTerminal {
 }
 
 /// Puts the terminal back as it was, once.
-fn restore() {
+pub(crate) fn restore() {
     if let Ok(mut slot) = SAVED.try_lock()
         && let Some((fd, saved)) = slot.take()
         && !in_background(fd)

@@ -16,6 +16,7 @@ use crate::api::Client;
 use crate::api::client::{ClientError, MAX_ANSWER};
 use crate::cli::{self, UsageError};
 use crate::config::check_path;
+use crate::lazy;
 use crate::migration::outgoing::Order;
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::packed::Compression;
@@ -396,7 +397,11 @@ fn told(options: &Ctl, body: Value) -> Option<String> {
         }
         Question::MigrateOrder(order) => ("settled".into(), json!({ "order": order })),
         Question::PowerButton => ("pressed".into(), json!({ "pressed": true })),
-        Question::Status => (text(&body["state"]).to_lowercase(), body),
+        Question::Status => {
+            let state = text(&body["state"]).to_lowercase();
+            let coming = lazy::coming(&body["lazy"]);
+            (state + &coming.unwrap_or_default(), body)
+        }
         Question::Version => (text(&body["firecracker_version"]), body),
         Question::Config | Question::Stats => {
             let mut lines = String::new();

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use dirty_log::DirtyRings;
 use io_bus::{Dispatcher, Interrupter, IoBus, MappedRing, Outcome};
-use kvm_core::arch::x86_64::RegisterDump;
+use kvm_core::arch::x86_64::{MachineCheck, McaVendor, RegisterDump};
 use kvm_core::{
     Exit, ExitHandler, Flow, Halt, HaltReason, HostAddress, Identity, MemoryError, Remedy, Request,
     Requests, Runner, Vcpu, VcpuId, VcpuView, vcpu_unimpl,
@@ -50,6 +50,8 @@ pub(crate) struct Shared<P> {
     /// What may owe the guest an interrupt.
     pub(crate) owing: [Arc<dyn Owing>; 2],
     pub(crate) end: Arc<EndSignal>,
+    /// The guest learns of memory that does not come, if KVM tells enough of it: how many vCPUs it has.
+    pub(crate) machine_checks: Option<usize>,
     /// The vCPUs are being stopped: nobody waits for a deferred answer any more.
     pub(crate) stopping: Arc<AtomicBool>,
 }
@@ -299,6 +301,13 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
 
     /// Going on would give the guest what is not in its memory.
     fn memory_error(&mut self, vcpu: &VcpuView<'_, VcpuFd>, error: &MemoryError) -> Remedy<Stop> {
+        if let Some(vcpus) = self.shared.machine_checks
+            && error.is_restartable()
+            && raise_machine_check(vcpu, error, vcpus)
+        {
+            log::warn!("vCPU {}: {error}: the guest has a machine check", vcpu.id());
+            return Remedy::RunOn;
+        }
         self.tell(GuestEnd::Failed(format!("vCPU {}: {error}", vcpu.id())));
         Remedy::Stop(Stop::Ended)
     }
@@ -309,6 +318,20 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
             timeline().mark(Event::FirstEntry);
         }
     }
+}
+
+/// Whether the vCPU has a machine check of `error` now. Not where its guest would wait for the other processors' (Intel's).
+fn raise_machine_check(vcpu: &VcpuView<'_, VcpuFd>, error: &MemoryError, vcpus: usize) -> bool {
+    let cpuid = vcpu.fd().get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
+    let vendor = cpuid.map(|cpuid| McaVendor::of(cpuid.as_slice()));
+    let check = vendor.ok().and_then(|of| MachineCheck::of(error, of));
+    let Some(check) = check.filter(|check| vcpus == 1 || check.for_others().is_none()) else {
+        return false;
+    };
+    let raised = check.raise(vcpu.fd());
+    raised
+        .inspect_err(|errno| log::warn!("vCPU {}: no machine check: {errno}", vcpu.id()))
+        .is_ok()
 }
 
 pub(crate) fn show_registers(vcpu: &VcpuView<'_, VcpuFd>) {

@@ -45,7 +45,8 @@
 //! port, a thread named `com1-drain` takes the output out of KVM's ring ([`devices::coalesce`]). With
 //! `--gdb` a thread named `gdb` serves the debugger ([`gdb`]), and with `--api-sock` one named `api` the control socket
 //! ([`api`]); without them there is nothing of that. A virtio device whose
-//! driver is ready has a thread for each of its handlers, with the device's name ([`devices::virtio`]).
+//! driver is ready has a thread for each of its handlers, with the device's name ([`devices::virtio`]). Memory that comes
+//! while the guest runs ([`lazy`]) is brought by threads named `pager-…`, and `lazy` until all of it is there.
 //!
 //! # Threat model
 //!
@@ -90,6 +91,7 @@ mod file_pages;
 pub mod gdb;
 pub mod host_memory;
 pub mod kvm_stats;
+pub mod lazy;
 pub mod logger;
 pub mod main_loop;
 pub mod memory;

@@ -17,6 +17,7 @@ use serde::Serialize;
 use vm_memory::GuestAddress;
 
 use crate::kvm_stats::KvmStats;
+use crate::lazy::LazyStats;
 
 /// What a vCPU came out of the guest for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,6 +194,8 @@ pub struct Stats {
     pub slots: Vec<SlotStats>,
     /// What KVM itself counted; `None` where it was not asked, or has no statistics.
     pub kvm: Option<KvmStats>,
+    /// What memory's coming took, of a guest that ran before it was read; `None` of others.
+    pub lazy: Option<LazyStats>,
 }
 
 /// A device's name and where it was registered, for [`Stats::collect`].
@@ -276,6 +279,7 @@ impl Stats {
             unclaimed,
             slots: slots.collect(),
             kvm: None,
+            lazy: None,
         }
     }
 
@@ -338,7 +342,8 @@ impl fmt::Display for Stats {
         table(f, &slots)?;
 
         let mut kvm = self.kvm.iter().flat_map(KvmStats::tables);
-        kvm.try_for_each(|rows| table(f, &rows))
+        kvm.try_for_each(|rows| table(f, &rows))?;
+        self.lazy.iter().try_for_each(|lazy| lazy.fmt(f))
     }
 }
 
@@ -495,6 +500,7 @@ mod tests {
                 slot(40, "shared hugetlb pages", true),
             ],
             kvm: None,
+            lazy: None,
         };
         let text = stats.to_string();
         let lines: Vec<&str> = text.lines().collect();

@@ -236,6 +236,16 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
         nets: vec![],
         uds: None,
         clock: None,
+        lazy: false,
+        handler: None,
+    };
+    let lazy = LoadRequest {
+        lazy: true,
+        ..load.clone()
+    };
+    let handled = LoadRequest {
+        handler: Some("/run/handler".into()),
+        ..load.clone()
     };
     let all = LoadRequest {
         resume: true,
@@ -256,6 +266,11 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
                 "track_dirty_pages": false, "enable_diff_snapshots": false, "network_overrides": []}"#,
             &load,
         ),
+        (
+            r#"{"snapshot_path": "/s", "mem_backend": {"backend_type": "Uffd", "backend_path": "/run/handler"}}"#,
+            &handled,
+        ),
+        (r#"{"snapshot_path": "/s", "lazy": true}"#, &lazy),
         (
             r#"{"snapshot_path": "/s", "resume_vm": true, "track_dirty_pages": true, "vsock_override": {"uds_path": "/v"}, "clock_realtime": false,
                 "network_overrides": [{"iface_id": "net0", "host_dev_name": "tap5"},
@@ -280,8 +295,8 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
             "leave mem_file_path out",
         ),
         (
-            r#"{"snapshot_path": "/s", "mem_backend": {"backend_type": "Uffd", "backend_path": "/s/memory"}}"#,
-            "backend_type is File",
+            r#"{"snapshot_path": "/s", "mem_backend": {"backend_type": "Socket", "backend_path": "/s/memory"}}"#,
+            "Socket",
         ),
         (
             r#"{"snapshot_path": "/s", "mem_backend": {"backend_type": "File", "backend_path": "/m"}}"#,

@@ -180,3 +180,75 @@ fn linux_at_work_goes_on_from_a_snapshot_in_the_background_and_so_does_its_origi
     worked(first);
     worked(restored.stdin_pipe().limit(LIMIT).start());
 }
+
+#[test]
+#[ignore = "needs the lab: cargo xtask test"]
+fn linux_goes_on_before_its_memory_is_read() {
+    need_kvm();
+    let script = "
+        dd if=/dev/urandom of=/dev/vda bs=64k count=32 conv=fsync 2>/dev/null
+        dd if=/dev/urandom of=/tmp/a bs=64k count=128 2>/dev/null
+        md5sum /dev/vda /tmp/a >/tmp/sum
+        echo guest: ready
+        read line
+        ( while [ ! -e /tmp/stop ]; do cat /tmp/a >/tmp/b; done ) &
+        echo 3 >/proc/sys/vm/drop_caches
+        md5sum -c /tmp/sum >/tmp/said || echo guest: damaged
+        dd if=/dev/urandom of=/dev/vda bs=64k count=8 conv=fsync 2>/dev/null
+        touch /tmp/stop
+        wait
+        cmp /tmp/a /tmp/b || echo guest: damaged
+        echo kept $(grep -c OK /tmp/said)
+    ";
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let disk = std::fs::File::create(at("disk")).unwrap();
+    disk.set_len(2 << 20).unwrap();
+    let cmdline = format!(
+        "console=ttyS0 quiet guest.modules=virtio_blk guest.script={}",
+        base64(script)
+    );
+    let mut first = Vmm::run(lab_file("vmlinuz-6.12"))
+        .arg("--initrd")
+        .arg(lab_file("initrd-devices.cpio.gz"))
+        .args(["--cmdline", &cmdline, "--cpus", "2"])
+        .args(["--disk", &format!("path={}", at("disk").display())])
+        .arg("--api-sock")
+        .arg(at("api"))
+        .stdin_pipe()
+        .limit(LIMIT)
+        .start();
+    first.wait_for("guest: ready");
+    for words in [
+        &["pause"][..],
+        &["snapshot", at("plain").to_str().unwrap()],
+        &[
+            "snapshot",
+            at("packed").to_str().unwrap(),
+            "--compress",
+            "zstd",
+        ],
+    ] {
+        let asked = Vmm::command(["ctl", "--api-sock"])
+            .arg(at("api"))
+            .args(words);
+        asked.limit(LIMIT).output().expect_status(0);
+    }
+    first.signal(libc::SIGTERM);
+    first.wait().expect_status(0);
+    for (from, words) in [
+        ("plain", "--record=3"),
+        ("plain", "--lazy"),
+        ("plain", "--lazy --verify=off"),
+        ("packed", "--lazy"),
+    ] {
+        std::fs::copy(at("disk"), at("copy")).unwrap();
+        let restore = Vmm::command(["restore", "--from"])
+            .arg(at(from))
+            .args(["--disk", &format!("0:path={}", at("copy").display())])
+            .words(words);
+        let kept = go(restore.stdin_pipe().limit(LIMIT).start(), "kept ");
+        assert_eq!(kept.trim(), "2", "{from} {words}");
+    }
+    assert!(at("plain").join("working_set").exists());
+}

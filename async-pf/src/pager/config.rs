@@ -14,6 +14,7 @@ use memslots::{Errno, Gfn, Hva};
 
 use super::book::Limits;
 use crate::SourceError;
+use crate::working_set::Recorder;
 
 /// What becomes of a page that will not come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -138,6 +139,9 @@ pub struct PagerConfig {
     pub give_up: GiveUp,
     /// Who is told.
     pub events: Arc<dyn PagerEvents>,
+    /// Notes each page that someone faulted on. What came before it was touched is in no record: where all of them are to
+    /// be, let [`window`](Self::window) be a page and nothing be prefetched.
+    pub record: Option<Arc<Recorder>>,
     /// How threads are made; they end when the pager is dropped or finished.
     pub spawn: Arc<Spawn>,
 }
@@ -156,6 +160,7 @@ impl Default for PagerConfig {
             backlog: 1024,
             give_up: GiveUp::default(),
             events: Arc::new(()),
+            record: None,
             spawn: Arc::new(|name, run| thread::Builder::new().name(name).spawn(run).map(drop)),
         }
     }

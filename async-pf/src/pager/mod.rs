@@ -285,11 +285,14 @@ impl Pager {
     }
 
     /// Waits until every page is there, lost or given back, for this long at most, and says whether they are. Without
-    /// [`prefetch_rest`](Self::prefetch_rest), only what is touched comes.
+    /// [`prefetch_rest`](Self::prefetch_rest), only what is touched comes. Ends early when the pager does.
     pub fn wait(&self, limit: Duration) -> bool {
         let until = sync::now().checked_add(limit);
         let mut state = self.shared.lock();
         while !state.book.is_complete() {
+            if state.stop {
+                return false;
+            }
             let left = until.map_or(limit, |until| until.saturating_duration_since(sync::now()));
             if left.is_zero() {
                 return false;
@@ -321,6 +324,13 @@ impl Pager {
         Ok(self.end())
     }
 
+    /// Ends it for all who share it, as its drop does for one: see there.
+    pub fn close(&self) {
+        self.shared.stop();
+        self.shared.abandon();
+        drop(self.end());
+    }
+
     /// Ends the threads and takes the roles.
     fn end(&self) -> Vec<FillRole> {
         self.shared.stop();
@@ -339,9 +349,7 @@ impl Drop for Pager {
     /// Ends the threads; a worker inside its source is not waited for, and ends when that answers. What is missing is
     /// poisoned, or left to whoever fills next ([`GiveUp`]).
     fn drop(&mut self) {
-        self.shared.stop();
-        self.shared.abandon();
-        drop(self.end());
+        self.close();
     }
 }
 

@@ -287,6 +287,9 @@ impl Shared {
                 None => Answer::Continue(place),
             });
         }
+        if let (Some(record), Some(slot)) = (&self.config.record, self.slots.get(place.slot)) {
+            record.touch(slot.gfn(place.page));
+        }
         match book.fault(place, now) {
             Told::InLine => None,
             Told::Placed => {

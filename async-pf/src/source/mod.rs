@@ -95,6 +95,16 @@ pub enum SourceError {
         /// Why.
         source: Arc<PeerError>,
     },
+    /// A source of the consumer's own failed.
+    #[error("gfn {:#x}: {source}", gfn.0)]
+    Other {
+        /// The first page asked for.
+        gfn: Gfn,
+        /// Whether asking again may help.
+        transient: bool,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
 }
 
 impl SourceError {
@@ -106,6 +116,7 @@ impl SourceError {
         match self {
             Self::Read { .. } => true,
             Self::Peer { source, .. } => source.is_transient(),
+            Self::Other { transient, .. } => *transient,
             _ => false,
         }
     }

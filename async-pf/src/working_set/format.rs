@@ -38,7 +38,8 @@ pub const MOST_PAGES: u64 = 1 << 32;
 /// The most bytes that a record may have.
 pub const MOST_BYTES: usize = 256 << 20;
 
-const MAGIC: [u8; 8] = *b"\x89RWS\r\n\x1a\n";
+/// What a record begins with.
+pub const MAGIC: [u8; 8] = *b"\x89RWS\r\n\x1a\n";
 const VERSION: u32 = 1;
 const HEADER: usize = 64;
 const TAIL: usize = 4;

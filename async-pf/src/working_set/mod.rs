@@ -56,7 +56,7 @@ mod recorder;
 mod usage;
 
 pub use file::FileError;
-pub use format::{MOST_BYTES, MOST_PAGES, RecordError};
+pub use format::{MAGIC, MOST_BYTES, MOST_PAGES, RecordError};
 pub use heat_map::HeatMap;
 pub use plan::{HoldOut, PlanLimits, Read, ReplayPlan};
 pub use record::{Run, WorkingSet};

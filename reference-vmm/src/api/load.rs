@@ -45,6 +45,10 @@ pub struct LoadRequest {
     pub uds: Option<PathBuf>,
     /// What the guest sees of the time between.
     pub clock: Option<ClockRestore>,
+    /// The guest runs before its memory is read.
+    pub lazy: bool,
+    /// The Unix socket of a page-fault handler in another process, which brings its memory.
+    pub handler: Option<PathBuf>,
 }
 
 impl LoadRequest {
@@ -61,6 +65,12 @@ impl LoadRequest {
         }
         request.clock = self.clock.unwrap_or(request.clock);
         request.track |= self.track;
+        if self.lazy || self.handler.is_some() {
+            let lazy = request.lazy.get_or_insert_default();
+            if self.handler.is_some() {
+                lazy.handler.clone_from(&self.handler);
+            }
+        }
         request
     }
 }
@@ -305,6 +315,8 @@ mod tests {
             nets: vec![(1, "t1".into())],
             uds: None,
             clock: None,
+            lazy: false,
+            handler: None,
         }
     }
 

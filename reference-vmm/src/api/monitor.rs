@@ -102,7 +102,13 @@ impl Monitor for Machine<'_> {
             Err(error) => Outcome::Refused(error.to_string()),
         };
         match action {
-            Action::Describe => Outcome::Json(describe(state(self.running.state())).to_string()),
+            Action::Describe => {
+                let mut who = describe(state(self.running.state()));
+                if let Some(lazy) = self.running.lazy_progress() {
+                    who["lazy"] = json!(lazy);
+                }
+                Outcome::Json(who.to_string())
+            }
             Action::Version => version(),
             Action::MachineConfig => Outcome::Json(self.machine_config.to_string()),
             Action::VmConfig => Outcome::Json(self.vm_config.to_string()),

@@ -153,6 +153,9 @@ struct Load {
     network_overrides: Vec<NetworkOverride>,
     vsock_override: Option<VsockOverride>,
     clock_realtime: Option<bool>,
+    /// Not Firecracker's.
+    #[serde(default)]
+    lazy: bool,
 }
 
 #[derive(Deserialize)]
@@ -183,6 +186,7 @@ struct VsockOverride {
 
 impl Load {
     fn request(self) -> Result<LoadRequest, Response> {
+        let mut handler = None;
         let file = match (self.mem_file_path, self.mem_backend) {
             (Some(_), Some(_)) => {
                 let text = "too many fields: mem_backend and mem_file_path are the same thing.";
@@ -191,9 +195,10 @@ impl Load {
             (file, None) => file,
             (None, Some(backend)) => match backend.backend_type {
                 BackendType::File => Some(backend.backend_path),
+                // Not a file: the socket of who has it.
                 BackendType::Uffd => {
-                    let text = "Guest memory comes from the snapshot's own file here: backend_type is File.";
-                    return Err(bad(text.into()));
+                    handler = Some(backend.backend_path);
+                    None
                 }
             },
         };
@@ -216,6 +221,8 @@ impl Load {
             // The second is the first's older name.
             track: self.track_dirty_pages || self.enable_diff_snapshots,
             uds: self.vsock_override.map(|of| of.uds_path),
+            lazy: self.lazy,
+            handler,
             clock: self.clock_realtime.map(|advanced| match advanced {
                 true => ClockRestore::Advanced,
                 false => ClockRestore::AsSaved,

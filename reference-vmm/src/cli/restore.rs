@@ -5,6 +5,7 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use kvm_core::arch::x86_64::state::ClockRestore;
 use lexopt::prelude::*;
@@ -13,6 +14,7 @@ use super::{Command, Run, UsageError, device};
 use crate::config::{Config, check_path};
 use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::net::{Mac, NetConfig};
+use crate::lazy::{LazyRequest, OnLoss};
 use crate::migration::address::Address;
 use crate::migration::incoming::IncomingRequest;
 use crate::migration::tls::TlsFiles;
@@ -51,6 +53,18 @@ Options:
   --verify=off             Guest memory is not compared with its checksums, which reads all of it; for loads by
                            the control socket as well
   --map=off                Guest memory is read and not mapped, so that `ctl snapshot --background` can be used
+  --lazy                   The guest runs before its memory is read: what it touches comes first, the rest behind
+                           it. With --verify each MiB of a file is checked before it is used. Leave the files
+                           alone until all is there (`ctl status`)
+  --on-loss stop|poison    If memory does not come (an I/O error, a file that was damaged, cut off or changed):
+                           the guest is stopped with the reason and status 1, or it goes on, and has a machine
+                           check where it touches that memory if KVM tells enough of it [stop]
+  --page-deadline SECS     The longest that anybody waits for memory [10]
+  --record[=SECS]          For so long [10] only what the guest touches is brought, and is recorded in the
+                           snapshot's directory (`working_set`): the next --lazy reads it ahead
+  --page-handler SOCKET    A page-fault handler of Firecracker's listens there, in another process, and brings
+                           memory. If it ends, memory does not come; if it hangs, so does the guest
+                           (Each of these four means --lazy)
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --track-dirty-pages      Track what the guest writes from the snapshot on, so that `ctl snapshot --base DIR` may
                            build on it
@@ -186,6 +200,10 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
                 request.disks_to = Some(folder);
             }
             Long("track-dirty-pages") if !incoming => request.track = true,
+            Long(flag) if !incoming && is_lazy(flag) => {
+                let flag = flag.to_owned();
+                take_lazy(&flag, request.lazy.get_or_insert_default(), &mut parser)?;
+            }
             Long("kvm") => {
                 let kvm: PathBuf = parser.value()?.into();
                 check_path("--kvm", &kvm)?;
@@ -221,6 +239,52 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
     }
     Ok(Command::Run(Box::new(run)))
 }
+
+/// Whether this flag is about memory that comes later.
+fn is_lazy(flag: &str) -> bool {
+    matches!(
+        flag,
+        "lazy" | "on-loss" | "page-deadline" | "page-handler" | "record"
+    )
+}
+
+/// Takes one of them.
+fn take_lazy(
+    flag: &str,
+    lazy: &mut LazyRequest,
+    parser: &mut lexopt::Parser,
+) -> Result<(), UsageError> {
+    let seconds = |flag, value| {
+        let seconds = super::number_within(flag, value, 1..=86_400)?;
+        Ok::<_, UsageError>(Duration::from_secs(seconds.into()))
+    };
+    match flag {
+        "on-loss" => {
+            lazy.on_loss = parser.value()?.parse_with(|word| match word {
+                "stop" => Ok(OnLoss::Stop),
+                "poison" => Ok(OnLoss::Poison),
+                _ => Err("--on-loss is stop or poison"),
+            })?;
+        }
+        "page-deadline" => lazy.deadline = seconds("--page-deadline", parser.value()?)?,
+        "page-handler" => {
+            let path = PathBuf::from(parser.value()?);
+            check_path("--page-handler", &path)?;
+            lazy.handler = Some(path);
+        }
+        "record" => {
+            let time = parser
+                .optional_value()
+                .map(|value| seconds("--record", value));
+            lazy.record = Some(time.transpose()?.unwrap_or(RECORDED));
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// How long what the guest touches is recorded, where nobody says.
+const RECORDED: Duration = Duration::from_secs(10);
 
 /// The files of TLS, as they are read from flags.
 #[derive(Default)]

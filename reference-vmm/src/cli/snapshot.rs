@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use async_pf::working_set::HeatMap;
 use lexopt::prelude::*;
 use serde_json::json;
 
@@ -18,7 +19,7 @@ use crate::snapshot::merge::{self, MergeRequest};
 pub const SNAPSHOT_HELP: &str = "\
 Look at snapshots, check them, and make one of many. No guest runs for it, and there need be no KVM.
 
-Usage: reference-vmm snapshot info DIR [--json]
+Usage: reference-vmm snapshot info DIR [--json|--heat-map]
        reference-vmm snapshot verify DIR [--json]
        reference-vmm snapshot merge DIR... --to OUT [--compress zstd] [--json]
        reference-vmm snapshot COMMAND --help
@@ -41,9 +42,11 @@ pub const INFO_HELP: &str = "\
 Say what the snapshot in DIR is: its number, its moment, what it builds on, memory, devices, disks. Memory is not
 read; of a chain that is broken it is said why.
 
-Usage: reference-vmm snapshot info DIR [--json]
+Usage: reference-vmm snapshot info DIR [--json|--heat-map]
 
 Options:
+  --heat-map       Which pages a guest touched first when it went on from there, where a restore has recorded that
+                   (`restore --record`), as a picture
   --json           One line of JSON, also of a refusal (fault_message), instead of words
   -h, --help       Show this help
 
@@ -98,6 +101,8 @@ pub struct SnapshotCommand {
 pub enum SnapshotTask {
     /// Say what it is.
     Info(PathBuf),
+    /// Say which of its pages a guest touches first.
+    HeatMap(PathBuf),
     /// Check it.
     Verify(PathBuf),
     /// Make one of many.
@@ -107,12 +112,14 @@ pub enum SnapshotTask {
 /// Reads the command line behind the word.
 pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     let (mut word, mut dirs, mut to, mut json) = (None, Vec::new(), None, false);
+    let mut heat_map = false;
     let mut form = None;
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return help(word, &mut parser),
             Value(first) if word.is_none() && first == "help" => return help(None, &mut parser),
             Long("json") => json = true,
+            Long("heat-map") => heat_map = true,
             Long("to") => {
                 let path = PathBuf::from(parser.value()?);
                 check_path("--to", &path)?;
@@ -133,6 +140,9 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     if !is_merge && (to.is_some() || form.is_some()) {
         return wrong("--to and --compress are options of snapshot merge".into());
     }
+    if heat_map && (json || word.as_deref() != Some("info")) {
+        return wrong("--heat-map is an option of snapshot info, and a picture, not JSON".into());
+    }
     let task = match (word.as_deref(), &*dirs, to) {
         (Some("merge"), [_, ..], Some(to)) => SnapshotTask::Merge(MergeRequest {
             dirs,
@@ -144,6 +154,7 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 "snapshot merge: the snapshot's directory and --to OUT are wanted".into(),
             );
         }
+        (Some("info"), [dir], _) if heat_map => SnapshotTask::HeatMap(dir.clone()),
         (Some("info"), [dir], _) => SnapshotTask::Info(dir.clone()),
         (Some("verify"), [dir], _) => SnapshotTask::Verify(dir.clone()),
         (Some(word @ ("info" | "verify")), _, _) => {
@@ -186,6 +197,9 @@ pub fn run(
         SnapshotTask::Info(dir) => SnapshotInfo::read(dir)
             .map(|info| (info.json(), info.to_string()))
             .map_err(|error| (error.exit_status(), Chain(&error).to_string())),
+        SnapshotTask::HeatMap(dir) => SnapshotInfo::read(dir)
+            .map_err(|error| (error.exit_status(), Chain(&error).to_string()))
+            .and_then(|info| heat_map(dir, &info)),
         SnapshotTask::Verify(dir) => info::verify(dir)
             .map(|links| verified(dir, links))
             .map_err(|error| (error.exit_status(), Chain(&error).to_string())),
@@ -209,6 +223,17 @@ pub fn run(
             status
         }
     }
+}
+
+/// A character for so many pages that all of memory is 16 lines of 64.
+fn heat_map(dir: &Path, info: &SnapshotInfo) -> Result<(serde_json::Value, String), (u8, String)> {
+    let Some(record) = &info.working_set else {
+        let dir = shown(dir);
+        let why = format!("{dir} has no working set: restore --from {dir} --record makes one");
+        return Err((2, why));
+    };
+    let map = HeatMap::new(record, 64, 16).to_text();
+    Ok((serde_json::Value::Null, map.trim_end().to_owned() + "\n"))
 }
 
 fn shown(path: &Path) -> String {
@@ -268,6 +293,10 @@ mod tests {
     fn a_command_line_is_a_task() {
         assert_eq!(parsed("info /a"), Ok(SnapshotTask::Info("/a".into())));
         assert_eq!(
+            parsed("info --heat-map /a"),
+            Ok(SnapshotTask::HeatMap("/a".into()))
+        );
+        assert_eq!(
             parsed("verify --json a"),
             Ok(SnapshotTask::Verify("a".into()))
         );
@@ -289,6 +318,8 @@ mod tests {
             ("merge a --to=", "--to"),
             ("merge a --to b --compress gzip", "zstd"),
             ("merge a --frob", "--frob"),
+            ("verify a --heat-map", "--heat-map"),
+            ("info a --heat-map --json", "--heat-map"),
         ] {
             let error = parsed(words).unwrap_err();
             assert!(error.contains(needle), "{words}: {error}");

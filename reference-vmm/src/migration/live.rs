@@ -20,6 +20,7 @@ use super::guest::{Dirty, Refusal, SourceGuest};
 use super::pages::{Lent, unnoted};
 use crate::end::{Chain, EndSignal};
 use crate::file_pages;
+use crate::lazy::LazyMemory;
 use crate::snapshot::config_form;
 use crate::snapshot::format::SnapshotId;
 use crate::snapshot::pages::Piece;
@@ -69,7 +70,11 @@ impl<'a> LiveGuest<'a> {
         LiveGuest {
             running,
             end,
-            holes: Holes::open().ok(),
+            // What has not come yet is no hole, though this process has nothing there.
+            holes: match running.lazy().is_some_and(LazyMemory::is_missing) {
+                false => Holes::open().ok(),
+                true => None,
+            },
             fixed: OnceLock::new(),
             given,
             throttle: Mutex::default(),

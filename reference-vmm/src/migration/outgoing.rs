@@ -26,6 +26,7 @@ use super::tls::{Tls, TlsFiles};
 use super::{progress, report};
 use crate::devices::virtio::rng::random_id;
 use crate::end::{Chain, EndSignal};
+use crate::lazy::LazyError;
 use crate::vm::Running;
 
 /// How to migrate, as it is asked for: the body of `PUT /migrate`.
@@ -133,6 +134,9 @@ pub enum OutgoingError {
     /// An order at the wrong time.
     #[error(transparent)]
     Order(#[from] OrderError),
+    /// Memory that was to come later does not.
+    #[error(transparent)]
+    Lazy(#[from] LazyError),
     /// The guest did not go.
     #[error(transparent)]
     Migrate(#[from] MigrateError),
@@ -204,6 +208,7 @@ impl Outgoing {
             when_stuck: request.when_stuck,
             patience: Patience::default(),
         };
+        running.settle_memory()?;
         let given = Arc::default();
         let guest = LiveGuest::after(running, end, Arc::clone(&given));
         let pages = guest.memory() / PAGE as u64;

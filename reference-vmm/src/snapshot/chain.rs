@@ -164,6 +164,26 @@ impl Chain {
         self.links.last()
     }
 
+    /// From now on what is read is checked as it is read ([`Link::check_as_read`]), of every link.
+    ///
+    /// # Errors
+    /// [`RestoreError::Read`].
+    pub fn check_as_read(&mut self, verify: bool) -> Result<(), RestoreError> {
+        self.links
+            .iter_mut()
+            .try_for_each(|link| link.check_as_read(verify))
+    }
+
+    /// The link that has what is in the guest at `at`, and where that ends which it has from there on.
+    pub fn link_at(&self, at: u64) -> Option<(&Link, u64)> {
+        let next = self.later.partition_point(|(of, _)| of.end <= at);
+        match self.later.get(next) {
+            Some((of, link)) if of.start <= at => Some((self.links.get(*link)?, of.end)),
+            Some((of, _)) => Some((self.links.first()?, of.start)),
+            None => Some((self.links.first()?, u64::MAX)),
+        }
+    }
+
     /// Which pages are not those of the first link, in order.
     pub fn later(&self) -> impl Iterator<Item = Range<u64>> {
         self.later.iter().map(|(range, _)| range.clone())

@@ -3,8 +3,8 @@
 //! What lies in a directory: whether a snapshot may take its place, and all of it be removed.
 //!
 //! Names alone do not tell: a `state` may be anybody's. A snapshot is what has a file `state` that begins as one, and its
-//! files are that, `memory`, and each `diskN` that it says it has. Where it cannot be parsed any `diskN` passes: it may be
-//! damaged, or newer than this program.
+//! files are that, `memory`, each `diskN` that it says it has, and a `working_set` that begins as one. Where it cannot be
+//! parsed any `diskN` passes: it may be damaged, or newer than this program.
 
 #![forbid(unsafe_code)]
 
@@ -14,8 +14,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use async_pf::working_set;
+
 use super::disks::{self, DiskCopy};
-use super::files::{DISK, MEMORY, STATE, WriteError, call};
+use super::files::{DISK, MEMORY, STATE, WORKING_SET, WriteError, call};
 use super::format;
 use super::link::read_state;
 
@@ -44,6 +46,10 @@ pub(super) fn of(dir: &Path) -> Result<Contents, WriteError> {
     let Some(said) = said(dir)? else {
         return Ok(Contents::Other(any.clone()));
     };
+    let stranger = own
+        .iter()
+        .find(|name| *name == WORKING_SET && !is_record(&dir.join(WORKING_SET)));
+    let foreign = foreign.or(stranger.cloned());
     let mut disks = own.into_iter().filter(|name| is_disk(name));
     let unsaid = said.and_then(|said| disks.find(|disk| said.iter().all(|it| *it != **disk)));
     Ok(match foreign.or(unsaid) {
@@ -107,7 +113,17 @@ impl Names {
 
 /// Whether a file of a snapshot has this name.
 fn is_own(name: &OsStr) -> bool {
-    name == STATE || name == MEMORY || is_disk(name)
+    // What a record is before it is whole has nothing that would tell.
+    let record = name == WORKING_SET || name == ".working_set.partial";
+    record || name == STATE || name == MEMORY || is_disk(name)
+}
+
+/// Whether the file begins as a record of what a guest touched first.
+fn is_record(path: &Path) -> bool {
+    let mut magic = [0; working_set::MAGIC.len()];
+    let is_file = std::fs::symlink_metadata(path).is_ok_and(|file| file.is_file());
+    let read = is_file.then(|| File::open(path).and_then(|file| file.read_exact_at(&mut magic, 0)));
+    matches!(read, Some(Ok(()))) && magic == working_set::MAGIC
 }
 
 fn is_disk(name: &OsStr) -> bool {

@@ -9,9 +9,9 @@
 //!            the parent directory      synced
 //! ```
 //!
-//! What is replaced and removed is a snapshot's alone: its `state`, its `memory` and each `diskN` that it says it has. Where
-//! anything else lies there, before or since the snapshot began, whatever its name, it stays under it, and the snapshot is
-//! refused.
+//! What is replaced and removed is a snapshot's alone: its `state`, its `memory`, each `diskN` that it says it has, and a
+//! `working_set` that is one. Where anything else lies there, before or since the snapshot began, whatever its name, it stays
+//! under it, and the snapshot is refused.
 //!
 //! None is put into the directory of another, or below it: that one would hold then what is not its own.
 //!
@@ -34,6 +34,8 @@ use super::contents::{self, Contents, Names};
 pub const STATE: &str = "state";
 /// The file of guest memory.
 pub const MEMORY: &str = "memory";
+/// The file of what a guest touched first when it went on from here.
+pub use crate::lazy::WORKING_SET;
 /// What the files of disks begin with, before their number.
 pub const DISK: &str = "disk";
 

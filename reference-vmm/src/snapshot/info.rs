@@ -7,11 +7,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use async_pf::working_set::WorkingSet;
 use serde_json::{Value, json};
 
 use super::chain::Chain;
 use super::disks::{self, DiskCopy};
-use super::files::STATE;
+use super::files::{STATE, WORKING_SET};
 use super::format::{self, SnapshotId};
 use super::link::{self, Link};
 use super::machine::MachineState;
@@ -52,6 +53,8 @@ pub struct SnapshotInfo {
     pub chain: Vec<(PathBuf, SnapshotId)>,
     /// Why one of them is not there, if so.
     pub broken: Option<String>,
+    /// What a guest touched first when it went on from it, where that was recorded.
+    pub working_set: Option<WorkingSet>,
 }
 
 impl SnapshotInfo {
@@ -99,6 +102,8 @@ impl SnapshotInfo {
             disks,
             chain,
             broken,
+            // One that cannot be read is none: it is a hint.
+            working_set: WorkingSet::load_of(&dir.join(WORKING_SET), link.id().0).ok(),
         })
     }
 
@@ -136,6 +141,7 @@ impl SnapshotInfo {
             "vcpus": self.config.cpus.count,
             "devices": self.devices,
             "disks": disks.collect::<Vec<_>>(),
+            "working_set_pages": self.working_set.as_ref().map(WorkingSet::touched),
         })
     }
 
@@ -190,6 +196,9 @@ impl fmt::Display for SnapshotInfo {
                 (false, Some(copy)) => format!(", as it was in {}", copy.name()),
             };
             writeln!(f, "disk {number:<6} {}{is}", path(&disk.path))?;
+        }
+        if let Some(record) = &self.working_set {
+            writeln!(f, "working set {} pages", record.touched())?;
         }
         Ok(())
     }

@@ -2,7 +2,8 @@
 
 //! One snapshot's files, opened and checked: a link of a [chain](super::chain), which may have but one.
 //!
-//! What is in the guest at an address is read through it ([`Link::read`]), whatever form the file has.
+//! What is in the guest at an address is read through it ([`Link::read`]), whatever form the file has. Who reads while a guest
+//! runs on it has each piece checked before the first of its bytes is used ([`Link::check_as_read`]).
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -10,7 +11,9 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::SystemTime;
 
 use super::files::{MEMORY, STATE};
 use super::format::{self, Kind, SnapshotId};
@@ -18,7 +21,7 @@ use super::machine::StateError;
 use super::packed::{Duplicates, FIRST, Packed, Stored};
 use super::pages::{self, PageMap, Piece, Region};
 use super::parent::Parent;
-use super::ranges::Ranges;
+use super::ranges::{MOST_RUNS, Ranges};
 use super::restore::RestoreError;
 
 /// Bytes of pieces that have been taken out of a compressed file and are kept, in case that they are asked for again.
@@ -36,6 +39,19 @@ pub struct Link {
     duplicates: Duplicates,
     memory: Arc<File>,
     kept: Mutex<VecDeque<(usize, Arc<Vec<u8>>)>>,
+    as_read: Option<AsRead>,
+}
+
+/// How what is read is checked.
+#[derive(Debug)]
+struct AsRead {
+    /// Of each piece, whether it has been compared with its checksum; none where nobody wants that.
+    checked: Option<Vec<AtomicBool>>,
+    /// What the file was when it began.
+    modified: Option<SystemTime>,
+    len: u64,
+    /// Where in the guest the file has something, once somebody has looked.
+    data: OnceLock<Ranges>,
 }
 
 impl Link {
@@ -91,8 +107,92 @@ impl Link {
             duplicates,
             memory: Arc::new(memory),
             kept: Mutex::default(),
+            as_read: None,
         };
         Ok((link, bytes))
+    }
+
+    /// From now on a read is refused where the file has been written to since now, and with `verify` compares each piece
+    /// that it touches with its checksum, once.
+    ///
+    /// # Errors
+    /// [`RestoreError::Read`].
+    pub fn check_as_read(&mut self, verify: bool) -> Result<(), RestoreError> {
+        let is = self.memory.metadata();
+        let is = is.map_err(|source| self.unreadable(source))?;
+        let pieces = self.map.pieces.iter();
+        self.as_read = Some(AsRead {
+            checked: verify.then(|| pieces.map(|_| AtomicBool::new(false)).collect()),
+            modified: is.modified().ok(),
+            len: is.len(),
+            data: OnceLock::new(),
+        });
+        Ok(())
+    }
+
+    /// Looks where the file has holes, so that [`stored_from`](Self::stored_from) knows of zeros page by page. Blocks for
+    /// the file system; of a compressed file there is nothing to know. Ends early, and knows nothing, if `go_on` says so.
+    pub fn find_holes(&self, go_on: impl Fn() -> bool) {
+        let (Some(as_read), None) = (&self.as_read, &self.packed) else {
+            return;
+        };
+        let mut runs = Vec::new();
+        for region in &self.map.regions {
+            let mut at = region.offset;
+            let end = region.offset + region.len;
+            while at < end {
+                let start = match seek(&self.memory, at, libc::SEEK_DATA) {
+                    Ok(start) if start < end => start,
+                    Ok(_) => break,
+                    Err(error) if error.raw_os_error() == Some(libc::ENXIO) => break,
+                    // Where it does not say, there may be anything.
+                    Err(_) => return,
+                };
+                let Ok(hole) = seek(&self.memory, start, libc::SEEK_HOLE) else {
+                    return;
+                };
+                if hole <= start || !go_on() || runs.len() >= MOST_RUNS {
+                    return;
+                }
+                at = hole.min(end);
+                let guest = |at: u64| region.guest + (at - region.offset);
+                runs.push(guest(start)..guest(at));
+            }
+        }
+        // Only one looks.
+        let _ = as_read.data.set(Ranges::of(runs));
+    }
+
+    /// From `at` on, an address of guest memory, up to `end` at most: whether what is stored is known to be zero, and
+    /// where that ends. Reads nothing.
+    pub fn stored_from(&self, at: u64, end: u64) -> (bool, u64) {
+        if let Some(data) = self.as_read.as_ref().and_then(|of| of.data.get()) {
+            return match data.within(at..end).next() {
+                Some(run) if run.start == at => (false, run.end),
+                Some(run) => (true, run.start),
+                None => (true, end),
+            };
+        }
+        let mut until = at;
+        let mut zero = None;
+        while until < end
+            && let Some((number, place)) = self.map.locate(until)
+        {
+            let piece = self.map.pieces.get(number).copied().unwrap_or_default();
+            let empty = piece.checksum.is_none();
+            if *zero.get_or_insert(empty) != empty {
+                break;
+            }
+            until = (place.guest + place.len).min(end);
+            if !empty {
+                break;
+            }
+        }
+        match self.duplicates.within(at..until).next() {
+            Some(same) if same.range.start == at => (false, same.range.end),
+            Some(same) => (zero.unwrap_or(false), same.range.start),
+            None => (zero.unwrap_or(false), until),
+        }
     }
 
     /// Its number.
@@ -166,20 +266,76 @@ impl Link {
             let skip = at - place.guest;
             let len = (place.len - skip).min(rest.len() as u64);
             let (now, later) = rest.split_at_mut(len as usize);
+            let part = skip as usize..(skip + len) as usize;
             match &self.packed {
+                // The state says so, whatever the file has.
+                None if self.as_read.is_some() && self.is_zero_piece(number) => now.fill(0),
+                None if self.is_unchecked(number) && len == place.len => {
+                    let read = self.memory.read_exact_at(now, place.offset);
+                    read.map_err(|source| self.unreadable(source))?;
+                    self.check_piece(number, place, now)?;
+                }
+                None if self.is_unchecked(number) => {
+                    let mut piece = vec![0; place.len as usize];
+                    let read = self.memory.read_exact_at(&mut piece, place.offset);
+                    read.map_err(|source| self.unreadable(source))?;
+                    self.check_piece(number, place, &piece)?;
+                    now.copy_from_slice(piece.get(part).unwrap_or_default());
+                }
                 None => {
                     let read = self.memory.read_exact_at(now, place.offset + skip);
                     read.map_err(|source| self.unreadable(source))?;
                 }
                 Some(_) => {
                     let piece = self.piece(number, place)?;
-                    let from = piece.get(skip as usize..(skip + len) as usize);
-                    now.copy_from_slice(from.unwrap_or_default());
+                    now.copy_from_slice(piece.get(part).unwrap_or_default());
                 }
             }
             (at, rest) = (at + len, later);
         }
+        self.check_unchanged()
+    }
+
+    fn is_zero_piece(&self, number: usize) -> bool {
+        let piece = self.map.pieces.get(number);
+        piece.is_some_and(|piece| piece.checksum.is_none())
+    }
+
+    /// Whether a piece is to be compared with its checksum still.
+    fn is_unchecked(&self, number: usize) -> bool {
+        let checked = self.as_read.as_ref().and_then(|of| of.checked.as_ref());
+        let checked = checked.and_then(|of| of.get(number));
+        // Relaxed: that it was found right is true whoever reads it, and of what was found nothing is handed over.
+        checked.is_some_and(|checked| !checked.load(Ordering::Relaxed))
+    }
+
+    /// Compares a piece with its checksum.
+    fn check_piece(&self, number: usize, place: Region, bytes: &[u8]) -> Result<(), RestoreError> {
+        let piece = self.map.pieces.get(number).copied().unwrap_or_default();
+        if let Some(what) = differs(piece, bytes) {
+            return Err(self.damaged(place, what));
+        }
+        let checked = self.as_read.as_ref().and_then(|of| of.checked.as_ref());
+        if let Some(checked) = checked.and_then(|of| of.get(number)) {
+            // Relaxed: see above.
+            checked.store(true, Ordering::Relaxed);
+        }
         Ok(())
+    }
+
+    /// Refuses a file that was written to since [`check_as_read`](Self::check_as_read).
+    fn check_unchanged(&self) -> Result<(), RestoreError> {
+        let Some(was) = &self.as_read else {
+            return Ok(());
+        };
+        let is = self.memory.metadata();
+        let is = is.map_err(|source| self.unreadable(source))?;
+        match (is.modified().ok(), is.len()) == (was.modified, was.len) {
+            true => Ok(()),
+            false => Err(RestoreError::Changed {
+                path: self.dir.join(MEMORY),
+            }),
+        }
     }
 
     /// A piece of a compressed file.
@@ -195,6 +351,9 @@ impl Link {
         }
         let mut piece = vec![0; place.len as usize];
         self.unpack(number, place, &mut piece)?;
+        if self.is_unchecked(number) {
+            self.check_piece(number, place, &piece)?;
+        }
         let piece = Arc::new(piece);
         if kept.len() as u64 >= KEPT / u64::from(self.map.piece) {
             kept.pop_front();
@@ -437,12 +596,17 @@ fn differs(piece: Piece, bytes: &[u8]) -> Option<String> {
 
 /// Whether the file has nothing there. A file system that cannot say so has everything everywhere.
 fn is_hole(file: &File, at: u64, len: u64) -> bool {
-    use std::os::fd::AsRawFd;
-    // SAFETY: an open descriptor; the position that it moves is nobody's, for all reads say theirs.
-    let data = unsafe { libc::lseek(file.as_raw_fd(), at as libc::off_t, libc::SEEK_DATA) };
-    match u64::try_from(data) {
+    match seek(file, at, libc::SEEK_DATA) {
         Ok(data) => data >= at + len,
         // Nothing from there to the end.
-        Err(_) => io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO),
+        Err(error) => error.raw_os_error() == Some(libc::ENXIO),
     }
+}
+
+/// `lseek`: where data, or a hole, is next.
+fn seek(file: &File, at: u64, whence: libc::c_int) -> io::Result<u64> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: an open descriptor; the position that it moves is nobody's, for all reads say theirs.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), at as libc::off_t, whence) };
+    u64::try_from(found).map_err(|_| io::Error::last_os_error())
 }

@@ -17,6 +17,7 @@
 //! | --- | --- | --- |
 //! | `state` | a header, a table of sections, the sections | [`format`](mod@format), byte by byte |
 //! | `memory` | guest memory, sparse: what is zero is a hole | [`pages`] |
+//! | `working_set` | where a restore recorded it: what its guest touched first; a hint, and no part of it | [`async_pf::working_set`] |
 //!
 //! The sections of `state` are
 //!

@@ -11,6 +11,8 @@
 //! by a newer snapshot of the same name, is no matter. Memory that is shared, of huge pages, of one NUMA node or advised
 //! to be huge is read instead, and so is a file that is compressed.
 //!
+//! Memory that [comes later](crate::lazy) is neither: the guest runs before it is read.
+//!
 //! Of a chain the first file is mapped, and what the later ones have is written over it, into the machine's own pages: a
 //! private mapping costs a page for what was written, and nothing for what was not. Each page is read once, from the last
 //! snapshot that has it. A long chain of a busy guest is better merged ([`merge`](super::merge)): then all of it is mapped.
@@ -19,7 +21,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use irq_routing::IrqchipStateError;
 use irq_routing::ioapic::IoapicStateError;
@@ -42,6 +44,7 @@ use crate::devices::virtio::block::DiskConfig;
 use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::list::DeviceError;
 use crate::devices::virtio::net::Mac;
+use crate::lazy::{LazyError, LazyRequest};
 use crate::memory::SlotTable;
 use crate::vm::tracking::TrackError;
 
@@ -85,6 +88,9 @@ pub struct RestoreRequest {
     /// Where disks that are in the snapshot are copied to, each unless [`Overrides::disks`] has it: the guest goes on with
     /// the copies.
     pub disks_to: Option<PathBuf>,
+    /// The guest runs before its memory is read, which comes as [`lazy`](crate::lazy) says. It is not mapped then, and
+    /// `verify` is of each piece before it is used.
+    pub lazy: Option<LazyRequest>,
 }
 
 impl RestoreRequest {
@@ -98,6 +104,7 @@ impl RestoreRequest {
             map: true,
             track: false,
             disks_to: None,
+            lazy: None,
         }
     }
 }
@@ -160,6 +167,12 @@ pub enum RestoreError {
         /// In what.
         what: String,
     },
+    /// The file `memory` is not what it was while a guest is still being restored from it.
+    #[error("{path} was written to while a guest was restored from it")]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// A snapshot that it builds on cannot be read.
     #[error("{child} builds on {parent}: {source}")]
     Parent {
@@ -202,6 +215,9 @@ pub enum RestoreError {
     /// Its own writes cannot be tracked.
     #[error(transparent)]
     Track(#[from] TrackError),
+    /// Memory cannot come later.
+    #[error(transparent)]
+    Lazy(#[from] LazyError),
     /// A disk that is in the snapshot's directory has another length.
     #[error("{path} has {has} bytes, and {says} were written: it is cut off, or was written to")]
     DiskLength {
@@ -290,6 +306,7 @@ impl RestoreError {
                 }
             }
             RestoreError::Parent { source, .. } => source.exit_status(),
+            RestoreError::Lazy(error) => error.exit_status(),
             RestoreError::Clock(ClockError::NoRealtime)
             | RestoreError::Vcpu {
                 source: VcpuRestoreError::Refused(_),
@@ -321,7 +338,7 @@ pub struct Snapshot {
     /// Disks whose image is declared to be a copy.
     copies: BTreeSet<usize>,
     pub(crate) clock: ClockRestore,
-    chain: Chain,
+    chain: Arc<Chain>,
     /// What the disks were is in the snapshot, and the guest goes on with others.
     left: Vec<DiskCopy>,
     provided: Mutex<Provided>,
@@ -335,7 +352,7 @@ impl Snapshot {
     /// # Errors
     /// [`RestoreError`]; nothing has been made.
     pub fn open(request: &RestoreRequest) -> Result<Self, RestoreError> {
-        let (chain, bytes) = Chain::open(&request.dir)?;
+        let (mut chain, bytes) = Chain::open(&request.dir)?;
         let path = request.dir.join(STATE);
         let (id, state, config) =
             MachineState::parse(&bytes).map_err(|source| RestoreError::State {
@@ -347,8 +364,10 @@ impl Snapshot {
         let copies = container.and_then(|container| disks::of(&container));
         let copies = copies.map_err(|source| RestoreError::State { path, source })?;
         drop(bytes);
-        if request.verify {
-            chain.verify()?;
+        match &request.lazy {
+            Some(_) => chain.check_as_read(request.verify)?,
+            None if request.verify => chain.verify()?,
+            None => {}
         }
         let mut overrides = request.overrides.clone();
         let others: BTreeSet<_> = overrides.disks.iter().map(|(number, _)| *number).collect();
@@ -390,7 +409,7 @@ impl Snapshot {
             },
             provided: Mutex::new(provided),
             clock: request.clock,
-            chain,
+            chain: Arc::new(chain),
         })
     }
 
@@ -431,6 +450,11 @@ impl Snapshot {
             }
             error => error,
         })
+    }
+
+    /// It and those that it builds on.
+    pub(crate) fn chain(&self) -> &Arc<Chain> {
+        &self.chain
     }
 
     /// The end of the chain that it is.

@@ -44,6 +44,7 @@ use super::tip::Tip;
 use super::written::Tracking;
 use crate::devices::virtio::list::DeviceState;
 use crate::devices::virtio::rng::random_id;
+use crate::lazy::{LazyError, LazyMemory};
 use crate::vm::control::PATIENCE;
 use crate::vm::tracking::{TrackError, TrackUser};
 use crate::vm::{ControlError, Running};
@@ -121,6 +122,9 @@ pub enum SnapshotError {
     /// A device that no configuration makes: a restore could not make it again. Found before anything was done.
     #[error("{0} is a device of this program's own, which no restore could make again")]
     Device(String),
+    /// Memory that was to come later does not, or is another process's. Found before anything was done.
+    #[error(transparent)]
+    Lazy(#[from] LazyError),
     /// A debugger is attached, whose breakpoints are in guest memory. Found before anything was done.
     #[error(
         "the guest is under a debugger, whose breakpoints would be in the snapshot: run it without --gdb"
@@ -292,6 +296,10 @@ impl Running {
     ) -> Result<SnapshotReport, SnapshotError> {
         let begun = Instant::now();
         self.check_for_snapshot()?;
+        if request.background && self.lazy().is_some_and(LazyMemory::is_external) {
+            return Err(LazyError::External("a background snapshot").into());
+        }
+        self.settle_memory()?;
         // One at a time: what the next one builds on is the last.
         let tip = match request.background {
             false => self.chain().lock(),

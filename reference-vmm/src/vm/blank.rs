@@ -44,6 +44,8 @@ pub(crate) struct Blank {
     config: Config,
     setup: VmSetup,
     host: StateHost,
+    /// Its memory is to be empty, whatever the configuration says: it comes when it is touched.
+    lazy: bool,
 }
 
 /// One that has its memory.
@@ -81,7 +83,14 @@ impl Blank {
             config: config.clone(),
             setup,
             host,
+            lazy: false,
         })
+    }
+
+    /// Has its memory be empty, whatever its configuration says of prefaulting: what is present is never missed.
+    pub(crate) fn lazy(mut self, lazy: bool) -> Self {
+        self.lazy = lazy;
+        self
     }
 
     /// Refuses vCPUs that this host does not take: CPUID bits, MSRs, state that its KVM does not have.
@@ -116,11 +125,15 @@ impl Blank {
             let refused = memory.check_host(&new_slots);
             refused.map_err(BuildError::HostMemory)?;
         }
-        memory.check_available()?;
+        if !self.lazy {
+            memory.check_available()?;
+        }
         let memslots = slots_of(self.setup.fd().clone());
         let slots = memslots.create_all(new_slots)?;
-        let present = memory.make_present(&memslots.snapshot(), || !end.is_told());
-        present.map_err(BuildError::Prefault)?;
+        if !self.lazy {
+            let present = memory.make_present(&memslots.snapshot(), || !end.is_told());
+            present.map_err(BuildError::Prefault)?;
+        }
         if end.is_told() {
             return Err(BuildError::Ended);
         }
@@ -166,6 +179,7 @@ impl Allocated {
             config,
             setup,
             host,
+            ..
         } = blank;
         let frame = Frame::new(&config, setup)?;
         let vcpus = vcpus

@@ -217,6 +217,7 @@ impl<C: AsFd> Composition<'_, C> {
             bus,
             tracker,
             chain: ChainTip::default(),
+            lazy: None,
             memslots,
             vm,
         };

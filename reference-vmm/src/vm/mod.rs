@@ -40,6 +40,7 @@ mod compose;
 pub mod control;
 mod cpuid;
 mod error;
+mod lazy;
 mod restore;
 mod running;
 mod saving;
@@ -77,6 +78,7 @@ use crate::exits::{self, Handler, run_vcpu};
 use crate::gdb;
 use crate::host_memory::SYSFS;
 use crate::kvm_stats::KvmReaders;
+use crate::lazy::LazyMemory;
 use crate::memory::{Memslots, slots_of};
 use crate::snapshot::ChainTip;
 use crate::stats::{ExitCounters, Named};
@@ -143,6 +145,8 @@ struct Parts {
     tracker: Tracker,
     /// On which snapshot the next one may build.
     chain: ChainTip,
+    /// Before the slots: its memory comes while it runs.
+    lazy: Option<LazyMemory>,
     memslots: Memslots,
     vm: Vm,
 }
@@ -416,6 +420,8 @@ impl Machine {
             rings: parts.tracker.rings().cloned(),
             owing: [parts.com1.clone(), parts.power.clone()],
             end: end.clone(),
+            machine_checks: (parts.lazy.as_ref())
+                .and_then(|lazy| lazy.poisons().then_some(vcpus.len())),
             stopping: stopping.clone(),
         });
         let mut running = Running {

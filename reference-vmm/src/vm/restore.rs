@@ -7,6 +7,9 @@
 //!   (all is read       (does this host   (disks as they     (mapped,     (as for a boot)        clock, vCPUs,
 //!    and checked)       take them?)       were? locks)       or read)                           controllers, lines
 //! ```
+//!
+//! Or memory is made, and comes when it is touched ([`lazy`](crate::lazy)): from there on every access of this process and
+//! of KVM may wait for it.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -14,6 +17,7 @@ use std::sync::Arc;
 use super::blank::Blank;
 use super::{BuildError, Machine};
 use crate::end::EndSignal;
+use crate::lazy::LazyMemory;
 use crate::snapshot::{RestoreError, RestoreRequest, Snapshot};
 
 impl Machine {
@@ -23,7 +27,8 @@ impl Machine {
     /// The guest has another generation id than it had, and hears of that where it listens
     /// ([`layout::GENERATION_ID`](crate::arch::layout::GENERATION_ID)): it was not the same machine twice.
     ///
-    /// Blocks for the reading of the snapshot ([`Snapshot::open`]), and for memory that is not mapped.
+    /// Blocks for the reading of the snapshot ([`Snapshot::open`]), and for memory that is not mapped; of memory that
+    /// comes later ([`RestoreRequest::lazy`]) only for what KVM touches.
     ///
     /// # Errors
     /// [`BuildError`], of which [`BuildError::Restore`] is the snapshot's; nothing is left behind.
@@ -34,21 +39,40 @@ impl Machine {
     ) -> Result<Self, BuildError> {
         let snapshot = Snapshot::open(request)?;
         let state = &snapshot.state;
-        let blank = Blank::new(snapshot.config())?;
+        let blank = Blank::new(snapshot.config())?.lazy(request.lazy.is_some());
         blank.check(&state.vcpus)?;
         let devices = snapshot.devices(&console)?;
         devices.check()?;
         let mut mapped = false;
         let allocated = blank.allocate(end, |slots| {
-            mapped = request.map && snapshot.map(slots);
+            mapped = request.map && request.lazy.is_none() && snapshot.map(slots);
             mapped
         })?;
-        snapshot.load(&allocated.memory(), mapped)?;
+        let lazy = match &request.lazy {
+            None => {
+                snapshot.load(&allocated.memory(), mapped)?;
+                None
+            }
+            // From here on whoever touches guest memory waits for it.
+            Some(lazy) => {
+                let begun = LazyMemory::begin(lazy, snapshot.chain(), &allocated.memory(), end);
+                Some(begun.map_err(RestoreError::from)?)
+            }
+        };
         if request.track {
             allocated.track().map_err(RestoreError::from)?;
         }
         let framed = allocated.frame(&state.vcpus)?;
-        let machine = framed.finish(state, devices, (snapshot.clock, false), console, end)?;
+        if lazy.is_some() {
+            framed.await_generation()?;
+        }
+        let finished = framed.finish(state, devices, (snapshot.clock, false), console, end);
+        let mut machine = finished.map_err(|error| match end.is_told() {
+            // A page that did not come is the reason of whatever KVM says.
+            true => BuildError::Ended,
+            false => error,
+        })?;
+        machine.parts.lazy = lazy;
         if request.track {
             machine.parts.chain.track_always();
             // Nobody has it yet.

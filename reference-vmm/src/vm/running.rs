@@ -63,6 +63,9 @@ impl Running {
         if let Err(error) = self.set.stop() {
             log::error!("cannot stop the vCPUs: {error}");
         }
+        if let Some(lazy) = self.lazy() {
+            lazy.end_recording();
+        }
         // Behind this nobody has devices go on.
         self.control.close();
         self.parts.console.stop(&self.parts.bus);
@@ -104,6 +107,7 @@ impl Running {
             &self.parts.memslots.snapshot(),
         );
         stats.kvm = self.kvm_statistics();
+        stats.lazy = self.lazy_stats();
         stats
     }
 

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `SIGBUS` on a thread that is no vCPU's and has touched a page that did not come.
+//!
+//! The page is poisoned and the guest's end has been told, or is told now: the main thread stops the guest and says why. The
+//! thread that touched the page must not go on meanwhile, for there is nothing that it could go on with, and need not die,
+//! for with it the process would, without a word. So it is parked. A device that is left so does not come to rest, which
+//! the machine's end waits for and then leaves ([`Running::leave_to_exit`](crate::vm::Running::leave_to_exit)). Where the
+//! parked thread is one that the end has to wait for, the process ends by itself, with status 1 and a word.
+//!
+//! [`install`] comes before [`kvm_core::BusErrors::install`], which keeps a vCPU's own and passes the rest on.
+//!
+//! # Why it is sound
+//! The handler does nothing but loads of atomics and system calls that are safe there (`write` to an eventfd and to stderr,
+//! `nanosleep`, `tcsetattr`, `_exit`, `sigaction`), takes no lock that it would wait for, and allocates nothing. It comes
+//! back only where it has put the action back that was there before, which the repeated access then meets.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use super::events::Events;
+
+/// How long a parked thread waits for the process to end before it ends it: longer than the end waits for devices.
+const PARKED_SECONDS: u32 = 12;
+
+/// Machines whose memory may be looked for, and ranges of each.
+const RANGES: usize = 64;
+
+/// A range of guest memory; none where the end is 0. Written under [`WRITER`]: the others, then the end with release, which
+/// pairs with the handler's acquire.
+struct Place {
+    start: AtomicUsize,
+    end: AtomicUsize,
+    /// The eventfd of its machine, or -1.
+    tell: AtomicI32,
+}
+
+static PLACES: [Place; RANGES] = [const {
+    Place {
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        tell: AtomicI32::new(-1),
+    }
+}; RANGES];
+static WRITER: Mutex<()> = Mutex::new(());
+static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+
+const LAST_WORDS: &[u8] = b"reference-vmm: a thread that needs guest memory which did not come keeps the guest from being stopped: the monitor ends\n";
+
+/// Installs the handler, once, before any other of this process.
+///
+/// # Errors
+/// The errno of `sigaction(2)`.
+pub(crate) fn install() -> io::Result<()> {
+    if BEFORE.get().is_some() {
+        return Ok(());
+    }
+    let mut before = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: all zeros are a valid action, and a set of no signals.
+    let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    action.sa_sigaction = on_bus_error as *const () as libc::sighandler_t;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    // SAFETY: only asks; `before` is an action to be written.
+    if unsafe { libc::sigaction(libc::SIGBUS, std::ptr::null(), before.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has written it.
+    BEFORE.get_or_init(|| unsafe { before.assume_init() });
+    // SAFETY: a valid action, whose handler does what a handler may.
+    match unsafe { libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+extern "C" fn on_bus_error(
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    // SAFETY: the kernel gives a handler of SA_SIGINFO a valid one.
+    let address = unsafe { (*info).si_addr() } as usize;
+    let place = PLACES.iter().find(|place| {
+        let end = place.end.load(Ordering::Acquire);
+        address < end && address >= place.start.load(Ordering::Relaxed)
+    });
+    let Some(place) = place else {
+        if let Some(before) = BEFORE.get() {
+            // SAFETY: the action that was there; the access, or the signal, comes again and meets it.
+            unsafe { libc::sigaction(signal, before, std::ptr::null_mut()) };
+        }
+        return;
+    };
+    let tell = place.tell.load(Ordering::Relaxed);
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: eight bytes; a descriptor that is none, or another's by now, is refused or is a machine's that is over.
+    unsafe { libc::write(tell, one.as_ptr().cast(), one.len()) };
+    for _ in 0..PARKED_SECONDS {
+        let second = libc::timespec {
+            tv_sec: 1,
+            tv_nsec: 0,
+        };
+        // SAFETY: a valid time; what is left of it is not asked for.
+        unsafe { libc::nanosleep(&second, std::ptr::null_mut()) };
+    }
+    crate::console::restore();
+    // SAFETY: so many bytes of a static; the process ends, whatever is held.
+    unsafe {
+        libc::write(2, LAST_WORDS.as_ptr().cast(), LAST_WORDS.len());
+        libc::_exit(1);
+    }
+}
+
+/// The memory of a machine, while some of it may not come.
+pub(super) struct Parked {
+    places: Vec<usize>,
+    tell: Option<Arc<EventFd>>,
+}
+
+impl Parked {
+    /// These addresses are guest memory until this is dropped. A thread that is parked there is told to `events`.
+    pub(super) fn new(hosts: Vec<Range<usize>>, events: Arc<Events>) -> Self {
+        let _alone = WRITER.lock().unwrap_or_else(PoisonError::into_inner);
+        let tell = told(events);
+        let fd = tell.as_ref().map_or(-1, |tell| tell.as_raw_fd());
+        let mut places = Vec::new();
+        for host in hosts {
+            let free = |place: &Place| place.end.load(Ordering::Relaxed) == 0;
+            // One too many meets what there was before.
+            let Some(at) = PLACES.iter().position(free) else {
+                break;
+            };
+            if let Some(place) = PLACES.get(at) {
+                place.start.store(host.start, Ordering::Relaxed);
+                place.tell.store(fd, Ordering::Relaxed);
+                place.end.store(host.end, Ordering::Release);
+            }
+            places.push(at);
+        }
+        Parked { places, tell }
+    }
+}
+
+/// Tells `events` of a thread that was parked: from a thread of its own, for a signal's handler cannot. It ends with the
+/// eventfd's first word.
+fn told(events: Arc<Events>) -> Option<Arc<EventFd>> {
+    let tell = Arc::new(EventFd::new(EFD_CLOEXEC).ok()?);
+    let of = Arc::clone(&tell);
+    let thread = std::thread::Builder::new().name("lazy-bus".into());
+    let run = move || {
+        // A word of two is the machine's end.
+        if let Ok(1) = of.read() {
+            events.parked();
+        }
+    };
+    thread.spawn(run).ok().map(|_| tell)
+}
+
+impl Drop for Parked {
+    fn drop(&mut self) {
+        let _alone = WRITER.lock().unwrap_or_else(PoisonError::into_inner);
+        for place in self.places.iter().filter_map(|at| PLACES.get(*at)) {
+            place.end.store(0, Ordering::Relaxed);
+        }
+        if let Some(tell) = &self.tell {
+            // The thread holds the descriptor until then. It cannot be full.
+            let _ = tell.write(2);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::end::{EndSignal, GuestEnd};
+    use crate::lazy::OnLoss;
+    use memslots::uffd::{Features, Modes, Uffd, Wake};
+    use memslots::{Backing, Mapping};
+    use std::process::Command;
+    use std::time::Duration;
+    use vm_memory::GuestAddress;
+
+    const CHILD: &str = "LAZY_BUS_CHILD";
+
+    /// In a process of its own, for the handler is a process's: a thread touches a page that was poisoned, another waits for
+    /// the end, and all of it ends with status 42.
+    #[test]
+    fn child() {
+        let Ok(what) = std::env::var(CHILD) else {
+            return;
+        };
+        install().unwrap();
+        kvm_core::BusErrors::install().unwrap();
+        let uffd = Uffd::open(Features::POISON, Features::NONE).unwrap();
+        let memory = Mapping::new(&Backing::anonymous(0x2000), GuestAddress(0)).unwrap();
+        let memory = Arc::new(memory);
+        let registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+        let role = registration.lend_fill().unwrap();
+        role.poison(0..0x1000, Wake::Now).unwrap();
+        let end = Arc::new(EndSignal::new().unwrap());
+        let events = Arc::new(Events::new(Arc::clone(&end), OnLoss::Poison));
+        events.tell("the reason".into());
+        let ranges = match what.as_str() {
+            "ours" => vec![memory.host_range()],
+            _ => Vec::new(),
+        };
+        let _parked = Parked::new(ranges, events);
+        let at = memory.host().0;
+        std::thread::spawn(move || {
+            // SAFETY: mapped for as long as the process lives.
+            let byte = unsafe { (at as *const u8).read_volatile() };
+            panic!("it went on with {byte}");
+        });
+        while !end.is_told() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let Some(GuestEnd::Failed(why)) = end.get() else {
+            panic!("{end:?}");
+        };
+        assert_eq!(why, "a device needs what is lost: the reason");
+        std::process::exit(42);
+    }
+
+    fn run(what: &str) -> std::process::ExitStatus {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "lazy::bus::tests::child"]);
+        child.env(CHILD, what).output().unwrap().status
+    }
+
+    #[test]
+    fn who_touches_what_did_not_come_is_parked_and_the_end_is_told() {
+        assert_eq!(run("ours").code(), Some(42));
+    }
+
+    #[test]
+    fn who_touches_what_is_no_guests_has_what_there_was_before() {
+        use std::os::unix::process::ExitStatusExt;
+        assert_eq!(run("another's").signal(), Some(libc::SIGBUS));
+    }
+}

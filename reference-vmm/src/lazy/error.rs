@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Why memory cannot come later, or has not come.
+
+use std::io;
+use std::path::PathBuf;
+
+use async_pf::external::{HandOffError, MappingsError};
+use async_pf::pager::StartError;
+use memslots::uffd::{OpenError, RegisterError};
+
+/// Why a guest's memory cannot come later, or has not come.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LazyError {
+    /// There is no userfaultfd for it; says what to do about it.
+    #[error("memory cannot come later: {0}")]
+    Uffd(#[from] OpenError),
+    /// The kernel's userfaultfd cannot poison pages that do not come.
+    #[error(
+        "memory cannot come later: this kernel's userfaultfd cannot poison a page that does not come (Linux 6.6 can), and a \
+         guest whose source fails would hang: restore without --lazy"
+    )]
+    NoPoison,
+    /// The kernel does not tell of faults in such memory.
+    #[error("memory cannot come later: {0}")]
+    Register(#[from] RegisterError),
+    /// The pager cannot be started.
+    #[error("memory cannot come later: {0}")]
+    Start(#[from] StartError),
+    /// A thread, or an eventfd, is not to be had.
+    #[error("memory cannot come later: cannot {what}: {source}")]
+    Process {
+        /// What it was for.
+        what: &'static str,
+        /// The errno.
+        source: io::Error,
+    },
+    /// The page-fault handler's socket cannot be connected to.
+    #[error("cannot connect to the page-fault handler at {path}: {source}")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The errno.
+        source: io::Error,
+    },
+    /// The page-fault handler was not given the memory.
+    #[error("cannot hand the memory off to the page-fault handler at {path}: {source}")]
+    HandOff {
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        source: HandOffError,
+    },
+    /// Where the memory is cannot be told to it.
+    #[error("cannot tell the page-fault handler at {path} where memory is: {source}")]
+    Mappings {
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        source: MappingsError,
+    },
+    /// Its protocol has words for a plain file alone.
+    #[error(
+        "a page-fault handler is told where each page is in the file `memory`, and that of {0} is {1}: restore it without \
+         one, or merge it first (snapshot merge {0} --to DIR)"
+    )]
+    Form(PathBuf, &'static str),
+    /// What is asked for needs what the handler has.
+    #[error(
+        "a page-fault handler in another process has this guest's userfaultfd, which {0} needs for itself: take it without"
+    )]
+    External(&'static str),
+    /// Some pages have not come, and never will.
+    #[error("{pages} pages of the guest's memory have not come: {why}")]
+    Lost {
+        /// How many.
+        pages: u64,
+        /// Why the first did not.
+        why: String,
+    },
+    /// The guest ended before its memory was there.
+    #[error("the guest ended before all of its memory was there")]
+    Ended,
+}
+
+impl LazyError {
+    /// 2 the arguments or the snapshot are wrong, 1 the host refused.
+    pub(crate) fn exit_status(&self) -> u8 {
+        match self {
+            LazyError::Form(..) => 2,
+            LazyError::Connect { source, .. } if crate::config::is_about_the_path(source) => 2,
+            _ => 1,
+        }
+    }
+}

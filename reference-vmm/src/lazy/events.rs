@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the pager tells this monitor of.
+
+use std::sync::{Arc, OnceLock};
+
+use async_pf::pager::{Lost, PagerEvents};
+use memslots::{Errno, PAGE_SIZE};
+
+use super::OnLoss;
+use crate::end::{Chain, EndSignal, GuestEnd};
+
+/// Tells the guest's end if a page does not come and that is to be so. Blocks for nothing.
+pub(super) struct Events {
+    end: Arc<EndSignal>,
+    on_loss: OnLoss,
+    first: OnceLock<String>,
+}
+
+impl Events {
+    pub(super) fn new(end: Arc<EndSignal>, on_loss: OnLoss) -> Self {
+        Events {
+            end,
+            on_loss,
+            first: OnceLock::new(),
+        }
+    }
+
+    /// Why the first page did not come.
+    pub(super) fn why(&self) -> String {
+        self.first.get().cloned().unwrap_or_default()
+    }
+
+    /// A thread of this process waits at a page that did not come, and cannot go on, whatever is to become of the guest.
+    pub(super) fn parked(&self) {
+        let mut why = self.why();
+        if why.is_empty() {
+            why = "memory of the guest's did not come".into();
+        }
+        let why = format!("a device needs what is lost: {why}");
+        self.end.tell(GuestEnd::Failed(why));
+    }
+
+    /// Something that ends the guest, or costs it pages.
+    pub(super) fn tell(&self, why: String) {
+        match (self.on_loss, self.first.get()) {
+            (OnLoss::Stop, _) => self.end.tell(GuestEnd::Failed(why.clone())),
+            (OnLoss::Poison, None) => log::error!("{why}"),
+            // A piece of a file has many pages.
+            (OnLoss::Poison, Some(_)) => log::debug!("{why}"),
+        }
+        let _ = self.first.set(why);
+    }
+}
+
+impl PagerEvents for Events {
+    fn lost(&self, lost: &Lost<'_>) {
+        let at = lost.gfn.0.saturating_mul(PAGE_SIZE);
+        self.tell(format!(
+            "the guest's memory at {at:#x} does not come: {}",
+            Chain(lost.reason)
+        ));
+    }
+
+    fn failed(&self, errno: Errno) {
+        // Nobody can be served any more, whatever is to become of single pages.
+        let why = format!("the guest's page faults cannot be read any more: {errno}");
+        self.end.tell(GuestEnd::Failed(why));
+    }
+}

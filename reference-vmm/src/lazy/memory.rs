@@ -1,0 +1,450 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A machine's memory while it comes.
+
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use async_pf::PageSource;
+use async_pf::pager::{GiveUp, PagedSlot, Pager, PagerConfig, PrefetchError, Stats};
+use memslots::uffd::{Features, Modes, Registration, Uffd};
+use memslots::{Gfn, PAGE_SIZE};
+
+use super::bus::Parked;
+use super::events::Events;
+use super::handler::Handler;
+use super::source::SnapshotSource;
+use super::stats::{LazyProgress, LazyState, LazyStats};
+use super::working_set::{Recording, Replay, WorkingSets};
+use super::{LazyError, LazyRequest, OnLoss};
+use crate::end::EndSignal;
+use crate::memory::SlotTable;
+use crate::snapshot::chain::Chain;
+use crate::snapshot::pages;
+
+/// How long who waits for all of it sleeps before it looks whether the guest has ended.
+const LOOK: Duration = Duration::from_millis(50);
+/// What is brought at once where nobody waits: a piece of a file, which is read as a whole where it is checked. One of the
+/// threads does that, and a fault elsewhere is served by another.
+const AHEAD: u64 = pages::PIECE as u64;
+/// How long what is to be read ahead waits for room among what is.
+const ROOM: Duration = Duration::from_millis(2);
+
+/// Memory that comes while the guest runs. Dropped, what is missing is poisoned: the machine is over by then.
+pub(crate) struct LazyMemory {
+    shared: Arc<Shared>,
+    /// Brings what nobody waits for, and ends the pager when all is there.
+    thread: Option<JoinHandle<()>>,
+    /// In another process.
+    handler: Option<Handler>,
+    on_loss: OnLoss,
+    /// Behind the others: as long as there is a page that does not come.
+    _parked: Parked,
+}
+
+struct Shared {
+    /// None when all is there, or another process brings it. Held for writing by the thread, once, to take it out.
+    pager: RwLock<Option<Pager>>,
+    state: Mutex<State>,
+    /// Of [`State`].
+    changed: Condvar,
+    events: Arc<Events>,
+    source: SnapshotSource,
+    sets: WorkingSets,
+    pages: u64,
+    begun: Instant,
+}
+
+struct State {
+    phase: LazyState,
+    /// Of a pager that has ended.
+    stats: Stats,
+    took: Option<Duration>,
+    /// The machine is over.
+    close: bool,
+    /// Nobody waits for more to be recorded.
+    recorded: bool,
+    /// Until the pager goes.
+    registrations: Vec<Registration>,
+}
+
+impl LazyMemory {
+    /// Has the memory of `table`, which is empty, come from `chain` as `request` says. A page that does not come is told to
+    /// `end`. When this returns faults are served.
+    ///
+    /// # Errors
+    /// [`LazyError`]; nothing is left behind.
+    pub(crate) fn begin(
+        request: &LazyRequest,
+        chain: &Arc<Chain>,
+        table: &SlotTable,
+        end: &Arc<EndSignal>,
+    ) -> Result<Self, LazyError> {
+        if let (Some(_), Some(link)) = (&request.handler, chain.newest()) {
+            let form = match (link.parent(), link.is_packed()) {
+                (Some(_), _) => Some("an incremental snapshot's"),
+                (None, true) => Some("compressed"),
+                (None, false) => None,
+            };
+            if let Some(form) = form {
+                return Err(LazyError::Form(link.dir().to_owned(), form));
+            }
+        }
+        // Firecracker's has it only where memory may be given back (a balloon): a handler need not know the message.
+        let events = match request.handler {
+            Some(_) => Features::NONE,
+            None => Features::EVENT_REMOVE,
+        };
+        let uffd = Uffd::open(Features::NONE, events)?;
+        if !uffd.available().contains(Features::POISON) {
+            return Err(LazyError::NoPoison);
+        }
+        let mut registrations = Vec::new();
+        let mut slots = Vec::new();
+        let (mut count, mut hosts) = (0, Vec::new());
+        for region in table.regions() {
+            let mapping = region.mapping();
+            registrations.push(uffd.register_all(mapping, Modes::MISSING)?);
+            slots.push(region.extent().guest_range());
+            count += mapping.size() / mapping.page_size();
+            hosts.push(mapping.host_range());
+        }
+        let events = Arc::new(Events::new(Arc::clone(end), request.on_loss));
+        let parked = Parked::new(hosts, Arc::clone(&events));
+        let source = SnapshotSource::new(Arc::clone(chain));
+        let sets = WorkingSets::new(chain);
+        let shared = |phase, pager, registrations, source, sets| {
+            Arc::new(Shared {
+                pager: RwLock::new(pager),
+                state: Mutex::new(State {
+                    phase,
+                    stats: Stats::default(),
+                    took: None,
+                    close: false,
+                    recorded: false,
+                    registrations,
+                }),
+                changed: Condvar::new(),
+                events: Arc::clone(&events),
+                source,
+                sets,
+                pages: count,
+                begun: Instant::now(),
+            })
+        };
+        if let Some(path) = &request.handler {
+            let regions = chain.newest().map(|link| link.map().regions.as_slice());
+            let regions = regions.unwrap_or_default();
+            let told = Arc::clone(&events);
+            let handler =
+                Handler::hand_off(path, request.deadline, uffd, registrations, regions, told)?;
+            return Ok(LazyMemory {
+                shared: shared(LazyState::External, None, Vec::new(), source, sets),
+                thread: None,
+                handler: Some(handler),
+                on_loss: request.on_loss,
+                _parked: parked,
+            });
+        }
+
+        let span = slots.last().map_or(0, |last| last.end / PAGE_SIZE);
+        let (recording, replay) = sets.prepare(request.record, span);
+        let mut phase = LazyState::Bringing;
+        let mut config = PagerConfig {
+            workers: request.workers,
+            deadline: request.deadline,
+            give_up: GiveUp::Poison,
+            ahead: AHEAD,
+            events: Arc::clone(&events) as _,
+            ..PagerConfig::default()
+        };
+        if let Some(recording) = &recording {
+            config.record = Some(Arc::clone(recording.recorder()));
+            config.window = PAGE_SIZE;
+            phase = LazyState::Recording;
+        } else if let Some(replay) = &replay {
+            config.record = Some(Arc::clone(replay.recorder()));
+        }
+        let of: Arc<dyn PageSource> = Arc::new(source.clone());
+        let paged = registrations
+            .iter()
+            .zip(&slots)
+            .map(|(registration, range)| {
+                let first = Gfn(range.start / PAGE_SIZE);
+                PagedSlot::new(registration, first, Arc::clone(&of))
+            });
+        let paged = paged.collect::<Result<Vec<_>, _>>()?;
+        let pager = Pager::start(&uffd, paged, config)?;
+        let shared = shared(phase, Some(pager), registrations, source, sets);
+        let thread = std::thread::Builder::new().name("lazy".into());
+        let of = Arc::clone(&shared);
+        let thread = thread.spawn(move || of.bring(recording, replay, &slots));
+        Ok(LazyMemory {
+            thread: Some(thread.map_err(|source| LazyError::Process {
+                what: "start its thread",
+                source,
+            })?),
+            shared,
+            handler: None,
+            on_loss: request.on_loss,
+            _parked: parked,
+        })
+    }
+
+    /// How far it has come.
+    pub(crate) fn progress(&self) -> LazyProgress {
+        self.shared.progress()
+    }
+
+    /// What it took.
+    pub(crate) fn stats(&self) -> LazyStats {
+        self.shared.stats()
+    }
+
+    /// Whether what is not there in this process's memory may be something else than zeros.
+    pub(crate) fn is_missing(&self) -> bool {
+        !matches!(self.progress().state, LazyState::Whole)
+    }
+
+    /// Whether a page that does not come is the guest's to learn of.
+    pub(crate) fn poisons(&self) -> bool {
+        self.on_loss == OnLoss::Poison
+    }
+
+    /// Another process brings it.
+    pub(crate) fn is_external(&self) -> bool {
+        self.handler.is_some()
+    }
+
+    /// Has all of it brought, and waits for that while `go_on` says so. Of another process's nothing is known: what is read
+    /// comes then.
+    ///
+    /// # Errors
+    /// [`LazyError::Lost`], [`LazyError::Ended`].
+    pub(crate) fn settle(&self, go_on: impl Fn() -> bool) -> Result<(), LazyError> {
+        if self.is_external() {
+            return Ok(());
+        }
+        self.shared.stop_recording();
+        if let Some(pager) = &*self.shared.pager() {
+            pager.prefetch_rest();
+        }
+        let mut state = self.shared.lock();
+        loop {
+            match state.phase {
+                LazyState::Whole | LazyState::External => return Ok(()),
+                LazyState::Ended => return Err(LazyError::Ended),
+                LazyState::Damaged => {
+                    drop(state);
+                    return Err(self.shared.lost());
+                }
+                LazyState::Bringing | LazyState::Recording => {}
+            }
+            if !go_on() {
+                return Err(LazyError::Ended);
+            }
+            let waited = self.shared.changed.wait_timeout(state, LOOK);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// The machine ends: what was recorded is saved. Blocks for the disk.
+    pub(crate) fn end_recording(&self) {
+        let lives = || self.thread.as_ref().is_some_and(|of| !of.is_finished());
+        if self.shared.stop_recording() {
+            let mut state = self.shared.lock();
+            while state.phase == LazyState::Recording && lives() {
+                let waited = self.shared.changed.wait_timeout(state, LOOK);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+    }
+}
+
+impl Drop for LazyMemory {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.close = true;
+        state.recorded = true;
+        self.shared.changed.notify_all();
+        drop(state);
+        if let Some(pager) = &*self.shared.pager() {
+            pager.close();
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the thread that brings memory panicked");
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // What is in it is whole after each statement.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pager(&self) -> RwLockReadGuard<'_, Option<Pager>> {
+        self.pager.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn go_on(&self) -> bool {
+        !self.lock().close
+    }
+
+    /// The thread's life.
+    fn bring(&self, recording: Option<Recording>, replay: Option<Replay>, slots: &[Range<u64>]) {
+        if let Some(recording) = recording {
+            self.record(&recording);
+        }
+        if let Some(replay) = &replay {
+            self.read_ahead(replay, slots);
+        }
+        self.source.find_holes(|| self.go_on());
+        let whole = match &*self.pager() {
+            None => return,
+            Some(pager) => {
+                pager.prefetch_rest();
+                // Ends when the pager does as well.
+                pager.wait(Duration::MAX)
+            }
+        };
+        if whole {
+            self.finish();
+        } else {
+            self.turn(match self.go_on() {
+                true => LazyState::Damaged,
+                false => LazyState::Ended,
+            });
+        }
+        if let Some(replay) = replay {
+            replay.tell();
+        }
+    }
+
+    fn record(&self, recording: &Recording) {
+        let until = recording.until();
+        let mut state = self.lock();
+        while !state.recorded {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(state);
+        self.sets.save(recording);
+        self.turn(LazyState::Bringing);
+    }
+
+    /// Ends the recording, if there is one; whether there was.
+    fn stop_recording(&self) -> bool {
+        let mut state = self.lock();
+        state.recorded = true;
+        self.changed.notify_all();
+        state.phase == LazyState::Recording
+    }
+
+    fn read_ahead(&self, replay: &Replay, slots: &[Range<u64>]) {
+        for read in replay.reads() {
+            for (slot, range) in slots.iter().enumerate() {
+                let first = (read.start.0).max(range.start / PAGE_SIZE);
+                let end = (read.end.0).min(range.end / PAGE_SIZE);
+                if first >= end {
+                    continue;
+                }
+                loop {
+                    let pager = self.pager();
+                    let Some(pager) = pager.as_ref().filter(|_| self.go_on()) else {
+                        return;
+                    };
+                    match pager.prefetch(slot, Gfn(first)..Gfn(end)) {
+                        Err(PrefetchError::Backlog { .. }) => {
+                            if pager.wait(ROOM) {
+                                return;
+                            }
+                        }
+                        // A page of the guest's that is none: the record is another memory's, and a hint at best.
+                        Ok(()) | Err(_) => break,
+                    }
+                }
+            }
+        }
+    }
+
+    /// All is there: the pager ends, and the userfaultfd with it. Where pages are lost it stays, for they are its.
+    fn finish(&self) {
+        let lost = self.pager().as_ref().map(|pager| pager.progress().lost);
+        if lost.is_some_and(|lost| lost > 0) {
+            return self.turn(LazyState::Damaged);
+        }
+        let mut place = self.pager.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(pager) = place.take() else {
+            return;
+        };
+        let stats = pager.stats();
+        match pager.finish() {
+            Ok(roles) => drop(roles),
+            // It was complete: nothing becomes missing again.
+            Err(error) => {
+                log::error!("{error}");
+                *place = Some(error.pager);
+                drop(place);
+                return self.turn(LazyState::Damaged);
+            }
+        }
+        drop(place);
+        let mut state = self.lock();
+        let registrations = std::mem::take(&mut state.registrations);
+        (state.stats, state.took) = (stats, Some(self.begun.elapsed()));
+        drop(state);
+        for registration in registrations {
+            if let Err(error) = registration.unregister() {
+                log::warn!("{error}");
+            }
+        }
+        self.turn(LazyState::Whole);
+        log::info!("{}", self.stats());
+    }
+
+    fn turn(&self, phase: LazyState) {
+        self.lock().phase = phase;
+        self.changed.notify_all();
+    }
+
+    fn lost(&self) -> LazyError {
+        let lost = self.pager().as_ref().map(|pager| pager.progress().lost);
+        LazyError::Lost {
+            pages: lost.unwrap_or_default(),
+            why: self.events.why(),
+        }
+    }
+
+    fn progress(&self) -> LazyProgress {
+        let state = self.lock().phase;
+        let progress = self.pager().as_ref().map(Pager::progress);
+        let pages = self.pages;
+        let (missing, lost) = match (progress, state) {
+            (Some(of), _) => (Some(of.missing), Some(of.lost)),
+            (None, LazyState::External) => (None, None),
+            (None, _) => (Some(0), Some(0)),
+        };
+        LazyProgress {
+            state,
+            pages,
+            missing,
+            lost,
+        }
+    }
+
+    fn stats(&self) -> LazyStats {
+        let progress = self.progress();
+        let live = self.pager().as_ref().map(Pager::stats);
+        let state = self.lock();
+        LazyStats::of(progress, &live.unwrap_or(state.stats), state.took)
+    }
+}

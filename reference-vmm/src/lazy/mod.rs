@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A guest that runs before its memory is read.
+//!
+//! ```text
+//!   snapshot's files ── SnapshotSource ──► async-pf's pager ──► userfaultfd ──► guest memory
+//!                       (chain, zstd,        │  a vCPU, a device or this process touches a page: it comes first
+//!                        checked as read)    └─ what nobody waits for comes behind, in order
+//!
+//!   or: userfaultfd and mappings ──► a page-fault handler in another process (Firecracker's protocol)
+//! ```
+//!
+//! [`Machine::restore`](crate::vm::Machine::restore) with [`RestoreRequest::lazy`](crate::snapshot::RestoreRequest::lazy):
+//! memory is made as for a boot, registered, and the pager runs before any state of the VM or of a vCPU is set, for KVM
+//! touches guest memory there (its clock, stolen time, asynchronous page faults). So the time to the guest's first
+//! instruction does not grow with its memory.
+//!
+//! # What is right when
+//! - **What the guest reads** is what the snapshot has. A piece of a file (1 MiB) is compared with its checksum before the
+//!   first byte of it is used, unless [`RestoreRequest::verify`](crate::snapshot::RestoreRequest::verify) is off, and a file
+//!   that has been written to since is refused at each read.
+//! - **When it is whole** the pager ends and the userfaultfd with it: the guest is as any other then.
+//! - **A page that does not come** (an I/O error that stays, a file that is damaged, cut off or changed, a source that does
+//!   not answer within the [deadline](LazyRequest::deadline)) ends the guest with the reason and status 1 ([`OnLoss::Stop`]),
+//!   or is poisoned and the guest goes on ([`OnLoss::Poison`]). Nobody waits longer than the deadline, and nobody ever reads
+//!   something in its place.
+//! - **A snapshot or a migration** first has everything brought, at full speed, and then is as of any guest.
+//! - **Memory given back** meanwhile reads as zeros, and is not brought again.
+//!
+//! # Who waits for whom
+//! The pager's threads read files and place pages; they touch no guest memory, and take no lock of this monitor's. Every
+//! other thread may touch guest memory and then waits for them: at most for the deadline. Then the page is poisoned, and
+//! who touches it
+//!
+//! | who | has | and then |
+//! | --- | --- | --- |
+//! | a vCPU in the guest | a memory error of kvm-core's | the guest stops, or has a machine check (`poison`) |
+//! | a system call (a disk's read into guest memory) | `EFAULT` | the request fails |
+//! | a device's or another thread, itself | `SIGBUS` | it is parked while the guest is stopped (`bus`) |
+//!
+//! # External handlers
+//! With a [handler](LazyRequest::handler) its process brings the pages. What is there this process does not know then: a
+//! background snapshot, which needs the userfaultfd for itself, is refused; a snapshot in a pause and a migration read
+//! through the handler, for as long as it lives. When its process dies the guest is stopped, as for a page that does not
+//! come. A handler that lives and does not answer is not found out: nobody here hears of the faults.
+//!
+//! # Limits
+//! The kernel's userfaultfd has to have `POISON` (Linux 6.6). Memory of the lazy guest is its own from the first touch on
+//! (a snapshot that is mapped shares the page cache with others). Of compressed memory, and of pieces in which something is
+//! not zero while the file's holes are looked for, pages of zeros take memory as others do.
+
+pub(crate) mod bus;
+mod error;
+mod events;
+mod handler;
+mod memory;
+mod source;
+mod stats;
+mod working_set;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use error::LazyError;
+pub(crate) use memory::LazyMemory;
+pub use source::SnapshotSource;
+pub(crate) use stats::coming;
+pub use stats::{LazyProgress, LazyState, LazyStats};
+pub use working_set::WORKING_SET;
+
+/// How memory comes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LazyRequest {
+    /// What becomes of the guest if a page does not come.
+    pub on_loss: OnLoss,
+    /// How long who touches a page waits for it at most.
+    pub deadline: Duration,
+    /// Threads that bring pages.
+    pub workers: usize,
+    /// For so long only what the guest touches is brought, page by page, and recorded beside the snapshot for the next
+    /// restore. None: nothing is recorded, and what was is read ahead.
+    pub record: Option<Duration>,
+    /// The Unix socket of a page-fault handler in another process, which brings the pages instead.
+    pub handler: Option<PathBuf>,
+}
+
+impl Default for LazyRequest {
+    /// The guest is stopped, ten seconds, two threads.
+    fn default() -> Self {
+        LazyRequest {
+            on_loss: OnLoss::Stop,
+            deadline: Duration::from_secs(10),
+            workers: 2,
+            record: None,
+            handler: None,
+        }
+    }
+}
+
+/// What becomes of the guest if a page of its memory does not come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnLoss {
+    /// It ends, with the reason and status 1.
+    #[default]
+    Stop,
+    /// The page is poisoned and the guest goes on. If it touches the page it has a machine check where KVM says enough of
+    /// the access, and ends otherwise.
+    Poison,
+}

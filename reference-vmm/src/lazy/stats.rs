@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How far memory has come, and what that took.
+
+use std::fmt;
+use std::time::Duration;
+
+use async_pf::pager;
+use serde::Serialize;
+use serde_json::Value;
+
+/// How far memory has come. Pages are of the size that the memory has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LazyProgress {
+    /// What is being done.
+    pub state: LazyState,
+    /// All pages; of a handler in another process nothing more is known.
+    pub pages: u64,
+    /// Those that have to come still.
+    pub missing: Option<u64>,
+    /// Those that will not come.
+    pub lost: Option<u64>,
+}
+
+/// Whether memory is still coming.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LazyState {
+    /// What is touched is recorded, and nothing else is brought.
+    Recording,
+    /// It comes.
+    Bringing,
+    /// All of it is there.
+    Whole,
+    /// Some of it will not come.
+    Damaged,
+    /// Another process brings it.
+    External,
+    /// The machine ended before.
+    Ended,
+}
+
+/// What is said of `lazy` in a monitor's answer to `GET /`, behind its state; nothing where memory is all there.
+pub(crate) fn coming(lazy: &Value) -> Option<String> {
+    let number = |of: &str| lazy[of].as_u64();
+    let pages = number("pages")?;
+    match (lazy["state"].as_str()?, number("missing")) {
+        ("whole", _) => None,
+        ("external", _) => Some(", its memory comes from another process".into()),
+        (_, Some(missing)) => {
+            let lost = match number("lost") {
+                None | Some(0) => String::new(),
+                Some(lost) => format!(", {lost} pages are lost"),
+            };
+            let percent = (pages.saturating_sub(missing)) * 100 / pages.max(1);
+            Some(format!(", {percent} % of its memory is there{lost}"))
+        }
+        (_, None) => None,
+    }
+}
+
+/// What was done, in numbers. Pages are of the size that the memory has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LazyStats {
+    /// How far it has come.
+    pub progress: LazyProgress,
+    /// Pages that were brought because someone waited for them, or for one near.
+    pub by_fault: u64,
+    /// Pages that were brought before.
+    pub ahead: u64,
+    /// Of both, pages of zeros, which took no memory.
+    pub zeros: u64,
+    /// Faults on pages that were missing.
+    pub faults: u64,
+    /// Faults on pages that were under way.
+    pub joined: u64,
+    /// Reads of the source.
+    pub fetches: u64,
+    /// Reads that were tried again.
+    pub retries: u64,
+    /// Pages that were given back.
+    pub removed: u64,
+    /// How long faults waited: nanoseconds that half of them took at most, 99 of 100, and all.
+    pub latency_p50_ns: u64,
+    /// See there.
+    pub latency_p99_ns: u64,
+    /// See there.
+    pub latency_max_ns: u64,
+    /// How many faults took less than so many nanoseconds, and as long as the entry before it or longer.
+    pub latency: Vec<(u64, u64)>,
+    /// Microseconds until all of it was there.
+    pub took_us: Option<u64>,
+}
+
+fn nanos(of: Duration) -> u64 {
+    u64::try_from(of.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl LazyStats {
+    pub(super) fn of(progress: LazyProgress, stats: &pager::Stats, took: Option<Duration>) -> Self {
+        let latency = &stats.latency;
+        LazyStats {
+            progress,
+            by_fault: stats.placed.saturating_sub(stats.ahead),
+            ahead: stats.ahead,
+            zeros: stats.zeros,
+            faults: stats.faults,
+            joined: stats.joined,
+            fetches: stats.fetches,
+            retries: stats.retries,
+            removed: stats.removed,
+            latency_p50_ns: nanos(latency.percentile(50.0)),
+            latency_p99_ns: nanos(latency.percentile(99.0)),
+            latency_max_ns: nanos(latency.max()),
+            latency: latency
+                .buckets()
+                .map(|(below, count)| (nanos(below), count))
+                .collect(),
+            took_us: took.map(|took| u64::try_from(took.as_micros()).unwrap_or(u64::MAX)),
+        }
+    }
+}
+
+/// A time in the unit in which it is short.
+fn short(nanos: u64) -> String {
+    match nanos {
+        0..1_000 => format!("{nanos} ns"),
+        1_000..1_000_000 => format!("{:.1} us", nanos as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} ms", nanos as f64 / 1e6),
+        _ => format!("{:.1} s", nanos as f64 / 1e9),
+    }
+}
+
+impl fmt::Display for LazyStats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let LazyProgress {
+            state,
+            pages,
+            missing,
+            lost,
+        } = &self.progress;
+        write!(f, "memory that came later: {pages} pages, ")?;
+        match state {
+            LazyState::External => return writeln!(f, "brought by another process"),
+            LazyState::Whole => {
+                let took = self.took_us.unwrap_or_default();
+                writeln!(f, "all there after {:.1} ms", took as f64 / 1e3)?;
+            }
+            _ => {
+                let (missing, lost) = (missing.unwrap_or_default(), lost.unwrap_or_default());
+                writeln!(f, "{missing} missing, {lost} lost")?;
+            }
+        }
+        let LazyStats {
+            by_fault,
+            ahead,
+            zeros,
+            removed,
+            ..
+        } = self;
+        writeln!(
+            f,
+            "  by fault {by_fault}, ahead {ahead} (zeros {zeros}), given back {removed}"
+        )?;
+        let LazyStats {
+            faults,
+            joined,
+            fetches,
+            retries,
+            ..
+        } = self;
+        writeln!(
+            f,
+            "  faults {faults}, and {joined} on what was under way; reads {fetches}, again {retries}"
+        )?;
+        if self.latency.is_empty() {
+            return Ok(());
+        }
+        writeln!(
+            f,
+            "  a fault waited: half up to {}, 99 of 100 up to {}, the longest {}",
+            short(self.latency_p50_ns),
+            short(self.latency_p99_ns),
+            short(self.latency_max_ns)
+        )?;
+        let most = self.latency.iter().map(|(_, count)| *count).max();
+        let most = most.unwrap_or(1).max(1);
+        for (below, count) in &self.latency {
+            let bar = "#".repeat((count * 40).div_ceil(most) as usize);
+            writeln!(f, "  < {:>9} {count:>9} {bar}", short(*below))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_numbers_are_said_in_lines_and_in_json() {
+        let mut stats = pager::Stats::default();
+        (stats.placed, stats.ahead, stats.zeros, stats.faults) = (12, 8, 3, 2);
+        stats.latency.record(Duration::from_micros(3));
+        stats.latency.record(Duration::from_millis(3));
+        let progress = LazyProgress {
+            state: LazyState::Whole,
+            pages: 12,
+            missing: Some(0),
+            lost: Some(0),
+        };
+        let stats = LazyStats::of(progress, &stats, Some(Duration::from_micros(1500)));
+        let text = stats.to_string();
+        for line in [
+            "memory that came later: 12 pages, all there after 1.5 ms\n",
+            "  by fault 4, ahead 8 (zeros 3), given back 0\n",
+            "  a fault waited: half up to 4.1 us, 99 of 100 up to 3.0 ms, the longest 3.0 ms\n",
+            "  <    4.1 us         1 ####",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
+        assert_eq!(
+            coming(&serde_json::to_value(&stats.progress).unwrap()),
+            None
+        );
+        let half = LazyProgress {
+            state: LazyState::Bringing,
+            missing: Some(6),
+            lost: Some(1),
+            ..stats.progress.clone()
+        };
+        let half = coming(&serde_json::to_value(half).unwrap()).unwrap();
+        assert_eq!(half, ", 50 % of its memory is there, 1 pages are lost");
+        assert_eq!(coming(&Value::Null), None);
+        let json = serde_json::to_value(&stats).unwrap();
+        assert_eq!(json["by-fault"], 4);
+        assert_eq!(json["progress"]["state"], "whole");
+        assert_eq!(json["latency"][0], serde_json::json!([4096, 1]));
+    }
+}

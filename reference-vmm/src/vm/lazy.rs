@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A machine whose memory comes while it runs ([`lazy`](crate::lazy)).
+
+use super::blank::Framed;
+use super::{BuildError, Running};
+use crate::arch::layout;
+use crate::lazy::{LazyError, LazyMemory, LazyProgress, LazyStats};
+use vm_memory::GuestAddress;
+
+impl Framed {
+    /// Waits for the one page that the restore itself writes by hand. Written before it is there and lost, it would be a
+    /// `SIGBUS`; so it is an error.
+    ///
+    /// # Errors
+    /// [`BuildError::Ended`]: why it does not come has been told.
+    pub(super) fn await_generation(&self) -> Result<(), BuildError> {
+        let memory = self.memory();
+        let Some(region) = memory.find(layout::GENERATION_ID) else {
+            return Ok(());
+        };
+        let GuestAddress(start) = region.extent().start();
+        let page = region.page_size();
+        let at = (layout::GENERATION_ID.0 - start) / page * page;
+        let came = region
+            .mapping()
+            .prefault(at..at + page, std::num::NonZeroUsize::MIN);
+        came.map_err(|error| {
+            log::debug!("the generation id's page: {error}");
+            BuildError::Ended
+        })
+    }
+}
+
+impl Running {
+    /// Its memory, if that comes while it runs.
+    pub(crate) fn lazy(&self) -> Option<&LazyMemory> {
+        self.parts.lazy.as_ref()
+    }
+
+    /// How far its memory has come, of a machine that was restored so.
+    pub fn lazy_progress(&self) -> Option<LazyProgress> {
+        self.lazy().map(LazyMemory::progress)
+    }
+
+    /// What its memory's coming took, of a machine that was restored so.
+    pub fn lazy_stats(&self) -> Option<LazyStats> {
+        self.lazy().map(LazyMemory::stats)
+    }
+
+    /// Has all of its memory brought, at full speed, and waits for that: what reads memory behind this waits for no page.
+    /// Of memory that another process brings nothing is known: it comes as it is read.
+    ///
+    /// # Errors
+    /// [`LazyError`]: some of it does not come, or the guest has ended.
+    pub fn settle_memory(&self) -> Result<(), LazyError> {
+        self.lazy()
+            .map_or(Ok(()), |lazy| lazy.settle(|| !self.is_stopping()))
+    }
+}

@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A page-fault handler in another process, as Firecracker has them, brings a guest's memory, and may die of it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use async_pf::external::receive;
+use guests::image;
+use guests::verifier::verifier64;
+use reference_vmm::api::Client;
+use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::end::GuestEnd;
+use reference_vmm::lazy::{LazyRequest, LazyState};
+use reference_vmm::memory::Memory;
+use reference_vmm::snapshot::info;
+use reference_vmm::snapshot::packed::Compression;
+use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
+use serde_json::json;
+use support::keeper::Guest;
+use support::{Vmm, WATCHDOG, file, need_kvm};
+
+const SOCKET: &str = "LAZY_HANDLER_SOCKET";
+const FILE: &str = "LAZY_HANDLER_FILE";
+const PAGES: &str = "LAZY_HANDLER_PAGES";
+
+/// Not a test but the handler, in a process of its own: serves the pages of a file, and dies behind so many.
+#[test]
+fn a_handler() {
+    let Some(socket) = std::env::var_os(SOCKET) else {
+        return;
+    };
+    let memory = File::open(std::env::var_os(FILE).unwrap()).unwrap();
+    let most: usize = std::env::var(PAGES).unwrap().parse().unwrap();
+    let listener = UnixListener::bind(&socket).unwrap();
+    let (stream, _) = listener.accept().unwrap();
+    let given = receive(&stream, WATCHDOG).unwrap();
+    // It is non-blocking, and polled as handlers do.
+    let uffd = given.userfaultfd;
+    let mut served = 0;
+    loop {
+        let mut fds = [uffd.as_raw_fd(), stream.as_raw_fd()].map(|fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        });
+        // SAFETY: two pollfds.
+        assert!(unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } > 0);
+        if fds[1].revents != 0 {
+            return; // the monitor has ended
+        }
+        let mut message = [0; 32];
+        let copy = uffd.try_clone().unwrap();
+        match File::from(copy).read(&mut message) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            read => assert_eq!(read.unwrap(), 32),
+        }
+        // `struct uffd_msg`: a page fault, and where.
+        assert_eq!(message[0], 0x12);
+        if served == most {
+            std::process::exit(0);
+        }
+        served += 1;
+        let address = u64::from_ne_bytes(message[16..24].try_into().unwrap());
+        let (_, offset, page) = given.mappings.locate(address).unwrap();
+        let mut bytes = [0; 4096];
+        memory.read_exact_at(&mut bytes, offset).unwrap();
+        // `struct uffdio_copy`, and UFFDIO_COPY.
+        let mut copy: [u64; 5] = [page, bytes.as_ptr() as u64, 4096, 0, 0];
+        // SAFETY: as many words as the call takes, and the bytes that they name.
+        let done = unsafe { libc::ioctl(uffd.as_raw_fd(), 0xc028_aa03, copy.as_mut_ptr()) };
+        let error = io::Error::last_os_error();
+        assert!(
+            done == 0 || error.raw_os_error() == Some(libc::EEXIST),
+            "{error}"
+        );
+    }
+}
+
+/// A handler that runs. Dropped, it is killed.
+struct Handler {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Handler {
+    fn start(folder: &Path, dir: &Path, pages: usize) -> Self {
+        let socket = folder.join(format!("handler{pages}"));
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_handler", "--nocapture"])
+            .env(SOCKET, &socket)
+            .env(FILE, dir.join("memory"))
+            .env(PAGES, pages.to_string())
+            .spawn();
+        let begun = Instant::now();
+        while !socket.exists() {
+            assert!(begun.elapsed() < WATCHDOG);
+            std::thread::yield_now();
+        }
+        Handler {
+            child: child.unwrap(),
+            socket,
+        }
+    }
+}
+
+impl Drop for Handler {
+    fn drop(&mut self) {
+        // Gone, or not.
+        let _ = self.child.kill();
+        self.child.wait().unwrap();
+    }
+}
+
+/// A snapshot of a guest that compares all of its memory.
+fn taken(dir: &Path, compression: Compression) {
+    let kernel = file(&image::elf64(verifier64()));
+    let config = Config {
+        cmdline: "4 ".into(),
+        memory: Memory::new(16 << 20),
+        cpus: 4.into(),
+        irqchip: Irqchip::Split,
+        debug_exit: Some(0xf4),
+        ..Config::new(&*kernel)
+    };
+    let mut guest = Guest::boot(&config);
+    guest.hear(2);
+    guest.snapshot(&SnapshotRequest {
+        compression,
+        ..SnapshotRequest::new(dir)
+    });
+    guest.leave();
+}
+
+fn from(dir: &Path, handler: &Handler) -> RestoreRequest {
+    RestoreRequest {
+        lazy: Some(LazyRequest {
+            handler: Some(handler.socket.clone()),
+            ..LazyRequest::default()
+        }),
+        ..RestoreRequest::new(dir)
+    }
+}
+
+#[test]
+fn a_guest_whose_memory_another_process_brings_has_all_of_it() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    let handler = Handler::start(folder.path(), &dir, usize::MAX);
+    let mut guest = Guest::restore(&from(&dir, &handler));
+    guest.hear(2);
+    let progress = guest.running.lazy_progress().unwrap();
+    assert_eq!(
+        (progress.state, progress.missing),
+        (LazyState::External, None)
+    );
+    // What needs the userfaultfd is refused, with the reason; what reads memory has it all.
+    let copy = folder.path().join("copy");
+    let background = SnapshotRequest {
+        background: true,
+        ..SnapshotRequest::new(&copy)
+    };
+    let refused = guest.running.snapshot(&background).unwrap_err().to_string();
+    assert!(
+        refused.contains("a page-fault handler in another process"),
+        "{refused}"
+    );
+    assert!(!copy.exists());
+    guest.snapshot(&SnapshotRequest::new(&copy));
+    info::verify(&copy).unwrap();
+    guest.hear(2);
+    guest.has_all();
+    let mut guest = Guest::restore(&RestoreRequest::new(&copy));
+    guest.hear(2);
+    guest.has_all();
+}
+
+#[test]
+fn a_handler_that_dies_stops_the_guest_with_the_reason_wherever_it_is() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    for pages in [0, 1, 2, 3, 50, 1000] {
+        let handler = Handler::start(folder.path(), &dir, pages);
+        let begun = Instant::now();
+        let said = Vmm::command(["restore", "--from"])
+            .arg(&dir)
+            .args(["--page-handler", handler.socket.to_str().unwrap()])
+            .stdin_pipe()
+            .output();
+        said.expect_status(1);
+        said.expect_line(&["the page-fault handler at", "has ended"]);
+        assert!(begun.elapsed() < WATCHDOG);
+    }
+}
+
+#[test]
+fn a_handler_that_is_killed_stops_the_guest() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    let mut handler = Handler::start(folder.path(), &dir, usize::MAX);
+    let mut guest = Guest::restore(&from(&dir, &handler));
+    // It has come to its second vCPU at most.
+    handler.child.kill().unwrap();
+    while !guest.end.is_told() {
+        guest.listen();
+    }
+    let end = guest.leave().1;
+    let Some(GuestEnd::Failed(why)) = end else {
+        panic!("{end:?}");
+    };
+    assert!(
+        why.contains("has ended, and the guest's memory with it"),
+        "{why}"
+    );
+}
+
+#[test]
+fn what_cannot_be_handed_off_is_refused_before_there_is_a_guest() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::Zstd);
+    let restore = |socket: &str| {
+        Vmm::command(["restore", "--from"])
+            .arg(&dir)
+            .args(["--page-handler", socket])
+            .limit(Duration::from_secs(60))
+            .output()
+    };
+    restore("/nowhere/handler")
+        .expect_status(2)
+        .expect_line(&["compressed", "snapshot merge"]);
+    taken(&dir, Compression::None);
+    restore("/nowhere/handler")
+        .expect_status(2)
+        .expect_line(&["cannot connect to the page-fault handler at /nowhere/handler"]);
+}
+
+#[test]
+fn a_client_of_firecrackers_api_says_where_the_handler_is() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    let handler = Handler::start(folder.path(), &dir, usize::MAX);
+    let socket = folder.path().join("api");
+    let mut monitor = Vmm::command(["restore", "--api-sock"])
+        .arg(&socket)
+        .stdin_pipe()
+        .start();
+    let mut client = loop {
+        match Client::connect(&socket, WATCHDOG) {
+            Ok(client) => break client,
+            Err(_) => std::thread::yield_now(),
+        }
+    };
+    let load = |path: &Path| {
+        json!({
+            "snapshot_path": dir, "resume_vm": true,
+            "mem_backend": { "backend_type": "Uffd", "backend_path": path },
+        })
+    };
+    // One that fails is answered, and another may come.
+    let nowhere = load(Path::new("/nowhere"));
+    let refused = client
+        .call("PUT", "/snapshot/load", Some(&nowhere))
+        .unwrap();
+    assert!(refused.fault().unwrap().contains("/nowhere"), "{refused:?}");
+    let loaded = load(&handler.socket);
+    let answer = client.call("PUT", "/snapshot/load", Some(&loaded)).unwrap();
+    assert_eq!(answer.status, 204, "{answer:?}");
+    monitor.wait_for("5");
+    let answer = client.call("GET", "/", None).unwrap();
+    assert_eq!(answer.body.unwrap()["lazy"]["state"], "external");
+    monitor.type_in(b"q");
+    monitor.wait().expect_status(1).expect_silence();
+}

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a lazy restore reads of a chain is what is in it, before and after the files' holes are known; what is damaged, cut
+//! off or changed is no page. Without KVM.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod chain_files;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_pf::{Fetched, PageSource, SourceError};
+use chain_files::{Files, Memory, at, id, memory, page, page_addresses, parent};
+use memslots::Gfn;
+use proptest::prelude::*;
+use reference_vmm::lazy::SnapshotSource;
+use reference_vmm::snapshot::chain::Chain;
+use reference_vmm::snapshot::files::HostFiles;
+use reference_vmm::snapshot::merge::{MergeRequest, merge};
+use reference_vmm::snapshot::packed::Compression;
+use reference_vmm::snapshot::ranges::Ranges;
+
+const P: u64 = 4096;
+
+/// A source of the chain that ends in `dir`.
+fn source(dir: &Path, verify: bool) -> SnapshotSource {
+    let (mut chain, _) = Chain::open(dir).unwrap();
+    chain.check_as_read(verify).unwrap();
+    SnapshotSource::new(Arc::new(chain))
+}
+
+/// Everything in runs as the source likes them, as a pager asks; each run is what `memory` has.
+fn has(source: &SnapshotSource, memory: &Memory) {
+    for (start, bytes) in memory {
+        let (mut gfn, end) = (start / P, (start + bytes.len() as u64) / P);
+        while gfn < end {
+            let run = source.run(Gfn(gfn), (end - gfn).min(32));
+            assert!((1..=32).contains(&run) && gfn + run <= end);
+            let mut got = vec![0xee; (run * P) as usize];
+            if source.fetch(Gfn(gfn), &mut got).unwrap() == Fetched::Zero {
+                got.fill(0);
+            }
+            let from = (gfn * P - start) as usize;
+            assert!(got == bytes[from..from + got.len()], "{gfn:#x} + {run}");
+            gfn += run;
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_chain_is_read_as_it_is_in_any_form(
+        first in proptest::collection::vec((0usize..10_000, any::<u8>()), 0..40),
+        later in proptest::collection::vec((0usize..10_000, any::<u8>()), 1..40),
+        verify: bool,
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = |name: &str| folder.path().join(name);
+        let mut memory = memory();
+        let pages = page_addresses(&memory);
+        for (which, fill) in &first {
+            page(&mut memory, pages[which % pages.len()]).fill(*fill);
+        }
+        Files { dir: &dir("base"), id: id(1), parent: None, memory: &memory }.write();
+        let full = memory.clone();
+        let mut own = Vec::new();
+        for (which, fill) in &later {
+            let address = pages[which % pages.len()];
+            page(&mut memory, address).fill(*fill);
+            own.push(at(address));
+        }
+        let parent = Some((parent(&dir("base"), id(1), 1), Ranges::of(own)));
+        Files { dir: &dir("top"), id: id(2), parent, memory: &memory }.write();
+        for (name, expected) in [("base", &full), ("top", &memory)] {
+            let source = source(&dir(name), verify);
+            has(&source, expected);
+            source.find_holes(|| true);
+            has(&source, expected);
+        }
+    }
+}
+
+#[test]
+fn a_compressed_one_is_read_as_it_is_with_its_duplicates() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = |name: &str| folder.path().join(name);
+    let mut memory = memory();
+    for (number, address) in page_addresses(&memory).into_iter().enumerate() {
+        // Many are the same, some in other pieces, some zero.
+        page(&mut memory, address).fill((number % 5) as u8);
+    }
+    Files {
+        dir: &dir("plain"),
+        id: id(1),
+        parent: None,
+        memory: &memory,
+    }
+    .write();
+    let request = MergeRequest {
+        dirs: vec![dir("plain")],
+        to: dir("packed"),
+        compression: Compression::Zstd,
+    };
+    merge(&request, &HostFiles).unwrap();
+    for verify in [true, false] {
+        let source = source(&dir("packed"), verify);
+        has(&source, &memory);
+        source.find_holes(|| true);
+        has(&source, &memory);
+    }
+}
+
+/// A plain snapshot whose second region has something in each page, and its memory's file.
+fn plain(folder: &Path) -> (std::path::PathBuf, File) {
+    let dir = folder.join("s");
+    let mut memory = memory();
+    for (number, address) in page_addresses(&memory).into_iter().enumerate() {
+        page(&mut memory, address).fill(number as u8 | 1);
+    }
+    Files {
+        dir: &dir,
+        id: id(1),
+        parent: None,
+        memory: &memory,
+    }
+    .write();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(dir.join("memory"));
+    (dir, file.unwrap())
+}
+
+#[test]
+fn what_is_damaged_is_no_page_and_asking_again_does_not_help() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, file) = plain(folder.path());
+    file.write_all_at(&[0], 2 << 20).unwrap();
+    let refused = source(&dir, true)
+        .fetch(Gfn(5), &mut [0; 4096])
+        .unwrap_err();
+    assert!(
+        !refused.is_transient() && refused.to_string().contains("checksum"),
+        "{refused}"
+    );
+    // Of other pieces nothing is wrong, and unchecked nobody knows.
+    assert!(source(&dir, true).fetch(Gfn(0x100), &mut [0; 4096]).is_ok());
+    assert!(source(&dir, false).fetch(Gfn(5), &mut [0; 4096]).is_ok());
+}
+
+#[test]
+fn a_file_that_is_written_to_or_cut_off_meanwhile_is_found_out_at_the_next_read() {
+    for cut in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let (dir, file) = plain(folder.path());
+        let source = source(&dir, false);
+        assert!(source.fetch(Gfn(1), &mut [0; 4096]).is_ok());
+        match cut {
+            true => file.set_len((2 << 20) + 4096).unwrap(),
+            false => {
+                let times = std::fs::FileTimes::new();
+                file.write_all_at(&[7], 2 << 20).unwrap();
+                // Though it was in the same tick of the file system's clock.
+                let now = std::time::SystemTime::now() + std::time::Duration::from_secs(1);
+                file.set_times(times.set_modified(now)).unwrap();
+            }
+        }
+        for gfn in [0, 1, 0x100] {
+            let refused = source.fetch(Gfn(gfn), &mut [0; 4096]).unwrap_err();
+            assert!(!refused.is_transient(), "{refused}");
+        }
+    }
+}
+
+#[test]
+fn what_is_no_page_of_the_guests_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, _) = plain(folder.path());
+    let source = source(&dir, true);
+    for (gfn, bytes) in [
+        (160, 4096),
+        (159, 8192),
+        (0x201, 4096),
+        (u64::MAX, 4096),
+        (u64::MAX / P, 8192),
+    ] {
+        let refused = source.fetch(Gfn(gfn), &mut vec![0; bytes]).unwrap_err();
+        assert!(
+            matches!(refused, SourceError::NoSuchPage { .. }),
+            "{gfn:#x}: {refused}"
+        );
+    }
+    for bytes in [0, 1, 4097] {
+        let refused = source.fetch(Gfn(0), &mut vec![0; bytes]).unwrap_err();
+        assert!(matches!(refused, SourceError::Buffer { .. }), "{refused}");
+    }
+}
