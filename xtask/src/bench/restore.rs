@@ -44,7 +44,7 @@ struct Way {
     fleet: usize,
 }
 
-const WAYS: [Way; 3] = [
+const WAYS: [Way; 5] = [
     Way {
         name: "mapped",
         flags: &["--verify=off"],
@@ -54,6 +54,18 @@ const WAYS: [Way; 3] = [
     Way {
         name: "mapped, cold",
         flags: &["--verify=off"],
+        cold: true,
+        fleet: 0,
+    },
+    Way {
+        name: "lazy",
+        flags: &["--lazy"],
+        cold: false,
+        fleet: FLEET_APART,
+    },
+    Way {
+        name: "lazy, cold",
+        flags: &["--lazy"],
         cold: true,
         fleet: 0,
     },
