@@ -163,7 +163,7 @@ fn a_client_loads_a_guest_that_runs_before_its_memory_is_read_and_sees_how_far_i
     let to = place.folder.path().join("to");
     let create = json!({ "snapshot_path": to });
     let answer = client.call("PUT", "/snapshot/create", Some(&create));
-    assert_eq!(answer.unwrap().status, 204);
+    assert_eq!(answer.unwrap().status, 200);
     let answer = client.call("GET", "/", None).unwrap();
     assert_eq!(answer.body.unwrap()["lazy"]["state"], "whole");
     let status = Vmm::command(["ctl", "--api-sock"]).arg(&place.socket);
