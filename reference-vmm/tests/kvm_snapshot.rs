@@ -170,7 +170,10 @@ fn the_command_line_takes_a_snapshot_and_goes_on_from_it() {
     let told = ctl(&["snapshot", dir_text]);
     let said = told.expect_status(0).text();
     let due = format!("{dir_text}: the guest stood still for ");
-    assert!(said.starts_with(&due) && said.ends_with(" us in all\n"), "{told}");
+    assert!(
+        said.starts_with(&due) && said.ends_with(" us in all\n"),
+        "{told}"
+    );
     // Where there is something else, nothing is done and the guest runs on.
     let refused = ctl(&["snapshot", folder.path().to_str().unwrap()]);
     refused.expect_status(1).expect_line(&["is no snapshot"]);
