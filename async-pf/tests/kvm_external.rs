@@ -170,6 +170,8 @@ fn a_monitors_memory_comes_when_it_is_touched_and_zeros_where_it_gave_it_back() 
     let ended = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&ended.stdout);
     assert!(ended.status.success(), "{said}");
+    // The last page is noted a moment after who waited for it goes on.
+    assert!(pager.wait(LONG));
     let stats = pager.stats();
     assert_eq!(stats.removed, 10);
     assert_eq!(stats.lost, 0);
