@@ -38,7 +38,7 @@ Commands:
   test [OPTIONS]             build and run the tests of all tiers, and say what ran where
   coverage                   measure the tests' coverage, against coverage_config.json
   fuzz [TARGET…]             run the crates' fuzz targets with libFuzzer
-  bench startup|boot|io|login|migrate
+  bench startup|boot|io|login|migrate|restore
                              measure a start, a boot, a guest's devices, a Debian's start to its login or a migration,
                              against a floor or another monitor
 
