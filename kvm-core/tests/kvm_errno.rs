@@ -345,7 +345,11 @@ fn a_vcpu_that_cannot_be_made_is_refused_with_its_number() {
 fn a_file_that_does_not_answer_is_no_kvm() {
     for errno in ERRNOS {
         let error = refused(Refuse::Ioctl(0xae00), errno, || Kvm::open().unwrap_err());
-        assert!(error.to_string().contains("is no KVM device"), "{error}");
+        let says = match errno {
+            libc::ENOTTY | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP => "is no KVM device",
+            _ => "cannot ask /dev/kvm for its KVM API version",
+        };
+        assert!(error.to_string().contains(says), "{error}");
     }
 }
 

@@ -608,7 +608,7 @@ fn statistics_that_kvm_does_not_give_are_done_without_and_that_is_told() {
             line.contains(says) && line.contains("without KVM's own"),
             "{trace}"
         );
-        assert!(json.ends_with(r#""kvm":null}"#), "{trace}");
+        assert!(json.contains(r#""kvm":null"#), "{trace}");
     }
 }
 
