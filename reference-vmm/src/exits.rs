@@ -63,6 +63,9 @@ pub(crate) const SHOW_REGISTERS: Option<Request> = Request::consumer(0);
 /// first that comes does it.
 pub(crate) const SEND_OWED: Option<Request> = Request::consumer(1);
 
+/// Machine checks of one page that a guest has before it is taken for one that heeds none.
+const MOST_CHECKS: u32 = 8;
+
 /// A vCPU's exits, on its thread.
 pub(crate) struct Handler<P> {
     /// Who its log lines are about.
@@ -72,6 +75,8 @@ pub(crate) struct Handler<P> {
     memory: memslots::Reader<SlotTable>,
     counters: Arc<ExitCounters>,
     entered: bool,
+    /// Where the guest was last given a machine check, and how often without one elsewhere.
+    checked: Option<(Option<GuestAddress>, u32)>,
     /// Under a debugger.
     debug: Option<Box<VcpuSide>>,
 }
@@ -99,6 +104,7 @@ impl<P: PolledOutput + 'static> Handler<P> {
             shared: shared.clone(),
             counters,
             entered: false,
+            checked: None,
             debug: debug.map(Box::new),
         }
     }
@@ -255,6 +261,16 @@ impl<P: PolledOutput + 'static> Handler<P> {
         self.shared.console.sync();
         self.shared.end.tell(end);
     }
+
+    /// Whether the guest may still heed a machine check of `error`. KVM says nothing of one that it drops because the guest
+    /// has not switched its banks on: such a guest touches the same page again and again.
+    fn heeds(&mut self, error: &MemoryError) -> bool {
+        match &mut self.checked {
+            Some((address, times)) if *address == error.address => *times += 1,
+            other => *other = Some((error.address, 1)),
+        }
+        self.checked.is_some_and(|(_, times)| times <= MOST_CHECKS)
+    }
 }
 
 impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
@@ -303,6 +319,7 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
     fn memory_error(&mut self, vcpu: &VcpuView<'_, VcpuFd>, error: &MemoryError) -> Remedy<Stop> {
         if let Some(vcpus) = self.shared.machine_checks
             && error.is_restartable()
+            && self.heeds(error)
             && raise_machine_check(vcpu, error, vcpus)
         {
             log::warn!("vCPU {}: {error}: the guest has a machine check", vcpu.id());
