@@ -129,6 +129,7 @@ fn a_length_that_a_kind_cannot_have_is_refused_before_anything_is_allocated() {
         );
     }
     assert_eq!(Head::parse(&[0xff; HEAD]), Err(MessageError::Kind(0xffff)));
+    assert_eq!(Head::parse(b"HTTP/1.1"), Err(MessageError::Http));
 }
 
 #[test]

@@ -289,7 +289,8 @@ impl Monitor for Waiting<'_> {
                     .into(),
             ),
             (_, Source::Loads(_)) => Outcome::Refused(
-                "The requested operation is not supported before starting the microVM: PUT /snapshot/load."
+                "The requested operation is not supported before starting the microVM, which waits for a snapshot: ctl load DIR, or PUT \
+                 /snapshot/load."
                     .into(),
             ),
         }

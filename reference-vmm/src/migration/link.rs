@@ -320,7 +320,7 @@ fn receive_behind(
 }
 
 /// A text of the other side's that may be shown: nothing in it moves a cursor or begins a line.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for char in text.chars() {
         match char.is_control() {

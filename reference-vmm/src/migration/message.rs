@@ -117,6 +117,11 @@ pub enum MessageError {
     /// A role that there is not.
     #[error("a connection has the role {0}, and number {1}, which there is not")]
     Role(u32, u32),
+    /// An answer of HTTP's.
+    #[error(
+        "the other side answers by HTTP: it is a control socket (--api-sock), and no address of --incoming"
+    )]
+    Http,
     /// A kind of message that there is not.
     #[error("a message has the kind {0}, which there is not")]
     Kind(u16),
@@ -294,6 +299,9 @@ impl Head {
     /// # Errors
     /// [`MessageError`].
     pub fn parse(bytes: &[u8; HEAD]) -> Result<Self, MessageError> {
+        if bytes.starts_with(b"HTTP/") {
+            return Err(MessageError::Http);
+        }
         let number = u16::from_le_bytes(first(bytes));
         let kind = Kind::ALL.into_iter().find(|kind| *kind as u16 == number);
         // What has no meaning yet is another kind.

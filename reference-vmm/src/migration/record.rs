@@ -23,6 +23,7 @@ use std::time::{Duration, SystemTime};
 use dirty_log::estimate::{Forecast, Outcome as ForecastOutcome};
 use serde::{Deserialize, Serialize};
 
+use super::link::printable;
 use super::{progress, units};
 
 /// Rounds that are kept: the first and the newest others.
@@ -536,13 +537,13 @@ impl MigrationRecord {
                 text,
                 "failed after {}, the guest is still here: {}",
                 units::time(took),
-                why.escape_debug()
+                printable(why)
             ),
             Some(Outcome::Unsettled { why }) => writeln!(
                 text,
                 "unsettled after {}, the guest stays paused here: {}",
                 units::time(took),
-                why.escape_debug()
+                printable(why)
             ),
         };
         let Total {
@@ -594,7 +595,7 @@ impl MigrationRecord {
             Some(Report {
                 failed: Some(why), ..
             }) => {
-                let _ = writeln!(text, "no report: {}", why.escape_debug());
+                let _ = writeln!(text, "no report: {}", printable(why));
             }
         }
         text
