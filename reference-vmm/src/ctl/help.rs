@@ -100,8 +100,9 @@ Write a snapshot of the guest to the directory DIR, and say how long it stood st
 
 Usage: reference-vmm ctl --api-sock PATH snapshot DIR [OPTIONS]
 
-DIR is new, empty, or an older snapshot that is replaced, and not within another. A guest that runs is paused for
-it and goes on; one that is paused stays so. `restore --from DIR` has it go on.
+DIR is new, empty, or an older snapshot, and not within another. The older one is replaced, and what else builds on
+it is lost. A guest that runs is paused for it and goes on; one that is paused stays so. `restore --from DIR` has it
+go on.
 
 While writes are tracked each snapshot, a full one as well, and one without --track, is what the next incremental
 one builds on: --base of that is the last one, whichever it was. --track=off ends the chain with this snapshot.
@@ -139,7 +140,8 @@ Options:
         "migrate",
         with_common!(
             "\
-Move the guest to the monitor that waits for it (`run --incoming ADDRESS`), while it runs.
+Move the guest to the monitor that waits for it (`run --incoming ADDRESS`), while it runs. One that is paused is not
+moved: resume it first.
 
 Usage: reference-vmm ctl --api-sock PATH migrate --to ADDRESS [OPTIONS]
 
