@@ -688,6 +688,7 @@ fn a_pager_that_is_closed_by_one_owner_poisons_what_is_missing_and_waits_no_more
     let waits = thread::spawn(move || waits.wait(LONG));
     pager.close();
     assert!(!waits.join().unwrap(), "all of it came");
+    assert!(!pager.wait(LONG), "for who comes late as well");
     assert!(matches!(world.touch(5), Touch::Poisoned));
     pager.close();
 }

@@ -285,11 +285,18 @@ impl Pager {
     }
 
     /// Waits until every page is there, lost or given back, for this long at most, and says whether they are. Without
-    /// [`prefetch_rest`](Self::prefetch_rest), only what is touched comes. Ends early when the pager does.
+    /// [`prefetch_rest`](Self::prefetch_rest), only what is touched comes. Ends early when the pager does, and says no then.
     pub fn wait(&self, limit: Duration) -> bool {
         let until = sync::now().checked_add(limit);
         let mut state = self.shared.lock();
-        while !state.book.is_complete() {
+        loop {
+            // What was given up in its end counts as settled, and has not come.
+            if state.abandoned {
+                return false;
+            }
+            if state.book.is_complete() {
+                return true;
+            }
             if state.stop {
                 return false;
             }
@@ -299,7 +306,6 @@ impl Pager {
             }
             state = self.shared.wait_for(&self.shared.done, state, left);
         }
-        true
     }
 
     /// What it has done. Takes its lock for as long as a copy of some hundred bytes takes.

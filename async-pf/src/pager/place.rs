@@ -340,7 +340,10 @@ impl Shared {
         if roles.is_empty() {
             return;
         }
-        let runs = self.lock().book.give_all_up();
+        let mut state = self.lock();
+        let runs = state.book.give_all_up();
+        state.abandoned |= !runs.is_empty();
+        drop(state);
         if self.config.give_up != GiveUp::Poison {
             return self.wake_all(&roles);
         }

@@ -83,6 +83,8 @@ pub(super) struct State {
     /// Dropped, whoever waits for messages wakes for ever.
     pub poke: Option<io::PipeWriter>,
     pub stop: bool,
+    /// It ended with pages that were still to come.
+    pub abandoned: bool,
     /// Threads that have not ended.
     pub alive: usize,
     /// Why it cannot go on.
@@ -151,6 +153,7 @@ impl Shared {
             poked: false,
             poke: Some(poke),
             stop: false,
+            abandoned: false,
             alive: 0,
             failed: None,
         };
