@@ -77,14 +77,7 @@ crate::blob! {
         add edi, 4096
         dec esi
         jnz 25b
-        inc r12
-        mov rax, r12
-        xor edx, edx
-        mov ecx, 10
-        div rcx
-        lea eax, [rdx + 0x30]
-        mov edx, 0x3f8
-        out dx, al
+    ", crate::parts::say_pass!(), "
     26: cli                                 // no tick between the look and the sleep
         mov eax, [0x34000]
         cmp eax, r13d

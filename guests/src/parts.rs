@@ -23,6 +23,58 @@ macro_rules! command_line_number {
 }
 pub(crate) use command_line_number;
 
+/// Counts a pass in `r12`, and says its last digit on COM1. Uses `rax`, `rcx` and `rdx`.
+macro_rules! say_pass {
+    () => {
+        "
+        inc r12
+        mov rax, r12
+        xor edx, edx
+        mov ecx, 10
+        div rcx
+        lea eax, [rdx + 0x30]
+        mov edx, 0x3f8
+        out dx, al
+    "
+    };
+}
+pub(crate) use say_pass;
+
+/// On to the label `$again`, until a `q` comes on COM1: `!` then, and debug-exit value 0. Another character, and the label
+/// `$wrong`, which is here, are debug-exit value 1. Uses `eax` and `edx`, and the label 4.
+macro_rules! again_or_quit {
+    ($again:literal, $wrong:literal) => {
+        concat!(
+            "
+        mov edx, 0x3fd
+        in al, dx
+        test al, 1
+        jz ",
+            $again,
+            "b
+        mov edx, 0x3f8
+        in al, dx
+        cmp al, 0x71
+        jne ",
+            $wrong,
+            "f
+        mov al, 0x21
+        out dx, al
+        xor eax, eax
+        out 0xf4, al
+    4:  hlt
+        jmp 4b
+    ",
+            $wrong,
+            ":  mov al, 1
+        out 0xf4, al
+        jmp 4b
+    "
+        )
+    };
+}
+pub(crate) use again_or_quit;
+
 /// An IDT at 0x30000, its register from the label `$idtr`, with a gate at `$gate` (16 bytes a vector) to the label
 /// `$handler`. No pin of a PIC interrupts. Uses `rax`, `rcx` and `rdi`.
 macro_rules! interrupt_gate {

@@ -9,7 +9,7 @@ crate::blob! {
     /// Writes [`PAGES`] pages again and again: the first and last words of each are the number of the pass and the address,
     /// and are compared before. Says a digit on COM1 for each pass (1 2 3 … 9 0 1 …). Memory of another moment than the
     /// registers is debug-exit value 1. A `q` on COM1 (polled, once a pass) is `!`, and debug-exit value 0.
-    scribe64, "
+    scribe64, concat!("
     .code64
         mov r14, 0x9e3779b97f4a7c15
         xor r12d, r12d
@@ -37,30 +37,5 @@ crate::blob! {
         add edi, 4096
         dec esi
         jnz 3b
-        inc r12
-        mov rax, r12
-        xor edx, edx
-        mov ecx, 10
-        div rcx
-        lea eax, [rdx + 0x30]
-        mov edx, 0x3f8
-        out dx, al
-        mov edx, 0x3fd
-        in al, dx
-        test al, 1
-        jz 2b
-        mov edx, 0x3f8
-        in al, dx
-        cmp al, 0x71
-        jne 8f
-        mov al, 0x21
-        out dx, al
-        xor eax, eax
-        out 0xf4, al
-    4:  hlt
-        jmp 4b
-    8:  mov al, 1
-        out 0xf4, al
-        jmp 4b
-    "
+    ", crate::parts::say_pass!(), crate::parts::again_or_quit!("2", "8"))
 }

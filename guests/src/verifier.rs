@@ -91,32 +91,7 @@ crate::blob! {
     ", crate::parts::start_others!("6f", "8f"), "
     22: xor r12d, r12d
         xor ebx, ebx
-    23: ", pass!(), "
-        inc r12
-        mov rax, r12
-        xor edx, edx
-        mov ecx, 10
-        div rcx
-        lea eax, [rdx + 0x30]
-        mov edx, 0x3f8
-        out dx, al
-        mov edx, 0x3fd
-        in al, dx
-        test al, 1
-        jz 23b
-        mov edx, 0x3f8
-        in al, dx
-        cmp al, 0x71
-        jne 9f
-        mov al, 0x21
-        out dx, al
-        xor eax, eax
-        out 0xf4, al
-    4:  hlt
-        jmp 4b
-    9:  mov al, 1
-        out 0xf4, al
-        jmp 4b
+    23: ", pass!(), crate::parts::say_pass!(), crate::parts::again_or_quit!("23", "9"), "
     6:
     .code16
         cli
