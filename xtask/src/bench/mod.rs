@@ -13,6 +13,7 @@ use std::ffi::{OsStr, OsString};
 use std::process::{Child, Command};
 
 use crate::failure::{Context, Failure, Result};
+use crate::host::{self, KvmKind};
 pub(crate) use boot::{RUN_COMMAND, run_command};
 pub(crate) use io::{RUN_COMMAND as RUN_IO_COMMAND, run_command as run_io_command};
 pub(crate) use login::{RUN_COMMAND as RUN_LOGIN_COMMAND, run_command as run_login_command};
@@ -74,6 +75,16 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         _ => Err(Failure::usage(
             "cargo xtask bench startup, boot, io, login, migrate or restore",
         )),
+    }
+}
+
+/// What the host's KVM is, in words.
+fn host_kvm() -> Result<String> {
+    match host::kvm() {
+        (KvmKind::None, reason) => Err(Failure::new(format!(
+            "there is nothing to measure on this host: {reason}"
+        ))),
+        (_, reason) => Ok(reason),
     }
 }
 

@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 
 use guests::image;
 
-use super::{Ended, ranks};
+use super::{Ended, host_kvm, ranks};
 use crate::cargo;
 use crate::failure::{Context, Failure, Result};
-use crate::host::{self, KvmKind};
+use crate::host;
 use crate::ui::{Step, say};
 
 /// Of how much memory guests are, MiB.
@@ -78,12 +78,7 @@ const WAYS: [Way; 5] = [
 ];
 
 pub(super) fn run(rounds: usize) -> Result<i32> {
-    let (kind, reason) = host::kvm();
-    if kind == KvmKind::None {
-        return Err(Failure::new(format!(
-            "there is nothing to measure on this host: {reason}"
-        )));
-    }
+    let reason = host_kvm()?;
     let vmm = cargo::reference_vmm()?;
     let dir = host::workspace().join("target/xtask/restore");
     let _ = fs::remove_dir_all(&dir);

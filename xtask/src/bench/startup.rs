@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use super::ranks;
+use super::{host_kvm, ranks};
 use crate::cargo;
 use crate::failure::{Context, Failure, Result};
-use crate::host::{self, KvmKind};
+use crate::host;
 use crate::ui::{Step, say};
 
 struct Contender {
@@ -30,12 +30,7 @@ struct Contender {
 }
 
 pub(super) fn run(runs: usize) -> Result<i32> {
-    let (kind, reason) = host::kvm();
-    if kind == KvmKind::None {
-        return Err(Failure::new(format!(
-            "there is nothing to measure on this host: {reason}"
-        )));
-    }
+    let reason = host_kvm()?;
     let vmm = cargo::reference_vmm()?;
     let floor = floor()?;
     let dir = host::workspace().join("target/xtask");
