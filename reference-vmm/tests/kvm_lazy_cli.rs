@@ -6,7 +6,7 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -16,8 +16,8 @@ use guests::keeper::{KEPT, keeper64};
 use reference_vmm::api::Client;
 use reference_vmm::snapshot::link::Link;
 use serde_json::json;
-use support::tracer::{Inject, Kind, Trace, trace_in};
-use support::{Vmm, WATCHDOG, file, long, need_kvm, not_one_line};
+use support::tracer::{Inject, Kind, Trace, chosen, trace_in};
+use support::{Vmm, WATCHDOG, file, need_kvm, not_one_line};
 
 /// A folder with a snapshot in it of a keeper that has said "12" at least.
 struct Place {
@@ -224,35 +224,25 @@ fn each_call_that_is_refused_ends_it_with_one_line_or_is_done_without() {
         (Some(1), ""),
         "{good}"
     );
-    let mut calls: BTreeMap<Kind, Vec<usize>> = BTreeMap::new();
     // Its own calls begin with the signals.
     let main = Kind::Syscall(libc::SYS_signalfd4);
-    for call in good.calls.iter().skip_while(|call| call.kind != main) {
-        let is_wanted = match &call.kind {
-            Kind::Kvm(_) => call.kind != Kind::kvm("KVM_RUN"),
-            Kind::File(nr, path) => *nr != libc::SYS_flock && path.ends_with("memory"),
-            Kind::Syscall(nr) => [libc::SYS_ioctl, libc::SYS_userfaultfd].contains(nr),
-            Kind::Elsewhere(nr) => *nr == libc::SYS_ioctl && call.thread.starts_with("pager"),
-            _ => false,
-        };
-        if is_wanted {
-            calls.entry(call.kind.clone()).or_default().push(call.nth);
-        }
-    }
-    assert!(calls.len() > 24, "{calls:?}");
+    let own = good.calls.iter().skip_while(|call| call.kind != main);
+    let calls = chosen(own.filter(|call| match &call.kind {
+        Kind::Kvm(_) => call.kind != Kind::kvm("KVM_RUN"),
+        Kind::File(nr, path) => *nr != libc::SYS_flock && path.ends_with("memory"),
+        Kind::Syscall(nr) => [libc::SYS_ioctl, libc::SYS_userfaultfd].contains(nr),
+        Kind::Elsewhere(nr) => *nr == libc::SYS_ioctl && call.thread.starts_with("pager"),
+        _ => false,
+    }));
+    let kinds: BTreeSet<_> = calls.iter().map(|(kind, _)| kind).collect();
+    assert!(kinds.len() > 24, "{calls:?}");
     assert!(
-        calls.contains_key(&Kind::Syscall(libc::SYS_userfaultfd)),
+        kinds.contains(&Kind::Syscall(libc::SYS_userfaultfd)),
         "{calls:?}"
     );
     let errnos = [libc::EINVAL, libc::ENOMEM, libc::EPERM, libc::EIO];
     let mut ended = 0;
-    let all = calls.into_iter().flat_map(|(kind, mut nths)| {
-        if !long() {
-            nths.drain(1..nths.len().max(2) - 1);
-        }
-        nths.into_iter().map(move |nth| (kind.clone(), nth))
-    });
-    for (number, (kind, nth)) in all.enumerate() {
+    for (number, (kind, nth)) in calls.into_iter().enumerate() {
         let errno = errnos[number % errnos.len()];
         let inject = Inject { kind, nth, errno };
         let trace = traced(&place, std::slice::from_ref(&inject));

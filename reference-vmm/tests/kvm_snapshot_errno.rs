@@ -27,7 +27,7 @@ use reference_vmm::snapshot::SnapshotRequest;
 use reference_vmm::snapshot::disks::DiskCopies;
 use reference_vmm::snapshot::info;
 use reference_vmm::vm::Machine;
-use support::tracer::{Call, Inject, Kind, Trace, trace, trace_in};
+use support::tracer::{Call, Inject, Kind, Trace, chosen, trace, trace_in};
 use support::{Ended, Vmm, WATCHDOG, file, long, need_kvm, not_one_line};
 
 const ERRNOS: [i32; 4] = [libc::EINVAL, libc::ENOMEM, libc::EPERM, libc::EIO];
@@ -84,19 +84,11 @@ fn each_call_that_is_refused_ends_a_restore_with_one_line_or_is_done_without() {
             (Some(1), ""),
             "{good}"
         );
-        let mut calls: BTreeMap<Kind, Vec<usize>> = BTreeMap::new();
-        for call in good.kvm().filter(|call| call.kind != Kind::kvm("KVM_RUN")) {
-            calls.entry(call.kind.clone()).or_default().push(call.nth);
-        }
-        assert!(calls.len() > 24, "{calls:?}");
+        let calls = chosen(good.kvm().filter(|call| call.kind != Kind::kvm("KVM_RUN")));
+        let kinds: BTreeSet<_> = calls.iter().map(|(kind, _)| kind).collect();
+        assert!(kinds.len() > 24, "{calls:?}");
         let mut ended = 0;
-        let all = calls.into_iter().flat_map(|(kind, mut nths)| {
-            if !long() {
-                nths.drain(1..nths.len().max(2) - 1);
-            }
-            nths.into_iter().map(move |nth| (kind.clone(), nth))
-        });
-        for (number, (kind, nth)) in all.enumerate() {
+        for (number, (kind, nth)) in calls.into_iter().enumerate() {
             let errno = ERRNOS[number % ERRNOS.len()];
             let inject = Inject { kind, nth, errno };
             let trace = restore(dir, std::slice::from_ref(&inject));
@@ -246,21 +238,6 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
         (name, std::fs::read(entry.path()).unwrap())
     };
     entries.map(of).collect()
-}
-
-/// The calls to refuse: the first and the last of each kind, or with `LONG_TESTS=1` all.
-fn chosen<'a>(calls: impl Iterator<Item = &'a Call>) -> Vec<(Kind, usize)> {
-    let mut kinds: BTreeMap<Kind, Vec<usize>> = BTreeMap::new();
-    for call in calls {
-        kinds.entry(call.kind.clone()).or_default().push(call.nth);
-    }
-    let of = |(kind, mut nths): (Kind, Vec<usize>)| {
-        if !long() {
-            nths.drain(1..nths.len().max(2) - 1);
-        }
-        nths.into_iter().map(move |nth| (kind.clone(), nth))
-    };
-    kinds.into_iter().flat_map(of).collect()
 }
 
 #[test]

@@ -176,6 +176,21 @@ impl fmt::Display for Trace {
     }
 }
 
+/// The calls to refuse: the first and the last of each kind, or with `LONG_TESTS=1` all.
+pub fn chosen<'a>(calls: impl Iterator<Item = &'a Call>) -> Vec<(Kind, usize)> {
+    let mut kinds: BTreeMap<Kind, Vec<usize>> = BTreeMap::new();
+    for call in calls {
+        kinds.entry(call.kind.clone()).or_default().push(call.nth);
+    }
+    let of = |(kind, mut nths): (Kind, Vec<usize>)| {
+        if !super::long() {
+            nths.drain(1..nths.len().max(2) - 1);
+        }
+        nths.into_iter().map(move |nth| (kind.clone(), nth))
+    };
+    kinds.into_iter().flat_map(of).collect()
+}
+
 /// Runs `reference-vmm ARGS` to its end under the tracer, with the failures in `inject`. `stdin` is
 /// /dev/null unless given.
 pub fn trace<A: AsRef<OsStr>>(
