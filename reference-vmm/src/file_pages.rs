@@ -10,9 +10,30 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use memslots::{MapError, MemoryKind};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::memory::SlotTable;
+
+/// Why guest memory cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReadError {
+    /// A page of its file cannot be had.
+    #[error(transparent)]
+    Find(#[from] MapError),
+    /// There is no such memory.
+    #[error(transparent)]
+    Read(#[from] GuestMemoryError),
+}
+
+/// Reads guest memory, all of which the host [finds](find) first.
+///
+/// # Errors
+/// [`ReadError`].
+pub(crate) fn read(table: &SlotTable, address: u64, into: &mut [u8]) -> Result<(), ReadError> {
+    let end = address.saturating_add(into.len() as u64);
+    find(table, address..end)?;
+    Ok(table.read_slice(into, GuestAddress(address))?)
+}
 
 /// Has the host find the pages in a range of guest memory, those of them that are a file's, which blocks until they are
 /// read. Memory that nobody has is not looked for. On Linux before 5.14, which cannot be asked, they are touched.

@@ -4,7 +4,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::error::Error;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -13,7 +12,7 @@ use kvm_core::arch::x86_64::state::StateHost;
 use kvm_core::{Pause, ThrottleError};
 use memslots::Holes;
 use serde_json::Value;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::codec::PAGE;
 use super::guest::{Dirty, Refusal, SourceGuest};
@@ -211,12 +210,8 @@ impl SourceGuest for LiveGuest<'_> {
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Refusal> {
-        let failed = |why: &dyn Error| Refusal(format!("at {address:#x}: {}", Chain(why)));
-        let table = self.running.memory();
-        let range = address..address.saturating_add(bytes.len() as u64);
-        file_pages::find(&table, range).map_err(|error| failed(&error))?;
-        let read = table.read_slice(bytes, GuestAddress(address));
-        read.map_err(|error| failed(&error))
+        let read = file_pages::read(&self.running.memory(), address, bytes);
+        read.map_err(|error| Refusal(format!("at {address:#x}: {}", Chain(&error))))
     }
 
     fn lend(

@@ -6,7 +6,6 @@
 
 use std::ops::Range;
 
-use vm_memory::{Bytes, GuestAddress};
 use zstd::bulk::Compressor;
 
 use super::files::{Draft, DraftFile, SnapshotFiles};
@@ -105,11 +104,11 @@ impl<'a, F: SnapshotFiles> MemoryOut<'a, F> {
         // Whatever else has it mapped may write meanwhile: what is checked and written is this copy.
         self.write_from(number, place, |range, bytes| {
             let address = range.start;
-            let failed = |why| SnapshotError::Memory { address, why };
-            let found = file_pages::find(memory, range);
-            found.map_err(|error| failed(Chain(&error).to_string()))?;
-            let read = memory.read_slice(bytes, GuestAddress(address));
-            read.map_err(|error| failed(error.to_string()))
+            let read = file_pages::read(memory, address, bytes);
+            read.map_err(|error| SnapshotError::Memory {
+                address,
+                why: Chain(&error).to_string(),
+            })
         })
     }
 
