@@ -377,16 +377,19 @@ impl<'a, W: Wire> Patient<'a, W> {
             match wait.tried(moved) {
                 Ok(()) if moved => break tried,
                 Ok(()) => {}
-                Err(stopped) => {
-                    let error = io::Error::other(stopped.to_string());
-                    self.stopped = Some(stopped);
-                    break Err(error);
-                }
+                Err(why) => break Err(stopped_by(why, &mut self.stopped)),
             }
         };
         self.asked = wait.asked;
         result
     }
+}
+
+/// An error in the words of `why`, which is kept for who wants more of it.
+fn stopped_by(why: LinkError, kept: &mut Option<LinkError>) -> io::Error {
+    let error = io::Error::other(why.to_string());
+    *kept = Some(why);
+    error
 }
 
 /// Who has something to send, and may not yet.
@@ -401,11 +404,8 @@ pub trait Rest {
 impl<W: Wire> Rest for Patient<'_, W> {
     fn rest(&mut self) -> io::Result<()> {
         // However long it takes, it is not the other side's silence.
-        if let Err(stopped) = Wait::begin(&self.watch).ask() {
-            let error = io::Error::other(stopped.to_string());
-            self.stopped = Some(stopped);
-            return Err(error);
-        }
+        let asked = Wait::begin(&self.watch).ask();
+        asked.map_err(|why| stopped_by(why, &mut self.stopped))?;
         match self.wire.read(&mut [0]) {
             Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => Err(io::Error::other("the other side sends something back")),
