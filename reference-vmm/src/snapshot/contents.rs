@@ -48,7 +48,7 @@ pub(super) fn of(dir: &Path) -> Result<Contents, WriteError> {
     };
     let stranger = own
         .iter()
-        .find(|name| *name == WORKING_SET && !is_record(&dir.join(WORKING_SET)));
+        .find(|name| *name == WORKING_SET && !is_record(dir));
     let foreign = foreign.or(stranger.cloned());
     let mut disks = own.into_iter().filter(|name| is_disk(name));
     let unsaid = said.and_then(|said| disks.find(|disk| said.iter().all(|it| *it != **disk)));
@@ -63,27 +63,35 @@ pub(super) fn of(dir: &Path) -> Result<Contents, WriteError> {
 fn said(dir: &Path) -> Result<Option<Option<Vec<OsString>>>, WriteError> {
     let path = dir.join(STATE);
     // What cannot be read may be one all the same: nobody is told to remove it.
-    match std::fs::symlink_metadata(&path) {
-        Ok(state) if state.is_file() => {}
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(call("look at", &path)(error));
-        }
-        _ => return Ok(None),
-    }
-    let mut magic = [0; format::MAGIC.len()];
-    let state = File::open(&path).map_err(call("open", &path))?;
-    match state.read_exact_at(&mut magic, 0) {
-        Ok(()) if magic == format::MAGIC => {}
-        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
-            return Err(call("read", &path)(error));
-        }
-        _ => return Ok(None),
+    if !begins_as(&path, &format::MAGIC)? {
+        return Ok(None);
     }
     let bytes = read_state(&path).unwrap_or_default();
     let parsed = format::parse(&bytes).ok();
     let disks = parsed.and_then(|container| disks::of(&container).ok());
     let names = disks.map(|disks| disks.into_iter().map(DiskCopy::name));
     Ok(Some(names.map(|names| names.map(OsString::from).collect())))
+}
+
+/// Whether a regular file is at `path` that begins with `magic`. Nothing else is opened: it might wait for a writer.
+///
+/// # Errors
+/// [`WriteError::Call`]: that cannot be known.
+pub(super) fn begins_as<const N: usize>(path: &Path, magic: &[u8; N]) -> Result<bool, WriteError> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.is_file() => {}
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(call("look at", path)(error));
+        }
+        _ => return Ok(false),
+    }
+    let mut found = [0; N];
+    let file = File::open(path).map_err(call("open", path))?;
+    match file.read_exact_at(&mut found, 0) {
+        Ok(()) => Ok(found == *magic),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(call("read", path)(error)),
+    }
 }
 
 /// The names in a directory.
@@ -118,12 +126,12 @@ fn is_own(name: &OsStr) -> bool {
     record || name == STATE || name == MEMORY || is_disk(name)
 }
 
-/// Whether the file begins as a record of what a guest touched first.
-fn is_record(path: &Path) -> bool {
-    let mut magic = [0; working_set::MAGIC.len()];
-    let is_file = std::fs::symlink_metadata(path).is_ok_and(|file| file.is_file());
-    let read = is_file.then(|| File::open(path).and_then(|file| file.read_exact_at(&mut magic, 0)));
-    matches!(read, Some(Ok(()))) && magic == working_set::MAGIC
+/// Whether the file beside a snapshot begins as a record of what a guest touched first.
+fn is_record(dir: &Path) -> bool {
+    matches!(
+        begins_as(&dir.join(WORKING_SET), &working_set::MAGIC),
+        Ok(true)
+    )
 }
 
 fn is_disk(name: &OsStr) -> bool {

@@ -487,13 +487,8 @@ fn not_within(target: &Path) -> Result<(), WriteError> {
     }
 }
 
-/// Whether what can be read of `dir` says so.
+/// Whether what can be read of `dir` says so, wherever its files are.
 fn is_snapshot(dir: &Path) -> bool {
-    let path = dir.join(STATE);
-    // Something else might wait for a writer when it is opened.
-    let is_file = std::fs::metadata(&path).is_ok_and(|state| state.is_file());
-    let mut magic = [0; super::format::MAGIC.len()];
-    let state = is_file.then(|| File::open(&path));
-    let read = state.map(|state| state?.read_exact_at(&mut magic, 0));
-    matches!(read, Some(Ok(()))) && magic == super::format::MAGIC
+    let state = std::fs::canonicalize(dir.join(STATE));
+    state.is_ok_and(|state| matches!(contents::begins_as(&state, &super::format::MAGIC), Ok(true)))
 }
