@@ -9,7 +9,8 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-use memslots::{MapError, MemoryKind};
+use dirty_log::HostWrites;
+use memslots::{MapError, MemoryKind, Region};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::memory::SlotTable;
@@ -46,15 +47,23 @@ pub(crate) fn find(table: &SlotTable, range: Range<u64>) -> Result<(), MapError>
         let Some(region) = table.find(GuestAddress(at)) else {
             return Ok(());
         };
-        let (slot, mapping) = (region.extent().guest_range(), region.mapping());
-        let end = range.end.min(slot.end);
-        if mapping.kind() == MemoryKind::FilePrivate {
-            let page = mapping.page_size();
-            let first = (at - slot.start) / page * page;
-            let last = (end - slot.start).next_multiple_of(page);
-            mapping.prefault(first..last, NonZeroUsize::MIN)?;
+        let end = range.end.min(region.extent().guest_range().end);
+        if region.mapping().kind() == MemoryKind::FilePrivate {
+            find_in(region, at..end)?;
         }
         at = end;
     }
     Ok(())
+}
+
+/// [`find`], of any memory, in a region that has all of the range: waits for pages that come later.
+///
+/// # Errors
+/// [`MapError::Prefault`]: a page cannot be had.
+pub(crate) fn find_in(region: &Region<HostWrites>, range: Range<u64>) -> Result<(), MapError> {
+    let start = region.extent().guest_range().start;
+    let page = region.page_size();
+    let first = (range.start - start) / page * page;
+    let last = (range.end - start).next_multiple_of(page);
+    region.mapping().prefault(first..last, NonZeroUsize::MIN)
 }

@@ -5,8 +5,8 @@
 use super::blank::Framed;
 use super::{BuildError, Running};
 use crate::arch::layout;
+use crate::file_pages;
 use crate::lazy::{LazyError, LazyMemory, LazyProgress, LazyStats};
-use vm_memory::GuestAddress;
 
 impl Framed {
     /// Waits for the one page that the restore itself writes by hand. Written before it is there and lost, it would be a
@@ -19,12 +19,8 @@ impl Framed {
         let Some(region) = memory.find(layout::GENERATION_ID) else {
             return Ok(());
         };
-        let GuestAddress(start) = region.extent().start();
-        let page = region.page_size();
-        let at = (layout::GENERATION_ID.0 - start) / page * page;
-        let came = region
-            .mapping()
-            .prefault(at..at + page, std::num::NonZeroUsize::MIN);
+        let at = layout::GENERATION_ID.0;
+        let came = file_pages::find_in(region, at..at + 1);
         came.map_err(|error| {
             log::debug!("the generation id's page: {error}");
             BuildError::Ended
