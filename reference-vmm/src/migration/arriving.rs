@@ -44,9 +44,6 @@ pub struct Arriving<C, F> {
     config: Config,
 }
 
-/// A machine that is whole: its threads are there, and wait for the word.
-pub struct Whole(Running);
-
 fn refused(error: &dyn std::error::Error) -> Refusal {
     Refusal::of(error)
 }
@@ -93,13 +90,13 @@ where
         = Filled<'a>
     where
         Self: 'a;
-    type Prepared = Whole;
+    type Prepared = Running;
 
     fn memory(&self) -> Filled<'_> {
         Filled::new(self.framed.memory(), self.framed.pre_faulter())
     }
 
-    fn prepare(self, state: &[u8]) -> Result<Whole, Refusal> {
+    fn prepare(self, state: &[u8]) -> Result<Running, Refusal> {
         let parsed = MachineState::parse(state);
         let (_, state, _) = parsed.map_err(|error| refused(&error))?;
         let vcpus = state.vcpus.iter().map(|vcpu| vcpu.id);
@@ -128,16 +125,17 @@ where
         if let Some(tell) = prepared {
             tell();
         }
-        Ok(Whole(running))
+        Ok(running)
     }
 }
 
-impl Prepared for Whole {
+/// A machine that is whole: its threads are there, and wait for the word.
+impl Prepared for Running {
     type Running = Running;
 
     fn start(self) -> Result<Running, Refusal> {
-        let taken = self.0.take_over();
+        let taken = self.take_over();
         taken.map_err(|error| refused(&error))?;
-        Ok(self.0)
+        Ok(self)
     }
 }

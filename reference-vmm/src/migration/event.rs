@@ -21,6 +21,8 @@ pub struct RoundDone {
     pub zero: u64,
     /// Pages that the guest has written meanwhile. Of the last there are none.
     pub dirtied: u64,
+    /// Its time was over before all of it was sent: all of it is dirty still.
+    pub cut: bool,
 }
 
 /// A step of the switch-over, done.

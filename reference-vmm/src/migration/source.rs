@@ -402,16 +402,15 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let mut rounds = Rounds::new(self.settings, memory / PAGE as u64, rehearsal);
         // All of it.
         let dirty = guest.harvest().map_err(refused(unseen))?;
-        let mut sent = self.round(dirty, 0, &mut data, wire, Some(&rounds))?;
+        let mut done = self.round(dirty, 0, &mut data, wire, Some(&rounds))?;
         let last = loop {
-            let (mut done, is_cut) = sent;
             let since = rounds.since;
             let dirty = guest.harvest().map_err(refused(unseen))?;
             done.dirtied = dirty.pages();
             done.took = since.elapsed();
             self.observer.event(Event::RoundDone(&done));
             let next = done.number + 1;
-            if is_cut {
+            if done.cut {
                 break next;
             }
             match rounds.advice(&done, dirty.pages(), self.observer) {
@@ -427,7 +426,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                     WhenStuck::Cancel | WhenStuck::Throttle => return Err(why),
                 },
             }
-            sent = self.round(dirty, next, &mut data, wire, Some(&rounds))?;
+            done = self.round(dirty, next, &mut data, wire, Some(&rounds))?;
         };
 
         // 3. The guest stands still.
@@ -439,7 +438,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         self.observer.event(Event::Step(Step::Held));
         let since = Instant::now();
         let dirty = guest.harvest().map_err(refused(unseen))?;
-        let (mut done, _) = self.round(dirty, last, &mut data, wire, None)?;
+        let mut done = self.round(dirty, last, &mut data, wire, None)?;
         done.took = since.elapsed();
         self.observer.event(Event::RoundDone(&done));
         self.observer.event(Event::Step(Step::PagesSent));
@@ -474,7 +473,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
     }
 
     /// Sends a round, and has the destination say that it has taken it, unless it is the last, for which the guest stands
-    /// still: `running` is of the others. True: the time was over, and it is cut short; all of it is dirty still.
+    /// still: `running` is of the others.
     fn round<D: Dirty>(
         &self,
         dirty: D,
@@ -482,7 +481,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         data: &mut [Lane<C::Wire>],
         control: &mut C::Wire,
         running: Option<&Rounds>,
-    ) -> Result<(RoundDone, bool), Why> {
+    ) -> Result<RoundDone, Why> {
         let patience = &self.settings.patience;
         let pages = dirty.pages();
         let stopped = running.is_none();
@@ -538,8 +537,8 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                 error => self.link(doing)(error),
             })?;
         }
-        let is_cut = tally.is_cut();
-        let sent = match is_cut {
+        let cut = tally.is_cut();
+        let sent = match cut {
             // Which of its pages were sent nobody has noted. Dropped, all of them come again.
             true => tally.pages(),
             false => {
@@ -547,13 +546,13 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                 pages
             }
         };
-        let done = RoundDone {
+        Ok(RoundDone {
             number,
             pages: sent,
             zero: tally.zero(),
+            cut,
             ..RoundDone::default()
-        };
-        Ok((done, is_cut))
+        })
     }
 
     /// Says that the guest is not the source's any more, and hears that it is the destination's. If that is not heard it is

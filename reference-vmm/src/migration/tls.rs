@@ -454,12 +454,6 @@ impl Session {
         self.flush(socket)
     }
 
-    /// Says that nothing more will come.
-    pub(super) fn goodbye(&mut self, socket: &mut (impl Read + Write)) -> io::Result<()> {
-        self.tls.send_close_notify();
-        self.send(socket)
-    }
-
     fn send(&mut self, socket: &mut impl Write) -> io::Result<()> {
         while self.tls.wants_write() {
             match self.tls.write_tls(socket) {

@@ -4,7 +4,6 @@
 //!
 //! ```text
 //!   Listener::bind ──► accept ──► Connection ◄── connect
-//!         │ canceller                  │ canceller          Canceller::cancel, from any thread
 //! ```
 //!
 //! # No wait without an end
@@ -12,7 +11,8 @@
 //! A read waits until something comes and a write until there is room, but never longer than the connection's patience
 //! ([`Connection::set_patience`], 30 s at first): then it is an error that says so with the seconds. TLS is agreed upon
 //! within [`HANDSHAKE`], and who drips a byte now and then is held to a time by who reads
-//! ([`link::Watch`](super::link::Watch)). [`Canceller::cancel`] ends a listener's wait at once.
+//! ([`link::Watch`](super::link::Watch)). Who is to be able to end a wait early waits a little at a time
+//! ([`Listener::is_called`], [`TICK`](super::link::TICK)).
 //!
 //! # Who is at the other end
 //!
@@ -34,8 +34,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::address::{Address, resolve};
@@ -51,8 +49,6 @@ pub const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 64;
-/// What is written at once where there is a deadline, bytes: each piece may wait for as long as is left.
-const PIECE: usize = 64 << 10;
 /// A TCP peer that is gone is noticed after KEEP_IDLE + KEEP_COUNT * KEEP_INTERVAL seconds.
 const KEEP_IDLE: libc::c_int = 10;
 const KEEP_INTERVAL: libc::c_int = 5;
@@ -93,9 +89,6 @@ pub enum AcceptError {
     /// It was time.
     #[error("nobody has connected to {0} in time")]
     Nobody(Address),
-    /// [`Canceller::cancel`].
-    #[error("listening at {0} was cancelled")]
-    Cancelled(Address),
     /// Who connected is not let in; the listener is as good as before.
     #[error("{peer} has connected and is not let in: {source}")]
     Peer {
@@ -140,29 +133,6 @@ pub enum ConnectError {
     },
 }
 
-/// Ends a listener's or a connection's waits, from any thread, for ever. It keeps neither alive.
-#[derive(Clone, Debug)]
-pub struct Canceller(Weak<Shared>);
-
-impl Canceller {
-    /// Who waits there has an error at once, and who comes later too. A connection is closed in both directions.
-    pub fn cancel(&self) {
-        let Some(shared) = self.0.upgrade() else {
-            return;
-        };
-        // Relaxed: who is woken looks at it only to say why, and the system call orders the two.
-        shared.cancelled.store(true, Ordering::Relaxed);
-        // SAFETY: an open descriptor, which `shared` keeps so; no pointers. Of a listener it ends accept(2) and poll(2).
-        unsafe { libc::shutdown(shared.socket.as_raw_fd(), libc::SHUT_RDWR) };
-    }
-}
-
-#[derive(Debug)]
-struct Shared {
-    socket: Socket,
-    cancelled: AtomicBool,
-}
-
 #[derive(Debug)]
 enum Socket {
     UnixListener(unix_socket::Listener),
@@ -182,23 +152,10 @@ impl AsRawFd for Socket {
     }
 }
 
-impl Shared {
-    fn new(socket: Socket) -> Arc<Self> {
-        Arc::new(Shared {
-            socket,
-            cancelled: AtomicBool::new(false),
-        })
-    }
-
-    fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
-    }
-}
-
 /// Waits for connections. Dropped, it is closed, and a Unix socket's file removed.
 #[derive(Debug)]
 pub struct Listener {
-    shared: Arc<Shared>,
+    socket: Socket,
     address: Address,
     tls: Option<Tls>,
 }
@@ -237,7 +194,7 @@ impl Listener {
             }
         };
         Ok(Listener {
-            shared: Shared::new(socket),
+            socket,
             address,
             tls: tls.cloned(),
         })
@@ -248,16 +205,11 @@ impl Listener {
         &self.address
     }
 
-    /// To end a wait with.
-    pub fn canceller(&self) -> Canceller {
-        Canceller(Arc::downgrade(&self.shared))
-    }
-
     /// Waits up to `patience` for somebody to connect; whether there is one to [`accept`](Self::accept), or an error.
     pub fn is_called(&self, patience: Duration) -> bool {
         let milliseconds = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
         // An error is accept's to say.
-        is_ready(self.shared.socket.as_raw_fd(), libc::POLLIN, milliseconds).unwrap_or(true)
+        is_ready(self.socket.as_raw_fd(), libc::POLLIN, milliseconds).unwrap_or(true)
     }
 
     /// Waits until `deadline` for somebody to connect, and where there is TLS until both sides are authenticated.
@@ -274,9 +226,6 @@ impl Listener {
                 Ok(accepted) => break accepted,
                 Err(error) => error,
             };
-            if self.shared.is_cancelled() {
-                return Err(AcceptError::Cancelled(self.address.clone()));
-            }
             match nobody.kind() {
                 // Gone again before it was accepted, or a signal.
                 io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => continue,
@@ -289,7 +238,7 @@ impl Listener {
             }
             // A millisecond more, so that it is not asked again and again at the end.
             let milliseconds = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
-            match is_ready(self.shared.socket.as_raw_fd(), libc::POLLIN, milliseconds) {
+            match is_ready(self.socket.as_raw_fd(), libc::POLLIN, milliseconds) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => {
                     return Err(failed(error));
                 }
@@ -307,7 +256,7 @@ impl Listener {
     }
 
     fn accept_now(&self) -> io::Result<(Socket, String, Option<String>)> {
-        match &self.shared.socket {
+        match &self.socket {
             Socket::UnixListener(listener) => {
                 let stream = listener.accept()?;
                 stream.set_nonblocking(false)?;
@@ -437,8 +386,8 @@ fn network() -> Option<String> {
 }
 
 /// A stream to the other side. What is written is on its way at once; with TLS, where the other side takes nothing for as
-/// long as is waited, with the next write or flush. A write that fails for want of time has taken nothing. Dropped, it is closed; [`finish`](Self::finish) says
-/// before that all has been sent.
+/// long as is waited, with the next write or flush. A write that fails for want of time has taken nothing. Dropped, it is
+/// closed: that all has been sent is the messages' to say.
 pub struct Connection {
     wire: Wire,
     session: Option<Session>,
@@ -468,7 +417,7 @@ impl Connection {
         }
         let mut connection = Connection {
             wire: Wire {
-                shared: Shared::new(socket),
+                socket,
                 peer,
                 patience: PATIENCE,
                 deadline: None,
@@ -490,47 +439,9 @@ impl Connection {
         self.line.as_deref()
     }
 
-    /// Who is at the other end, for messages.
-    pub fn peer(&self) -> &str {
-        &self.wire.peer
-    }
-
-    /// Whether it is authenticated and encrypted.
-    pub fn is_tls(&self) -> bool {
-        self.session.is_some()
-    }
-
-    /// To end its waits with, from another thread.
-    pub fn canceller(&self) -> Canceller {
-        Canceller(Arc::downgrade(&self.wire.shared))
-    }
-
     /// How long a read may wait for the first byte and a write for room, from now on; at least a millisecond.
     pub fn set_patience(&mut self, patience: Duration) {
         self.wire.patience = patience.max(Duration::from_millis(1));
-    }
-
-    /// Until when reads and writes may wait whatever comes, from now on.
-    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
-        self.wire.deadline = deadline;
-    }
-
-    /// Says that nothing more will be written; it can still be read. Where there is TLS, the other side tells this end from
-    /// a connection that was cut, which its reads answer with `UnexpectedEof`.
-    ///
-    /// # Errors
-    /// As a write's.
-    pub fn finish(&mut self) -> io::Result<()> {
-        if let Some(session) = &mut self.session {
-            session.goodbye(&mut self.wire)?;
-        }
-        let end = std::net::Shutdown::Write;
-        let ended = match &self.wire.shared.socket {
-            Socket::Unix(socket) => socket.shutdown(end),
-            Socket::Tcp(socket) => socket.shutdown(end),
-            Socket::UnixListener(_) | Socket::TcpListener(_) => Ok(()),
-        };
-        ended.map_err(|error| self.wire.explain(error, Way::Write))
     }
 }
 
@@ -602,9 +513,10 @@ fn of_session(error: io::Error, peer: &str) -> io::Error {
 
 /// The socket itself, with its times.
 struct Wire {
-    shared: Arc<Shared>,
+    socket: Socket,
     peer: String,
     patience: Duration,
+    /// Until when reads and writes may wait whatever comes, while TLS is agreed upon.
     deadline: Option<Instant>,
     /// The times that the socket was told, of reads and of writes.
     armed: [Option<Duration>; 2],
@@ -635,7 +547,7 @@ impl Wire {
         if *armed == Some(wait) {
             return Ok(());
         }
-        let told = match (&self.shared.socket, way) {
+        let told = match (&self.socket, way) {
             (Socket::Unix(socket), Way::Read) => socket.set_read_timeout(Some(wait)),
             (Socket::Unix(socket), Way::Write) => socket.set_write_timeout(Some(wait)),
             (Socket::Tcp(socket), Way::Read) => socket.set_read_timeout(Some(wait)),
@@ -654,10 +566,6 @@ impl Wire {
     /// An error with the peer in it, and with the seconds where it was silent.
     fn explain(&self, error: io::Error, way: Way) -> io::Error {
         let peer = &self.peer;
-        if self.shared.is_cancelled() {
-            let why = format!("the connection with {peer} was cancelled");
-            return io::Error::new(io::ErrorKind::ConnectionAborted, why);
-        }
         let kind = error.kind();
         if kind == io::ErrorKind::Interrupted || is_fault(&error) {
             return error;
@@ -676,31 +584,16 @@ impl Wire {
         io::Error::new(io::ErrorKind::TimedOut, why)
     }
 
-    fn was_read(&self, read: io::Result<usize>) -> io::Result<usize> {
-        match read {
-            // A socket that was shut down reads as one that the peer has closed.
-            Ok(0) if self.shared.is_cancelled() => {
-                Err(self.explain(io::ErrorKind::ConnectionAborted.into(), Way::Read))
-            }
-            read => read.map_err(|error| self.explain(error, Way::Read)),
-        }
-    }
-
     /// Not of nothing, as which the end is read.
     fn read_pages(&mut self, parts: Parts<'_>) -> io::Result<usize> {
         self.arm(Way::Read)?;
-        let read = pages::receive(&self.shared.socket, parts);
-        self.was_read(read)
+        let read = pages::receive(&self.socket, parts);
+        read.map_err(|error| self.explain(error, Way::Read))
     }
 
     fn write_pages(&mut self, parts: Parts<'_>) -> io::Result<usize> {
-        let most = match self.deadline {
-            Some(_) => PIECE,
-            None => parts.len(),
-        };
         self.arm(Way::Write)?;
-        let socket = &self.shared.socket;
-        let parts = parts.first(most);
+        let socket = &self.socket;
         let head = parts.head().len();
         let written = match socket {
             // A Unix socket keeps what each call sends for itself, and copies pages that begin at one's beginning a tenth
@@ -725,7 +618,7 @@ impl Wire {
         write: impl Fn(&mut dyn Write) -> io::Result<usize>,
     ) -> io::Result<usize> {
         self.arm(Way::Write)?;
-        let written = match &self.shared.socket {
+        let written = match &self.socket {
             Socket::Unix(socket) => write(&mut &*socket),
             Socket::Tcp(socket) => write(&mut &*socket),
             Socket::UnixListener(_) | Socket::TcpListener(_) => Ok(0),
@@ -737,30 +630,22 @@ impl Wire {
 impl Read for Wire {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         self.arm(Way::Read)?;
-        let read = match &self.shared.socket {
+        let read = match &self.socket {
             Socket::Unix(socket) => (&*socket).read(into),
             Socket::Tcp(socket) => (&*socket).read(into),
             Socket::UnixListener(_) | Socket::TcpListener(_) => Ok(0),
         };
-        self.was_read(read)
+        read.map_err(|error| self.explain(error, Way::Read))
     }
 }
 
 impl Write for Wire {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let most = match self.deadline {
-            Some(_) => PIECE,
-            None => bytes.len(),
-        };
-        let piece = bytes.get(..most).unwrap_or(bytes);
-        self.write_by(|socket| socket.write(piece))
+        self.write_by(|socket| socket.write(bytes))
     }
 
     fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
-        match (self.deadline, pieces) {
-            (Some(_), [first, ..]) => self.write(first),
-            _ => self.write_by(|socket| socket.write_vectored(pieces)),
-        }
+        self.write_by(|socket| socket.write_vectored(pieces))
     }
 
     fn flush(&mut self) -> io::Result<()> {
