@@ -11,8 +11,10 @@ use std::cell::Cell;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 use faulty_files::{before, before_those_of};
 use guests::virtio::{INTERRUPTS, MEMORY, Op, REGISTERS, driver};
@@ -315,6 +317,73 @@ fn a_disk_that_has_moved_on_is_refused_and_a_copy_of_what_it_was_is_taken() {
         std::fs::write(&image, vec![0; 512 * (SECTORS as usize + 8)]).unwrap();
         refused(&request, &["since"]);
     }
+}
+
+/// By the time of its last write a restore tells a disk that has moved on, so the clock of file systems has moved on from
+/// what was written within the pause when the guest goes on.
+#[test]
+fn a_guest_goes_on_when_a_write_to_its_disk_has_another_time_than_the_last_one_before() {
+    need_kvm();
+    let never = Op::Poll {
+        address: MEMORY,
+        value: 1,
+        mask: u32::MAX,
+    };
+    let kernel = file(&driver(&[never]));
+    let image = disk(8);
+    let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
+    let folder = tempfile::tempdir().unwrap();
+    let guest = Guest::of(|console, end| Machine::build(&config, console, end));
+    // The last of its memory is what is written last in the pause.
+    let last = GuestAddress((16 << 20) - 4);
+    guest.running.memory().write_obj(1u32, last).unwrap();
+    let file = File::options().write(true).open(&image).unwrap();
+    // Relaxed, both: the mutex has what they speak of.
+    let (looks, over) = (AtomicBool::new(false), AtomicBool::new(false));
+    let written = Mutex::new(Duration::ZERO);
+    let files = before(|| {
+        while !looks.load(Ordering::Relaxed) {
+            thread::yield_now();
+        }
+        file.write_all_at(b"x", 0).unwrap();
+        *written.lock().unwrap() = coarse_time();
+    });
+    // A tick may come by chance.
+    for number in 0..20 {
+        looks.store(false, Ordering::Relaxed);
+        over.store(false, Ordering::Relaxed);
+        let is = |state| guest.running.state() == state && !over.load(Ordering::Relaxed);
+        thread::scope(|scope| {
+            let goes_on = scope.spawn(|| {
+                while is(RunState::Running) {
+                    thread::yield_now();
+                }
+                looks.store(true, Ordering::Relaxed);
+                while is(RunState::Paused) {
+                    std::hint::spin_loop();
+                }
+                coarse_time()
+            });
+            let request = SnapshotRequest::new(folder.path().join(number.to_string()));
+            let taken = guest.running.snapshot_with(&request, &files);
+            over.store(true, Ordering::Relaxed);
+            taken.unwrap();
+            let goes_on = goes_on.join().unwrap();
+            assert!(goes_on > *written.lock().unwrap(), "{goes_on:?}");
+        });
+    }
+}
+
+/// By which file systems tell the time of a write.
+fn coarse_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: a timespec that lives through the call.
+    let asked = unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &raw mut time) };
+    assert_eq!(asked, 0);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// Waits until the guest has written the disk, or has ended.
