@@ -87,6 +87,20 @@ extern "C" fn plain(_: libc::c_int) {
     mend(LOST.load(Ordering::Relaxed));
 }
 
+static ASKED: AtomicUsize = AtomicUsize::new(0);
+
+/// Safe at any moment: nothing but atomics, and what `mend` does.
+fn mends(at: HostAddress) -> bool {
+    ASKED.fetch_add(1, Ordering::Relaxed);
+    mend(at.0);
+    true
+}
+
+fn declines(_: HostAddress) -> bool {
+    ASKED.fetch_add(1, Ordering::Relaxed);
+    false
+}
+
 /// A hardware memory error that nobody has run into (`BUS_MCEERR_AO`), told as the kernel tells it.
 fn tell_early() {
     const EARLY: i32 = 5;
@@ -116,12 +130,15 @@ fn cases() {
     let page = truncated();
     LOST.store(page as usize, Ordering::Relaxed);
     match case.as_str() {
-        "handler with siginfo" => set(with_info as *const () as usize, libc::SA_SIGINFO),
+        "handler with siginfo" | "siginfo, asked" => {
+            set(with_info as *const () as usize, libc::SA_SIGINFO)
+        }
         "plain handler" => set(plain as *const () as usize, 0),
-        "default" | "default sent" | "default early" => set(libc::SIG_DFL, 0),
+        "default" | "default sent" | "default early" | "mended" => set(libc::SIG_DFL, 0),
         "ignored" | "ignored sent" | "ignored early" => set(libc::SIG_IGN, 0),
+        "asked, ignored sent" | "asked, ignored early" => set(libc::SIG_IGN, 0),
         // What a Rust program has: the standard library's.
-        "watched" | "std" | "std sent" | "std sent twice" => {}
+        "watched" | "std" | "std sent" | "std sent twice" | "std, mended" | "std, asked" => {}
         _ => panic!(),
     }
     let errors = BusErrors::install().unwrap();
@@ -131,6 +148,22 @@ fn cases() {
         // SAFETY: guest memory for all that anybody knows.
         let watched = unsafe { errors.watch(HostAddress(page as usize), 2 * PAGE) };
         std::mem::forget(watched.unwrap());
+    }
+    let asked: Option<fn(HostAddress) -> bool> = match case.as_str() {
+        "mended" | "std, mended" => Some(mends),
+        _ if case.contains("asked") => Some(declines),
+        _ => None,
+    };
+    if let Some(asked) = asked {
+        // SAFETY: both are safe at any moment.
+        unsafe { errors.otherwise(asked) };
+    }
+    if case == "std, mended" {
+        // One that was sent before is none of it, and takes nothing away from it.
+        let before = action();
+        // SAFETY: a signal to this thread.
+        unsafe { libc::raise(libc::SIGBUS) };
+        assert_eq!((action(), ASKED.load(Ordering::Relaxed)), (before, 0));
     }
     if case.starts_with("std sent") {
         let before = action();
@@ -153,6 +186,9 @@ fn cases() {
         assert_eq!((read, errno), (0, 77));
         assert_eq!(CALLS.load(Ordering::Relaxed), 1);
     }
+    let is_fault = !case.ends_with("sent") && !case.ends_with("early");
+    let due = usize::from(asked.is_some() && is_fault);
+    assert_eq!(ASKED.load(Ordering::Relaxed), due);
     std::process::exit(7);
 }
 
@@ -187,6 +223,21 @@ fn the_standard_librarys_handler_which_gives_its_place_up_does_not_give_up_this_
 fn an_error_that_nobody_ran_into_does_on_other_threads_what_it_did_before() {
     assert_eq!(child("default early").signal(), Some(libc::SIGBUS));
     assert_eq!(child("ignored early").code(), Some(7));
+}
+
+#[test]
+fn what_is_to_become_of_another_threads_fault_is_asked_first() {
+    assert_eq!(child("mended").code(), Some(7));
+    assert_eq!(child("std, mended").code(), Some(7));
+    // What is not taken goes where it went.
+    assert_eq!(child("siginfo, asked").code(), Some(7));
+    assert_eq!(child("std, asked").signal(), Some(libc::SIGBUS));
+}
+
+#[test]
+fn nobody_is_asked_about_what_no_access_waits_for() {
+    assert_eq!(child("asked, ignored sent").code(), Some(7));
+    assert_eq!(child("asked, ignored early").code(), Some(7));
 }
 
 #[test]

@@ -121,11 +121,8 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended,
         signals,
     };
     // Guest memory with a hardware error is told to a vCPU's thread by SIGBUS, and is a line and a status
-    // then. Without it the process would be killed where it stands.
+    // then; so is memory that did not come, to any thread. Without it the process would be killed where it stands.
     if let Err(error) = crate::lazy::bus::install() {
-        log::warn!("memory that does not come may kill the monitor: {error}");
-    }
-    if let Err(error) = kvm_core::BusErrors::install() {
         log::warn!("lost guest memory will kill the monitor: {error}");
     }
     let end = Arc::new(EndSignal::new().map_err(host("make an eventfd"))?);

@@ -3,12 +3,12 @@
 //! `SIGBUS` on a vCPU's thread: caught, kept for its run loop, or passed on.
 //!
 //! ```text
-//!   SIGBUS ─► a vCPU's thread? ─no──────────────────────────────► as before
-//!                 │yes                                              ▲
-//!                 ├─ in KVM_RUN, or nobody ran into it ─► kept      │
-//!                 └─ at an access of its own ─► inside a            │
-//!                        watched range? ──no────────────────────────┘
-//!                          │yes
+//!   SIGBUS ─► a vCPU's thread? ─no──────────────────────────────► a fault? ─no──► as before
+//!                 │yes                                              ▲  │yes         ▲
+//!                 ├─ in KVM_RUN, or nobody ran into it ─► kept      │  │            │no
+//!                 └─ at an access of its own ─► inside a            │  └► does the consumer take it?
+//!                        watched range? ──no────────────────────────┘               │yes
+//!                          │yes                                                     └► made again
 //!                          └► the lost page is replaced by zeros, kept
 //! ```
 //!
@@ -29,6 +29,9 @@
 //!   raw pointers or volatile accesses. That its bytes change is nothing new there. What was lost is
 //!   lost in any case; the zeros are not taken for data, because the run loop gets the error before the
 //!   guest runs again.
+//! - **The consumer's part** ([`BusErrors::otherwise`]) is one function, whose address is one atomic: it is
+//!   there whole or not at all, and never goes, so that there is no moment at which it may not be called.
+//!   That it is safe at any moment too is what who sets it promises.
 //! - **Chaining**: what was there before is read before this handler is set, so that no signal finds one
 //!   without the other. A default action is brought about by setting it and coming back: a faulting
 //!   instruction faults again, and a signal that was sent is sent again.
@@ -66,7 +69,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{
-    AtomicBool, AtomicI32, AtomicU8, AtomicU32, AtomicUsize, Ordering, compiler_fence,
+    AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicUsize, Ordering, compiler_fence,
 };
 use std::sync::{Mutex, OnceLock};
 
@@ -116,6 +119,10 @@ pub enum BusErrorsError {
 #[derive(Clone, Copy, Debug)]
 pub struct BusErrors(());
 
+/// What else is to be done with a fault at an address ([`BusErrors::otherwise`]). True: its cause is out of the
+/// way, and the access is made again. False: the fault goes where it went before there was a handler.
+pub type Otherwise = fn(HostAddress) -> bool;
+
 /// Memory that may be replaced where it is lost; no more, when this is dropped.
 #[derive(Debug)]
 #[must_use = "the range is watched until this is dropped"]
@@ -148,6 +155,8 @@ static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
 static BECAME: AtomicUsize = AtomicUsize::new(NOTHING_ELSE);
 /// No action is this number: it is no address of a function.
 const NOTHING_ELSE: libc::sighandler_t = usize::MAX;
+/// An [`Otherwise`], or null.
+static OTHERWISE: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
 static INSTALLED: AtomicBool = AtomicBool::new(false);
 
 /// A thread's errors, written by its handler and read by itself: of one thread, so nothing but the
@@ -254,6 +263,23 @@ impl BusErrors {
             range.len.store(bytes, Ordering::Release);
         }
         Ok(Watched { slot })
+    }
+
+    /// Has `handler` called for each fault that is not kept for a vCPU, before that goes where it went: a
+    /// thread that is no vCPU's has run into a lost page, or a vCPU's has with an access of its own outside
+    /// all watched ranges. Not for a signal that was sent, nor for an error that nobody has run into. In the
+    /// process there is one; another takes its place.
+    ///
+    /// It is called in the signal's handler, on the thread that has run into the page, with `SIGBUS` blocked
+    /// there. It may keep the thread for ever.
+    ///
+    /// # Safety
+    /// `handler` does what may be done at any moment, in the midst of whatever else its thread does (see
+    /// `signal-safety(7)`): no lock, no allocation, no panic; and it returns true only where the access can
+    /// be made again and nothing relies on what was lost.
+    pub unsafe fn otherwise(self, handler: Otherwise) {
+        // Release: with it its thread sees what was made before it was set. Pairs with the acquire in `settled`.
+        OTHERWISE.store(handler as *mut (), Ordering::Release);
     }
 }
 
@@ -419,9 +445,10 @@ extern "C" fn on_bus_error(
     // SAFETY: the location is this thread's own, at any moment.
     let errno = unsafe { *libc::__errno_location() };
     // SAFETY: with SA_SIGINFO the kernel hands over a siginfo that lives until this returns.
-    let mine =
-        unsafe { info.as_ref() }.is_some_and(|info| KEPT_HERE.with(|kept| caught(kept, info)));
-    if !mine {
+    let info_of = unsafe { info.as_ref() };
+    let done =
+        info_of.is_some_and(|info| KEPT_HERE.with(|kept| caught(kept, info)) || settled(info));
+    if !done {
         // SAFETY: as the kernel called us.
         unsafe { pass_on(signal, info, context) };
     }
@@ -448,6 +475,19 @@ fn caught(kept: &Kept, info: &libc::siginfo_t) -> bool {
     }
     kept.keep(address, code, lsb, in_kvm_run);
     true
+}
+
+/// Whether the consumer has taken the cause of a fault out of the way.
+fn settled(info: &libc::siginfo_t) -> bool {
+    // Acquire: pairs with the release in `BusErrors::otherwise`.
+    let handler = OTHERWISE.load(Ordering::Acquire);
+    if handler.is_null() || info.si_code <= 0 || info.si_code == BUS_MCEERR_AO {
+        return false;
+    }
+    // SAFETY: nothing but an `Otherwise` is stored there.
+    let handler = unsafe { std::mem::transmute::<*mut (), Otherwise>(handler) };
+    // SAFETY: a SIGBUS of the kernel's (the code says so) has an address.
+    handler(HostAddress(unsafe { info.si_addr() }.addr()))
 }
 
 /// `si_addr_lsb`, which libc's `siginfo_t` does not show: a 16-bit number behind the address.

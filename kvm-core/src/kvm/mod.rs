@@ -20,7 +20,7 @@ mod system;
 mod vcpu;
 mod vm;
 
-pub use bus_error::{BusErrors, BusErrorsError, Watched};
+pub use bus_error::{BusErrors, BusErrorsError, Otherwise, Watched};
 pub use device::{
     CreateDevice, Device, DeviceAttributes, DeviceFd, RefusedFile, VfioDevice, VfioFile,
 };

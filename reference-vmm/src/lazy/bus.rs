@@ -8,20 +8,20 @@
 //! the machine's end waits for and then leaves ([`Running::leave_to_exit`](crate::vm::Running::leave_to_exit)). Where the
 //! parked thread is one that the end has to wait for, the process ends by itself, with status 1 and a word.
 //!
-//! [`install`] comes before [`kvm_core::BusErrors::install`], which keeps a vCPU's own and passes the rest on.
+//! The signal's handler is kvm-core's ([`BusErrors`]): it keeps what is a vCPU's, asks here about the rest, and what is not
+//! ours goes where it went before.
 //!
 //! # Why it is sound
-//! The handler does nothing but loads of atomics and system calls that are safe there (`write` to an eventfd and to stderr,
-//! `nanosleep`, `tcsetattr`, `_exit`, `sigaction`), takes no lock that it would wait for, and allocates nothing. It comes
-//! back only where it has put the action back that was there before, which the repeated access then meets.
+//! What is called in the handler does nothing but loads of atomics and system calls that are safe there (`write` to an
+//! eventfd and to stderr, `nanosleep`, `tcsetattr`, `_exit`), takes no lock that it would wait for, and allocates nothing. It
+//! comes back only where the address is none of a guest's.
 
-use std::io;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use kvm_core::{BusErrors, BusErrorsError, HostAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::events::Events;
@@ -49,53 +49,28 @@ static PLACES: [Place; RANGES] = [const {
     }
 }; RANGES];
 static WRITER: Mutex<()> = Mutex::new(());
-static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
 const LAST_WORDS: &[u8] = b"reference-vmm: a thread that needs guest memory which did not come keeps the guest from being stopped: the monitor ends\n";
 
-/// Installs the handler, once, before any other of this process.
+/// Installs kvm-core's handler, and has it ask here.
 ///
 /// # Errors
-/// The errno of `sigaction(2)`.
-pub(crate) fn install() -> io::Result<()> {
-    if BEFORE.get().is_some() {
-        return Ok(());
-    }
-    let mut before = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: all zeros are a valid action, and a set of no signals.
-    let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
-    action.sa_sigaction = on_bus_error as *const () as libc::sighandler_t;
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: only asks; `before` is an action to be written.
-    if unsafe { libc::sigaction(libc::SIGBUS, std::ptr::null(), before.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call has written it.
-    BEFORE.get_or_init(|| unsafe { before.assume_init() });
-    // SAFETY: a valid action, whose handler does what a handler may.
-    match unsafe { libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut()) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+/// [`BusErrorsError::Handler`]; the action of `SIGBUS` is what it was.
+pub(crate) fn install() -> Result<(), BusErrorsError> {
+    let errors = BusErrors::install()?;
+    // SAFETY: it does what may be done at any moment (see above), and never has the access made again.
+    unsafe { errors.otherwise(park) };
+    Ok(())
 }
 
-extern "C" fn on_bus_error(
-    signal: libc::c_int,
-    info: *mut libc::siginfo_t,
-    _context: *mut libc::c_void,
-) {
-    // SAFETY: the kernel gives a handler of SA_SIGINFO a valid one.
-    let address = unsafe { (*info).si_addr() } as usize;
+/// In the signal's handler.
+fn park(HostAddress(address): HostAddress) -> bool {
     let place = PLACES.iter().find(|place| {
         let end = place.end.load(Ordering::Acquire);
         address < end && address >= place.start.load(Ordering::Relaxed)
     });
     let Some(place) = place else {
-        if let Some(before) = BEFORE.get() {
-            // SAFETY: the action that was there; the access, or the signal, comes again and meets it.
-            unsafe { libc::sigaction(signal, before, std::ptr::null_mut()) };
-        }
-        return;
+        return false;
     };
     let tell = place.tell.load(Ordering::Relaxed);
     let one = 1u64.to_ne_bytes();
@@ -196,7 +171,11 @@ mod tests {
             return;
         };
         install().unwrap();
-        kvm_core::BusErrors::install().unwrap();
+        if what == "ours, after one that was sent" {
+            // The standard library's handler gives its place up for it.
+            // SAFETY: a signal to this thread.
+            unsafe { libc::raise(libc::SIGBUS) };
+        }
         let uffd = Uffd::open(Features::POISON, Features::NONE).unwrap();
         let memory = Mapping::new(&Backing::anonymous(0x2000), GuestAddress(0)).unwrap();
         let memory = Arc::new(memory);
@@ -207,8 +186,8 @@ mod tests {
         let events = Arc::new(Events::new(Arc::clone(&end), OnLoss::Poison));
         events.tell("the reason".into());
         let ranges = match what.as_str() {
-            "ours" => vec![memory.host_range()],
-            _ => Vec::new(),
+            "another's" => Vec::new(),
+            _ => vec![memory.host_range()],
         };
         let _parked = Parked::new(ranges, events);
         let at = memory.host().0;
@@ -236,6 +215,7 @@ mod tests {
     #[test]
     fn who_touches_what_did_not_come_is_parked_and_the_end_is_told() {
         assert_eq!(run("ours").code(), Some(42));
+        assert_eq!(run("ours, after one that was sent").code(), Some(42));
     }
 
     #[test]

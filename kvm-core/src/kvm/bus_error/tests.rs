@@ -164,6 +164,30 @@ fn memory_that_nobody_declared_the_guests_is_not_replaced_on_a_vcpus_thread_eith
     assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
 }
 
+#[test]
+fn what_is_to_become_of_a_vcpus_own_access_outside_of_it_is_asked() {
+    const CHILD: &str = "KVM_CORE_OTHERWISE";
+    const NAME: &str =
+        "kvm::bus_error::tests::what_is_to_become_of_a_vcpus_own_access_outside_of_it_is_asked";
+    /// Safe at any moment.
+    fn ends(_: HostAddress) -> bool {
+        // SAFETY: ends the process, whatever is held.
+        unsafe { libc::_exit(7) }
+    }
+    if std::env::var_os(CHILD).is_some() {
+        let here = attached();
+        // SAFETY: see it.
+        unsafe { BusErrors::install().unwrap().otherwise(ends) };
+        // What is kept is not asked about.
+        here.in_kvm_run(|| strike(BUS_MCEERR_AR, NOWHERE, 12));
+        assert!(here.take().is_some());
+        // SAFETY: mapped; that it is lost ends this process.
+        unsafe { lost_page().cast::<u8>().read_volatile() };
+    }
+    let status = child(NAME, CHILD);
+    assert_eq!(status.code(), Some(7), "{status}");
+}
+
 /// Runs one test in a process of its own, whose `SIGBUS` is its own.
 fn child(test: &str, variable: &str) -> std::process::ExitStatus {
     let mut child = std::process::Command::new(std::env::current_exe().unwrap());
