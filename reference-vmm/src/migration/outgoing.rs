@@ -353,8 +353,9 @@ impl Recorder {
         self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// As it is now.
     fn record(&self) -> MigrationRecord {
-        self.lock().clone()
+        self.lock().clone().as_of(self.began.elapsed())
     }
 
     fn is_over(&self) -> bool {

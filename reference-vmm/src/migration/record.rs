@@ -45,6 +45,9 @@ pub struct MigrationRecord {
     /// How long it took; `None` while it goes.
     #[serde(rename = "took-us", with = "micros::optional")]
     pub took: Option<Duration>,
+    /// How long it has been going, as of when it was [asked](Self::as_of); of one that is over, how long it took.
+    #[serde(rename = "elapsed-us", with = "micros", default)]
+    pub elapsed: Duration,
     /// Pages of guest memory, of 4 KiB each.
     pub memory_pages: u64,
     /// What was asked for.
@@ -53,7 +56,7 @@ pub struct MigrationRecord {
     pub total: Total,
     /// The rounds that are done, oldest first.
     pub rounds: Vec<Round>,
-    /// The round at work: `took` and `pages_dirtied` are not known yet.
+    /// The round at work: `took` is of [so far](Self::as_of), and `pages_dirtied` is not known yet.
     pub at_work: Option<Round>,
     /// The newest forecast; of a migration that is over, the last one.
     pub forecast: Option<Ahead>,
@@ -417,6 +420,7 @@ impl MigrationRecord {
             to,
             began_unix_s: since_1970.map_or(0, |since| since.as_secs()),
             took: None,
+            elapsed: Duration::ZERO,
             memory_pages,
             settings,
             total: Total::default(),
@@ -511,8 +515,20 @@ impl MigrationRecord {
     /// The migration is over.
     pub fn ends(&mut self, at: Duration, outcome: Outcome) {
         self.round_ends(at, 0);
-        self.took = Some(at);
+        (self.took, self.elapsed) = (Some(at), at);
         self.outcome = Some(outcome);
+    }
+
+    /// The same as it is `now`: how long it and its round at work have been going, by which that has a rate.
+    #[must_use]
+    pub fn as_of(mut self, now: Duration) -> Self {
+        if self.took.is_none() {
+            self.elapsed = now;
+        }
+        if let Some(round) = &mut self.at_work {
+            round.took = now.saturating_sub(round.began);
+        }
+        self
     }
 
     /// The guest's downtime: none if it was never stopped.
@@ -819,6 +835,25 @@ mod tests {
         }
         let failed = serde_json::to_value(&record.outcome).unwrap();
         assert_eq!(failed, serde_json::json!({"result": "failed", "why": "x"}));
+    }
+
+    #[test]
+    fn asked_while_a_round_is_at_work_it_says_how_long_and_how_fast_that_has_been_going() {
+        let mut record = record();
+        record.round_begins(ms(500), 1000, false);
+        record.sent(ms(1000), 600, 100, 2_000_000);
+        let json = |now| serde_json::to_value(record.clone().as_of(ms(now))).unwrap();
+        let said = json(2500);
+        assert_eq!(said["elapsed-us"], 2_500_000);
+        assert_eq!(said["at-work"]["took-us"], 2_000_000);
+        assert_eq!(said["at-work"]["wire-bytes-per-s"], 1_000_000);
+        assert_eq!(said["took-us"], serde_json::Value::Null);
+        // Time that cannot be, or has not passed.
+        assert_eq!(json(0)["at-work"]["wire-bytes-per-s"], 0);
+        record.ends(ms(3000), Outcome::Cancelled);
+        let over = record.clone().as_of(ms(9000));
+        assert_eq!((over.elapsed, over.took), (ms(3000), Some(ms(3000))));
+        assert_eq!(over.rounds[0].took, ms(2500), "it is the round's own");
     }
 
     #[test]
