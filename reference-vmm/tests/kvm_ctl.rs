@@ -290,6 +290,18 @@ fn a_destination_that_is_no_socket_and_a_folder_for_no_disks_are_said_to_be_that
     );
     // Said once.
     assert_eq!(line.matches("a regular file").count(), 1, "{line}");
+    // And where the guest is, before anything else.
+    let begins = |line: &str, where_it_is: &str| {
+        let line = line.strip_prefix("reference-vmm: ").unwrap_or(line);
+        assert!(line.starts_with(where_it_is), "{line}");
+    };
+    begins(&line, "the guest runs on here: ");
+    let status = guest.says("migrate-status");
+    assert!(status.contains(": the guest runs on here: "), "{status}");
+    let not_begun = format!("migrate --to unix:{} --report /none/r.html", mine.display());
+    let refused = guest.ctl(&not_begun);
+    let line = refused.expect_status(1).one_line();
+    begins(&line, "the guest runs on here, no migration was begun: ");
     let dir = guest.path("s");
     guest.says(&format!("snapshot {}", dir.display()));
     let restore = Vmm::command(["restore", "--from"]).arg(&dir);

@@ -99,6 +99,11 @@ fn check(world: &World, here: &Result<(), MigrateError>, there: &Received, what:
     let runs = [world.runs(Source), world.runs(Destination)];
     assert_eq!(runs, [here.is_err(), here.is_ok()], "{}", said());
     assert_eq!(there.is_ok(), here.is_ok(), "{}", said());
+    if let Err(error) = here {
+        // Who reads no further knows where it is.
+        let first = error.to_string();
+        assert!(first.starts_with("the guest runs on here: "), "{first}");
+    }
     for side in [Source, Destination] {
         assert_eq!(world.is_locked(side), world.runs(side), "{}", said());
     }
@@ -755,13 +760,14 @@ fn what_cannot_be_taken_back_is_tried_again_and_then_told() {
         assert_eq!(world.wrong(), [""; 0]);
         assert_eq!(world.runs(Source), expected);
         let error = here.unwrap_err();
-        assert_eq!(error.after == After::AsItWas, expected, "{error}");
-        if !expected {
-            assert!(
-                error.to_string().contains("somebody has the disk"),
-                "{error}"
-            );
-        }
+        assert_eq!(error.after == After::RunsOn, expected, "{error}");
+        let begins = match expected {
+            true => "the guest runs on here: ",
+            false => "the guest is paused here, because ",
+        };
+        let said = error.to_string();
+        assert!(said.starts_with(begins), "{said}");
+        assert_eq!(!said.contains("somebody has the disk"), expected, "{said}");
     }
 }
 

@@ -154,12 +154,22 @@ impl Monitor for Machine<'_> {
                     .into(),
             ),
             Action::Migrate(request) => {
+                let not_begun = |why: &dyn std::fmt::Display| {
+                    let state = match self.running.state() {
+                        RunState::Running => "runs on here",
+                        RunState::Paused => "is paused here, as it was",
+                    };
+                    Outcome::Refused(format!("the guest {state}, no migration was begun: {why}"))
+                };
                 let _alone = match self.alone(MIGRATION) {
                     Ok(alone) => alone,
-                    Err(why) => return Outcome::Refused(why),
+                    Err(why) => return not_begun(&why),
                 };
-                let moved = self.outgoing.migrate(self.running, self.end, &request);
-                recorded(moved)
+                match self.outgoing.migrate(self.running, self.end, &request) {
+                    // It says where the guest is.
+                    moved @ (Ok(_) | Err(OutgoingError::Migrate(_))) => recorded(moved),
+                    Err(error) => not_begun(&Chain(&error)),
+                }
             }
             Action::Migration => recorded(self.outgoing.record()),
             Action::MigrateOrder(order) => match self.outgoing.order(order) {

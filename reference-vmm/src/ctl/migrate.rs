@@ -203,7 +203,28 @@ pub(super) fn ask(
             crate::stderr::write(text.as_bytes());
         }
     }
-    answer
+    answer.map_err(in_doubt)
+}
+
+/// A monitor that was asked, and has not said what came of it: the guest may be anywhere.
+fn in_doubt(error: ClientError) -> ClientError {
+    let told = |what: &dyn std::fmt::Display| {
+        format!(
+            "in doubt: the guest may be here or at the destination, or have ended; ask both (ctl migrate-status): {what}"
+        )
+    };
+    match error {
+        ClientError::Gone { path, source } => ClientError::Gone {
+            source: std::io::Error::new(source.kind(), told(&source)),
+            path,
+        },
+        ClientError::Strange { path, why } => ClientError::Strange {
+            why: told(&why),
+            path,
+        },
+        // Nothing was asked of anybody.
+        ClientError::Connect { .. } => error,
+    }
 }
 
 /// What it does now.

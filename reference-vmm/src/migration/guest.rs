@@ -49,6 +49,10 @@ pub trait SourceGuest: Sync {
     fn memory(&self) -> u64;
     /// Why there is nothing to migrate any more: the guest has ended.
     fn over(&self) -> Option<String>;
+    /// Somebody has paused it, and it stays so until it is resumed.
+    fn is_paused(&self) -> bool {
+        false
+    }
     /// The machine as it is now, in the form of a snapshot's file `state`, with the guest stopped for it shortly.
     ///
     /// # Errors

@@ -163,6 +163,10 @@ impl SourceGuest for LiveGuest<'_> {
         }
     }
 
+    fn is_paused(&self) -> bool {
+        self.running.stays_paused()
+    }
+
     fn rehearse(&self) -> Result<Vec<u8>, Refusal> {
         let checked = self.running.check_for_snapshot();
         checked.map_err(|error| Refusal::of(&error))?;

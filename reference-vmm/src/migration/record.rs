@@ -377,9 +377,9 @@ pub enum Outcome {
     Moved,
     /// It was called off, and the guest is still here.
     Cancelled,
-    /// It failed, and the guest is still here.
+    /// It failed, and the guest has not gone.
     Failed {
-        /// Why, in one line.
+        /// Where the guest is, and why, in one line.
         why: String,
     },
     /// The other side may have the guest and does not say so: it stays paused here until that is known.
@@ -551,7 +551,7 @@ impl MigrationRecord {
             ),
             Some(Outcome::Failed { why }) => writeln!(
                 text,
-                "failed after {}, the guest is still here: {}",
+                "failed after {}: {}",
                 units::time(took),
                 printable(why)
             ),

@@ -192,10 +192,7 @@ fn outcome(page: &mut Page, record: &MigrationRecord) {
             "going",
             "It was called off; the guest is still here.".into(),
         ),
-        Some(Outcome::Failed { why }) => (
-            "bad",
-            format!("It failed, and the guest is still here: {}", escape(why)),
-        ),
+        Some(Outcome::Failed { why }) => ("bad", format!("It failed: {}", escape(why))),
         Some(Outcome::Unsettled { why }) => (
             "bad",
             format!(

@@ -92,9 +92,9 @@ pub struct Settings {
     pub patience: Patience,
 }
 
-/// The guest did not go, or it is not known.
+/// The guest did not go, or it is not known. Its words begin with where the guest is now.
 #[derive(Debug, thiserror::Error)]
-#[error("{why}{after}")]
+#[error("{after}{why}")]
 pub struct MigrateError {
     /// What happened.
     #[source]
@@ -106,20 +106,32 @@ pub struct MigrateError {
 /// What became of a guest that did not go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum After {
-    /// It is what it was, running or paused.
-    AsItWas,
+    /// It runs on here.
+    RunsOn,
+    /// It is paused here, as it was before.
+    StaysPaused,
     /// It stands still here, and is nowhere else: what was let go of for the migration could not be taken back.
     StandsStill(String),
+    /// It has ended here, and is nowhere else.
+    Ended,
+    /// It was ended here while it was in doubt: it may run at the destination.
+    InDoubt,
 }
 
 impl std::fmt::Display for After {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            After::AsItWas => Ok(()),
+            After::RunsOn => write!(f, "the guest runs on here: "),
+            After::StaysPaused => write!(f, "the guest is paused here, as it was: "),
             After::StandsStill(why) => write!(
                 f,
-                "; the guest stands still, because what was let go of for the migration cannot be taken back ({why}): \
-                 resume it when it can"
+                "the guest is paused here, because what was let go of for the migration cannot be taken back ({why}): \
+                 resume it when it can; it did not go because "
+            ),
+            After::Ended => write!(f, "the guest runs nowhere: "),
+            After::InDoubt => write!(
+                f,
+                "the guest has ended here, and may run at the destination: "
             ),
         }
     }
@@ -293,7 +305,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                 // Of one that was not held.
                 self.lift();
                 let after = match taken {
-                    Taken::Nothing => After::AsItWas,
+                    Taken::Nothing => self.as_it_was(),
                     Taken::Held | Taken::Released => self.take_back(taken),
                 };
                 Err(MigrateError { why, after })
@@ -612,7 +624,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             }
             // Somebody ended what stood still here, and no more is to be decided.
             if let Some(why) = self.guest.over() {
-                let (why, after) = (Why::Over(why), After::AsItWas);
+                let (why, after) = (Why::Over(why), After::InDoubt);
                 return Err(MigrateError { why, after });
             }
         };
@@ -657,13 +669,22 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         }
     }
 
+    /// What a guest is that is as it was before.
+    fn as_it_was(&self) -> After {
+        match (self.guest.over(), self.guest.is_paused()) {
+            (Some(_), _) => After::Ended,
+            (None, true) => After::StaysPaused,
+            (None, false) => After::RunsOn,
+        }
+    }
+
     /// The guest is the source's again.
     fn take_back(&self, taken: Taken) -> After {
         let begun = Instant::now();
         let mut told = false;
         loop {
             let why = match self.guest.take_back() {
-                Ok(()) => return After::AsItWas,
+                Ok(()) => return self.as_it_was(),
                 Err(why) => why.to_string(),
             };
             if !told {

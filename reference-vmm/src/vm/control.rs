@@ -335,7 +335,7 @@ impl Running {
 
     /// Whether it stays paused until somebody resumes it, or ends its hand-over: what a snapshot holds goes on by itself. Does
     /// not block.
-    pub(super) fn stays_paused(&self) -> bool {
+    pub(crate) fn stays_paused(&self) -> bool {
         self.control.stays.load(Ordering::Relaxed)
     }
 
