@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use guests::{boot, console, debug, image};
+use guests::{boot, console, debug, dirtier, image};
 
 fn main() {
     let folder = std::path::PathBuf::from(std::env::args().nth(1).expect("a folder"));
@@ -24,6 +24,11 @@ fn main() {
             "spin.elf",
             "    (until it is stopped)",
             image::elf64(boot::spin64()),
+        ),
+        (
+            "dirtier.elf",
+            " --memory 256M    (writes 4 MiB again and again, and says a digit each time, until it is stopped)",
+            image::elf64(dirtier::dirtier64()),
         ),
         ("pvpanic.elf", "", image::elf64(boot::pvpanic64())),
         (
