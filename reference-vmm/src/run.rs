@@ -46,9 +46,7 @@ pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
         GuestEnd::Stopped(StopCause::Signal(signal)) => {
             log::info!("{} stopped the guest", signals::name(*signal));
         }
-        GuestEnd::Migrated(to) => say(format_args!(
-            "the guest has moved to {to:?}, and runs there"
-        )),
+        GuestEnd::Migrated(to) => say(format_args!("the guest has moved to {to:?}")),
         other => log::info!("the guest has ended: {other:?}"),
     }
     if options.timeline {

@@ -196,6 +196,29 @@ fn the_destination_says_what_it_waits_for_and_an_idle_guests_forecast_is_told() 
 }
 
 #[test]
+fn a_guest_that_is_paused_is_moved_as_it_is_and_both_sides_say_so() {
+    if support::lab_short() {
+        return;
+    }
+    let source = Process::boot();
+    let (there, socket, to) = source.waits();
+    source.says("pause");
+    let moved = source.says(&format!("migrate --to {to}"));
+    assert!(moved.contains(", paused as it was\n"), "{moved}");
+    source.running.wait().expect_status(0);
+    let at_destination = |words: &str| {
+        let ended = ctl(&socket, words).output();
+        ended.expect_status(0);
+        ended.text()
+    };
+    assert_eq!(at_destination("status"), "paused\n");
+    assert_eq!(at_destination("resume"), "running\n");
+    assert_eq!(at_destination("status"), "running\n");
+    there.signal(libc::SIGINT);
+    there.wait().expect_status(0);
+}
+
+#[test]
 fn a_snapshot_says_how_long_the_guest_stood_still_and_of_which_moment_it_is() {
     if support::lab_short() {
         return;
@@ -295,13 +318,13 @@ fn a_destination_that_is_no_socket_and_a_folder_for_no_disks_are_said_to_be_that
         let line = line.strip_prefix("reference-vmm: ").unwrap_or(line);
         assert!(line.starts_with(where_it_is), "{line}");
     };
-    begins(&line, "the guest runs on here: ");
+    begins(line, "the guest runs on here: ");
     let status = guest.says("migrate-status");
     assert!(status.contains(": the guest runs on here: "), "{status}");
     let not_begun = format!("migrate --to unix:{} --report /none/r.html", mine.display());
     let refused = guest.ctl(&not_begun);
     let line = refused.expect_status(1).one_line();
-    begins(&line, "the guest runs on here, no migration was begun: ");
+    begins(line, "the guest runs on here, no migration was begun: ");
     let dir = guest.path("s");
     guest.says(&format!("snapshot {}", dir.display()));
     let restore = Vmm::command(["restore", "--from"]).arg(&dir);

@@ -411,7 +411,7 @@ fn a_guest_that_cannot_be_moved_or_whose_destination_says_nothing_is_told_why() 
     let (_folder, path) = place();
     // Closes as one does that wants TLS.
     let listener = UnixListener::bind(&path).unwrap();
-    std::thread::spawn(move || drop(listener.accept().unwrap()));
+    std::thread::spawn(move || listener.incoming().for_each(drop));
     let migrate = || {
         let outgoing = Outgoing::default();
         let request = request(&Address::Unix(path.clone()));
@@ -423,9 +423,54 @@ fn a_guest_that_cannot_be_moved_or_whose_destination_says_nothing_is_told_why() 
     guest.running.pause().unwrap();
     let why = migrate();
     assert!(
-        why.contains("cannot be moved as it is: the guest is paused"),
+        why.starts_with("the guest is paused here, as it was: "),
         "{why}"
     );
+    assert_eq!(guest.running.state(), RunState::Paused);
+    guest.running.resume().unwrap();
+    guest.has_all();
+}
+
+#[test]
+fn a_guest_that_is_paused_arrives_paused_and_is_resumed_there() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    for (cpus, irqchip) in [(1, Irqchip::Split), (2, Irqchip::Kernel)] {
+        let (_kernel, config) = keeper(cpus, irqchip);
+        let mut guest = Guest::boot(&config);
+        guest.hear(3);
+        guest.running.pause().unwrap();
+        let mut all = String::new();
+        // From one to the next, as it is.
+        for _ in 0..2 {
+            let (_folder, path) = place();
+            let incoming = Incoming::bind(&IncomingRequest::new(Address::Unix(path))).unwrap();
+            let request = request(incoming.address());
+            let (here, there) = migrate(&guest, incoming, &request);
+            let record = here.unwrap();
+            assert!(record.paused, "{record:?}");
+            let (said, end) = guest.leave();
+            assert_eq!(end, None, "{said}");
+            all += &said;
+            guest = there.unwrap();
+            assert_eq!(guest.running.state(), RunState::Paused);
+            // Also behind what holds it for a while.
+            let (_folder, dir) = place();
+            guest.snapshot(&SnapshotRequest::new(&dir));
+            assert_eq!(guest.running.state(), RunState::Paused);
+            guest.is_saved_in(&dir);
+            assert_eq!(guest.said, b"", "it runs");
+        }
+        guest.running.resume().unwrap();
+        assert_eq!(guest.running.state(), RunState::Running);
+        guest.hear(3);
+        let (said, end) = guest.quit();
+        all += &said;
+        assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{all}");
+        assert_eq!(all, digits(all.len() - 1) + "!");
+    }
 }
 
 #[test]

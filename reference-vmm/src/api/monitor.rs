@@ -117,7 +117,8 @@ impl Monitor for Machine<'_> {
             Action::Resume => match self.running.resume() {
                 Err(error @ ControlError::HandOver) => {
                     match self.outgoing.resume(self.running, self.end) {
-                        Ok(()) => Outcome::Done,
+                        // Paused before, it is so again.
+                        Ok(()) => done(self.running.resume()),
                         Err(Some(why)) => Outcome::Refused(why.to_string()),
                         Err(None) => Outcome::Refused(error.to_string()),
                     }

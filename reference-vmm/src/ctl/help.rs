@@ -140,8 +140,8 @@ Options:
         "migrate",
         with_common!(
             "\
-Move the guest to the monitor that waits for it (`run --incoming ADDRESS`), while it runs. One that is paused is not
-moved: resume it first.
+Move the guest to the monitor that waits for it (`run --incoming ADDRESS`), while it runs. One that is paused
+arrives paused, and `resume` there lets it go on.
 
 Usage: reference-vmm ctl --api-sock PATH migrate --to ADDRESS [OPTIONS]
 

@@ -44,6 +44,12 @@ pub struct Arriving<C, F> {
     config: Config,
 }
 
+/// A machine that is whole: its threads are there, and wait for the word. One that was paused stays so behind it.
+pub struct Whole {
+    running: Running,
+    paused: bool,
+}
+
 fn refused(error: &dyn std::error::Error) -> Refusal {
     Refusal::of(error)
 }
@@ -90,13 +96,23 @@ where
         = Filled<'a>
     where
         Self: 'a;
-    type Prepared = Running;
+    type Prepared = Whole;
 
     fn memory(&self) -> Filled<'_> {
         Filled::new(self.framed.memory(), self.framed.pre_faulter())
     }
 
-    fn prepare(self, state: &[u8]) -> Result<Running, Refusal> {
+    fn prepare(self, state: &[u8]) -> Result<Whole, Refusal> {
+        let (paused, state) = match state {
+            [0, state @ ..] => (false, state),
+            [1, state @ ..] => (true, state),
+            other => {
+                let first = other.first();
+                return Err(Refusal(format!(
+                    "whether the guest is paused is said by {first:?}, and neither 0 nor 1"
+                )));
+            }
+        };
         let parsed = MachineState::parse(state);
         let (_, state, _) = parsed.map_err(|error| refused(&error))?;
         let vcpus = state.vcpus.iter().map(|vcpu| vcpu.id);
@@ -125,17 +141,16 @@ where
         if let Some(tell) = prepared {
             tell();
         }
-        Ok(running)
+        Ok(Whole { running, paused })
     }
 }
 
-/// A machine that is whole: its threads are there, and wait for the word.
-impl Prepared for Running {
+impl Prepared for Whole {
     type Running = Running;
 
     fn start(self) -> Result<Running, Refusal> {
-        let taken = self.take_over();
+        let taken = self.running.take_over(self.paused);
         taken.map_err(|error| refused(&error))?;
-        Ok(self)
+        Ok(self.running)
     }
 }

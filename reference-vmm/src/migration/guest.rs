@@ -102,7 +102,7 @@ pub trait SourceGuest: Sync {
     /// # Errors
     /// [`Refusal`]; it runs on.
     fn hold(&self) -> Result<(), Refusal>;
-    /// The machine that is held, in the form of a snapshot's file `state`.
+    /// The machine that is held, as [`Blank::prepare`] takes it.
     ///
     /// # Errors
     /// [`Refusal`].

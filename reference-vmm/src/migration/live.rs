@@ -98,14 +98,19 @@ impl<'a> LiveGuest<'a> {
         Ok(self.fixed.get_or_init(|| (config, host)))
     }
 
-    /// The state of the machine, which is held by the rehearsal or for the hand-over, as bytes.
+    /// The state of the machine, which is held by the rehearsal or for the hand-over, as bytes; the last is
+    /// [`Message::State`](super::message::Message::State)'s.
     fn capture(&self, last: bool) -> Result<Vec<u8>, Refusal> {
         let running = self.running;
         let (config, host) = self.fixed()?.clone();
         let capture = |pause: &Pause| running.capture(pause, config, host);
+        let mut bytes = Vec::new();
         let state = match last {
             false => running.while_paused(capture),
-            true => running.while_handed_over(capture),
+            true => running.while_handed_over(|pause, paused| {
+                bytes.push(paused.into());
+                capture(pause)
+            }),
         };
         let state = state.ok_or_else(|| Refusal::of(&ControlError::Ended))?;
         let mut state = state.map_err(|error| Refusal::of(&error))?;
@@ -113,8 +118,9 @@ impl<'a> LiveGuest<'a> {
         let expected = usize::try_from(state.memory.expected()).unwrap_or(usize::MAX);
         state.memory.pieces = vec![Piece::default(); expected];
         // The number is a snapshot's, of which there is none.
-        let bytes = state.encode(SnapshotId([0; 16]));
-        bytes.map_err(|error| Refusal::of(&error))
+        let encoded = state.encode(SnapshotId([0; 16]));
+        bytes.extend(encoded.map_err(|error| Refusal::of(&error))?);
+        Ok(bytes)
     }
 }
 
@@ -173,10 +179,7 @@ impl SourceGuest for LiveGuest<'_> {
         // Before it stands still.
         self.fixed()?;
         let held = self.running.hold();
-        let held = held.map_err(|error| Refusal::of(&error))?;
-        if held.is_paused() {
-            return Err(Refusal::of(&ControlError::Paused));
-        }
+        let _held = held.map_err(|error| Refusal::of(&error))?;
         self.capture(false)
     }
 

@@ -355,6 +355,7 @@ pub enum Message {
     State {
         /// The last round.
         round: u32,
+        /// A byte, 1 where somebody has paused the guest, who is to find it so, else 0; behind it
         /// [`MachineState::encode`](crate::snapshot::machine::MachineState::encode).
         state: Vec<u8>,
     },

@@ -114,7 +114,7 @@
 //! A cancel (`ctl migrate-cancel`) is heard within 50 ms until `Go`, and refused behind it. That `ctl migrate` ends, by
 //! Ctrl-C or with its terminal, cancels nothing: the monitor goes on, and `ctl migrate-status` says how. An end of the guest
 //! ends the migration. While the guest stands still for the hand-over nobody pauses or resumes it. A guest that is paused
-//! is refused, because it would run over there.
+//! goes as it is: it arrives paused, and whoever resumes it does so there.
 //!
 //! # The network, and connections
 //!

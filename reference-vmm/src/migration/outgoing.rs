@@ -220,7 +220,8 @@ impl Outgoing {
             tls: tls.is_some(),
         };
         let now = SystemTime::now();
-        let record = MigrationRecord::new(request.destination.clone(), pages, asked, now);
+        let mut record = MigrationRecord::new(request.destination.clone(), pages, asked, now);
+        record.paused = guest.is_paused();
         let job = Arc::new(Job {
             orders: Orders::default(),
             limit,
@@ -250,6 +251,11 @@ impl Outgoing {
             &job.orders,
             recorder,
         );
+        if moved.is_ok() {
+            // Somebody may have paused or resumed it meanwhile.
+            let paused = running.while_handed_over(|_, paused| paused);
+            recorder.lock().paused = paused.unwrap_or_default();
+        }
         recorder.ends(&moved);
         if let Some(path) = &request.report {
             recorder.write_report(path);

@@ -50,6 +50,9 @@ pub struct MigrationRecord {
     pub elapsed: Duration,
     /// Pages of guest memory, of 4 KiB each.
     pub memory_pages: u64,
+    /// Somebody had paused the guest: it is moved, or stays, as it is.
+    #[serde(default)]
+    pub paused: bool,
     /// What was asked for.
     pub settings: Settings,
     /// All rounds together, those that are no longer in [`rounds`](Self::rounds) and the one at work among them.
@@ -422,6 +425,7 @@ impl MigrationRecord {
             took: None,
             elapsed: Duration::ZERO,
             memory_pages,
+            paused: false,
             settings,
             total: Total::default(),
             rounds: Vec::new(),
@@ -543,7 +547,16 @@ impl MigrationRecord {
         // A string takes everything.
         let _ = match &self.outcome {
             None => writeln!(text, "on its way to {to}"),
-            Some(Outcome::Moved) => writeln!(text, "moved to {to} in {}", units::time(took)),
+            Some(Outcome::Moved) => writeln!(
+                text,
+                "moved to {to} in {}{}",
+                units::time(took),
+                if self.paused {
+                    ", paused as it was"
+                } else {
+                    ""
+                }
+            ),
             Some(Outcome::Cancelled) => writeln!(
                 text,
                 "called off after {}; the guest is still here",
@@ -791,6 +804,9 @@ mod tests {
         record.ends(ms(1010), Outcome::Moved);
         let last = "\nforetold: 4.00 ms to 6.00 ms of the downtime for the last pages\n";
         assert!(record.summary().ends_with(last), "{}", record.summary());
+        record.paused = true;
+        let first = "moved to unix:/x in 1.01 s, paused as it was\n";
+        assert!(record.summary().starts_with(first), "{}", record.summary());
         record.report = Some(Report {
             path: "/r".into(),
             failed: None,

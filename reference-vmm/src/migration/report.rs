@@ -187,6 +187,10 @@ impl Page {
 fn outcome(page: &mut Page, record: &MigrationRecord) {
     let (class, text) = match &record.outcome {
         None => ("going", "The migration is going on.".into()),
+        Some(Outcome::Moved) if record.paused => (
+            "good",
+            "The guest is on the other side, paused as it was.".into(),
+        ),
         Some(Outcome::Moved) => ("good", "The guest runs on the other side.".into()),
         Some(Outcome::Cancelled) => (
             "going",

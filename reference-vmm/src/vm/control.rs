@@ -93,9 +93,6 @@ pub enum ControlError {
     /// It is being handed over to another process, which alone may let it go on.
     #[error("the guest is being handed over to another host, and stands still until that is done")]
     HandOver,
-    /// It was to be handed over running, and somebody has paused it.
-    #[error("the guest is paused, and would run at its destination: resume it first")]
-    Paused,
     /// It was to be handed over, and something else holds it.
     #[error("a snapshot of the guest is being taken: hand it over when that is done")]
     Held,
@@ -119,8 +116,9 @@ enum Hold {
     #[default]
     Running,
     Paused(Pause, For),
-    /// Paused, for a migration: nobody else resumes it.
-    HandedOver(Pause),
+    /// Paused, for a migration: nobody else resumes it. Where that has not been for a migration alone it stays paused behind
+    /// it.
+    HandedOver(Pause, For),
     /// The machine has been stopped.
     Ended,
 }
@@ -162,7 +160,7 @@ impl Control {
     /// Of a machine that another process hands over, from its start on.
     pub(super) fn handed_over(pause: Pause) -> Self {
         Control {
-            hold: Mutex::new(Hold::HandedOver(pause)),
+            hold: Mutex::new(Hold::HandedOver(pause, For::HELD)),
             paused: AtomicBool::new(true),
             stays: AtomicBool::new(true),
         }
@@ -216,7 +214,7 @@ impl Drop for Holding<'_> {
         let (paused, stays) = match &*self.hold {
             Hold::Running | Hold::Ended => (false, false),
             Hold::Paused(_, by) => (true, by.user),
-            Hold::HandedOver(_) => (true, true),
+            Hold::HandedOver(..) => (true, true),
         };
         // Relaxed: hints, each of which says all that there is to it.
         self.of.paused.store(paused, Ordering::Relaxed);
@@ -271,7 +269,7 @@ impl Running {
                 by(whom);
                 return Ok(());
             }
-            Hold::HandedOver(_) => return Err(ControlError::HandOver),
+            Hold::HandedOver(..) => return Err(ControlError::HandOver),
             Hold::Ended => return Err(ControlError::Ended),
             Hold::Running => {}
         }
@@ -310,7 +308,7 @@ impl Running {
                 self.parts.virtio.iter().for_each(|device| device.resume());
                 drop(pause);
             }
-            held @ Hold::HandedOver(_) => {
+            held @ Hold::HandedOver(..) => {
                 *hold = held;
                 return Err(ControlError::HandOver);
             }
@@ -344,14 +342,14 @@ impl Running {
     pub fn while_paused<T>(&self, f: impl FnOnce(&Pause) -> T) -> Option<T> {
         self.with_hold(|hold| match hold {
             Hold::Paused(pause, _) => Some(f(pause)),
-            Hold::HandedOver(_) | Hold::Running | Hold::Ended => None,
+            Hold::HandedOver(..) | Hold::Running | Hold::Ended => None,
         })
     }
 
-    /// [`while_paused`](Self::while_paused), of a machine that is being handed over.
-    pub(crate) fn while_handed_over<T>(&self, f: impl FnOnce(&Pause) -> T) -> Option<T> {
+    /// [`while_paused`](Self::while_paused), of a machine that is being handed over; and whether it is to arrive paused.
+    pub(crate) fn while_handed_over<T>(&self, f: impl FnOnce(&Pause, bool) -> T) -> Option<T> {
         self.with_hold(|hold| match hold {
-            Hold::HandedOver(pause) => Some(f(pause)),
+            Hold::HandedOver(pause, whom) => Some(f(pause, whom.user)),
             Hold::Paused(..) | Hold::Running | Hold::Ended => None,
         })
     }
@@ -369,8 +367,8 @@ impl Running {
         done
     }
 
-    /// Brings a machine that runs to rest, to go on in another process: nobody else pauses or resumes it until
-    /// [`end_hand_over`](Self::end_hand_over).
+    /// Brings the machine to rest, to go on in another process: nobody else pauses or resumes it until
+    /// [`end_hand_over`](Self::end_hand_over). One that somebody has paused is paused behind that as well.
     ///
     /// # Errors
     /// [`ControlError`]; the guest is what it was.
@@ -378,18 +376,15 @@ impl Running {
         let held = self.hold()?;
         let mut hold = self.control.lock();
         let refused = match std::mem::take(&mut *hold) {
-            Hold::Paused(pause, For::HELD) => {
-                *hold = Hold::HandedOver(pause);
+            Hold::Paused(pause, whom @ For { held: 1, .. }) => {
+                *hold = Hold::HandedOver(pause, whom);
                 // It is the hand-over's now.
                 std::mem::forget(held);
                 return Ok(());
             }
             Hold::Paused(pause, whom) => {
                 *hold = Hold::Paused(pause, whom);
-                match whom.user {
-                    true => ControlError::Paused,
-                    false => ControlError::Held,
-                }
+                ControlError::Held
             }
             // Its end.
             other => {
@@ -403,11 +398,14 @@ impl Running {
     }
 
     /// The other process has handed the machine over: the host's side of its devices learns where they are now, and the
-    /// guest goes on. Nothing is left to fail but that the machine has been stopped.
+    /// guest goes on, or is `paused` as it was there. Nothing is left to fail but that the machine has been stopped.
     ///
     /// # Errors
     /// [`ControlError::Ended`].
-    pub(crate) fn take_over(&self) -> Result<(), ControlError> {
+    pub(crate) fn take_over(&self, paused: bool) -> Result<(), ControlError> {
+        if let Hold::HandedOver(_, whom) = &mut *self.control.lock() {
+            whom.user = paused;
+        }
         self.parts
             .virtio
             .iter()
@@ -415,14 +413,14 @@ impl Running {
         self.end_hand_over()
     }
 
-    /// It goes on here after all.
+    /// It goes on here after all, or stays paused as it was.
     ///
     /// # Errors
     /// [`ControlError::Ended`].
     pub(crate) fn end_hand_over(&self) -> Result<(), ControlError> {
         let mut hold = self.control.lock();
         match std::mem::take(&mut *hold) {
-            Hold::HandedOver(pause) => *hold = Hold::Paused(pause, For::HELD),
+            Hold::HandedOver(pause, whom) => *hold = Hold::Paused(pause, whom),
             Hold::Ended => {
                 *hold = Hold::Ended;
                 return Err(ControlError::Ended);
@@ -510,13 +508,6 @@ impl Running {
 /// A machine that is held at rest. Dropped, it goes on, unless it is paused, or something else holds it.
 pub(crate) struct Held<'a>(&'a Running);
 
-impl Held<'_> {
-    /// Whether a user has it paused.
-    pub(crate) fn is_paused(&self) -> bool {
-        matches!(&*self.0.control.lock(), Hold::Paused(_, by) if by.user)
-    }
-}
-
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         // Its end may have been told meanwhile, which is no concern of who held it.
@@ -552,7 +543,7 @@ mod tests {
         };
         hold(Hold::Paused(pause(), both));
         assert_eq!(hints(), (true, true));
-        hold(Hold::HandedOver(pause()));
+        hold(Hold::HandedOver(pause(), For::HELD));
         assert_eq!(hints(), (true, true));
         control.close();
         assert_eq!(hints(), (false, false));
