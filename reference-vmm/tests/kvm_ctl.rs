@@ -6,7 +6,8 @@
 
 mod support;
 
-use std::os::unix::net::UnixListener;
+use std::io::Write;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use guests::keeper::keeper64;
@@ -55,6 +56,18 @@ impl Process {
         let mut running = vmm.arg(&socket).start();
         running.wait_for_stderr("a guest is waited for at");
         (running, socket, to)
+    }
+
+    /// Waits until memory is being sent.
+    fn sends(&self) {
+        let begun = || {
+            let status = self.ctl("migrate-status --json").text();
+            let said: Value = serde_json::from_str(&status).unwrap();
+            said["total"]["rounds"].as_u64() > Some(0)
+        };
+        while !begun() {
+            std::thread::yield_now();
+        }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -216,6 +229,34 @@ fn a_guest_that_is_paused_is_moved_as_it_is_and_both_sides_say_so() {
     assert_eq!(at_destination("status"), "running\n");
     there.signal(libc::SIGINT);
     there.wait().expect_status(0);
+}
+
+#[test]
+fn a_monitor_that_waits_says_of_a_failure_whether_it_waits_on_or_ends() {
+    if support::lab_short() {
+        return;
+    }
+    let source = Process::boot();
+    let (mut there, socket, to) = source.waits();
+    // No monitor.
+    let mut stranger = UnixStream::connect(source.path("incoming")).unwrap();
+    stranger.write_all(&[b'x'; 64]).unwrap();
+    there.wait_for_stderr("a guest is waited for still: ");
+    let status = ctl(&socket, "migrate-status").output();
+    assert!(status.text().contains("waited for"), "{status}");
+    // A guest that is called off, of which so little may be sent that it takes its time.
+    let words = format!("migrate --bandwidth 64K --to {to}");
+    let migrates = source.command(&words).start();
+    source.sends();
+    source.says("migrate-cancel");
+    migrates.wait().expect_status(1);
+    let ended = there.wait();
+    ended.expect_status(1);
+    let why = "no guest has come, and none is waited for any more: the source gave up: the migration was cancelled";
+    assert!(ended.to_string().contains(why), "{ended}");
+    assert_eq!(source.says("status"), "running\n");
+    source.running.signal(libc::SIGTERM);
+    source.running.wait().expect_status(0);
 }
 
 #[test]

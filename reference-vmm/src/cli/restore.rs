@@ -116,7 +116,8 @@ Options:
   -h, --help               Show this help
 
 Memory, processors and devices are those of the guest that comes, its serial console is on this terminal. One
-guest comes: if it fails, it goes on where it was, and this process ends with status 1 and the reason.
+guest comes: if that fails once it has been offered, it goes on where it was, and this process ends with status 1
+and the reason. Connections of others are closed, and the wait goes on. Both are said on stderr.
 
 Exit status: 0 the guest powered off, rebooted, was stopped or moved on; 1 no guest came, or the monitor failed;
 2 the arguments were wrong; 3 the guest crashed.

@@ -744,7 +744,15 @@ fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
         };
         match greeted(&mut wire, &watch) {
             Ok(greeting) => place(wire, greeting, shared, patience, &watch),
-            Err(error) => log::warn!("a connection was closed: {error}"),
+            Err(error) => {
+                let waits = shared.lock().id.is_none();
+                let still = if waits {
+                    ", and a guest is waited for still"
+                } else {
+                    ""
+                };
+                log::warn!("a connection was closed{still}: {error}");
+            }
         }
     }
 }

@@ -85,7 +85,7 @@ impl Accept for Ear {
             // It was gone again before it was accepted.
             Err(AcceptError::Nobody(_)) => Ok(None),
             Err(error @ AcceptError::Peer { .. }) => {
-                log::warn!("{error}");
+                log::warn!("{error}; others may connect still");
                 Ok(None)
             }
             Err(error) => Err(io::Error::other(error)),

@@ -56,7 +56,7 @@ pub enum IncomingError {
     #[error("--incoming: {0}")]
     Bind(#[from] BindError),
     /// It was waited for, or had begun to come.
-    #[error("no guest has come: {0}")]
+    #[error("no guest has come, and none is waited for any more: {0}")]
     Receive(#[from] ReceiveError),
 }
 
