@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use faulty_files::Faulty;
 use guests::keeper::keeper64;
 use reference_vmm::config::Irqchip;
-use reference_vmm::snapshot::files::HostFiles;
+use reference_vmm::snapshot::files::{HostFiles, WriteError};
 use reference_vmm::snapshot::info::{self, SnapshotInfo};
 use reference_vmm::snapshot::merge::{MergeRequest, merge};
 use reference_vmm::snapshot::packed::Compression;
@@ -138,13 +138,13 @@ fn a_chain_goes_on_behind_a_restore() {
     if support::lab_short() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let dir = |number: usize| folder.path().join(format!("s{number}"));
     for (memory, log) in [
         ("16M", "bitmap"),
         ("16M,shared", "bitmap"),
         ("16M", "ring=32768"),
     ] {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = |number: usize| folder.path().join(format!("s{number}"));
         let (_kernel, mut config) = keeper(1, Irqchip::Split);
         config.memory = memory.parse().unwrap();
         config.dirty_log = log.parse().unwrap();
@@ -234,6 +234,14 @@ fn what_an_incremental_snapshot_cannot_build_on_is_refused_with_the_numbers() {
     });
     assert!(!guest.running.is_tracked(TrackUser::Snapshot));
     refused(&guest, &diff(&dir("x"), &dir("d")), &["--track"]);
+    // Nobody's chain goes on there, and it is the parent of one all the same.
+    let d = dir("d");
+    let needles = ["is the parent of", d.to_str().unwrap()];
+    let error = refused(&guest, &SnapshotRequest::new(dir("c")), &needles);
+    assert!(matches!(
+        error,
+        SnapshotError::Write(WriteError::Parent { .. })
+    ));
     guest.has_all();
 }
 
@@ -344,6 +352,12 @@ fn the_command_line_makes_a_chain_says_what_it_is_and_merges_it() {
     assert_eq!(of["chain"][1]["path"], a.as_str());
     assert_eq!(of["parent"]["depth"], 2);
     vmm(&["snapshot", "info", &c]).expect_status(0);
+    let of = json(&["snapshot", "info", &b, "--json"]);
+    assert_eq!(of["children"], serde_json::json!([c]));
+    let said = vmm(&["snapshot", "info", &b]);
+    said.expect_status(0);
+    let words = String::from_utf8(said.stdout).unwrap();
+    assert!(words.contains(&format!("parent of   {c}\n")), "{words}");
     vmm(&["snapshot", "verify", &c])
         .expect_status(0)
         .expect_stdout(&format!(

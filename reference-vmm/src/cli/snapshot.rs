@@ -25,7 +25,8 @@ Usage: reference-vmm snapshot info DIR [--json|--heat-map]
        reference-vmm snapshot COMMAND --help
 
 Commands:
-  info    Say what the snapshot in DIR is: its number, its moment, what it builds on, memory, devices, disks
+  info    Say what the snapshot in DIR is: its number, its moment, what it builds on, and which of those beside it
+          build on it, memory, devices, disks
   verify  Read all of it and of those that it builds on, and compare it with its checksums
   merge   Make a full snapshot OUT of DIR and all that it builds on
 
@@ -39,8 +40,8 @@ wrong.
 
 /// `reference-vmm snapshot info --help`.
 pub const INFO_HELP: &str = "\
-Say what the snapshot in DIR is: its number, its moment, what it builds on, memory, devices, disks. Memory is not
-read; of a chain that is broken it is said why.
+Say what the snapshot in DIR is: its number, its moment, what it builds on (and why not, where that is missing), which
+snapshots in the same folder build on it, memory, devices, disks. Memory is not read.
 
 Usage: reference-vmm snapshot info DIR [--json|--heat-map]
 
@@ -77,8 +78,8 @@ Usage: reference-vmm snapshot merge DIR --to OUT [--compress zstd] [--json]
 With several, all of a chain is named, in the order in which they were taken, the full one first.
 
 Options:
-  --to OUT         The directory that comes out: new, empty, or an older snapshot that is replaced. It is synced,
-                   then renamed
+  --to OUT         The directory that comes out: new, empty, or an older snapshot that is replaced, if none beside it
+                   builds on it. It is synced, then renamed
   --compress zstd  Its memory is compressed: a restore reads it and cannot map it
   --json           One line of JSON, also of a refusal (fault_message), instead of words
   -h, --help       Show this help

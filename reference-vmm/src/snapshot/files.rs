@@ -13,6 +13,8 @@
 //! `working_set` that is one. Where anything else lies there, before or since the snapshot began, whatever its name, it stays
 //! under it, and the snapshot is refused.
 //!
+//! One that another beside it builds on is not replaced either: that one would be lost ([`children`](super::children)).
+//!
 //! None is put into the directory of another, or below it: that one would hold then what is not its own.
 //!
 //! Until the rename the older snapshot is what it was, and after it the new one is whole and durable: a crash in between
@@ -211,6 +213,20 @@ pub enum WriteError {
         /// Its name there.
         entry: OsString,
     },
+    /// A snapshot is there that others build on, which would be lost with it.
+    #[error(
+        "{} is the parent of {child}{}, and cannot be replaced: name another directory, or first make a full one of \
+         {child} (snapshot merge {child} --to OUT) and remove it",
+        dir.display(), others(*.more)
+    )]
+    Parent {
+        /// Where.
+        dir: PathBuf,
+        /// One that builds on it.
+        child: PathBuf,
+        /// How many more do.
+        more: usize,
+    },
     /// Another process writes a snapshot of this name.
     #[error("another snapshot to {0} is being written")]
     InUse(PathBuf),
@@ -224,6 +240,13 @@ pub enum WriteError {
         /// The errno.
         source: io::Error,
     },
+}
+
+fn others(more: usize) -> String {
+    match more {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    }
 }
 
 /// A snapshot that is being written. Dropped, nothing of it is left.
@@ -350,6 +373,10 @@ impl<'a, F: SnapshotFiles> Draft<'a, F> {
     pub fn commit(mut self) -> Result<(), WriteError> {
         let synced = self.files.sync(&self.lock);
         synced.map_err(call("sync", &self.partial))?;
+        // One that was taken meanwhile, by another guest of the same chain.
+        if self.replaces {
+            not_a_parent(&self.target)?;
+        }
         let parent = self.files.open_dir(&self.parent);
         let parent = parent.map_err(call("open", &self.parent))?;
         self.swap()
@@ -433,9 +460,26 @@ fn look(target: &Path) -> Result<bool, WriteError> {
         Ok(_) => {}
     }
     match contents::of(target)? {
-        Contents::Nothing | Contents::Snapshot => Ok(true),
+        Contents::Nothing => Ok(true),
+        Contents::Snapshot => not_a_parent(target).map(|()| true),
         Contents::Beside(entry) => Err(foreign(target, entry)),
         Contents::Other(_) => Err(occupied()),
+    }
+}
+
+/// Refuses a snapshot that others build on. What cannot be parsed is nobody's parent any more.
+fn not_a_parent(target: &Path) -> Result<(), WriteError> {
+    let Ok(id) = super::link::id_of(target) else {
+        return Ok(());
+    };
+    let mut children = super::children::of(target, id).into_iter();
+    match children.next() {
+        None => Ok(()),
+        Some(child) => Err(WriteError::Parent {
+            dir: target.to_owned(),
+            child,
+            more: children.len(),
+        }),
     }
 }
 

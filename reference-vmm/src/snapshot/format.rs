@@ -45,6 +45,8 @@ pub const MOST_BYTES: u64 = 1 << 30;
 
 const HEADER: usize = 48;
 const ENTRY: usize = 32;
+/// The header and the longest table.
+pub(super) const HEAD: usize = HEADER + ENTRY * MOST_SECTIONS;
 /// Flag: who does not know the kind may pass over it.
 const OPTIONAL: u32 = 1;
 
@@ -329,6 +331,35 @@ pub fn parse(file: &[u8]) -> Result<Container<'_>, FormatError> {
     Ok(Container {
         id: SnapshotId(id),
         sections,
+    })
+}
+
+/// Where a section is.
+pub(super) struct Place {
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) checksum: u32,
+}
+
+/// Where the section of this kind is, by the first [`HEAD`] bytes of a file `state`. None: there is none, or the bytes are no
+/// snapshot's. Neither what the header says of the file nor the section is checked.
+pub(super) fn find(head: &[u8], kind: Kind) -> Option<Place> {
+    let header = head.get(..HEADER)?;
+    let is_one = header.starts_with(&MAGIC) && u32_at(header, 8) == VERSION;
+    if !is_one || checksum(header.get(..44)?) != u32_at(header, 44) {
+        return None;
+    }
+    let count = (u32_at(header, 12) as usize).min(MOST_SECTIONS);
+    let table = head.get(HEADER..HEADER + ENTRY * count)?;
+    if checksum(table) != u32_at(header, 40) {
+        return None;
+    }
+    let mut entries = table.chunks_exact(ENTRY);
+    let entry = entries.find(|entry| u32_at(entry, 0) == kind as u32)?;
+    Some(Place {
+        offset: u64_at(entry, 8),
+        len: u64_at(entry, 16),
+        checksum: u32_at(entry, 24),
     })
 }
 

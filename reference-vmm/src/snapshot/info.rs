@@ -11,6 +11,7 @@ use async_pf::working_set::WorkingSet;
 use serde_json::{Value, json};
 
 use super::chain::Chain;
+use super::children;
 use super::disks::{self, DiskCopy};
 use super::files::{STATE, WORKING_SET};
 use super::format::{self, SnapshotId};
@@ -51,7 +52,9 @@ pub struct SnapshotInfo {
     pub disks: Vec<DiskCopy>,
     /// The snapshots that it builds on, the nearest first, by directory and number.
     pub chain: Vec<(PathBuf, SnapshotId)>,
-    /// Why one of them is not there, if so.
+    /// The snapshots beside it that build on it, by directory ([`children`]).
+    pub children: Vec<PathBuf>,
+    /// Why one of those that it builds on is not there, if so.
     pub broken: Option<String>,
     /// What a guest touched first when it went on from it, where that was recorded.
     pub working_set: Option<WorkingSet>,
@@ -101,6 +104,7 @@ impl SnapshotInfo {
             devices: devices.map(|device| device.name).collect(),
             disks,
             chain,
+            children: children::of(dir, link.id()),
             broken,
             // One that cannot be read is none: it is a hint.
             working_set: WorkingSet::load_of(&dir.join(WORKING_SET), link.id().0).ok(),
@@ -131,6 +135,7 @@ impl SnapshotInfo {
                 "id": parent.id.to_string(), "path": path(&parent.path), "depth": parent.depth,
             })),
             "chain": chain.map(|(dir, id)| json!({"path": path(dir), "id": id.to_string()})).collect::<Vec<_>>(),
+            "children": self.children.iter().map(|dir| path(dir)).collect::<Vec<_>>(),
             "broken": self.broken,
             "taken": taken,
             "memory": self.memory,
@@ -168,6 +173,9 @@ impl fmt::Display for SnapshotInfo {
         }
         for (dir, id) in &self.chain {
             writeln!(f, "builds on   {id} in {}", path(dir))?;
+        }
+        for dir in &self.children {
+            writeln!(f, "parent of   {}", path(dir))?;
         }
         if let Some(broken) = &self.broken {
             writeln!(f, "broken      {broken}")?;

@@ -25,7 +25,8 @@ use crate::devices::virtio::rng::random_id;
 pub struct MergeRequest {
     /// One snapshot, whose chain is followed; or all of a chain, the full one first.
     pub dirs: Vec<PathBuf>,
-    /// The directory that comes out: new, empty, or an older snapshot that is none of the chain's, which it replaces.
+    /// The directory that comes out: new, empty, or an older snapshot that is none of the chain's and that none builds on,
+    /// which it replaces.
     pub to: PathBuf,
     /// The form of its memory.
     pub compression: Compression,
@@ -82,6 +83,7 @@ impl MergeError {
                 WriteError::NoName(_)
                 | WriteError::Within { .. }
                 | WriteError::Occupied(_)
+                | WriteError::Parent { .. }
                 | WriteError::Foreign { .. },
             )) => 2,
             MergeError::Write(_) => 1,

@@ -50,6 +50,8 @@
 //! that the machine was restored from; the next one may build on the last alone, known by its id. One that fails has
 //! changed nothing: the next has what it would have had.
 //!
+//! One that others build on is not replaced ([`children`]): they would be lost with it.
+//!
 //! A restore ([`chain`]) and [`merge`] open all links and check them before anything is made; a link that is missing, was
 //! replaced, is damaged or comes twice is named.
 //!
@@ -89,6 +91,7 @@
 
 pub mod background;
 pub mod chain;
+pub mod children;
 pub mod config_form;
 mod contents;
 pub mod disks;
