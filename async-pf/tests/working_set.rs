@@ -396,4 +396,11 @@ fn a_picture_needs_nothing_beside_it() {
             .unwrap()
             .ends_with("0...............")
     );
+    // What a character is, and how much: 16 pages.
+    let legend = map.legend();
+    let begin = "a character is 64 KiB of guest memory, a line 1 MiB from the address";
+    assert!(legend.starts_with(begin), "{legend}");
+    for meant in ["\n0 to 9  touched", "\n.       not touched"] {
+        assert!(legend.contains(meant), "{legend}");
+    }
 }

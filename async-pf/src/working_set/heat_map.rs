@@ -76,6 +76,17 @@ impl HeatMap {
         text
     }
 
+    /// What the lines and characters of [`to_text`](Self::to_text) mean, in lines.
+    pub fn legend(&self) -> String {
+        let cell = kib(self.cell_pages);
+        let line = kib(self.cell_pages.saturating_mul(self.columns as u64));
+        format!(
+            "a character is {cell} of guest memory, a line {line} from the address before it on\n\
+             0 to 9  touched: the first of its pages was in the first tenth (0) to the last tenth (9) of all that were\n\
+             .       not touched, or no memory\n"
+        )
+    }
+
     fn digit(&self, cell: &Cell) -> char {
         match cell.touched {
             0 => '.',
@@ -162,5 +173,15 @@ impl HeatMap {
 
     fn address(&self, row: usize) -> u64 {
         (self.first + row as u64 * self.columns as u64 * self.cell_pages) * PAGE_SIZE
+    }
+}
+
+/// So many pages, in the unit that has no fraction.
+fn kib(pages: u64) -> String {
+    let kib = pages.saturating_mul(PAGE_SIZE) / 1024;
+    match kib {
+        kib if kib.is_multiple_of(1 << 20) => format!("{} GiB", kib >> 20),
+        kib if kib.is_multiple_of(1 << 10) => format!("{} MiB", kib >> 10),
+        kib => format!("{kib} KiB"),
     }
 }

@@ -47,7 +47,8 @@ Usage: reference-vmm snapshot info DIR [--json|--heat-map]
 
 Options:
   --heat-map       Which pages a guest touched first when it went on from there, where a restore has recorded that
-                   (`restore --record`), as a picture
+                   (`restore --record`), as a picture: lines of characters, and below them what a character means
+                   and how much memory it is
   --json           One line of JSON, also of a refusal (fault_message), instead of words
   -h, --help       Show this help
 
@@ -233,8 +234,9 @@ fn heat_map(dir: &Path, info: &SnapshotInfo) -> Result<(serde_json::Value, Strin
         let why = format!("{dir} has no working set: restore --from {dir} --record makes one");
         return Err((2, why));
     };
-    let map = HeatMap::new(record, 64, 16).to_text();
-    Ok((serde_json::Value::Null, map.trim_end().to_owned() + "\n"))
+    let map = HeatMap::new(record, 64, 16);
+    let words = format!("{}{}", map.to_text(), map.legend());
+    Ok((serde_json::Value::Null, words))
 }
 
 fn shown(path: &Path) -> String {
