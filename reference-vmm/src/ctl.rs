@@ -440,6 +440,9 @@ fn snapshot_words(dir: &str, cost: &Map<String, Value>) -> String {
         ),
     };
     let _ = write!(words, "; {} us in all", number("total_us"));
+    if cost.get("ended_recording") == Some(&Value::Bool(true)) {
+        words += "; the recording of what it touches first (--record) ended with it";
+    }
     words
 }
 

@@ -173,6 +173,37 @@ fn a_client_loads_a_guest_that_runs_before_its_memory_is_read_and_sees_how_far_i
 }
 
 #[test]
+fn a_snapshot_that_ends_a_recording_says_so() {
+    let place = Place::with_snapshot();
+    let mut on = place
+        .restore("--record=3600 --api-sock")
+        .arg(&place.socket)
+        .start();
+    on.wait_for("5");
+    let to = place.folder.path().join("next");
+    let snapshot = |json: &[&str]| {
+        let ctl = Vmm::command(["ctl", "--api-sock"]).arg(&place.socket);
+        let said = ctl.arg("snapshot").arg(&to).args(json).output();
+        said.expect_status(0);
+        String::from_utf8(said.stdout).unwrap()
+    };
+    let words = snapshot(&[]);
+    assert!(words.contains("(--record) ended with it"), "{words}");
+    assert!(place.dir.join("working_set").exists());
+    // There is none any more.
+    let json: Value = serde_json::from_str(&snapshot(&["--json"])).unwrap();
+    assert_eq!(json["ended_recording"], Value::Null);
+    on.type_in(b"q");
+    let ended = on.wait();
+    ended.expect_status(1);
+    assert_eq!(
+        ended.stderr.matches("(--record) ended after").count(),
+        1,
+        "{ended}"
+    );
+}
+
+#[test]
 fn a_guest_moves_before_its_memory_is_there_and_takes_all_of_it_along() {
     let place = Place::with_snapshot();
     let at = format!("unix:{}", place.folder.path().join("moves").display());

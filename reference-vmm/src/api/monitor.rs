@@ -223,6 +223,9 @@ fn told(report: &SnapshotReport, paused: bool) -> Value {
         "pause_us": (!paused).then(|| micros(report.paused)),
         "total_us": micros(report.took),
     });
+    if report.ended_recording {
+        told["ended_recording"] = true.into();
+    }
     if let Some(cost) = report.background {
         let each = cost.protecting.as_secs_f64() * 1e6 / cost.protected.max(1) as f64;
         let each = (cost.protected > 0).then(|| (each * 1000.0).round() / 1000.0);

@@ -61,7 +61,8 @@ Options:
                            check where it touches that memory if KVM tells enough of it [stop]
   --page-deadline SECS     The longest that anybody waits for memory [10]
   --record[=SECS]          For so long [10] only what the guest touches is brought, and is recorded in the
-                           snapshot's directory (`working_set`): the next --lazy reads it ahead
+                           snapshot's directory (`working_set`): the next --lazy reads it ahead. A snapshot or a
+                           migration meanwhile has all of memory brought, and so ends it, which is said
   --page-handler SOCKET    A page-fault handler of Firecracker's listens there, in another process, and brings
                            memory. If it ends, memory does not come; if it hangs, so does the guest
                            (Each of these four means --lazy)

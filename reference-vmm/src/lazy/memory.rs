@@ -21,6 +21,7 @@ use super::working_set::{Recording, Replay, WorkingSets};
 use super::{LazyError, LazyRequest, OnLoss};
 use crate::end::EndSignal;
 use crate::memory::SlotTable;
+use crate::migration::units;
 use crate::snapshot::chain::Chain;
 use crate::snapshot::pages;
 
@@ -219,22 +220,30 @@ impl LazyMemory {
     }
 
     /// Has all of it brought, and waits for that while `go_on` says so. Of another process's nothing is known: what is read
-    /// comes then.
+    /// comes then. Whether a recording ended early for it, which is told of as well: there is nothing left that the guest
+    /// could touch first.
     ///
     /// # Errors
     /// [`LazyError::Lost`], [`LazyError::Ended`].
-    pub(crate) fn settle(&self, go_on: impl Fn() -> bool) -> Result<(), LazyError> {
+    pub(crate) fn settle(&self, go_on: impl Fn() -> bool) -> Result<bool, LazyError> {
         if self.is_external() {
-            return Ok(());
+            return Ok(false);
         }
-        self.shared.stop_recording();
+        let recording = self.shared.stop_recording();
+        if recording {
+            log::warn!(
+                "the recording of what the guest touches first (--record) ended after {}: a snapshot or a migration has all \
+                 of its memory brought. What was touched until then is recorded",
+                units::time(self.shared.begun.elapsed())
+            );
+        }
         if let Some(pager) = &*self.shared.pager() {
             pager.prefetch_rest();
         }
         let mut state = self.shared.lock();
         loop {
             match state.phase {
-                LazyState::Whole | LazyState::External => return Ok(()),
+                LazyState::Whole | LazyState::External => return Ok(recording),
                 LazyState::Ended => return Err(LazyError::Ended),
                 LazyState::Damaged => {
                     drop(state);

@@ -113,6 +113,9 @@ pub struct SnapshotReport {
     pub took: Duration,
     /// Of one in the background, what it cost the guest.
     pub background: Option<BackgroundCost>,
+    /// Of a guest that was restored with [`record`](crate::lazy::LazyRequest::record): the recording was not over, and ended
+    /// with this, for all of memory was brought. What was recorded is saved.
+    pub ended_recording: bool,
 }
 
 /// Why there is no snapshot. The machine is what it was, running or paused, and an older snapshot of the name too.
@@ -299,7 +302,7 @@ impl Running {
         if request.background && self.lazy().is_some_and(LazyMemory::is_external) {
             return Err(LazyError::External("a background snapshot").into());
         }
-        self.settle_memory()?;
+        let ended_recording = self.settle_memory()?;
         // One at a time: what the next one builds on is the last.
         let tip = match request.background {
             false => self.chain().lock(),
@@ -366,6 +369,7 @@ impl Running {
             paused,
             took: begun.elapsed(),
             background,
+            ended_recording,
         })
     }
 

@@ -45,12 +45,13 @@ impl Running {
     }
 
     /// Has all of its memory brought, at full speed, and waits for that: what reads memory behind this waits for no page.
-    /// Of memory that another process brings nothing is known: it comes as it is read.
+    /// Of memory that another process brings nothing is known: it comes as it is read. Whether what the guest touches first
+    /// was being recorded, which ends with this.
     ///
     /// # Errors
     /// [`LazyError`]: some of it does not come, or the guest has ended.
-    pub fn settle_memory(&self) -> Result<(), LazyError> {
+    pub fn settle_memory(&self) -> Result<bool, LazyError> {
         self.lazy()
-            .map_or(Ok(()), |lazy| lazy.settle(|| !self.is_stopping()))
+            .map_or(Ok(false), |lazy| lazy.settle(|| !self.is_stopping()))
     }
 }
