@@ -6,7 +6,7 @@
 pub(crate) mod restore;
 pub mod snapshot;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -366,6 +366,9 @@ fn is_help(word: &OsString) -> bool {
     word == "--help" || word == "-h"
 }
 
+/// Options of `run` that have a value, if they have one, in the same word.
+const MAY_HAVE_A_VALUE: [&str; 3] = ["--debug-exit", "--coalesce-console", "--stats"];
+
 /// What a flag does to the configuration.
 type Edit = Box<dyn FnOnce(&mut Config)>;
 
@@ -391,8 +394,13 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     let mut initrd = Vec::new();
     let (mut disks, mut nets, mut ports) = (Vec::new(), Vec::new(), Vec::new());
     let mut run = Run::new(Config::default());
+    // The one before, if it may have a value.
+    let mut last = None;
     while let Some(arg) = parser.next()? {
+        let before = last.take();
+        last = bare(&arg, &MAY_HAVE_A_VALUE);
         match arg {
+            Value(word) => return Err(stray(before, &word, "")),
             Short('h') | Long("help") => return Ok(Command::Help(RUN_HELP)),
             Long("config") => {
                 let path = PathBuf::from(parser.value()?);
@@ -637,6 +645,26 @@ pub(crate) fn on_or_off(
     }
 }
 
+/// The one of `flags`, which have a value in the same word if they have one, that this is.
+pub(crate) fn bare(arg: &lexopt::Arg<'_>, flags: &[&'static str]) -> Option<&'static str> {
+    let Long(name) = arg else {
+        return None;
+    };
+    let mut flags = flags.iter().copied();
+    flags.find(|flag| flag.strip_prefix("--") == Some(name))
+}
+
+/// A word where none is wanted. Behind `flag`, whose value would have stood in the same word, it is meant for that.
+pub(crate) fn stray(flag: Option<&str>, word: &OsStr, instead: &str) -> UsageError {
+    let word = word.to_string_lossy();
+    UsageError::Command(match flag {
+        Some(flag) => format!(
+            "{word:?} stands alone: the value of {flag} stands in the same word, {flag}={word}"
+        ),
+        None => format!("{word:?} is no option{instead}"),
+    })
+}
+
 /// The value of `--compress`.
 pub(crate) fn compression(value: OsString) -> Result<Compression, UsageError> {
     let compression = value.parse_with(|word| match word {
@@ -846,7 +874,11 @@ mod tests {
             (&["run", "--kernel", "k", "--cpus", "4,cores=3"], "4 vCPUs"),
             (&["run", "--kernel", "k", "--frob"], "--frob"),
             (&["cpu", "--cpu", "i486"], "--cpu: \"i486\""),
-            (&["run", "--kernel", "k", "extra"], "extra"),
+            (&["run", "--kernel", "k", "extra"], "\"extra\" is no option"),
+            (
+                &["run", "--kernel", "k", "--debug-exit", "0x501"],
+                "--debug-exit=0x501",
+            ),
             (&["run", "--kernel"], "--kernel"),
             (&["run", "--config", "/no/such/file"], "/no/such/file"),
             (

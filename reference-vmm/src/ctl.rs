@@ -99,8 +99,15 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
     let (mut resume, mut compress) = (false, None);
     let mut options = SnapshotOptions::default();
     let mut flags = migrate::Flags::default();
+    let mut last = None;
     while let Some(arg) = parser.next()? {
+        let before = last.take();
+        last = cli::bare(&arg, &["--track"]);
         match arg {
+            // Not the directory that it could be: that is ./off.
+            Value(word) if before.is_some() && (word == "on" || word == "off") => {
+                return Err(cli::stray(before, &word, ""));
+            }
             Short('h') | Long("help") => return Ok(Parsed::Help(help(command, &mut parser)?)),
             Value(word) if command.is_none() && word == "help" => {
                 return Ok(Parsed::Help(help(None, &mut parser)?));
@@ -575,6 +582,8 @@ mod tests {
                 "--bandwidth \"100\"",
             ),
             ("--api-sock /s pause --frob", "--frob"),
+            ("--api-sock /s snapshot --track off", "--track=off"),
+            ("--api-sock /s snapshot /a --track off", "--track=off"),
             ("--api-sock /s pause --track", "options of snapshot"),
             ("--api-sock /s pause --background", "options of snapshot"),
             (

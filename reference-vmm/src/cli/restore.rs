@@ -52,7 +52,8 @@ Options:
                            expire at once, or go on from where they were [advanced]
   --verify=off             Guest memory is not compared with its checksums, which reads all of it; for loads by
                            the control socket as well
-  --map=off                Guest memory is read and not mapped, so that `ctl snapshot --background` can be used
+  --map=off                Guest memory is read and not mapped, so that `ctl snapshot --background` can be used;
+                           with --lazy it never is, so that this changes nothing
   --lazy                   The guest runs before its memory is read: what it touches comes first, the rest behind
                            it. With --verify each MiB of a file is checked before it is used. Leave the files
                            alone until all is there (`ctl status`)
@@ -138,10 +139,31 @@ pub(super) fn parse(parser: lexopt::Parser) -> Result<Command, UsageError> {
 fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageError> {
     let (mut address, mut tls) = (None, TlsFlags::default());
     let mut request = RestoreRequest::new("");
+    let mut asked_to_map = false;
     let mut run = Run::new(Config::default());
+    // The one before, if it may have a value.
+    let mut last = None;
     while let Some(arg) = parser.next()? {
+        let before = last.take();
+        last = super::bare(&arg, &MAY_HAVE_A_VALUE);
         let of = &mut request.overrides;
         match arg {
+            Value(word) if !incoming => {
+                let otherwise = match request.dir.as_os_str().is_empty() {
+                    true => format!(
+                        ": the snapshot is named by --from {}",
+                        word.to_string_lossy()
+                    ),
+                    false => String::new(),
+                };
+                return Err(super::stray(before, &word, &otherwise));
+            }
+            Long(flag) if !incoming && OF_THE_SNAPSHOT.contains(&flag) => {
+                let text = format!(
+                    "--{flag}: that comes from the snapshot, and stays what it was: `restore` takes no --{flag}"
+                );
+                return Err(UsageError::Command(text));
+            }
             Short('h') | Long("help") if incoming => return Ok(Command::Help(INCOMING_HELP)),
             Short('h') | Long("help") => return Ok(Command::Help(RESTORE_HELP)),
             Long("incoming") if incoming => {
@@ -185,6 +207,7 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
             }
             Long("map") if !incoming => {
                 request.map = super::on_or_off("--map", &mut parser)?;
+                asked_to_map = request.map;
             }
             Long("verify") if !incoming => {
                 request.verify = super::on_or_off("--verify", &mut parser)?;
@@ -229,6 +252,11 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
         });
         return Ok(Command::Run(Box::new(run)));
     }
+    if asked_to_map && request.lazy.is_some() {
+        let text = "--map: memory that comes later (--lazy and what means it) is not mapped from the file: leave out one of \
+                    the two";
+        return Err(UsageError::Command(text.into()));
+    }
     if request.dir.as_os_str().is_empty() {
         if run.api_sock.is_none() {
             let text = "--from DIR is missing: the snapshot that the guest goes on from (or --api-sock PATH, where that \
@@ -241,6 +269,26 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
     }
     Ok(Command::Run(Box::new(run)))
 }
+
+/// Options that have a value, if they have one, in the same word.
+const MAY_HAVE_A_VALUE: [&str; 4] = ["--record", "--map", "--verify", "--stats"];
+
+/// Options of `run` that say what a machine is.
+const OF_THE_SNAPSHOT: [&str; 13] = [
+    "kernel",
+    "initrd",
+    "cmdline",
+    "memory",
+    "cpus",
+    "cpu",
+    "irqchip",
+    "pit",
+    "rng",
+    "coalesce-console",
+    "dirty-log",
+    "debug-exit",
+    "config",
+];
 
 /// Whether this flag is about memory that comes later.
 fn is_lazy(flag: &str) -> bool {
@@ -533,8 +581,22 @@ mod tests {
                 "--disks-to --from s",
                 "--disks-to: a folder is wanted, and --from is another option",
             ),
-            ("--from s --memory 1G", "--memory"),
-            ("--from s x", "x"),
+            (
+                "--from s --memory 1G",
+                "--memory: that comes from the snapshot",
+            ),
+            ("--from s x", "\"x\" is no option"),
+            ("x", "--from x"),
+            ("--from s --record 5", "--record=5"),
+            ("--from s --map off", "--map=off"),
+            ("--verify off --from s", "--verify=off"),
+            ("--from s --stats json", "--stats=json"),
+            ("--from s --lazy --map=on", "--map"),
+            ("--map --from s --record", "--map"),
+            (
+                "--from s --kernel k",
+                "--kernel: that comes from the snapshot",
+            ),
         ] {
             let error = parsed(words).unwrap_err();
             assert!(

@@ -122,6 +122,11 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
             Value(first) if word.is_none() && first == "help" => return help(None, &mut parser),
             Long("json") => json = true,
             Long("heat-map") => heat_map = true,
+            Long("verify") => {
+                let text = "--verify is no option of snapshot: `snapshot verify DIR` checks one, and `restore --verify=off` \
+                            goes on from one unchecked";
+                return Err(UsageError::Command(text.into()));
+            }
             Long("to") => {
                 let path = PathBuf::from(parser.value()?);
                 check_path("--to", &path)?;
@@ -323,6 +328,7 @@ mod tests {
             ("merge a --frob", "--frob"),
             ("verify a --heat-map", "--heat-map"),
             ("info a --heat-map --json", "--heat-map"),
+            ("info --verify off a", "`snapshot verify DIR`"),
         ] {
             let error = parsed(words).unwrap_err();
             assert!(error.contains(needle), "{words}: {error}");
