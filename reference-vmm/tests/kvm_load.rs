@@ -112,8 +112,8 @@ fn it_says_that_it_has_not_started_and_goes_on_from_what_it_is_told_at_last() {
     }
     // What cannot be gone on from is told to who asked, and leaves nothing behind.
     for (dir, needle) in [
-        (Path::new("/nowhere/at/all"), "/nowhere/at/all/state"),
-        (place.folder.path(), "No such file"),
+        (Path::new("/nowhere/at/all"), "/nowhere/at/all is not there"),
+        (place.folder.path(), "has no file `state`"),
     ] {
         let refused = place.ctl(&["load", dir.to_str().unwrap(), "--resume"]);
         refused.expect_status(1).expect_line(&[needle]);

@@ -224,7 +224,7 @@ fn what_is_damaged_is_refused_with_what_is_wrong_and_status_2() {
     std::fs::write(&state, damaged).unwrap();
     refused(&[name, "section memory", "0x"]);
     std::fs::remove_file(&state).unwrap();
-    refused(&[name, "No such file"]);
+    refused(&[dir.to_str().unwrap(), "has no file `state`"]);
     std::fs::create_dir(&state).unwrap();
     refused(&[name, "no regular file"]);
     std::fs::remove_dir(&state).unwrap();

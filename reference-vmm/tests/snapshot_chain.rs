@@ -201,11 +201,37 @@ fn a_link_that_is_missing_is_named_with_the_one_that_wants_it() {
     for dir in &dirs[..2] {
         assert!(text.contains(dir.to_str().unwrap()), "{text}");
     }
-    assert!(text.contains("No such file"), "{text}");
+    let says = format!("{} is not there", dirs[0].display());
+    assert!(text.contains(&says), "{text}");
+    assert!(text.contains("put it back"), "{text}");
     // What does not build on it is as good as it was.
     let (_folder, dirs, _) = three();
     fs::remove_dir_all(&dirs[2]).unwrap();
     assert_eq!(Chain::open(&dirs[1]).unwrap().0.links().len(), 2);
+}
+
+#[test]
+fn what_is_no_snapshot_is_said_to_be_what_it_is() {
+    let (folder, dirs, _) = three();
+    let empty = folder.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    for (named, says) in [
+        (folder.path().join("nothing"), "is not there".to_owned()),
+        (empty, "has no file `state`".to_owned()),
+        (file, "is a file, and a snapshot is a directory".to_owned()),
+        (
+            dirs[0].join("memory"),
+            format!("name {}", dirs[0].display()),
+        ),
+    ] {
+        let (error, text) = refused(&named);
+        assert!(matches!(error, RestoreError::NoSnapshot { .. }), "{text}");
+        assert_eq!(error.exit_status(), 2);
+        assert!(text.contains(named.to_str().unwrap()), "{text}");
+        assert!(text.contains(&says), "{text}");
+    }
 }
 
 #[test]

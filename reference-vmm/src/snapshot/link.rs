@@ -22,7 +22,7 @@ use super::packed::{Duplicates, FIRST, Packed, Stored};
 use super::pages::{self, PageMap, Piece, Region};
 use super::parent::Parent;
 use super::ranges::{MOST_RUNS, Ranges};
-use super::restore::RestoreError;
+use super::restore::{NoSnapshot, RestoreError};
 
 /// Bytes of pieces that have been taken out of a compressed file and are kept, in case that they are asked for again.
 const KEPT: u64 = 64 << 20;
@@ -62,7 +62,7 @@ impl Link {
     /// [`RestoreError`], with the file's name in it.
     pub fn open(dir: &Path) -> Result<(Self, Vec<u8>), RestoreError> {
         let path = dir.join(STATE);
-        let bytes = read_state(&path)?;
+        let bytes = read_state(&path).map_err(|error| said_of(dir, error))?;
         let wrong = |source| RestoreError::State {
             path: path.clone(),
             source,
@@ -544,6 +544,33 @@ pub fn id_of(dir: &Path) -> Result<SnapshotId, RestoreError> {
         path,
         source: source.into(),
     })
+}
+
+/// `error`, with which the file `state` in `dir` was not found, as what is there instead of a snapshot.
+fn said_of(dir: &Path, error: RestoreError) -> RestoreError {
+    let is_missing = match &error {
+        RestoreError::Read { source, .. } => matches!(
+            source.kind(),
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+        ),
+        _ => false,
+    };
+    if !is_missing {
+        return error;
+    }
+    let what = match std::fs::metadata(dir) {
+        Ok(there) if there.is_dir() => NoSnapshot::Folder,
+        Ok(_) => NoSnapshot::File {
+            within: dir
+                .parent()
+                .filter(|dir| dir.join(STATE).is_file())
+                .map(Path::to_owned),
+        },
+        Err(source) if source.kind() == io::ErrorKind::NotFound => NoSnapshot::Nothing,
+        Err(_) => return error,
+    };
+    let dir = dir.to_owned();
+    RestoreError::NoSnapshot { dir, what }
 }
 
 /// A file `state`, whole.

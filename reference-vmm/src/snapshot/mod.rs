@@ -112,6 +112,6 @@ mod tick;
 mod tip;
 mod written;
 
-pub use restore::{Overrides, RestoreError, RestoreRequest, Snapshot};
+pub use restore::{NoSnapshot, Overrides, RestoreError, RestoreRequest, Snapshot};
 pub use save::{SnapshotError, SnapshotKind, SnapshotReport, SnapshotRequest};
 pub(crate) use tip::ChainTip;

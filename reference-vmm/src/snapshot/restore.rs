@@ -18,6 +18,7 @@
 //! snapshot that has it. A long chain of a busy guest is better merged ([`merge`](super::merge)): then all of it is mapped.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -109,10 +110,63 @@ impl RestoreRequest {
     }
 }
 
+/// What is where a snapshot was looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum NoSnapshot {
+    /// Nothing.
+    Nothing,
+    /// A directory without a file `state`.
+    Folder,
+    /// A file.
+    File {
+        /// The snapshot that it is of, if it is.
+        within: Option<PathBuf>,
+    },
+}
+
+impl fmt::Display for NoSnapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NoSnapshot::Nothing => f.write_str("is not there"),
+            NoSnapshot::Folder => {
+                f.write_str("is a directory and no snapshot, for it has no file `state`")
+            }
+            NoSnapshot::File { within: None } => {
+                f.write_str("is a file, and a snapshot is a directory")
+            }
+            NoSnapshot::File { within: Some(dir) } => write!(
+                f,
+                "is a file, and a snapshot is a directory: name {}",
+                dir.display()
+            ),
+        }
+    }
+}
+
+/// What helps where a snapshot that another builds on is not there.
+fn put_back(child: &Path, source: &RestoreError) -> String {
+    match source {
+        RestoreError::NoSnapshot { .. } => format!(
+            ". It is looked for there, and by its name beside {}: put it back, for without it there is no restore",
+            child.display()
+        ),
+        _ => String::new(),
+    }
+}
+
 /// Why a machine does not go on. Nothing is left behind.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RestoreError {
+    /// There is no snapshot of this name.
+    #[error("{dir} {what}")]
+    NoSnapshot {
+        /// What was named.
+        dir: PathBuf,
+        /// What is there.
+        what: NoSnapshot,
+    },
     /// A file of it cannot be read.
     #[error("cannot read {path}: {source}")]
     Read {
@@ -174,7 +228,7 @@ pub enum RestoreError {
         path: PathBuf,
     },
     /// A snapshot that it builds on cannot be read.
-    #[error("{child} builds on {parent}: {source}")]
+    #[error("{child} builds on {parent}: {source}{}", put_back(child, source))]
     Parent {
         /// The directory of the one that builds on it.
         child: PathBuf,
