@@ -18,6 +18,7 @@ use crate::cli::{self, UsageError};
 use crate::config::check_path;
 use crate::lazy;
 use crate::migration::outgoing::Order;
+use crate::migration::units;
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::packed::Compression;
 use crate::snapshot::{SnapshotKind, SnapshotRequest};
@@ -434,7 +435,7 @@ fn snapshot_words(dir: &str, cost: &Map<String, Value>) -> String {
     // A string takes everything.
     let _ = match cost.get("pause_us") {
         None | Some(Value::Null) => write!(words, "the guest stays paused"),
-        Some(us) => write!(words, "the guest stood still for {us} us"),
+        Some(us) => write!(words, "the guest stood still for {}", time(us)),
     };
     let _ = match cost.get("protected_pages").map(Value::as_u64) {
         None => Ok(()),
@@ -446,11 +447,24 @@ fn snapshot_words(dir: &str, cost: &Map<String, Value>) -> String {
             number("us_per_page")
         ),
     };
-    let _ = write!(words, "; {} us in all", number("total_us"));
+    let total = cost.get("total_us").map_or_else(|| "?".into(), time);
+    let _ = write!(words, "; {total} in all");
+    let bytes = |name: &str| cost.get(name).and_then(Value::as_u64).map(units::bytes);
+    if let (Some(written), Some(memory)) = (bytes("written_bytes"), bytes("memory_bytes")) {
+        let _ = write!(words, "; {written} of {memory} of memory written");
+    }
     if cost.get("ended_recording") == Some(&Value::Bool(true)) {
         words += "; the recording of what it touches first (--record) ended with it";
     }
     words
+}
+
+/// Microseconds, as people read them; what is no such number as it came.
+fn time(micros: &Value) -> String {
+    match micros.as_u64() {
+        Some(micros) => units::time(Duration::from_micros(micros)),
+        None => text(micros),
+    }
 }
 
 fn text(value: &Value) -> String {
@@ -689,13 +703,13 @@ mod tests {
             json!({"pause_us": 312, "protected_pages": 5, "us_per_page": 0.4, "total_us": 9000});
         assert_eq!(
             told(&options(snapshot(), false), cost),
-            "/s: the guest stood still for 312 us, in which 5 pages were protected, 0.4 us each; 9000 us in all\n"
+            "/s: the guest stood still for 312 us, in which 5 pages were protected, 0.4 us each; 9.00 ms in all\n"
         );
         let none =
             json!({"pause_us": 312, "protected_pages": 0, "us_per_page": null, "total_us": 9000});
         assert_eq!(
             told(&options(snapshot(), false), none),
-            "/s: the guest stood still for 312 us, in which no page had to be protected; 9000 us in all\n"
+            "/s: the guest stood still for 312 us, in which no page had to be protected; 9.00 ms in all\n"
         );
         for (pause, words) in [
             (json!(312), "the guest stood still for 312 us"),
@@ -704,7 +718,7 @@ mod tests {
             let cost = json!({"pause_us": pause, "total_us": 9000});
             assert_eq!(
                 told(&options(snapshot(), false), cost),
-                format!("/s: {words}; 9000 us in all\n")
+                format!("/s: {words}; 9.00 ms in all\n")
             );
         }
         let status = json!({ "state": "Paused" });

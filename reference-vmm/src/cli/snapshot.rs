@@ -11,6 +11,7 @@ use serde_json::json;
 use super::{Command, UsageError, compression};
 use crate::config::check_path;
 use crate::end::Chain;
+use crate::migration::units;
 use crate::snapshot::files::HostFiles;
 use crate::snapshot::info::{self, SnapshotInfo};
 use crate::snapshot::merge::{self, MergeRequest};
@@ -51,6 +52,9 @@ Options:
                    and how much memory it is
   --json           One line of JSON, also of a refusal (fault_message), instead of words
   -h, --help       Show this help
+
+`own` is the memory that an incremental one has itself; `on disk` the room that its file takes on the host. (What `ctl
+snapshot` and `merge` say was written is the bytes that went into it: pages that are not zero, compressed or not.)
 
 Exit status: 0 done; 1 the host refused; 2 the arguments or the snapshot were wrong.
 ";
@@ -272,11 +276,14 @@ fn merged(to: &Path, report: &merge::MergeReport) -> (serde_json::Value, String)
         written,
     } = report;
     let words = format!(
-        "{}: {id}, of {links}, {written} bytes of memory\n",
-        shown(to)
+        "{}: {id}, of {links}, {} of {} of memory written\n",
+        shown(to),
+        units::bytes(*written),
+        units::bytes(*memory)
     );
     let json = json!({
-        "path": to.to_string_lossy(), "id": id.to_string(), "links": links, "memory": memory, "written": written,
+        "path": to.to_string_lossy(), "id": id.to_string(), "links": links, "memory_bytes": memory,
+        "written_bytes": written,
     });
     (json, words)
 }

@@ -38,8 +38,9 @@ pub struct SnapshotInfo {
     pub memory: u64,
     /// Bytes of it that are this snapshot's own, be they zero: all of a full one.
     pub own: u64,
-    /// Bytes that the file of memory takes on the host.
-    pub written: u64,
+    /// Bytes that the file of memory takes on the host's disk, in its blocks. What was written into it was no more, and a copy
+    /// of the file may take another number.
+    pub on_disk: u64,
     /// Whether memory is compressed.
     pub compressed: bool,
     /// Bytes of memory that are the same as others of it, and not written again.
@@ -97,7 +98,7 @@ impl SnapshotInfo {
             }),
             memory: link.map().all().bytes(),
             own: link.own().bytes(),
-            written: file.map_or(0, |file| file.blocks() * 512),
+            on_disk: file.map_or(0, |file| file.blocks() * 512),
             compressed: link.is_packed(),
             duplicates: link.duplicates().bytes(),
             config,
@@ -138,11 +139,11 @@ impl SnapshotInfo {
             "children": self.children.iter().map(|dir| path(dir)).collect::<Vec<_>>(),
             "broken": self.broken,
             "taken": taken,
-            "memory": self.memory,
-            "own": self.own,
-            "written": self.written,
+            "memory_bytes": self.memory,
+            "own_bytes": self.own,
+            "on_disk_bytes": self.on_disk,
             "compressed": self.compressed,
-            "duplicates": self.duplicates,
+            "duplicate_bytes": self.duplicates,
             "vcpus": self.config.cpus.count,
             "devices": self.devices,
             "disks": disks.collect::<Vec<_>>(),
@@ -184,14 +185,15 @@ impl fmt::Display for SnapshotInfo {
             let seconds = since_1970(taken).as_secs();
             writeln!(f, "taken       {}", units::utc(seconds))?;
         }
-        writeln!(f, "memory      {} bytes", self.memory)?;
+        let bytes = units::bytes;
+        writeln!(f, "memory      {}", bytes(self.memory))?;
         if self.parent.is_some() {
-            writeln!(f, "own         {} bytes of it", self.own)?;
+            writeln!(f, "own         {} of it", bytes(self.own))?;
         }
         let compressed = if self.compressed { ", compressed" } else { "" };
-        writeln!(f, "written     {} bytes{compressed}", self.written)?;
+        writeln!(f, "on disk     {}{compressed}", bytes(self.on_disk))?;
         if self.duplicates > 0 {
-            writeln!(f, "duplicates  {} bytes left out", self.duplicates)?;
+            writeln!(f, "duplicates  {} left out", bytes(self.duplicates))?;
         }
         writeln!(f, "vcpus       {}", self.config.cpus.count)?;
         for device in &self.devices {

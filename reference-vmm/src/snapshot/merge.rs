@@ -41,7 +41,7 @@ pub struct MergeReport {
     pub links: usize,
     /// Guest memory, bytes.
     pub memory: u64,
-    /// What the file of it has, bytes.
+    /// Bytes that were written of it, as [`SnapshotReport`](super::SnapshotReport::written) has them.
     pub written: u64,
 }
 

@@ -105,7 +105,8 @@ pub struct SnapshotReport {
     pub id: SnapshotId,
     /// Guest memory, bytes.
     pub memory: u64,
-    /// Bytes of it that were not zero, in whole pages: what the file holds.
+    /// Bytes that were written of it: whole pages that are not zero, of an incremental one those that are its own; of memory
+    /// that is compressed, what came out.
     pub written: u64,
     /// How long the guest stood still for it; from the call on where it did already.
     pub paused: Duration,
