@@ -201,11 +201,19 @@ fn the_destination_says_what_it_waits_for_and_an_idle_guests_forecast_is_told() 
     assert!(html.contains(foretold), "{html}");
     source.running.wait().expect_status(0);
     let came = status("migrate-status");
-    assert_eq!(came, format!("the guest has come here, to {to}\n"));
+    let begins = format!("the guest has come here, to {to}, from process ");
+    assert!(came.starts_with(&begins), "{came}");
     let said: Value = serde_json::from_str(&status("migrate-status --json")).unwrap();
     assert_eq!(said["state"], "arrived");
+    assert!(said["guest"]["received-bytes"].as_u64() > Some(0), "{said}");
     there.signal(libc::SIGINT);
-    there.wait().expect_status(0);
+    let there = there.wait();
+    there.expect_status(0);
+    // Its terminal has heard of each step.
+    let heard = there.to_string();
+    for needle in ["a guest comes from process ", ", and runs here now"] {
+        assert_eq!(heard.matches(needle).count(), 1, "{heard}");
+    }
 }
 
 #[test]
@@ -248,6 +256,13 @@ fn a_monitor_that_waits_says_of_a_failure_whether_it_waits_on_or_ends() {
     let words = format!("migrate --bandwidth 64K --to {to}");
     let migrates = source.command(&words).start();
     source.sends();
+    let status = ctl(&socket, "migrate-status").output().text();
+    let here = format!("a guest is on its way here, to {to}, from process ");
+    assert!(status.starts_with(&here), "{status}");
+    assert!(
+        status.contains(" for ") && status.contains("have come"),
+        "{status}"
+    );
     source.says("migrate-cancel");
     migrates.wait().expect_status(1);
     let ended = there.wait();

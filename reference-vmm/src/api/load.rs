@@ -28,6 +28,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::monitor::{Machine, Monitor, describe, version};
 use super::router::{Action, Outcome};
 use super::worker::Busy;
+use crate::migration::coming::Coming;
 use crate::snapshot::RestoreRequest;
 
 /// What a client wants to go on from.
@@ -171,7 +172,7 @@ enum Source<'a> {
     /// A client says what it goes on from.
     Loads(&'a Loads),
     /// A migration to this address brings it.
-    Migration(String, Arc<Landing>),
+    Migration(String, Arc<Landing>, Arc<Coming>),
 }
 
 /// Between the source's word that the guest is not there any more and the first moment at which it can be asked here, a
@@ -220,10 +221,10 @@ impl<'a> Waiting<'a> {
         }
     }
 
-    /// One that waits for a migration at `address`, and takes no load.
-    pub fn for_migration(address: impl Into<String>) -> Self {
+    /// One that waits for a migration at `address`, and takes no load; what is known of the guest is in `coming`.
+    pub fn for_migration(address: impl Into<String>, coming: Arc<Coming>) -> Self {
         Waiting {
-            source: Source::Migration(address.into(), Arc::default()),
+            source: Source::Migration(address.into(), Arc::default(), coming),
             machine: OnceLock::new(),
         }
     }
@@ -232,7 +233,7 @@ impl<'a> Waiting<'a> {
     pub fn landing(&self) -> Option<Arc<Landing>> {
         match &self.source {
             Source::Loads(_) => None,
-            Source::Migration(_, landing) => Some(Arc::clone(landing)),
+            Source::Migration(_, landing, _) => Some(Arc::clone(landing)),
         }
     }
 
@@ -244,7 +245,7 @@ impl<'a> Waiting<'a> {
 
     /// No machine comes any more, if none has.
     pub fn end(&self) {
-        if let Source::Migration(_, landing) = &self.source {
+        if let Source::Migration(_, landing, _) = &self.source {
             landing.is_over();
         }
     }
@@ -265,24 +266,34 @@ impl Monitor for Waiting<'_> {
     }
 
     fn perform(&self, action: Action) -> Outcome {
-        if let (None, Source::Migration(_, landing)) = (self.machine.get(), &self.source) {
+        if let (None, Source::Migration(_, landing, _)) = (self.machine.get(), &self.source) {
             landing.wait();
         }
         if let Some(machine) = self.machine.get() {
             return match (&action, &self.source) {
-                (Action::Migration, Source::Migration(address, _)) if !machine.has_migrated() => {
-                    incoming(address, "arrived")
+                (Action::Migration, Source::Migration(address, _, coming))
+                    if !machine.has_migrated() =>
+                {
+                    incoming(address, "arrived", coming)
                 }
                 _ => machine.perform(action),
             };
         }
         match (action, &self.source) {
-            (Action::Migration, Source::Migration(address, _)) => incoming(address, "waiting"),
+            (Action::Migration, Source::Migration(address, _, coming)) => {
+                incoming(address, "coming", coming)
+            }
             (Action::Describe, _) => Outcome::Json(describe("Not started").to_string()),
             (Action::Version, _) => version(),
-            (_, Source::Migration(address, _)) => Outcome::Refused(format!(
-                "There is no guest here yet: one is waited for at {address}, by migration."
-            )),
+            (_, Source::Migration(address, _, coming)) => {
+                let how = match coming.came() {
+                    None => "waited for",
+                    Some(_) => "on its way",
+                };
+                Outcome::Refused(format!(
+                    "There is no guest here yet: one is {how} at {address}, by migration."
+                ))
+            }
             (Action::Load(request), Source::Loads(loads)) => loads.hand_over(request),
             (Action::Start, _) => Outcome::Refused(
                 "This monitor waits for a snapshot, and has no kernel to boot: PUT /snapshot/load."
@@ -297,9 +308,13 @@ impl Monitor for Waiting<'_> {
     }
 }
 
-/// What the destination of a migration says of it.
-fn incoming(address: &str, state: &str) -> Outcome {
-    let said = json!({ "role": "destination", "address": address, "state": state });
+/// What the destination of a migration says of it: `state` as soon as a guest was offered.
+fn incoming(address: &str, state: &str, coming: &Coming) -> Outcome {
+    let mut said = json!({ "role": "destination", "address": address, "state": "waiting" });
+    if let Some(came) = coming.came() {
+        said["state"] = state.into();
+        said["guest"] = json!(came);
+    }
     Outcome::Json(said.to_string())
 }
 
@@ -390,7 +405,7 @@ mod tests {
 
     #[test]
     fn one_that_waits_for_a_migration_says_where_and_takes_no_load() {
-        let waiting = Waiting::for_migration("unix:/w");
+        let waiting = Waiting::for_migration("unix:/w", Arc::default());
         let Outcome::Json(who) = waiting.perform(Action::Describe) else {
             panic!("not described");
         };

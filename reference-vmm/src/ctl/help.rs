@@ -185,7 +185,7 @@ Options:
         with_common!(
             "\
 Say how a migration goes, what is foretold of it, or how the last one went. At the monitor that waits for a guest
-(`run --incoming`): whether it has come.
+(`run --incoming`): whether one is on its way, from whom, since when and how much of it is there; or that it has come.
 
 Usage: reference-vmm ctl --api-sock PATH migrate-status [--json] [--timeout SECS]
 

@@ -16,6 +16,7 @@ use crate::cli::restore::TlsFlags;
 use crate::cli::{self, UsageError};
 use crate::migration::address::Address;
 use crate::migration::codec::Compression;
+use crate::migration::coming::Came;
 use crate::migration::limit::LEAST_RATE;
 use crate::migration::message::MOST_CONNECTIONS;
 use crate::migration::outgoing::MigrateRequest;
@@ -243,11 +244,16 @@ pub(super) fn words(body: &Value) -> String {
         return record.summary().trim_end().to_owned();
     }
     let address = super::text(&body["address"]);
-    match body["state"].as_str() {
-        Some("waiting") => format!(
-            "a guest is waited for at {address}; of one that is on its way here the monitor knows more where it runs yet"
-        ),
-        Some("arrived") => format!("the guest has come here, to {address}"),
+    let came = serde_json::from_value::<Came>(body["guest"].clone()).ok();
+    match (body["state"].as_str(), came) {
+        (Some("waiting"), _) => {
+            format!("a guest is waited for at {address}, and none is on its way")
+        }
+        (Some("coming"), Some(came)) => came.coming(&address),
+        (Some("arrived"), Some(came)) => {
+            format!("the guest has come here, to {address}, {}", came.arrived())
+        }
+        (Some("arrived"), None) => format!("the guest has come here, to {address}"),
         _ => body.to_string(),
     }
 }

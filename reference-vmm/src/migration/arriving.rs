@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use kvm_core::arch::x86_64::state::ClockRestore;
 
+use super::coming::{Coming, Counted, Tell};
 use super::filled::Filled;
 use super::guest::{Blank, DestinationGuest, Prepared, Refusal};
 use crate::config::Config;
@@ -29,6 +30,12 @@ pub struct Arrival<C, F> {
     pub console: C,
     /// Told of its end.
     pub end: Arc<EndSignal>,
+    /// What is known of it, for who asks.
+    pub coming: Arc<Coming>,
+    /// Who offers it.
+    pub source: Option<String>,
+    /// Called when it is known that the machine can be here, with the same.
+    pub offered: Option<Tell>,
     /// Called when the machine is whole.
     pub prepared: Option<Box<dyn FnOnce() + Send>>,
     /// Makes the machine's threads. It stands still until the source has handed it over.
@@ -61,7 +68,11 @@ where
 {
     type Blank = Arriving<C, F>;
 
-    fn offered(self, state: &[u8]) -> Result<Arriving<C, F>, Refusal> {
+    fn is_from(&mut self, source: Option<String>) {
+        self.source = source;
+    }
+
+    fn offered(mut self, state: &[u8]) -> Result<Arriving<C, F>, Refusal> {
         let parsed = MachineState::parse(state);
         let (_, state, config) = parsed.map_err(|error| refused(&error))?;
         let config = self.overrides.apply(config);
@@ -78,8 +89,15 @@ where
         let framed = blank
             .allocate(&self.end, |_| false)
             .and_then(|allocated| allocated.frame(&state.vcpus));
+        let framed = framed.map_err(|error| refused(&error))?;
+        let from = self.source.take();
+        let from = from.unwrap_or_else(|| "an unknown source".into());
+        self.coming.is_offered(from, config.memory.size);
+        if let Some(tell) = self.offered.take() {
+            tell(&self.coming);
+        }
         Ok(Arriving {
-            framed: framed.map_err(|error| refused(&error))?,
+            framed,
             arrival: self,
             offered: state.config,
             config,
@@ -93,13 +111,16 @@ where
     F: FnOnce(Machine) -> Result<Running, Refusal>,
 {
     type Memory<'a>
-        = Filled<'a>
+        = Counted<'a, Filled<'a>>
     where
         Self: 'a;
     type Prepared = Whole;
 
-    fn memory(&self) -> Filled<'_> {
-        Filled::new(self.framed.memory(), self.framed.pre_faulter())
+    fn memory(&self) -> Counted<'_, Filled<'_>> {
+        Counted {
+            memory: Filled::new(self.framed.memory(), self.framed.pre_faulter()),
+            coming: &self.arrival.coming,
+        }
     }
 
     fn prepare(self, state: &[u8]) -> Result<Whole, Refusal> {
@@ -126,6 +147,7 @@ where
             end,
             prepared,
             start,
+            ..
         } = self.arrival;
         let copies: BTreeSet<usize> = overrides.disks.iter().map(|(number, _)| *number).collect();
         let devices = Devices::open_from(&self.config, &state.devices.virtio, &copies, &console);

@@ -356,7 +356,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
         &self,
         id: MigrationId,
         control: &mut W,
-        guest: G,
+        mut guest: G,
         handed: &mut bool,
     ) -> Result<<<G::Blank as Blank>::Prepared as Prepared>::Running, ReceiveError> {
         let patience = self.patience;
@@ -366,6 +366,8 @@ impl<W: Wire + 'static> Destination<'_, W> {
             stop: &stop,
         };
         let at = |doing| move |source| self.broke(doing, source);
+
+        guest.is_from(control.from());
 
         // 2. Can it be here?
         let doing = "the source does not offer a guest";

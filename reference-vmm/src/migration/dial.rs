@@ -18,6 +18,10 @@ impl Wire for Connection {
     fn line(&self) -> Option<String> {
         Connection::line(self).map(str::to_owned)
     }
+
+    fn from(&self) -> Option<String> {
+        Some(Connection::from(self))
+    }
 }
 
 /// The way to a destination.

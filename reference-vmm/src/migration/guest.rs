@@ -154,6 +154,8 @@ pub trait ArrivingMemory: Sync {
 pub trait DestinationGuest {
     /// A machine whose memory is there.
     type Blank: Blank;
+    /// Who offers it, before that is heard; none where the connection cannot tell.
+    fn is_from(&mut self, _source: Option<String>) {}
     /// Makes it for the machine that is offered, if such a one can be here.
     ///
     /// # Errors

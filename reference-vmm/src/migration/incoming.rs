@@ -11,6 +11,7 @@ use kvm_core::arch::x86_64::state::ClockRestore;
 
 use super::address::Address;
 use super::arriving::Arrival;
+use super::coming::{Coming, Tell};
 use super::destination::{Patience, ReceiveError, receive};
 use super::dial::Ear;
 use super::guest::Refusal;
@@ -76,6 +77,8 @@ pub struct Incoming {
     listener: Listener,
     overrides: Overrides,
     clock: ClockRestore,
+    coming: Arc<Coming>,
+    offered: Option<Tell>,
     prepared: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -99,8 +102,20 @@ impl Incoming {
             listener: Listener::bind(&request.address, tls.as_ref())?,
             overrides: request.overrides.clone(),
             clock: request.clock,
+            coming: Arc::default(),
+            offered: None,
             prepared: None,
         })
+    }
+
+    /// What is known of the guest that comes, while [`receive`](Self::receive) waits for it and behind that.
+    pub fn coming(&self) -> Arc<Coming> {
+        Arc::clone(&self.coming)
+    }
+
+    /// Has `tell` called when a guest was offered that can be here, before its memory comes.
+    pub fn when_offered(&mut self, tell: impl FnOnce(&Coming) + Send + 'static) {
+        self.offered = Some(Box::new(tell));
     }
 
     /// Has `tell` called when the machine is whole, before the source is told so: from then on it may be the guest at any
@@ -136,10 +151,14 @@ impl Incoming {
             clock: self.clock,
             console,
             end: Arc::clone(end),
+            coming: Arc::clone(&self.coming),
+            source: None,
+            offered: self.offered,
             prepared: self.prepared,
             start,
         };
         let arrived = receive(Ear(self.listener), arrival, Patience::default(), stop)?;
+        self.coming.has_arrived();
         log::info!("the guest of migration {} goes on here", arrived.id);
         Ok(arrived.running)
     }

@@ -23,6 +23,10 @@ pub trait Wire: ReadPages + WritePages + Send {
     fn line(&self) -> Option<String> {
         None
     }
+    /// Who is at the other end, for messages.
+    fn from(&self) -> Option<String> {
+        None
+    }
 }
 
 /// What makes connections to the destination.

@@ -141,6 +141,7 @@
 pub mod address;
 mod arriving;
 pub mod codec;
+pub mod coming;
 pub mod destination;
 pub mod dial;
 pub mod event;

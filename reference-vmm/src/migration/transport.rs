@@ -374,6 +374,27 @@ fn tcp_line(from: SocketAddr, to: SocketAddr) -> Option<String> {
     ))
 }
 
+/// The process at the other end; none of one in another namespace, which has no number here.
+fn process(stream: &UnixStream) -> Option<i32> {
+    let mut who = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut size = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: an open socket, and room of that size.
+    let asked = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut who).cast(),
+            &mut size,
+        )
+    };
+    (asked == 0 && who.pid > 0).then_some(who.pid)
+}
+
 /// The host since it was booted.
 fn boot() -> Option<String> {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
@@ -437,6 +458,18 @@ impl Connection {
     /// The line as this end sees it: the same as the other end's, if nobody stands between. None where it cannot be told.
     pub fn line(&self) -> Option<&str> {
         self.line.as_deref()
+    }
+
+    /// Who has connected: an address, or on this host a process.
+    pub fn from(&self) -> String {
+        let process = match &self.wire.socket {
+            Socket::Unix(stream) => process(stream),
+            _ => None,
+        };
+        process.map_or_else(
+            || self.wire.peer.clone(),
+            |process| format!("process {process} of this host"),
+        )
     }
 
     /// How long a read may wait for the first byte and a write for room, from now on; at least a millisecond.

@@ -32,7 +32,7 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
     ) -> Result<Ended, BuildError> {
         let guest = OnceLock::<Running>::new();
         let came = {
-            let waiting = Waiting::for_migration(incoming.address().to_string());
+            let waiting = Waiting::for_migration(incoming.address().to_string(), incoming.coming());
             if let Some(landing) = waiting.landing() {
                 incoming.when_prepared(move || landing.is_near());
             }
@@ -70,7 +70,7 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
     /// Waits for a guest, which goes on as it was.
     pub(super) fn receive<'a>(
         &self,
-        incoming: Incoming,
+        mut incoming: Incoming,
         mut debugger: Option<Listener>,
         end: &Arc<EndSignal>,
         stopped: Stopped<'_>,
@@ -82,7 +82,25 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             seat = Some(its);
             Ok(running)
         };
+        let coming = incoming.coming();
+        incoming.when_offered(|coming| {
+            let from = coming.came().map(|came| came.from).unwrap_or_default();
+            let from = from.escape_debug();
+            let text = format!(
+                "reference-vmm: a guest comes from {from}; it runs there until it is here\n"
+            );
+            crate::stderr::write(text.as_bytes());
+        });
         let running = incoming.receive(io::stdout(), end, stopped, start)?;
+        let how = coming.came().map(|came| came.arrived());
+        let state = match running.state() {
+            RunState::Running => "runs here now",
+            RunState::Paused => "is paused here, as it was there",
+        };
+        (self.say)(format_args!(
+            "the guest has come {}, and {state}",
+            how.unwrap_or_default()
+        ));
         // It was started, or has not come.
         let seat = seat.ok_or(BuildError::Ended)?;
         Ok((running, seat))
