@@ -130,6 +130,26 @@ pub fn line(record: &MigrationRecord, now: Duration) -> String {
 
 /// The same without its first word.
 pub(crate) fn far(record: &MigrationRecord, now: Duration) -> String {
+    let mut text = at_work(record, now);
+    if record.outcome.is_some() || record.switch_over.is_some() {
+        return text;
+    }
+    // A string takes everything.
+    if let Some(told) = record.rounds.iter().rfind(|round| !round.took.is_zero()) {
+        let dirtied = per_second(units::pages(told.pages_dirtied), told.took);
+        let _ = write!(text, ", dirties {}", units::rate(dirtied));
+    }
+    if record.throttle_percent > 0 {
+        let _ = write!(text, ", slowed by {} %", record.throttle_percent);
+    }
+    if let Some(ahead) = &record.forecast {
+        let _ = write!(text, ", {}", forecast(ahead, now));
+    }
+    text
+}
+
+/// What is done `now`, what of it is left, and how fast it goes.
+pub(super) fn at_work(record: &MigrationRecord, now: Duration) -> String {
     let mut text = String::new();
     // A string takes everything.
     let _ = match (&record.outcome, &record.at_work) {
@@ -154,19 +174,6 @@ pub(crate) fn far(record: &MigrationRecord, now: Duration) -> String {
     }
     if let Some(throughput) = throughput(record, now) {
         let _ = write!(text, ", {}", units::rate(throughput));
-    }
-    if record.switch_over.is_some() {
-        return text;
-    }
-    if let Some(told) = record.rounds.iter().rfind(|round| !round.took.is_zero()) {
-        let dirtied = per_second(units::pages(told.pages_dirtied), told.took);
-        let _ = write!(text, ", dirties {}", units::rate(dirtied));
-    }
-    if record.throttle_percent > 0 {
-        let _ = write!(text, ", slowed by {} %", record.throttle_percent);
-    }
-    if let Some(ahead) = &record.forecast {
-        let _ = write!(text, ", {}", forecast(ahead, now));
     }
     text
 }

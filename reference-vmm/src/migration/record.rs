@@ -546,7 +546,22 @@ impl MigrationRecord {
         let (to, took) = (self.to.escape_debug(), self.took.unwrap_or_default());
         // A string takes everything.
         let _ = match &self.outcome {
-            None => writeln!(text, "on its way to {to}"),
+            None => {
+                let now = progress::at_work(self, self.elapsed);
+                let sent = self.at_work.as_ref().and_then(|round| {
+                    let sent = round.pages_sent.min(round.pages_to_send);
+                    // In numbers that hold it, whatever they are.
+                    (u128::from(sent) * 100).checked_div(round.pages_to_send.into())
+                });
+                let sent = sent.map_or(String::new(), |sent| {
+                    format!(", {sent} % of its pages sent")
+                });
+                let so_far = units::time(self.elapsed);
+                writeln!(
+                    text,
+                    "on its way to {to} for {so_far} by now\nnow: {now}{sent}"
+                )
+            }
             Some(Outcome::Moved) => writeln!(
                 text,
                 "moved to {to} in {}{}",
@@ -636,13 +651,17 @@ impl MigrationRecord {
         let ahead = self.forecast.as_ref()?;
         let [least, _, most] = ahead.downtime;
         match (&self.switch_over, &self.outcome) {
+            (Some(_), _) if most.is_zero() => Some(
+                "no last pages; the downtime is for the guest's state and the hand-over alone"
+                    .into(),
+            ),
             (Some(_), _) => {
                 let range = progress::range(least, most);
                 Some(format!("{range} of the downtime for the last pages"))
             }
             (None, None) => {
-                let now = self.samples.last().map_or(ahead.at, |last| last.at);
-                Some(progress::forecast(ahead, now))
+                let last = self.samples.last().map_or(ahead.at, |last| last.at);
+                Some(progress::forecast(ahead, last.max(self.elapsed)))
             }
             // It came to nothing for another reason, or by this.
             (None, Some(_)) => Some(progress::forecast(ahead, ahead.at)),
@@ -851,6 +870,57 @@ mod tests {
         }
         let failed = serde_json::to_value(&record.outcome).unwrap();
         assert_eq!(failed, serde_json::json!({"result": "failed", "why": "x"}));
+    }
+
+    #[test]
+    fn in_words_it_says_how_long_it_has_been_going_what_is_left_and_how_fast_it_goes() {
+        let mut record = record();
+        let first = |record: &MigrationRecord| {
+            let summary = record.summary();
+            summary.lines().take(2).collect::<Vec<_>>().join("; ")
+        };
+        let early = record.clone().as_of(ms(300));
+        assert_eq!(
+            first(&early),
+            "on its way to unix:/x for 300 ms by now; now: connecting"
+        );
+        record.round_begins(ms(500), 1000, false);
+        record.sent(ms(1000), 600, 100, 2 << 20);
+        assert_eq!(
+            first(&record.clone().as_of(ms(2500))),
+            "on its way to unix:/x for 2.50 s by now; now: round 1, 1.56 MiB left, 1.00 MiB/s, 60 % of its pages sent"
+        );
+        // A round of no pages, and numbers that cannot be.
+        record.round_begins(ms(3000), 0, true);
+        record.sent(ms(3001), u64::MAX, 0, 0);
+        let last = first(&record.as_of(ms(3001)));
+        assert!(
+            last.contains("now: guest stopped, last pages, 0 B left, "),
+            "{last}"
+        );
+        assert!(!last.contains('%'), "{last}");
+    }
+
+    #[test]
+    fn a_stop_that_had_no_pages_before_it_says_so() {
+        let forecast = Forecast {
+            outcome: ForecastOutcome::Converges,
+            rounds: span(1, 1, 1),
+            time: span(ms(0), ms(0), ms(0)),
+            pages: span(0, 0, 0),
+            downtime: span(ms(0), ms(0), ms(0)),
+        };
+        let mut record = record();
+        record.forecast_is(ms(1), &forecast);
+        record.stop_begins(ms(2));
+        record.step_ends(Step::Pause, ms(9));
+        record.ends(ms(10), Outcome::Moved);
+        let summary = record.summary();
+        assert!(summary.contains("\ndowntime 7.00 ms"), "{summary}");
+        assert!(
+            summary.contains("\nforetold: no last pages; the downtime is "),
+            "{summary}"
+        );
     }
 
     #[test]

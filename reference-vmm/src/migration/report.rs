@@ -240,7 +240,10 @@ fn key_figures(page: &mut Page, record: &MigrationRecord) {
         page.key(
             "Downtime",
             &units::time(downtime),
-            &format!("{aim} aimed at{}", foretold.unwrap_or_default()),
+            &format!(
+                "{aim} aimed at{}",
+                foretold.unwrap_or_else(|| "; nothing was foretold".into())
+            ),
         );
     }
     page.key(
@@ -258,7 +261,11 @@ fn key_figures(page: &mut Page, record: &MigrationRecord) {
         &units::bytes(wire_bytes),
         &format!("{} of pages", units::bytes(units::pages(pages_sent))),
     );
-    page.key("Rounds", &units::count(rounds.into()), "the stop's as well");
+    let stop = match &record.switch_over {
+        Some(_) => "the stop's as well",
+        None => "the guest was not stopped",
+    };
+    page.key("Rounds", &units::count(rounds.into()), stop);
     if record.throttle_percent > 0 {
         let value = format!("{} %", record.throttle_percent);
         page.key("Guest slowed by", &value, "of its vCPUs' time, at last");
