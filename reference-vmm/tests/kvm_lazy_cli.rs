@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use guests::keeper::{KEPT, keeper64};
 use reference_vmm::api::Client;
 use reference_vmm::snapshot::link::Link;
-use serde_json::json;
+use serde_json::{Value, json};
 use support::tracer::{Inject, Kind, Trace, chosen, trace_in};
 use support::{Vmm, WATCHDOG, file, need_kvm, not_one_line};
 
@@ -80,6 +80,14 @@ fn the_command_line_has_a_guest_go_on_before_its_memory_is_read_and_says_what_th
     on.type_in(b"q");
     on.wait().expect_status(1).expect_silence();
     assert!(place.dir.join("working_set").exists());
+    let picture = Vmm::command(["snapshot", "info", "--heat-map"])
+        .arg(&place.dir)
+        .output();
+    picture.expect_status(0);
+    let picture = String::from_utf8(picture.stdout).unwrap();
+    // 4096 pages are 1024 characters.
+    let legend = "\na character is 16 KiB of guest memory, a line 1 MiB";
+    assert!(picture.contains(legend), "{picture}");
     let mut on = place.restore("--lazy --log info").start();
     on.wait_for("5");
     on.wait_for_stderr("the working set was used");
@@ -169,7 +177,9 @@ fn a_client_loads_a_guest_that_runs_before_its_memory_is_read_and_sees_how_far_i
     let status = Vmm::command(["ctl", "--api-sock"]).arg(&place.socket);
     status.arg("status").output().expect_stdout("running\n");
     monitor.type_in(b"q");
-    monitor.wait().expect_status(1).expect_silence();
+    // The snapshot has ended the recording.
+    let ended = monitor.wait();
+    ended.expect_status(1).expect_line(&["(--record) ended"]);
 }
 
 #[test]

@@ -171,7 +171,7 @@ fn the_command_line_takes_a_snapshot_and_goes_on_from_it() {
     let said = told.expect_status(0).text();
     let due = format!("{dir_text}: the guest stood still for ");
     assert!(
-        said.starts_with(&due) && said.ends_with(" us in all\n"),
+        said.starts_with(&due) && said.ends_with(" of 16.0 MiB of memory written\n"),
         "{told}"
     );
     // Where there is something else, nothing is done and the guest runs on.

@@ -8,6 +8,7 @@
 mod chain_files;
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use proptest::prelude::*;
 use reference_vmm::lazy::SnapshotSource;
 use reference_vmm::snapshot::chain::Chain;
 use reference_vmm::snapshot::files::HostFiles;
+use reference_vmm::snapshot::link::Link;
 use reference_vmm::snapshot::merge::{MergeRequest, merge};
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::ranges::Ranges;
@@ -151,6 +153,32 @@ fn what_is_damaged_is_no_page_and_asking_again_does_not_help() {
     // Of other pieces nothing is wrong, and unchecked nobody knows.
     assert!(source(&dir, true).fetch(Gfn(0x100), &mut [0; 4096]).is_ok());
     assert!(source(&dir, false).fetch(Gfn(5), &mut [0; 4096]).is_ok());
+}
+
+#[test]
+fn a_hole_where_something_was_is_damage_and_no_zeros() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, file) = plain(folder.path());
+    let (link, _) = Link::open(&dir).unwrap();
+    let address = 2 * P;
+    let (_, place) = link.map().locate(address).unwrap();
+    let at = (place.offset + address - place.guest) as libc::off_t;
+    let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: an open descriptor.
+    let punched = unsafe { libc::fallocate(file.as_raw_fd(), how, at, P as libc::off_t) };
+    assert_eq!(punched, 0);
+    let mut bytes = vec![0; P as usize];
+    let gfn = Gfn(address / P);
+    let checked = source(&dir, true);
+    checked.find_holes(|| true);
+    let error = checked.fetch(gfn, &mut bytes).unwrap_err();
+    let text = reference_vmm::end::Chain(&error).to_string();
+    assert!(text.contains("is damaged between byte"), "{text}");
+    assert!(!error.is_transient(), "{text}");
+    // As it is documented.
+    let unchecked = source(&dir, false);
+    unchecked.find_holes(|| true);
+    assert_eq!(unchecked.fetch(gfn, &mut bytes).unwrap(), Fetched::Zero);
 }
 
 #[test]

@@ -101,8 +101,8 @@ Write a snapshot of the guest to the directory DIR, and say how long it stood st
 Usage: reference-vmm ctl --api-sock PATH snapshot DIR [OPTIONS]
 
 DIR is new, empty, or an older snapshot, and not within another. The older one is replaced, unless a snapshot beside
-it builds on it (`snapshot info` says which do): that would be lost. A guest that runs is paused for it and goes on; one that is paused
-stays so. `restore --from DIR` has it go on.
+it builds on it (`snapshot info` says which do): that would be lost. A guest that runs is paused for it and goes on;
+one that is paused stays so. `restore --from DIR` has it go on.
 
 While writes are tracked each snapshot, a full one as well, and one without --track, is what the next incremental
 one builds on: --base of that is the last one, whichever it was. --track=off ends the chain with this snapshot.

@@ -18,7 +18,8 @@
 //! # What is right when
 //! - **What the guest reads** is what the snapshot has. A piece of a file (1 MiB) is compared with its checksum before the
 //!   first byte of it is used, unless [`RestoreRequest::verify`](crate::snapshot::RestoreRequest::verify) is off, and a file
-//!   that has been written to since is refused at each read.
+//!   that has been written to since is refused at each read. A hole of the file is taken for zeros only where the checksum
+//!   of its MiB says so too. Without `verify` it is taken for zeros as it is.
 //! - **When it is whole** the pager ends and the userfaultfd with it: the guest is as any other then.
 //! - **A page that does not come** (an I/O error that stays, a file that is damaged, cut off or changed, a source that does
 //!   not answer within the [deadline](LazyRequest::deadline)) ends the guest with the reason and status 1 ([`OnLoss::Stop`]),

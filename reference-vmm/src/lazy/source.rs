@@ -60,15 +60,18 @@ impl PageSource for SnapshotSource {
     fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
         let at = self.check(first, into.len())?;
         let end = at + into.len() as u64;
-        if self.known(at, end) == (true, end) {
-            return Ok(Fetched::Zero);
-        }
-        let read = self.0.read(at..end, into);
-        read.map_err(|source| SourceError::Other {
+        let other = |source: RestoreError| SourceError::Other {
             gfn: first,
             transient: is_transient(&source),
             source: Box::new(source),
-        })?;
+        };
+        if self.known(at, end) == (true, end) {
+            if let Some((link, _)) = self.0.link_at(at) {
+                link.check_zeros(at..end).map_err(other)?;
+            }
+            return Ok(Fetched::Zero);
+        }
+        self.0.read(at..end, into).map_err(other)?;
         // A page of zeros that was not known to be one takes no memory either.
         Ok(match is_zero(into) {
             true => Fetched::Zero,

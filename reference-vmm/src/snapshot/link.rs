@@ -195,6 +195,27 @@ impl Link {
         }
     }
 
+    /// Compares what is known to be zero at `range`, because [the file has nothing there](Self::find_holes), with its
+    /// checksums: what was there may have been lost. Where the state says that it is zero nothing is read.
+    ///
+    /// # Errors
+    /// [`RestoreError::Read`], [`RestoreError::MemoryDamaged`], [`RestoreError::Changed`].
+    pub fn check_zeros(&self, range: Range<u64>) -> Result<(), RestoreError> {
+        let mut at = range.start;
+        while at < range.end
+            && let Some((number, place)) = self.map.locate(at)
+        {
+            if self.packed.is_none() && self.is_unchecked(number) && !self.is_zero_piece(number) {
+                let mut piece = vec![0; place.len as usize];
+                let read = self.memory.read_exact_at(&mut piece, place.offset);
+                read.map_err(|source| self.unreadable(source))?;
+                self.check_piece(number, place, &piece)?;
+            }
+            at = place.guest + place.len;
+        }
+        self.check_unchanged()
+    }
+
     /// Its number.
     pub fn id(&self) -> SnapshotId {
         self.id
