@@ -36,7 +36,7 @@ pub enum GuestEnd {
     Stopped(StopCause),
     /// It runs in another process now, at this address.
     Migrated(String),
-    /// The monitor itself failed while the guest ran; the text says at what.
+    /// The monitor itself failed while the guest ran, or the host could not give the guest its memory; the text says at what.
     Failed(String),
 }
 

@@ -33,6 +33,7 @@ use crate::devices::edge::Owing;
 use crate::devices::ioapic::Ioapic;
 use crate::end::{EndSignal, GuestEnd};
 use crate::gdb::{self, VcpuSide};
+use crate::mapped_file::{self, MappedFile};
 use crate::memory::{Memslots, SlotTable};
 use crate::msrs::Unserved;
 use crate::stats::{ExitCounters, ExitKind};
@@ -52,6 +53,8 @@ pub(crate) struct Shared<P> {
     pub(crate) end: Arc<EndSignal>,
     /// The guest learns of memory that does not come, if KVM tells enough of it: how many vCPUs it has.
     pub(crate) machine_checks: Option<usize>,
+    /// The file that guest memory is mapped from, which may be cut off.
+    pub(crate) mapped: Option<MappedFile>,
     /// The vCPUs are being stopped: nobody waits for a deferred answer any more.
     pub(crate) stopping: Arc<AtomicBool>,
 }
@@ -325,7 +328,15 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
             log::warn!("vCPU {}: {error}: the guest has a machine check", vcpu.id());
             return Remedy::RunOn;
         }
-        self.tell(GuestEnd::Failed(format!("vCPU {}: {error}", vcpu.id())));
+        let lost = self.shared.mapped.as_ref().and_then(|file| {
+            let at = error.address.map(|address| address.0);
+            file.lost(&self.memory.enter(), at)
+        });
+        let error = format!("vCPU {}: {error}", vcpu.id());
+        self.tell(GuestEnd::Failed(match lost {
+            Some(lost) => format!("{lost} ({error})"),
+            None => error,
+        }));
         Remedy::Stop(Stop::Ended)
     }
 
@@ -437,6 +448,18 @@ pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
     ) {
         shared.console.finish(&shared.bus);
     }
+    // What looks like the guest's crash may be its memory's loss.
+    let is_crash = matches!(
+        reason,
+        HaltReason::Shutdown
+            | HaltReason::InternalError(_)
+            | HaltReason::FailEntry { .. }
+            | HaltReason::Unknown { .. }
+    );
+    if is_crash && let Some(lost) = lost(&shared, &vcpu) {
+        let what = Describe(&reason);
+        return end.tell(GuestEnd::Failed(format!("{lost} (vCPU {id}: {what})")));
+    }
     let crash = |what: &dyn std::fmt::Display| {
         let registers = match vcpu.registers() {
             // After a triple fault kvm_amd resets the vCPU, for what AMD's processors leave of its
@@ -471,6 +494,18 @@ pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
         HaltReason::FailEntry { .. } | HaltReason::Unknown { .. } => crash(&Describe(&reason)),
         other => end.tell(GuestEnd::Failed(format!("vCPU {id}: {}", Describe(&other)))),
     }
+}
+
+/// What of its memory's file a vCPU that crashed needed and cannot have, in words.
+fn lost<P>(shared: &Shared<P>, vcpu: &Vcpu) -> Option<String> {
+    let mapped = shared.mapped.as_ref()?;
+    let registers = vcpu.registers().ok()?;
+    let translate = |linear| {
+        let found = vcpu.fd().translate_gva(linear).ok()?;
+        (found.valid != 0).then_some(found.physical_address)
+    };
+    let needed = mapped_file::needed(&registers, translate);
+    mapped.lost(&shared.memslots.snapshot(), needed)
 }
 
 /// An internal error of KVM, and what its user can do: most often this KVM interprets guests, and a stock

@@ -94,6 +94,7 @@ pub mod kvm_stats;
 pub mod lazy;
 pub mod logger;
 pub mod main_loop;
+mod mapped_file;
 pub mod memory;
 pub mod migration;
 mod msrs;

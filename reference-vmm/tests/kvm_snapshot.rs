@@ -362,6 +362,44 @@ fn a_file_of_memory_that_was_cut_off_costs_its_guest_no_more_than_what_it_needs_
 }
 
 #[test]
+fn a_guest_whose_file_of_memory_was_cut_off_has_not_crashed() {
+    need_kvm();
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let (folder, dir) = place();
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    guest.snapshot(&SnapshotRequest::new(&dir));
+    guest.leave();
+    let memory = dir.join("memory");
+    let whole = std::fs::metadata(&memory).unwrap().len();
+    // All of it, and what begins with the guest's first page but one.
+    for to in [0, whole - (16 << 20) + 4096] {
+        let copy = folder.path().join(format!("cut-{to}"));
+        std::fs::create_dir(&copy).unwrap();
+        for name in ["state", "memory"] {
+            std::fs::copy(dir.join(name), copy.join(name)).unwrap();
+        }
+        let mut on = Vmm::command(["restore", "--from"])
+            .arg(&copy)
+            .stdin_pipe()
+            .start();
+        on.wait_for("5");
+        let file = std::fs::File::options()
+            .write(true)
+            .open(copy.join("memory"));
+        file.unwrap().set_len(to).unwrap();
+        // It need not be able to hear of this.
+        on.type_in(b"q");
+        let ended = on.wait();
+        ended.expect_status(1).expect_line(&[
+            copy.join("memory").to_str().unwrap(),
+            "cannot be read at guest address 0x",
+            &format!("it was cut off, to {to} bytes of {whole}"),
+        ]);
+    }
+}
+
+#[test]
 fn a_disk_that_is_full_leaves_the_older_snapshot_and_the_guest_running_or_paused_as_it_was() {
     need_kvm();
     let (_kernel, config) = keeper(1, Irqchip::Split);

@@ -33,7 +33,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::chain::{Chain, ChainError};
 use super::disks::{self, DiskCopy, Provided};
-use super::files::{STATE, absolute, same};
+use super::files::{MEMORY, STATE, absolute, same};
 use super::format::{self, SnapshotId};
 use super::link::Link;
 use super::machine::{MachineState, StateError};
@@ -46,6 +46,7 @@ use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::list::DeviceError;
 use crate::devices::virtio::net::Mac;
 use crate::lazy::{LazyError, LazyRequest};
+use crate::mapped_file::MappedFile;
 use crate::memory::SlotTable;
 use crate::vm::tracking::TrackError;
 
@@ -541,6 +542,14 @@ impl Snapshot {
             slot.backing = Backing::file_private(base.memory().clone(), region.offset, region.len);
         }
         true
+    }
+
+    /// The file that [`map`](Self::map) maps.
+    pub(crate) fn mapped_file(&self) -> Option<MappedFile> {
+        let base = self.chain.base()?;
+        let path = absolute(&base.dir().join(MEMORY));
+        let regions = self.state.memory.regions.clone();
+        Some(MappedFile::new(path, base.memory().clone(), regions))
     }
 
     /// Writes into the machine's memory what is not there yet: of memory that is mapped the pages that are not the first

@@ -218,6 +218,7 @@ impl<C: AsFd> Composition<'_, C> {
             tracker,
             chain: ChainTip::default(),
             lazy: None,
+            mapped: None,
             memslots,
             vm,
         };

@@ -79,6 +79,7 @@ use crate::gdb;
 use crate::host_memory::SYSFS;
 use crate::kvm_stats::KvmReaders;
 use crate::lazy::LazyMemory;
+use crate::mapped_file::MappedFile;
 use crate::memory::{Memslots, slots_of};
 use crate::snapshot::ChainTip;
 use crate::stats::{ExitCounters, Named};
@@ -147,6 +148,8 @@ struct Parts {
     chain: ChainTip,
     /// Before the slots: its memory comes while it runs.
     lazy: Option<LazyMemory>,
+    /// Of a machine that was restored, the file that its memory is mapped from.
+    mapped: Option<MappedFile>,
     memslots: Memslots,
     vm: Vm,
 }
@@ -422,6 +425,7 @@ impl Machine {
             end: end.clone(),
             machine_checks: (parts.lazy.as_ref())
                 .and_then(|lazy| lazy.poisons().then_some(vcpus.len())),
+            mapped: parts.mapped.clone(),
             stopping: stopping.clone(),
         });
         let mut running = Running {

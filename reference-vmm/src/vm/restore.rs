@@ -73,6 +73,7 @@ impl Machine {
             false => error,
         })?;
         machine.parts.lazy = lazy;
+        machine.parts.mapped = mapped.then(|| snapshot.mapped_file()).flatten();
         if request.track {
             machine.parts.chain.track_always();
             // Nobody has it yet.
