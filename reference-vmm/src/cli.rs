@@ -296,7 +296,8 @@ Exit status: 0 the host can be this model; 2 it cannot, and what it lacks is nam
 
 /// `reference-vmm doctor --help`.
 pub const DOCTOR_HELP: &str = "\
-Say what this host's KVM offers, and try it with a guest of the monitor's own.
+Say what this host's KVM offers, and try it with a guest of the monitor's own. Says as well whether `restore --lazy`
+and `ctl snapshot --background` will work, which need a userfaultfd, and what to do where not.
 
 Usage: reference-vmm doctor [--json] [--kvm PATH]
 

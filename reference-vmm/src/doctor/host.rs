@@ -101,7 +101,7 @@ pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
             .map_or_else(|| "unknown".into(), |release| release.trim().into()),
         userfaultfd: Uffd::open(Features::NONE, Features::NONE)
             .map(|uffd| uffd.available().bits())
-            .map_err(|error| error.to_string()),
+            .map_err(|error| super::coming::advice(&error)),
         memory: HostMemory::read_by(&files, Path::new(SYSFS)),
         unread: files.unread(),
         problem,

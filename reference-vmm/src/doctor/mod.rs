@@ -4,6 +4,7 @@
 //!
 //! ```text
 //!   host          which kind of host this is, and what to do where it has no KVM
+//!   coming        whether memory can come later here, and be written in the background
 //!   capabilities  what KVM says it can do, and which crate wants it
 //!   checks        what it does: each of `trials` builds a VM of its own with the guest of `guest`,
 //!                 and drives it through the crates that a monitor is made of
@@ -15,6 +16,7 @@
 
 mod capabilities;
 mod checks;
+mod coming;
 mod guest;
 mod host;
 mod report;
@@ -25,6 +27,7 @@ use std::path::Path;
 
 pub use capabilities::{Capability, Need};
 pub use checks::{Check, Verdict};
+pub use coming::{UFFD_USES, UffdUse};
 pub use host::{Host, Kind};
 pub use report::Report;
 

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::capabilities::{Capability, Need};
 use super::checks::{Check, Verdict};
+use super::coming::UFFD_USES;
 use super::host::{Host, Kind};
 use crate::host_memory::{HostMemory, Node, Pool, Setting};
 
@@ -56,6 +57,10 @@ impl Report {
                 "kernel": host.kernel,
                 "userfaultfd_features": features,
                 "userfaultfd_problem": userfaultfd,
+                "userfaultfd_uses": UFFD_USES.iter().map(|of| {
+                    let problem = of.problem(&host.userfaultfd);
+                    json!({ "command": of.command, "works": problem.is_none(), "problem": problem })
+                }).collect::<Vec<_>>(),
                 "huge_pages": memory.pools.iter().map(|pool| json!({
                     "page_size": pool.page_size.bytes(),
                     "pages": pool.pages,
@@ -144,6 +149,15 @@ impl Report {
         match &host.userfaultfd {
             Ok(features) => writeln!(f, "  userfaultfd  yes, features {features:#x}")?,
             Err(why) => writeln!(f, "  userfaultfd  no: {why}")?,
+        }
+        for of in &UFFD_USES {
+            let says = match (of.problem(&host.userfaultfd), &host.userfaultfd) {
+                (None, _) => "yes".into(),
+                // Why is said above.
+                (Some(_), Err(_)) => "no, for want of it".into(),
+                (Some(why), Ok(_)) => format!("no: {why}"),
+            };
+            writeln!(f, "               {}: {says}", of.command)?;
         }
         show_memory(&host.memory, none, f)?;
         if let Some(unread) = &host.unread {
@@ -294,6 +308,10 @@ mod tests {
         let json: Value = serde_json::from_str(&report.to_json()).unwrap();
         assert_eq!(json["host"]["kvm"], "/dev/\"kvm\"\n");
         assert_eq!(json["host"]["userfaultfd_problem"], "not\tallowed");
+        let uses = &json["host"]["userfaultfd_uses"];
+        assert_eq!(uses[0]["command"], "restore --lazy");
+        assert_eq!(uses[1]["works"], false);
+        assert_eq!(uses[1]["problem"], "not\tallowed");
         assert_eq!(json["host"]["huge_pages"][0]["page_size"], 2 << 20);
         assert_eq!(json["host"]["huge_pages"][0]["free"], 12);
         let thp = &json["host"]["transparent_huge_pages"];
@@ -308,6 +326,7 @@ mod tests {
             "  huge pages   12 of 16 free of 2 MiB (2 of those reserved)\n",
             "  THP          enabled madvise, shmem_enabled none\n",
             "  NUMA nodes   3 (4.0 of 16.0 GiB free)\n",
+            "               restore --lazy: no, for want of it\n",
         ] {
             assert!(text.contains(line), "{line:?} is not in {text}");
         }

@@ -409,7 +409,7 @@ fn page_fault(kvm_path: &Path) -> Checked {
     const PAGES: u64 = 32;
     let guest = Guest::start(kvm_path)?;
     let uffd = Uffd::open(Features::NONE, Features::NONE)
-        .map_err(|error| Trouble::Unavailable(error.to_string()))?;
+        .map_err(|error| Trouble::Unavailable(super::coming::advice(&error)))?;
     let backing = Backing::anonymous(PAGES * PAGE_SIZE).huge_pages(HugePages::Never);
     let slot = guest
         .slots()?
