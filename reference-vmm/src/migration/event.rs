@@ -50,6 +50,11 @@ pub enum Step {
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Event<'a> {
+    /// The destination is connected with; that it takes the machine is waited for so long.
+    Connected {
+        /// Until it is given up.
+        patience: Duration,
+    },
     /// The destination takes the machine, whose memory has so many bytes.
     Accepted {
         /// Bytes of guest memory.

@@ -415,7 +415,9 @@ impl Observer for Recorder {
                 }
                 Step::Released | Step::StateRead => {}
             },
+            Event::Connected { patience } => record.offered(now, patience),
             Event::Accepted { rehearsal, .. } => {
+                record.accepted(now);
                 log::info!("the destination takes the guest; its state takes {rehearsal:?}");
             }
             Event::InDoubt(why) => {

@@ -162,6 +162,15 @@ pub(super) fn at_work(record: &MigrationRecord, now: Duration) -> String {
         (None, Some(round)) if round.stopped => write!(text, "guest stopped, last pages"),
         (None, Some(round)) => write!(text, "round {}", round.number),
         (None, None) if record.switch_over.is_some() => write!(text, "guest stopped, hand-over"),
+        (None, None) if record.unanswered.is_some() => match record.owes_answer(now) {
+            None => write!(text, "connected, the destination is to answer"),
+            Some((owed, patience)) => write!(
+                text,
+                "connected, the destination has not answered for {} (given up after {})",
+                units::time(owed),
+                units::time(patience)
+            ),
+        },
         (None, None) if record.rounds.is_empty() => write!(text, "connecting"),
         (None, None) => write!(text, "between rounds"),
     };
@@ -172,7 +181,10 @@ pub(super) fn at_work(record: &MigrationRecord, now: Duration) -> String {
         let left = units::bytes(units::pages(round.pages_left()));
         let _ = write!(text, ", {left} left");
     }
-    if let Some(throughput) = throughput(record, now) {
+    if let Some(still) = record.stands_still(now) {
+        let still = units::time(still);
+        let _ = write!(text, ", stands still: nothing has come about for {still}");
+    } else if let Some(throughput) = throughput(record, now) {
         let _ = write!(text, ", {}", units::rate(throughput));
     }
     text
@@ -274,6 +286,13 @@ mod tests {
     fn a_line_says_where_it_is_what_is_left_and_how_fast() {
         let mut record = record();
         assert_eq!(line(&record, ms(0)), "migration: connecting");
+        record.offered(ms(0), ms(60_000));
+        let answer = "migration: connected, the destination is to answer";
+        assert_eq!(line(&record, ms(2999)), answer);
+        let owed = "migration: connected, the destination has not answered for 3.00 s (given up after 1 min 0 s)";
+        assert_eq!(line(&record, ms(3000)), owed);
+        record.accepted(ms(0));
+        assert_eq!(line(&record, ms(9000)), "migration: connecting");
         record.round_begins(ms(0), 1 << 18, false);
         assert_eq!(
             line(&record, ms(100)),

@@ -23,8 +23,14 @@ use std::time::{Duration, SystemTime};
 use dirty_log::estimate::{Forecast, Outcome as ForecastOutcome};
 use serde::{Deserialize, Serialize};
 
+use super::codec::MOST_CONTENTS;
 use super::link::printable;
 use super::{progress, units};
+
+/// After so long in which nothing came about it is said that a migration stands still.
+const STILL: Duration = Duration::from_secs(5);
+/// And that the destination has not answered yet.
+const UNANSWERED: Duration = Duration::from_secs(3);
 
 /// Rounds that are kept: the first and the newest others.
 pub const MOST_ROUNDS: usize = 1000;
@@ -50,6 +56,12 @@ pub struct MigrationRecord {
     pub elapsed: Duration,
     /// Pages of guest memory, of 4 KiB each.
     pub memory_pages: u64,
+    /// The destination is connected with, and has not said yet whether it takes the guest.
+    #[serde(default)]
+    pub unanswered: Option<Unanswered>,
+    /// When something came about last, pages that were sent for one, since the migration's beginning.
+    #[serde(rename = "progress-us", with = "micros", default)]
+    pub progress: Duration,
     /// Somebody had paused the guest: it is moved, or stays, as it is.
     #[serde(default)]
     pub paused: bool,
@@ -79,6 +91,18 @@ pub struct MigrationRecord {
     /// How far samples are apart, at least.
     #[serde(rename = "sample-interval-us", with = "micros")]
     pub sample_interval: Duration,
+}
+
+/// An answer that is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Unanswered {
+    /// Since when, since the migration's beginning.
+    #[serde(rename = "since-us", with = "micros")]
+    pub since: Duration,
+    /// How long, until it is given up.
+    #[serde(rename = "patience-us", with = "micros")]
+    pub patience: Duration,
 }
 
 /// What was asked for.
@@ -425,6 +449,8 @@ impl MigrationRecord {
             took: None,
             elapsed: Duration::ZERO,
             memory_pages,
+            unanswered: None,
+            progress: Duration::ZERO,
             paused: false,
             settings,
             total: Total::default(),
@@ -440,10 +466,23 @@ impl MigrationRecord {
         }
     }
 
+    /// The guest is offered to the destination, whose answer is waited for so long.
+    pub fn offered(&mut self, at: Duration, patience: Duration) {
+        self.progress = at;
+        let since = at;
+        self.unanswered = Some(Unanswered { since, patience });
+    }
+
+    /// The destination takes it.
+    pub fn accepted(&mut self, at: Duration) {
+        (self.progress, self.unanswered) = (at, None);
+    }
+
     /// A round begins, of `pages` that are dirty. `stopped`: the guest is paused, and this is the last one. A round
     /// that is at work ends.
     pub fn round_begins(&mut self, at: Duration, pages: u64, stopped: bool) {
         self.round_ends(at, 0);
+        (self.progress, self.unanswered) = (at, None);
         self.total.rounds = self.total.rounds.saturating_add(1);
         self.at_work = Some(Round {
             number: self.total.rounds,
@@ -465,6 +504,7 @@ impl MigrationRecord {
             add(&mut round.zero_pages, zero_pages);
             add(&mut round.wire_bytes, wire_bytes);
         }
+        self.progress = at;
         add(&mut self.total.pages_sent, pages);
         add(&mut self.total.zero_pages, zero_pages);
         add(&mut self.total.wire_bytes, wire_bytes);
@@ -480,6 +520,7 @@ impl MigrationRecord {
         let Some(mut round) = self.at_work.take() else {
             return;
         };
+        self.progress = at;
         round.took = at.saturating_sub(round.began);
         round.pages_dirtied = pages_dirtied;
         if self.rounds.len() >= MOST_ROUNDS {
@@ -501,6 +542,7 @@ impl MigrationRecord {
 
     /// The guest is told to pause.
     pub fn stop_begins(&mut self, at: Duration) {
+        self.progress = at;
         self.switch_over = Some(SwitchOver {
             began: at,
             steps: Vec::new(),
@@ -511,6 +553,7 @@ impl MigrationRecord {
     /// [`stop_begins`](Self::stop_begins).
     pub fn step_ends(&mut self, step: Step, at: Duration) {
         if let Some(stop) = &mut self.switch_over {
+            self.progress = at;
             let took = at.saturating_sub(stop.ended());
             stop.steps.push(StepTaken { step, took });
         }
@@ -519,6 +562,7 @@ impl MigrationRecord {
     /// The migration is over.
     pub fn ends(&mut self, at: Duration, outcome: Outcome) {
         self.round_ends(at, 0);
+        self.unanswered = None;
         (self.took, self.elapsed) = (Some(at), at);
         self.outcome = Some(outcome);
     }
@@ -533,6 +577,26 @@ impl MigrationRecord {
             round.took = now.saturating_sub(round.began);
         }
         self
+    }
+
+    /// For how long nothing has come about `now`, where that is longer than what is asked for lets expect: a frame of a
+    /// limited bandwidth takes its time.
+    pub fn stands_still(&self, now: Duration) -> Option<Duration> {
+        let frame = self.settings.limit_bytes_per_s.map_or(0.0, |limit| {
+            let frames = MOST_CONTENTS as f64 * f64::from(self.settings.connections);
+            2.0 * frames / limit.max(1) as f64
+        });
+        let frame = Duration::try_from_secs_f64(frame).unwrap_or(Duration::MAX);
+        let still = now.saturating_sub(self.progress);
+        let goes = self.outcome.is_none() && self.unanswered.is_none() && self.total.rounds > 0;
+        (goes && still >= STILL.max(frame)).then_some(still)
+    }
+
+    /// For how long the destination owes its answer `now`, where that is long, and after how long it is given up.
+    pub fn owes_answer(&self, now: Duration) -> Option<(Duration, Duration)> {
+        let Unanswered { since, patience } = self.unanswered?;
+        let owed = now.saturating_sub(since);
+        (owed >= UNANSWERED).then_some((owed, patience))
     }
 
     /// The guest's downtime: none if it was never stopped.
@@ -899,6 +963,29 @@ mod tests {
             "{last}"
         );
         assert!(!last.contains('%'), "{last}");
+    }
+
+    #[test]
+    fn a_round_that_stands_still_is_told_from_one_that_may_send_little() {
+        let mut record = record();
+        assert_eq!(record.stands_still(ms(99_000)), None, "it connects");
+        record.round_begins(ms(1000), 1000, false);
+        record.sent(ms(2000), 1, 0, 4096);
+        assert_eq!(record.stands_still(ms(6999)), None);
+        assert_eq!(record.stands_still(ms(7000)), Some(ms(5000)));
+        let said = record.clone().as_of(ms(9000)).summary();
+        assert!(
+            said.contains("stands still: nothing has come about for 7.00 s"),
+            "{said}"
+        );
+        record.sent(ms(9000), 1, 0, 4096);
+        assert_eq!(record.stands_still(ms(9001)), None);
+        // Two connections, each with a frame of a MiB under way.
+        record.settings.limit_bytes_per_s = Some(128 << 10);
+        assert_eq!(record.stands_still(ms(9000 + 31_999)), None);
+        assert!(record.stands_still(ms(9000 + 32_000)).is_some());
+        record.ends(ms(50_000), Outcome::Cancelled);
+        assert_eq!(record.stands_still(ms(99_000)), None);
     }
 
     #[test]

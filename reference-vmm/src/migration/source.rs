@@ -367,6 +367,10 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let connected = self.connect.connect(patience.connect);
         let wire = control.insert(connected.map_err(Why::Connect)?);
         let connections = self.settings.connections.max(1);
+        let connected = Event::Connected {
+            patience: patience.prepare,
+        };
+        self.observer.event(connected);
         let (id, role) = (self.id, Role::Control);
         let doing = "cannot offer the guest to the destination";
         let broke = |doing| {
