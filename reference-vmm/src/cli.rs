@@ -174,6 +174,7 @@ Boot a guest with its serial console on this terminal.
 
 Usage: reference-vmm run --kernel FILE [OPTIONS]
        reference-vmm run --config FILE [OPTIONS]
+       reference-vmm run --incoming ADDRESS [OPTIONS]    (its own: run --incoming --help)
 
 Options:
   --kernel FILE            Kernel image: bzImage, ELF (64-bit Linux or PVH) or multiboot 1

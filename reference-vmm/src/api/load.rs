@@ -259,6 +259,10 @@ impl Monitor for Waiting<'_> {
         }
     }
 
+    fn runs(&self) -> bool {
+        self.machine.get().is_some_and(Monitor::runs)
+    }
+
     fn answered(&self) {
         if let Some(machine) = self.machine.get() {
             machine.answered();

@@ -32,6 +32,12 @@ pub trait Monitor: Sync {
         with.to_string()
     }
 
+    /// Whether the guest runs, and who asks for that has what he asks for. Called on the server's own thread, and does not
+    /// block.
+    fn runs(&self) -> bool {
+        false
+    }
+
     /// Called on the server's thread when who asked for something long has been given its outcome, or is gone.
     fn answered(&self) {}
 }
@@ -193,6 +199,10 @@ impl Monitor for Machine<'_> {
             Busy::Migration => self.outgoing.under_way(),
             other => other.to_string(),
         }
+    }
+
+    fn runs(&self) -> bool {
+        !self.running.stays_paused()
     }
 
     fn answered(&self) {

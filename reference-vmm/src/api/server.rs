@@ -18,8 +18,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::http::{CONTINUE, Decoder, Incoming};
 use super::monitor::Monitor;
-use super::router::{Outcome, respond, route};
-use super::worker::{Ticket, Worker};
+use super::router::{Action, Outcome, respond, route};
+use super::worker::{Busy, Ticket, Worker};
 use crate::config::is_about_the_path;
 use crate::unix_socket::{BindError, Listener};
 
@@ -258,11 +258,16 @@ impl Connection {
                         request.method.escape_debug(),
                         request.path
                     );
+                    let resumes = matches!(action, Ok(Action::Resume));
                     let response = match action {
                         Ok(action) if action.is_long() => match worker.ask(action) {
                             Ok(ticket) => {
                                 self.awaits = Some(ticket);
                                 break;
+                            }
+                            // Nothing is to be done, and nobody stands in its way.
+                            Err(Busy::Migration) if resumes && monitor.runs() => {
+                                respond(Outcome::Done, self.wants_all)
                             }
                             Err(busy) => {
                                 respond(Outcome::Refused(monitor.busy(busy)), self.wants_all)

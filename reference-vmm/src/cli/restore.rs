@@ -93,8 +93,9 @@ Wait for the guest of another monitor (`ctl migrate`), and have it go on here.
 Usage: reference-vmm run --incoming ADDRESS [OPTIONS]
 
 Options:
-  --incoming ADDRESS       Where the other monitor connects to: unix:PATH, or tcp:HOST:PORT, which without TLS
-                           has to be of this host alone (127.0.0.1)
+  --incoming ADDRESS       Where the other monitor connects to: unix:PATH, from this directory on where it has
+                           no / first, or tcp:HOST:PORT, which without TLS has to be of this host alone
+                           (127.0.0.1)
   --tls-cert FILE          This host's certificate, PEM; with --tls-key and --tls-ca
   --tls-key FILE           Its key, PEM
   --tls-ca FILE            The certificate of the authority that both hosts' certificates are of, PEM
@@ -111,7 +112,8 @@ Options:
   --clock advanced|saved   Whether the guest's clocks show the time that it stood still [advanced]
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --kvm PATH               KVM device [the other monitor's]
-  --api-sock PATH          As of `run`: when the guest is here
+  --api-sock PATH          As of `run`. Before the guest is here it answers `ctl status` and `migrate-status`,
+                           and refuses the rest
   --stats[=json]           As of `run`
   --gdb ADDRESS            As of `run`: before the guest goes on
   --timeline               As of `run`

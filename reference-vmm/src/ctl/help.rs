@@ -149,7 +149,8 @@ How it goes is on stderr. It goes on if this command is ended: migrate-cancel en
 goes. --timeout is not for its answer. Meanwhile pause, resume, snapshot and another migrate are refused.
 
 Options:
-  --to ADDRESS     unix:PATH, or tcp:HOST:PORT, which beyond this host needs TLS
+  --to ADDRESS     unix:PATH, from this directory on where it has no / first, or tcp:HOST:PORT, which beyond this
+                   host needs TLS
   --connections N  How many connections carry memory [1]
   --compress zstd[:LEVEL]
                    Compress it [none]
@@ -198,7 +199,9 @@ Options:
         with_common!(
             "\
 Say where the guest is, when the monitor says that it cannot find that out: here, and it goes on here; or there, and
-this monitor ends. Look first: who says so wrongly has two guests, or none.
+this monitor ends. Look first, by `ctl status` at the destination's control socket: a guest that is there is running or
+paused; a monitor there that says \"not started\", or has ended, has none, and its host is to have no other process with
+the guest's disks. Who says so wrongly has two guests, or none.
 
 Usage: reference-vmm ctl --api-sock PATH migrate-settle here|there [--json] [--timeout SECS]
 

@@ -156,7 +156,7 @@ pub(super) fn at_work(record: &MigrationRecord, now: Duration) -> String {
         // It is asked for still, and the guest stands still meanwhile.
         (Some(Outcome::Unsettled { .. }), _) => write!(
             text,
-            "in doubt, the destination does not answer (migrate-settle here or there, who knows)"
+            "in doubt, the destination does not answer: look where the guest is, and say so (ctl migrate-settle here|there)"
         ),
         (Some(_), _) => write!(text, "over"),
         (None, Some(round)) if round.stopped => write!(text, "guest stopped, last pages"),
