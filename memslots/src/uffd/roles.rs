@@ -175,6 +175,9 @@ impl FillRole {
     /// host makes of it (`EFAULT` of `KVM_RUN` on `kvm_amd`, an MMIO exit at an address of RAM elsewhere). The end of a
     /// source of pages that is gone for good.
     ///
+    /// A page that was write-protected before there was one ([`Features::WP_UNPOPULATED`]) has a mark that the kernel does
+    /// not overwrite: it is [`Cause::AlreadyThere`](super::Cause::AlreadyThere), and who waits for it waits on.
+    ///
     /// # Errors
     /// [`OpError`], which says how much is poisoned.
     pub fn poison(&self, range: Range<u64>, wake: Wake) -> Result<(), OpError> {
