@@ -291,6 +291,26 @@ fn a_monitor_that_waits_says_of_a_failure_whether_it_waits_on_or_ends() {
 }
 
 #[test]
+fn who_asked_a_monitor_that_was_killed_hears_that_the_guest_is_in_doubt() {
+    if support::lab_short() {
+        return;
+    }
+    let source = Process::boot();
+    let (there, _socket, to) = source.waits();
+    let words = format!("migrate --bandwidth 64K --to {to}");
+    let migrates = source.command(&words).start();
+    source.sends();
+    source.running.signal(libc::SIGKILL);
+    let ended = migrates.wait();
+    ended.expect_status(1);
+    let needle = "in doubt: the guest may be here or at the destination, or have ended";
+    assert!(ended.to_string().contains(needle), "{ended}");
+    source.running.wait();
+    // No word had given it away.
+    there.wait().expect_status(1);
+}
+
+#[test]
 fn a_snapshot_says_how_long_the_guest_stood_still_and_of_which_moment_it_is() {
     if support::lab_short() {
         return;
