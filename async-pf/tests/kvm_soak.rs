@@ -278,7 +278,11 @@ fn round(trouble: Trouble, mut draw: Draw) {
             has.is_some() || !trouble.is_harmless(),
             "page {page} is lost"
         );
+        has.is_some()
     };
+    // A guest that has lost a page is stopped.
+    let stopped = AtomicBool::new(false);
+    let stopped = &stopped;
     // Who gives memory back waits for a pager that reads of it.
     let gives_back = !matches!(trouble, Trouble::Dropped(_));
     let settled = |page| !gives_back || !is_given_back(page);
@@ -292,7 +296,11 @@ fn round(trouble: Trouble, mut draw: Draw) {
                         if !settled(page) {
                             continue;
                         }
-                        seen(page);
+                        // Relaxed: it orders nothing else.
+                        if !seen(page) || stopped.load(Ordering::Relaxed) {
+                            stopped.store(true, Ordering::Relaxed);
+                            return;
+                        }
                         if trouble.is_harmless() && page % 4 == vcpu {
                             // A write of what is there: the page stays right, and is written.
                             let at = (start + (page * P) as usize) as *mut u64;
@@ -340,12 +348,18 @@ fn round(trouble: Trouble, mut draw: Draw) {
             drop(pager.lock().unwrap().take());
         }
     });
-    let left = pager.into_inner().unwrap();
+    let mut left = pager.into_inner().unwrap();
+    if let Trouble::Mute(_) = trouble {
+        // Each page would be as late.
+        left = None;
+    }
     if let (Some(pager), true) = (&left, trouble.is_harmless()) {
         assert!(pager.wait(WATCHDOG));
         assert_eq!((pager.progress().lost, pager.stats().unanswered), (0, 0));
     }
-    (0..PAGES).filter(|page| settled(*page)).for_each(seen);
+    for page in (0..PAGES).filter(|page| settled(*page)) {
+        seen(page);
+    }
     if let Trouble::Bad(page) = trouble {
         assert_eq!(peek(start, page), None, "page {page}");
     }
