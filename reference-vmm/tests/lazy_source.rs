@@ -12,7 +12,6 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use async_pf::{Fetched, PageSource, SourceError};
 use chain_files::{Files, Memory, at, id, memory, page, page_addresses, parent};
@@ -137,59 +136,6 @@ fn plain(folder: &Path) -> (std::path::PathBuf, File) {
         .write(true)
         .open(dir.join("memory"));
     (dir, file.unwrap())
-}
-
-/// Which pages of the file are in the page cache.
-fn cached(file: &File) -> Vec<usize> {
-    let len = file.metadata().unwrap().len() as usize;
-    let pages = len.div_ceil(P as usize);
-    let mut cached = vec![0u8; pages];
-    // SAFETY: a new mapping of the file, of which nothing is touched; as many bytes as the call writes.
-    unsafe {
-        let map = libc::mmap(
-            std::ptr::null_mut(),
-            len,
-            libc::PROT_READ,
-            libc::MAP_SHARED,
-            file.as_raw_fd(),
-            0,
-        );
-        assert_ne!(map, libc::MAP_FAILED);
-        assert_eq!(libc::mincore(map, len, cached.as_mut_ptr()), 0);
-        libc::munmap(map, len);
-    }
-    (0..pages).filter(|page| cached[*page] & 1 != 0).collect()
-}
-
-#[test]
-fn what_will_be_needed_is_read_by_the_host_and_nothing_else() {
-    // Not where a tmpfs may be.
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let (dir, file) = plain(folder.path());
-    file.sync_all().unwrap();
-    for (verify, pages, needed) in [
-        // Checked, it is the piece that is read: all of the region.
-        (true, 5..6, 512..672),
-        (false, 5..7, 517..519),
-    ] {
-        let source = source(&dir, verify);
-        // SAFETY: an open file, and numbers.
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-        let before = cached(&file);
-        if needed.clone().any(|page| before.contains(&page)) {
-            eprintln!("this file system forgets nothing: not tested");
-            return;
-        }
-        source.will_need(Gfn(pages.start)..Gfn(pages.end));
-        let begun = Instant::now();
-        let mut now = Vec::new();
-        while !needed.clone().all(|page| now.contains(&page)) {
-            assert!(begun.elapsed() < Duration::from_secs(60), "{now:?}");
-            now = cached(&file);
-        }
-        now.retain(|page| !needed.contains(page) && !before.contains(page));
-        assert!(now.is_empty(), "{now:?}");
-    }
 }
 
 #[test]

@@ -30,8 +30,6 @@ const LOOK: Duration = Duration::from_millis(50);
 /// What is brought at once where nobody waits: a piece of a file, which is read as a whole where it is checked. One of the
 /// threads does that, and a fault elsewhere is served by another.
 const AHEAD: u64 = pages::PIECE as u64;
-/// Reads of a record that the host is told of before they are its turn.
-const NEEDED: usize = 512;
 /// How long what is to be read ahead waits for room among what is.
 const ROOM: Duration = Duration::from_millis(2);
 
@@ -360,17 +358,8 @@ impl Shared {
         state.phase == LazyState::Recording
     }
 
-    /// The pager brings one read after the other. So that it need not wait for the disk as often, the host reads many at
-    /// once, before it.
     fn read_ahead(&self, replay: &Replay, slots: &[Range<u64>]) {
-        let mut needed = replay.reads();
-        let mut need = |most| {
-            let next = needed.by_ref().take(most);
-            next.for_each(|read| self.source.will_need(read));
-        };
-        need(NEEDED);
         for read in replay.reads() {
-            need(1);
             for (slot, range) in slots.iter().enumerate() {
                 let first = (read.start.0).max(range.start / PAGE_SIZE);
                 let end = (read.end.0).min(range.end / PAGE_SIZE);

@@ -3,7 +3,6 @@
 //! Pages out of a snapshot and those that it builds on.
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 
 use async_pf::{Fetched, PageSource, SourceError};
@@ -31,12 +30,6 @@ impl SnapshotSource {
             .links()
             .iter()
             .for_each(|link| link.find_holes(&go_on));
-    }
-
-    /// Has the host begin to read these pages, which are to be fetched soon. Does not block for the disk.
-    pub fn will_need(&self, pages: Range<Gfn>) {
-        let at = |gfn: Gfn| gfn.0.saturating_mul(PAGE_SIZE);
-        self.0.will_need(at(pages.start)..at(pages.end));
     }
 
     /// From `at` up to `end` at most: whether it is known to be zero, and where that ends.

@@ -10,7 +10,6 @@
 //! The newest link has all of the machine but memory; of the others memory alone counts. Every link is opened and checked
 //! before anything is made of it, and an error names the link.
 
-use std::convert::Infallible;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -218,30 +217,13 @@ impl Chain {
     /// # Errors
     /// [`RestoreError::Read`], [`RestoreError::MemoryDamaged`].
     pub fn read(&self, range: Range<u64>, out: &mut [u8]) -> Result<(), RestoreError> {
-        let start = range.start;
-        self.each_part(range, |of, link| {
-            let out = out.get_mut((of.start - start) as usize..(of.end - start) as usize);
-            out.map_or(Ok(()), |out| link.read(of, out))
-        })
-    }
-
-    /// Has the host begin to read what the guest has at `range` ([`Link::will_need`]).
-    pub fn will_need(&self, range: Range<u64>) {
-        let Ok(()) = self.each_part(range, |of, link| {
-            link.will_need(of);
-            Ok::<_, Infallible>(())
-        });
-    }
-
-    /// Calls `part` for each part of `range`, in order, with the link that has it.
-    fn each_part<E>(
-        &self,
-        range: Range<u64>,
-        mut part: impl FnMut(Range<u64>, &Link) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut part = |of: Range<u64>, link: usize| {
-            let link = self.links.get(link);
-            link.map_or(Ok(()), |link| part(of, link))
+        let mut part = |range_of: Range<u64>, link: usize| {
+            let (from, to) = (range_of.start - range.start, range_of.end - range.start);
+            let out = out.get_mut(from as usize..to as usize);
+            match (self.links.get(link), out) {
+                (Some(link), Some(out)) => link.read(range_of, out),
+                _ => Ok(()),
+            }
         };
         let mut at = range.start;
         for (of, link) in self.sources(range.clone()) {

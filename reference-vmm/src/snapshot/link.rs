@@ -9,7 +9,6 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -316,38 +315,6 @@ impl Link {
             (at, rest) = (at + len, later);
         }
         self.check_unchanged()
-    }
-
-    /// Has the host begin to read what [`read`](Self::read) would of `range`, so that it need not be waited for then, one
-    /// after the other. Does not block for the disk; a hint, of which nobody hears whether it was taken.
-    pub fn will_need(&self, range: Range<u64>) {
-        self.will_need_stored(range.clone());
-        for same in self.duplicates.within(range) {
-            self.will_need_stored(same.of..same.of + (same.range.end - same.range.start));
-        }
-    }
-
-    fn will_need_stored(&self, range: Range<u64>) {
-        let mut at = range.start;
-        while at < range.end
-            && let Some((number, place)) = self.map.locate(at)
-        {
-            let end = range.end.min(place.guest + place.len);
-            let stored = match &self.packed {
-                None if self.is_zero_piece(number) => None,
-                // All of it is compared.
-                None if self.is_unchecked(number) => Some((place.offset, place.len)),
-                None => Some((place.offset + (at - place.guest), end - at)),
-                Some((packed, offsets)) => {
-                    let len = packed.pieces.get(number).map(|stored| stored.len());
-                    offsets.get(number).copied().zip(len)
-                }
-            };
-            if let Some((offset, len)) = stored {
-                advise_will_need(&self.memory, offset, len);
-            }
-            at = end;
-        }
     }
 
     fn is_zero_piece(&self, number: usize) -> bool {
@@ -684,24 +651,9 @@ fn is_hole(file: &File, at: u64, len: u64) -> bool {
     }
 }
 
-/// `POSIX_FADV_WILLNEED`.
-fn advise_will_need(file: &File, offset: u64, len: u64) {
-    if len == 0 {
-        return; // which would be all of the file
-    }
-    // SAFETY: an open file and two numbers. What it says is of no use: a file system that takes no advice is read as ever.
-    unsafe {
-        libc::posix_fadvise(
-            file.as_raw_fd(),
-            offset as libc::off_t,
-            len as libc::off_t,
-            libc::POSIX_FADV_WILLNEED,
-        )
-    };
-}
-
 /// `lseek`: where data, or a hole, is next.
 fn seek(file: &File, at: u64, whence: libc::c_int) -> io::Result<u64> {
+    use std::os::fd::AsRawFd;
     // SAFETY: an open descriptor; the position that it moves is nobody's, for all reads say theirs.
     let found = unsafe { libc::lseek(file.as_raw_fd(), at as libc::off_t, whence) };
     u64::try_from(found).map_err(|_| io::Error::last_os_error())
