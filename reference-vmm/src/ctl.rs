@@ -4,7 +4,7 @@
 //! [API](crate::api)'s.
 
 use std::collections::VecDeque;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Write as _};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use crate::api::Client;
 use crate::api::client::{ClientError, MAX_ANSWER};
 use crate::cli::{self, UsageError};
 use crate::config::check_path;
-use crate::lazy;
+use crate::lazy::{self, LazySaid};
 use crate::migration::outgoing::Order;
 use crate::migration::units;
 use crate::snapshot::disks::DiskCopies;
@@ -25,9 +25,11 @@ use crate::snapshot::{SnapshotKind, SnapshotRequest};
 
 mod due;
 mod help;
+mod load;
 mod migrate;
 
 pub use help::HELP;
+pub use load::Load;
 pub use migrate::Migrate;
 
 /// What is asked.
@@ -42,8 +44,8 @@ pub enum Question {
     Resume,
     /// To write a snapshot.
     Snapshot(SnapshotRequest),
-    /// To go on from this snapshot, and whether at once.
-    Load(PathBuf, bool),
+    /// To go on from a snapshot.
+    Load(Box<Load>),
     /// To move it.
     Migrate(Box<Migrate>),
     /// How that goes.
@@ -98,15 +100,16 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
     let (mut api_sock, mut json, mut timeout) = (None, false, 60);
     let (mut command, mut operands) = (None::<String>, VecDeque::new());
     let (mut resume, mut compress) = (false, None);
+    let mut lazy = LazySaid::default();
     let mut options = SnapshotOptions::default();
     let mut flags = migrate::Flags::default();
     let mut last = None;
     while let Some(arg) = parser.next()? {
         let before = last.take();
-        last = cli::bare(&arg, &["--track"]);
+        last = cli::bare(&arg, &["--track", "--record"]);
         match arg {
             // Not the directory that it could be: that is ./off.
-            Value(word) if before.is_some() && (word == "on" || word == "off") => {
+            Value(word) if before.is_some_and(|flag| is_value_of(flag, &word)) => {
                 return Err(cli::stray(before, &word, ""));
             }
             Short('h') | Long("help") => return Ok(Parsed::Help(help(command, &mut parser)?)),
@@ -139,6 +142,10 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
             }
             Value(word) if command.is_none() => command = Some(known(word)?),
             Value(word) => operands.push_back(word),
+            Long(flag) if cli::restore::is_lazy(flag) => {
+                let flag = flag.to_owned();
+                cli::restore::take_lazy(&flag, &mut lazy, &mut parser)?;
+            }
             Long(flag) => {
                 let flag = flag.to_owned();
                 if !flags.take(&flag, &mut parser)? {
@@ -155,6 +162,10 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
         Some(flag) => return Err(UsageError::Command(format!("ctl: --{flag} is for migrate"))),
         None if resume && !is("load") => {
             let text = "--resume is of `load` alone; a guest that is paused goes on by `resume`";
+            return Err(wrong(text));
+        }
+        None if lazy.any() && !is("load") => {
+            let text = "--lazy, --on-loss, --page-deadline, --record and --page-handler are options of load DIR";
             return Err(wrong(text));
         }
         None => {}
@@ -188,7 +199,11 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
         }
         "load" => {
             let what = "ctl load: the snapshot's directory";
-            Question::Load(dir(operands.pop_front(), what)?, resume)
+            let dir = dir(operands.pop_front(), what)?;
+            if let Some(handler) = lazy.handler.take() {
+                lazy.handler = Some(told_path("--page-handler", handler)?);
+            }
+            Question::Load(Box::new(Load { dir, resume, lazy }))
         }
         name => {
             let mut questions = QUESTIONS.into_iter();
@@ -205,6 +220,14 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
         json,
         timeout: Duration::from_secs(timeout.into()),
     }))
+}
+
+/// Whether `word`, behind a `flag` whose value stands in the same word, looks like that value.
+fn is_value_of(flag: &str, word: &OsStr) -> bool {
+    match flag {
+        "--record" => word.as_encoded_bytes().iter().all(u8::is_ascii_digit),
+        _ => word == "on" || word == "off",
+    }
 }
 
 /// The name of a command.
@@ -341,10 +364,7 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
             ("PUT", "/actions", Some(action))
         }
         Question::Snapshot(request) => ("PUT", "/snapshot/create", Some(snapshot_body(request))),
-        Question::Load(dir, resume) => {
-            let load = json!({ "snapshot_path": dir, "resume_vm": resume });
-            ("PUT", "/snapshot/load", Some(load))
-        }
+        Question::Load(load) => ("PUT", "/snapshot/load", Some(load.body())),
         Question::Migrate(_) | Question::MigrateStatus => ("GET", "/migrate", None),
         Question::MigrateOrder(order) => ("PATCH", "/migrate", Some(json!({ "order": order }))),
         Question::Config => ("GET", "/vm/config", None),
@@ -381,12 +401,9 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
 /// The answer as it is printed; none where that would be more than [`MOST_WORDS`].
 fn told(options: &Ctl, body: Value) -> Option<String> {
     let (words, body) = match &options.question {
-        Question::Pause | Question::Load(_, false) => {
-            ("paused".into(), json!({ "state": "Paused" }))
-        }
-        Question::Resume | Question::Load(_, true) => {
-            ("running".into(), json!({ "state": "Running" }))
-        }
+        Question::Load(load) if load.resume => ("running".into(), json!({ "state": "Running" })),
+        Question::Pause | Question::Load(_) => ("paused".into(), json!({ "state": "Paused" })),
+        Question::Resume => ("running".into(), json!({ "state": "Running" })),
         Question::Snapshot(request) => {
             let dir = request.dir.display().to_string();
             let shown = dir.escape_debug().to_string();
@@ -549,7 +566,7 @@ mod tests {
             let asked = parsed(&format!("--api-sock /s {words}")).unwrap();
             assert_eq!(
                 asked.question,
-                Question::Load("/a".into(), resume),
+                Question::Load(Box::new(Load::new("/a", resume))),
                 "{words}"
             );
         }
@@ -573,6 +590,16 @@ mod tests {
             ("help frob", "ctl frob is not a command"),
             ("--api-sock /s load --resume", "directory"),
             ("--api-sock /s pause --resume", "--resume is of `load`"),
+            ("--api-sock /s pause --lazy", "options of load"),
+            ("--api-sock /s snapshot /a --record", "options of load"),
+            ("--api-sock /s load --record 5 /a", "--record=5"),
+            ("--api-sock /s load /a --record=0", "--record \"0\""),
+            ("--api-sock /s load /a --on-loss retry", "stop or poison"),
+            (
+                "--api-sock /s load /a --page-deadline 0",
+                "--page-deadline \"0\"",
+            ),
+            ("--api-sock /s load /a --page-handler=", "--page-handler"),
             ("--api-sock= pause", "--api-sock \"\""),
             ("--api-sock /s pause --timeout 0s", "--timeout"),
             (

@@ -6,6 +6,8 @@
 
 mod api_bytes;
 
+use std::time::Duration;
+
 use api_bytes::{decode, readable, run};
 use kvm_core::arch::x86_64::state::ClockRestore;
 use proptest::prelude::*;
@@ -14,6 +16,7 @@ use reference_vmm::api::http::{
 };
 use reference_vmm::api::load::LoadRequest;
 use reference_vmm::api::router::{Action, Outcome, respond, route};
+use reference_vmm::lazy::{LazySaid, OnLoss};
 use serde_json::Value;
 
 fn request(method: &str, path: &str, body: &str) -> Request {
@@ -236,17 +239,26 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
         nets: vec![],
         uds: None,
         clock: None,
-        lazy: false,
-        handler: None,
+        lazy: LazySaid::default(),
     };
-    let lazy = LoadRequest {
+    let with = |lazy| LoadRequest {
+        lazy,
+        ..load.clone()
+    };
+    let lazy = with(LazySaid {
         lazy: true,
-        ..load.clone()
-    };
-    let handled = LoadRequest {
+        ..LazySaid::default()
+    });
+    let said = with(LazySaid {
+        on_loss: Some(OnLoss::Poison),
+        deadline: Some(Duration::from_secs(3)),
+        record: Some(Duration::from_secs(86_400)),
+        ..LazySaid::default()
+    });
+    let handled = with(LazySaid {
         handler: Some("/run/handler".into()),
-        ..load.clone()
-    };
+        ..LazySaid::default()
+    });
     let all = LoadRequest {
         resume: true,
         track: true,
@@ -271,6 +283,10 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
             &handled,
         ),
         (r#"{"snapshot_path": "/s", "lazy": true}"#, &lazy),
+        (
+            r#"{"snapshot_path": "/s", "on_loss": "poison", "page_deadline": 3, "record": 86400}"#,
+            &said,
+        ),
         (
             r#"{"snapshot_path": "/s", "resume_vm": true, "track_dirty_pages": true, "vsock_override": {"uds_path": "/v"}, "clock_realtime": false,
                 "network_overrides": [{"iface_id": "net0", "host_dev_name": "tap5"},
@@ -306,6 +322,15 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
             r#"{"snapshot_path": "/s", "mem_file_path": "/s/memory",
                 "mem_backend": {"backend_type": "File", "backend_path": "/s/memory"}}"#,
             "too many fields",
+        ),
+        (r#"{"snapshot_path": "/s", "on_loss": "retry"}"#, "retry"),
+        (
+            r#"{"snapshot_path": "/s", "page_deadline": 0}"#,
+            "page_deadline 0: a whole number of seconds from 1 to 86400",
+        ),
+        (
+            r#"{"snapshot_path": "/s", "record": 4294967297}"#,
+            "record 4294967297",
         ),
         (
             r#"{"snapshot_path": "/s", "huge_pages": "2M"}"#,

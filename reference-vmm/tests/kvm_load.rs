@@ -182,6 +182,41 @@ fn a_guest_that_is_loaded_paused_runs_nothing_before_it_is_resumed() {
 }
 
 #[test]
+fn a_client_says_that_memory_is_to_come_later_and_how() {
+    if support::lab_short() {
+        return;
+    }
+    let place = Place::with_snapshot("");
+    let mut guest = place.wait("");
+    // One that fails has left nothing behind, and nothing of what it said holds for the next.
+    let nowhere = place.ctl(&["load", place.text(), "--page-handler", "/nowhere"]);
+    nowhere.expect_status(1).expect_line(&["/nowhere"]);
+    assert_eq!(place.says(&["status"]), "not started\n");
+    let words = [
+        "load",
+        place.text(),
+        "--resume",
+        "--record=3600",
+        "--on-loss=poison",
+        "--page-deadline=5",
+    ];
+    assert_eq!(place.says(&words), "running\n");
+    guest.wait_for("5");
+    // It is recorded for an hour, so that it is under way whenever this is asked.
+    let answer = place.says(&["status", "--json"]);
+    assert!(answer.contains("\"state\":\"recording\""), "{answer}");
+    quits(guest);
+
+    // Without a word of it memory is there when the guest begins.
+    let mut guest = place.wait("");
+    place.says(&["load", place.text(), "--resume"]);
+    guest.wait_for("5");
+    let answer = place.says(&["status", "--json"]);
+    assert!(!answer.contains("\"lazy\""), "{answer}");
+    quits(guest);
+}
+
+#[test]
 fn a_signal_ends_it_while_it_waits_and_while_its_guest_is_paused() {
     if support::lab_short() {
         return;

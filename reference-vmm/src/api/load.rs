@@ -28,6 +28,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::monitor::{Machine, Monitor, describe, version};
 use super::router::{Action, Outcome};
 use super::worker::Busy;
+use crate::lazy::LazySaid;
 use crate::migration::coming::Coming;
 use crate::snapshot::RestoreRequest;
 
@@ -46,10 +47,8 @@ pub struct LoadRequest {
     pub uds: Option<PathBuf>,
     /// What the guest sees of the time between.
     pub clock: Option<ClockRestore>,
-    /// The guest runs before its memory is read.
-    pub lazy: bool,
-    /// The Unix socket of a page-fault handler in another process, which brings its memory.
-    pub handler: Option<PathBuf>,
+    /// Whether the guest runs before its memory is read, and how that comes.
+    pub lazy: LazySaid,
 }
 
 impl LoadRequest {
@@ -66,12 +65,7 @@ impl LoadRequest {
         }
         request.clock = self.clock.unwrap_or(request.clock);
         request.track |= self.track;
-        if self.lazy || self.handler.is_some() {
-            let lazy = request.lazy.get_or_insert_default();
-            if self.handler.is_some() {
-                lazy.handler.clone_from(&self.handler);
-            }
-        }
+        self.lazy.over(&mut request.lazy);
         request
     }
 }
@@ -335,8 +329,7 @@ mod tests {
             nets: vec![(1, "t1".into())],
             uds: None,
             clock: None,
-            lazy: false,
-            handler: None,
+            lazy: LazySaid::default(),
         }
     }
 

@@ -3,6 +3,7 @@
 //! From a request to what is to be done, and from what came of it to the response. Nothing is done here.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -11,6 +12,7 @@ use kvm_core::arch::x86_64::state::ClockRestore;
 
 use super::http::{Request, Response, Status};
 use super::load::LoadRequest;
+use crate::lazy::{LazySaid, OnLoss};
 use crate::migration::outgoing::{MigrateRequest, Order};
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::files::MEMORY;
@@ -156,6 +158,32 @@ struct Load {
     /// Not Firecracker's.
     #[serde(default)]
     lazy: bool,
+    on_loss: Option<Loss>,
+    /// Seconds, and the next one.
+    page_deadline: Option<u64>,
+    record: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Loss {
+    Stop,
+    Poison,
+}
+
+/// The seconds of `field`.
+fn seconds(field: &str, said: Option<u64>) -> Result<Option<Duration>, Response> {
+    let range = LazySaid::SECONDS;
+    match said {
+        Some(said) if !u32::try_from(said).is_ok_and(|said| range.contains(&said)) => {
+            Err(bad(format!(
+                "{field} {said}: a whole number of seconds from {} to {}.",
+                range.start(),
+                range.end()
+            )))
+        }
+        said => Ok(said.map(Duration::from_secs)),
+    }
 }
 
 #[derive(Deserialize)]
@@ -221,8 +249,16 @@ impl Load {
             // The second is the first's older name.
             track: self.track_dirty_pages || self.enable_diff_snapshots,
             uds: self.vsock_override.map(|of| of.uds_path),
-            lazy: self.lazy,
-            handler,
+            lazy: LazySaid {
+                lazy: self.lazy,
+                on_loss: self.on_loss.map(|on_loss| match on_loss {
+                    Loss::Stop => OnLoss::Stop,
+                    Loss::Poison => OnLoss::Poison,
+                }),
+                deadline: seconds("page_deadline", self.page_deadline)?,
+                record: seconds("record", self.record)?,
+                handler,
+            },
             clock: self.clock_realtime.map(|advanced| match advanced {
                 true => ClockRestore::Advanced,
                 false => ClockRestore::AsSaved,

@@ -14,7 +14,7 @@ use super::{Command, Run, UsageError, device};
 use crate::config::{Config, check_path};
 use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::net::{Mac, NetConfig};
-use crate::lazy::{LazyRequest, OnLoss};
+use crate::lazy::{LazySaid, OnLoss};
 use crate::migration::address::Address;
 use crate::migration::incoming::IncomingRequest;
 use crate::migration::tls::TlsFiles;
@@ -143,6 +143,7 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
     let (mut address, mut tls) = (None, TlsFlags::default());
     let mut request = RestoreRequest::new("");
     let mut asked_to_map = false;
+    let mut lazy = LazySaid::default();
     let mut run = Run::new(Config::default());
     // The one before, if it may have a value.
     let mut last = None;
@@ -230,7 +231,7 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
             Long("track-dirty-pages") if !incoming => request.track = true,
             Long(flag) if !incoming && is_lazy(flag) => {
                 let flag = flag.to_owned();
-                take_lazy(&flag, request.lazy.get_or_insert_default(), &mut parser)?;
+                take_lazy(&flag, &mut lazy, &mut parser)?;
             }
             Long("kvm") => {
                 let kvm: PathBuf = parser.value()?.into();
@@ -255,6 +256,7 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
         });
         return Ok(Command::Run(Box::new(run)));
     }
+    lazy.over(&mut request.lazy);
     if asked_to_map && request.lazy.is_some() {
         let text = "--map: memory that comes later (--lazy and what means it) is not mapped from the file: leave out one of \
                     the two";
@@ -294,7 +296,7 @@ const OF_THE_SNAPSHOT: [&str; 13] = [
 ];
 
 /// Whether this flag is about memory that comes later.
-fn is_lazy(flag: &str) -> bool {
+pub(crate) fn is_lazy(flag: &str) -> bool {
     matches!(
         flag,
         "lazy" | "on-loss" | "page-deadline" | "page-handler" | "record"
@@ -302,24 +304,25 @@ fn is_lazy(flag: &str) -> bool {
 }
 
 /// Takes one of them.
-fn take_lazy(
+pub(crate) fn take_lazy(
     flag: &str,
-    lazy: &mut LazyRequest,
+    lazy: &mut LazySaid,
     parser: &mut lexopt::Parser,
 ) -> Result<(), UsageError> {
     let seconds = |flag, value| {
-        let seconds = super::number_within(flag, value, 1..=86_400)?;
+        let seconds = super::number_within(flag, value, LazySaid::SECONDS)?;
         Ok::<_, UsageError>(Duration::from_secs(seconds.into()))
     };
     match flag {
         "on-loss" => {
-            lazy.on_loss = parser.value()?.parse_with(|word| match word {
+            let on_loss = parser.value()?.parse_with(|word| match word {
                 "stop" => Ok(OnLoss::Stop),
                 "poison" => Ok(OnLoss::Poison),
                 _ => Err("--on-loss is stop or poison"),
             })?;
+            lazy.on_loss = Some(on_loss);
         }
-        "page-deadline" => lazy.deadline = seconds("--page-deadline", parser.value()?)?,
+        "page-deadline" => lazy.deadline = Some(seconds("--page-deadline", parser.value()?)?),
         "page-handler" => {
             let path = PathBuf::from(parser.value()?);
             check_path("--page-handler", &path)?;
@@ -331,7 +334,7 @@ fn take_lazy(
                 .map(|value| seconds("--record", value));
             lazy.record = Some(time.transpose()?.unwrap_or(RECORDED));
         }
-        _ => {}
+        _ => lazy.lazy = true,
     }
     Ok(())
 }

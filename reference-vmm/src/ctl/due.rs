@@ -130,7 +130,7 @@ mod tests {
         for question in [
             Question::Pause,
             Question::Resume,
-            Question::Load("/s".into(), true),
+            Question::Load(Box::new(crate::ctl::Load::new("/s", true))),
             Question::MigrateOrder(Order::Cancel),
             Question::PowerButton,
         ] {

@@ -127,12 +127,22 @@ Options:
             "\
 Have a monitor that waits for it (`restore` without --from) make the guest of the snapshot DIR, paused.
 
-Usage: reference-vmm ctl --api-sock PATH load DIR [--resume] [--json] [--timeout SECS]
+Usage: reference-vmm ctl --api-sock PATH load DIR [OPTIONS]
 
 A load that fails says why, and another may come. A monitor that has its guest loads no other.
 
 Options:
   --resume         The guest goes on at once
+  --lazy           The guest runs before its memory is read: what it touches comes first, the rest behind it
+  --on-loss stop|poison
+                   If memory does not come: the guest is stopped, or goes on without it
+  --page-deadline SECS
+                   The longest that anybody waits for memory
+  --record[=SECS]  For so long [10] only what the guest touches is brought, and is recorded beside the snapshot
+  --page-handler SOCKET
+                   A page-fault handler of Firecracker's listens there, in another process, and brings memory
+                   (Each of these five has memory come later, as of `restore`, and over what the monitor's
+                   command line said; what neither says is as there)
 "
         ),
     ),

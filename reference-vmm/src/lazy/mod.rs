@@ -55,6 +55,7 @@ mod error;
 mod events;
 mod handler;
 mod memory;
+mod said;
 mod source;
 mod stats;
 mod working_set;
@@ -64,6 +65,7 @@ use std::time::Duration;
 
 pub use error::LazyError;
 pub(crate) use memory::LazyMemory;
+pub use said::LazySaid;
 pub use source::SnapshotSource;
 pub(crate) use stats::coming;
 pub use stats::{LazyProgress, LazyState, LazyStats};
