@@ -150,7 +150,13 @@ impl Step {
     /// A memory fault at `addr`, with `errno` (`EFAULT` or `EHWPOISON` in the kernel).
     #[must_use]
     pub fn memory_fault(addr: u64, size: u64, errno: i32) -> Self {
-        let words = [0, addr, size].map(u64::to_ne_bytes).concat();
+        Self::memory_fault_as(0, addr, size, errno)
+    }
+
+    /// The same of memory that was asked for with `flags` (`KVM_MEMORY_EXIT_FLAG_…`).
+    #[must_use]
+    pub fn memory_fault_as(flags: u64, addr: u64, size: u64, errno: i32) -> Self {
+        let words = [flags, addr, size].map(u64::to_ne_bytes).concat();
         let reason = kvm::KVM_EXIT_MEMORY_FAULT;
         Self::Exit {
             reason,

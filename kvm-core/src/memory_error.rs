@@ -203,6 +203,17 @@ impl MemoryError {
         ) || self.is_optional()
     }
 
+    /// Whether the guest wanted it as private memory, of a `guest_memfd`, or as shared, of this process;
+    /// `None` where KVM did not say. A guest that can have both asks so for a conversion
+    /// (`KVM_SET_MEMORY_ATTRIBUTES`), after which it may run on: the memory is not lost then.
+    #[must_use]
+    pub fn wants_private(&self) -> Option<bool> {
+        match self.source {
+            MemoryErrorSource::Fault { flags, .. } => Some(is_private(flags)),
+            _ => None,
+        }
+    }
+
     /// Whether nobody has run into it yet (`BUS_MCEERR_AO`).
     #[must_use]
     pub const fn is_optional(&self) -> bool {
@@ -214,6 +225,11 @@ impl MemoryError {
             })
         )
     }
+}
+
+/// `KVM_MEMORY_EXIT_FLAG_PRIVATE` of a fault's flags.
+fn is_private(flags: u64) -> bool {
+    flags & u64::from(kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE) != 0
 }
 
 fn kind_of(errno: Errno) -> MemoryErrorKind {
@@ -240,7 +256,11 @@ impl fmt::Display for MemoryError {
                 write!(f, " ({what} of {len} bytes came out as MMIO)")
             }
             MemoryErrorSource::Fault { flags, size, errno } => {
-                write!(f, " ({size} bytes, flags {flags:#x}")?;
+                let what = match is_private(flags) {
+                    true => "private",
+                    false => "shared",
+                };
+                write!(f, " ({size} bytes, asked for as {what}, flags {flags:#x}")?;
                 errno.map_or(Ok(()), |errno| write!(f, ", KVM_RUN: {errno}"))?;
                 f.write_str(")")
             }

@@ -214,6 +214,32 @@ fn every_way_to_lose_memory_comes_to_one_place_with_its_address_kind_and_source(
     }
 }
 
+/// A conversion is the consumer's to make: the access is told whole, and runs again after it.
+#[test]
+fn a_guest_that_asks_for_private_or_for_shared_memory_runs_on_when_it_was_given() {
+    for (flags, private) in [(8, true), (0, false), (1 << 40, false)] {
+        let step = Step::memory_fault_as(flags, 0x5000, 0x1000, EFAULT);
+        let (reason, seen) = play(|| Remedy::RunOn, &[step, Step::hlt()]);
+        assert_eq!(reason, HaltReason::Handler("halted"));
+        let [error] = seen.errors[..] else {
+            panic!("{:?}", seen.errors)
+        };
+        assert_eq!(error.wants_private(), Some(private));
+        assert!(error.is_restartable());
+        assert_eq!(
+            error.source,
+            MemoryErrorSource::Fault {
+                flags,
+                size: 0x1000,
+                errno: Some(Errno::new(EFAULT)),
+            }
+        );
+    }
+    // Where KVM says nothing of it nothing is made up.
+    let (_, seen) = play(|| Remedy::RunOn, &[Step::Errno(EFAULT), Step::hlt()]);
+    assert_eq!(seen.errors[0].wants_private(), None);
+}
+
 #[test]
 fn a_handler_that_knows_nothing_of_memory_errors_halts_with_one_in_words() {
     let ignore = |_: &VcpuView<'_, ()>, _: Exit<'_>| -> Flow<()> { Flow::Continue };
@@ -225,7 +251,11 @@ fn a_handler_that_knows_nothing_of_memory_errors_halts_with_one_in_words() {
     for (step, words) in [
         (
             Step::memory_fault(0x5000, 0x1000, EFAULT),
-            "memory at 0x5000 (4096 bytes, flags 0x0, KVM_RUN: Bad address",
+            "memory at 0x5000 (4096 bytes, asked for as shared, flags 0x0, KVM_RUN: Bad address",
+        ),
+        (
+            Step::memory_fault_as(8, 0x6000, 0x2000, EFAULT),
+            "memory at 0x6000 (8192 bytes, asked for as private, flags 0x8, KVM_RUN: Bad address",
         ),
         (
             Step::Errno(EHWPOISON),
@@ -486,12 +516,26 @@ fn a_machine_check_says_what_the_manuals_say() {
 }
 
 #[test]
-fn an_error_without_an_address_makes_no_machine_check_and_a_refused_one_says_so() {
+fn an_error_without_an_address_or_a_wish_for_private_memory_makes_no_machine_check_and_a_refused_one_says_so()
+ {
     let nowhere = MemoryError {
         address: None,
         ..error(MemoryErrorSource::Run(Errno::new(EFAULT)))
     };
     assert_eq!(MachineCheck::of(&nowhere, McaVendor::Intel), None);
+    // To ask for private memory is no damage; a private page that is poisoned is.
+    let private = |errno, kind| MemoryError {
+        kind,
+        ..error(MemoryErrorSource::Fault {
+            flags: 8,
+            size: 0x1000,
+            errno: Some(Errno::new(errno)),
+        })
+    };
+    let asked = private(EFAULT, MemoryErrorKind::Unserved);
+    let poisoned = private(EHWPOISON, MemoryErrorKind::Poisoned);
+    assert_eq!(MachineCheck::of(&asked, McaVendor::Intel), None);
+    assert!(MachineCheck::of(&poisoned, McaVendor::Intel).is_some());
     let bank = Bank {
         errno: Some(22),
         ..Bank::default()

@@ -14,7 +14,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::errno::Error as Errno;
 
 use super::cpuid::Vendor;
-use crate::memory_error::{MemoryError, MemoryErrorSource};
+use crate::memory_error::{MemoryError, MemoryErrorKind, MemoryErrorSource};
 
 /// The bank that reports; memory controllers' are above the processor's own. QEMU's choice too.
 const BANK: u8 = 9;
@@ -119,7 +119,9 @@ const IN_PROGRESS: u64 = 1 << 2;
 const PHYSICAL: u64 = 2 << 6;
 
 impl MachineCheck {
-    /// The machine check that tells a guest of `error`; `None` where its guest address is not known.
+    /// The machine check that tells a guest of `error`; `None` where its guest address is not known, and
+    /// where the guest asked for private memory that there is not
+    /// ([`MemoryError::wants_private`]): a wish, and no damage.
     ///
     /// One that the guest has run into and whose instruction can be restarted is "action required"; one
     /// that nobody has run into is "action optional". Where the instruction is over, or was half done by
@@ -128,6 +130,9 @@ impl MachineCheck {
     #[must_use]
     pub fn of(error: &MemoryError, vendor: McaVendor) -> Option<Self> {
         let GuestAddress(addr) = error.address?;
+        if error.wants_private() == Some(true) && error.kind != MemoryErrorKind::Poisoned {
+            return None;
+        }
         let common = VALID | ENABLED | MISC_VALID | ADDRESS_VALID;
         let (status, mcg_status) = match (vendor, error.is_optional(), error.is_restartable()) {
             (McaVendor::Intel, true, _) => (UNCORRECTED | SIGNALED | SCRUB, RESTART_IP_VALID),
