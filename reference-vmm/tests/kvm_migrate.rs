@@ -738,3 +738,45 @@ fn a_process_that_waits_for_a_guest_is_stopped_by_a_signal_and_says_what_is_wron
         refused.expect_status(2).expect_line(&[needle]);
     }
 }
+
+#[test]
+fn a_guest_that_has_moved_is_neither_moved_nor_resumed_here_again() {
+    need_kvm();
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let mut guest = Guest::boot(&config);
+    guest.hear(3);
+    let (_folder, path) = place();
+    let incoming = Incoming::bind(&IncomingRequest::new(Address::Unix(path))).unwrap();
+    let request = request(incoming.address());
+    let end = Arc::new(EndSignal::new().unwrap());
+    let (console, writer) = std::io::pipe().unwrap();
+    let outgoing = Outgoing::default();
+    let running = std::thread::scope(|scope| {
+        let there = scope.spawn(|| incoming.receive(writer, &end, &|| None, Machine::start));
+        let moved = outgoing.migrate(&guest.running, &guest.end, &request);
+        moved.unwrap();
+        there.join().unwrap().unwrap()
+    });
+    let mut there = Guest {
+        running,
+        end,
+        console,
+        said: Vec::new(),
+    };
+    there.hear(2);
+    // Whoever asked at the same time comes to its turn now.
+    let again = outgoing.migrate(&guest.running, &guest.end, &request);
+    assert!(
+        matches!(&again, Err(OutgoingError::Moved(to)) if *to == request.destination),
+        "{again:?}"
+    );
+    assert_eq!(outgoing.moved_to(), Some(request.destination.clone()));
+    assert!(matches!(
+        outgoing.resume(&guest.running, &guest.end),
+        Err(None)
+    ));
+    assert_eq!(guest.running.state(), RunState::Paused);
+    there.hear(2);
+    guest.leave();
+    there.leave();
+}

@@ -163,6 +163,8 @@ impl Monitor for Machine<'_> {
             Action::Migrate(request) => {
                 let not_begun = |why: &dyn std::fmt::Display| {
                     let state = match self.running.state() {
+                        _ if self.outgoing.moved_to().is_some() => "is not here any more",
+                        _ if self.running.is_handed_over() => "stands still here",
                         RunState::Running => "runs on here",
                         RunState::Paused => "is paused here, as it was",
                     };
@@ -202,7 +204,7 @@ impl Monitor for Machine<'_> {
     }
 
     fn runs(&self) -> bool {
-        !self.running.stays_paused()
+        !self.running.stays_paused() && !self.running.is_stopping()
     }
 
     fn answered(&self) {

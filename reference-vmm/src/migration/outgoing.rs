@@ -27,7 +27,7 @@ use super::{progress, report};
 use crate::devices::virtio::rng::random_id;
 use crate::end::{Chain, EndSignal};
 use crate::lazy::LazyError;
-use crate::vm::Running;
+use crate::vm::{ControlError, Running};
 
 /// How to migrate, as it is asked for: the body of `PUT /migrate`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -128,6 +128,12 @@ pub enum OutgoingError {
     /// One is under way.
     #[error("a migration is under way: cancel it first")]
     Busy,
+    /// The guest is somebody else's.
+    #[error("it has moved to {0:?}")]
+    Moved(String),
+    /// The last one has left the guest standing still: whose it is is to be said first, or it is to be resumed.
+    #[error("{}: resume it first (ctl resume)", ControlError::HandOver)]
+    HandedOver,
     /// There has been none.
     #[error("there has been no migration")]
     None,
@@ -155,6 +161,13 @@ struct Job {
     limit: Arc<Limiter>,
     given: Arc<Given>,
     recorder: Recorder,
+}
+
+impl Job {
+    fn moved_to(&self) -> Option<String> {
+        let record = self.recorder.lock();
+        (record.outcome == Some(Outcome::Moved)).then(|| record.to.clone())
+    }
 }
 
 impl Outgoing {
@@ -238,6 +251,13 @@ impl Outgoing {
             if busy {
                 return Err(OutgoingError::Busy);
             }
+            // What the last one knows of the guest's owner, and of what it let go of, is kept.
+            if let Some(to) = current.as_ref().and_then(|job| job.moved_to()) {
+                return Err(OutgoingError::Moved(to));
+            }
+            if running.is_handed_over() {
+                return Err(OutgoingError::HandedOver);
+            }
             *current = Some(Arc::clone(&job));
         }
         let (to, recorder) = (&request.destination, &job.recorder);
@@ -266,8 +286,7 @@ impl Outgoing {
 
     /// Where the last one has taken the guest, if it has.
     pub fn moved_to(&self) -> Option<String> {
-        let record = self.record().ok()?;
-        (record.outcome == Some(Outcome::Moved)).then_some(record.to)
+        self.lock().as_ref()?.moved_to()
     }
 
     /// Has a guest go on that the last migration left standing still, because what it had let go of could not be taken back.
@@ -302,8 +321,11 @@ impl Outgoing {
 
     /// Why nothing else is done while one is under way: how far it is, and how it is ended. Does not block.
     pub(crate) fn under_way(&self) -> String {
-        let job = self.lock().clone().filter(|job| !job.recorder.is_over());
-        let Some(job) = job else {
+        let job = self.lock().clone();
+        if let Some(to) = job.as_ref().and_then(|job| job.moved_to()) {
+            return format!("the guest has moved to {to:?}, and this monitor ends");
+        }
+        let Some(job) = job.filter(|job| !job.recorder.is_over()) else {
             // It waits for what is at work, or has just come to its turn.
             let text = "a migration has been asked for, and begins: ask again when it is done";
             return text.into();

@@ -695,8 +695,10 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                 self.observer.event(Event::NotTakenBack(&why));
                 told = true;
             }
-            let over = self.guest.over().is_some();
-            if over || begun.elapsed() >= self.settings.patience.take_back {
+            if self.guest.over().is_some() {
+                return After::Ended;
+            }
+            if begun.elapsed() >= self.settings.patience.take_back {
                 return After::StandsStill(why);
             }
             // The destination cannot start it, and lets go of all when it is told so.

@@ -346,6 +346,11 @@ impl Running {
         })
     }
 
+    /// Whether it is being handed over, or has been.
+    pub(crate) fn is_handed_over(&self) -> bool {
+        self.while_handed_over(|_, _| ()).is_some()
+    }
+
     /// [`while_paused`](Self::while_paused), of a machine that is being handed over; and whether it is to arrive paused.
     pub(crate) fn while_handed_over<T>(&self, f: impl FnOnce(&Pause, bool) -> T) -> Option<T> {
         self.with_hold(|hold| match hold {
