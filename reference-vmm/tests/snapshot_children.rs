@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use chain_files::{Files, at, id, memory, parent, tree};
 use reference_vmm::snapshot::SnapshotError;
 use reference_vmm::snapshot::children;
-use reference_vmm::snapshot::files::{Draft, HostFiles, WriteError};
+use reference_vmm::snapshot::files::{Draft, HostFiles, WriteError, hold_parent};
 use reference_vmm::snapshot::merge::{MergeError, MergeRequest, merge};
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::ranges::Ranges;
@@ -178,4 +178,35 @@ fn only_the_place_where_a_child_finds_its_parent_is_kept() {
     let (base, inc) = (moved.path().join("base"), moved.path().join("inc"));
     assert_eq!(children::of(&base, id(1)), [inc]);
     assert!(matches!(begin(&base), Err(WriteError::Parent { .. })));
+}
+
+#[test]
+fn what_one_is_being_written_on_is_not_replaced_and_what_is_replaced_is_not_built_on() {
+    let (folder, _, inc) = two();
+    // Begun before anybody built on it.
+    let draft = Draft::begin(&HostFiles, &inc).unwrap();
+    let held = hold_parent(&inc).unwrap();
+    let before = fs::read(inc.join("state")).unwrap();
+    let error = draft.commit().unwrap_err();
+    assert!(
+        matches!(&error, WriteError::BuiltOn(dir) if *dir == inc),
+        "{error}"
+    );
+    // And behind that.
+    let error = begin(&inc).unwrap_err();
+    assert!(
+        matches!(&error, WriteError::BuiltOn(dir) if *dir == inc),
+        "{error}"
+    );
+    assert_eq!(fs::read(inc.join("state")).unwrap(), before);
+    // Many may be written at once.
+    let other = hold_parent(&inc).unwrap();
+    drop(held);
+    assert!(begin(&inc).is_err());
+    drop(other);
+
+    // What was cut short, or still goes on, is in nobody's way.
+    let cut = folder.path().join(".cut.partial");
+    write(&cut, 3, Some((&inc, 2)));
+    begin(&inc).unwrap();
 }

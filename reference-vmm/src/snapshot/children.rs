@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::files::{STATE, absolute, same};
@@ -54,6 +54,12 @@ pub fn of(dir: &Path, id: SnapshotId) -> Vec<PathBuf> {
             );
             break;
         }
+        // One that is being written has its parent locked; one that never was written to its end is nothing.
+        let name = entry.file_name();
+        let name = name.as_encoded_bytes();
+        if name.starts_with(b".") && name.ends_with(b".partial") {
+            continue;
+        }
         let child = entry.path();
         if builds_on(&child, &dir, id) {
             found.push(child);
@@ -81,12 +87,17 @@ fn builds_on(child: &Path, dir: &Path, id: SnapshotId) -> bool {
 /// What the snapshot in `dir` says that it builds on; none where it is a full one, or no snapshot.
 fn parent_of(dir: &Path) -> io::Result<Option<Parent>> {
     let path = dir.join(STATE);
-    // Asked before it is opened: opening a pipe waits for its other end.
-    if !std::fs::metadata(&path)?.is_file() {
+    // Opening a pipe would wait for its other end.
+    let mut options = File::options();
+    let file = options
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let is = file.metadata()?;
+    if !is.is_file() {
         return Ok(None);
     }
-    let file = File::open(path)?;
-    let len = file.metadata()?.len();
+    let len = is.len();
     let mut head = vec![0; HEAD.min(usize::try_from(len).unwrap_or(HEAD))];
     file.read_exact_at(&mut head, 0)?;
     let Some(place) = format::find(&head, Kind::Parent) else {

@@ -13,7 +13,9 @@
 //! `working_set` that is one. Where anything else lies there, before or since the snapshot began, whatever its name, it stays
 //! under it, and the snapshot is refused.
 //!
-//! One that another beside it builds on is not replaced either: that one would be lost ([`children`](super::children)).
+//! One that another beside it builds on is not replaced either: that one would be lost ([`children`](super::children)). While
+//! one is being written it has its parent locked (`flock(2)` of the directory, shared), and who replaces one has that for
+//! itself: so neither is done while the other is not.
 //!
 //! None is put into the directory of another, or below it: that one would hold then what is not its own.
 //!
@@ -156,13 +158,19 @@ fn remove(path: &Path) -> io::Result<()> {
     std::fs::remove_dir(path)
 }
 
+/// `flock(2)`; does not wait.
+fn lock(file: &File, how: libc::c_int) -> io::Result<()> {
+    // SAFETY: an open descriptor.
+    match unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Locks a directory, which is still the one of this name then.
 fn lock_dir(path: &Path) -> io::Result<File> {
     let dir = File::open(path)?;
-    // SAFETY: an open descriptor.
-    if unsafe { libc::flock(dir.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    lock(&dir, libc::LOCK_EX)?;
     let (locked, named) = (dir.metadata()?, std::fs::symlink_metadata(path)?);
     match (locked.dev(), locked.ino()) == (named.dev(), named.ino()) {
         true => Ok(dir),
@@ -227,6 +235,9 @@ pub enum WriteError {
         /// How many more do.
         more: usize,
     },
+    /// A snapshot is there that one builds on which is being written.
+    #[error("{} cannot be replaced: a snapshot that builds on it is being written", .0.display())]
+    BuiltOn(PathBuf),
     /// Another process writes a snapshot of this name.
     #[error("another snapshot to {0} is being written")]
     InUse(PathBuf),
@@ -373,10 +384,11 @@ impl<'a, F: SnapshotFiles> Draft<'a, F> {
     pub fn commit(mut self) -> Result<(), WriteError> {
         let synced = self.files.sync(&self.lock);
         synced.map_err(call("sync", &self.partial))?;
-        // One that was taken meanwhile, by another guest of the same chain.
-        if self.replaces {
-            not_a_parent(&self.target)?;
-        }
+        // Who has begun to build on it meanwhile is waited for by nobody, and who begins from now on finds the new one.
+        let _replaced = match self.replaces {
+            true => Some(hold_to_replace(&self.target)?),
+            false => None,
+        };
         let parent = self.files.open_dir(&self.parent);
         let parent = parent.map_err(call("open", &self.parent))?;
         self.swap()
@@ -461,10 +473,32 @@ fn look(target: &Path) -> Result<bool, WriteError> {
     }
     match contents::of(target)? {
         Contents::Nothing => Ok(true),
-        Contents::Snapshot => not_a_parent(target).map(|()| true),
+        Contents::Snapshot => hold_to_replace(target).map(|_| true),
         Contents::Beside(entry) => Err(foreign(target, entry)),
         Contents::Other(_) => Err(occupied()),
     }
+}
+
+/// Keeps `dir`, on which a snapshot is built, from being replaced until that is there.
+///
+/// # Errors
+/// [`WriteError::InUse`]: it is being replaced.
+pub fn hold_parent(dir: &Path) -> Result<File, WriteError> {
+    let held = File::open(dir).and_then(|file| lock(&file, libc::LOCK_SH).map(|()| file));
+    held.map_err(|source| match source.kind() {
+        io::ErrorKind::WouldBlock => WriteError::InUse(dir.to_owned()),
+        _ => call("lock", dir)(source),
+    })
+}
+
+/// Keeps others from building on the snapshot in `target`, on which none builds.
+fn hold_to_replace(target: &Path) -> Result<File, WriteError> {
+    let held = lock_dir(target).map_err(|source| match source.kind() {
+        io::ErrorKind::WouldBlock => WriteError::BuiltOn(target.to_owned()),
+        _ => call("lock", target)(source),
+    })?;
+    not_a_parent(target)?;
+    Ok(held)
 }
 
 /// Refuses a snapshot that others build on. What cannot be parsed is nobody's parent any more.

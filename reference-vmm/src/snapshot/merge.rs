@@ -84,6 +84,7 @@ impl MergeError {
                 | WriteError::Within { .. }
                 | WriteError::Occupied(_)
                 | WriteError::Parent { .. }
+                | WriteError::BuiltOn(_)
                 | WriteError::Foreign { .. },
             )) => 2,
             MergeError::Write(_) => 1,

@@ -13,6 +13,7 @@
 //! The order of reading: devices (they rest), the interrupt controllers, the vCPUs, the VM's clock. What a controller still
 //! sends then is in the vCPUs' local APICs as well at worst, never in neither.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -28,7 +29,8 @@ use super::chain::Chain;
 use super::config_form::{self, PathError};
 use super::disks::{self, CopyError, DiskCopies, DiskCopy};
 use super::files::{
-    Draft, DraftFile, HostFiles, MEMORY, STATE, SnapshotFiles, WriteError, absolute, same,
+    Draft, DraftFile, HostFiles, MEMORY, STATE, SnapshotFiles, WriteError, absolute, hold_parent,
+    same,
 };
 use super::format::{Kind, SnapshotId};
 use super::link::Link;
@@ -311,6 +313,8 @@ impl Running {
         };
         let mut tip = tip.ok_or(SnapshotError::Underway)?;
         let parent = self.parent(request, tip.as_ref())?;
+        // Held until this one is there.
+        let (parent, _held) = parent.unzip();
         let config = config_form::to_json(self.config())?;
         let host = self.state_host()?;
         let id = SnapshotId(random_id().map_err(SnapshotError::Random)?);
@@ -448,12 +452,12 @@ impl Running {
         }
     }
 
-    /// What one that is asked for builds on; none of a full one.
+    /// What one that is asked for builds on, kept from being replaced; none of a full one.
     fn parent(
         &self,
         request: &SnapshotRequest,
         tip: Option<&Tip>,
-    ) -> Result<Option<Parent>, SnapshotError> {
+    ) -> Result<Option<(Parent, File)>, SnapshotError> {
         let SnapshotKind::Diff { base } = &request.kind else {
             return match tip {
                 Some(tip) if is_under(&request.dir, tip) => Err(SnapshotError::OntoBase {
@@ -466,6 +470,8 @@ impl Running {
         let tip = tip.filter(|_| self.is_tracked(TrackUser::Snapshot));
         let tip = tip.ok_or(SnapshotError::NotTracked)?;
         let base = base.as_deref().unwrap_or(&tip.dir);
+        // Before it is looked at: it stays then what it is.
+        let held = hold_parent(base).ok();
         let (chain, _) =
             Chain::open(base).map_err(|error| SnapshotError::Chain(Box::new(error)))?;
         let found = chain.newest().map_or(tip.id, Link::id);
@@ -490,7 +496,8 @@ impl Running {
             path: absolute(base),
         };
         parent.check().map_err(SnapshotError::Parent)?;
-        Ok(Some(parent))
+        let held = held.map_or_else(|| hold_parent(base), Ok)?;
+        Ok(Some((parent, held)))
     }
 
     /// Has in the draft what the disks are that the guest writes. An end ends it.
