@@ -138,6 +138,56 @@ fn what_is_touched_comes_and_the_rest_behind_it() {
     }
 }
 
+/// Has a page wherever it is asked, and notes where.
+struct Noted(Mutex<Vec<u64>>);
+
+impl PageSource for Noted {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        let pages = into.len() as u64 / P;
+        self.0.lock().unwrap().extend(first.0..first.0 + pages);
+        Keyed.fetch(first, into)
+    }
+}
+
+#[test]
+fn of_some_pages_alone_the_others_keep_what_they_have_and_are_not_asked_for() {
+    let uffd = Uffd::open(Features::NONE, Features::POISON).unwrap();
+    let memory = Arc::new(Mapping::new(&Backing::anonymous(64 * P), GuestAddress(0)).unwrap());
+    let start = memory.host();
+    // Pages 0 to 15 are here; 40 and the last are to come, and 16 to 39 nobody ever wrote.
+    for page in 0..16 {
+        // SAFETY: mapped for as long as this runs, and nobody else has it yet.
+        unsafe { ((start.0 + page * P as usize) as *mut u64).write_volatile(7) };
+    }
+    let registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+    let source = Arc::new(Noted(Mutex::default()));
+    let of: Arc<dyn PageSource> = Arc::clone(&source) as _;
+    let first = Gfn(1000);
+    let slot = PagedSlot::new(&registration, first, of).unwrap();
+    // Beyond the slot there is nothing.
+    let slot = slot.only([Gfn(1040)..Gfn(1041), Gfn(1063)..Gfn(2000), Gfn(0)..Gfn(9)]);
+    let pager = Pager::start(&uffd, vec![slot], PagerConfig::default()).unwrap();
+    let progress = pager.progress();
+    assert_eq!((progress.total, progress.missing), (64, 2));
+    let expected = |page| match page {
+        0..16 => [7, 0],
+        40 | 63 => expected(1000 + page),
+        _ => [0, 0],
+    };
+    for page in [3, 20, 40, 41] {
+        assert_eq!(read(start, page), expected(page), "{page}");
+    }
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    let mut asked = std::mem::take(&mut *source.0.lock().unwrap());
+    asked.sort_unstable();
+    assert_eq!(asked, [1040, 1063]);
+    for page in 0..64 {
+        assert_eq!(read(start, page), expected(page), "{page}");
+    }
+    pager.finish().unwrap();
+}
+
 #[test]
 fn faults_in_a_row_are_brought_by_a_window_that_grows() {
     let world = World::new(&Backing::anonymous(4096 * P), Modes::MISSING);

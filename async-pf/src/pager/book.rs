@@ -168,6 +168,22 @@ impl Book {
         }
     }
 
+    /// Only these pages of a slot are to come; the others are there. Before anything else is asked of it.
+    pub fn only(&mut self, slot: usize, pages: &[Range<u64>]) {
+        let Some(of) = self.slots.get_mut(slot) else {
+            return;
+        };
+        of.pages.fill(Page::new(PageState::Present, false, false));
+        self.settled += of.pages.len() as u64;
+        for run in pages {
+            let run = run.start as usize..(run.end as usize).min(of.pages.len());
+            for page in of.pages.get_mut(run).unwrap_or_default() {
+                self.settled -= u64::from(page.settled());
+                *page = Page::new(PageState::Absent, false, false);
+            }
+        }
+    }
+
     fn get(&self, place: Place) -> Option<Page> {
         let slot = self.slots.get(place.slot)?;
         slot.pages.get(place.page as usize).copied()

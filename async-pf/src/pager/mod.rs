@@ -135,6 +135,21 @@ impl PagedSlot {
         Self::of(role, range.host_range(), first, source, missing)
     }
 
+    /// Of these pages alone: all others are there already, or are zeros. One of those that is touched and not there is
+    /// served as zeros, without the source. What is not the slot's is passed over, and a page of the registration's size
+    /// comes if any of its 4 KiB is to.
+    #[must_use]
+    pub fn only(mut self, pages: impl IntoIterator<Item = Range<Gfn>>) -> Self {
+        let (each, first) = (self.info.page_size / PAGE_SIZE, self.info.first.0);
+        let end = first + self.info.pages() * each;
+        let within = pages.into_iter().map(|run| {
+            let (start, stop) = (run.start.0.max(first), run.end.0.min(end));
+            (start.max(first) - first) / each..stop.saturating_sub(first).div_ceil(each)
+        });
+        self.info.only = Some(within.filter(|run| run.start < run.end).collect());
+        self
+    }
+
     fn of(
         role: FillRole,
         host: Range<usize>,
@@ -149,6 +164,7 @@ impl PagedSlot {
             source,
             missing,
             ahead: 1,
+            only: None,
         };
         let pages = info.pages();
         match first.0.checked_add(role.size() / PAGE_SIZE) {

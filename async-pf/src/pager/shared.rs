@@ -38,6 +38,8 @@ pub(super) struct SlotInfo {
     pub missing: bool,
     /// What is fetched at once at most where nobody waits, in pages.
     pub ahead: u64,
+    /// Those that are to come, where not all are: pages, counted from the slot's start.
+    pub only: Option<Vec<Range<u64>>>,
 }
 
 impl SlotInfo {
@@ -141,8 +143,14 @@ impl Shared {
         let (slots, roles): (Vec<_>, Vec<_>) = slots.into_iter().unzip();
         let window = |slot: &SlotInfo| (config.window / slot.page_size).max(1);
         let sizes = slots.iter().map(|slot| (slot.pages(), window(slot)));
+        let mut book = Book::new(sizes, config.limits());
+        for (index, slot) in slots.iter().enumerate() {
+            if let Some(only) = &slot.only {
+                book.only(index, only);
+            }
+        }
         let state = State {
-            book: Book::new(sizes, config.limits()),
+            book,
             reader: Reader::Nobody,
             turns: 0,
             idle: 0,
