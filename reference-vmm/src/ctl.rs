@@ -83,8 +83,9 @@ pub(crate) enum Parsed {
 }
 
 /// The questions without arguments.
-const QUESTIONS: [(&str, Question); 9] = [
+const QUESTIONS: [(&str, Question); 10] = [
     ("migrate-cancel", Question::MigrateOrder(Order::Cancel)),
+    ("migrate-postcopy", Question::MigrateOrder(Order::Postcopy)),
     ("migrate-status", Question::MigrateStatus),
     ("status", Question::Status),
     ("pause", Question::Pause),
@@ -417,6 +418,9 @@ fn told(options: &Ctl, body: Value) -> Option<String> {
             }
         }
         Question::Migrate(_) | Question::MigrateStatus => (migrate::words(&body), body),
+        Question::MigrateOrder(order @ Order::Postcopy) => {
+            ("switched to post-copy".into(), json!({ "order": order }))
+        }
         Question::MigrateOrder(Order::Cancel) => {
             ("cancelled".into(), json!({ "order": Order::Cancel }))
         }

@@ -31,6 +31,7 @@ use reference_vmm::migration::live::LiveGuest;
 use reference_vmm::migration::message::MigrationId;
 use reference_vmm::migration::orders::Orders;
 use reference_vmm::migration::outgoing::{MigrateRequest, Order};
+use reference_vmm::migration::postcopy::When;
 use reference_vmm::migration::source::{self, Settings, WhenStuck, migrate};
 use reference_vmm::snapshot::SnapshotRequest;
 use reference_vmm::vm::{Machine, RunState};
@@ -260,6 +261,7 @@ fn a_machine_that_is_another_than_was_offered_is_refused() {
             downtime: WATCHDOG,
             time: WATCHDOG,
             when_stuck: WhenStuck::Stop,
+            postcopy: When::Never,
             patience: source::Patience::default(),
         };
         let end = Arc::new(EndSignal::new().unwrap());

@@ -9,6 +9,7 @@ use reference_vmm::migration::message::{
     Ending, GREETING, Greeting, HEAD, Head, Kind, MAGIC, MOST_CONNECTIONS, MOST_STATE, MOST_TEXT,
     Message, MessageError, MigrationId, Role, TAIL,
 };
+use reference_vmm::migration::postcopy::{Faults, ask::LANES};
 
 /// Reads what [`Message::encode`] made.
 fn read(bytes: &[u8]) -> Result<Message, MessageError> {
@@ -27,13 +28,24 @@ fn message() -> impl Strategy<Value = Message> {
         Just(Ending::Unknown)
     ];
     prop_oneof![
-        (1..=MOST_CONNECTIONS, any::<bool>(), state()).prop_map(
-            |(connections, compressed, state)| Message::Offer {
+        (1..=MOST_CONNECTIONS, any::<[bool; 2]>(), state()).prop_map(
+            |(connections, [compressed, postcopy], state)| Message::Offer {
                 connections,
                 compressed,
+                postcopy,
                 state
             }
         ),
+        prop::collection::vec(any::<std::ops::Range<u64>>(), 1..20).prop_map(Message::Missing),
+        any::<[u64; 4]>().prop_map(|[count, p50_ns, p99_ns, max_ns]| {
+            Message::Enough(Faults {
+                count,
+                p50_ns,
+                p99_ns,
+                max_ns,
+            })
+        }),
+        Just(Message::Wanted),
         (any::<u32>(), state()).prop_map(|(round, state)| Message::State { round, state }),
         any::<u32>().prop_map(Message::Taken),
         any::<u32>().prop_map(Message::Round),
@@ -51,7 +63,8 @@ fn greeting() -> impl Strategy<Value = Greeting> {
     let role = prop_oneof![
         Just(Role::Control),
         (0..MOST_CONNECTIONS).prop_map(Role::Data),
-        Just(Role::Settle)
+        Just(Role::Settle),
+        prop::sample::select(LANES.to_vec()).prop_map(Role::Pages)
     ];
     let id = any::<[u8; 16]>().prop_map(MigrationId);
     (id, role).prop_map(|(id, role)| Greeting { id, role })
@@ -164,6 +177,7 @@ fn a_state_that_no_machine_has_is_not_waited_for() {
                 Kind::Offer => Message::Offer {
                     connections: 1,
                     compressed: false,
+                    postcopy: false,
                     state: Vec::new(),
                 },
                 _ => Message::State {

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[allow(dead_code)]
 #[path = "migration/world.rs"]
 mod world;
 
@@ -24,6 +25,7 @@ use reference_vmm::migration::link::{
 use reference_vmm::migration::message::{Greeting, Message, MigrationId, Role, Side as Says};
 use reference_vmm::migration::orders::{OrderError, Orders, Whereabouts};
 use reference_vmm::migration::pages::{ReadPages, WritePages};
+use reference_vmm::migration::postcopy::When;
 use reference_vmm::migration::source::{
     self, After, MigrateError, Settings, WhenStuck, Why, migrate,
 };
@@ -43,6 +45,7 @@ fn settings() -> Settings {
         downtime: Duration::from_nanos(10),
         time: Duration::from_secs(3600),
         when_stuck: WhenStuck::Stop,
+        postcopy: When::Never,
         patience: source::Patience {
             again: Duration::from_millis(1),
             ..source::Patience::default()
@@ -543,7 +546,7 @@ fn a_guest_that_is_slowed_in_vain_is_given_up_on_with_what_is_left_to_do_and_is_
     check(&world, &here, &there, "in vain");
     assert_eq!(steps, STEPS);
     let why = here.unwrap_err().to_string();
-    for needle in ["slowed by 99 %", "pages are left", "post-copy"] {
+    for needle in ["slowed by 99 %", "pages are left", "postcopy: auto"] {
         assert!(why.contains(needle), "{why}");
     }
 }

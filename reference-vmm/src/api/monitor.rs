@@ -211,6 +211,8 @@ impl Monitor for Machine<'_> {
         // Behind the answer, which else would be lost with the process.
         if let Some(to) = self.outgoing.moved_to() {
             self.end.tell(GuestEnd::Migrated(to));
+        } else if let Some(why) = self.outgoing.lost() {
+            self.end.tell(GuestEnd::Failed(why));
         }
     }
 }

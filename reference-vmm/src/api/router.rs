@@ -53,7 +53,7 @@ pub enum Action {
     Migrate(Box<MigrateRequest>),
     /// `GET /migrate`: what the migration that is under way does, or the last one did.
     Migration,
-    /// `PATCH /migrate` with `{"order": "Cancel"}`: to give it up. With `"Here"` or `"There"`, when the destination cannot
+    /// `PATCH /migrate` with `{"order": "Cancel"}`: to give it up. With `"Postcopy"`: the guest goes now, before its memory. With `"Here"` or `"There"`, when the destination cannot
     /// be asked: where the guest is.
     MigrateOrder(Order),
     /// `PUT /actions` with `{"action_type": "SendCtrlAltDel"}`: the power button, by which this machine's guests are asked

@@ -16,7 +16,7 @@ use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::net::{Mac, NetConfig};
 use crate::lazy::{LazySaid, OnLoss};
 use crate::migration::address::Address;
-use crate::migration::incoming::IncomingRequest;
+use crate::migration::incoming::{IncomingRequest, usual_lazy};
 use crate::migration::tls::TlsFiles;
 use crate::snapshot::RestoreRequest;
 
@@ -110,6 +110,10 @@ Options:
   --port name=NAME,unix=PATH|file=PATH
                            The port NAME leads there now; may be repeated
   --clock advanced|saved   Whether the guest's clocks show the time that it stood still [advanced]
+  --page-deadline SECS     Of a guest that comes before its memory (ctl migrate --postcopy): the longest that it waits
+                           for memory, while the other monitor makes a connection that broke again [300]
+  --on-loss stop|poison    If memory has not come by then: the guest is stopped with the reason, or goes on with what
+                           is lost poisoned [stop]
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --kvm PATH               KVM device [the other monitor's]
   --api-sock PATH          As of `run`. Before the guest is here it answers `ctl status` and `migrate-status`,
@@ -229,6 +233,10 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
                 request.disks_to = Some(folder);
             }
             Long("track-dirty-pages") if !incoming => request.track = true,
+            Long(flag) if incoming && matches!(flag, "on-loss" | "page-deadline") => {
+                let flag = flag.to_owned();
+                take_lazy(&flag, &mut lazy, &mut parser)?;
+            }
             Long(flag) if !incoming && is_lazy(flag) => {
                 let flag = flag.to_owned();
                 take_lazy(&flag, &mut lazy, &mut parser)?;
@@ -246,6 +254,8 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
         }
     }
     if incoming {
+        let mut later = Some(usual_lazy());
+        lazy.over(&mut later);
         let address =
             address.ok_or_else(|| UsageError::Command("--incoming ADDRESS is missing".into()))?;
         run.incoming = Some(IncomingRequest {
@@ -253,6 +263,7 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
             tls: tls.files()?,
             overrides: request.overrides,
             clock: request.clock,
+            lazy: later.unwrap_or_default(),
         });
         return Ok(Command::Run(Box::new(run)));
     }

@@ -34,6 +34,8 @@ Commands:
   load DIR        Have a monitor that waits for it (`restore` without --from) go on from the snapshot DIR
   migrate         Move the guest to the monitor that waits for it (`run --incoming`), while it runs
   migrate-cancel  Give that up; the guest stays where it is
+  migrate-postcopy
+                  Have the guest go now, and its memory follow it (migrate --postcopy)
   migrate-status  Say how it goes, or how the last one went
   migrate-settle here|there
                   Say where the guest is, when the monitor says that it cannot find that out
@@ -50,7 +52,7 @@ Options:
 );
 
 /// Each command, and its help.
-pub(super) const COMMANDS: [(&str, &str); 13] = [
+pub(super) const COMMANDS: [(&str, &str); 14] = [
     (
         "status",
         with_common!(
@@ -170,6 +172,12 @@ Options:
   --when-stuck cancel|throttle|stop
                    When it writes faster than that goes: give up; slow it by 20 %, then 10 % more at a time, up to
                    99 %, and give up if that does not help; or stop it for as long as it takes [cancel]
+  --postcopy[=never|by-hand|auto|after-rounds=N|after=SECONDS]
+                   When the guest goes before its memory, which follows it, what it touches first: never; when
+                   migrate-postcopy says so; when it writes faster than it goes in time (auto, without a value);
+                   after N rounds, of which 0 is at once; or after a time. Each but never also when
+                   migrate-postcopy says so. Until all has followed, the guest lives only while both monitors do,
+                   and this one ends when it has [never]
   --tls-cert FILE, --tls-key FILE, --tls-ca FILE
                    This host's certificate, its key, and the authority's certificate, PEM
   --tls-name NAME  Whom the other's certificate is for, if not the host in ADDRESS
@@ -186,6 +194,22 @@ Give a migration up that is under way; the guest stays where it is, as it was.
 Usage: reference-vmm ctl --api-sock PATH migrate-cancel [--json] [--timeout SECS]
 
 Behind the moment in which the guest is handed over it is too late, and refused.
+
+Options:
+"
+        ),
+    ),
+    (
+        "migrate-postcopy",
+        with_common!(
+            "\
+Have the guest that is being moved (`migrate --postcopy`) go on at the other monitor now, and its memory follow it. What
+it touches comes first.
+
+Usage: reference-vmm ctl --api-sock PATH migrate-postcopy [--json] [--timeout SECS]
+
+Until all has followed, the guest lives only while both monitors do; migrate-status says how much is left. If the
+connection breaks, who touches what is missing waits, and this monitor makes a new one by itself.
 
 Options:
 "

@@ -20,6 +20,7 @@ use crate::migration::coming::Came;
 use crate::migration::limit::LEAST_RATE;
 use crate::migration::message::MOST_CONNECTIONS;
 use crate::migration::outgoing::MigrateRequest;
+use crate::migration::postcopy::When;
 use crate::migration::progress::{Manner, Progress};
 use crate::migration::record::MigrationRecord;
 use crate::migration::source::WhenStuck;
@@ -45,6 +46,7 @@ pub(super) struct Flags {
     downtime: Option<u32>,
     time: Option<u32>,
     when_stuck: Option<WhenStuck>,
+    postcopy: Option<When>,
     tls: TlsFlags,
     report: Option<PathBuf>,
     /// One of them was there.
@@ -93,6 +95,12 @@ impl Flags {
                     "stop" => Ok(WhenStuck::Stop),
                     _ => Err("--when-stuck is cancel, throttle or stop"),
                 })?);
+            }
+            Long("postcopy") => {
+                let word = parser.optional_value().map(|value| value.string());
+                let word = word.transpose()?.unwrap_or_else(|| "auto".into());
+                let when = word.parse::<When>();
+                self.postcopy = Some(when.map_err(|why| wrong(flag, why))?);
             }
             Long("tls-name") => self.tls.set_name(parser.value()?.string()?),
             Long("report") => {
@@ -144,6 +152,7 @@ impl Flags {
                 downtime_ms: self.downtime.map_or(usual.downtime_ms, u64::from),
                 time_s: self.time.map_or(usual.time_s, u64::from),
                 when_stuck: self.when_stuck.unwrap_or_default(),
+                postcopy: self.postcopy.unwrap_or_default(),
                 tls,
                 destination: usual.destination,
                 report: self.report,

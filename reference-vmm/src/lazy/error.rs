@@ -71,6 +71,15 @@ pub enum LazyError {
         "a page-fault handler in another process has this guest's userfaultfd, which {0} needs for itself: take it without"
     )]
     External(&'static str),
+    /// What a migration has sent cannot be taken away again.
+    #[error("memory cannot come later: {0}")]
+    Punch(#[from] memslots::PunchError),
+    /// A page that is wanted at once does not come.
+    #[error("memory does not come: {0}")]
+    Source(#[from] async_pf::SourceError),
+    /// Or cannot be written.
+    #[error("memory cannot be filled: {0}")]
+    Write(#[from] vm_memory::GuestMemoryError),
     /// Some pages have not come, and never will.
     #[error("{pages} pages of the guest's memory have not come: {why}")]
     Lost {

@@ -2,6 +2,7 @@
 
 //! What the pager tells this monitor of.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use async_pf::pager::{Lost, PagerEvents};
@@ -15,6 +16,8 @@ pub(super) struct Events {
     end: Arc<EndSignal>,
     on_loss: OnLoss,
     first: OnceLock<String>,
+    /// The machine is over: what does not come is wanted by nobody.
+    over: AtomicBool,
 }
 
 impl Events {
@@ -23,7 +26,14 @@ impl Events {
             end,
             on_loss,
             first: OnceLock::new(),
+            over: AtomicBool::new(false),
         }
+    }
+
+    /// The machine is over: of what does not come from now on nobody is told.
+    pub(super) fn machine_is_over(&self) {
+        // Relaxed: who misses it tells of an end behind another, of which the first counts.
+        self.over.store(true, Ordering::Relaxed);
     }
 
     /// Why the first page did not come.
@@ -55,6 +65,9 @@ impl Events {
 
 impl PagerEvents for Events {
     fn lost(&self, lost: &Lost<'_>) {
+        if self.over.load(Ordering::Relaxed) {
+            return;
+        }
         let at = lost.gfn.0.saturating_mul(PAGE_SIZE);
         self.tell(format!(
             "the guest's memory at {at:#x} does not come: {}",

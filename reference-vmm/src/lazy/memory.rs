@@ -12,6 +12,7 @@ use async_pf::pager::{GiveUp, PagedSlot, Pager, PagerConfig, PrefetchError, Stat
 use memslots::uffd::{Features, Modes, Registration, Uffd};
 use memslots::{Gfn, PAGE_SIZE};
 
+use super::arrive::{Enough, Waits, faults};
 use super::bus::Parked;
 use super::events::Events;
 use super::handler::Handler;
@@ -29,46 +30,57 @@ use crate::snapshot::pages;
 const LOOK: Duration = Duration::from_millis(50);
 /// What is brought at once where nobody waits: a piece of a file, which is read as a whole where it is checked. One of the
 /// threads does that, and a fault elsewhere is served by another.
-const AHEAD: u64 = pages::PIECE as u64;
+pub(super) const AHEAD: u64 = pages::PIECE as u64;
+/// How long a machine that stops waits for a migration's source to hear that it wants no more memory.
+const LEAVE: Duration = Duration::from_millis(300);
 /// How long what is to be read ahead waits for room among what is.
 const ROOM: Duration = Duration::from_millis(2);
 
 /// Memory that comes while the guest runs. Dropped, what is missing is poisoned: the machine is over by then.
 pub(crate) struct LazyMemory {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     /// Brings what nobody waits for, and ends the pager when all is there.
-    thread: Option<JoinHandle<()>>,
+    pub(super) thread: Option<JoinHandle<()>>,
     /// In another process.
-    handler: Option<Handler>,
-    on_loss: OnLoss,
+    pub(super) handler: Option<Handler>,
+    pub(super) on_loss: OnLoss,
     /// Behind the others: as long as there is a page that does not come.
-    _parked: Parked,
+    pub(super) _parked: Parked,
 }
 
-struct Shared {
+pub(super) struct Shared {
     /// None when all is there, or another process brings it. Held for writing by the thread, once, to take it out.
-    pager: RwLock<Option<Pager>>,
-    state: Mutex<State>,
+    pub(super) pager: RwLock<Option<Pager>>,
+    pub(super) state: Mutex<State>,
     /// Of [`State`].
-    changed: Condvar,
-    events: Arc<Events>,
-    source: SnapshotSource,
-    sets: WorkingSets,
-    pages: u64,
-    begun: Instant,
+    pub(super) changed: Condvar,
+    pub(super) events: Arc<Events>,
+    pub(super) from: From,
+    pub(super) pages: u64,
+    pub(super) begun: Instant,
 }
 
-struct State {
-    phase: LazyState,
+/// Where memory comes from.
+pub(super) enum From {
+    /// A snapshot's files.
+    Snapshot(SnapshotSource, WorkingSets),
+    /// A migration's source: since when it is waited for, if it is.
+    Migration(Arc<Waits>),
+}
+
+pub(super) struct State {
+    pub(super) phase: LazyState,
     /// Of a pager that has ended.
-    stats: Stats,
-    took: Option<Duration>,
+    pub(super) stats: Stats,
+    pub(super) took: Option<Duration>,
     /// The machine is over.
-    close: bool,
+    pub(super) close: bool,
     /// Nobody waits for more to be recorded.
-    recorded: bool,
+    pub(super) recorded: bool,
     /// Until the pager goes.
-    registrations: Vec<Registration>,
+    pub(super) registrations: Vec<Registration>,
+    /// To be called when nothing more is asked for.
+    pub(super) enough: Option<Enough>,
 }
 
 impl LazyMemory {
@@ -126,11 +138,11 @@ impl LazyMemory {
                     close: false,
                     recorded: false,
                     registrations,
+                    enough: None,
                 }),
                 changed: Condvar::new(),
                 events: Arc::clone(&events),
-                source,
-                sets,
+                from: From::Snapshot(source, sets),
                 pages: count,
                 begun: Instant::now(),
             })
@@ -259,6 +271,15 @@ impl LazyMemory {
         }
     }
 
+    /// The machine is to stop for good: of a migration's source nothing more is asked, and who waits for it waits no longer, but
+    /// goes on with memory that is poisoned. Blocks for a moment, in which the source is told.
+    pub(crate) fn leave(&self) {
+        if let From::Migration(_) = self.shared.from {
+            self.shared.events.machine_is_over();
+            self.shared.is_enough(LEAVE);
+        }
+    }
+
     /// The machine ends: what was recorded is saved. Blocks for the disk.
     pub(crate) fn end_recording(&self) {
         let lives = || self.thread.as_ref().is_some_and(|of| !of.is_finished());
@@ -279,6 +300,7 @@ impl Drop for LazyMemory {
         state.recorded = true;
         self.shared.changed.notify_all();
         drop(state);
+        self.shared.is_enough(Duration::ZERO);
         if let Some(pager) = &*self.shared.pager() {
             pager.close();
         }
@@ -305,14 +327,21 @@ impl Shared {
     }
 
     /// The thread's life.
-    fn bring(&self, recording: Option<Recording>, replay: Option<Replay>, slots: &[Range<u64>]) {
+    pub(super) fn bring(
+        &self,
+        recording: Option<Recording>,
+        replay: Option<Replay>,
+        slots: &[Range<u64>],
+    ) {
         if let Some(recording) = recording {
             self.record(&recording);
         }
         if let Some(replay) = &replay {
             self.read_ahead(replay, slots);
         }
-        self.source.find_holes(|| self.go_on());
+        if let From::Snapshot(source, _) = &self.from {
+            source.find_holes(|| self.go_on());
+        }
         let whole = match &*self.pager() {
             None => return,
             Some(pager) => {
@@ -346,7 +375,9 @@ impl Shared {
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(state);
-        self.sets.save(recording);
+        if let From::Snapshot(_, sets) = &self.from {
+            sets.save(recording);
+        }
         self.turn(LazyState::Bringing);
     }
 
@@ -391,6 +422,7 @@ impl Shared {
         if lost.is_some_and(|lost| lost > 0) {
             return self.turn(LazyState::Damaged);
         }
+        self.is_enough(Duration::ZERO);
         let mut place = self.pager.write().unwrap_or_else(PoisonError::into_inner);
         let Some(pager) = place.take() else {
             return;
@@ -420,6 +452,16 @@ impl Shared {
         log::info!("{}", self.stats());
     }
 
+    /// Tells who brings it that nothing more will be asked for, once. Nobody waits for more: all is there, or the machine is
+    /// over.
+    fn is_enough(&self, patience: Duration) {
+        let enough = self.lock().enough.take();
+        if let Some(tell) = enough {
+            let stats = self.pager().as_ref().map(Pager::stats).unwrap_or_default();
+            tell(faults(&stats), patience);
+        }
+    }
+
     fn turn(&self, phase: LazyState) {
         self.lock().phase = phase;
         self.changed.notify_all();
@@ -442,11 +484,17 @@ impl Shared {
             (None, LazyState::External) => (None, None),
             (None, _) => (Some(0), Some(0)),
         };
+        let coming = matches!(state, LazyState::Bringing);
+        let waits = match &self.from {
+            From::Migration(waits) if coming => waits().map(|since| since.as_secs()),
+            _ => None,
+        };
         LazyProgress {
             state,
             pages,
             missing,
             lost,
+            waits_for_source_s: waits,
         }
     }
 

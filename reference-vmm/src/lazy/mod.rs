@@ -7,6 +7,7 @@
 //!                       (chain, zstd,        │  a vCPU, a device or this process touches a page: it comes first
 //!                        checked as read)    └─ what nobody waits for comes behind, in order
 //!
+//!   or: a migration's source ── PostCopySource ──► the same pager, over what has not come yet (post-copy)
 //!   or: userfaultfd and mappings ──► a page-fault handler in another process (Firecracker's protocol)
 //! ```
 //!
@@ -39,6 +40,11 @@
 //! | a system call (a disk's read into guest memory) | `EFAULT` | the request fails |
 //! | a device's or another thread, itself | `SIGBUS` | it is parked while the guest is stopped (`bus`) |
 //!
+//! # Post-copy
+//! A guest that migrates may come before its memory ([`postcopy`](crate::migration::postcopy)): its pages are asked for over
+//! the migration's connections. A source that is cut off is waited for; [the deadline](LazyRequest::deadline) is how long.
+//! Read-only memory (the firmware's) has no pager: its pages are brought at once.
+//!
 //! # External handlers
 //! With a [handler](LazyRequest::handler) its process brings the pages. What is there this process does not know then: a
 //! background snapshot, which needs the userfaultfd for itself, is refused; a snapshot in a pause and a migration read
@@ -50,6 +56,7 @@
 //! (a snapshot that is mapped shares the page cache with others). Of compressed memory, and of pieces in which something is
 //! not zero while the file's holes are looked for, pages of zeros take memory as others do.
 
+mod arrive;
 pub(crate) mod bus;
 mod error;
 mod events;
@@ -63,6 +70,7 @@ mod working_set;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub(crate) use arrive::check;
 pub use error::LazyError;
 pub(crate) use memory::LazyMemory;
 pub use said::LazySaid;

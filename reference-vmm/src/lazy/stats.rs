@@ -21,6 +21,9 @@ pub struct LazyProgress {
     pub missing: Option<u64>,
     /// Those that will not come.
     pub lost: Option<u64>,
+    /// Seconds for which a migration's source has been waited for, whose connection broke.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits_for_source_s: Option<u64>,
 }
 
 /// Whether memory is still coming.
@@ -54,7 +57,14 @@ pub(crate) fn coming(lazy: &Value) -> Option<String> {
                 Some(lost) => format!(", {lost} pages are lost"),
             };
             let percent = (pages.saturating_sub(missing)) * 100 / pages.max(1);
-            Some(format!(", {percent} % of its memory is there{lost}"))
+            let waits = match number("waits-for-source-s") {
+                None => String::new(),
+                Some(since) => format!(
+                    ", and the rest waits for the migration's source, whose connection broke {since} s ago and which makes \
+                     a new one by itself"
+                ),
+            };
+            Some(format!(", {percent} % of its memory is there{lost}{waits}"))
         }
         (_, None) => None,
     }
@@ -140,6 +150,7 @@ impl fmt::Display for LazyStats {
             pages,
             missing,
             lost,
+            ..
         } = &self.progress;
         write!(f, "memory that came later: {pages} pages, ")?;
         match state {
@@ -210,6 +221,7 @@ mod tests {
             pages: 12,
             missing: Some(0),
             lost: Some(0),
+            waits_for_source_s: None,
         };
         let stats = LazyStats::of(progress, &stats, Some(Duration::from_micros(1500)));
         let text = stats.to_string();
@@ -229,6 +241,7 @@ mod tests {
             state: LazyState::Bringing,
             missing: Some(6),
             lost: Some(1),
+            waits_for_source_s: None,
             ..stats.progress.clone()
         };
         let half = coming(&serde_json::to_value(half).unwrap()).unwrap();

@@ -13,9 +13,11 @@ use kvm_core::arch::x86_64::state::ClockRestore;
 use super::coming::{Coming, Counted, Tell};
 use super::filled::Filled;
 use super::guest::{Blank, DestinationGuest, Prepared, Refusal};
+use super::postcopy::ask::Later;
 use crate::config::Config;
 use crate::devices::virtio::any::Devices;
 use crate::end::EndSignal;
+use crate::lazy::LazyRequest;
 use crate::snapshot::Overrides;
 use crate::snapshot::machine::MachineState;
 use crate::vm::{BlankVm, Framed, Machine, Running};
@@ -26,6 +28,8 @@ pub struct Arrival<C, F> {
     pub overrides: Overrides,
     /// What the guest sees of the time that it stood still.
     pub clock: ClockRestore,
+    /// How memory comes later, of a post-copy.
+    pub lazy: LazyRequest,
     /// Where its serial console's output goes.
     pub console: C,
     /// Told of its end.
@@ -123,7 +127,27 @@ where
         }
     }
 
+    fn can_come_later(&self) -> Result<(), Refusal> {
+        self.framed
+            .can_come_later()
+            .map_err(|error| refused(&error))
+    }
+
     fn prepare(self, state: &[u8]) -> Result<Whole, Refusal> {
+        self.make(state, None)
+    }
+
+    fn prepare_later(self, state: &[u8], later: Later) -> Result<Whole, Refusal> {
+        self.make(state, Some(later))
+    }
+}
+
+impl<C, F> Arriving<C, F>
+where
+    C: AsFd,
+    F: FnOnce(Machine) -> Result<Running, Refusal>,
+{
+    fn make(self, state: &[u8], later: Option<Later>) -> Result<Whole, Refusal> {
         let (paused, state) = match state {
             [0, state @ ..] => (false, state),
             [1, state @ ..] => (true, state),
@@ -143,6 +167,7 @@ where
         let Arrival {
             overrides,
             clock,
+            lazy,
             console,
             end,
             prepared,
@@ -153,10 +178,14 @@ where
         let devices = Devices::open_from(&self.config, &state.devices.virtio, &copies, &console);
         let devices = devices.map_err(|error| refused(&error))?;
         devices.check().map_err(|error| refused(&error))?;
+        // From here on whoever touches guest memory waits for it: KVM, when it has the vCPUs' state, and devices.
+        let lazy = later.map(|later| self.framed.come_later(&lazy, later, &end));
+        let lazy = lazy.transpose().map_err(|error| refused(&error))?;
         let machine = self
             .framed
             .finish(&state, devices, (clock, true), &console, &end);
         let mut machine = machine.map_err(|error| refused(&error))?;
+        machine.set_lazy(lazy);
         // Threads, the terminal, a debugger's socket: a host that is full refuses them, and the source has the guest still.
         machine.await_hand_over();
         let running = start(machine)?;

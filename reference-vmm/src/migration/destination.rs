@@ -6,6 +6,7 @@
 //!   acceptor ── control ──► receive ── Offer, Round, State, Go ──► machine
 //!      │                       ▲ marks
 //!      ├───── data ──► taker ──┘ one for each data connection: pages into memory
+//!      ├───── pages ─► PostCopySource ──► a pager: what comes later (postcopy)
 //!      └───── settle ──► the decision: undecided ──► started | never
 //! ```
 //!
@@ -17,17 +18,22 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use async_pf::Lane;
 use vm_memory::VolatileSlice;
 
 use super::codec::{DecodeError, Decoder, Frame, Sink};
 use super::guest::{ArrivingMemory, Blank, DestinationGuest, Prepared, Refusal};
 use super::link::{
-    Accept, LinkError, Patient, TICK, Watch, Wire, greeted, receive as hear_from, receive_now, send,
+    Accept, Duplex, LinkError, Patient, TICK, Watch, Wire, greeted, receive as hear_from,
+    receive_now, send,
 };
 use super::message::{Ending, Greeting, Message, MigrationId, Role, Side};
+use super::postcopy::Faults;
+use super::postcopy::ask::{Later, Next, PostCopySource};
+use super::postcopy::missing::Missing;
 use super::sender::LAST;
 
 /// How long is waited for what.
@@ -39,6 +45,9 @@ pub struct Patience {
     pub quiet: Duration,
     /// For the source to say that the guest is not its own any more, or to ask.
     pub word: Duration,
+    /// For the source to make a connection for pages again that broke, as long as the guest has not started. Behind that it is
+    /// waited for as long as whoever touches a page waits.
+    pub pages: Duration,
     /// For the source to ask, when it can only be told that the guest has not started. Not where it has heard so, and for a
     /// second only in a process that is to end.
     pub asked: Duration,
@@ -50,6 +59,7 @@ impl Default for Patience {
             greeting: Duration::from_secs(2),
             quiet: Duration::from_secs(60),
             word: Duration::from_secs(60),
+            pages: Duration::from_secs(5),
             asked: Duration::from_secs(20),
         }
     }
@@ -126,9 +136,34 @@ struct State<W> {
     released: bool,
     /// The source knows how it ended.
     told: bool,
+    /// The guest came before its memory: pages are asked for.
+    asks: bool,
+    /// Connections for pages, of each lane the newest that nobody has taken yet.
+    pages: [Option<Duplex>; 2],
+    /// Since when one is waited for, of each lane.
+    waits: [Option<Instant>; 2],
+    /// No more pages are asked for, and what the faults were.
+    enough: Option<Faults>,
+    /// The source knows that.
+    told_enough: bool,
     /// The acceptor is to end.
     over: bool,
     deaf: Option<io::Error>,
+}
+
+impl<W> State<W> {
+    /// The source knows how it ended.
+    fn is_told(&mut self) {
+        self.told = true;
+        self.see_it_over();
+    }
+
+    /// Of a guest that has started the source asks nothing more when it knows that, and needs no memory of its any more. One
+    /// alone is not enough: who is no longer heard looks as if nobody were here, and the guest would be taken back.
+    fn see_it_over(&mut self) {
+        let all = self.told && (self.told_enough || !self.asks);
+        self.over |= all && self.decision == Decision::Started;
+    }
 }
 
 struct Shared<W> {
@@ -177,6 +212,37 @@ impl<W: Wire> Shared<W> {
             }
             state.decision
         })
+    }
+
+    /// The next connection for pages of a lane.
+    fn next_for_pages(&self, lane: Lane, patience: Duration) -> Option<Duplex> {
+        let at = lane as usize;
+        self.change(|state| {
+            if let Some(since) = state.waits.get_mut(at) {
+                since.get_or_insert_with(Instant::now);
+            }
+        });
+        self.wait(patience, |state| {
+            let wire = state.pages.get_mut(at)?.take()?;
+            if let Some(since) = state.waits.get_mut(at) {
+                *since = None;
+            }
+            Some(wire)
+        })
+    }
+
+    /// Whether nobody comes to serve pages any more: a guest that has not started is the source's, which has taken it back,
+    /// or is gone for as long as `limit`.
+    fn is_in_vain(&self, limit: Duration) -> bool {
+        let state = self.lock();
+        match state.decision {
+            Decision::Started => false,
+            Decision::Never => true,
+            Decision::Undecided => {
+                let mut waits = state.waits.iter().flatten();
+                waits.any(|since| since.elapsed() >= limit)
+            }
+        }
     }
 
     /// Nothing of a guest is here any more, and what the source asks from here on has this answer; what was decided.
@@ -228,6 +294,11 @@ where
             decision: Decision::Undecided,
             released: false,
             told: false,
+            asks: false,
+            pages: [None, None],
+            waits: [None; 2],
+            enough: None,
+            told_enough: false,
             over: false,
             deaf: None,
         }),
@@ -309,7 +380,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
             };
             // Anything else, and the source may ask.
             if let Ok(Message::Done) = hear(&mut control, &watch) {
-                shared.change(|state| (state.told, state.over) = (true, true));
+                shared.change(State::is_told);
             }
         };
         let builder = std::thread::Builder::new().name("incoming".into());
@@ -372,14 +443,24 @@ impl<W: Wire + 'static> Destination<'_, W> {
         // 2. Can it be here?
         let doing = "the source does not offer a guest";
         let offer = hear(control, &watch).map_err(at(doing))?;
-        let (connections, offered) = match offer {
+        let (connections, postcopy, offered) = match offer {
             Message::Offer {
-                connections, state, ..
-            } => (connections, state),
+                connections,
+                postcopy,
+                state,
+                ..
+            } => (connections, postcopy, state),
             other => return Err(unexpected(doing, "Offer", &other)),
         };
         let blank = guest.offered(&offered).map_err(ReceiveError::Refused)?;
         drop(offered);
+        if postcopy {
+            let can = blank.can_come_later();
+            can.map_err(|Refusal(why)| {
+                let why = format!("{why}; or migrate without post-copy (--postcopy=never)");
+                ReceiveError::Refused(Refusal(why))
+            })?;
+        }
         self.shared.change(|state| {
             state.due = (0..connections).collect();
             state.marks = vec![0; connections as usize];
@@ -434,13 +515,23 @@ impl<W: Wire + 'static> Destination<'_, W> {
             took
         });
         drop(memory);
-        let state = state?;
+        let (state, missing) = state?;
         self.shared
             .change(|state| (state.failed, state.life) = (None, None));
         *handed = true;
 
         // 4. The machine.
-        let prepared = blank.prepare(&state).map_err(ReceiveError::Refused)?;
+        let prepared = match missing {
+            None => blank.prepare(&state),
+            Some(missing) if postcopy => {
+                let later = self.later(id, missing, control)?;
+                blank.prepare_later(&state, later)
+            }
+            Some(_) => Err(Refusal(
+                "it comes before its memory, which was not offered".into(),
+            )),
+        };
+        let prepared = prepared.map_err(ReceiveError::Refused)?;
         drop(state);
         let watch = Watch {
             quiet: patience.word,
@@ -470,6 +561,78 @@ impl<W: Wire + 'static> Destination<'_, W> {
         prepared.start().map_err(ReceiveError::Lost)
     }
 
+    /// What comes later, from connections that the source makes.
+    fn later(
+        &self,
+        id: MigrationId,
+        missing: Missing,
+        control: &mut W,
+    ) -> Result<Later, ReceiveError> {
+        let shared = Arc::clone(self.shared);
+        shared.change(|state| state.asks = true);
+        let asks: Arc<OnceLock<Weak<PostCopySource>>> = Arc::default();
+        let (of, limit) = (Arc::clone(&asks), self.patience.pages);
+        let next: Arc<Next> = Arc::new(move |lane, patience| {
+            let next = shared.next_for_pages(lane, patience);
+            // Who waits for a page would wait for nothing, and hold what the source wants back.
+            if next.is_none()
+                && shared.is_in_vain(limit)
+                && let Some(asks) = of.get().and_then(Weak::upgrade)
+            {
+                asks.close();
+            }
+            next
+        });
+        let stop = || self.why_to_end();
+        let watch = Watch {
+            quiet: Duration::MAX,
+            stop: &stop,
+        };
+        // The source has nothing to say until it has an answer: that it gives up, or by its end that it is gone.
+        let mut said = None;
+        let go_on = || {
+            said = match (stop(), receive_now(control, Side::Source, &watch)) {
+                (None, Ok(None)) => return true,
+                (Some(why), _) => Some(LinkError::Stopped(why)),
+                (None, Err(why)) => Some(why),
+                (None, Ok(Some(other))) => Some(LinkError::Unexpected {
+                    said: other.kind(),
+                    due: "a connection for pages",
+                }),
+            };
+            false
+        };
+        let asked = PostCopySource::connect(id, &next, self.patience.quiet, go_on);
+        let source = asked.map(Arc::new);
+        let doing = "the source does not connect for pages";
+        let source = source.map_err(|why| match said {
+            Some(said) => self.broke(doing, said),
+            None => ReceiveError::Pages(why.to_string()),
+        })?;
+        let _ = asks.set(Arc::downgrade(&source));
+        let (shared, of) = (Arc::clone(self.shared), Arc::clone(self.shared));
+        let asks = Arc::clone(&source);
+        Ok(Later {
+            missing,
+            source,
+            waits: Arc::new(move || {
+                let waits = of.lock().waits;
+                waits.iter().flatten().map(Instant::elapsed).max()
+            }),
+            enough: Box::new(move |faults, patience| {
+                // In this order: the source asks why the connections end.
+                shared.change(|state| state.enough = Some(faults));
+                asks.close();
+                // Where it is not to be reached it will not hear it.
+                let told = |state: &mut State<W>| {
+                    let cut_off = state.waits.iter().any(Option::is_some);
+                    (state.told_enough || cut_off).then_some(())
+                };
+                shared.wait(patience, told);
+            }),
+        })
+    }
+
     /// Hears of rounds and waits for their pages, until the state comes and all pages that it is of are there. `whole_round` is
     /// called behind each round that is answered.
     fn take_memory(
@@ -479,7 +642,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
         control: &mut W,
         mut spawn: impl FnMut(u32, W) -> io::Result<()>,
         mut whole_round: impl FnMut(),
-    ) -> Result<Vec<u8>, ReceiveError> {
+    ) -> Result<(Vec<u8>, Option<Missing>), ReceiveError> {
         log::debug!("migration {id}: pages over {connections} connections");
         let stop = || self.why_to_end();
         let watch = Watch {
@@ -487,6 +650,8 @@ impl<W: Wire + 'static> Destination<'_, W> {
             stop: &stop,
         };
         let mut came = 0;
+        // What does not come in rounds.
+        let mut missing: Option<Missing> = None;
         // A round may be over, for the source, before all its connections are known here.
         let mut early = None;
         while came < connections {
@@ -505,6 +670,9 @@ impl<W: Wire + 'static> Destination<'_, W> {
                     let doing = "the source does not connect again to send pages";
                     match receive_now(control, Side::Source, &watch) {
                         Ok(None) => {}
+                        Ok(Some(Message::Missing(runs))) if early.is_none() => {
+                            add(&mut missing, runs)?;
+                        }
                         Ok(Some(round @ (Message::Round(_) | Message::State { .. })))
                             if early.is_none() =>
                         {
@@ -526,6 +694,10 @@ impl<W: Wire + 'static> Destination<'_, W> {
             let (round, state) = match message {
                 Message::Round(round) => (round, None),
                 Message::State { round, state } => (round, Some(state)),
+                Message::Missing(runs) => {
+                    add(&mut missing, runs)?;
+                    continue;
+                }
                 other => return Err(unexpected(doing, "Round", &other)),
             };
             let whole = |state: &mut State<W>| {
@@ -536,7 +708,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
                 self.go_on(control)?;
             }
             match state {
-                Some(state) => return Ok(state),
+                Some(state) => return Ok((state, missing)),
                 None => {
                     let told = send(control, &Message::Taken(round), &watch);
                     told.map_err(|source| self.broke(doing, source))?;
@@ -609,6 +781,12 @@ impl<W: Wire + 'static> Destination<'_, W> {
             source => ReceiveError::Link { doing, source },
         }
     }
+}
+
+/// Takes a message's runs to those before.
+fn add(missing: &mut Option<Missing>, runs: Vec<Range<u64>>) -> Result<(), ReceiveError> {
+    let added = missing.get_or_insert_default().extend(runs);
+    added.map_err(|why| ReceiveError::Pages(format!("the source lists pages that are none: {why}")))
 }
 
 fn hear(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Message, LinkError> {
@@ -809,13 +987,55 @@ fn place<W: Wire>(
             let said = send(&mut wire, &Message::Settled(ending), watch);
             let heard = said.and_then(|()| hear(&mut wire, watch));
             if let (Ok(Message::Done), true) = (heard, ending != Ending::Unknown) {
-                shared.change(|state| {
-                    state.told = true;
-                    state.over |= ending == Ending::Started;
-                });
+                shared.change(State::is_told);
             }
             return;
         }
+        Role::Pages(lane) => return for_pages(wire, id, lane, shared, watch),
     };
     let _ = send(&mut wire, &Message::GivenUp(refused.into()), watch);
+}
+
+/// A connection on which pages may be asked for; or the word that no more will be.
+fn for_pages<W: Wire>(
+    mut wire: W,
+    id: MigrationId,
+    lane: Lane,
+    shared: &Shared<W>,
+    watch: &Watch<'_>,
+) {
+    let (known, enough, never) = {
+        let state = shared.lock();
+        let never = state.decision == Decision::Never;
+        (state.id == Some(id), state.enough, never)
+    };
+    let message = match enough {
+        _ if !known => Message::Settled(Ending::Unknown),
+        Some(faults) => Message::Enough(faults),
+        // What is held here is another connection's to say.
+        None if never => Message::GivenUp("the guest does not start here".into()),
+        None => Message::Wanted,
+    };
+    if send(&mut wire, &message, watch).is_err() {
+        return;
+    }
+    match message {
+        Message::Enough(_) => {
+            if let Ok(Message::Done) = hear(&mut wire, watch) {
+                shared.change(|state| {
+                    state.told_enough = true;
+                    state.see_it_over();
+                });
+            }
+        }
+        Message::Wanted => match wire.duplex() {
+            Ok(wire) => shared.change(|state| {
+                if let Some(place) = state.pages.get_mut(lane as usize) {
+                    *place = Some(wire);
+                }
+            }),
+            Err(error) => log::warn!("a connection for pages is of no use: {error}"),
+        },
+        _ => {}
+    }
 }

@@ -8,7 +8,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::address::Address;
-use super::link::{Accept, Connect, TICK, Wire};
+use super::link::{Accept, Connect, Duplex, TICK, Wire};
 use super::tls::Tls;
 use super::transport::{
     AcceptError, ConnectError, Connection, HANDSHAKE, Listener, connect, unix_line,
@@ -21,6 +21,10 @@ impl Wire for Connection {
 
     fn from(&self) -> Option<String> {
         Some(Connection::from(self))
+    }
+
+    fn duplex(self) -> io::Result<Duplex> {
+        Ok(Box::new(Connection::duplex(self)))
     }
 }
 

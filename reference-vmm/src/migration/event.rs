@@ -8,6 +8,9 @@ use std::time::Duration;
 
 use dirty_log::estimate::{Forecast, Throttle};
 
+use super::postcopy::Faults;
+use super::postcopy::serve::Served;
+
 /// A round that is over: the destination has its pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RoundDone {
@@ -93,6 +96,20 @@ pub enum Event<'a> {
     Throttled(Throttle),
     /// A step of the switch-over has been done.
     Step(Step),
+    /// The guest goes before its memory: so many pages are to follow it.
+    PostCopy {
+        /// Pages.
+        missing: u64,
+    },
+    /// What was asked for behind that, so far, and why nobody can ask, if so.
+    Served {
+        /// How much.
+        served: Served,
+        /// Why there is no connection now.
+        broken: Option<&'a str>,
+    },
+    /// All of it is there, and this is what the destination's faults were.
+    AllThere(Faults),
     /// Where the guest is, is not known; why. It is asked again and again.
     InDoubt(&'a str),
     /// What was let go of for the migration cannot be taken back; why. The guest stands still.

@@ -3,11 +3,14 @@
 //! What a migration needs of the guest on either side, so that the conversation can be had without one.
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use async_pf::PageSource;
 use dirty_log::estimate::Throttle;
 use vm_memory::VolatileSlice;
 
 use super::pages::Lent;
+use super::postcopy::ask::Later;
 
 /// A step that the guest's side refused, in words.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -92,6 +95,14 @@ pub trait SourceGuest: Sync {
     ) -> Result<bool, Refusal> {
         Ok(false)
     }
+    /// The memory as it will be when the guest is held, for who serves it to the destination for as long as that asks: behind
+    /// the hand-over, too. It is read on threads of its own.
+    ///
+    /// # Errors
+    /// [`Refusal`]: it cannot be served.
+    fn serve(&self) -> Result<Arc<dyn PageSource>, Refusal> {
+        Err(Refusal("its memory cannot be served page by page".into()))
+    }
     /// Has each vCPU sleep this part of its time from now on; with [`Throttle::NONE`] it is lifted.
     ///
     /// # Errors
@@ -173,6 +184,21 @@ pub trait Blank: Sized {
     type Prepared: Prepared;
     /// Where pages go.
     fn memory(&self) -> Self::Memory<'_>;
+    /// Whether the guest could run here before all of its memory is. Asked before the first page comes.
+    ///
+    /// # Errors
+    /// [`Refusal`], with the remedy.
+    fn can_come_later(&self) -> Result<(), Refusal> {
+        Err(Refusal("memory cannot come later here".into()))
+    }
+    /// As [`prepare`](Self::prepare), where some of the memory comes later. What of it came in a round is not what it should
+    /// be: nobody reads that.
+    ///
+    /// # Errors
+    /// As of [`prepare`](Self::prepare).
+    fn prepare_later(self, _state: &[u8], _later: Later) -> Result<Self::Prepared, Refusal> {
+        Err(Refusal("memory cannot come later here".into()))
+    }
     /// Makes it whole, disks locked and threads made, and does all that can fail: what fails behind it is a guest lost. Nothing
     /// of the guest runs yet.
     ///

@@ -6,6 +6,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_core::arch::x86_64::state::ClockRestore;
 
@@ -18,6 +19,7 @@ use super::guest::Refusal;
 use super::tls::{Tls, TlsError, TlsFiles};
 use super::transport::{BindError, Listener};
 use crate::end::EndSignal;
+use crate::lazy::LazyRequest;
 use crate::snapshot::Overrides;
 use crate::vm::{BuildError, Machine, Running};
 
@@ -32,6 +34,20 @@ pub struct IncomingRequest {
     pub overrides: Overrides,
     /// What the guest sees of the time that it stood still.
     pub clock: ClockRestore,
+    /// How memory comes that the guest is there before (post-copy): how long the source is waited for, and what becomes of
+    /// the guest if it does not come back.
+    pub lazy: LazyRequest,
+}
+
+/// How long who touches a page waits for the source of a post-copy, where nobody says.
+pub const PAGE_DEADLINE: Duration = Duration::from_secs(300);
+
+/// How memory comes later, where nobody says.
+pub(crate) fn usual_lazy() -> LazyRequest {
+    LazyRequest {
+        deadline: PAGE_DEADLINE,
+        ..LazyRequest::default()
+    }
 }
 
 impl IncomingRequest {
@@ -42,6 +58,7 @@ impl IncomingRequest {
             tls: None,
             overrides: Overrides::default(),
             clock: ClockRestore::Advanced,
+            lazy: usual_lazy(),
         }
     }
 }
@@ -79,6 +96,7 @@ pub struct Incoming {
     clock: ClockRestore,
     coming: Arc<Coming>,
     offered: Option<Tell>,
+    lazy: LazyRequest,
     prepared: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -104,6 +122,7 @@ impl Incoming {
             clock: request.clock,
             coming: Arc::default(),
             offered: None,
+            lazy: request.lazy.clone(),
             prepared: None,
         })
     }
@@ -149,6 +168,7 @@ impl Incoming {
         let arrival = Arrival {
             overrides: self.overrides,
             clock: self.clock,
+            lazy: self.lazy,
             console,
             end: Arc::clone(end),
             coming: Arc::clone(&self.coming),

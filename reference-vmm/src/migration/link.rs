@@ -27,7 +27,21 @@ pub trait Wire: ReadPages + WritePages + Send {
     fn from(&self) -> Option<String> {
         None
     }
+
+    /// The same connection for who reads on one thread and writes on another: pages are asked for over it.
+    ///
+    /// # Errors
+    /// It is none for that.
+    fn duplex(self) -> io::Result<Duplex>
+    where
+        Self: Sized,
+    {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
+
+/// A connection over which pages are asked for.
+pub type Duplex = Box<dyn async_pf::peer::Wire>;
 
 /// What makes connections to the destination.
 pub trait Connect: Sync {

@@ -7,10 +7,11 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use async_pf::{Fetched, PageSource, SourceError};
 use dirty_log::estimate::Throttle;
 use kvm_core::arch::x86_64::state::StateHost;
 use kvm_core::{Pause, ThrottleError};
-use memslots::Holes;
+use memslots::{Gfn, Holes, Snapshot};
 use serde_json::Value;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -20,6 +21,7 @@ use super::pages::{Lent, unnoted};
 use crate::end::{Chain, EndSignal};
 use crate::file_pages;
 use crate::lazy::LazyMemory;
+use crate::memory::SlotTable;
 use crate::snapshot::config_form;
 use crate::snapshot::format::SnapshotId;
 use crate::snapshot::pages::Piece;
@@ -149,6 +151,50 @@ impl Dirty for Found<'_> {
     }
 }
 
+/// Of these pages, those of `table` into which nothing has been put.
+fn holes_in(table: &SlotTable, holes: &Holes, pages: Range<u64>) -> Vec<Range<u64>> {
+    let Some(region) = table.find(GuestAddress(pages.start)) else {
+        return Vec::new();
+    };
+    let slot = region.extent().guest_range();
+    let end = pages.end.min(slot.end);
+    let within = pages.start - slot.start..end.saturating_sub(slot.start);
+    // Not known, they are read.
+    let mut found = holes.of(region.mapping(), within).unwrap_or_default();
+    for hole in &mut found {
+        *hole = hole.start + slot.start..hole.end + slot.start;
+    }
+    found
+}
+
+/// The memory of a guest that stands still, or does not run any more.
+struct Still {
+    memory: Snapshot<SlotTable>,
+    holes: Option<Holes>,
+}
+
+impl PageSource for Still {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        let nowhere = || SourceError::NoSuchPage { gfn: first };
+        let at = first.0.checked_mul(PAGE as u64).ok_or_else(nowhere)?;
+        let end = at.checked_add(into.len() as u64).ok_or_else(nowhere)?;
+        if let Some(holes) = &self.holes {
+            // Read, they would be made present.
+            let found = holes_in(&self.memory, holes, at..end);
+            if found.first() == Some(&(at..end)) {
+                return Ok(Fetched::Zero);
+            }
+        }
+        let read = file_pages::read(&self.memory, at, into);
+        read.map_err(|error| SourceError::Other {
+            gfn: first,
+            transient: false,
+            source: Box::new(error),
+        })?;
+        Ok(Fetched::Bytes)
+    }
+}
+
 impl SourceGuest for LiveGuest<'_> {
     type Dirty<'a>
         = Found<'a>
@@ -201,19 +247,7 @@ impl SourceGuest for LiveGuest<'_> {
         let Some(holes) = &self.holes else {
             return Vec::new();
         };
-        let table = self.running.memory();
-        let Some(region) = table.find(GuestAddress(pages.start)) else {
-            return Vec::new();
-        };
-        let slot = region.extent().guest_range();
-        let end = pages.end.min(slot.end);
-        let within = pages.start - slot.start..end.saturating_sub(slot.start);
-        // Not known, they are read.
-        let mut found = holes.of(region.mapping(), within).unwrap_or_default();
-        for hole in &mut found {
-            *hole = hole.start + slot.start..hole.end + slot.start;
-        }
-        found
+        holes_in(&self.running.memory(), holes, pages)
     }
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Refusal> {
@@ -242,6 +276,14 @@ impl SourceGuest for LiveGuest<'_> {
         }
         with(&lent);
         Ok(true)
+    }
+
+    fn serve(&self) -> Result<Arc<dyn PageSource>, Refusal> {
+        Ok(Arc::new(Still {
+            memory: self.running.memory(),
+            // Of memory that another process brings nothing is known.
+            holes: self.holes.as_ref().and_then(|_| Holes::open().ok()),
+        }))
     }
 
     fn throttle(&self, throttle: Throttle) -> Result<(), Refusal> {

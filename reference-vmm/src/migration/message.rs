@@ -7,9 +7,9 @@
 //! ```text
 //!    0   8  magic: 89 52 56 4d 57 0d 0a 1a  ("\x89RVMW\r\n\x1a")
 //!    8   4  version: 1
-//!   12   4  role: 1 control, 2 data, 3 settle
+//!   12   4  role: 1 control, 2 data, 3 settle, 4 pages (post-copy)
 //!   16  16  the migration's number, random
-//!   32   4  of a data connection its number, from 0 on; else 0
+//!   32   4  of a data connection its number, from 0 on; of one for pages 0 for what is waited for, 1 for all else; else 0
 //!   36   4  checksum of bytes 0 to 35
 //! ```
 //!
@@ -32,8 +32,13 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::ops::Range;
 
-use crate::snapshot::format::{checksum, u32_at};
+use async_pf::Lane;
+
+use super::postcopy::Faults;
+use super::postcopy::missing::MOST_RUNS;
+use crate::snapshot::format::{checksum, u32_at, u64_at};
 
 /// What a connection begins with.
 pub const MAGIC: [u8; 8] = *b"\x89RVMW\r\n\x1a";
@@ -53,6 +58,12 @@ pub const MOST_STATE: u32 = 32 << 20;
 pub const MOST_TEXT: u32 = 4096;
 /// A destination's words for the line to it are no longer.
 pub const MOST_LINE: u32 = 256;
+/// Bytes of a run in a message.
+const RUN: usize = 16;
+/// Of an offer: pages may be compressed.
+const COMPRESSED: u32 = 1;
+/// Of an offer: the guest may come before all of its memory has. A build that knows nothing of it refuses the number.
+const POSTCOPY: u32 = 2;
 /// Data connections there may be.
 pub const MOST_CONNECTIONS: u32 = 64;
 
@@ -81,6 +92,8 @@ pub enum Role {
     Data(u32),
     /// The question of how it ended.
     Settle,
+    /// Pages that are asked for behind the hand-over: those that somebody waits for, or the others.
+    Pages(Lane),
 }
 
 /// What a connection begins with.
@@ -150,6 +163,8 @@ impl Greeting {
             Role::Control => (1_u32, 0),
             Role::Data(number) => (2, number),
             Role::Settle => (3, 0),
+            Role::Pages(Lane::Fault) => (4, 0),
+            Role::Pages(Lane::Prefetch) => (4, 1),
         };
         let mut bytes = [0; GREETING];
         let parts: [&[u8]; 5] = [
@@ -189,6 +204,8 @@ impl Greeting {
             (1, 0) => Role::Control,
             (2, number) if number < MOST_CONNECTIONS => Role::Data(number),
             (3, 0) => Role::Settle,
+            (4, 0) => Role::Pages(Lane::Fault),
+            (4, 1) => Role::Pages(Lane::Prefetch),
             (role, number) => return Err(MessageError::Role(role, number)),
         };
         let id = MigrationId(first(bytes.get(16..).unwrap_or_default()));
@@ -222,11 +239,17 @@ pub enum Kind {
     Settled = 10,
     /// All pages of a round have been sent.
     Round = 11,
+    /// Pages that the destination does not have.
+    Missing = 12,
+    /// Pages will be asked for on this connection.
+    Wanted = 13,
+    /// No more pages will be.
+    Enough = 14,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 11] = [
+    pub const ALL: [Kind; 14] = [
         Kind::Offer,
         Kind::Ready,
         Kind::Taken,
@@ -238,16 +261,25 @@ impl Kind {
         Kind::GivenUp,
         Kind::Settled,
         Kind::Round,
+        Kind::Missing,
+        Kind::Wanted,
+        Kind::Enough,
     ];
 
     /// Whether it is this side's to say.
     pub fn is_said_by(self, side: Side) -> bool {
         match self {
             Kind::GivenUp => true,
-            Kind::Offer | Kind::State | Kind::Round | Kind::Go | Kind::Done => side == Side::Source,
-            Kind::Ready | Kind::Taken | Kind::Prepared | Kind::Started | Kind::Settled => {
-                side == Side::Destination
+            Kind::Offer | Kind::State | Kind::Round | Kind::Missing | Kind::Go | Kind::Done => {
+                side == Side::Source
             }
+            Kind::Ready
+            | Kind::Taken
+            | Kind::Prepared
+            | Kind::Started
+            | Kind::Settled
+            | Kind::Wanted
+            | Kind::Enough => side == Side::Destination,
         }
     }
 
@@ -260,7 +292,9 @@ impl Kind {
             Kind::GivenUp => (0, MOST_TEXT),
             Kind::Settled => (1, 1),
             Kind::Ready => (0, MOST_LINE),
-            Kind::Prepared | Kind::Go | Kind::Started | Kind::Done => (0, 0),
+            Kind::Missing => (RUN as u32, (RUN * MOST_RUNS) as u32),
+            Kind::Enough => (32, 32),
+            Kind::Prepared | Kind::Go | Kind::Started | Kind::Done | Kind::Wanted => (0, 0),
         }
     }
 }
@@ -342,6 +376,8 @@ pub enum Message {
         connections: u32,
         /// Pages may be compressed.
         compressed: bool,
+        /// The guest may come before all of its memory has.
+        postcopy: bool,
         /// [`MachineState::encode`](crate::snapshot::machine::MachineState::encode).
         state: Vec<u8>,
     },
@@ -373,6 +409,13 @@ pub enum Message {
     Settled(Ending),
     /// Source: all pages of this round have been sent, and a mark behind them on each data connection.
     Round(u32),
+    /// Source, before the state: the destination does not have these pages, or not as they are, and is to ask for them. As
+    /// many messages as it takes, with runs of guest physical addresses in order.
+    Missing(Vec<Range<u64>>),
+    /// Destination, on a connection for pages: it will ask for them here.
+    Wanted,
+    /// Destination, on a connection for pages: it has all, or the guest has ended; and what its faults were.
+    Enough(Faults),
 }
 
 impl Message {
@@ -390,6 +433,9 @@ impl Message {
             Message::GivenUp(_) => Kind::GivenUp,
             Message::Settled(_) => Kind::Settled,
             Message::Round(_) => Kind::Round,
+            Message::Missing(_) => Kind::Missing,
+            Message::Wanted => Kind::Wanted,
+            Message::Enough(_) => Kind::Enough,
         }
     }
 
@@ -404,10 +450,12 @@ impl Message {
             Message::Offer {
                 connections,
                 compressed,
+                postcopy,
                 state,
             } => {
+                let how = u32::from(*compressed) | if *postcopy { POSTCOPY } else { 0 };
                 bytes.extend(connections.to_le_bytes());
-                bytes.extend(u32::from(*compressed).to_le_bytes());
+                bytes.extend(how.to_le_bytes());
                 bytes.extend(state);
             }
             Message::State { round, state } => {
@@ -422,7 +470,19 @@ impl Message {
                 Ending::Never => 2,
                 Ending::Unknown => 3,
             }),
-            Message::Prepared | Message::Go | Message::Started | Message::Done => {}
+            Message::Missing(runs) => {
+                let ends = runs.iter().flat_map(|run| [run.start, run.end]);
+                bytes.extend(ends.flat_map(u64::to_le_bytes));
+            }
+            Message::Enough(of) => {
+                let numbers = [of.count, of.p50_ns, of.p99_ns, of.max_ns];
+                bytes.extend(numbers.into_iter().flat_map(u64::to_le_bytes));
+            }
+            Message::Prepared
+            | Message::Go
+            | Message::Started
+            | Message::Done
+            | Message::Wanted => {}
         }
         let len = u32::try_from(bytes.len() - HEAD).unwrap_or(u32::MAX);
         let (_, most) = kind.lengths();
@@ -457,15 +517,16 @@ impl Message {
         let wrong = |what: String| MessageError::Payload { kind, what };
         Ok(match kind {
             Kind::Offer => {
-                let (connections, compressed) = (u32_at(&payload, 0), u32_at(&payload, 4));
-                if !(1..=MOST_CONNECTIONS).contains(&connections) || compressed > 1 {
+                let (connections, how) = (u32_at(&payload, 0), u32_at(&payload, 4));
+                if !(1..=MOST_CONNECTIONS).contains(&connections) || how > COMPRESSED | POSTCOPY {
                     return Err(wrong(format!(
-                        "{connections} connections, and {compressed} for compression"
+                        "{connections} connections, and {how} for compression and post-copy"
                     )));
                 }
                 Message::Offer {
                     connections,
-                    compressed: compressed == 1,
+                    compressed: how & COMPRESSED != 0,
+                    postcopy: how & POSTCOPY != 0,
                     state: behind(payload, 8),
                 }
             }
@@ -487,6 +548,27 @@ impl Message {
             Kind::Go => Message::Go,
             Kind::Started => Message::Started,
             Kind::Done => Message::Done,
+            Kind::Missing => {
+                let (runs, rest) = payload.as_chunks::<RUN>();
+                if !rest.is_empty() {
+                    return Err(wrong(format!("{} bytes, which are no runs", payload.len())));
+                }
+                Message::Missing(
+                    runs.iter()
+                        .map(|run| u64_at(run, 0)..u64_at(run, 8))
+                        .collect(),
+                )
+            }
+            Kind::Wanted => Message::Wanted,
+            Kind::Enough => {
+                let number = |at: usize| u64_at(&payload, at * 8);
+                Message::Enough(Faults {
+                    count: number(0),
+                    p50_ns: number(1),
+                    p99_ns: number(2),
+                    max_ns: number(3),
+                })
+            }
         })
     }
 }

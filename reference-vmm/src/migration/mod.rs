@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A machine that moves to another process while its guest runs: pre-copy, with one owner of the guest at every moment.
+//! A machine that moves to another process while its guest runs: pre-copy, and post-copy for who asks for it, with one owner
+//! of the guest at every moment.
 //!
 //! ```text
 //!   ctl migrate ─► outgoing ─► source ◄──────── control ────────► destination ◄─ incoming ◄─ run --incoming
@@ -25,6 +26,7 @@
 //! | destination | `Ready` | such a machine can be here: CPUID, MSRs, capabilities, memory; with its words for the line |
 //! | source | `Round(n)` | all pages of round n are sent, and the mark n on each data connection |
 //! | destination | `Taken(n)` | and in memory |
+//! | source | `Missing(runs)` | of a post-copy alone: these pages follow the guest, who asks for them |
 //! | source | `State(n)` | the guest stands still, its disks are let go of; this is all of it but memory, which is whole with round n |
 //! | destination | `Prepared` | the machine is whole, its threads are there and it holds the disks; one word starts it |
 //! | source | `Go` | the guest is not mine any more |
@@ -33,6 +35,8 @@
 //! | either | `GivenUp(why)` | before `Go`: the guest stays where it is |
 //! | source | a connection of its own | how did it end? |
 //! | destination | `Settled` | started; or never, a pledge: nothing is held here, and nothing ever starts; or unknown, of a migration that this process knows nothing of |
+//! | source | a connection of its own, two of them | of a post-copy alone: pages may be asked for here ([`postcopy`]) |
+//! | destination | `Wanted`, `Enough` | they will be, by [`async_pf::peer`]'s frames; or all are here |
 //!
 //! Host differences are found before the first page: the rehearsal has the vCPUs' state, which the destination's KVM is
 //! asked about, and the VM, its memory, irqchip and vCPUs are made then, while the guest runs at the source. Disks, taps and
@@ -46,7 +50,8 @@
 //! done when the rest fits into the downtime: [`dirty_log::estimate`] forecasts it from the last rounds, and what the
 //! rehearsal took for the state is taken off first. One round follows the first in any case: what a guest that idles wrote
 //! while all was sent need not be sent while it stands still. A guest that writes faster than that is refused with what a
-//! stop would cost, or slowed down until it does not, or stopped all the same ([`source::WhenStuck`]).
+//! stop would cost, or slowed down until it does not, or stopped all the same ([`source::WhenStuck`]); or it goes before its
+//! memory ([`postcopy::When`]).
 //!
 //! Slowed down, each vCPU sleeps a part of its time ([`kvm_core::Throttle`]): 20 % at first, 10 % more behind each round that
 //! does not promise an end, up to 99 %, as QEMU's auto-converge has it; what was seen before counts as if it had been as slow.
@@ -133,7 +138,7 @@
 //!
 //! # Limits
 //!
-//! - Nothing is paged in later (post-copy): the guest goes when nearly all of it is there.
+//! - A guest that goes before its memory ([`postcopy`]) lives only while both processes do, until all has followed.
 //! - Writes of other processes into guest memory are not seen ([`dirty_log`] has sources for them).
 //! - Disks are on storage that both hosts have. Their contents are made durable before the state is sent: once right before
 //!   the guest stops, and what came in between in the downtime.
@@ -156,6 +161,7 @@ pub mod orders;
 pub mod outgoing;
 pub mod pages;
 mod plot;
+pub mod postcopy;
 pub mod progress;
 pub mod record;
 pub mod report;

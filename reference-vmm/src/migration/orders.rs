@@ -23,9 +23,17 @@ pub enum OrderError {
     /// The guest is handed over.
     #[error("it is too late to cancel: the guest is being handed over")]
     TooLate,
+    /// And so it is for this.
+    #[error("it is too late to switch to post-copy: the guest is being handed over")]
+    Gone,
     /// It has ended.
     #[error("there is no migration under way")]
     Over,
+    /// The migration was not asked to be one that can switch.
+    #[error(
+        "the migration was begun without post-copy: say so when it is begun (--postcopy by-hand)"
+    )]
+    NoPostCopy,
     /// Where the guest is, is known or will be at once.
     #[error("nobody has to say where the guest is: the destination has not failed to answer")]
     NotInDoubt,
@@ -46,6 +54,8 @@ enum Stage {
 struct State {
     stage: Stage,
     cancelled: bool,
+    /// The guest is to go before its memory.
+    switch: bool,
     said: Option<Whereabouts>,
 }
 
@@ -62,6 +72,7 @@ impl Default for Orders {
             state: Mutex::new(State {
                 stage: Stage::Ours,
                 cancelled: false,
+                switch: false,
                 said: None,
             }),
             changed: Condvar::new(),
@@ -90,6 +101,28 @@ impl Orders {
             Stage::Committed | Stage::InDoubt => Err(OrderError::TooLate),
             Stage::Over => Err(OrderError::Over),
         }
+    }
+
+    /// Has the guest go on at the destination now, and its memory follow it. Does not block: the guest is stopped when the
+    /// frames that are under way have been sent. Said again, it changes nothing.
+    ///
+    /// # Errors
+    /// [`OrderError::Gone`], [`OrderError::Over`].
+    pub fn switch(&self) -> Result<(), OrderError> {
+        let mut state = self.lock();
+        match state.stage {
+            Stage::Ours => {
+                state.switch = true;
+                Ok(())
+            }
+            Stage::Committed | Stage::InDoubt => Err(OrderError::Gone),
+            Stage::Over => Err(OrderError::Over),
+        }
+    }
+
+    /// Whether the guest is to go before its memory.
+    pub(super) fn is_to_switch(&self) -> bool {
+        self.lock().switch
     }
 
     /// Says where the guest is, when the destination cannot be asked. Who says so wrongly has two guests, or none.

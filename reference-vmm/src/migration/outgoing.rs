@@ -20,8 +20,9 @@ use super::limit::{LEAST_RATE, Limiter};
 use super::live::{Given, LiveGuest};
 use super::message::{MOST_CONNECTIONS, MigrationId};
 use super::orders::{OrderError, Orders, Whereabouts};
+use super::postcopy::When;
 use super::record::{self, MigrationRecord, Outcome, Report};
-use super::source::{MigrateError, Patience, Settings, WhenStuck, Why, migrate};
+use super::source::{After, MigrateError, Patience, Settings, WhenStuck, Why, migrate};
 use super::tls::{Tls, TlsFiles};
 use super::{progress, report};
 use crate::devices::virtio::rng::random_id;
@@ -53,6 +54,9 @@ pub struct MigrateRequest {
     /// When that does not go: `cancel`, `throttle` it until it does, or `stop` it for as long as it takes.
     #[serde(default)]
     pub when_stuck: WhenStuck,
+    /// When the guest goes before its memory: `never`, `by-hand`, `auto`, `after-rounds=N` or `after=SECONDS`.
+    #[serde(default)]
+    pub postcopy: When,
     /// By what the two know each other.
     #[serde(default)]
     pub tls: Option<TlsFiles>,
@@ -88,6 +92,7 @@ impl MigrateRequest {
             downtime_ms: downtime(),
             time_s: time(),
             when_stuck: WhenStuck::Cancel,
+            postcopy: When::Never,
             tls: None,
             report: None,
         }
@@ -107,11 +112,13 @@ impl MigrateRequest {
     }
 }
 
-/// Says where the guest is, or to give up: the body of `PATCH /migrate`.
+/// Says where the guest is, to give up, or to switch to post-copy: the body of `PATCH /migrate`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Order {
     /// To give up.
     Cancel,
+    /// The guest is to go now, and its memory to follow it.
+    Postcopy,
     /// The guest is here, says who has looked.
     Here,
     /// It is there.
@@ -158,6 +165,8 @@ pub struct Outgoing {
 
 struct Job {
     orders: Orders,
+    /// It was asked to be one that can switch to post-copy.
+    may_switch: bool,
     limit: Arc<Limiter>,
     given: Arc<Given>,
     recorder: Recorder,
@@ -219,6 +228,7 @@ impl Outgoing {
             downtime: Duration::from_millis(request.downtime_ms),
             time: Duration::from_secs(request.time_s),
             when_stuck: request.when_stuck,
+            postcopy: request.postcopy,
             patience: Patience::default(),
         };
         running.settle_memory()?;
@@ -237,6 +247,7 @@ impl Outgoing {
         record.paused = guest.is_paused();
         let job = Arc::new(Job {
             orders: Orders::default(),
+            may_switch: request.postcopy.may(),
             limit,
             given,
             recorder: Recorder {
@@ -289,6 +300,14 @@ impl Outgoing {
         self.lock().as_ref()?.moved_to()
     }
 
+    /// Why the guest that the last one has taken away is nowhere any more, if it is so.
+    pub fn lost(&self) -> Option<String> {
+        match self.record().ok()?.outcome? {
+            Outcome::Lost { why } => Some(why),
+            _ => None,
+        }
+    }
+
     /// Has a guest go on that the last migration left standing still, because what it had let go of could not be taken back.
     ///
     /// # Errors
@@ -305,7 +324,9 @@ impl Outgoing {
                 let guest = LiveGuest::after(running, end, Arc::clone(&job.given));
                 guest.take_back().map_err(Some)
             }
-            Some(Outcome::Moved | Outcome::Unsettled { .. }) | None => Err(None),
+            Some(Outcome::Moved | Outcome::Lost { .. } | Outcome::Unsettled { .. }) | None => {
+                Err(None)
+            }
         }
     }
 
@@ -358,6 +379,8 @@ impl Outgoing {
                 // Who waits to be let send is waiting for nothing.
                 job.limit.cancel();
             }
+            Order::Postcopy if job.may_switch => job.orders.switch()?,
+            Order::Postcopy => return Err(OrderError::NoPostCopy.into()),
             Order::Here => match job.orders.settle(Whereabouts::Here) {
                 // It stands still here, because it may have run there.
                 Err(OrderError::Over) if job.given.vouch() => {}
@@ -394,6 +417,9 @@ impl Recorder {
         let outcome = match moved {
             Ok(()) => Outcome::Moved,
             Err(error) if matches!(error.why, Why::Cancelled) => Outcome::Cancelled,
+            Err(error) if error.after == After::Lost => Outcome::Lost {
+                why: Chain(error).to_string(),
+            },
             Err(error) => Outcome::Failed {
                 why: Chain(error).to_string(),
             },
@@ -442,6 +468,27 @@ impl Observer for Recorder {
                 record.accepted(now);
                 log::info!("the destination takes the guest; its state takes {rehearsal:?}");
             }
+            Event::PostCopy { missing } => {
+                log::info!("the guest goes before its memory, of which {missing} pages follow it");
+                record.goes_before(now, missing);
+            }
+            Event::Served { served, broken } => {
+                let before = record.postcopy.as_ref();
+                let before = before.and_then(|before| before.broken.as_deref());
+                match (before, broken) {
+                    (None, Some(why)) => log::warn!(
+                        "the guest at {} waits for its memory, and there is no connection, which is tried again and again: \
+                         {why}",
+                        record.to
+                    ),
+                    (Some(_), None) => {
+                        log::warn!("the guest at {} has its memory again", record.to)
+                    }
+                    _ => {}
+                }
+                record.served(now, served, broken);
+            }
+            Event::AllThere(faults) => record.is_all_there(now, faults),
             Event::InDoubt(why) => {
                 log::error!(
                     "whether the guest runs at {} is not known ({why}): it stands still here, and is asked for again and \

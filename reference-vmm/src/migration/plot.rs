@@ -297,16 +297,21 @@ pub(super) fn sent(record: &MigrationRecord) -> String {
         .iter()
         .map(|sample| (sample.at, sample.pages_sent as f64));
     line(&mut svg, &frame, "sent", points);
-    legend(
-        &mut svg,
-        14.0,
-        &[
-            ("sent", "pages sent"),
-            ("limit", "guest memory"),
-            ("band", "every second round"),
-            ("stop", "guest stopped"),
-        ],
-    );
+    let mut entries = vec![
+        ("sent", "pages sent"),
+        ("limit", "guest memory"),
+        ("band", "every second round"),
+        ("stop", "guest stopped"),
+    ];
+    if let Some(followed) = &record.postcopy {
+        let behind = record.samples.iter();
+        let behind = behind.filter(|sample| sample.at >= followed.began);
+        let points = behind.map(|sample| (sample.at, sample.demand_pages as f64));
+        line(&mut svg, &frame, "dirty", points);
+        entries.pop();
+        entries.extend([("stop", "switch to post-copy"), ("dirty", "waited for")]);
+    }
+    legend(&mut svg, 14.0, &entries);
     svg + "</svg>\n"
 }
 

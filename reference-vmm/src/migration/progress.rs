@@ -8,7 +8,8 @@ use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use super::record::{Ahead, Converges, MigrationRecord, Outcome, Round, per_second};
+use super::postcopy::record::Followed;
+use super::record::{Ahead, Converges, MigrationRecord, Outcome, Round, Step, per_second};
 use super::units;
 use crate::stderr;
 
@@ -151,6 +152,9 @@ pub(crate) fn far(record: &MigrationRecord, now: Duration) -> String {
 /// What is done `now`, what of it is left, and how fast it goes.
 pub(super) fn at_work(record: &MigrationRecord, now: Duration) -> String {
     let mut text = String::new();
+    if let (None, Some(followed)) = (&record.outcome, gone_before(record)) {
+        return followed.far();
+    }
     // A string takes everything.
     let _ = match (&record.outcome, &record.at_work) {
         // It is asked for still, and the guest stands still meanwhile.
@@ -188,6 +192,13 @@ pub(super) fn at_work(record: &MigrationRecord, now: Duration) -> String {
         let _ = write!(text, ", {}", units::rate(throughput));
     }
     text
+}
+
+/// What follows a guest that has gone.
+fn gone_before(record: &MigrationRecord) -> Option<&Followed> {
+    let steps = record.switch_over.iter().flat_map(|stop| &stop.steps);
+    let gone = steps.last().is_some_and(|taken| taken.step == Step::Start);
+    record.postcopy.as_ref().filter(|_| gone)
 }
 
 /// Bytes a second: of the round at work, or of the last one as long as that says little.

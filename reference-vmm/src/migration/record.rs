@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::codec::MOST_CONTENTS;
 use super::link::printable;
+use super::postcopy::record::Followed;
 use super::{progress, units};
 
 /// After so long in which nothing came about it is said that a migration stands still.
@@ -81,6 +82,9 @@ pub struct MigrationRecord {
     pub throttle_percent: u8,
     /// The guest's stop, from when it began.
     pub switch_over: Option<SwitchOver>,
+    /// What followed the guest, if it went before its memory.
+    #[serde(default)]
+    pub postcopy: Option<Followed>,
     /// How it ended; `None` while it goes.
     pub outcome: Option<Outcome>,
     /// What became of the report that was asked for, which is written when it is over.
@@ -409,6 +413,11 @@ pub enum Outcome {
         /// Where the guest is, and why, in one line.
         why: String,
     },
+    /// The guest had gone to the other side, and is nowhere any more: its memory was in both places, and one of them ended.
+    Lost {
+        /// Why, in one line.
+        why: String,
+    },
     /// The other side may have the guest and does not say so: it stays paused here until that is known.
     Unsettled {
         /// Why, in one line.
@@ -437,6 +446,9 @@ pub struct Sample {
     pub pages_sent: u64,
     /// Bytes on the wire.
     pub wire_bytes: u64,
+    /// Of the pages those that somebody waited for at the destination, behind a switch to post-copy.
+    #[serde(default)]
+    pub demand_pages: u64,
 }
 
 impl MigrationRecord {
@@ -459,6 +471,7 @@ impl MigrationRecord {
             forecast: None,
             throttle_percent: 0,
             switch_over: None,
+            postcopy: None,
             outcome: None,
             report: None,
             samples: Vec::new(),
@@ -647,6 +660,12 @@ impl MigrationRecord {
                 units::time(took),
                 printable(why)
             ),
+            Some(Outcome::Lost { why }) => writeln!(
+                text,
+                "lost after {}, when it was at {to}: {}",
+                units::time(took),
+                printable(why)
+            ),
             Some(Outcome::Unsettled { why }) => writeln!(
                 text,
                 "unsettled after {}, the guest stays paused here: {}",
@@ -692,6 +711,9 @@ impl MigrationRecord {
                 steps.join(", ")
             );
         }
+        if let Some(followed) = &self.postcopy {
+            let _ = writeln!(text, "{}", followed.words());
+        }
         if let Some(foretold) = self.foretold() {
             let _ = writeln!(text, "foretold: {foretold}");
         }
@@ -715,6 +737,8 @@ impl MigrationRecord {
         let ahead = self.forecast.as_ref()?;
         let [least, _, most] = ahead.downtime;
         match (&self.switch_over, &self.outcome) {
+            // Its last pages were none.
+            _ if self.postcopy.is_some() => None,
             (Some(_), _) if most.is_zero() => Some(
                 "no last pages; the downtime is for the guest's state and the hand-over alone"
                     .into(),
@@ -737,6 +761,7 @@ impl MigrationRecord {
             at,
             pages_sent: self.total.pages_sent,
             wire_bytes: self.total.wire_bytes,
+            demand_pages: self.postcopy.as_ref().map_or(0, |of| of.demand_pages),
         };
         if self.samples.last() == Some(&sample) {
             return;
@@ -754,7 +779,7 @@ impl MigrationRecord {
 }
 
 /// Durations as whole microseconds.
-mod micros {
+pub(in crate::migration) mod micros {
     use std::time::Duration;
 
     use serde::{Deserialize, Deserializer, Serialize, Serializer};

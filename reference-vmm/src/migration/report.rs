@@ -197,6 +197,10 @@ fn outcome(page: &mut Page, record: &MigrationRecord) {
             "It was called off; the guest is still here.".into(),
         ),
         Some(Outcome::Failed { why }) => ("bad", format!("It failed: {}", escape(why))),
+        Some(Outcome::Lost { why }) => (
+            "bad",
+            format!("The guest had gone, and is lost: {}", escape(why)),
+        ),
         Some(Outcome::Unsettled { why }) => (
             "bad",
             format!(
@@ -266,6 +270,15 @@ fn key_figures(page: &mut Page, record: &MigrationRecord) {
         None => "the guest was not stopped",
     };
     page.key("Rounds", &units::count(rounds.into()), stop);
+    if let Some(followed) = &record.postcopy {
+        let pages = format!("{} pages", units::count(followed.missing_pages));
+        let words = followed.words();
+        page.key(
+            "Followed the guest",
+            &pages,
+            words.trim_start_matches("post-copy: "),
+        );
+    }
     if record.throttle_percent > 0 {
         let value = format!("{} %", record.throttle_percent);
         page.key("Guest slowed by", &value, "of its vCPUs' time, at last");

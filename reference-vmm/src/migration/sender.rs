@@ -54,6 +54,8 @@ pub(super) struct Tally<'a> {
     enough: &'a (dyn Fn() -> bool + Sync),
     /// And some was not.
     cut: AtomicBool,
+    /// What was not.
+    left: Mutex<Vec<Range<u64>>>,
 }
 
 impl<'a> Tally<'a> {
@@ -64,6 +66,7 @@ impl<'a> Tally<'a> {
             zero: AtomicU64::new(0),
             enough,
             cut: AtomicBool::new(false),
+            left: Mutex::default(),
         }
     }
 
@@ -77,6 +80,17 @@ impl<'a> Tally<'a> {
     pub(super) fn is_cut(&self) -> bool {
         // Relaxed: the threads that set it have been joined.
         self.cut.load(Ordering::Relaxed)
+    }
+
+    /// What has not been sent of a round that is cut.
+    pub(super) fn take_left(&self) -> Vec<Range<u64>> {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *left)
+    }
+
+    fn leave(&self, runs: impl IntoIterator<Item = Range<u64>>) {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.extend(runs);
     }
 
     /// Whether the rest is not to be sent.
@@ -279,6 +293,7 @@ impl Stripes {
         let mut out = Limited::new(patient, settings.limit.clone());
         let mut batch = Batch::of(guest);
         let mut result = Ok(());
+        let mut cut = false;
         let mut before = encoder.counts();
         let mut count = |now: Counts| {
             // A frame is out only now and then.
@@ -301,10 +316,11 @@ impl Stripes {
                     result = Err(io::Error::other(why));
                     return false;
                 }
-                if tally.is_enough() {
-                    // All of the round is dirty still.
+                cut = cut || tally.is_enough();
+                if cut {
+                    tally.leave(batch.pages.drain(..).chain([piece]));
                     batch.clear();
-                    return false;
+                    continue;
                 }
                 let holes = match mark {
                     // What is dirty later has been written.

@@ -7,10 +7,12 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use async_pf::PageSource;
 use dirty_log::estimate::{Advice, AutoConverge, Curve, CurvePoint, Forecast, Link, Policy, Spent};
 use dirty_log::estimate::{Steps, Throttle, advise, forecast};
 use serde::{Deserialize, Serialize};
@@ -19,9 +21,13 @@ use super::codec::{Compression, PAGE};
 use super::event::{Event, Observer, RoundDone, Step};
 use super::guest::{Dirty, Refusal, SourceGuest};
 use super::limit::Limiter;
-use super::link::{Connect, LinkError, Watch, Wire, greet, receive, send};
+use super::link::{Connect, LinkError, TICK, Watch, Wire, greet, receive, receive_now, send};
 use super::message::{Ending, Greeting, Message, MigrationId, Role, Side};
 use super::orders::{Orders, Whereabouts};
+use super::postcopy::When;
+use super::postcopy::ask::LANES;
+use super::postcopy::missing::{MOST_RUNS, Missing};
+use super::postcopy::serve::{Serving, Standing};
 use super::sender::{LAST, Lane, Tally, send_round};
 
 /// How long is waited for what.
@@ -88,6 +94,8 @@ pub struct Settings {
     pub time: Duration,
     /// When that does not go.
     pub when_stuck: WhenStuck,
+    /// When the guest goes before its memory, if that does not go by itself until then.
+    pub postcopy: When,
     /// How long is waited for what.
     pub patience: Patience,
 }
@@ -116,6 +124,8 @@ pub enum After {
     Ended,
     /// It was ended here while it was in doubt: it may run at the destination.
     InDoubt,
+    /// It is nowhere any more: it ran at the destination, and its memory was in both places.
+    Lost,
 }
 
 impl std::fmt::Display for After {
@@ -123,6 +133,7 @@ impl std::fmt::Display for After {
         match self {
             After::RunsOn => write!(f, "the guest runs on here: "),
             After::StaysPaused => write!(f, "the guest is paused here, as it was: "),
+            After::Lost => write!(f, "the guest is lost: "),
             After::StandsStill(why) => write!(
                 f,
                 "the guest is paused here, because what was let go of for the migration cannot be taken back ({why}): \
@@ -205,6 +216,26 @@ pub enum Why {
     /// The destination does not run it, and says that it never will.
     #[error("the destination did not start the guest")]
     NotStarted,
+    /// The guest ran at the destination, without all of its memory, and that is gone.
+    #[error(
+        "the destination has ended before it had all of the guest's memory ({left} pages were left): {why}"
+    )]
+    DestinationGone {
+        /// Why that is known.
+        why: String,
+        /// Pages that it has not asked for.
+        left: u64,
+    },
+    /// The guest runs at the destination, without all of its memory, and this process ends.
+    #[error(
+        "this monitor ends before the destination has all of the guest's memory ({left} pages were left): {why}"
+    )]
+    TakenAlong {
+        /// Why it ends.
+        why: String,
+        /// Pages that the destination has not asked for.
+        left: u64,
+    },
     /// Somebody said that it is here.
     #[error("the destination did not answer, and the guest was said to be here")]
     SaidToBeHere,
@@ -217,15 +248,16 @@ fn slowed(throttle: Throttle) -> String {
     }
 }
 
-/// What helps a guest that is stuck. One that was slowed in vain is a case for post-copy, which there is not.
+/// What helps a guest that is stuck. One that was slowed in vain is a case for post-copy.
 fn remedy(throttle: Throttle) -> &'static str {
     match throttle {
         Throttle::NONE => {
-            "allow a longer downtime, more bandwidth or time, or have it slowed or stopped (when_stuck: throttle, stop)"
+            "allow a longer downtime, more bandwidth or time, have it slowed or stopped (when_stuck: throttle, stop), or have \
+             it go before its memory (postcopy: auto)"
         }
         _ => {
-            "allow a longer downtime, more bandwidth or time, or have it stopped (when_stuck: stop): short of post-copy, \
-             which there is not yet, nothing else helps"
+            "allow a longer downtime, more bandwidth or time, have it stopped (when_stuck: stop), or have it go before its \
+             memory (postcopy: auto)"
         }
     }
 }
@@ -251,7 +283,9 @@ pub fn migrate<G: SourceGuest, C: Connect>(
         orders,
         observer,
         tracked: AtomicBool::new(false),
-        direct: OnceLock::new(),
+        direct: &OnceLock::new(),
+        serving: OnceLock::new(),
+        missing: AtomicU64::new(0),
     };
     let ended = source.run();
     orders.over();
@@ -280,17 +314,51 @@ struct Source<'a, G, C> {
     observer: &'a dyn Observer,
     tracked: AtomicBool,
     /// The line to the destination, if nobody stands between: who refuses a connection there does so in its own place.
-    direct: OnceLock<String>,
+    direct: &'a OnceLock<String>,
+    /// Behind the switch to post-copy.
+    serving: OnceLock<Serving<'a, C>>,
+    /// Pages that follow the guest.
+    missing: AtomicU64,
 }
+
+/// Has threads begin to serve these pages.
+type Serve<'a> = &'a dyn Fn(Arc<dyn PageSource>) -> Result<(), Why>;
 
 impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
     fn run(&self) -> Result<(), MigrateError> {
+        std::thread::scope(|scope| {
+            let serve = |pages: Arc<dyn PageSource>| {
+                let how = (self.settings.compression, Arc::clone(&self.settings.limit));
+                let patience = self.settings.patience;
+                let serving = self.serving.get_or_init(|| {
+                    Serving::new((self.connect, self.direct), self.id, patience, pages, how)
+                });
+                for lane in LANES {
+                    let thread = std::thread::Builder::new().name("pages".into());
+                    let spawned = thread.spawn_scoped(scope, move || serving.run(lane));
+                    spawned.map_err(|error| Why::Link {
+                        doing: "cannot start a thread that serves pages",
+                        source: error.into(),
+                    })?;
+                }
+                Ok(())
+            };
+            let result = self.move_it(&serve);
+            // All has been asked for, or nothing is to be: its threads end.
+            self.stop_serving();
+            result
+        })
+    }
+
+    fn move_it(&self, serve: Serve<'_>) -> Result<(), MigrateError> {
         let mut control = None;
         let mut taken = Taken::Nothing;
-        let handed = self.hand_over(&mut control, &mut taken);
+        let handed = self.hand_over(&mut control, &mut taken, serve);
         let result = match handed {
             // What carried pages is closed behind that: it takes its time.
-            Ok((control, _data)) => self.see_it_start(control),
+            Ok((control, _data)) => self
+                .see_it_start(control)
+                .and_then(|()| self.see_it_whole()),
             Err(why) => {
                 // Heard, the destination ends at once with the reason; if not, by the connection's end.
                 if let Some(control) = &mut control {
@@ -302,6 +370,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                     let _ = send(control, &text, &watch);
                 }
                 drop(control);
+                self.stop_serving();
                 // Of one that was not held.
                 self.lift();
                 let after = match taken {
@@ -316,6 +385,13 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             self.guest.stop_tracking();
         }
         result
+    }
+
+    /// Nobody reads the guest's memory any more: it goes on here.
+    fn stop_serving(&self) {
+        if let Some(serving) = self.serving.get() {
+            serving.stop();
+        }
     }
 
     /// The guest is as fast as it was.
@@ -348,6 +424,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         &self,
         control: &mut Option<C::Wire>,
         taken: &mut Taken,
+        serve: Serve<'_>,
     ) -> Result<Wires<C::Wire>, Why> {
         let (guest, patience) = (self.guest, &self.settings.patience);
         let stop = || self.stop().map(|why| why.to_string());
@@ -381,6 +458,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let offer = Message::Offer {
             connections,
             compressed: self.settings.compression != Compression::None,
+            postcopy: self.settings.postcopy.may(),
             state,
         };
         send(wire, &offer, &quiet(patience.pages)).map_err(broke(doing))?;
@@ -418,19 +496,38 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let mut rounds = Rounds::new(self.settings, memory / PAGE as u64, rehearsal);
         // All of it.
         let dirty = guest.harvest().map_err(refused(unseen))?;
-        let mut done = self.round(dirty, 0, &mut data, wire, Some(&rounds))?;
+        // What is to follow the guest, besides what is dirty when it stands still.
+        let mut later: Option<Vec<Range<u64>>> = None;
+        let at_once = self.settings.postcopy == When::AfterRounds(0);
+        let mut sent = match at_once {
+            true => {
+                later = Some(all_of(&dirty));
+                dirty.commit();
+                Default::default()
+            }
+            false => self.round(dirty, 0, &mut data, wire, Some(&rounds))?,
+        };
         let last = loop {
+            if at_once {
+                break 0;
+            }
+            let (mut done, left) = sent;
             let since = rounds.since;
             let dirty = guest.harvest().map_err(refused(unseen))?;
             done.dirtied = dirty.pages();
             done.took = since.elapsed();
             self.observer.event(Event::RoundDone(&done));
             let next = done.number + 1;
+            if left.is_some() {
+                later = left;
+            }
             if done.cut {
                 break next;
             }
             match rounds.advice(&done, dirty.pages(), self.observer) {
                 Next::Switch => break next,
+                Next::PostCopy => later = Some(Vec::new()),
+                _ if self.is_to_switch(next, &rounds) => later = Some(Vec::new()),
                 Next::Round => {}
                 Next::Slower(throttle) => {
                     let slowed = guest.throttle(throttle);
@@ -442,8 +539,17 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                     WhenStuck::Cancel | WhenStuck::Throttle => return Err(why),
                 },
             }
-            done = self.round(dirty, next, &mut data, wire, Some(&rounds))?;
+            if later.is_some() {
+                break next;
+            }
+            sent = self.round(dirty, next, &mut data, wire, Some(&rounds))?;
         };
+        if later.is_some() {
+            // While it runs: the connections for pages are made.
+            let pages = guest.serve();
+            serve(pages.map_err(refused("the guest's memory cannot follow it"))?)?;
+            self.see_it_connected(wire)?;
+        }
 
         // 3. The guest stands still.
         self.observer.event(Event::Step(Step::Stopping));
@@ -454,7 +560,18 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         self.observer.event(Event::Step(Step::Held));
         let since = Instant::now();
         let dirty = guest.harvest().map_err(refused(unseen))?;
-        let mut done = self.round(dirty, last, &mut data, wire, None)?;
+        let missing = later.map(|mut runs| {
+            runs.extend(all_of(&dirty));
+            Missing::of(runs)
+        });
+        let (mut done, _) = match &missing {
+            None => self.round(dirty, last, &mut data, wire, None)?,
+            // Nothing more comes on these connections.
+            Some(_) => {
+                dirty.commit();
+                self.round(Nothing, last, &mut data, wire, None)?
+            }
+        };
         done.took = since.elapsed();
         self.observer.event(Event::RoundDone(&done));
         self.observer.event(Event::Step(Step::PagesSent));
@@ -466,6 +583,20 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         let released = guest.release();
         released.map_err(refused("cannot let go of the guest's disks"))?;
         self.observer.event(Event::Step(Step::Released));
+        if let Some(missing) = &missing {
+            let missing_pages = missing.pages();
+            // Relaxed: this thread's own.
+            self.missing.store(missing_pages, Ordering::Relaxed);
+            let event = Event::PostCopy {
+                missing: missing_pages,
+            };
+            self.observer.event(event);
+            for runs in missing.runs().chunks(MOST_RUNS) {
+                let message = Message::Missing(runs.to_vec());
+                let doing = "cannot tell the destination which pages follow the guest";
+                send(wire, &message, &quiet(patience.pages)).map_err(at(doing))?;
+            }
+        }
         let message = Message::State { round: last, state };
         let doing = "cannot send the guest's state";
         send(wire, &message, &quiet(patience.pages)).map_err(at(doing))?;
@@ -497,7 +628,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         data: &mut [Lane<C::Wire>],
         control: &mut C::Wire,
         running: Option<&Rounds>,
-    ) -> Result<RoundDone, Why> {
+    ) -> Result<Sent, Why> {
         let patience = &self.settings.patience;
         let pages = dirty.pages();
         let stopped = running.is_none();
@@ -507,14 +638,17 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             stopped,
         });
         let is_late = || running.is_some_and(Rounds::is_late);
-        let cuts = self.settings.when_stuck == WhenStuck::Stop;
+        // Of what is cut short what is left is known, if the guest is to go before it.
+        let switches = || running.is_some_and(|rounds| self.is_to_switch(number, rounds));
+        let cuts =
+            self.settings.when_stuck == WhenStuck::Stop || self.settings.postcopy == When::Auto;
         let in_vain = || is_late() && !cuts;
         let stop = || match self.stop() {
             Some(why) => Some(why.to_string()),
             None => in_vain().then(|| "its time is over".to_owned()),
         };
         let quiet = |quiet| Watch { quiet, stop: &stop };
-        let enough = || is_late() && cuts;
+        let enough = || is_late() && cuts || switches();
         let tally = Tally::new(self.observer, &enough);
         let out_of_time = || Why::OutOfTime {
             time: self.settings.time,
@@ -554,21 +688,100 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             })?;
         }
         let cut = tally.is_cut();
-        let sent = match cut {
-            // Which of its pages were sent nobody has noted. Dropped, all of them come again.
-            true => tally.pages(),
-            false => {
+        let left = (cut && switches()).then(|| tally.take_left());
+        let sent = match (cut, &left) {
+            // Dropped, all of them come again.
+            (true, None) => tally.pages(),
+            (true, Some(_)) => {
+                dirty.commit();
+                tally.pages()
+            }
+            (false, _) => {
                 dirty.commit();
                 pages
             }
         };
-        Ok(RoundDone {
+        let done = RoundDone {
             number,
             pages: sent,
             zero: tally.zero(),
             cut,
             ..RoundDone::default()
-        })
+        };
+        Ok((done, left))
+    }
+
+    /// Whether the guest is to go before its memory now, with so many rounds sent.
+    fn is_to_switch(&self, rounds: u32, so_far: &Rounds) -> bool {
+        let asked = match self.settings.postcopy {
+            When::Never => return false,
+            When::ByHand => false,
+            When::AfterRounds(most) => rounds >= most,
+            When::After(time) => so_far.began.elapsed() >= time,
+            When::Auto => so_far.is_late(),
+        };
+        asked || self.orders.is_to_switch()
+    }
+
+    /// Waits until pages can be asked for, on both lanes.
+    fn see_it_connected(&self, control: &mut C::Wire) -> Result<(), Why> {
+        let Some(serving) = self.serving.get() else {
+            return Ok(());
+        };
+        let until = Instant::now() + self.settings.patience.connect;
+        loop {
+            let standing = serving.wait(TICK, |standing| *standing == Standing::Connected);
+            let why = match standing {
+                Standing::Connected => return Ok(()),
+                Standing::Enough(_) => "it wants no pages".to_owned(),
+                Standing::Broken(_) if Instant::now() < until => {
+                    // The destination has nothing to say yet but that it gives up, or by its end that it is gone.
+                    let stop = || self.stop().map(|why| why.to_string());
+                    let watch = Watch {
+                        quiet: Duration::MAX,
+                        stop: &stop,
+                    };
+                    let at = self.link("the destination takes no connections for pages");
+                    match receive_now(control, Side::Destination, &watch).map_err(at)? {
+                        None => continue,
+                        Some(other) => format!("it says {:?}", other.kind()),
+                    }
+                }
+                Standing::Broken(why) | Standing::Gone(why) => why,
+            };
+            return Err(Why::Connect(io::Error::other(why)));
+        }
+    }
+
+    /// Serves what of the memory is not at the destination, whose the guest is, until that has all or is gone.
+    fn see_it_whole(&self) -> Result<(), MigrateError> {
+        let Some(serving) = self.serving.get() else {
+            return Ok(());
+        };
+        loop {
+            let ended =
+                |standing: &Standing| matches!(standing, Standing::Enough(_) | Standing::Gone(_));
+            let standing = serving.wait(TICK, ended);
+            let served = serving.served();
+            let broken = match &standing {
+                Standing::Broken(why) | Standing::Gone(why) => Some(why.as_str()),
+                Standing::Connected | Standing::Enough(_) => None,
+            };
+            self.observer.event(Event::Served { served, broken });
+            let left = self.missing.load(Ordering::Relaxed);
+            let left = left.saturating_sub(served.demand + served.bulk);
+            let why = match (standing, self.guest.over()) {
+                (Standing::Enough(faults), _) => {
+                    self.observer.event(Event::AllThere(faults));
+                    return Ok(());
+                }
+                (Standing::Gone(why), _) => Why::DestinationGone { why, left },
+                (_, Some(why)) => Why::TakenAlong { why, left },
+                (Standing::Connected | Standing::Broken(_), None) => continue,
+            };
+            let after = After::Lost;
+            return Err(MigrateError { why, after });
+        }
     }
 
     /// Says that the guest is not the source's any more, and hears that it is the destination's. If that is not heard it is
@@ -632,6 +845,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                 return Err(MigrateError { why, after });
             }
         };
+        self.stop_serving();
         let after = self.take_back(Taken::Released);
         Err(MigrateError { why, after })
     }
@@ -719,6 +933,32 @@ enum Asked {
     Nothing(String),
 }
 
+/// A round that was sent, or a part of it; and what of it was not, where it was cut short for the guest to go before it.
+type Sent = (RoundDone, Option<Vec<Range<u64>>>);
+
+/// No page.
+struct Nothing;
+
+impl Dirty for Nothing {
+    fn pages(&self) -> u64 {
+        0
+    }
+
+    fn runs(&self, _: &mut dyn FnMut(Range<u64>) -> bool) {}
+
+    fn commit(self) {}
+}
+
+/// The runs of what is dirty.
+fn all_of(dirty: &impl Dirty) -> Vec<Range<u64>> {
+    let mut all = Vec::new();
+    dirty.runs(&mut |run| {
+        all.push(run);
+        true
+    });
+    all
+}
+
 /// Waits for one message.
 fn expect(
     wire: &mut impl Wire,
@@ -741,6 +981,8 @@ enum Next {
     /// Another round, of a guest that is slowed so.
     Slower(Throttle),
     Switch,
+    /// The guest goes before its memory.
+    PostCopy,
     Stuck(Why),
 }
 
@@ -788,7 +1030,7 @@ impl Rounds {
                     WhenStuck::Throttle => Throttle::percent(steps.most),
                     WhenStuck::Cancel | WhenStuck::Stop => Throttle::NONE,
                 },
-                post_copy: false,
+                post_copy: settings.postcopy == When::Auto,
             },
             steps: AutoConverge::new(steps),
             since_step: 0,
@@ -851,6 +1093,7 @@ impl Rounds {
                 self.ahead(left, observer);
                 Next::Slower(throttle)
             }
+            Advice::SwitchToPostCopy => Next::PostCopy,
             // It runs in bursts: until all that is looked back upon is of a guest as slow as this, it is not known.
             Advice::GiveUp
                 if spent.throttle != Throttle::NONE

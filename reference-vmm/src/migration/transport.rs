@@ -27,6 +27,8 @@
 //! sides authenticate each other before either has the connection ([`tls`](super::tls)). Who connects and says nothing
 //! holds up others who connect for [`HANDSHAKE`] at most.
 
+mod duplex;
+
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -41,6 +43,8 @@ use super::pages::{self, Parts, ReadPages, WritePages, is_fault};
 use super::tls::{Session, Tls};
 use crate::no_wait::is_ready;
 use crate::unix_socket;
+
+pub use duplex::Both;
 
 /// How long a peer may be silent, unless the connection is told otherwise.
 pub const PATIENCE: Duration = Duration::from_secs(30);

@@ -203,6 +203,11 @@ impl Framed {
         self.memslots.snapshot()
     }
 
+    /// Its slots.
+    pub(super) fn memslots(&self) -> &Memslots {
+        &self.memslots
+    }
+
     /// Its vCPUs, in order.
     pub(crate) fn vcpu_ids(&self) -> impl Iterator<Item = u32> {
         self.vcpus.iter().map(|vcpu| vcpu.id().0)

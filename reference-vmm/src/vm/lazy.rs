@@ -2,11 +2,15 @@
 
 //! A machine whose memory comes while it runs ([`lazy`](crate::lazy)).
 
+use std::sync::Arc;
+
 use super::blank::Framed;
-use super::{BuildError, Running};
+use super::{BuildError, Machine, Running};
 use crate::arch::layout;
+use crate::end::EndSignal;
 use crate::file_pages;
-use crate::lazy::{LazyError, LazyMemory, LazyProgress, LazyStats};
+use crate::lazy::{self, LazyError, LazyMemory, LazyProgress, LazyRequest, LazyStats};
+use crate::migration::postcopy::ask::Later;
 
 impl Framed {
     /// Waits for the one page that the restore itself writes by hand. Written before it is there and lost, it would be a
@@ -25,6 +29,36 @@ impl Framed {
             log::debug!("the generation id's page: {error}");
             BuildError::Ended
         })
+    }
+}
+
+impl Framed {
+    /// Whether its memory, which is empty, could come when it runs.
+    ///
+    /// # Errors
+    /// [`LazyError`], with the remedy.
+    pub(crate) fn can_come_later(&self) -> Result<(), LazyError> {
+        lazy::check(self.memslots())
+    }
+
+    /// Has some of its memory come later.
+    ///
+    /// # Errors
+    /// [`LazyError`]; the machine is of no use then.
+    pub(crate) fn come_later(
+        &self,
+        request: &LazyRequest,
+        later: Later,
+        end: &Arc<EndSignal>,
+    ) -> Result<LazyMemory, LazyError> {
+        LazyMemory::arrive(request, later, self.memslots(), end)
+    }
+}
+
+impl Machine {
+    /// Some of its memory comes later, or none does.
+    pub(crate) fn set_lazy(&mut self, lazy: Option<LazyMemory>) {
+        self.parts.lazy = lazy;
     }
 }
 

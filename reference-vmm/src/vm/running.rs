@@ -60,6 +60,10 @@ impl Running {
             self.set.begin_stop();
             debugger.close();
         }
+        if let Some(lazy) = self.lazy() {
+            // A vCPU may wait for a page as long as its deadline.
+            lazy.leave();
+        }
         if let Err(error) = self.set.stop() {
             log::error!("cannot stop the vCPUs: {error}");
         }

@@ -6,15 +6,20 @@
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use async_pf::{Fetched, Lane, PageSource, SourceError};
 use dirty_log::estimate::Throttle;
+use memslots::Gfn;
 use reference_vmm::migration::guest::{
     ArrivingMemory, Blank, DestinationGuest, Dirty, Prepared, Refusal, SourceGuest,
 };
-use reference_vmm::migration::link::{Accept, Connect, TICK, Wire};
+use reference_vmm::migration::link::{Accept, Connect, Duplex, TICK, Wire};
 use reference_vmm::migration::pages::{ReadPages, WritePages};
+use reference_vmm::migration::postcopy::Faults;
+use reference_vmm::migration::postcopy::ask::{Enough, Later};
 
 pub const PAGE: usize = 4096;
 /// Two regions, over more than one stripe.
@@ -112,6 +117,12 @@ struct State {
     prepared: bool,
     /// The guest has run on the destination.
     ran_there: bool,
+    /// And all that followed it is there, as it was.
+    whole: bool,
+    /// The destination hears of no page faults.
+    no_faults: bool,
+    /// Pages that the source has given for that.
+    served: u64,
     /// What its vCPUs sleep, in percent.
     throttle: u8,
     /// No throttle slows it.
@@ -178,6 +189,7 @@ impl State {
 }
 
 pub struct World {
+    me: Weak<World>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -227,7 +239,8 @@ impl World {
             locked: true,
         };
         state.guest_writes(40);
-        Arc::new(World {
+        Arc::new_cyclic(|me| World {
+            me: me.clone(),
             state: Mutex::new(state),
             changed: Condvar::new(),
         })
@@ -264,6 +277,21 @@ impl World {
     pub fn has_tunnel(&self) -> bool {
         let fault = self.lock().fault;
         fault.is_some_and(|fault| matches!(fault.strike, Strike::Tunnel(_)))
+    }
+
+    /// The destination cannot have memory come later.
+    pub fn hears_no_faults(&self) {
+        self.change(|state| state.no_faults = true);
+    }
+
+    /// All that followed the guest is there.
+    pub fn is_whole(&self) -> bool {
+        self.lock().whole
+    }
+
+    /// Pages that were asked for behind the guest, a page as often as it was.
+    pub fn served(&self) -> u64 {
+        self.lock().served
     }
 
     pub fn is_tracked(&self) -> bool {
@@ -349,10 +377,45 @@ impl Wire for End {
             (false, _) => "from here to there".into(),
         })
     }
+
+    fn duplex(self) -> io::Result<Duplex> {
+        Ok(Box::new(Both(self)))
+    }
+}
+
+/// An end that is read while it is written.
+struct Both(End);
+
+impl async_pf::peer::Wire for Both {
+    fn set_tick(&self, _: Duration) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn read(&self, into: &mut [u8]) -> io::Result<usize> {
+        self.0.read_now(into)
+    }
+
+    fn write(&self, from: &[u8]) -> io::Result<usize> {
+        self.0.write_now(from)
+    }
+
+    fn shutdown(&self) {
+        let (conn, me) = (self.0.conn, self.0.side as usize);
+        self.0.world.change(|state| {
+            state.conns[conn].cut[me] = true;
+            state.conns[conn].closed[me] = true;
+        });
+    }
 }
 
 impl Read for End {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.read_now(bytes)
+    }
+}
+
+impl End {
+    fn read_now(&self, bytes: &mut [u8]) -> io::Result<usize> {
         let mut state = self.world.lock();
         let (me, peer) = (self.side as usize, 1 - self.side as usize);
         for waited in [false, true] {
@@ -382,6 +445,16 @@ impl Read for End {
 
 impl Write for End {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_now(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl End {
+    fn write_now(&self, bytes: &[u8]) -> io::Result<usize> {
         let (me, peer) = (self.side as usize, 1 - self.side as usize);
         let world = &self.world;
         world.change(|state| {
@@ -438,10 +511,6 @@ impl Write for End {
             }
             Ok(bytes.len())
         })
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -647,6 +716,10 @@ impl SourceGuest for World {
         })
     }
 
+    fn serve(&self) -> Result<Arc<dyn PageSource>, Refusal> {
+        Ok(Arc::new(Still(self.me.upgrade().unwrap())))
+    }
+
     fn throttle(&self, throttle: Throttle) -> Result<(), Refusal> {
         self.change(|state| {
             state.throttle = throttle.as_percent();
@@ -706,6 +779,21 @@ impl SourceGuest for World {
     }
 }
 
+/// The source's memory, when the guest has gone.
+struct Still(Arc<World>);
+
+impl PageSource for Still {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        let at = offset(first.0 * PAGE as u64, into.len() as u64);
+        let at = at.map_err(|_| SourceError::NoSuchPage { gfn: first })?;
+        self.0.change(|state| {
+            state.served += (into.len() / PAGE) as u64;
+            into.copy_from_slice(&state.memory[at..at + into.len()]);
+        });
+        Ok(Fetched::Bytes)
+    }
+}
+
 /// What makes the guest on the destination.
 pub struct Maker {
     pub world: Arc<World>,
@@ -715,8 +803,11 @@ pub struct Maker {
 /// The guest there.
 pub struct Made {
     world: Arc<World>,
-    memory: Mutex<Vec<u8>>,
+    memory: Arc<Mutex<Vec<u8>>>,
     locked: bool,
+    later: Mutex<Option<Later>>,
+    enough: Arc<Mutex<Option<Enough>>>,
+    brings: Option<JoinHandle<()>>,
 }
 
 impl DestinationGuest for Maker {
@@ -728,8 +819,11 @@ impl DestinationGuest for Maker {
             Some(why) => Err(Refusal(why.into())),
             None => Ok(Made {
                 world: self.world,
-                memory: Mutex::new(vec![0; len()]),
+                memory: Arc::new(Mutex::new(vec![0; len()])),
                 locked: false,
+                later: Mutex::default(),
+                enough: Arc::default(),
+                brings: None,
             }),
         }
     }
@@ -757,6 +851,47 @@ impl Blank for Made {
         self
     }
 
+    fn can_come_later(&self) -> Result<(), Refusal> {
+        match self.world.lock().no_faults {
+            true => Err(Refusal("there is no userfaultfd: have one".into())),
+            false => Ok(()),
+        }
+    }
+
+    fn prepare_later(mut self, _: &[u8], mut later: Later) -> Result<Made, Refusal> {
+        let world = Arc::clone(&self.world);
+        world.change(|state| {
+            World::alive(state, Destination)?;
+            if state.spoiled {
+                return Err(Refusal("the machine cannot be made whole".into()));
+            }
+            if state.processes[Source as usize].locked {
+                return Err(Refusal("the source has the disk".into()));
+            }
+            state.process(Destination).locked = true;
+            (self.locked, state.prepared) = (true, true);
+            Ok(())
+        })?;
+        let enough = std::mem::replace(&mut later.enough, Box::new(|_, _| {}));
+        *self.enough.lock().unwrap() = Some(enough);
+        // What is there of it is not as it was.
+        for run in later.missing.runs() {
+            let at = offset(run.start, 1).unwrap();
+            self.memory.lock().unwrap()[at..at + (run.end - run.start) as usize].fill(0xee);
+        }
+        // As KVM does, when it has a vCPU's state.
+        let first = later.missing.runs()[0].start;
+        bring(
+            &later,
+            &self.memory,
+            first..first + PAGE as u64,
+            Lane::Fault,
+        )
+        .map_err(|why| Refusal(why.to_string()))?;
+        self.later = Mutex::new(Some(later));
+        Ok(self)
+    }
+
     fn prepare(mut self, said: &[u8]) -> Result<Made, Refusal> {
         let world = Arc::clone(&self.world);
         world.change(|state| {
@@ -778,10 +913,81 @@ impl Blank for Made {
     }
 }
 
+/// Has these pages come.
+fn bring(
+    later: &Later,
+    memory: &Mutex<Vec<u8>>,
+    run: Range<u64>,
+    lane: Lane,
+) -> Result<(), SourceError> {
+    let mut bytes = vec![0; (run.end - run.start) as usize];
+    let fetched = later
+        .source
+        .fetch_for(lane, Gfn(run.start / PAGE as u64), &mut bytes)?;
+    if fetched == Fetched::Zero {
+        bytes.fill(0);
+    }
+    let at = offset(run.start, bytes.len() as u64).unwrap();
+    memory.lock().unwrap()[at..at + bytes.len()].copy_from_slice(&bytes);
+    Ok(())
+}
+
+/// Has all come that is missing, a few pages at a time, on one lane and the other.
+fn bring_all(
+    world: &World,
+    later: &Later,
+    memory: &Mutex<Vec<u8>>,
+    enough: &Mutex<Option<Enough>>,
+) -> Result<(), SourceError> {
+    let step = 16 * PAGE as u64;
+    let pieces = later.missing.runs().iter().flat_map(|run| {
+        let starts = run.clone().step_by(step as usize);
+        starts.map(|start| start..run.end.min(start + step))
+    });
+    for (number, mut piece) in pieces.enumerate() {
+        // The first page has come before.
+        piece.start += if number == 0 { PAGE as u64 } else { 0 };
+        if piece.is_empty() {
+            continue;
+        }
+        let lane = [Lane::Prefetch, Lane::Fault][usize::from(number % 3 == 1)];
+        bring(later, memory, piece, lane)?;
+    }
+    world.change(|state| {
+        if *memory.lock().unwrap() != state.memory {
+            state
+                .wrong
+                .push("what followed it is another memory".into());
+        }
+        state.whole = true;
+    });
+    if let Some(enough) = enough.lock().unwrap().take() {
+        enough(Faults::default(), Duration::ZERO);
+    }
+    Ok(())
+}
+
 impl Prepared for Made {
     type Running = Made;
 
-    fn start(self) -> Result<Made, Refusal> {
+    fn start(mut self) -> Result<Made, Refusal> {
+        let later = self.later.lock().unwrap().take();
+        if let Some(later) = later {
+            let world = Arc::clone(&self.world);
+            world.change(|state| {
+                World::alive(state, Destination)?;
+                state.process(Destination).running = true;
+                state.ran_there = true;
+                Ok(())
+            })?;
+            let (memory, enough) = (Arc::clone(&self.memory), Arc::clone(&self.enough));
+            let brings = move || {
+                // It is closed, and what is missing is lost.
+                let _ = bring_all(&world, &later, &memory, &enough);
+            };
+            self.brings = Some(std::thread::spawn(brings));
+            return Ok(self);
+        }
         let world = Arc::clone(&self.world);
         world.change(|state| {
             World::alive(state, Destination)?;
@@ -798,6 +1004,13 @@ impl Prepared for Made {
 
 impl Drop for Made {
     fn drop(&mut self) {
+        let enough = self.enough.lock().unwrap().take();
+        if let Some(enough) = enough {
+            enough(Faults::default(), Duration::ZERO);
+        }
+        if let Some(brings) = self.brings.take() {
+            brings.join().unwrap();
+        }
         self.world.change(|state| {
             let process = state.process(Destination);
             process.running = false;

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Memory of a guest that came before it: post-copy.
+//!
+//! What came in pre-copy's rounds is there. Of the rest some may be there as well, as it was, and is taken away: behind the
+//! registration, from which on the kernel makes no page of its own accord (khugepaged would fill a hole with zeros). And
+//! before the pager, which would take what is given back for zeros.
+
+#![forbid(unsafe_code)]
+
+use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::time::{Duration, Instant};
+
+use async_pf::pager::{GiveUp, PagedSlot, Pager, PagerConfig, Stats};
+use async_pf::{Fetched, Lane, PageSource};
+use memslots::uffd::{Features, Modes, Registration, Uffd};
+use memslots::{Gfn, PAGE_SIZE};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::bus::Parked;
+use super::events::Events;
+use super::memory::{AHEAD, From, LazyMemory, Shared, State};
+use super::{LazyError, LazyRequest, LazyState};
+use crate::end::EndSignal;
+use crate::memory::{Memslots, SlotTable};
+use crate::migration::postcopy::Faults;
+use crate::migration::postcopy::ask::Later;
+
+/// Told that nothing more will be asked for.
+pub(super) type Enough = crate::migration::postcopy::ask::Enough;
+/// For how long the source has been waited for, if it is.
+pub(super) type Waits = dyn Fn() -> Option<Duration> + Send + Sync;
+
+pub(super) fn faults(stats: &Stats) -> Faults {
+    let nanos = |of: Duration| u64::try_from(of.as_nanos()).unwrap_or(u64::MAX);
+    let latency = &stats.latency;
+    Faults {
+        count: latency.count(),
+        p50_ns: nanos(latency.percentile(50.0)),
+        p99_ns: nanos(latency.percentile(99.0)),
+        max_ns: nanos(latency.max()),
+    }
+}
+
+/// A userfaultfd, and all memory of a machine with it that can be written.
+fn register(table: &SlotTable) -> Result<(Uffd, Vec<Registration>), LazyError> {
+    // No events: who takes memory away here waits for nobody.
+    let uffd = Uffd::open(Features::NONE, Features::NONE)?;
+    if !uffd.available().contains(Features::POISON) {
+        return Err(LazyError::NoPoison);
+    }
+    let writable = table.regions().filter(|region| !region.is_read_only());
+    let registered = writable.map(|region| uffd.register_all(region.mapping(), Modes::MISSING));
+    let registrations = registered.collect::<Result<_, _>>()?;
+    Ok((uffd, registrations))
+}
+
+/// Whether memory could come later into `memslots`, which nobody uses yet: tries it.
+///
+/// # Errors
+/// [`LazyError`]: the host refuses, with the remedy.
+pub(crate) fn check(memslots: &Memslots) -> Result<(), LazyError> {
+    let table = memslots.snapshot();
+    let (_uffd, _registrations) = register(&table)?;
+    let writable = table.regions().filter(|region| !region.is_read_only());
+    let pages = writable.map(|region| {
+        let start = region.extent().start();
+        start..GuestAddress(start.0 + region.page_size())
+    });
+    memslots.ram().punch(&pages.collect::<Vec<_>>())?;
+    Ok(())
+}
+
+impl LazyMemory {
+    /// Has what `later` says of the memory of `memslots` come from there. A page that does not come is told to `end`. When
+    /// this returns faults are served, and what is missing reads as nothing else.
+    ///
+    /// # Errors
+    /// [`LazyError`]; the memory is of no use then.
+    pub(crate) fn arrive(
+        request: &LazyRequest,
+        later: Later,
+        memslots: &Memslots,
+        end: &Arc<EndSignal>,
+    ) -> Result<Self, LazyError> {
+        let Later {
+            missing,
+            source,
+            waits,
+            enough,
+        } = later;
+        let begun = Instant::now();
+        let table = memslots.snapshot();
+        let (uffd, registrations) = register(&table)?;
+        let (mut slots, mut gone, mut hosts) = (Vec::new(), Vec::new(), Vec::new());
+        let mut pages = 0;
+        for region in table.regions() {
+            let range = region.extent().guest_range();
+            let runs = missing.within(&range, region.page_size());
+            if region.is_read_only() {
+                for run in runs {
+                    fetch(&*source, &table, run.start, run.end)?;
+                }
+                continue;
+            }
+            let guest = runs
+                .iter()
+                .map(|run| GuestAddress(run.start)..GuestAddress(run.end));
+            gone.extend(guest);
+            let page = |at: u64| Gfn(at / PAGE_SIZE);
+            let runs = runs
+                .into_iter()
+                .map(move |run| page(run.start)..page(run.end));
+            slots.push((page(range.start), runs));
+            let mapping = region.mapping();
+            pages += mapping.size() / mapping.page_size();
+            hosts.push(mapping.host_range());
+        }
+        memslots.ram().punch(&gone)?;
+        let events = Arc::new(Events::new(Arc::clone(end), request.on_loss));
+        let parked = Parked::new(hosts, Arc::clone(&events));
+        let config = PagerConfig {
+            workers: request.workers,
+            deadline: request.deadline,
+            // Until the deadline it is the connection that is waited for.
+            retries: u32::MAX,
+            give_up: GiveUp::Poison,
+            ahead: AHEAD,
+            events: Arc::clone(&events) as _,
+            ..PagerConfig::default()
+        };
+        let paged = registrations.iter().zip(slots).map(|(of, (first, runs))| {
+            let slot = PagedSlot::new(of, first, Arc::clone(&source));
+            slot.map(|slot| slot.only(runs))
+        });
+        let paged = paged.collect::<Result<Vec<_>, _>>()?;
+        let pager = Pager::start(&uffd, paged, config)?;
+        let shared = Arc::new(Shared {
+            pager: RwLock::new(Some(pager)),
+            state: Mutex::new(State {
+                phase: LazyState::Bringing,
+                stats: Stats::default(),
+                took: None,
+                close: false,
+                recorded: true,
+                registrations,
+                enough: Some(enough),
+            }),
+            changed: Condvar::new(),
+            events,
+            from: From::Migration(waits),
+            pages,
+            begun,
+        });
+        let thread = std::thread::Builder::new().name("lazy".into());
+        let of = Arc::clone(&shared);
+        let thread = thread.spawn(move || of.bring(None, None, &[]));
+        Ok(LazyMemory {
+            thread: Some(thread.map_err(|source| LazyError::Process {
+                what: "start its thread",
+                source,
+            })?),
+            shared,
+            handler: None,
+            on_loss: request.on_loss,
+            _parked: parked,
+        })
+    }
+}
+
+/// Brings these pages at once, into memory that has no pager.
+fn fetch(
+    source: &dyn PageSource,
+    table: &SlotTable,
+    start: u64,
+    end: u64,
+) -> Result<(), LazyError> {
+    let mut at = start;
+    while at < end {
+        let len = (end - at).min(AHEAD);
+        let mut bytes = vec![0; len as usize];
+        if source.fetch_for(Lane::Fault, Gfn(at / PAGE_SIZE), &mut bytes)? == Fetched::Zero {
+            bytes.fill(0);
+        }
+        table.write_slice(&bytes, GuestAddress(at))?;
+        at += len;
+    }
+    Ok(())
+}

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The destination's side: pages that are asked for when the guest runs, over two connections.
+//!
+//! What somebody waits for has a connection of its own: nothing of what nobody waits for is on it. Both are the source's to
+//! make, and to make again; here they are waited for, and what was asked for and not answered is asked for again
+//! ([`async_pf::peer`]).
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_pf::peer::{PeerConfig, PeerError, PeerSource, Reconnect, Wire};
+use async_pf::{Fetched, Lane, PageSource, SourceError};
+use memslots::Gfn;
+
+use super::Faults;
+use super::missing::Missing;
+use crate::migration::link::Duplex;
+use crate::migration::message::MigrationId;
+
+/// The lanes, in the order of their numbers.
+pub const LANES: [Lane; 2] = [Lane::Fault, Lane::Prefetch];
+
+/// How long one try waits for a connection of the source's.
+const TRY: Duration = Duration::from_millis(100);
+/// How long a source that lives may take for an answer: by the least bandwidth there may be, some seconds.
+const ANSWER: Duration = Duration::from_secs(120);
+
+/// What memory of a machine comes later, and how.
+pub struct Later {
+    /// Which.
+    pub missing: Missing,
+    /// Where from.
+    pub source: Arc<dyn PageSource>,
+    /// Since when the source is waited for, if it is.
+    pub waits: Arc<dyn Fn() -> Option<Duration> + Send + Sync>,
+    /// Called once, when nothing more will be asked for: all is there, or the machine is over.
+    pub enough: Enough,
+}
+
+/// Told what the faults were, and how long the source may take to hear that it is enough.
+pub type Enough = Box<dyn FnOnce(Faults, Duration) + Send>;
+
+/// Waits so long for the next connection of a lane.
+pub type Next = dyn Fn(Lane, Duration) -> Option<Duplex> + Send + Sync;
+
+/// Asks the source of a migration for pages.
+#[derive(Debug)]
+pub struct PostCopySource {
+    lanes: [PeerSource; 2],
+}
+
+impl PostCopySource {
+    /// Waits up to `patience` for the source's connections, and is asked from then on; `go_on` says whether that is still
+    /// wanted.
+    ///
+    /// # Errors
+    /// [`PeerError`]: they have not come, or are of another migration.
+    pub fn connect(
+        id: MigrationId,
+        next: &Arc<Next>,
+        patience: Duration,
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<Self, PeerError> {
+        let until = Instant::now() + patience;
+        let mut lane = |lane: Lane| loop {
+            let next = Arc::clone(next);
+            let connect = move |patience: Duration| -> io::Result<Box<dyn Wire>> {
+                next(lane, patience).ok_or_else(|| {
+                    io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "the source has not connected for pages",
+                    )
+                })
+            };
+            let config = PeerConfig {
+                answer: ANSWER,
+                // As often as it takes: how long that may be is the page deadline's to say.
+                tries: u32::MAX,
+                reconnect: Reconnect {
+                    tries: u32::MAX,
+                    backoff: Duration::from_millis(1),
+                    longest_backoff: Duration::from_millis(50),
+                    patience: TRY,
+                },
+                image: Some(image(id)),
+                ..PeerConfig::default()
+            };
+            match PeerSource::connect(connect, config) {
+                Err(why) if why.is_transient() && go_on() && Instant::now() < until => {}
+                connected => break connected,
+            }
+        };
+        let [first, second] = LANES;
+        Ok(PostCopySource {
+            lanes: [lane(first)?, lane(second)?],
+        })
+    }
+
+    /// Nothing more is asked for.
+    pub fn close(&self) {
+        self.lanes.iter().for_each(PeerSource::close);
+    }
+}
+
+/// By what a connection for pages is known to be of this migration.
+pub(super) fn image(id: MigrationId) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = id.0;
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+}
+
+impl PageSource for PostCopySource {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        self.fetch_for(Lane::Fault, first, into)
+    }
+
+    fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        let [fault, prefetch] = &self.lanes;
+        match lane {
+            Lane::Fault => fault.fetch_for(lane, first, into),
+            Lane::Prefetch => prefetch.fetch_for(lane, first, into),
+        }
+    }
+}

@@ -1,0 +1,624 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Post-copy over the real KVM: guests that know what they have go before their memory, which follows them, over
+//! connections that break; or they are lost, with the reason.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use guests::image;
+use guests::scribe::scribe64;
+use guests::verifier::verifier64;
+use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::end::{EndSignal, GuestEnd, StopCause};
+use reference_vmm::lazy::LazyState;
+use reference_vmm::memory::Memory;
+use reference_vmm::migration::address::Address;
+use reference_vmm::migration::incoming::{Incoming, IncomingError, IncomingRequest};
+use reference_vmm::migration::outgoing::{MigrateRequest, Order, Outgoing, OutgoingError};
+use reference_vmm::migration::record::{MigrationRecord, Outcome, Step};
+use reference_vmm::migration::source::After;
+use reference_vmm::vm::{Machine, RunState};
+use support::keeper::{Guest, digits, keeper};
+use support::{Vmm, WATCHDOG, file, need_kvm};
+
+fn place() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("incoming");
+    (folder, path)
+}
+
+fn machine(code: &[u8], cpus: u32, memory: &str) -> (tempfile::TempPath, Config) {
+    let kernel = file(&image::elf64(code));
+    let config = Config {
+        cmdline: format!("{cpus} "),
+        memory: memory.parse::<Memory>().unwrap(),
+        cpus: cpus.into(),
+        irqchip: Irqchip::Split,
+        debug_exit: Some(0xf4),
+        ..Config::new(&*kernel)
+    };
+    (kernel, config)
+}
+
+/// A guest on its way.
+struct Moving<'a> {
+    outgoing: &'a Outgoing,
+    there: &'a Mutex<Option<Result<Guest, IncomingError>>>,
+    came: &'a Condvar,
+}
+
+impl Moving<'_> {
+    /// Waits until it is so.
+    fn until(&self, what: impl Fn(&MigrationRecord) -> bool) {
+        let begun = Instant::now();
+        while !self.outgoing.record().is_ok_and(|record| what(&record)) {
+            assert!(begun.elapsed() < WATCHDOG, "{:?}", self.outgoing.record());
+            std::thread::yield_now();
+        }
+    }
+
+    /// The guest, when it is there, or why it does not come.
+    fn came(&self) -> Result<Guest, IncomingError> {
+        let there = self.there.lock().unwrap();
+        let none = |there: &mut Option<_>| there.is_none();
+        let waited = self.came.wait_timeout_while(there, WATCHDOG, none);
+        let came = waited.unwrap().0.take();
+        came.expect("nobody has come")
+    }
+
+    /// The guest, when it is there and the source knows that.
+    fn there(&self) -> Guest {
+        let there = self.came().unwrap();
+        self.until(|record| {
+            let stop = record.switch_over.as_ref();
+            let last = stop.and_then(|stop| stop.steps.last());
+            last.is_some_and(|taken| taken.step == Step::Start)
+        });
+        there
+    }
+}
+
+type Moved = Result<MigrationRecord, OutgoingError>;
+
+/// Moves `guest` as asked, and does something meanwhile.
+fn moving<T>(
+    guest: &Guest,
+    incoming: Incoming,
+    request: &MigrateRequest,
+    meanwhile: impl FnOnce(&Moving<'_>) -> T,
+) -> (Moved, T) {
+    let outgoing = Outgoing::default();
+    let (there, came) = (Mutex::new(None), Condvar::new());
+    let end = Arc::new(EndSignal::new().unwrap());
+    let (console, writer) = std::io::pipe().unwrap();
+    let gone = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (there, came, gone, outgoing) = (&there, &came, &gone, &outgoing);
+        scope.spawn(move || {
+            let stop = || gone.load(SeqCst).then(|| "no source is left".to_owned());
+            let running = incoming.receive(writer, &end, &stop, Machine::start);
+            let guest = running.map(|running| Guest {
+                running,
+                end,
+                console,
+                said: Vec::new(),
+            });
+            *there.lock().unwrap() = Some(guest);
+            came.notify_all();
+        });
+        let here = scope.spawn(move || {
+            let moved = outgoing.migrate(&guest.running, &guest.end, request);
+            gone.store(moved.is_err(), SeqCst);
+            moved
+        });
+        let meanwhile = meanwhile(&Moving {
+            outgoing,
+            there,
+            came,
+        });
+        (here.join().unwrap(), meanwhile)
+    })
+}
+
+fn request(to: &Address, postcopy: &str) -> MigrateRequest {
+    MigrateRequest {
+        postcopy: postcopy.parse().unwrap(),
+        ..MigrateRequest::new(to.to_string())
+    }
+}
+
+fn bind(address: Address) -> Incoming {
+    Incoming::bind(&IncomingRequest::new(address)).unwrap()
+}
+
+fn is_whole(guest: &Guest) {
+    let begun = Instant::now();
+    while guest.running.lazy_progress().unwrap().state != LazyState::Whole {
+        assert!(
+            begun.elapsed() < WATCHDOG,
+            "{:?}",
+            guest.running.lazy_progress()
+        );
+        std::thread::yield_now();
+    }
+}
+
+/// A guest that has written all that it has, and goes on.
+fn guests() -> Vec<(&'static str, tempfile::TempPath, Config)> {
+    let named = |name, (kernel, config)| (name, kernel, config);
+    vec![
+        named("writes without rest", machine(scribe64(), 1, "16M")),
+        named(
+            "compares all, shared",
+            machine(verifier64(), 4, "16M,shared"),
+        ),
+        named("compares all", machine(verifier64(), 4, "16M")),
+        named("sleeps and wakes", keeper(4, Irqchip::Kernel)),
+        named("sleeps and wakes, split", keeper(2, Irqchip::Split)),
+    ]
+}
+
+#[test]
+fn a_guest_that_goes_before_its_memory_has_lost_nothing() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    for (name, _kernel, config) in guests() {
+        let mut guest = Guest::boot(&config);
+        let mut all = String::new();
+        for (hop, when) in [
+            "after-rounds=0",
+            "after-rounds=1",
+            "by-hand",
+            "after=0",
+            "auto",
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            guest.hear(2);
+            let (_folder, path) = place();
+            let incoming = bind(match hop % 2 {
+                0 => Address::Unix(path),
+                _ => "tcp:127.0.0.1:0".parse().unwrap(),
+            });
+            let request = MigrateRequest {
+                connections: 1 + hop as u32 % 2,
+                compression: ["none", "zstd"][hop % 2].into(),
+                downtime_ms: if name.starts_with("sleeps") { 100 } else { 1 },
+                ..request(incoming.address(), when)
+            };
+            let (moved, mut there) = moving(&guest, incoming, &request, |moving| {
+                if when == "by-hand" {
+                    moving.until(|record| record.total.rounds > 0);
+                    // One that idles may be gone by then.
+                    let _ = moving.outgoing.order(Order::Postcopy);
+                }
+                moving.there()
+            });
+            let record = moved.unwrap();
+            println!("{name}, {when}: {}", record.summary());
+            assert_eq!(record.outcome, Some(Outcome::Moved));
+            let at_once = ["after-rounds=0", "after=0"].contains(&when);
+            assert!(record.postcopy.is_some() || !at_once, "{name} {when}");
+            if let Some(followed) = &record.postcopy {
+                assert!(followed.ended.is_some() && followed.broken.is_none());
+                let pages = followed.demand_pages + followed.bulk_pages;
+                assert_eq!(pages, followed.missing_pages, "{name} {when}: once each");
+            }
+            if when == "after-rounds=0" {
+                let (sent, of) = (record.total.pages_sent, record.memory_pages);
+                assert!(sent * 100 <= of * 105, "{sent} of {of} pages");
+            }
+            if record.postcopy.is_some() {
+                is_whole(&there);
+            }
+            there.hear(3);
+            assert_eq!(guest.running.state(), RunState::Paused);
+            let (said, end) = guest.leave();
+            assert_eq!(end, None, "{name} {when}: {said}");
+            all += &said;
+            guest = there;
+        }
+        let (said, end) = guest.quit();
+        all += &said;
+        assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{name}: {all}");
+        let said = all.trim_start_matches('f');
+        assert_eq!(said, digits(said.len() - 1) + "!", "{name}");
+    }
+}
+
+/// What passes connections on to who waits at another socket. It can be cut, which ends all of them, and be closed.
+struct Line {
+    path: PathBuf,
+    /// Bytes that went to the destination, and back.
+    bytes: [AtomicUsize; 2],
+    /// It is cut once, when so many went in this direction.
+    cut_at: (usize, usize),
+    cut: AtomicBool,
+    closed: AtomicBool,
+    open: Mutex<Vec<UnixStream>>,
+}
+
+impl Line {
+    fn new(folder: &Path, to: PathBuf, cut_at: (usize, usize)) -> Arc<Self> {
+        let path = folder.join("line");
+        let listener = UnixListener::bind(&path).unwrap();
+        let line = Arc::new(Line {
+            path,
+            bytes: Default::default(),
+            cut_at,
+            cut: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            open: Mutex::default(),
+        });
+        let this = Arc::clone(&line);
+        // It ends with the process.
+        std::thread::spawn(move || {
+            for from in listener.incoming() {
+                let from = from.unwrap();
+                // Who connects hears its end.
+                let Ok(to) = UnixStream::connect(&to) else {
+                    continue;
+                };
+                let mut open = this.open.lock().unwrap();
+                if this.closed.load(SeqCst) {
+                    continue;
+                }
+                let ends = [&from, &to].map(|end| end.try_clone().unwrap());
+                open.extend(ends);
+                drop(open);
+                let back = (to.try_clone().unwrap(), from.try_clone().unwrap());
+                for (way, (from, to)) in [(from, to), back].into_iter().enumerate() {
+                    let this = Arc::clone(&this);
+                    std::thread::spawn(move || this.pass(way, from, to));
+                }
+            }
+        });
+        line
+    }
+
+    fn address(&self) -> Address {
+        Address::Unix(self.path.clone())
+    }
+
+    fn cut(&self) {
+        for end in self.open.lock().unwrap().drain(..) {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Until it is open again, nobody comes through.
+    fn close(&self) {
+        self.closed.store(true, SeqCst);
+        self.cut();
+    }
+
+    fn pass(&self, way: usize, mut from: UnixStream, mut to: UnixStream) {
+        let mut chunk = vec![0; 64 << 10];
+        while let Ok(len @ 1..) = from.read(&mut chunk) {
+            let before = self.bytes[way].fetch_add(len, SeqCst);
+            let strikes = way == self.cut_at.0 && before + len > self.cut_at.1;
+            let mut pass = len;
+            if strikes && !self.cut.swap(true, SeqCst) {
+                pass = self.cut_at.1.saturating_sub(before);
+            }
+            if to.write_all(&chunk[..pass]).is_err() || pass < len {
+                if pass < len {
+                    self.cut();
+                }
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Write);
+    }
+}
+
+const NOWHERE: (usize, usize) = (0, usize::MAX);
+
+#[test]
+fn a_line_that_is_cut_anywhere_is_made_again_and_the_guest_has_lost_nothing() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let (_kernel, config) = machine(scribe64(), 1, "16M");
+    let mut guest = Guest::boot(&config);
+    let (mut all, mut moved, mut stayed) = (String::new(), 0, 0);
+    let mut sizes = [0; 2];
+    let steps = if support::long() { 40 } else { 7 };
+    let mut places = vec![NOWHERE];
+    let mut next = 0;
+    while let Some(place_of_cut) = places.get(next).copied() {
+        next += 1;
+        guest.hear(1);
+        let (folder, path) = place();
+        let incoming = bind(Address::Unix(path.clone()));
+        let line = Line::new(folder.path(), path, place_of_cut);
+        let request = request(&line.address(), "after-rounds=0");
+        let (here, there) = moving(&guest, incoming, &request, |moving| moving.came());
+        match (here, there) {
+            (Ok(record), Ok(there)) => {
+                let followed = record.postcopy.unwrap();
+                let pages = followed.demand_pages + followed.bulk_pages;
+                // What was under way when it broke comes again.
+                assert!(
+                    pages <= followed.missing_pages + 5 * 256,
+                    "{place_of_cut:?}"
+                );
+                let (said, end) = guest.leave();
+                assert_eq!(end, None, "{place_of_cut:?}: {said}");
+                all += &said;
+                guest = there;
+                is_whole(&guest);
+                moved += u32::from(line.cut.load(SeqCst));
+            }
+            (Err(_), Err(_)) => {
+                assert_eq!(guest.running.state(), RunState::Running, "{place_of_cut:?}");
+                stayed += 1;
+            }
+            (here, there) => panic!("{place_of_cut:?}: {here:?}, {:?}", there.err()),
+        }
+        if next == 1 {
+            sizes = [0, 1].map(|way| line.bytes[way].load(SeqCst));
+            for way in [0, 1] {
+                places.extend((0..steps).map(|step| (way, sizes[way] * step / steps)));
+            }
+        }
+    }
+    println!("{sizes:?} bytes: moved {moved}, stayed {stayed}");
+    assert!(moved >= 3 && stayed >= 1, "{moved} {stayed}");
+    guest.hear(2);
+    let (said, end) = guest.quit();
+    all += &said;
+    assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{all}");
+    assert_eq!(all, digits(all.len() - 1) + "!");
+}
+
+/// A guest that has gone, by a line that carries the rest of its memory slowly.
+fn slow(to: &Address) -> MigrateRequest {
+    MigrateRequest {
+        bandwidth_limit: Some(1 << 20),
+        ..request(to, "after-rounds=0")
+    }
+}
+
+#[test]
+fn while_there_is_no_way_both_sides_say_so_and_wait_for_each_other() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let (_kernel, config) = machine(scribe64(), 1, "16M");
+    let mut guest = Guest::boot(&config);
+    guest.hear(2);
+    let (folder, path) = place();
+    let incoming = bind(Address::Unix(path.clone()));
+    let line = Line::new(folder.path(), path, NOWHERE);
+    let (moved, there) = moving(&guest, incoming, &slow(&line.address()), |moving| {
+        let there = moving.there();
+        line.close();
+        moving.until(|record| {
+            let followed = record.postcopy.as_ref();
+            followed.is_some_and(|followed| followed.broken.is_some())
+        });
+        let words = moving.outgoing.record().unwrap().summary();
+        assert!(words.contains("nobody can ask now"), "{words}");
+        let begun = Instant::now();
+        let progress = || there.running.lazy_progress().unwrap();
+        while progress().waits_for_source_s.is_none_or(|since| since < 1) {
+            assert!(begun.elapsed() < WATCHDOG, "{:?}", progress());
+            std::thread::yield_now();
+        }
+        assert_eq!(progress().state, LazyState::Bringing);
+        // It stands still, and nobody has ended it.
+        assert!(!there.end.is_told());
+        line.closed.store(false, SeqCst);
+        there
+    });
+    let followed = moved.unwrap().postcopy.unwrap();
+    assert!(followed.broken.is_none() && followed.ended.is_some());
+    is_whole(&there);
+    assert_eq!(
+        there.running.lazy_progress().unwrap().waits_for_source_s,
+        None
+    );
+    let mut there = there;
+    there.hear(2);
+    let (mut all, end) = guest.leave();
+    assert_eq!(end, None);
+    let (said, end) = there.quit();
+    all += &said;
+    assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{all}");
+    assert_eq!(all, digits(all.len() - 1) + "!");
+}
+
+#[test]
+fn a_guest_that_waits_for_a_page_is_stopped_at_once_and_its_source_hears_that_nothing_more_is_wanted()
+ {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    for cut in [true, false] {
+        let stopped = || GuestEnd::Stopped(StopCause::Signal(libc::SIGTERM));
+        let (_kernel, config) = machine(scribe64(), 1, "16M");
+        let mut guest = Guest::boot(&config);
+        guest.hear(2);
+        let (folder, path) = place();
+        let incoming = bind(Address::Unix(path.clone()));
+        let line = Line::new(folder.path(), path, NOWHERE);
+        let (moved, ()) = moving(&guest, incoming, &slow(&line.address()), |moving| {
+            let there = moving.there();
+            if cut {
+                line.close();
+                while there
+                    .running
+                    .lazy_progress()
+                    .unwrap()
+                    .waits_for_source_s
+                    .is_none()
+                {
+                    std::thread::yield_now();
+                }
+            }
+            let begun = Instant::now();
+            // As a signal to its monitor does it.
+            there.end.tell(stopped());
+            let (_, end) = there.leave();
+            // Far from the page deadline.
+            assert!(
+                begun.elapsed() < Duration::from_secs(60),
+                "{:?}",
+                begun.elapsed()
+            );
+            assert_eq!(end, Some(stopped()));
+            line.closed.store(false, SeqCst);
+        });
+        // It has heard that, at the latest when there was a line again.
+        assert!(moved.unwrap().postcopy.unwrap().ended.is_some());
+    }
+}
+
+#[test]
+fn a_source_that_never_comes_back_is_the_guests_end_within_the_page_deadline() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let (_kernel, config) = machine(scribe64(), 1, "16M");
+    let mut guest = Guest::boot(&config);
+    guest.hear(2);
+    let (folder, path) = place();
+    let mut waits = IncomingRequest::new(Address::Unix(path.clone()));
+    waits.lazy.deadline = Duration::from_secs(1);
+    let incoming = Incoming::bind(&waits).unwrap();
+    let line = Line::new(folder.path(), path, NOWHERE);
+    let (moved, why) = moving(&guest, incoming, &slow(&line.address()), |moving| {
+        let mut there = moving.there();
+        line.close();
+        while !there.end.is_told() {
+            there.listen();
+        }
+        let Some(GuestEnd::Failed(why)) = there.leave().1 else {
+            panic!("it did not fail");
+        };
+        // Its monitor ends too.
+        guest.running.stop();
+        why
+    });
+    assert!(why.contains("it did not come within 1s"), "{why}");
+    match moved {
+        Err(OutgoingError::Migrate(error)) => {
+            assert_eq!(error.after, After::Lost, "{error}");
+            let why = error.to_string();
+            assert!(why.contains("pages were left"), "{why}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Two monitors, and a guest that has gone from one to the other, without most of its memory.
+fn gone_on(folder: &Path, words: &str) -> (support::Running, support::Running, support::Running) {
+    let [here, there] = ["here.api", "there.api"].map(|name| folder.join(name));
+    let (kernel, path) = (folder.join("kernel"), folder.join("incoming"));
+    std::fs::write(&kernel, image::elf64(scribe64())).unwrap();
+    let vmm = Vmm::run(&kernel).words("--memory 16M --debug-exit --irqchip split --api-sock");
+    let mut source = vmm.arg(&here).start();
+    source.wait_for("12");
+    let vmm = Vmm::command(["run", "--incoming"]).arg(format!("unix:{}", path.display()));
+    let mut destination = vmm.words(words).arg("--api-sock").arg(&there).start();
+    destination.wait_for_stderr("a guest is waited for at");
+    let ctl = |socket: &Path| Vmm::command(["ctl", "--api-sock"]).arg(socket);
+    let migrate = ctl(&here).arg("migrate").arg("--to");
+    let migrate = migrate.arg(format!("unix:{}", path.display()));
+    let migrate = migrate.words("--postcopy=by-hand --bandwidth 64K").start();
+    let begun = Instant::now();
+    // There is none, in the beginning.
+    while !ctl(&here)
+        .arg("migrate-postcopy")
+        .output()
+        .text()
+        .contains("switched")
+    {
+        assert!(begun.elapsed() < WATCHDOG);
+    }
+    while !ctl(&there)
+        .arg("status")
+        .output()
+        .text()
+        .contains("of its memory is there")
+    {
+        assert!(begun.elapsed() < WATCHDOG);
+    }
+    (source, destination, migrate)
+}
+
+#[test]
+fn a_monitor_that_is_killed_while_memory_follows_takes_the_guest_along_and_the_other_says_so() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (source, destination, migrate) = gone_on(folder.path(), "");
+    destination.signal(libc::SIGKILL);
+    let ended = source.wait();
+    ended.expect_status(1);
+    let text = ended.to_string();
+    for needle in [
+        "the guest is lost",
+        "before it had all of the guest's memory",
+    ] {
+        assert!(text.contains(needle), "{text}");
+    }
+    migrate.wait().expect_status(1);
+
+    let folder = tempfile::tempdir().unwrap();
+    let (source, destination, migrate) = gone_on(folder.path(), "--page-deadline 1");
+    source.signal(libc::SIGKILL);
+    let ended = destination.wait();
+    ended.expect_status(1);
+    let text = ended.to_string();
+    assert!(text.contains("does not come"), "{text}");
+    migrate.wait().expect_status(1);
+}
+
+#[test]
+fn an_order_to_switch_is_refused_where_nobody_asked_for_that() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let (_kernel, config) = machine(scribe64(), 1, "16M");
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    let (_folder, path) = place();
+    let incoming = bind(Address::Unix(path));
+    let request = MigrateRequest {
+        bandwidth_limit: Some(1 << 20),
+        ..request(incoming.address(), "never")
+    };
+    let (moved, ()) = moving(&guest, incoming, &request, |moving| {
+        moving.until(|record| record.total.rounds > 0);
+        let why = moving
+            .outgoing
+            .order(Order::Postcopy)
+            .unwrap_err()
+            .to_string();
+        assert!(why.contains("--postcopy"), "{why}");
+        moving.outgoing.order(Order::Cancel).unwrap();
+    });
+    assert!(moved.unwrap_err().to_string().contains("cancelled"));
+}
