@@ -2,7 +2,8 @@
 
 //! A guest that moves from one process to another while it runs, monitors compared in the lab: how long it stands still,
 //! as who listens to it sees it. The guest does nothing but to say a dot every five milliseconds; what counts is the time
-//! from the last one that the source passed on to the first one of the destination.
+//! from the last one that the source passed on to the first one of the destination. Or it writes memory without rest as
+//! well, and goes by post-copy.
 
 use std::ffi::OsString;
 use std::fs;
@@ -30,18 +31,25 @@ const RESULT_MARK: &str = "xtask-migrate: ";
 const CMDLINE: &str = "console=ttyS0 quiet guest.run=beat";
 /// What the guest's program is: the init runs it.
 const BEAT: &[u8] = b"#!/bin/sh\nexec guest-io beat\n";
+/// Of one that writes without rest as well.
+const BUSY: &[u8] = b"#!/bin/sh\nguest-io busy &\nexec guest-io beat\n";
 /// What the guest says before its first beat.
 const BEGUN: &[u8] = b"guest: beat";
 
 /// In the lab.
 const CONTROL: &str = "/run/migrate.control";
 const WIRE: &str = "/run/migrate.wire";
+const INCOMING: &str = "/run/migrate.incoming";
+/// When a guest goes before its memory.
+const SWITCH: Duration = Duration::from_secs(2);
+/// The word for that, before the contenders.
+const POSTCOPY: &str = "postcopy";
 
 const LIMIT: Duration = Duration::from_secs(600);
 /// How long each step inside may take.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-pub(super) fn run(rounds: usize) -> Result<i32> {
+pub(super) fn run(rounds: usize, postcopy: bool) -> Result<i32> {
     let assets = Assets::open(false)?;
     let kernel = assets.kernel(Series::V6_1, Flavour::Cloud)?;
     let vmlinux = kernel.vmlinux();
@@ -49,7 +57,8 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
     let vmm = cargo::reference_vmm()?;
     let tool = cargo::static_program("xtask", "guest_io")?;
     let tool = fs::read(&tool).context(|| format!("{} cannot be read", tool.display()))?;
-    let programs = [("bin/guest-io", &*tool), ("bin/beat", BEAT)];
+    let beat = if postcopy { BUSY } else { BEAT };
+    let programs = [("bin/guest-io", &*tool), ("bin/beat", beat)];
     let initrd = io::with_programs(&initrd, &programs, "target/bench-migrate.cpio")?;
     let qemu = assets.qemu()?.command();
     let mut theirs = boot::microvm(&qemu, &vmlinux, &initrd, CMDLINE);
@@ -59,12 +68,13 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
         ("QEMU microvm", theirs),
     ];
     let mut argv = cargo::inside_lab(RUN_COMMAND);
+    argv.extend(postcopy.then(|| POSTCOPY.into()));
     for (_, words) in &contenders {
         argv.push(words.len().to_string().into());
         argv.extend(words.iter().cloned());
     }
     let step = Step::begin(format!("{rounds} migrations of each in the lab"));
-    let mut results = vec![[const { Vec::new() }; 2]; contenders.len()];
+    let mut results = vec![[const { Vec::new() }; 3]; contenders.len()];
     let mut goes: Vec<(String, Vec<f64>)> = Vec::new();
     for number in 1..=rounds {
         for moved in round(&argv)? {
@@ -72,10 +82,13 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
             let Some((of, (name, _))) = results.get_mut(at).zip(contenders.get(at)) else {
                 continue;
             };
-            let Moved { stood, whole, .. } = moved;
-            let [stills, wholes] = of;
+            let Moved {
+                stood, whole, hush, ..
+            } = moved;
+            let [stills, wholes, hushes] = of;
             stills.push(stood);
             wholes.push(whole);
+            hushes.push(hush);
             let steps: Vec<_> = moved
                 .steps
                 .iter()
@@ -83,7 +96,8 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
                 .collect();
             let steps = steps.join(", ");
             say(format!(
-                "round {number}, {name}: stood still for {stood:.0} ms, in all {whole:.0} ms ({steps})"
+                "round {number}, {name}: stood still for {stood:.0} ms, in all {whole:.0} ms, then silent for {hush:.0} ms at most \
+                 ({steps})"
             ));
             for (step, ms) in moved.steps {
                 match goes.iter_mut().find(|(name, _)| *name == step) {
@@ -95,13 +109,20 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
     }
     step.end();
     println!(
-        "\na guest of 1 GiB that idles; milliseconds of the lab's clock, median of {rounds} (from least to most)\n"
+        "\na guest of 1 GiB that {}; milliseconds of the lab's clock, median of {rounds} (from least to most)\n",
+        match postcopy {
+            true => "writes 256 MiB without rest, and goes by post-copy after 2 s",
+            false => "idles",
+        }
     );
-    println!("{:<16} {:>26} {:>26}", "", "stands still", "in all");
+    println!(
+        "{:<16} {:>26} {:>26} {:>26}",
+        "", "stands still", "in all", "longest silence behind it"
+    );
     let mut middles = Vec::new();
-    for ((name, _), [stills, wholes]) in contenders.iter().zip(&mut results) {
-        let (still, whole) = (summary(stills), summary(wholes));
-        println!("{name:<16} {:>26} {:>26}", still.1, whole.1);
+    for ((name, _), [stills, wholes, hushes]) in contenders.iter().zip(&mut results) {
+        let (still, whole, hush) = (summary(stills), summary(wholes), summary(hushes));
+        println!("{name:<16} {:>26} {:>26} {:>26}", still.1, whole.1, hush.1);
         middles.push((still.0, whole.0));
     }
     if let [ours, theirs] = middles[..] {
@@ -151,6 +172,8 @@ struct Moved {
     stood: f64,
     /// From the asking to its first beat elsewhere.
     whole: f64,
+    /// The longest time without a beat in the second behind that.
+    hush: f64,
     /// What the monitor itself says that it stood still for: the steps' names, and milliseconds.
     steps: Vec<(String, f64)>,
 }
@@ -173,7 +196,7 @@ fn round(argv: &[OsString]) -> Result<Vec<Moved>> {
 fn parse_result(line: &str) -> Option<Moved> {
     let mut words = line.strip_prefix(RESULT_MARK)?.split(' ');
     let mut next = || words.next();
-    let (at, stood, whole) = (next()?, next()?, next()?);
+    let (at, stood, whole, hush) = (next()?, next()?, next()?, next()?);
     let step = |word: &str| {
         let (step, ms) = word.split_once('=')?;
         Some((step.to_owned(), ms.parse().ok()?))
@@ -182,17 +205,22 @@ fn parse_result(line: &str) -> Option<Moved> {
         at: at.parse().ok()?,
         stood: stood.parse().ok()?,
         whole: whole.parse().ok()?,
+        hush: hush.parse().ok()?,
         steps: words.map(step).collect::<Option<_>>()?,
     })
 }
 
 fn result_line(moved: &Moved) -> String {
     let Moved {
-        at, stood, whole, ..
+        at,
+        stood,
+        whole,
+        hush,
+        ..
     } = moved;
     let steps = moved.steps.iter().map(|(step, ms)| format!(" {step}={ms}"));
     format!(
-        "{RESULT_MARK}{at} {stood} {whole}{}",
+        "{RESULT_MARK}{at} {stood} {whole} {hush}{}",
         steps.collect::<String>()
     )
 }
@@ -200,7 +228,8 @@ fn result_line(moved: &Moved) -> String {
 /// Inside the lab: for each contender the count of its words and the words, ours first.
 pub(crate) fn run_command(args: Vec<OsString>) -> Result<i32> {
     let number = |word: Option<OsString>| word.and_then(|w| w.to_str()?.parse::<usize>().ok());
-    let mut args = args.into_iter();
+    let mut args = args.into_iter().peekable();
+    let postcopy = args.next_if(|word| word == POSTCOPY).is_some();
     let mut at = 0;
     while let Some(count) = number(args.next()) {
         let words = args.by_ref().take(count).collect::<Vec<_>>();
@@ -208,12 +237,15 @@ pub(crate) fn run_command(args: Vec<OsString>) -> Result<i32> {
             0 => Side::Ours,
             _ => Side::Qemu,
         };
-        let moved = migrate(at, side, &words)?;
+        let moved = migrate(at, side, &words, postcopy)?;
         println!("{}", result_line(&moved));
         at += 1;
     }
     Ok(0)
 }
+
+/// QEMU's order for it.
+const CAPABILITY: &str = "migrate_set_capability postcopy-ram on\n";
 
 #[derive(Clone, Copy)]
 enum Side {
@@ -231,7 +263,7 @@ impl Side {
         words
     }
 
-    fn destination(self, words: &[OsString]) -> Vec<OsString> {
+    fn destination(self, words: &[OsString], postcopy: bool) -> Vec<OsString> {
         let wire = OsString::from(format!("unix:{WIRE}"));
         match self {
             Side::Ours => {
@@ -240,14 +272,36 @@ impl Side {
             }
             Side::Qemu => {
                 let mut words = words.to_vec();
-                words.extend(["-incoming".into(), wire]);
+                match postcopy {
+                    false => words.extend(["-incoming".into(), wire]),
+                    // It is told what it is to be before anybody comes.
+                    true => {
+                        let monitor = format!("unix:{INCOMING},server=on,wait=off");
+                        let more = ["-incoming", "defer", "-monitor", &monitor];
+                        words.extend(more.map(OsString::from));
+                    }
+                }
                 words
             }
         }
     }
 
+    /// Has the destination listen, where it does not by itself.
+    fn listen(self, destination: &Process, postcopy: bool) -> Result<()> {
+        if let (Side::Qemu, true) = (self, postcopy) {
+            wait_for(Path::new(INCOMING), destination)?;
+            let failed = || "QEMU's monitor does not answer".into();
+            let mut monitor = UnixStream::connect(INCOMING).context(failed)?;
+            let order = format!("{CAPABILITY}migrate_incoming unix:{WIRE}\n");
+            monitor.write_all(order.as_bytes()).context(failed)?;
+            wait_for(Path::new(WIRE), destination)?;
+            return Ok(());
+        }
+        wait_for(Path::new(WIRE), destination)
+    }
+
     /// Asks the source; does not wait for the end.
-    fn ask(self, words: &[OsString]) -> Result<Asked> {
+    fn ask(self, words: &[OsString], postcopy: bool) -> Result<Asked> {
         match self {
             Side::Ours => {
                 let program = words.first().cloned().unwrap_or_default();
@@ -262,6 +316,7 @@ impl Side {
                         "--to",
                         &to,
                     ])
+                    .args(postcopy.then(|| format!("--postcopy=after={}", SWITCH.as_secs())))
                     .stdin(Stdio::null())
                     .stdout(Stdio::piped())
                     .spawn();
@@ -273,8 +328,17 @@ impl Side {
                 let mut monitor = UnixStream::connect(CONTROL).context(failed)?;
                 // As much as it may take: its default limits the bandwidth to 128 MiB/s, and the downtime to 300 ms.
                 let orders = "migrate_set_parameter max-bandwidth 10G\nmigrate_set_parameter downtime-limit 100\n";
-                let order = format!("{orders}migrate -d unix:{WIRE}\n");
+                let capability = if postcopy { CAPABILITY } else { "" };
+                let order = format!("{orders}{capability}migrate -d unix:{WIRE}\n");
                 monitor.write_all(order.as_bytes()).context(failed)?;
+                if postcopy {
+                    let mut again = monitor.try_clone().context(failed)?;
+                    thread::spawn(move || {
+                        thread::sleep(SWITCH);
+                        // If it is not heard, no guest comes, which is told.
+                        let _ = again.write_all(b"migrate_start_postcopy\n");
+                    });
+                }
                 Ok(Asked::Qemu { _monitor: monitor })
             }
         }
@@ -289,16 +353,16 @@ enum Asked {
 
 impl Asked {
     /// What it says, once the guest has moved, that the stop was made of.
-    fn steps(self) -> Result<Vec<(String, f64)>> {
+    fn steps(self) -> Result<[Vec<(String, f64)>; 2]> {
         let Asked::Ours(mut ctl) = self else {
-            return Ok(Vec::new());
+            return Ok(Default::default());
         };
         let mut said = String::new();
         if let Some(out) = &mut ctl.0.stdout {
             let read = out.read_to_string(&mut said);
             read.context(|| "ctl's answer cannot be read".into())?;
         }
-        Ok(steps(&said))
+        Ok([steps(&said), behind(&said)])
     }
 }
 
@@ -313,38 +377,67 @@ fn steps(said: &str) -> Vec<(String, f64)> {
     steps.into_iter().flatten().filter_map(step).collect()
 }
 
+/// Of the same: what followed the guest, and how long it waited for that.
+fn behind(said: &str) -> Vec<(String, f64)> {
+    let record = serde_json::from_str::<serde_json::Value>(said).unwrap_or_default();
+    let followed = &record["postcopy"];
+    let (faults, memory) = (&followed["faults"], record["memory-pages"].as_f64());
+    let ms = |of: &serde_json::Value| of.as_f64().map(|nanos| nanos / 1e6);
+    let parts = [
+        ("pages-followed", followed["missing-pages"].as_f64()),
+        ("of-them-waited-for", followed["demand-pages"].as_f64()),
+        ("faults", faults["count"].as_f64()),
+        ("fault-half-ms", ms(&faults["p50-ns"])),
+        ("fault-99-of-100-ms", ms(&faults["p99-ns"])),
+        ("fault-longest-ms", ms(&faults["max-ns"])),
+        (
+            "sent-times-memory",
+            record["total"]["pages-sent"]
+                .as_f64()
+                .zip(memory)
+                .map(|(sent, all)| sent / all),
+        ),
+    ];
+    let named = parts.into_iter().filter(|_| !followed.is_null());
+    named
+        .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+        .collect()
+}
+
 /// A guest that moves.
-fn migrate(at: usize, side: Side, words: &[OsString]) -> Result<Moved> {
-    for socket in [CONTROL, WIRE] {
+fn migrate(at: usize, side: Side, words: &[OsString], postcopy: bool) -> Result<Moved> {
+    for socket in [CONTROL, WIRE, INCOMING] {
         let _ = fs::remove_file(socket);
     }
     let source = Process::start(&side.source(words))?;
     source.hears(BEGUN)?;
-    let destination = Process::start(&side.destination(words))?;
-    wait_for(Path::new(WIRE), &destination)?;
+    let destination = Process::start(&side.destination(words, postcopy))?;
+    side.listen(&destination, postcopy)?;
     // It idles: what its boot dirtied has been forgotten.
     source.beats(200)?;
     let asked_at = Instant::now();
-    let asked = side.ask(words)?;
+    let asked = side.ask(words, postcopy)?;
     let first = destination.beat()?;
     let mut last = asked_at;
     // The source has said its last word before the destination's first.
     while let Ok(beat) = source.heard.try_recv() {
         last = beat.at;
     }
-    destination.beats(100)?;
+    let hush = destination.longest_silence(first.at)?;
     let ms = |from: Instant| first.at.duration_since(from).as_secs_f64() * 1e3;
     let (stood, whole) = (ms(last), ms(asked_at));
-    let mut steps = asked.steps()?;
+    let [mut steps, behind] = asked.steps()?;
     if let Side::Ours = side {
         // Up to a beat's interval before the stop, and what the guest needs to come to say something elsewhere.
         let told: f64 = steps.iter().map(|(_, ms)| ms).sum();
         steps.push(("until-it-is-heard".into(), stood - told));
+        steps.extend(behind);
     }
     Ok(Moved {
         at,
         stood,
         whole,
+        hush: hush.as_secs_f64() * 1e3,
         steps,
     })
 }
@@ -413,6 +506,17 @@ impl Process {
         }
     }
 
+    /// The longest time without a beat in the second from `since` on.
+    fn longest_silence(&self, since: Instant) -> Result<Duration> {
+        let (mut last, mut longest) = (since, Duration::ZERO);
+        while last.duration_since(since) < Duration::from_secs(1) {
+            let beat = self.beat()?;
+            longest = longest.max(beat.at.duration_since(last));
+            last = beat.at;
+        }
+        Ok(longest)
+    }
+
     fn beats(&self, count: usize) -> Result<()> {
         let mut beaten = 0;
         while beaten < count {
@@ -457,6 +561,7 @@ mod tests {
             at: 1,
             stood: 21.5,
             whole: 300.0,
+            hush: 7.5,
             steps: vec![("pause".into(), 0.5), ("hand-over".into(), 3.25)],
         };
         assert_eq!(parse_result(&result_line(&moved)), Some(moved));

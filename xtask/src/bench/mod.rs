@@ -26,7 +26,7 @@ Usage: cargo xtask bench startup [--runs N]   (60)
        cargo xtask bench boot [--rounds N]    (3)
        cargo xtask bench io [--rounds N] [--wall]   (3)
        cargo xtask bench login [--rounds N]   (3)
-       cargo xtask bench migrate [--rounds N] (3)
+       cargo xtask bench migrate [--rounds N] [--postcopy] (3)
        cargo xtask bench restore [--rounds N] (9)
 
   startup   a tiny guest on this host's KVM: from exec to its first byte and to the end, against a program that makes
@@ -39,7 +39,8 @@ Usage: cargo xtask bench startup [--runs N]   (60)
   login     the Debian of `cargo xtask boot --distro` from the monitor's start to its login prompt, against the same
             QEMU: a lab machine for each boot, by the host's clock
   migrate   an idle guest of 1 GiB that moves to another process in the lab: how long it stands still and
-            where that goes, and how long all takes, against the same QEMU's migration
+            where that goes, and how long all takes, against the same QEMU's migration; with --postcopy a guest that
+            writes 256 MiB without rest, which goes before its memory after two seconds, and the longest silence behind that
   restore   guests that go on from snapshots on this host's KVM: from exec to the first byte and to an answer, by size and by
             the way in which memory comes, against a tiny guest's boot; 100 of one snapshot: what one more takes";
 
@@ -48,7 +49,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     use lexopt::prelude::*;
     let mut what = None;
     let mut count = None;
-    let mut wall = false;
+    let (mut wall, mut postcopy) = (false, false);
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
@@ -58,6 +59,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
                 count = Some(times(&flag, &parser.value()?)?);
             }
             Long("wall") => wall = true,
+            Long("postcopy") => postcopy = true,
             Short('h') | Long("help") => {
                 crate::ui::show(USAGE);
                 return Ok(0);
@@ -70,7 +72,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         Some("boot") => boot::run(count.unwrap_or(3)),
         Some("io") => io::run(count.unwrap_or(3), !wall),
         Some("login") => login::run(count.unwrap_or(3)),
-        Some("migrate") => migrate::run(count.unwrap_or(3)),
+        Some("migrate") => migrate::run(count.unwrap_or(3), postcopy),
         Some("restore") => restore::run(count.unwrap_or(9)),
         _ => Err(Failure::usage(
             "cargo xtask bench startup, boot, io, login, migrate or restore",

@@ -51,8 +51,9 @@ fn main() -> ExitCode {
         ["host", "vsock"] => host(None),
         ["tap", name] => tap(name),
         ["beat"] => beat(),
+        ["busy"] => busy(),
         _ => Err(io::Error::other(
-            "guest, vsock ROUND, round-trips, records FOLDER, host unix PATH, host vsock, tap NAME, or beat",
+            "guest, vsock ROUND, round-trips, records FOLDER, host unix PATH, host vsock, tap NAME, beat, or busy",
         )),
     };
     match done {
@@ -72,6 +73,21 @@ fn beat() -> io::Result<()> {
         out.write_all(b".")?;
         out.flush()?;
         thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Writes a word of each page of 256 MiB, again and again.
+fn busy() -> io::Result<()> {
+    let memory = buffer(256 << 20)?;
+    let mut pass = 0_u8;
+    loop {
+        pass = pass.wrapping_add(1);
+        for page in memory.chunks_mut(4096) {
+            if let Some(first) = page.first_mut() {
+                *first = pass;
+            }
+        }
+        std::hint::black_box(&*memory);
     }
 }
 
