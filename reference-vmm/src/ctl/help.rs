@@ -34,8 +34,7 @@ Commands:
   load DIR        Have a monitor that waits for it (`restore` without --from) go on from the snapshot DIR
   migrate         Move the guest to the monitor that waits for it (`run --incoming`), while it runs
   migrate-cancel  Give that up; the guest stays where it is
-  migrate-postcopy
-                  Have the guest go now, and its memory follow it (migrate --postcopy)
+  migrate-postcopy  Have the guest go now, and its memory follow it (migrate --postcopy)
   migrate-status  Say how it goes, or how the last one went
   migrate-settle here|there
                   Say where the guest is, when the monitor says that it cannot find that out

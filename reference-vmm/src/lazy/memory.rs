@@ -31,6 +31,11 @@ const LOOK: Duration = Duration::from_millis(50);
 /// What is brought at once where nobody waits: a piece of a file, which is read as a whole where it is checked. One of the
 /// threads does that, and a fault elsewhere is served by another.
 pub(super) const AHEAD: u64 = pages::PIECE as u64;
+/// Of a guest that has come before its memory: how long nothing is brought but what it touches, at least and at most, if it
+/// touches something in each of these.
+const LEAST: Duration = Duration::from_millis(100);
+const BEGINS: Duration = Duration::from_secs(1);
+const TOUCHES: Duration = Duration::from_millis(50);
 /// How long a machine that stops waits for a migration's source to hear that it wants no more memory.
 const LEAVE: Duration = Duration::from_millis(300);
 /// How long what is to be read ahead waits for room among what is.
@@ -342,6 +347,9 @@ impl Shared {
         if let From::Snapshot(source, _) = &self.from {
             source.find_holes(|| self.go_on());
         }
+        if let From::Migration(_) = self.from {
+            self.let_it_begin();
+        }
         let whole = match &*self.pager() {
             None => return,
             Some(pager) => {
@@ -360,6 +368,25 @@ impl Shared {
         }
         if let Some(replay) = replay {
             replay.tell();
+        }
+    }
+
+    /// The guest has come before its memory, and wants what it works with at once: all else waits until it touches no more for
+    /// a while, but not for long.
+    fn let_it_begin(&self) {
+        let mut seen = 0;
+        let mut state = self.lock();
+        while !state.close && self.begun.elapsed() < BEGINS {
+            let waited = self.changed.wait_timeout(state, TOUCHES);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            drop(state);
+            let stats = self.pager().as_ref().map(Pager::stats).unwrap_or_default();
+            state = self.lock();
+            let faults = stats.faults + stats.joined;
+            if faults == seen && self.begun.elapsed() >= LEAST {
+                return;
+            }
+            seen = faults;
         }
     }
 

@@ -158,7 +158,7 @@ mod tests {
         let words = followed.words();
         assert!(words.contains("all there after"), "{words}");
         for needle in [
-            "1000 pages were missing",
+            "1,000 pages were missing",
             "40 were asked for",
             "after 2.00 s",
             "7 faults",

@@ -15,7 +15,7 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_pf::peer::{PageServer, ServerConfig};
 use async_pf::{Fetched, Lane, PageSource, SourceError};
@@ -28,6 +28,11 @@ use crate::migration::limit::Limiter;
 use crate::migration::link::{Connect, TICK, Watch, Wire, greet, receive, send};
 use crate::migration::message::{Ending, Greeting, Message, MigrationId, Role, Side};
 use crate::migration::source::Patience;
+
+/// What nobody waits for is sent when nobody has waited for something for so long; or when it has stood back for so long:
+/// beside a guest that never ceases to wait some 50 MiB a second go all the same.
+const QUIET: Duration = Duration::from_millis(2);
+const STANDS_BACK: Duration = Duration::from_millis(10);
 
 /// Behind a connection that was closed, before the next one asks why.
 const SOON: Duration = Duration::from_millis(20);
@@ -64,6 +69,27 @@ struct Counted {
     lanes: [AtomicU64; 2],
     bytes: AtomicU64,
     stop: AtomicU64,
+    begun: Instant,
+    /// When somebody waited last, in microseconds from the beginning on.
+    waited: AtomicU64,
+}
+
+impl Counted {
+    fn now(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// Has its turn when nobody waits, or soon.
+    fn stand_back(&self) {
+        let until = Instant::now() + STANDS_BACK;
+        let quiet = QUIET.as_micros() as u64;
+        while self.stop.load(Ordering::Relaxed) == 0
+            && self.now() < self.waited.load(Ordering::Relaxed).saturating_add(quiet)
+            && Instant::now() < until
+        {
+            std::thread::sleep(QUIET / 2);
+        }
+    }
 }
 
 impl PageSource for Counted {
@@ -72,6 +98,10 @@ impl PageSource for Counted {
     }
 
     fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        match lane {
+            Lane::Fault => self.waited.store(self.now(), Ordering::Relaxed),
+            Lane::Prefetch => self.stand_back(),
+        }
         let fetched = self.pages.fetch_for(lane, first, into)?;
         if fetched == Fetched::Bytes {
             let mut left = if lane == Lane::Prefetch {
@@ -147,6 +177,8 @@ impl<'a, C: Connect> Serving<'a, C> {
             lanes: Default::default(),
             bytes: AtomicU64::new(0),
             stop: AtomicU64::new(0),
+            begun: Instant::now(),
+            waited: AtomicU64::new(0),
         });
         let config = ServerConfig {
             image: image(id),
