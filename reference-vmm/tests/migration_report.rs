@@ -6,6 +6,7 @@
 use std::time::{Duration, SystemTime};
 
 use dirty_log::estimate::{Forecast, Outcome as ForecastOutcome, Span};
+use reference_vmm::migration::postcopy::{Faults, serve::Served};
 use reference_vmm::migration::record::{MigrationRecord, Outcome, Settings, Step};
 use reference_vmm::migration::report::{self, ReportError};
 
@@ -71,6 +72,41 @@ fn record() -> MigrationRecord {
     }
     record.ends(us(at + 500), Outcome::Moved);
     record
+}
+
+#[test]
+fn what_followed_a_guest_that_went_before_its_memory_is_marked_and_said() {
+    let mut record = record();
+    let at = record.took.unwrap();
+    (record.took, record.outcome) = (None, None);
+    record.goes_before(at, 1000);
+    for (step, demand) in [(1, 100), (2, 150)] {
+        let served = Served {
+            demand,
+            bulk: step * 425 - demand / 3,
+            bytes: step << 20,
+        };
+        record.served(at + us(step * 100_000), served, None);
+    }
+    let faults = Faults {
+        count: 12,
+        p50_ns: 700_000,
+        p99_ns: 900_000,
+        max_ns: 1_000_000,
+    };
+    record.is_all_there(at + us(300_000), faults);
+    record.ends(at + us(300_000), Outcome::Moved);
+    let html = report::html(&record);
+    for needle in [
+        "Followed the guest",
+        "1,000 pages",
+        "12 faults",
+        "switch to post-copy",
+        "waited for",
+    ] {
+        assert!(html.contains(needle), "{needle}");
+    }
+    assert!(!report::html(&self::record()).contains("post-copy"));
 }
 
 fn span<T>(low: T, mean: T, high: T) -> Span<T> {

@@ -231,6 +231,70 @@ fn what_is_written_at_one_end_is_read_at_the_other() {
     }
 }
 
+/// Calls until so many bytes have got on, whatever ticks come in between.
+fn all(len: usize, mut call: impl FnMut(usize) -> io::Result<usize>) {
+    let mut done = 0;
+    while done < len {
+        match call(done) {
+            Ok(0) => panic!("it ended after {done} bytes"),
+            Ok(more) => done += more,
+            Err(error) => {
+                use io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
+                let tick = matches!(error.kind(), Interrupted | TimedOut | WouldBlock);
+                assert!(tick, "{error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn both_ends_read_while_they_write_more_than_fits_between() {
+    use async_pf::peer::Wire;
+    let data: Vec<u8> = (0..8 << 20).map(|at: u32| (at ^ (at >> 9)) as u8).collect();
+    for (_folder, listener, tls) in kinds() {
+        let (one, other) = ends(&listener, tls.as_ref());
+        let ends = [one.duplex(), other.duplex()];
+        thread::scope(|scope| {
+            for end in &ends {
+                end.set_tick(Duration::from_millis(5)).unwrap();
+                let data = &data;
+                scope.spawn(move || all(data.len(), |done| end.write(&data[done..])));
+                scope.spawn(move || {
+                    let mut read = vec![0; data.len()];
+                    all(data.len(), |done| end.read(&mut read[done..]));
+                    assert!(read == *data);
+                });
+            }
+        });
+        // A word that is not followed by another is on its way at once.
+        let [one, other] = &ends;
+        all(5, |done| one.write(&b"alone"[done..]));
+        let mut word = [0; 5];
+        all(5, |done| other.read(&mut word[done..]));
+        assert_eq!(&word, b"alone");
+        // Nothing comes, and the tick does; then it is the end, for who waits as well.
+        let error = other.read(&mut word).unwrap_err();
+        let tick = matches!(
+            error.kind(),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+        );
+        assert!(tick, "{error}");
+        one.shutdown();
+        let ended = (0..1000).any(|_| match other.read(&mut word) {
+            Ok(0) => true,
+            Ok(_) => panic!("nothing was written"),
+            Err(error) => {
+                let tick = matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                );
+                !tick
+            }
+        });
+        assert!(ended);
+    }
+}
+
 #[test]
 fn what_was_sent_one_way_arrives_though_the_sender_is_gone_before_it_is_read() {
     for (_folder, listener, tls) in kinds() {

@@ -246,6 +246,15 @@ mod tests {
         };
         let half = coming(&serde_json::to_value(half).unwrap()).unwrap();
         assert_eq!(half, ", 50 % of its memory is there, 1 pages are lost");
+        let cut_off = LazyProgress {
+            state: LazyState::Bringing,
+            missing: Some(6),
+            lost: Some(0),
+            pages: 12,
+            waits_for_source_s: Some(7),
+        };
+        let cut_off = coming(&serde_json::to_value(cut_off).unwrap()).unwrap();
+        assert!(cut_off.contains("broke 7 s ago"), "{cut_off}");
         assert_eq!(coming(&Value::Null), None);
         let json = serde_json::to_value(&stats).unwrap();
         assert_eq!(json["by-fault"], 4);
