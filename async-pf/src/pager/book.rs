@@ -143,13 +143,13 @@ pub(super) struct Book {
 }
 
 impl Book {
-    /// Slots of so many pages, with windows of so many at most.
-    pub fn new(slots: impl IntoIterator<Item = (u64, u64)>, limits: Limits) -> Self {
+    /// Slots of so many pages, with windows of so many at least and at most.
+    pub fn new(slots: impl IntoIterator<Item = (u64, [u64; 2])>, limits: Limits) -> Self {
         let slots: Vec<Slot> = slots
             .into_iter()
-            .map(|(pages, window)| Slot {
+            .map(|(pages, [least, most])| Slot {
                 pages: vec![Page::new(PageState::Absent, false, false); pages as usize],
-                window: Window::new(window),
+                window: Window::new(least, most),
             })
             .collect();
         Self {

@@ -212,7 +212,7 @@ impl Story {
 proptest! {
     #[test]
     fn whatever_happens_nothing_is_forgotten_placed_twice_or_wrong(steps in steps()) {
-        let sizes = SIZES.map(|pages| (pages, 4));
+        let sizes = SIZES.map(|pages| (pages, [1, 4]));
         let mut story = Story {
             book: Book::new(sizes, LIMITS),
             account: Account::default(),

@@ -130,6 +130,9 @@ pub struct PagerConfig {
     pub longest_backoff: Duration,
     /// What a fault brings at most where faults follow each other, in bytes. At least a page.
     pub window: u64,
+    /// What a fault brings in any case, in bytes, of what is missing behind its page: worth it where a round trip costs more
+    /// than some pages do. At least a page, and no more than `window`.
+    pub least_window: u64,
     /// What is fetched at once where nobody waits, in bytes: a fault may have to wait for it if all workers do this. At
     /// least a page.
     pub ahead: u64,
@@ -156,6 +159,7 @@ impl Default for PagerConfig {
             backoff: Duration::from_millis(2),
             longest_backoff: Duration::from_millis(500),
             window: 128 << 10,
+            least_window: 0,
             ahead: 128 << 10,
             backlog: 1024,
             give_up: GiveUp::default(),
@@ -186,6 +190,7 @@ impl fmt::Debug for PagerConfig {
             .field("retries", &self.retries)
             .field("backoff", &self.backoff)
             .field("window", &self.window)
+            .field("least_window", &self.least_window)
             .field("ahead", &self.ahead)
             .field("give_up", &self.give_up)
             .finish_non_exhaustive()

@@ -141,7 +141,9 @@ impl Shared {
     ) -> io::Result<Self> {
         let (pokes, poke) = io::pipe()?;
         let (slots, roles): (Vec<_>, Vec<_>) = slots.into_iter().unzip();
-        let window = |slot: &SlotInfo| (config.window / slot.page_size).max(1);
+        let window = |slot: &SlotInfo| {
+            [config.least_window, config.window].map(|bytes| (bytes / slot.page_size).max(1))
+        };
         let sizes = slots.iter().map(|slot| (slot.pages(), window(slot)));
         let mut book = Book::new(sizes, config.limits());
         for (index, slot) in slots.iter().enumerate() {

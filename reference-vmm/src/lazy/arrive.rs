@@ -26,6 +26,9 @@ use crate::memory::{Memslots, SlotTable};
 use crate::migration::postcopy::Faults;
 use crate::migration::postcopy::ask::Later;
 
+/// What is brought with a page that somebody touches: what lies behind it is often wanted next, and a round trip costs more.
+const NEAR: u64 = 64 << 10;
+
 /// Told that nothing more will be asked for.
 pub(super) type Enough = crate::migration::postcopy::ask::Enough;
 /// For how long the source has been waited for, if it is.
@@ -126,6 +129,7 @@ impl LazyMemory {
             retries: u32::MAX,
             give_up: GiveUp::Poison,
             ahead: AHEAD,
+            least_window: NEAR,
             events: Arc::clone(&events) as _,
             ..PagerConfig::default()
         };
