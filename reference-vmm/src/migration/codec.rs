@@ -42,6 +42,8 @@
 //! beginning: nothing is allocated by what comes, but a list of a frame's runs where their memory is lent. Whether a run
 //! is in guest memory only the [`Sink`] knows, and it is asked before anything is written. A length of zeros has no bound
 //! here but the address space's: it costs the sender as little as it likes, and the sink should make it cost little too.
+//! What is known of zeros waits for contents to go with, but for no more than 16 MiB that were looked at: the other side
+//! takes silence for the sender's end.
 //!
 //! # Checksums
 //!
@@ -71,6 +73,9 @@ pub const MOST_CONTENTS: usize = 1 << 20;
 /// Runs in a frame, at most.
 pub const MOST_RUNS: usize = 1024;
 
+/// Bytes of zero pages that wait to be told of, at most. A guest may have gigabytes of them that have to be read, and who
+/// waits at the other end is to hear that the work goes on: a slow reader has read so many within a second.
+const MOST_WAITING: u64 = 16 << 20;
 /// Bytes of pages after which a frame is sent: what lies in a core's own cache.
 const FULL: usize = 256 << 10;
 const MAGIC: [u8; 4] = *b"RVPG";
@@ -175,6 +180,8 @@ pub struct Encoder {
     runs: Vec<Run>,
     /// Bytes of contents in the buffer.
     filled: usize,
+    /// Bytes of the runs that are zero.
+    waiting: u64,
     counts: Counts,
 }
 
@@ -207,6 +214,7 @@ impl Encoder {
             checksums: true,
             runs: Vec::with_capacity(MOST_RUNS),
             filled: 0,
+            waiting: 0,
             counts: Counts::default(),
         })
     }
@@ -239,7 +247,7 @@ impl Encoder {
         while at < end {
             // Each page may be a run of its own.
             let runs = MOST_RUNS - self.runs.len();
-            if self.filled == FULL || runs < FULL / PAGE {
+            if self.filled == FULL || runs < FULL / PAGE || self.waiting >= MOST_WAITING {
                 self.flush(out)?;
             }
             let room = (FULL - self.filled) as u64;
@@ -285,7 +293,7 @@ impl Encoder {
             // Where the pages begin that are not zero, and have no piece yet.
             let mut from = 0;
             for at in (0..slice.len()).step_by(PAGE) {
-                if self.runs.len() == MOST_RUNS || sent == MOST_CONTENTS {
+                if self.is_full() || sent == MOST_CONTENTS {
                     piece(slice, from..at, &mut contents)?;
                     from = at;
                     self.send(&contents, sent, out)?;
@@ -304,7 +312,7 @@ impl Encoder {
             piece(slice, from..slice.len(), &mut contents)?;
         }
         match sent {
-            // What is known of zeros may wait.
+            // What is known of zeros may wait, but not for ever.
             0 => Ok(()),
             _ => self.send(&contents, sent, out),
         }
@@ -327,7 +335,7 @@ impl Encoder {
 
     fn sent(&mut self, counts: Counts) {
         self.runs.clear();
-        self.filled = 0;
+        (self.filled, self.waiting) = (0, 0);
         self.counts += counts;
     }
 
@@ -363,15 +371,21 @@ impl Encoder {
         if len == 0 {
             return Ok(());
         }
-        if self.runs.len() == MOST_RUNS {
+        if self.is_full() {
             self.flush(out)?;
         }
         self.add(address, len, true);
         Ok(())
     }
 
+    /// There is no room for a run, or what is known of zeros has waited long enough.
+    fn is_full(&self) -> bool {
+        self.runs.len() == MOST_RUNS || self.waiting >= MOST_WAITING
+    }
+
     /// There is room for a run.
     fn add(&mut self, address: u64, len: u64, zero: bool) {
+        self.waiting += if zero { len } else { 0 };
         match self.runs.last_mut() {
             Some(run) if run.zero == zero && run.address + run.len == address => run.len += len,
             _ => self.runs.push(Run { address, len, zero }),
