@@ -17,6 +17,7 @@ use guests::dirtier::dirtier64;
 use guests::image;
 use guests::keeper::keeper64;
 use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::devices::virtio::block::DiskConfig;
 use reference_vmm::end::{EndSignal, GuestEnd};
 use reference_vmm::memory::Memory;
 use reference_vmm::migration::address::Address;
@@ -507,6 +508,74 @@ fn a_guest_that_cannot_be_started_where_it_comes_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_disk_that_cannot_be_the_guests_is_found_before_its_memory_goes() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let (_kernel, mut config) = keeper(1, Irqchip::Split);
+    let folder = tempfile::tempdir().unwrap();
+    let (disk, other) = (folder.path().join("disk"), folder.path().join("other"));
+    let make = |path: &Path, len| {
+        let file = std::fs::File::create(path).unwrap();
+        file.set_len(len).unwrap();
+    };
+    make(&disk, 4096 * 512);
+    config.disks.push(DiskConfig::new(&disk));
+    let mut guest = Guest::boot(&config);
+    let incoming = |elsewhere: Option<&Path>| {
+        let (folder, path) = place();
+        let mut request = IncomingRequest::new(Address::Unix(path));
+        let disks = elsewhere.map(|path| (0, path.to_owned()));
+        request.overrides.disks = disks.into_iter().collect();
+        (folder, Incoming::bind(&request))
+    };
+    // Nobody need wait for a guest to find that there is nothing.
+    let (_folder, nothing) = incoming(Some(&other));
+    let error = nothing.unwrap_err();
+    assert_eq!(error.exit_status(), 2);
+    let why = error.to_string();
+    assert!(why.contains("--disk: cannot open"), "{why}");
+    let refused = |elsewhere, spoil: &dyn Fn(), needle: &str| {
+        let (_folder, incoming) = incoming(elsewhere);
+        let incoming = incoming.unwrap();
+        let coming = incoming.coming();
+        spoil();
+        let request = request(incoming.address());
+        let (here, there) = migrate(&guest, incoming, &request);
+        let why = reference_vmm::end::Chain(&here.unwrap_err()).to_string();
+        assert!(why.contains(needle), "{why}");
+        let why = there.map(drop).unwrap_err().to_string();
+        assert!(why.contains(needle), "{why}");
+        assert!(coming.came().is_none(), "memory was asked for");
+        assert_eq!(guest.running.state(), RunState::Running);
+    };
+    make(&other, 2048 * 512);
+    let sizes = "it has 2048 sectors, the guest's disk 4096";
+    refused(Some(&other), &|| (), sizes);
+    let gone = || std::fs::remove_file(&other).unwrap();
+    refused(Some(&other), &gone, "cannot open");
+    // Another file is under the name that it had.
+    std::fs::rename(&disk, &other).unwrap();
+    make(&disk, 4096 * 512);
+    refused(None, &|| (), "it is another file");
+    std::fs::rename(&other, &disk).unwrap();
+    // The lock is the source's, and then no more.
+    make(&other, 4096 * 512);
+    for elsewhere in [None, Some(&*other)] {
+        guest.hear(1);
+        let (_folder, incoming) = incoming(elsewhere);
+        let incoming = incoming.unwrap();
+        let request = request(incoming.address());
+        let (here, there) = migrate(&guest, incoming, &request);
+        here.unwrap();
+        guest.leave();
+        guest = there.unwrap();
+    }
+    guest.has_all();
+}
+
+#[test]
 fn a_guest_that_has_its_threads_where_it_comes_stands_still_there_until_it_is_handed_over() {
     need_kvm();
     if support::lab_short() {
@@ -733,6 +802,7 @@ fn a_process_that_waits_for_a_guest_is_stopped_by_a_signal_and_says_what_is_wron
         ("run --incoming unix:/x --tls-cert /c", "go together"),
         ("run --incoming unix:/x --kernel k", "--kernel"),
         ("run --incoming unix:/x --from d", "--from"),
+        ("run --incoming unix:/x --disk 0:path=/x/y.raw", "/x/y.raw"),
     ] {
         let refused = Vmm::command::<[&str; 0]>([]).words(words).output();
         refused.expect_status(2).expect_line(&[needle]);

@@ -8,12 +8,13 @@
 #[path = "support/disk.rs"]
 mod disk;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use disk::*;
 use reference_vmm::devices::virtio::block::engine::Action;
-use reference_vmm::devices::virtio::block::{Cache, DiskConfig, Io, OpenError};
+use reference_vmm::devices::virtio::block::{BlockState, Cache, DiskConfig, Io, OpenError};
 use reference_vmm::devices::virtio::fake::{Descriptor, FakeDriver};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -554,6 +555,66 @@ fn a_state_is_of_a_disk_of_its_size_that_can_be_written_if_it_was() {
         wrong.offer.sectors = 256;
         assert!(one.open_from(&wrong, false).is_err());
     }
+}
+
+#[test]
+fn a_disk_that_another_has_is_looked_at_and_found_as_wrong_as_when_it_is_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    let make = |path: &Path, len| std::fs::File::create(path).unwrap().set_len(len).unwrap();
+    make(&path, 1 << 16);
+    let mut one = DiskConfig::new(&path);
+    let driver = FakeDriver::new(one.open().unwrap());
+    let mut state = driver.device.state().unwrap().device;
+    // It is written, and its times are others.
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_modified(std::time::UNIX_EPOCH)
+        .unwrap();
+    for copy in [false, true] {
+        one.look_for(&state, copy).unwrap();
+    }
+    // Who has it has it still.
+    assert!(matches!(one.open(), Err(OpenError::InUse { .. })));
+    drop(driver);
+    // Of one that nobody has, both say the same.
+    let refused = |one: &DiskConfig, state: &BlockState, copy, needle: &str| {
+        let looked = one.look_for(state, copy).unwrap_err().to_string();
+        let opened = one.open_from(state, copy).unwrap_err().to_string();
+        assert!(looked.contains(needle), "{looked}");
+        assert_eq!(looked, opened);
+    };
+    let other = folder.path().join("other");
+    make(&other, 1 << 16);
+    one.path = other.clone();
+    one.look_for(&state, true).unwrap();
+    one.readonly = true;
+    refused(&one, &state, true, "readonly");
+    one.readonly = false;
+    // That it was written at another time says less.
+    let now = one.open().unwrap();
+    let now = FakeDriver::new(now).device.state().unwrap().device;
+    let (was, is) = (state.image.as_mut().unwrap(), now.image.unwrap());
+    (was.modified, was.changed) = (is.modified, is.changed);
+    refused(&one, &state, false, "it is another file: inode");
+    make(&other, 1 << 17);
+    refused(
+        &one,
+        &state,
+        true,
+        "it has 256 sectors, the guest's disk 128",
+    );
+    make(&other, 100);
+    refused(&one, &state, true, "100 bytes");
+    one.path = folder.path().to_owned();
+    refused(&one, &state, true, "is a directory");
+    one.path = folder.path().join("nothere");
+    refused(&one, &state, true, "cannot open");
+    one.path = other;
+    one.queues = 99;
+    refused(&one, &state, true, "queues");
 }
 
 #[test]

@@ -65,6 +65,14 @@ fn refused(error: &dyn std::error::Error) -> Refusal {
     Refusal::of(error)
 }
 
+impl<C, F> Arrival<C, F> {
+    /// The disks that are elsewhere here.
+    fn copies(&self) -> BTreeSet<usize> {
+        let disks = self.overrides.disks.iter();
+        disks.map(|(number, _)| *number).collect()
+    }
+}
+
 impl<C, F> DestinationGuest for Arrival<C, F>
 where
     C: AsFd,
@@ -87,6 +95,9 @@ where
                 "its memory is not that of a machine as its configuration describes: {what}"
             ))
         })?;
+        // What can be told of them while they are the source's: before all of memory has been sent.
+        let disks = Devices::look_for_disks(&config, &state.devices.virtio, &self.copies());
+        disks.map_err(|error| refused(&error))?;
         let blank = BlankVm::new(&config).map_err(|error| refused(&error))?;
         let checked = blank.check(&state.vcpus);
         checked.map_err(|error| refused(&error))?;
@@ -164,8 +175,8 @@ where
         if state.config != self.offered || !vcpus.eq(self.framed.vcpu_ids()) {
             return Err(Refusal("it is another machine than was offered".into()));
         }
+        let copies = self.arrival.copies();
         let Arrival {
-            overrides,
             clock,
             lazy,
             console,
@@ -174,7 +185,6 @@ where
             start,
             ..
         } = self.arrival;
-        let copies: BTreeSet<usize> = overrides.disks.iter().map(|(number, _)| *number).collect();
         let devices = Devices::open_from(&self.config, &state.devices.virtio, &copies, &console);
         let devices = devices.map_err(|error| refused(&error))?;
         devices.check().map_err(|error| refused(&error))?;

@@ -18,6 +18,7 @@ use super::dial::Ear;
 use super::guest::Refusal;
 use super::tls::{Tls, TlsError, TlsFiles};
 use super::transport::{BindError, Listener};
+use crate::devices::virtio::block::{Image, OpenError};
 use crate::end::EndSignal;
 use crate::lazy::LazyRequest;
 use crate::snapshot::Overrides;
@@ -70,6 +71,9 @@ pub enum IncomingError {
     /// TLS cannot be had.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// A disk of [`IncomingRequest::overrides`] is not there.
+    #[error("--disk: {0}")]
+    Disk(#[from] OpenError),
     /// One cannot listen there.
     #[error("--incoming: {0}")]
     Bind(#[from] BindError),
@@ -82,7 +86,9 @@ impl IncomingError {
     /// The process's exit status: 2 the arguments were wrong, 1 anything else.
     pub fn exit_status(&self) -> u8 {
         match self {
+            IncomingError::Disk(error) if !error.is_users_fault() => 1,
             IncomingError::Tls(_)
+            | IncomingError::Disk(_)
             | IncomingError::Bind(BindError::Exposed(_) | BindError::Unix { .. }) => 2,
             IncomingError::Bind(_) | IncomingError::Receive(_) => 1,
         }
@@ -113,9 +119,13 @@ impl Incoming {
     /// Listens. A source may connect from now on.
     ///
     /// # Errors
-    /// [`IncomingError::Tls`], [`IncomingError::Bind`]; nothing was made.
+    /// [`IncomingError::Tls`], [`IncomingError::Disk`], [`IncomingError::Bind`]; nothing was made.
     pub fn bind(request: &IncomingRequest) -> Result<Self, IncomingError> {
         let tls = request.tls.as_ref().map(Tls::load).transpose()?;
+        // Whether they are the guest's disks is known when it is offered.
+        for (_, path) in &request.overrides.disks {
+            Image::is_there(path)?;
+        }
         Ok(Incoming {
             listener: Listener::bind(&request.address, tls.as_ref())?,
             overrides: request.overrides.clone(),

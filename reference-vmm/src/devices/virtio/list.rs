@@ -210,6 +210,25 @@ impl Devices {
         Ok(devices)
     }
 
+    /// Refuses disks that [`open_from`](Self::open_from) would refuse, as far as it can be known while another process has
+    /// them. Takes nothing of the host.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub(crate) fn look_for_disks(
+        config: &Config,
+        states: &[DeviceState],
+        copies: &BTreeSet<usize>,
+    ) -> Result<(), DeviceError> {
+        let mut states = States(states.iter());
+        for (number, disk) in config.disks.iter().enumerate() {
+            let state = states.next::<BlockState>(&format!("disk{number}"))?;
+            let found = disk.look_for(&state.device, copies.contains(&number));
+            found.map_err(|error| failed("--disk", error.is_users_fault(), error))?;
+        }
+        Ok(())
+    }
+
     /// Refuses more than a machine has places for.
     pub(crate) fn check(&self) -> Result<(), DeviceError> {
         match self.len() > MOST {

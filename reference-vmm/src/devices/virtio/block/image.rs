@@ -173,30 +173,11 @@ impl Image {
 
     fn open_asking(path: &Path, readonly: bool, punch: Option<bool>) -> Result<Self, OpenError> {
         let named = || path.to_owned();
-        // A FIFO or a device would wait for its other side.
-        let opened = OpenOptions::new()
-            .read(true)
-            .write(!readonly)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path);
-        let file = opened.map_err(|source| refused(path, readonly, source))?;
+        let (file, metadata) = find(path, readonly)?;
         let ask = |source| OpenError::Ask {
             path: named(),
             source,
         };
-        let metadata = file.metadata().map_err(ask)?;
-        let kind = metadata.file_type();
-        let is = match kind {
-            kind if kind.is_file() || kind.is_block_device() => None,
-            kind if kind.is_dir() => Some("a directory"),
-            kind if kind.is_char_device() => Some("a character device"),
-            kind if kind.is_fifo() => Some("a pipe"),
-            _ => Some("something else"),
-        };
-        if let Some(is) = is {
-            let path = named();
-            return Err(OpenError::NotADisk { path, is });
-        }
         // io_uring would take the flag for a wish not to wait.
         clear_flags(&file).map_err(ask)?;
         match lock_patiently(&file, !readonly) {
@@ -215,32 +196,20 @@ impl Image {
                 path.display()
             ),
         }
-        let is_device = kind.is_block_device();
-        let len = match is_device {
-            true => device_size(&file).map_err(ask)?,
-            false => metadata.len(),
-        };
-        let sectors = len / SECTOR;
-        if sectors == 0 {
-            let path = named();
-            return Err(OpenError::Empty { path, len });
-        }
-        if !len.is_multiple_of(SECTOR) {
-            log::warn!(
-                "{}: the last {} of its {len} bytes are no whole sector, and the guest does not see them",
-                path.display(),
-                len % SECTOR
-            );
-        }
-        // Such a device can be opened to write all the same, and then each write fails.
-        if is_device && !readonly && self::ask(&file, BLKROGET).is_some_and(|is| is != 0) {
-            let source = io::Error::from_raw_os_error(libc::EROFS);
-            return Err(refused(path, readonly, source));
-        }
+        let sectors = measure(path, readonly, &file, &metadata)?;
+        let is_device = metadata.file_type().is_block_device();
         let host = match is_device {
             true => Host::of_device(&file, metadata.rdev()),
             false => Host::of_file(&file, &metadata, readonly, punch),
         };
+        let behind = metadata.len() % SECTOR;
+        if !is_device && behind != 0 {
+            log::warn!(
+                "{}: the last {behind} of its {} bytes are no whole sector, and the guest does not see them",
+                path.display(),
+                metadata.len()
+            );
+        }
         Ok(Image(Arc::new(Inner {
             file,
             path: named(),
@@ -252,6 +221,33 @@ impl Image {
             punch: AtomicBool::new(host.punch),
             zero: AtomicBool::new(host.zero),
         })))
+    }
+
+    /// What can be known of an image while another VMM has it: that it can be opened to be used so, its size in sectors of
+    /// 512 bytes, and by what it is known again. It is not locked, and not open any more behind that.
+    ///
+    /// Blocks as long as the host's file system does.
+    ///
+    /// # Errors
+    /// [`OpenError`], but for [`OpenError::InUse`].
+    pub fn look(path: &Path, readonly: bool) -> Result<(u64, Fingerprint), OpenError> {
+        let (file, metadata) = find(path, readonly)?;
+        let sectors = measure(path, readonly, &file, &metadata)?;
+        let fingerprint = Fingerprint::of(&file, readonly);
+        let fingerprint = fingerprint.map_err(|source| OpenError::Ask {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok((sectors, fingerprint))
+    }
+
+    /// That there is something that can be an image, where it is not known yet how it will be used.
+    ///
+    /// # Errors
+    /// [`OpenError::Open`]: there is nothing. [`OpenError::NotADisk`].
+    pub fn is_there(path: &Path) -> Result<(), OpenError> {
+        let metadata = fs::metadata(path).map_err(|source| refused(path, true, source))?;
+        check_kind(path, &metadata)
     }
 
     /// Where it was opened.
@@ -361,6 +357,64 @@ impl fmt::Debug for Image {
             .field("sectors", &self.0.sectors)
             .finish_non_exhaustive()
     }
+}
+
+/// Opens what is at `path`, if it can be a disk.
+fn find(path: &Path, readonly: bool) -> Result<(File, fs::Metadata), OpenError> {
+    // A FIFO or a device would wait for its other side.
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(!readonly)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path);
+    let file = opened.map_err(|source| refused(path, readonly, source))?;
+    let metadata = file.metadata().map_err(|source| OpenError::Ask {
+        path: path.to_owned(),
+        source,
+    })?;
+    check_kind(path, &metadata)?;
+    Ok((file, metadata))
+}
+
+/// Refuses what is no disk.
+fn check_kind(path: &Path, metadata: &fs::Metadata) -> Result<(), OpenError> {
+    let is = match metadata.file_type() {
+        kind if kind.is_file() || kind.is_block_device() => return Ok(()),
+        kind if kind.is_dir() => "a directory",
+        kind if kind.is_char_device() => "a character device",
+        kind if kind.is_fifo() => "a pipe",
+        _ => "something else",
+    };
+    let path = path.to_owned();
+    Err(OpenError::NotADisk { path, is })
+}
+
+/// Its size in whole sectors. What has none, or is a device that cannot be written and should be, is refused.
+fn measure(
+    path: &Path,
+    readonly: bool,
+    file: &File,
+    metadata: &fs::Metadata,
+) -> Result<u64, OpenError> {
+    let is_device = metadata.file_type().is_block_device();
+    let len = match is_device {
+        true => device_size(file).map_err(|source| OpenError::Ask {
+            path: path.to_owned(),
+            source,
+        })?,
+        false => metadata.len(),
+    };
+    let sectors = len / SECTOR;
+    if sectors == 0 {
+        let path = path.to_owned();
+        return Err(OpenError::Empty { path, len });
+    }
+    // Such a device can be opened to write all the same, and then each write fails.
+    if is_device && !readonly && ask(file, BLKROGET).is_some_and(|is| is != 0) {
+        let source = io::Error::from_raw_os_error(libc::EROFS);
+        return Err(refused(path, readonly, source));
+    }
+    Ok(sectors)
 }
 
 fn refused(path: &Path, readonly: bool, source: io::Error) -> OpenError {

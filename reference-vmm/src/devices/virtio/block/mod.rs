@@ -125,15 +125,63 @@ impl DiskConfig {
             path: image.path().to_owned(),
             source,
         })?;
-        let was = state.image.as_ref();
-        let differs = was
-            .filter(|was| !copy || was.inode == now.inode)
-            .and_then(|was| was.differs(&now));
-        if let Some(why) = differs {
+        if let Some(why) = state.differs(&now, copy) {
             let path = image.path().to_owned();
             return Err(OpenError::State { path, why });
         }
         Block::from_state(image, self, state)
+    }
+
+    /// Refuses what [`open_from`](Self::open_from) would refuse, as far as it can be known while another process has the
+    /// disk and writes it: the image cannot be opened, or is another one, or of another size. Takes no lock, and leaves
+    /// nothing open.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn look_for(&self, state: &BlockState, copy: bool) -> Result<(), OpenError> {
+        self.check()?;
+        let (sectors, mut now) = Image::look(&self.path, self.readonly)?;
+        if let Some(was) = &state.image {
+            // These go on while it is written.
+            (now.modified, now.changed) = (was.modified, was.changed);
+        }
+        let differs = state.differs(&now, copy);
+        let wrong = differs.or_else(|| state.cannot_be(sectors, self.readonly));
+        wrong.map_or(Ok(()), |why| {
+            let path = self.path.clone();
+            Err(OpenError::State { path, why })
+        })
+    }
+}
+
+impl BlockState {
+    /// What says that the image that is `now` so is not this disk's. A `copy` may be another file.
+    fn differs(&self, now: &Fingerprint, copy: bool) -> Option<String> {
+        let was = self.image.as_ref();
+        was.filter(|was| !copy || was.inode == now.inode)
+            .and_then(|was| was.differs(now))
+    }
+
+    /// Why no image of this size, which can only be read or not, can be this disk's.
+    fn cannot_be(&self, sectors: u64, readonly: bool) -> Option<String> {
+        let Offer {
+            sectors: was,
+            queues,
+            serial,
+            ..
+        } = &self.offer;
+        if *was != sectors {
+            return Some(format!("it has {sectors} sectors, the guest's disk {was}"));
+        }
+        if !self.offer.has(VIRTIO_BLK_F_RO) && readonly {
+            return Some("it is readonly, and the guest's disk is not".into());
+        }
+        if !(1..=MAX_QUEUES).contains(queues) || serial.len() > MAX_SERIAL {
+            return Some(format!(
+                "no disk has {queues} queues and the serial number {serial:?}"
+            ));
+        }
+        None
     }
 }
 
@@ -156,26 +204,13 @@ impl Block {
         config: &DiskConfig,
         state: &BlockState,
     ) -> Result<Self, OpenError> {
-        let not_it = |why| {
+        if let Some(why) = state.cannot_be(image.sectors(), image.is_readonly()) {
             let path = image.path().to_owned();
-            Err(OpenError::State { path, why })
-        };
+            return Err(OpenError::State { path, why });
+        }
         let BlockState {
             offer, writeback, ..
         } = state;
-        if offer.sectors != image.sectors() {
-            let (was, is) = (offer.sectors, image.sectors());
-            return not_it(format!("it has {is} sectors, the guest's disk {was}"));
-        }
-        if !offer.has(VIRTIO_BLK_F_RO) && image.is_readonly() {
-            return not_it("it is readonly, and the guest's disk is not".into());
-        }
-        if !(1..=MAX_QUEUES).contains(&offer.queues) || offer.serial.len() > MAX_SERIAL {
-            let Offer { queues, serial, .. } = offer;
-            return not_it(format!(
-                "no disk has {queues} queues and the serial number {serial:?}"
-            ));
-        }
         let mut disk = Block::new(image, config)?;
         disk.queue_sizes = vec![QUEUE_SIZE; offer.queues.into()];
         disk.writeback.store(*writeback, Ordering::Relaxed);
