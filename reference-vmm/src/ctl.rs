@@ -98,7 +98,7 @@ const QUESTIONS: [(&str, Question); 10] = [
 
 /// Reads what follows `ctl`.
 pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
-    let (mut api_sock, mut json, mut timeout) = (None, false, 60);
+    let (mut api_sock, mut json, mut timeout) = (None, false, None);
     let (mut command, mut operands) = (None::<String>, VecDeque::new());
     let (mut resume, mut compress) = (false, None);
     let mut lazy = LazySaid::default();
@@ -120,7 +120,8 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
             Long("api-sock") => api_sock = Some(cli::api_sock(&mut parser)?),
             Long("json") => json = true,
             Long("timeout") => {
-                timeout = cli::number_within("--timeout", parser.value()?, 1..=u32::MAX)?;
+                let seconds = cli::number_within("--timeout", parser.value()?, 1..=u32::MAX)?;
+                timeout = Some(seconds);
             }
             Long("resume") => resume = true,
             Long("track") => options.track = Some(cli::on_or_off("--track", &mut parser)?),
@@ -215,11 +216,16 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
     if let Some(more) = operands.pop_front() {
         return Err(Value(more).unexpected().into());
     }
+    // A snapshot that is not waited for is made all the same.
+    let patience = match question {
+        Question::Snapshot(_) => 86_400,
+        _ => 60,
+    };
     Ok(Parsed::Ctl(Ctl {
         api_sock: api_sock.ok_or_else(|| wrong("no --api-sock PATH"))?,
         question,
         json,
-        timeout: Duration::from_secs(timeout.into()),
+        timeout: Duration::from_secs(timeout.unwrap_or(patience).into()),
     }))
 }
 

@@ -462,7 +462,7 @@ fn caught(kept: &Kept, info: &libc::siginfo_t) -> bool {
     if !kept.attached.load(Ordering::Relaxed) || code <= 0 {
         return false;
     }
-    // SAFETY: a SIGBUS of the kernel's (the code says so) has an address.
+    // SAFETY: these codes of a SIGBUS have an address.
     let address = unsafe { info.si_addr() }.addr();
     let lsb = match code {
         BUS_MCEERR_AR | BUS_MCEERR_AO => addr_lsb(info),
@@ -481,12 +481,17 @@ fn caught(kept: &Kept, info: &libc::siginfo_t) -> bool {
 fn settled(info: &libc::siginfo_t) -> bool {
     // Acquire: pairs with the release in `BusErrors::otherwise`.
     let handler = OTHERWISE.load(Ordering::Acquire);
-    if handler.is_null() || info.si_code <= 0 || info.si_code == BUS_MCEERR_AO {
+    // Not one that was sent or is told early, nor x86's stack fault (`SI_KERNEL`), which has no address.
+    let is_access = matches!(
+        info.si_code,
+        libc::BUS_ADRALN | libc::BUS_ADRERR | BUS_MCEERR_AR
+    );
+    if handler.is_null() || !is_access {
         return false;
     }
     // SAFETY: nothing but an `Otherwise` is stored there.
     let handler = unsafe { std::mem::transmute::<*mut (), Otherwise>(handler) };
-    // SAFETY: a SIGBUS of the kernel's (the code says so) has an address.
+    // SAFETY: these codes of a SIGBUS have an address.
     handler(HostAddress(unsafe { info.si_addr() }.addr()))
 }
 

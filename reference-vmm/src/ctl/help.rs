@@ -119,6 +119,9 @@ Options:
   --background     Memory is written when the guest goes on already: it is paused for a moment, however much
                    memory there is. Says also how many pages were protected in it, and what one took. Meanwhile
                    the guest may be paused and resumed; it is not moved, and no other snapshot is taken
+
+It is waited for without --timeout [a day]. One that is not waited for, because that ran out or this command was
+ended, is made all the same: it is whole when DIR is there (`snapshot info DIR`).
 "
         ),
     ),

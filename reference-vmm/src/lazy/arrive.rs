@@ -152,7 +152,7 @@ impl LazyMemory {
             }),
             changed: Condvar::new(),
             events,
-            from: From::Migration(waits),
+            from: From::Migration(waits, request.deadline),
             pages,
             begun,
         });

@@ -4,10 +4,13 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use async_pf::external::{HandOffError, MappingsError};
 use async_pf::pager::StartError;
 use memslots::uffd::{OpenError, RegisterError};
+
+use crate::migration::units;
 
 /// Why a guest's memory cannot come later, or has not come.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +77,13 @@ pub enum LazyError {
     /// What a migration has sent cannot be taken away again.
     #[error("memory cannot come later: {0}")]
     Punch(#[from] memslots::PunchError),
+    /// The source of a migration that the guest has come before its memory by is away for longer than a page may take.
+    #[error(
+        "memory is missing, and the migration's source has not been heard of for {}: the guest goes on for as long as it touches \
+         none of that, and what needs all of it is refused until the source is there again",
+        units::time(*.0)
+    )]
+    Away(Duration),
     /// A page that is wanted at once does not come.
     #[error("memory does not come: {0}")]
     Source(#[from] async_pf::SourceError),

@@ -69,8 +69,8 @@ pub(super) struct Shared {
 pub(super) enum From {
     /// A snapshot's files.
     Snapshot(SnapshotSource, WorkingSets),
-    /// A migration's source: since when it is waited for, if it is.
-    Migration(Arc<Waits>),
+    /// A migration's source: since when it is waited for, if it is; and for how long that is done where all of it is wanted.
+    Migration(Arc<Waits>, Duration),
 }
 
 pub(super) struct State {
@@ -241,7 +241,7 @@ impl LazyMemory {
     /// could touch first.
     ///
     /// # Errors
-    /// [`LazyError::Lost`], [`LazyError::Ended`].
+    /// [`LazyError::Lost`], [`LazyError::Away`], [`LazyError::Ended`].
     pub(crate) fn settle(&self, go_on: impl Fn() -> bool) -> Result<bool, LazyError> {
         if self.is_external() {
             return Ok(false);
@@ -271,6 +271,11 @@ impl LazyMemory {
             if !go_on() {
                 return Err(LazyError::Ended);
             }
+            if let From::Migration(waits, deadline) = &self.shared.from
+                && let Some(away) = waits().filter(|away| away >= deadline)
+            {
+                return Err(LazyError::Away(away));
+            }
             let waited = self.shared.changed.wait_timeout(state, LOOK);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -279,7 +284,7 @@ impl LazyMemory {
     /// The machine is to stop for good: of a migration's source nothing more is asked, and who waits for it waits no longer, but
     /// goes on with memory that is poisoned. Blocks for a moment, in which the source is told.
     pub(crate) fn leave(&self) {
-        if let From::Migration(_) = self.shared.from {
+        if let From::Migration(..) = self.shared.from {
             self.shared.events.machine_is_over();
             self.shared.is_enough(LEAVE);
         }
@@ -347,7 +352,7 @@ impl Shared {
         if let From::Snapshot(source, _) = &self.from {
             source.find_holes(|| self.go_on());
         }
-        if let From::Migration(_) = self.from {
+        if let From::Migration(..) = self.from {
             self.let_it_begin();
         }
         let whole = match &*self.pager() {
@@ -513,7 +518,7 @@ impl Shared {
         };
         let coming = matches!(state, LazyState::Bringing);
         let waits = match &self.from {
-            From::Migration(waits) if coming => waits().map(|since| since.as_secs()),
+            From::Migration(waits, _) if coming => waits().map(|since| since.as_secs()),
             _ => None,
         };
         LazyProgress {

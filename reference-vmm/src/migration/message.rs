@@ -43,7 +43,7 @@ use crate::snapshot::format::{checksum, u32_at, u64_at};
 /// What a connection begins with.
 pub const MAGIC: [u8; 8] = *b"\x89RVMW\r\n\x1a";
 /// The version that is spoken, and the only one that is understood.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes of a greeting.
 pub const GREETING: usize = 40;
 /// Bytes of a message before its payload.
