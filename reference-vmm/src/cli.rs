@@ -153,7 +153,8 @@ Commands:
            `ctl migrate` sends
   restore  Have the guest of a snapshot go on where it was
   ctl      Ask something of a monitor that runs: status, pause, resume, snapshot, load, migrate,
-           migrate-cancel, migrate-status, migrate-settle, power-button, config, stats, version
+           migrate-cancel, migrate-postcopy, migrate-status, migrate-settle, power-button, config,
+           stats, version
   snapshot Say what a snapshot is (info), check it (verify), or make one of a chain of them (merge)
   cpu      Say which processors this host can be for a guest, and what a model changes
   doctor   Say what this host's KVM offers, and try it

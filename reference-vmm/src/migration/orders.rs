@@ -21,10 +21,10 @@ pub enum Whereabouts {
 #[non_exhaustive]
 pub enum OrderError {
     /// The guest is handed over.
-    #[error("it is too late to cancel: the guest is being handed over")]
+    #[error("it is too late to cancel: the guest is being handed over, or has gone")]
     TooLate,
     /// And so it is for this.
-    #[error("it is too late to switch to post-copy: the guest is being handed over")]
+    #[error("it is too late to switch to post-copy: the guest is being handed over, or has gone")]
     Gone,
     /// It has ended.
     #[error("there is no migration under way")]
