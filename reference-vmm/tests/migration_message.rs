@@ -7,7 +7,7 @@
 use proptest::prelude::*;
 use reference_vmm::migration::message::{
     Ending, GREETING, Greeting, HEAD, Head, Kind, MAGIC, MOST_CONNECTIONS, MOST_STATE, MOST_TEXT,
-    Message, MessageError, MigrationId, Role, TAIL,
+    Message, MessageError, MigrationId, Role, TAIL, VERSION,
 };
 use reference_vmm::migration::postcopy::{Faults, ask::LANES};
 
@@ -153,8 +153,9 @@ fn another_version_is_told_as_such_wherever_it_has_its_checksum() {
         role: Role::Control,
     }
     .encode();
-    bytes[8] = 2;
-    assert_eq!(Greeting::parse(&bytes), Err(MessageError::Version(2)));
+    bytes[8] += 1;
+    let next = VERSION + 1;
+    assert_eq!(Greeting::parse(&bytes), Err(MessageError::Version(next)));
 }
 
 #[test]
