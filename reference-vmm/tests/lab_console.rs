@@ -81,6 +81,7 @@ fn linux_has_a_console_and_a_port_on_both_irqchips() {
         dd if=/dev/zero bs=4096 count=64 2>/dev/null | tr '\\0' x >&3
         echo >&3
         until [ \"$(stty -F /dev/hvc0 size)\" = '50 200' ]; do sleep 0.1; done
+        until grep -x -q agent /sys/class/virtio-ports/*/name; do sleep 0.1; done
         port=/dev/$(cd /sys/class/virtio-ports; grep -l -x agent */name | cut -d/ -f1)
         cat <$port >/tmp/in
         echo got >&3

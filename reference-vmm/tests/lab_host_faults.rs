@@ -217,7 +217,8 @@ fn a_program_that_does_not_read_stops_its_own_connection_and_costs_the_monitor_n
     let monitor = shell.monitor();
     let beside = monitor.rss() - monitor.guest_rss();
     println!("the monitor's memory beside the guest's: {beside} KiB");
-    assert!(beside < 5 << 10, "{beside} KiB");
+    // Of it the program's own pages are some 5 MiB. What nobody reads would be 8 more, each way.
+    assert!(beside < 7 << 10, "{beside} KiB");
     go_on.send(()).unwrap();
     shell.until("grep out /tmp/said | cat", "guest: vsock out 8388608");
     assert_eq!(echoed.join().unwrap(), BYTES);
