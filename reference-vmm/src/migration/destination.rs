@@ -33,7 +33,7 @@ use super::link::{
 use super::message::{Ending, Greeting, Message, MigrationId, Role, Side};
 use super::postcopy::Faults;
 use super::postcopy::ask::{Later, Next, PostCopySource};
-use super::postcopy::missing::Missing;
+use super::postcopy::missing::{MOST_ALL, Missing};
 use super::sender::LAST;
 
 /// How long is waited for what.
@@ -785,8 +785,17 @@ impl<W: Wire + 'static> Destination<'_, W> {
 
 /// Takes a message's runs to those before.
 fn add(missing: &mut Option<Missing>, runs: Vec<Range<u64>>) -> Result<(), ReceiveError> {
-    let added = missing.get_or_insert_default().extend(runs);
-    added.map_err(|why| ReceiveError::Pages(format!("the source lists pages that are none: {why}")))
+    let missing = missing.get_or_insert_default();
+    let added = missing.extend(runs);
+    added.map_err(|why| {
+        ReceiveError::Pages(format!("the source lists pages that are none: {why}"))
+    })?;
+    match missing.runs().len() {
+        0..=MOST_ALL => Ok(()),
+        runs => Err(ReceiveError::Pages(format!(
+            "the source lists {runs} runs of pages that are to follow: {MOST_ALL} is the most"
+        ))),
+    }
 }
 
 fn hear(wire: &mut impl Wire, watch: &Watch<'_>) -> Result<Message, LinkError> {

@@ -11,6 +11,9 @@ use crate::migration::codec::PAGE;
 /// Runs that one message has at most: 1 MiB.
 pub const MOST_RUNS: usize = 1 << 16;
 
+/// Runs that all messages together have at most: every other page of 128 GiB. A list of them takes 256 MiB here.
+pub const MOST_ALL: usize = 1 << 24;
+
 /// Runs of pages, of guest physical addresses: ascending, none touches the next.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Missing(Vec<Range<u64>>);
@@ -40,7 +43,7 @@ impl Missing {
         Missing(all)
     }
 
-    /// Takes what a message has, behind what came before. So there are never more of them than memory has pages.
+    /// Takes what a message has, behind what came before; those that touch become one.
     ///
     /// # Errors
     /// [`NoRun`].
@@ -51,7 +54,10 @@ impl Missing {
             if run.start < after || run.start >= run.end || !whole(run.start) || !whole(run.end) {
                 return Err(NoRun { run, after });
             }
-            self.0.push(run);
+            match self.0.last_mut() {
+                Some(last) if last.end == run.start => last.end = run.end,
+                _ => self.0.push(run),
+            }
         }
         Ok(())
     }
@@ -113,6 +119,7 @@ mod tests {
             assert!(why.to_string().contains("behind 0x3000"), "{why}");
         }
         assert_eq!(missing.pages(), 2);
+        assert_eq!(missing.runs(), [P..3 * P]);
     }
 
     #[test]
