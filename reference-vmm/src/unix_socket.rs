@@ -196,6 +196,34 @@ fn socket_at(path: &Path) -> Result<bool, BindError> {
     }
 }
 
+/// The process at the other end of a connection, as it was when that was made (`SO_PEERCRED`); 0 of one in a namespace whose
+/// processes have no number here.
+///
+/// # Errors
+/// The errno of `getsockopt(2)`.
+pub(crate) fn peer(stream: &UnixStream) -> io::Result<i32> {
+    let mut who = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut size = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: an open socket, and room of that size.
+    let asked = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut who).cast(),
+            &mut size,
+        )
+    };
+    match asked {
+        0 => Ok(who.pid),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// The lock (`flock(2)`) on a socket's folder, of who replaces a socket in it.
 struct FolderLock(#[expect(dead_code, reason = "closed, it is unlocked")] File);
 

@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use super::LazyError;
 use super::events::Events;
 use crate::snapshot::pages::Region;
+use crate::unix_socket;
 
 /// The handler, and what it was given. Dropped, it is told by the end of its connection.
 pub(super) struct Handler {
@@ -135,27 +136,9 @@ impl Drop for Handler {
 
 /// A descriptor that is readable when the process at the other end has ended.
 fn peer(stream: &UnixStream) -> io::Result<OwnedFd> {
-    let mut who = libc::ucred {
-        pid: 0,
-        uid: 0,
-        gid: 0,
-    };
-    let mut size = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: an open socket, and room of that size.
-    let asked = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut who).cast(),
-            &mut size,
-        )
-    };
-    if asked < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let process = unix_socket::peer(stream)?;
     // SAFETY: the call takes two numbers; a process of number 0, of another namespace, is refused.
-    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, who.pid, 0) };
+    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) };
     if pidfd < 0 {
         return Err(io::Error::last_os_error());
     }

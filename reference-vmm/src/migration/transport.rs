@@ -380,23 +380,7 @@ fn tcp_line(from: SocketAddr, to: SocketAddr) -> Option<String> {
 
 /// The process at the other end; none of one in another namespace, which has no number here.
 fn process(stream: &UnixStream) -> Option<i32> {
-    let mut who = libc::ucred {
-        pid: 0,
-        uid: 0,
-        gid: 0,
-    };
-    let mut size = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: an open socket, and room of that size.
-    let asked = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut who).cast(),
-            &mut size,
-        )
-    };
-    (asked == 0 && who.pid > 0).then_some(who.pid)
+    unix_socket::peer(stream).ok().filter(|pid| *pid > 0)
 }
 
 /// The host since it was booted.
