@@ -256,43 +256,13 @@ pub fn encode(id: SnapshotId, sections: &[(Kind, Vec<u8>)]) -> Vec<u8> {
 /// [`FormatError`], the first thing that is wrong.
 pub fn parse(file: &[u8]) -> Result<Container<'_>, FormatError> {
     let has = file.len() as u64;
-    if has == 0 {
-        return Err(FormatError::Empty);
-    }
-    let begins = file.get(..MAGIC.len()).unwrap_or(file);
-    if begins != MAGIC {
-        return Err(FormatError::Magic(begins.to_vec()));
-    }
-    if has > MOST_BYTES {
-        return Err(FormatError::Long(has));
-    }
-    let short = FormatError::Short(has);
-    let header = file.get(..HEADER).ok_or(short.clone())?;
-    let (word, long) = (|at| u32_at(header, at), |at| u64_at(header, at));
-    // Before the checksum: a newer version may have another header.
-    match word(8) {
-        VERSION => {}
-        version => return Err(FormatError::Version(version)),
-    }
-    let covered = header.get(..44).unwrap_or_default();
-    verify("header", covered, word(44))?;
-    let says = long(32);
-    if says != has {
-        return Err(FormatError::Length { has, says });
-    }
-    let count = word(12) as usize;
-    if !(1..=MOST_SECTIONS).contains(&count) {
-        let text = format!("{count} sections, and there are 1 to {MOST_SECTIONS}");
-        return Err(FormatError::Table(text));
-    }
-    let mut next = HEADER + ENTRY * count;
-    let table = file.get(HEADER..next).ok_or(short)?;
-    verify("table of sections", table, word(40))?;
+    let (header, table) = header_and_table(file, Some(has))?;
+    let mut next = HEADER + table.len();
     let mut id = [0; 16];
     for (to, from) in id.iter_mut().zip(header.iter().skip(16)) {
         *to = *from;
     }
-    let mut sections = Vec::with_capacity(count);
+    let mut sections = Vec::with_capacity(table.len() / ENTRY);
     for entry in table.chunks_exact(ENTRY) {
         let (number, flags) = (u32_at(entry, 0), u32_at(entry, 4));
         let (offset, len) = (u64_at(entry, 8), u64_at(entry, 16));
@@ -334,6 +304,44 @@ pub fn parse(file: &[u8]) -> Result<Container<'_>, FormatError> {
     })
 }
 
+/// The header and the table of sections, checked, that `file` begins with, which is as long as the header has to say, where
+/// that is to be looked at.
+fn header_and_table(file: &[u8], len: Option<u64>) -> Result<(&[u8], &[u8]), FormatError> {
+    let has = file.len() as u64;
+    if has == 0 {
+        return Err(FormatError::Empty);
+    }
+    let begins = file.get(..MAGIC.len()).unwrap_or(file);
+    if begins != MAGIC {
+        return Err(FormatError::Magic(begins.to_vec()));
+    }
+    if has > MOST_BYTES {
+        return Err(FormatError::Long(has));
+    }
+    let short = FormatError::Short(has);
+    let header = file.get(..HEADER).ok_or(short.clone())?;
+    let word = |at| u32_at(header, at);
+    // Before the checksum: a newer version may have another header.
+    match word(8) {
+        VERSION => {}
+        version => return Err(FormatError::Version(version)),
+    }
+    let covered = header.get(..44).unwrap_or_default();
+    verify("header", covered, word(44))?;
+    let says = u64_at(header, 32);
+    if let Some(has) = len.filter(|has| *has != says) {
+        return Err(FormatError::Length { has, says });
+    }
+    let count = word(12) as usize;
+    if !(1..=MOST_SECTIONS).contains(&count) {
+        let text = format!("{count} sections, and there are 1 to {MOST_SECTIONS}");
+        return Err(FormatError::Table(text));
+    }
+    let table = file.get(HEADER..HEADER + ENTRY * count).ok_or(short)?;
+    verify("table of sections", table, word(40))?;
+    Ok((header, table))
+}
+
 /// Where a section is.
 pub(super) struct Place {
     pub(super) offset: u64,
@@ -344,16 +352,7 @@ pub(super) struct Place {
 /// Where the section of this kind is, by the first [`HEAD`] bytes of a file `state`. None: there is none, or the bytes are no
 /// snapshot's. Neither what the header says of the file nor the section is checked.
 pub(super) fn find(head: &[u8], kind: Kind) -> Option<Place> {
-    let header = head.get(..HEADER)?;
-    let is_one = header.starts_with(&MAGIC) && u32_at(header, 8) == VERSION;
-    if !is_one || checksum(header.get(..44)?) != u32_at(header, 44) {
-        return None;
-    }
-    let count = (u32_at(header, 12) as usize).min(MOST_SECTIONS);
-    let table = head.get(HEADER..HEADER + ENTRY * count)?;
-    if checksum(table) != u32_at(header, 40) {
-        return None;
-    }
+    let (_, table) = header_and_table(head, None).ok()?;
     let mut entries = table.chunks_exact(ENTRY);
     let entry = entries.find(|entry| u32_at(entry, 0) == kind as u32)?;
     Some(Place {
