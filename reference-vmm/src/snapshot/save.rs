@@ -471,7 +471,7 @@ impl Running {
         let tip = tip.ok_or(SnapshotError::NotTracked)?;
         let base = base.as_deref().unwrap_or(&tip.dir);
         // Before it is looked at: it stays then what it is.
-        let held = hold_parent(base).ok();
+        let held = hold_parent(base);
         let (chain, _) =
             Chain::open(base).map_err(|error| SnapshotError::Chain(Box::new(error)))?;
         let found = chain.newest().map_or(tip.id, Link::id);
@@ -496,8 +496,7 @@ impl Running {
             path: absolute(base),
         };
         parent.check().map_err(SnapshotError::Parent)?;
-        let held = held.map_or_else(|| hold_parent(base), Ok)?;
-        Ok(Some((parent, held)))
+        Ok(Some((parent, held?)))
     }
 
     /// Has in the draft what the disks are that the guest writes. An end ends it.
