@@ -142,13 +142,9 @@ impl LazyMemory {
         let shared = Arc::new(Shared {
             pager: RwLock::new(Some(pager)),
             state: Mutex::new(State {
-                phase: LazyState::Bringing,
-                stats: Stats::default(),
-                took: None,
-                close: false,
                 recorded: true,
-                registrations,
                 enough: Some(enough),
+                ..State::new(LazyState::Bringing, registrations)
             }),
             changed: Condvar::new(),
             events,
@@ -156,18 +152,8 @@ impl LazyMemory {
             pages,
             begun,
         });
-        let thread = std::thread::Builder::new().name("lazy".into());
-        let of = Arc::clone(&shared);
-        let thread = thread.spawn(move || of.bring(None, None, &[]));
-        Ok(LazyMemory {
-            thread: Some(thread.map_err(|source| LazyError::Process {
-                what: "start its thread",
-                source,
-            })?),
-            shared,
-            handler: None,
-            on_loss: request.on_loss,
-            _parked: parked,
+        LazyMemory::with_thread(shared, request.on_loss, parked, |of| {
+            of.bring(None, None, &[]);
         })
     }
 }

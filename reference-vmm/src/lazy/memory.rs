@@ -88,6 +88,21 @@ pub(super) struct State {
     pub(super) enough: Option<Enough>,
 }
 
+impl State {
+    /// Of a pager that has just begun, or of none.
+    pub(super) fn new(phase: LazyState, registrations: Vec<Registration>) -> Self {
+        State {
+            phase,
+            stats: Stats::default(),
+            took: None,
+            close: false,
+            recorded: false,
+            registrations,
+            enough: None,
+        }
+    }
+}
+
 impl LazyMemory {
     /// Has the memory of `table`, which is empty, come from `chain` as `request` says. A page that does not come is told to
     /// `end`. When this returns faults are served.
@@ -136,15 +151,7 @@ impl LazyMemory {
         let shared = |phase, pager, registrations, source, sets| {
             Arc::new(Shared {
                 pager: RwLock::new(pager),
-                state: Mutex::new(State {
-                    phase,
-                    stats: Stats::default(),
-                    took: None,
-                    close: false,
-                    recorded: false,
-                    registrations,
-                    enough: None,
-                }),
+                state: Mutex::new(State::new(phase, registrations)),
                 changed: Condvar::new(),
                 events: Arc::clone(&events),
                 from: From::Snapshot(source, sets),
@@ -196,9 +203,20 @@ impl LazyMemory {
         let paged = paged.collect::<Result<Vec<_>, _>>()?;
         let pager = Pager::start(&uffd, paged, config)?;
         let shared = shared(phase, Some(pager), registrations, source, sets);
+        let bring = move |of: &Shared| of.bring(recording, replay, &slots);
+        LazyMemory::with_thread(shared, request.on_loss, parked, bring)
+    }
+
+    /// One whose thread does `bring`.
+    pub(super) fn with_thread(
+        shared: Arc<Shared>,
+        on_loss: OnLoss,
+        parked: Parked,
+        bring: impl FnOnce(&Shared) + Send + 'static,
+    ) -> Result<Self, LazyError> {
         let thread = std::thread::Builder::new().name("lazy".into());
         let of = Arc::clone(&shared);
-        let thread = thread.spawn(move || of.bring(recording, replay, &slots));
+        let thread = thread.spawn(move || bring(&of));
         Ok(LazyMemory {
             thread: Some(thread.map_err(|source| LazyError::Process {
                 what: "start its thread",
@@ -206,7 +224,7 @@ impl LazyMemory {
             })?),
             shared,
             handler: None,
-            on_loss: request.on_loss,
+            on_loss,
             _parked: parked,
         })
     }
