@@ -18,10 +18,10 @@ use crate::cli::{self, UsageError};
 use crate::config::check_path;
 use crate::lazy::{self, LazySaid};
 use crate::migration::outgoing::Order;
-use crate::migration::units;
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::packed::Compression;
 use crate::snapshot::{SnapshotKind, SnapshotRequest};
+use crate::units;
 
 mod due;
 mod help;

@@ -107,5 +107,6 @@ pub mod snapshot;
 pub mod stats;
 pub mod stderr;
 pub mod timeline;
+pub mod units;
 pub mod unix_socket;
 pub mod vm;

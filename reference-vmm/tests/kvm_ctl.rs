@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use guests::keeper::keeper64;
 use guests::monitor;
-use reference_vmm::migration::units;
+use reference_vmm::units;
 use serde_json::Value;
 use support::{Ended, Running, Vmm, need_kvm};
 

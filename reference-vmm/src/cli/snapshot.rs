@@ -11,10 +11,10 @@ use serde_json::json;
 use super::{Command, UsageError, compression};
 use crate::config::check_path;
 use crate::end::Chain;
-use crate::migration::units;
 use crate::snapshot::files::HostFiles;
 use crate::snapshot::info::{self, SnapshotInfo};
 use crate::snapshot::merge::{self, MergeRequest};
+use crate::units;
 
 /// `reference-vmm snapshot --help`.
 pub const SNAPSHOT_HELP: &str = "\

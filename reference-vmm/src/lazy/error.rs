@@ -10,7 +10,7 @@ use async_pf::external::{HandOffError, MappingsError};
 use async_pf::pager::StartError;
 use memslots::uffd::{OpenError, RegisterError};
 
-use crate::migration::units;
+use crate::units;
 
 /// Why a guest's memory cannot come later, or has not come.
 #[derive(Debug, thiserror::Error)]

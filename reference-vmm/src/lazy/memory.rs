@@ -22,9 +22,9 @@ use super::working_set::{Recording, Replay, WorkingSets};
 use super::{LazyError, LazyRequest, OnLoss};
 use crate::end::EndSignal;
 use crate::memory::SlotTable;
-use crate::migration::units;
 use crate::snapshot::chain::Chain;
 use crate::snapshot::pages;
+use crate::units;
 
 /// How long who waits for all of it sleeps before it looks whether the guest has ended.
 const LOOK: Duration = Duration::from_millis(50);

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::VolatileSlice;
 
 use super::guest::{ArrivingMemory, Refusal};
-use super::units;
+use crate::units;
 
 /// What is known of a guest that comes, for whoever asks meanwhile.
 #[derive(Debug, Default)]

@@ -169,4 +169,3 @@ mod sender;
 pub mod source;
 pub mod tls;
 pub mod transport;
-pub mod units;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::record::{MigrationRecord, Round, Step, SwitchOver};
 use super::report::escape;
-use super::units;
+use crate::units;
 
 const WIDTH: f64 = 760.0;
 const LEFT: f64 = 64.0;

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use super::postcopy::record::Followed;
 use super::record::{Ahead, Converges, MigrationRecord, Outcome, Round, Step, per_second};
-use super::units;
 use crate::stderr;
+use crate::units;
 
 /// In place, a terminal is told so often; else a file or a pipe.
 const IN_PLACE_INTERVAL: Duration = Duration::from_millis(100);

@@ -26,7 +26,8 @@ use serde::{Deserialize, Serialize};
 use super::codec::MOST_CONTENTS;
 use super::link::printable;
 use super::postcopy::record::Followed;
-use super::{progress, units};
+use super::progress;
+use crate::units;
 
 /// After so long in which nothing came about it is said that a migration stands still.
 const STILL: Duration = Duration::from_secs(5);

@@ -15,7 +15,7 @@ use std::time::Duration;
 use super::plot;
 use super::progress;
 use super::record::{MigrationRecord, Outcome, Round, SwitchOver, Total, per_second};
-use super::units;
+use crate::units;
 
 /// Rows that a table of rounds has at most: the first ones, and the last.
 const FIRST_ROWS: usize = 10;

@@ -20,7 +20,7 @@ use super::machine::MachineState;
 use super::parent::Parent;
 use super::restore::RestoreError;
 use crate::config::Config;
-use crate::migration::units;
+use crate::units;
 
 /// What a snapshot is.
 #[derive(Clone, Debug)]

@@ -12,7 +12,7 @@ use super::Faults;
 use super::serve::Served;
 use crate::migration::link::printable;
 use crate::migration::record::{MigrationRecord, micros};
-use crate::migration::units;
+use crate::units;
 
 /// Memory that follows the guest.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
