@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "migration/both.rs"]
+mod both;
 #[allow(dead_code)]
 #[path = "migration/world.rs"]
 mod world;
@@ -14,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use both::{ID, Received, both, check};
 use reference_vmm::migration::codec::Compression;
 use reference_vmm::migration::destination::{self, ReceiveError, receive};
 use reference_vmm::migration::dial;
@@ -26,92 +29,14 @@ use reference_vmm::migration::message::{Greeting, Message, MigrationId, Role, Si
 use reference_vmm::migration::orders::{OrderError, Orders, Whereabouts};
 use reference_vmm::migration::pages::{ReadPages, WritePages};
 use reference_vmm::migration::postcopy::When;
-use reference_vmm::migration::source::{
-    self, After, MigrateError, Settings, WhenStuck, Why, migrate,
-};
+use reference_vmm::migration::source::{After, MigrateError, Settings, WhenStuck, Why, migrate};
 use reference_vmm::migration::tls::{Tls, TlsFiles};
 use reference_vmm::migration::transport::Listener;
 use world::Side::{Destination, Source};
-use world::{Arrives, Dial, Ear, Fault, Made, Maker, Side, Strike, World};
-
-const ID: MigrationId = MigrationId([7; 16]);
+use world::{Arrives, Dial, Ear, Fault, Maker, Side, Strike, World};
 
 fn settings() -> Settings {
-    Settings {
-        connections: 2,
-        compression: Compression::None,
-        limit: Arc::new(Limiter::new(None)),
-        // The guest always has some pages left: it goes through all rounds that are tried, and is stopped then.
-        downtime: Duration::from_nanos(10),
-        time: Duration::from_secs(3600),
-        when_stuck: WhenStuck::Stop,
-        postcopy: When::Never,
-        patience: source::Patience {
-            again: Duration::from_millis(1),
-            ..source::Patience::default()
-        },
-    }
-}
-
-type Received = Result<destination::Arrived<Made>, ReceiveError>;
-
-/// Both sides, each on a thread of its own, to their ends.
-fn both(
-    world: &Arc<World>,
-    settings: &Settings,
-    orders: &Orders,
-    observer: &dyn Observer,
-    refuses: Option<&'static str>,
-) -> (Result<(), MigrateError>, Received) {
-    let maker = Maker {
-        world: Arc::clone(world),
-        refuses,
-    };
-    let ear = Ear(Arc::clone(world));
-    let patience = destination::Patience {
-        // None of the two is silent without an end to its connection.
-        asked: match world.has_tunnel() {
-            // Behind it nobody is known to be gone: it is asked until it answers.
-            true => Duration::from_millis(500),
-            false => Duration::from_millis(100),
-        },
-        ..destination::Patience::default()
-    };
-    // Where no source was ever heard, one is waited for.
-    let gone = AtomicBool::new(false);
-    let stop = || {
-        gone.load(Ordering::Relaxed)
-            .then(|| "no source is left".to_owned())
-    };
-    std::thread::scope(|scope| {
-        let there = scope.spawn(|| receive(ear, maker, patience, &stop));
-        let dial = Dial(Arc::clone(world));
-        let here = migrate(&**world, &dial, ID, settings, orders, observer);
-        gone.store(here.is_err(), Ordering::Relaxed);
-        (here, there.join().unwrap())
-    })
-}
-
-fn check(world: &World, here: &Result<(), MigrateError>, there: &Received, what: &str) {
-    let said = || {
-        let there = there.as_ref().map(|_| ()).map_err(ToString::to_string);
-        let here = here.as_ref().map_err(ToString::to_string);
-        format!("{what}: source {here:?}, destination {there:?}")
-    };
-    assert_eq!(world.wrong(), [""; 0], "{}", said());
-    let runs = [world.runs(Source), world.runs(Destination)];
-    assert_eq!(runs, [here.is_err(), here.is_ok()], "{}", said());
-    assert_eq!(there.is_ok(), here.is_ok(), "{}", said());
-    if let Err(error) = here {
-        // Who reads no further knows where it is.
-        let first = error.to_string();
-        assert!(first.starts_with("the guest runs on here: "), "{first}");
-    }
-    for side in [Source, Destination] {
-        assert_eq!(world.is_locked(side), world.runs(side), "{}", said());
-    }
-    assert!(here.is_ok() || !world.is_tracked(), "{}", said());
-    assert_eq!(world.throttled(), 0, "{}", said());
+    both::settings(WhenStuck::Stop, When::Never)
 }
 
 #[test]

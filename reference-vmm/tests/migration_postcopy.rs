@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "migration/both.rs"]
+mod both;
 #[allow(dead_code)]
 #[path = "migration/world.rs"]
 mod world;
@@ -13,86 +15,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use reference_vmm::migration::codec::Compression;
-use reference_vmm::migration::destination::{self, ReceiveError, receive};
+use both::{Received, both};
 use reference_vmm::migration::event::{Event, Observer};
-use reference_vmm::migration::limit::Limiter;
-use reference_vmm::migration::message::MigrationId;
 use reference_vmm::migration::orders::{OrderError, Orders};
 use reference_vmm::migration::postcopy::When;
-use reference_vmm::migration::source::{
-    self, After, MigrateError, Settings, WhenStuck, Why, migrate,
-};
+use reference_vmm::migration::source::{After, MigrateError, Settings, WhenStuck, Why};
 use world::Side::{Destination, Source};
-use world::{Arrives, Dial, Ear, Fault, Made, Maker, Strike, World};
-
-const ID: MigrationId = MigrationId([7; 16]);
+use world::{Arrives, Fault, Strike, World};
 
 fn settings(postcopy: When) -> Settings {
-    Settings {
-        connections: 2,
-        compression: Compression::None,
-        limit: Arc::new(Limiter::new(None)),
-        // The guest always has some pages left.
-        downtime: Duration::from_nanos(10),
-        time: Duration::from_secs(3600),
-        when_stuck: WhenStuck::Cancel,
-        postcopy,
-        patience: source::Patience {
-            again: Duration::from_millis(1),
-            ..source::Patience::default()
-        },
-    }
+    both::settings(WhenStuck::Cancel, postcopy)
 }
 
-type Received = Result<destination::Arrived<Made>, ReceiveError>;
-
-/// Both sides, to their ends.
-fn both(
-    world: &Arc<World>,
-    settings: &Settings,
-    orders: &Orders,
-    observer: &dyn Observer,
-) -> (Result<(), MigrateError>, Received) {
-    let maker = Maker {
-        world: Arc::clone(world),
-        refuses: None,
-    };
-    let ear = Ear(Arc::clone(world));
-    let patience = destination::Patience {
-        pages: Duration::from_millis(200),
-        asked: Duration::from_millis(if world.has_tunnel() { 500 } else { 100 }),
-        ..destination::Patience::default()
-    };
-    let gone = AtomicBool::new(false);
-    let stop = || {
-        gone.load(Ordering::Relaxed)
-            .then(|| "no source is left".to_owned())
-    };
-    std::thread::scope(|scope| {
-        let there = scope.spawn(|| receive(ear, maker, patience, &stop));
-        let dial = Dial(Arc::clone(world));
-        let here = migrate(&**world, &dial, ID, settings, orders, observer);
-        gone.store(here.is_err(), Ordering::Relaxed);
-        (here, there.join().unwrap())
-    })
-}
-
+/// And all of its memory has followed it.
 fn check(world: &World, here: &Result<(), MigrateError>, there: &Received, what: &str) {
-    let said = || {
-        let there = there.as_ref().map(|_| ()).map_err(ToString::to_string);
-        let here = here.as_ref().map_err(ToString::to_string);
-        format!("{what}: source {here:?}, destination {there:?}")
-    };
-    assert_eq!(world.wrong(), [""; 0], "{}", said());
-    let runs = [world.runs(Source), world.runs(Destination)];
-    assert_eq!(runs, [here.is_err(), here.is_ok()], "{}", said());
-    assert_eq!(there.is_ok(), here.is_ok(), "{}", said());
-    assert!(here.is_err() || world.is_whole(), "{}", said());
-    for side in [Source, Destination] {
-        assert_eq!(world.is_locked(side), world.runs(side), "{}", said());
-    }
-    assert!(here.is_ok() || !world.is_tracked(), "{}", said());
+    both::check(world, here, there, what);
+    assert!(here.is_err() || world.is_whole(), "{what}");
 }
 
 /// Counts what followed the guest, and gives an order at an event.
@@ -137,7 +75,7 @@ fn whenever_it_switches_all_that_the_guest_has_follows_it_once() {
     ] {
         let world = World::new(None);
         let watch = Watch::default();
-        let (here, there) = both(&world, &settings(when), &Orders::default(), &watch);
+        let (here, there) = both(&world, &settings(when), &Orders::default(), &watch, None);
         check(&world, &here, &there, &when.to_string());
         let missing = watch.missing.lock().unwrap().unwrap();
         assert_eq!(world.served(), missing, "{when}");
@@ -158,7 +96,7 @@ fn at_an_order_in_the_midst_of_a_round_what_was_sent_of_it_is_not_sent_again() {
             at: Some((&orders, after)),
             ..Watch::default()
         };
-        let (here, there) = both(&world, &settings(When::ByHand), &orders, &watch);
+        let (here, there) = both(&world, &settings(When::ByHand), &orders, &watch, None);
         check(&world, &here, &there, &after.to_string());
         let (sent, missing) = (*watch.sent.lock().unwrap(), world.served());
         assert_eq!(Some(missing), *watch.missing.lock().unwrap());
@@ -180,7 +118,7 @@ fn one_that_was_not_asked_for_never_switches() {
         ..settings(When::Never)
     };
     let watch = Watch::default();
-    let (here, there) = both(&world, &settings, &orders, &watch);
+    let (here, there) = both(&world, &settings, &orders, &watch, None);
     here.unwrap();
     there.unwrap();
     assert_eq!(*watch.missing.lock().unwrap(), None);
@@ -192,7 +130,7 @@ fn a_destination_that_cannot_have_it_says_so_before_the_first_page_with_the_reme
     let world = World::new(None);
     world.hears_no_faults();
     let watch = Watch::default();
-    let (here, there) = both(&world, &settings(HOW), &Orders::default(), &watch);
+    let (here, there) = both(&world, &settings(HOW), &Orders::default(), &watch, None);
     check(&world, &here, &there, "no userfaultfd");
     let why = here.unwrap_err().to_string();
     for needle in ["have one", "--postcopy=never"] {
@@ -206,7 +144,7 @@ const HOW: When = When::AfterRounds(1);
 /// At each message of each side.
 fn at_each_message(arrives: &[Arrives], strike: Strike, check: impl Fn(Fault, &Arc<World>)) {
     let world = World::new(None);
-    let (here, _there) = both(&world, &settings(HOW), &Orders::default(), &());
+    let (here, _there) = both(&world, &settings(HOW), &Orders::default(), &(), None);
     here.unwrap();
     let most = [world.said(Source), world.said(Destination)];
     for (of, most) in [Source, Destination].into_iter().zip(most) {
@@ -233,7 +171,7 @@ fn one_guest_runs(arrives: &[Arrives], strike: Strike) {
     let went_on = AtomicBool::new(false);
     at_each_message(arrives, strike, |fault, world| {
         let watch = Watch::default();
-        let (here, there) = both(world, &settings(HOW), &Orders::default(), &watch);
+        let (here, there) = both(world, &settings(HOW), &Orders::default(), &watch, None);
         check(world, &here, &there, &format!("{fault:?}"));
         stayed.fetch_or(here.is_err(), Ordering::Relaxed);
         let again = here.is_ok() && world.struck();
@@ -287,7 +225,7 @@ fn a_destination_that_is_killed_leaves_the_guest_with_the_source_unless_it_was_i
         &[Arrives::All],
         Strike::Kill(Destination),
         |fault, world| {
-            let (here, there) = both(world, &settings(HOW), &Orders::default(), &());
+            let (here, there) = both(world, &settings(HOW), &Orders::default(), &(), None);
             let what = format!("{fault:?}: {here:?}");
             assert_eq!(world.wrong(), [""; 0], "{what}");
             if !world.struck() {
@@ -313,7 +251,7 @@ fn a_destination_that_is_killed_leaves_the_guest_with_the_source_unless_it_was_i
 #[test]
 fn a_source_that_is_killed_takes_its_guest_along_unless_it_was_given_away() {
     at_each_message(&[Arrives::All], Strike::Kill(Source), |fault, world| {
-        let (here, there) = both(world, &settings(HOW), &Orders::default(), &());
+        let (here, there) = both(world, &settings(HOW), &Orders::default(), &(), None);
         let what = format!("{fault:?}: {here:?}");
         assert_eq!(world.wrong(), [""; 0], "{what}");
         if !world.struck() {
