@@ -125,6 +125,7 @@ mod source;
 mod state;
 #[cfg(feature = "uffd")]
 mod sync;
+pub mod trouble;
 pub mod working_set;
 
 pub use error::Error;

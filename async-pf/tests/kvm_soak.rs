@@ -9,16 +9,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::collections::HashMap;
 use std::io::Read;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_pf::pager::{PagedSlot, Pager, PagerConfig, PagerEvents};
-use async_pf::peer::{PageServer, PeerConfig, PeerSource, ServerConfig, Wire, fake};
+use async_pf::trouble::{Draw, Troubled, severed};
 use async_pf::{Fetched, PageSource, SourceError};
 use memslots::uffd::{Cause, Fault, Features, Modes, ProtectRole, Uffd, Wake};
 use memslots::{Backing, Gfn, Mapping, PAGE_SIZE};
@@ -29,30 +28,6 @@ const PAGES: u64 = 1024;
 const DEADLINE: Duration = Duration::from_secs(1);
 /// Who is not done by then hangs.
 const WATCHDOG: Duration = Duration::from_secs(60);
-
-/// Numbers that look random, the same for each seed.
-struct Draw(u64);
-
-impl Draw {
-    fn of(seed: u64, number: u64) -> Self {
-        // SplitMix64's finisher: neighbouring numbers draw nothing alike.
-        let mut mixed = seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        Draw((mixed ^ mixed >> 31) | 1)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 8) % end
-    }
-
-    fn once_in(&mut self, times: u64) -> bool {
-        self.below(times) == 0
-    }
-}
 
 /// What becomes of the pages on their way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,52 +78,13 @@ fn is_given_back(page: u64) -> bool {
     page % 64 >= 60
 }
 
-/// Pages with a keyed pattern, with trouble.
-struct Troubled {
-    trouble: Trouble,
-    draw: Mutex<Draw>,
-    /// How often a fetch from here has failed: not too often for those who try again.
-    failed: Mutex<HashMap<u64, u32>>,
-    fetched: AtomicU64,
-    drop: mpsc::Sender<()>,
-}
+/// Pages with a keyed pattern.
+#[derive(Debug)]
+struct Keyed;
 
-impl PageSource for Troubled {
+impl PageSource for Keyed {
     fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
-        let pages = first.0..first.0 + into.len() as u64 / P;
-        // Relaxed: a number that orders nothing else.
-        let fetched = self.fetched.fetch_add(1, Ordering::Relaxed);
-        let (fails, naps) = {
-            let mut draw = self.draw.lock().unwrap();
-            (draw.once_in(6), draw.once_in(40).then(|| draw.below(3000)))
-        };
-        match self.trouble {
-            Trouble::Dropped(after) if fetched == after => self.drop.send(()).unwrap_or_default(),
-            Trouble::Bad(page) if pages.contains(&page) => {
-                return Err(SourceError::NoSuchPage { gfn: first });
-            }
-            Trouble::Mute(page) if pages.contains(&page) => loop {
-                thread::park();
-            },
-            Trouble::Rough | Trouble::Severed => {
-                let mut failed = self.failed.lock().unwrap();
-                let often = failed.entry(first.0).or_default();
-                if fails && *often < 3 {
-                    *often += 1;
-                    return Err(SourceError::Read {
-                        gfn: first,
-                        offset: first.0 * P,
-                        want: into.len(),
-                        source: std::io::Error::from_raw_os_error(libc::EIO),
-                    });
-                }
-            }
-            _ => {}
-        }
-        if let Some(nap) = naps {
-            thread::sleep(Duration::from_micros(nap));
-        }
-        for (gfn, page) in pages.zip(into.chunks_mut(P as usize)) {
+        for (gfn, page) in (first.0..).zip(into.chunks_mut(P as usize)) {
             page.fill(0);
             let [head, tail] = expected(gfn);
             page[..8].copy_from_slice(&head.to_ne_bytes());
@@ -158,25 +94,24 @@ impl PageSource for Troubled {
     }
 }
 
-/// Pages from a server at the other end of connections that break, and that carry little at once.
-fn severed(source: Arc<dyn PageSource>, seed: u64) -> Arc<dyn PageSource> {
-    let server = Arc::new(PageServer::new(source, ServerConfig::default()));
-    let count = AtomicU64::new(0);
-    let connect = move |_| {
-        let (ours, theirs) = fake::pair();
-        // Relaxed: a number that orders nothing else.
-        let mut draw = Draw::of(seed, count.fetch_add(1, Ordering::Relaxed));
-        theirs.break_after(500 + draw.below(1_000_000));
-        theirs.at_once(100 + draw.below(40_000) as usize);
-        let server = Arc::clone(&server);
-        thread::spawn(move || server.serve(&theirs).ok());
-        Ok(Box::new(ours) as Box<dyn Wire>)
-    };
-    let config = PeerConfig {
-        tries: 1000,
-        ..PeerConfig::default()
-    };
-    Arc::new(PeerSource::connect(connect, config).unwrap())
+/// They, with trouble.
+fn troubled(trouble: Trouble, draw: &Draw, drop: mpsc::Sender<()>) -> Arc<dyn PageSource> {
+    let source = Troubled::new(Keyed, draw.clone());
+    match trouble {
+        Trouble::Nothing => Arc::new(source),
+        Trouble::Rough => Arc::new(source.rough()),
+        Trouble::Severed => {
+            let source = Arc::new(source.rough());
+            Arc::new(severed(source, draw.state(), 1_000_000, 100).unwrap())
+        }
+        Trouble::Bad(page) => Arc::new(source.without(page)),
+        Trouble::Mute(page) => Arc::new(source.mute(page)),
+        Trouble::Dropped(after) => Arc::new(source.at_each(move |fetched| {
+            if fetched == after {
+                drop.send(()).unwrap_or_default();
+            }
+        })),
+    }
 }
 
 /// Lets who writes to a protected page go on.
@@ -240,17 +175,8 @@ fn round(trouble: Trouble, mut draw: Draw) {
         ..Unprotect::default()
     });
     let (drop_it, dropped) = mpsc::channel();
-    let seed = draw.0;
-    let mut source: Arc<dyn PageSource> = Arc::new(Troubled {
-        trouble,
-        draw: Mutex::new(Draw(seed)),
-        failed: Mutex::default(),
-        fetched: AtomicU64::new(0),
-        drop: drop_it,
-    });
-    if trouble == Trouble::Severed {
-        source = severed(source, seed);
-    }
+    let seed = draw.state();
+    let source = troubled(trouble, &draw, drop_it);
     let slot = PagedSlot::new(&registration, Gfn(0), source).unwrap();
     let config = PagerConfig {
         workers: 1 + draw.below(3) as usize,

@@ -17,15 +17,14 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_pf::external::{receive, serve};
 use async_pf::pager::PagerConfig;
-use async_pf::peer::{PageServer, PeerConfig, PeerSource, ServerConfig, Wire, fake};
-use async_pf::{Fetched, FilePiece, FileSource, PageSource, SourceError};
+use async_pf::trouble::{Draw, Troubled, severed};
+use async_pf::{FilePiece, FileSource, PageSource};
 use guests::image;
 use guests::verifier::{FIRST, PAGES, PASSES, key, verifier64};
 use kvm_core::BusErrors;
@@ -47,33 +46,9 @@ use vm_memory::{Bytes, GuestAddress};
 const DEADLINE: Duration = Duration::from_secs(2);
 const CPUS: u32 = 4;
 
-/// Numbers that look random, the same for each seed.
-struct Draw(u64);
-
-impl Draw {
-    fn of(seed: u64, number: u64) -> Self {
-        // SplitMix64's finisher: neighbouring numbers draw nothing alike.
-        let mut mixed = seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        Draw((mixed ^ mixed >> 31) | 1)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 8) % end
-    }
-
-    fn once_in(&mut self, times: u64) -> bool {
-        self.below(times) == 0
-    }
-
-    /// A page of the verifier's that is not zero.
-    fn page(&mut self) -> u64 {
-        FIRST + (self.below(PAGES / 8) * 8 + 1 + self.below(7)) * 4096
-    }
+/// A page of the verifier's that is not zero.
+fn page(draw: &mut Draw) -> u64 {
+    FIRST + (draw.below(PAGES / 8) * 8 + 1 + draw.below(7)) * 4096
 }
 
 /// A snapshot to go on from.
@@ -111,12 +86,12 @@ impl Trouble {
             0..3 => Trouble::Nothing,
             3 => Trouble::Rough,
             4 | 5 => Trouble::Severed,
-            6 => Trouble::Flipped(draw.page()),
-            7 => Trouble::Written(draw.page()),
-            8 => Trouble::Cut(draw.page()),
-            9 => Trouble::Bad(draw.page()),
+            6 => Trouble::Flipped(page(draw)),
+            7 => Trouble::Written(page(draw)),
+            8 => Trouble::Cut(page(draw)),
+            9 => Trouble::Bad(page(draw)),
             // It takes as long as the deadline.
-            10 if draw.once_in(4) => Trouble::Mute(draw.page()),
+            10 if draw.once_in(4) => Trouble::Mute(page(draw)),
             10 => Trouble::Nothing,
             _ => Trouble::Killed(draw.below(40)),
         }
@@ -180,54 +155,23 @@ const FILE: &str = "SOAK_HANDLER_FILE";
 const TROUBLE: &str = "SOAK_HANDLER_TROUBLE";
 
 /// The pages of a file, with trouble.
-struct Troubled {
-    file: FileSource,
-    trouble: Trouble,
-    draw: Mutex<Draw>,
-    /// How often a fetch from here has failed: not too often for those who try again.
-    failed: Mutex<HashMap<u64, u32>>,
-    fetched: AtomicU64,
-}
-
-impl PageSource for Troubled {
-    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
-        let pages = first.0..first.0 + into.len() as u64 / 4096;
-        // Relaxed: a number that orders nothing else.
-        let fetched = self.fetched.fetch_add(1, Ordering::Relaxed);
-        let (fails, naps) = {
-            let mut draw = self.draw.lock().unwrap();
-            (draw.once_in(6), draw.once_in(40).then(|| draw.below(3000)))
-        };
-        match self.trouble {
-            Trouble::Killed(after) if fetched >= after => {
+fn troubled(file: FileSource, trouble: Trouble, seed: u64) -> Arc<dyn PageSource> {
+    let source = Troubled::new(file, Draw::at(seed));
+    match trouble {
+        Trouble::Rough => Arc::new(source.rough()),
+        Trouble::Severed => {
+            let source = Arc::new(source.rough());
+            Arc::new(severed(source, seed, 1_500_000, 2000).unwrap())
+        }
+        Trouble::Bad(page) => Arc::new(source.without(page)),
+        Trouble::Mute(page) => Arc::new(source.mute(page)),
+        Trouble::Killed(after) => Arc::new(source.at_each(move |fetched| {
+            if fetched >= after {
                 // SAFETY: ends this process, without a word.
                 unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
             }
-            Trouble::Bad(page) if pages.contains(&page) => {
-                return Err(SourceError::NoSuchPage { gfn: first });
-            }
-            Trouble::Mute(page) if pages.contains(&page) => loop {
-                thread::park();
-            },
-            Trouble::Rough | Trouble::Severed => {
-                let mut failed = self.failed.lock().unwrap();
-                let often = failed.entry(first.0).or_default();
-                if fails && *often < 3 {
-                    *often += 1;
-                    return Err(SourceError::Read {
-                        gfn: first,
-                        offset: first.0 * 4096,
-                        want: into.len(),
-                        source: std::io::Error::from_raw_os_error(libc::EIO),
-                    });
-                }
-            }
-            _ => {}
-        }
-        if let Some(nap) = naps {
-            thread::sleep(Duration::from_micros(nap));
-        }
-        self.file.fetch(first, into)
+        })),
+        _ => Arc::new(source),
     }
 }
 
@@ -261,23 +205,14 @@ fn a_handler() {
         pages: memory.metadata().unwrap().len() / 4096,
         offset: 0,
     };
-    let troubled = Arc::new(Troubled {
-        file: FileSource::new(memory, [piece]).unwrap(),
-        trouble,
-        draw: Mutex::new(Draw(seed)),
-        failed: Mutex::default(),
-        fetched: AtomicU64::new(0),
-    });
-    let source: Arc<dyn PageSource> = match trouble {
-        Trouble::Severed => severed(troubled, seed),
-        _ => troubled,
-    };
+    let file = FileSource::new(memory, [piece]).unwrap();
+    let source = troubled(file, trouble, seed);
     let config = PagerConfig {
         workers: 2,
         deadline: trouble.deadline(),
         ..PagerConfig::default()
     };
-    let mut draw = Draw(seed);
+    let mut draw = Draw::at(seed);
     let pager = serve(given, source, config).unwrap();
     for _ in 0..draw.below(40) {
         let first = draw.below(4000);
@@ -300,27 +235,6 @@ fn a_handler() {
         std::io::copy(&mut &stream, &mut std::io::sink()).unwrap(),
         0
     );
-}
-
-/// Pages from a server at the other end of connections that break, and that carry little at once.
-fn severed(source: Arc<dyn PageSource>, seed: u64) -> Arc<dyn PageSource> {
-    let server = Arc::new(PageServer::new(source, ServerConfig::default()));
-    let count = AtomicU64::new(0);
-    let connect = move |_| {
-        let (ours, theirs) = fake::pair();
-        // Relaxed: a number that orders nothing else.
-        let mut draw = Draw::of(seed, count.fetch_add(1, Ordering::Relaxed));
-        theirs.break_after(500 + draw.below(1_500_000));
-        theirs.at_once(2000 + draw.below(40_000) as usize);
-        let server = Arc::clone(&server);
-        thread::spawn(move || server.serve(&theirs).ok());
-        Ok(Box::new(ours) as Box<dyn Wire>)
-    };
-    let config = PeerConfig {
-        tries: 1000,
-        ..PeerConfig::default()
-    };
-    Arc::new(PeerSource::connect(connect, config).unwrap())
 }
 
 /// A handler that runs. Dropped, it is killed.
@@ -497,7 +411,7 @@ impl Round<'_> {
             spoil();
         }
         let socket = place.join("handler");
-        let seed = self.draw.0;
+        let seed = self.draw.state();
         let is_handlers = trouble.is_handlers() || form.plain && self.draw.once_in(5) && !spoils;
         let handler = is_handlers.then(|| Handler::start(&socket, &dir, trouble, seed));
         let record = self.draw.once_in(3).then_some(Duration::from_secs(3600));
@@ -569,7 +483,7 @@ impl Round<'_> {
                 2 if verifies => {
                     let memory = guest.running.memory();
                     for _ in 0..64 {
-                        let page = self.draw.page();
+                        let page = page(&mut self.draw);
                         let word = |at| memory.read_obj::<u32>(GuestAddress(at)).unwrap();
                         let has = (word(page), word(page + 4092));
                         assert_eq!(has, (key(page), !key(page)), "{page:#x}");
