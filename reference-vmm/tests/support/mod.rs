@@ -420,6 +420,11 @@ impl Running {
         self.kib_of("VmRSS:")
     }
 
+    /// Of that what is the process's own: no file's, and nothing that is shared. KiB.
+    pub fn rss_anon(&self) -> u64 {
+        self.kib_of("RssAnon:")
+    }
+
     /// A line of its status.
     fn kib_of(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
