@@ -487,16 +487,25 @@ fn a_guest_that_waits_for_a_page_is_stopped_at_once_and_its_source_hears_that_no
             line.closed.store(false, SeqCst);
         });
         // It has heard that, at the latest when there was a line again.
-        assert!(moved.unwrap().postcopy.unwrap().ended.is_some());
+        let of = moved.unwrap().postcopy.unwrap();
+        assert!(of.ended.is_some());
+        assert_eq!(of.unwanted.as_deref(), Some("SIGTERM stopped it"));
     }
 }
 
 #[test]
-fn a_source_that_never_comes_back_is_the_guests_end_within_the_page_deadline() {
+fn a_source_that_does_not_come_back_is_the_guests_end_within_the_page_deadline() {
     need_kvm();
     if support::lab_short() {
         return;
     }
+    for comes_back in [false, true] {
+        it_is_the_guests_end(comes_back);
+    }
+}
+
+/// `comes_back`: too late, and hears of it.
+fn it_is_the_guests_end(comes_back: bool) {
     let (_kernel, config) = machine(scribe64(), 1, "16M");
     let mut guest = Guest::boot(&config);
     guest.hear(2);
@@ -514,12 +523,20 @@ fn a_source_that_never_comes_back_is_the_guests_end_within_the_page_deadline() {
         let Some(GuestEnd::Failed(why)) = there.leave().1 else {
             panic!("it did not fail");
         };
-        // Its monitor ends too.
-        guest.running.stop();
+        match comes_back {
+            true => line.closed.store(false, SeqCst),
+            // Its monitor ends too.
+            false => guest.running.stop(),
+        }
         why
     });
     assert!(why.contains("it did not come within 1s"), "{why}");
     match moved {
+        Err(OutgoingError::Migrate(error)) if comes_back => {
+            assert_eq!(error.after, After::Damaged, "{error}");
+            let why = error.to_string();
+            assert!(why.contains("did not come within 1s"), "{why}");
+        }
         Err(OutgoingError::Migrate(error)) => {
             assert_eq!(error.after, After::Lost, "{error}");
             let why = error.to_string();
@@ -579,7 +596,7 @@ fn a_monitor_that_is_killed_while_memory_follows_takes_the_guest_along_and_the_o
     let text = ended.to_string();
     for needle in [
         "the guest is lost",
-        "before it had all of the guest's memory",
+        "has not said that it had all of the guest's memory",
     ] {
         assert!(text.contains(needle), "{text}");
     }

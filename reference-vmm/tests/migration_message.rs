@@ -9,7 +9,7 @@ use reference_vmm::migration::message::{
     Ending, GREETING, Greeting, HEAD, Head, Kind, MAGIC, MOST_CONNECTIONS, MOST_STATE, MOST_TEXT,
     Message, MessageError, MigrationId, Role, TAIL, VERSION,
 };
-use reference_vmm::migration::postcopy::{Faults, ask::LANES};
+use reference_vmm::migration::postcopy::{Faults, LastWord, ask::LANES};
 
 /// Reads what [`Message::encode`] made.
 fn read(bytes: &[u8]) -> Result<Message, MessageError> {
@@ -37,14 +37,22 @@ fn message() -> impl Strategy<Value = Message> {
             }
         ),
         prop::collection::vec(any::<std::ops::Range<u64>>(), 1..20).prop_map(Message::Missing),
-        any::<[u64; 4]>().prop_map(|[count, p50_ns, p99_ns, max_ns]| {
-            Message::Enough(Faults {
-                count,
-                p50_ns,
-                p99_ns,
-                max_ns,
-            })
-        }),
+        (any::<[u64; 6]>(), ".{0,80}").prop_map(
+            |([count, p50_ns, p99_ns, max_ns, missing, lost], why)| {
+                let faults = Faults {
+                    count,
+                    p50_ns,
+                    p99_ns,
+                    max_ns,
+                };
+                Message::Enough(LastWord {
+                    faults,
+                    missing,
+                    lost,
+                    why,
+                })
+            }
+        ),
         Just(Message::Wanted),
         (any::<u32>(), state()).prop_map(|(round, state)| Message::State { round, state }),
         any::<u32>().prop_map(Message::Taken),

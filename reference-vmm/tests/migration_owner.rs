@@ -700,6 +700,16 @@ fn what_cannot_be_taken_back_is_tried_again_and_then_told() {
 }
 
 #[test]
+fn strangers_who_say_nothing_keep_nobody_waiting() {
+    let world = World::new(None);
+    world.hears_strangers_out();
+    let _silent: Vec<_> = (0..8).map(|_| world.stranger()).collect();
+    let (here, there) = both(&world, &settings(), &Orders::default(), &(), None);
+    check(&world, &here, &there, "silent strangers");
+    here.unwrap();
+}
+
+#[test]
 fn strangers_are_sent_away_and_the_guest_comes_all_the_same() {
     let world = World::new(None);
     let mut lines = [world.stranger(), world.stranger(), world.stranger()];

@@ -11,14 +11,14 @@ mod both;
 #[path = "migration/world.rs"]
 mod world;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use both::{Received, both};
 use reference_vmm::migration::event::{Event, Observer};
 use reference_vmm::migration::orders::{OrderError, Orders};
-use reference_vmm::migration::postcopy::When;
+use reference_vmm::migration::postcopy::{LastWord, When};
 use reference_vmm::migration::source::{After, MigrateError, Settings, WhenStuck, Why};
 use world::Side::{Destination, Source};
 use world::{Arrives, Fault, Strike, World};
@@ -141,27 +141,38 @@ fn a_destination_that_cannot_have_it_says_so_before_the_first_page_with_the_reme
 
 const HOW: When = When::AfterRounds(1);
 
-/// At each message of each side.
-fn at_each_message(arrives: &[Arrives], strike: Strike, check: impl Fn(Fault, &Arc<World>)) {
+/// At each message of each side; some at the same time, for most of it is waiting.
+fn at_each_message(arrives: &[Arrives], strike: Strike, check: impl Fn(Fault, &Arc<World>) + Sync) {
     let world = World::new(None);
     let (here, _there) = both(&world, &settings(HOW), &Orders::default(), &(), None);
     here.unwrap();
-    let most = [world.said(Source), world.said(Destination)];
-    for (of, most) in [Source, Destination].into_iter().zip(most) {
-        let mut struck = 0;
-        for number in 0..most {
-            for arrives in arrives.iter().copied() {
+    for of in [Source, Destination] {
+        let most = world.said(of);
+        let (next, struck) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let each = || {
+            loop {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let number = at / arrives.len();
+                if number >= most {
+                    return;
+                }
                 let fault = Fault {
                     of,
                     number,
-                    arrives,
+                    arrives: arrives[at % arrives.len()],
                     strike,
                 };
                 let world = World::new(Some(fault));
                 check(fault, &world);
-                struck += usize::from(world.struck());
+                struck.fetch_add(usize::from(world.struck()), Ordering::Relaxed);
             }
-        }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(each);
+            }
+        });
+        let struck = struck.into_inner();
         assert!(struck >= most / 2 * arrives.len(), "{strike:?}: {struck}");
     }
 }
@@ -199,6 +210,11 @@ fn a_wire_that_loses_what_was_under_way_is_made_again_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_wire_of_whose_end_the_destination_hears_nothing_is_made_again_and_nothing_is_lost() {
+    one_guest_runs(&[Arrives::All], Strike::Freeze);
+}
+
+#[test]
 fn one_connection_that_breaks_at_any_message_is_made_again_and_nothing_is_lost() {
     one_guest_runs(&[Arrives::Nothing, Arrives::All], Strike::SeverOne);
 }
@@ -216,6 +232,56 @@ fn a_tunnel_that_dies_at_any_message_is_not_taken_for_the_destination() {
 #[test]
 fn a_socket_whose_path_is_anothers_by_now_is_not_taken_for_the_destination() {
     one_guest_runs(&[Arrives::All], Strike::Replaced(5));
+}
+
+#[test]
+fn a_firewall_that_refuses_for_a_while_is_not_taken_for_the_destinations_death() {
+    let struck = AtomicBool::new(false);
+    let world = World::new(None);
+    let (here, _there) = both(&world, &settings(HOW), &Orders::default(), &(), None);
+    here.unwrap();
+    for of in [Source, Destination] {
+        for number in 0..world.said(of) {
+            let fault = Fault {
+                of,
+                number,
+                arrives: Arrives::All,
+                strike: Strike::Firewall(5),
+            };
+            let world = World::new(Some(fault));
+            let (here, there) = both(&world, &settings(HOW), &Orders::default(), &(), None);
+            check(&world, &here, &there, &format!("{fault:?}"));
+            struck.fetch_or(world.struck(), Ordering::Relaxed);
+        }
+    }
+    assert!(struck.into_inner());
+}
+
+#[test]
+fn what_the_destination_says_at_last_is_what_became_of_the_guest() {
+    let said = |missing, lost, why: &str| {
+        let world = World::new(None);
+        world.says_at_last(LastWord {
+            missing,
+            lost,
+            why: why.into(),
+            ..LastWord::default()
+        });
+        both(&world, &settings(HOW), &Orders::default(), &(), None).0
+    };
+    said(0, 0, "").unwrap();
+    // It has gone, and has ended there.
+    said(7, 0, "it powered off").unwrap();
+    let error = said(1, 3, "0x1000 does\nnot come").unwrap_err();
+    assert_eq!(error.after, After::Damaged);
+    let words = error.to_string();
+    for needle in [
+        "the guest has gone, and not all",
+        "come to the destination: 3",
+        "0x1000 does\\nnot come",
+    ] {
+        assert!(words.contains(needle), "{words}");
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use std::time::{Duration, SystemTime};
 
 use dirty_log::estimate::{Forecast, Outcome as ForecastOutcome, Span};
-use reference_vmm::migration::postcopy::{Faults, serve::Served};
+use reference_vmm::migration::postcopy::{Faults, LastWord, serve::Served};
 use reference_vmm::migration::record::{MigrationRecord, Outcome, Settings, Step};
 use reference_vmm::migration::report::{self, ReportError};
 
@@ -94,7 +94,11 @@ fn what_followed_a_guest_that_went_before_its_memory_is_marked_and_said() {
         p99_ns: 900_000,
         max_ns: 1_000_000,
     };
-    record.is_all_there(at + us(300_000), faults);
+    let word = LastWord {
+        faults,
+        ..LastWord::default()
+    };
+    record.no_more_is_wanted(at + us(300_000), &word);
     record.ends(at + us(300_000), Outcome::Moved);
     let html = report::html(&record);
     for needle in [

@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A connection of bytes, both ways.
@@ -88,7 +89,7 @@ macro_rules! pointers {
     )*};
 }
 
-pointers!(Box<W>, &W);
+pointers!(Box<W>, Arc<W>, &W);
 
 /// Makes connections to the peer, the first and each that comes after one that broke.
 ///

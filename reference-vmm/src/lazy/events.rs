@@ -41,6 +41,14 @@ impl Events {
         self.first.get().cloned().unwrap_or_default()
     }
 
+    /// Why the machine is over.
+    pub(super) fn ended(&self) -> String {
+        match self.end.get() {
+            Some(end) => end.to_string(),
+            None => "its monitor has ended it".into(),
+        }
+    }
+
     /// A thread of this process waits at a page that did not come, and cannot go on, whatever is to become of the guest.
     pub(super) fn parked(&self) {
         let mut why = self.why();
@@ -53,13 +61,14 @@ impl Events {
 
     /// Something that ends the guest, or costs it pages.
     pub(super) fn tell(&self, why: String) {
-        match (self.on_loss, self.first.get()) {
-            (OnLoss::Stop, _) => self.end.tell(GuestEnd::Failed(why.clone())),
-            (OnLoss::Poison, None) => log::error!("{why}"),
+        // Before the end is told: who hears of it asks why.
+        let is_first = self.first.set(why.clone()).is_ok();
+        match (self.on_loss, is_first) {
+            (OnLoss::Stop, _) => self.end.tell(GuestEnd::Failed(why)),
+            (OnLoss::Poison, true) => log::error!("{why}"),
             // A piece of a file has many pages.
-            (OnLoss::Poison, Some(_)) => log::debug!("{why}"),
+            (OnLoss::Poison, false) => log::debug!("{why}"),
         }
-        let _ = self.first.set(why);
     }
 }
 

@@ -22,6 +22,7 @@ use super::working_set::{Recording, Replay, WorkingSets};
 use super::{LazyError, LazyRequest, OnLoss};
 use crate::end::EndSignal;
 use crate::memory::SlotTable;
+use crate::migration::postcopy::LastWord;
 use crate::snapshot::chain::Chain;
 use crate::snapshot::pages;
 use crate::units;
@@ -470,6 +471,8 @@ impl Shared {
     fn finish(&self) {
         let lost = self.pager().as_ref().map(|pager| pager.progress().lost);
         if lost.is_some_and(|lost| lost > 0) {
+            // No more is asked for all the same.
+            self.is_enough(Duration::ZERO);
             return self.turn(LazyState::Damaged);
         }
         self.is_enough(Duration::ZERO);
@@ -502,13 +505,32 @@ impl Shared {
         log::info!("{}", self.stats());
     }
 
-    /// Tells who brings it that nothing more will be asked for, once. Nobody waits for more: all is there, or the machine is
-    /// over.
+    /// Tells who brings it that nothing more will be asked for, once. Nobody waits for more: all is there but what is lost, or
+    /// the machine is over.
     fn is_enough(&self, patience: Duration) {
         let enough = self.lock().enough.take();
         if let Some(tell) = enough {
-            let stats = self.pager().as_ref().map(Pager::stats).unwrap_or_default();
-            tell(faults(&stats), patience);
+            let word = self.last_word();
+            tell(word, patience);
+        }
+    }
+
+    fn last_word(&self) -> LastWord {
+        let pager = self.pager();
+        let stats = pager.as_ref().map(Pager::stats).unwrap_or_default();
+        let progress = pager.as_ref().map(Pager::progress);
+        drop(pager);
+        let (missing, lost) = progress.map_or((0, 0), |of| (of.missing, of.lost));
+        let why = match (missing, lost) {
+            (0, 0) => String::new(),
+            (_, 0) => self.events.ended(),
+            _ => self.events.why(),
+        };
+        LastWord {
+            faults: faults(&stats),
+            missing,
+            lost,
+            why,
         }
     }
 

@@ -18,7 +18,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use async_pf::Lane;
@@ -31,7 +31,7 @@ use super::link::{
     receive_now, send,
 };
 use super::message::{Ending, Greeting, Message, MigrationId, Role, Side};
-use super::postcopy::Faults;
+use super::postcopy::LastWord;
 use super::postcopy::ask::{Later, Next, PostCopySource};
 use super::postcopy::missing::{MOST_ALL, Missing};
 use super::sender::LAST;
@@ -39,7 +39,7 @@ use super::sender::LAST;
 /// How long is waited for what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patience {
-    /// For who has connected to say all of what for. Nobody else is heard meanwhile.
+    /// For who has connected to say all of what for.
     pub greeting: Duration,
     /// For a sign of life, on any connection; and for all of the source's offer.
     pub quiet: Duration,
@@ -67,6 +67,9 @@ impl Default for Patience {
 
 /// Between two tries to accept connections.
 const AGAIN: Duration = Duration::from_secs(1);
+
+/// So many who have connected are heard at once what for.
+const MOST_CALLERS: u32 = 64;
 
 /// For the source to ask a process that is to end: it does so right behind the connection's end.
 const STOPPED: Duration = Duration::from_secs(1);
@@ -138,14 +141,20 @@ struct State<W> {
     told: bool,
     /// The guest came before its memory: pages are asked for.
     asks: bool,
+    /// Where they are asked for, when there is such.
+    asked: Weak<PostCopySource>,
     /// Connections for pages, of each lane the newest that nobody has taken yet.
     pages: [Option<Duplex>; 2],
+    /// And the newest, taken or not.
+    newest: [Option<Arc<dyn async_pf::peer::Wire>>; 2],
     /// Since when one is waited for, of each lane.
     waits: [Option<Instant>; 2],
-    /// No more pages are asked for, and what the faults were.
-    enough: Option<Faults>,
+    /// No more pages are asked for, and what is to be said of that.
+    enough: Option<LastWord>,
     /// The source knows that.
     told_enough: bool,
+    /// Those who are heard what they have connected for.
+    callers: u32,
     /// The acceptor is to end.
     over: bool,
     deaf: Option<io::Error>,
@@ -204,14 +213,18 @@ impl<W: Wire> Shared<W> {
         }
     }
 
-    /// Decides, unless that has been done; what holds.
+    /// Decides, unless that has been done; what holds. Where the guest never starts, nobody waits for a page of its.
     fn decide(&self, decision: Decision) -> Decision {
-        self.change(|state| {
+        let (decision, asked) = self.change(|state| {
             if state.decision == Decision::Undecided {
                 state.decision = decision;
             }
-            state.decision
-        })
+            (state.decision, state.asked.upgrade())
+        });
+        if let (Decision::Never, Some(asked)) = (decision, asked) {
+            asked.close();
+        }
+        decision
     }
 
     /// The next connection for pages of a lane.
@@ -295,10 +308,13 @@ where
             released: false,
             told: false,
             asks: false,
+            asked: Weak::new(),
             pages: [None, None],
+            newest: [None, None],
             waits: [None; 2],
             enough: None,
             told_enough: false,
+            callers: 0,
             over: false,
             deaf: None,
         }),
@@ -570,16 +586,15 @@ impl<W: Wire + 'static> Destination<'_, W> {
     ) -> Result<Later, ReceiveError> {
         let shared = Arc::clone(self.shared);
         shared.change(|state| state.asks = true);
-        let asks: Arc<OnceLock<Weak<PostCopySource>>> = Arc::default();
-        let (of, limit) = (Arc::clone(&asks), self.patience.pages);
+        let limit = self.patience.pages;
         let next: Arc<Next> = Arc::new(move |lane, patience| {
             let next = shared.next_for_pages(lane, patience);
             // Who waits for a page would wait for nothing, and hold what the source wants back.
-            if next.is_none()
-                && shared.is_in_vain(limit)
-                && let Some(asks) = of.get().and_then(Weak::upgrade)
-            {
-                asks.close();
+            if next.is_none() && shared.is_in_vain(limit) {
+                let asked = shared.lock().asked.upgrade();
+                if let Some(asked) = asked {
+                    asked.close();
+                }
             }
             next
         });
@@ -609,7 +624,13 @@ impl<W: Wire + 'static> Destination<'_, W> {
             Some(said) => self.broke(doing, said),
             None => ReceiveError::Pages(why.to_string()),
         })?;
-        let _ = asks.set(Arc::downgrade(&source));
+        let never = self.shared.change(|state| {
+            state.asked = Arc::downgrade(&source);
+            state.decision == Decision::Never
+        });
+        if never {
+            source.close();
+        }
         let (shared, of) = (Arc::clone(self.shared), Arc::clone(self.shared));
         let asks = Arc::clone(&source);
         Ok(Later {
@@ -619,9 +640,9 @@ impl<W: Wire + 'static> Destination<'_, W> {
                 let waits = of.lock().waits;
                 waits.iter().flatten().map(Instant::elapsed).max()
             }),
-            enough: Box::new(move |faults, patience| {
+            enough: Box::new(move |word, patience| {
                 // In this order: the source asks why the connections end.
-                shared.change(|state| state.enough = Some(faults));
+                shared.change(|state| state.enough = Some(word));
                 asks.close();
                 // Where it is not to be reached it will not hear it.
                 let told = |state: &mut State<W>| {
@@ -671,7 +692,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
                     match receive_now(control, Side::Source, &watch) {
                         Ok(None) => {}
                         Ok(Some(Message::Missing(runs))) if early.is_none() => {
-                            add(&mut missing, runs)?;
+                            self.add(&mut missing, runs)?;
                         }
                         Ok(Some(round @ (Message::Round(_) | Message::State { .. })))
                             if early.is_none() =>
@@ -695,7 +716,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
                 Message::Round(round) => (round, None),
                 Message::State { round, state } => (round, Some(state)),
                 Message::Missing(runs) => {
-                    add(&mut missing, runs)?;
+                    self.add(&mut missing, runs)?;
                     continue;
                 }
                 other => return Err(unexpected(doing, "Round", &other)),
@@ -716,6 +737,16 @@ impl<W: Wire + 'static> Destination<'_, W> {
                 }
             }
         }
+    }
+
+    /// Takes a message's runs to those before: a list of pages is long, and as good a sign of life as pages are.
+    fn add(
+        &self,
+        missing: &mut Option<Missing>,
+        runs: Vec<Range<u64>>,
+    ) -> Result<(), ReceiveError> {
+        self.shared.lock().life = Some(Instant::now());
+        add(missing, runs)
     }
 
     /// Why it is to end, if so.
@@ -892,14 +923,42 @@ fn take<M: ArrivingMemory, W: Wire>(
     }
 }
 
-/// Accepts connections, and has each its place, until all is over.
+/// Accepts connections, and has each its place, until all is over. Each is heard on a thread of its own: who says nothing keeps
+/// nobody waiting.
 fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
-    let ended = || shared.lock().over.then(|| "it is over".to_owned());
+    std::thread::scope(|scope| {
+        accept_all(accept, shared, |caller| {
+            let room = |state: &mut State<A::Wire>| {
+                let room = state.callers < MOST_CALLERS;
+                state.callers += u32::from(room);
+                (room || state.over).then_some(room)
+            };
+            // Some have their time soon.
+            while shared.wait(AGAIN, room).is_none() {}
+            let meet = move || {
+                meet::<A>(caller, shared, patience);
+                shared.change(|state| state.callers = state.callers.saturating_sub(1));
+            };
+            let builder = std::thread::Builder::new().name("incoming".into());
+            if let Err(error) = builder.spawn_scoped(scope, meet) {
+                shared.change(|state| state.callers = state.callers.saturating_sub(1));
+                log::warn!(
+                    "a connection was closed, because there is no thread to hear it: {error}"
+                );
+            }
+        });
+    });
+}
+
+fn accept_all<A: Accept>(accept: &A, shared: &Shared<A::Wire>, mut came: impl FnMut(A::Caller)) {
     let mut again = false;
-    while ended().is_none() {
-        let mut wire = match accept.accept() {
-            Ok(None) => continue,
-            Ok(Some(wire)) => wire,
+    while !shared.lock().over {
+        match accept.accept() {
+            Ok(None) => {}
+            Ok(Some(caller)) => {
+                again = false;
+                came(caller);
+            }
             Err(error) => {
                 let told = shared.change(|state| match state.id {
                     None => {
@@ -923,25 +982,31 @@ fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
                 // Whoever has one may have to ask: who is no longer heard for good looks as if nobody were here.
                 log::warn!("cannot accept connections, and tries again: {error}");
                 shared.wait(AGAIN, |state| state.over.then_some(()));
-                continue;
             }
-        };
-        again = false;
-        let watch = Watch {
-            quiet: patience.greeting,
-            stop: &ended,
-        };
-        match greeted(&mut wire, &watch) {
-            Ok(greeting) => place(wire, greeting, shared, patience, &watch),
-            Err(error) => {
-                let waits = shared.lock().id.is_none();
-                let still = if waits {
-                    ", and a guest is waited for still"
-                } else {
-                    ""
-                };
-                log::warn!("a connection was closed{still}: {error}");
-            }
+        }
+    }
+}
+
+/// Hears what somebody has connected for.
+fn meet<A: Accept>(caller: A::Caller, shared: &Shared<A::Wire>, patience: &Patience) {
+    let Some(mut wire) = A::answer(caller) else {
+        return;
+    };
+    let ended = || shared.lock().over.then(|| "it is over".to_owned());
+    let watch = Watch {
+        quiet: patience.greeting,
+        stop: &ended,
+    };
+    match greeted(&mut wire, &watch) {
+        Ok(greeting) => place(wire, greeting, shared, patience, &watch),
+        Err(error) => {
+            let waits = shared.lock().id.is_none();
+            let still = if waits {
+                ", and a guest is waited for still"
+            } else {
+                ""
+            };
+            log::warn!("a connection was closed{still}: {error}");
         }
     }
 }
@@ -1016,11 +1081,11 @@ fn for_pages<W: Wire>(
     let (known, enough, never) = {
         let state = shared.lock();
         let never = state.decision == Decision::Never;
-        (state.id == Some(id), state.enough, never)
+        (state.id == Some(id), state.enough.clone(), never)
     };
     let message = match enough {
         _ if !known => Message::Settled(Ending::Unknown),
-        Some(faults) => Message::Enough(faults),
+        Some(word) => Message::Enough(word),
         // What is held here is another connection's to say.
         None if never => Message::GivenUp("the guest does not start here".into()),
         None => Message::Wanted,
@@ -1038,11 +1103,19 @@ fn for_pages<W: Wire>(
             }
         }
         Message::Wanted => match wire.duplex() {
-            Ok(wire) => shared.change(|state| {
-                if let Some(place) = state.pages.get_mut(lane as usize) {
-                    *place = Some(wire);
+            Ok(wire) => {
+                let wire: Arc<dyn async_pf::peer::Wire> = Arc::from(wire);
+                let before = shared.change(|state| {
+                    let lanes = state.pages.iter_mut().zip(&mut state.newest);
+                    let (place, newest) = lanes.into_iter().nth(lane as usize)?;
+                    *place = Some(Box::new(Arc::clone(&wire)));
+                    newest.replace(wire)
+                });
+                // The source makes a new one when that is of no use, of which nothing need be heard here.
+                if let Some(before) = before {
+                    before.shutdown();
                 }
-            }),
+            }
             Err(error) => log::warn!("a connection for pages is of no use: {error}"),
         },
         _ => {}

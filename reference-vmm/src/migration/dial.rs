@@ -11,7 +11,7 @@ use super::address::Address;
 use super::link::{Accept, Connect, Duplex, TICK, Wire};
 use super::tls::Tls;
 use super::transport::{
-    AcceptError, ConnectError, Connection, HANDSHAKE, Listener, connect, unix_line,
+    AcceptError, Caller, ConnectError, Connection, HANDSHAKE, Listener, connect, unix_line,
 };
 
 impl Wire for Connection {
@@ -67,6 +67,10 @@ impl Connect for Dial {
         }
     }
 
+    fn is_refusal_proof(&self) -> bool {
+        matches!(self.address, Address::Unix(_))
+    }
+
     fn hint(&self) -> Option<&str> {
         // With TLS there was a handshake before.
         let hint = "does the destination want TLS (--tls-cert, --tls-key, --tls-ca)?";
@@ -80,16 +84,14 @@ pub struct Ear(pub Listener);
 
 impl Accept for Ear {
     type Wire = Connection;
+    type Caller = Caller;
 
-    fn accept(&self) -> io::Result<Option<Connection>> {
+    fn accept(&self) -> io::Result<Option<Caller>> {
         if !self.0.is_called(TICK) {
             return Ok(None);
         }
-        match self.0.accept(Instant::now() + HANDSHAKE) {
-            Ok(mut connection) => {
-                connection.set_patience(TICK);
-                Ok(Some(connection))
-            }
+        match self.0.caller(Instant::now() + TICK) {
+            Ok(caller) => Ok(Some(caller)),
             // It was gone again before it was accepted.
             Err(AcceptError::Nobody(_)) => Ok(None),
             Err(error @ AcceptError::Peer { .. }) => {
@@ -97,6 +99,19 @@ impl Accept for Ear {
                 Ok(None)
             }
             Err(error) => Err(io::Error::other(error)),
+        }
+    }
+
+    fn answer(caller: Caller) -> Option<Connection> {
+        match caller.answer(Instant::now() + HANDSHAKE) {
+            Ok(mut connection) => {
+                connection.set_patience(TICK);
+                Some(connection)
+            }
+            Err(error) => {
+                log::warn!("{error}; others may connect still");
+                None
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use dirty_log::estimate::{Forecast, Throttle};
 
-use super::postcopy::Faults;
+use super::postcopy::LastWord;
 use super::postcopy::serve::Served;
 
 /// A round that is over: the destination has its pages.
@@ -108,8 +108,8 @@ pub enum Event<'a> {
         /// Why there is no connection now.
         broken: Option<&'a str>,
     },
-    /// All of it is there, and this is what the destination's faults were.
-    AllThere(Faults),
+    /// The destination asks for no more, and says this.
+    Enough(&'a LastWord),
     /// Where the guest is, is not known; why. It is asked again and again.
     InDoubt(&'a str),
     /// What was let go of for the migration cannot be taken back; why. The guest stands still.

@@ -58,6 +58,11 @@ pub trait Connect: Sync {
         let _ = line;
         true
     }
+    /// Whether a connection that is refused there proves that nobody listens. A firewall in the destination's place may refuse
+    /// one while the destination lives.
+    fn is_refusal_proof(&self) -> bool {
+        true
+    }
     /// What may be the reason where a connection breaks before the other side has said anything.
     fn hint(&self) -> Option<&str> {
         None
@@ -68,11 +73,16 @@ pub trait Connect: Sync {
 pub trait Accept: Send {
     /// A connection.
     type Wire: Wire;
+    /// Somebody who has connected, and is not known yet.
+    type Caller: Send;
     /// The next one; none if there is none within a [`TICK`].
     ///
     /// # Errors
     /// Nothing can be accepted any more. That one connection breaks off in its beginning is none.
-    fn accept(&self) -> io::Result<Option<Self::Wire>>;
+    fn accept(&self) -> io::Result<Option<Self::Caller>>;
+    /// Comes to know them, by TLS where that is wanted; none if they are nobody, which has been said then. Blocks for as long as
+    /// they take, a few seconds at most.
+    fn answer(caller: Self::Caller) -> Option<Self::Wire>;
 }
 
 /// A connection is of no use any more.

@@ -36,8 +36,8 @@ use std::ops::Range;
 
 use async_pf::Lane;
 
-use super::postcopy::Faults;
 use super::postcopy::missing::MOST_RUNS;
+use super::postcopy::{Faults, LastWord};
 use crate::snapshot::format::{checksum, u32_at, u64_at};
 
 /// What a connection begins with.
@@ -60,6 +60,8 @@ pub const MOST_TEXT: u32 = 4096;
 pub const MOST_LINE: u32 = 256;
 /// Bytes of a run in a message.
 const RUN: usize = 16;
+/// Bytes of a last word before its text.
+const LAST_WORD: usize = 48;
 /// Of an offer: pages may be compressed.
 const COMPRESSED: u32 = 1;
 /// Of an offer: the guest may come before all of its memory has. A build that knows nothing of it refuses the number.
@@ -293,7 +295,7 @@ impl Kind {
             Kind::Settled => (1, 1),
             Kind::Ready => (0, MOST_LINE),
             Kind::Missing => (RUN as u32, (RUN * MOST_RUNS) as u32),
-            Kind::Enough => (32, 32),
+            Kind::Enough => (LAST_WORD as u32, LAST_WORD as u32 + MOST_TEXT),
             Kind::Prepared | Kind::Go | Kind::Started | Kind::Done | Kind::Wanted => (0, 0),
         }
     }
@@ -414,8 +416,8 @@ pub enum Message {
     Missing(Vec<Range<u64>>),
     /// Destination, on a connection for pages: it will ask for them here.
     Wanted,
-    /// Destination, on a connection for pages: it has all, or the guest has ended; and what its faults were.
-    Enough(Faults),
+    /// Destination, on a connection for pages: it asks for no more, and what came of it.
+    Enough(LastWord),
 }
 
 impl Message {
@@ -474,9 +476,12 @@ impl Message {
                 let ends = runs.iter().flat_map(|run| [run.start, run.end]);
                 bytes.extend(ends.flat_map(u64::to_le_bytes));
             }
-            Message::Enough(of) => {
-                let numbers = [of.count, of.p50_ns, of.p99_ns, of.max_ns];
-                bytes.extend(numbers.into_iter().flat_map(u64::to_le_bytes));
+            Message::Enough(word) => {
+                let of = &word.faults;
+                let faults = [of.count, of.p50_ns, of.p99_ns, of.max_ns];
+                let numbers = faults.into_iter().chain([word.missing, word.lost]);
+                bytes.extend(numbers.flat_map(u64::to_le_bytes));
+                bytes.extend(cut(&word.why).bytes());
             }
             Message::Prepared
             | Message::Go
@@ -562,11 +567,19 @@ impl Message {
             Kind::Wanted => Message::Wanted,
             Kind::Enough => {
                 let number = |at: usize| u64_at(&payload, at * 8);
-                Message::Enough(Faults {
+                let faults = Faults {
                     count: number(0),
                     p50_ns: number(1),
                     p99_ns: number(2),
                     max_ns: number(3),
+                };
+                let (missing, lost) = (number(4), number(5));
+                let why = String::from_utf8_lossy(&behind(payload, LAST_WORD)).into_owned();
+                Message::Enough(LastWord {
+                    faults,
+                    missing,
+                    lost,
+                    why,
                 })
             }
         })

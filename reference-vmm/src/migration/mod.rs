@@ -36,7 +36,7 @@
 //! | source | a connection of its own | how did it end? |
 //! | destination | `Settled` | started; or never, a pledge: nothing is held here, and nothing ever starts; or unknown, of a migration that this process knows nothing of |
 //! | source | a connection of its own, two of them | of a post-copy alone: pages may be asked for here ([`postcopy`]) |
-//! | destination | `Wanted`, `Enough` | they will be, by [`async_pf::peer`]'s frames; or all are here |
+//! | destination | `Wanted`, `Enough` | they will be, by [`async_pf::peer`]'s frames; or no more will be: all are here, the guest has ended, or what did not come in time is lost |
 //!
 //! Host differences are found before the first page: the rehearsal has the vCPUs' state, which the destination's KVM is
 //! asked about, and the VM, its memory, irqchip and vCPUs are made then, while the guest runs at the source. Disks, taps and

@@ -300,10 +300,10 @@ impl Outgoing {
         self.lock().as_ref()?.moved_to()
     }
 
-    /// Why the guest that the last one has taken away is nowhere any more, if it is so.
+    /// Why the guest that the last one has taken away is nowhere any more, or not as it was, if it is so.
     pub fn lost(&self) -> Option<String> {
         match self.record().ok()?.outcome? {
-            Outcome::Lost { why } => Some(why),
+            Outcome::Lost { why } | Outcome::Damaged { why } => Some(why),
             _ => None,
         }
     }
@@ -324,9 +324,13 @@ impl Outgoing {
                 let guest = LiveGuest::after(running, end, Arc::clone(&job.given));
                 guest.take_back().map_err(Some)
             }
-            Some(Outcome::Moved | Outcome::Lost { .. } | Outcome::Unsettled { .. }) | None => {
-                Err(None)
-            }
+            Some(
+                Outcome::Moved
+                | Outcome::Lost { .. }
+                | Outcome::Damaged { .. }
+                | Outcome::Unsettled { .. },
+            )
+            | None => Err(None),
         }
     }
 
@@ -417,12 +421,14 @@ impl Recorder {
         let outcome = match moved {
             Ok(()) => Outcome::Moved,
             Err(error) if matches!(error.why, Why::Cancelled) => Outcome::Cancelled,
-            Err(error) if error.after == After::Lost => Outcome::Lost {
-                why: Chain(error).to_string(),
-            },
-            Err(error) => Outcome::Failed {
-                why: Chain(error).to_string(),
-            },
+            Err(error) => {
+                let why = Chain(error).to_string();
+                match error.after {
+                    After::Lost => Outcome::Lost { why },
+                    After::Damaged => Outcome::Damaged { why },
+                    _ => Outcome::Failed { why },
+                }
+            }
         };
         self.lock().ends(self.began.elapsed(), outcome);
     }
@@ -488,7 +494,7 @@ impl Observer for Recorder {
                 }
                 record.served(now, served, broken);
             }
-            Event::AllThere(faults) => record.is_all_there(now, faults),
+            Event::Enough(word) => record.no_more_is_wanted(now, word),
             Event::InDoubt(why) => {
                 log::error!(
                     "whether the guest runs at {} is not known ({why}): it stands still here, and is asked for again and \

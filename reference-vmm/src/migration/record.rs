@@ -419,6 +419,12 @@ pub enum Outcome {
         /// Why, in one line.
         why: String,
     },
+    /// The guest has gone to the other side, and some of its memory could not follow it: it was stopped there for that, or has
+    /// poison in its place.
+    Damaged {
+        /// How much, and why, in one line.
+        why: String,
+    },
     /// The other side may have the guest and does not say so: it stays paused here until that is known.
     Unsettled {
         /// Why, in one line.
@@ -664,6 +670,12 @@ impl MigrationRecord {
             Some(Outcome::Lost { why }) => writeln!(
                 text,
                 "lost after {}, when it was at {to}: {}",
+                units::time(took),
+                printable(why)
+            ),
+            Some(Outcome::Damaged { why }) => writeln!(
+                text,
+                "damaged after {}, when it was at {to}: {}",
                 units::time(took),
                 printable(why)
             ),

@@ -201,6 +201,7 @@ fn outcome(page: &mut Page, record: &MigrationRecord) {
             "bad",
             format!("The guest had gone, and is lost: {}", escape(why)),
         ),
+        Some(Outcome::Damaged { why }) => ("bad", escape(why)),
         Some(Outcome::Unsettled { why }) => (
             "bad",
             format!(

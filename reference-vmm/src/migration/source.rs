@@ -24,10 +24,10 @@ use super::limit::Limiter;
 use super::link::{Connect, LinkError, TICK, Watch, Wire, greet, receive, receive_now, send};
 use super::message::{Ending, Greeting, Message, MigrationId, Role, Side};
 use super::orders::{Orders, Whereabouts};
-use super::postcopy::When;
 use super::postcopy::ask::LANES;
 use super::postcopy::missing::{MOST_RUNS, Missing};
 use super::postcopy::serve::{Serving, Standing};
+use super::postcopy::{LastWord, When};
 use super::sender::{LAST, Lane, Tally, send_round};
 
 /// How long is waited for what.
@@ -48,6 +48,9 @@ pub struct Patience {
     pub again: Duration,
     /// For what was let go of to be free again.
     pub take_back: Duration,
+    /// For a destination that memory still follows, and that refuses each connection, to be heard again, where a firewall might
+    /// do that in its place. Nothing is gained by haste: if it is gone, the guest is.
+    pub refused: Duration,
 }
 
 impl Default for Patience {
@@ -60,6 +63,7 @@ impl Default for Patience {
             ask: Duration::from_secs(3),
             again: Duration::from_secs(1),
             take_back: Duration::from_secs(30),
+            refused: Duration::from_secs(30),
         }
     }
 }
@@ -126,6 +130,9 @@ pub enum After {
     InDoubt,
     /// It is nowhere any more: it ran at the destination, and its memory was in both places.
     Lost,
+    /// It has gone to the destination, and some of its memory could not follow it: it was stopped there for that, or has
+    /// poison in its place.
+    Damaged,
 }
 
 impl std::fmt::Display for After {
@@ -134,6 +141,7 @@ impl std::fmt::Display for After {
             After::RunsOn => write!(f, "the guest runs on here: "),
             After::StaysPaused => write!(f, "the guest is paused here, as it was: "),
             After::Lost => write!(f, "the guest is lost: "),
+            After::Damaged => write!(f, "the guest has gone, and not all of its memory: "),
             After::StandsStill(why) => write!(
                 f,
                 "the guest is paused here, because what was let go of for the migration cannot be taken back ({why}): \
@@ -218,13 +226,22 @@ pub enum Why {
     NotStarted,
     /// The guest ran at the destination, without all of its memory, and that is gone.
     #[error(
-        "the destination has ended before it had all of the guest's memory ({left} pages were left): {why}"
+        "the destination has ended and has not said that it had all of the guest's memory (of which {left} pages or more \
+         were left): {why}"
     )]
     DestinationGone {
         /// Why that is known.
         why: String,
-        /// Pages that it has not asked for.
+        /// Pages that it has not asked for, at least: some may have been sent twice.
         left: u64,
+    },
+    /// The guest has gone, and some of its memory did not come to the destination in time.
+    #[error("pages that did not come to the destination: {lost} ({why})")]
+    PagesLost {
+        /// How many.
+        lost: u64,
+        /// Why the first of them did not.
+        why: String,
     },
     /// The guest runs at the destination, without all of its memory, and this process ends.
     #[error(
@@ -771,9 +788,14 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             let left = self.missing.load(Ordering::Relaxed);
             let left = left.saturating_sub(served.demand + served.bulk);
             let why = match (standing, self.guest.over()) {
-                (Standing::Enough(faults), _) => {
-                    self.observer.event(Event::AllThere(faults));
-                    return Ok(());
+                (Standing::Enough(word), _) => {
+                    self.observer.event(Event::Enough(&word));
+                    let LastWord { lost, why, .. } = word;
+                    if lost == 0 {
+                        return Ok(());
+                    }
+                    let (why, after) = (Why::PagesLost { lost, why }, After::Damaged);
+                    return Err(MigrateError { why, after });
                 }
                 (Standing::Gone(why), _) => Why::DestinationGone { why, left },
                 (_, Some(why)) => Why::TakenAlong { why, left },

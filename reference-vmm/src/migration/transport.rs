@@ -221,6 +221,14 @@ impl Listener {
     /// # Errors
     /// [`AcceptError`]; after [`AcceptError::Peer`] it may be called again.
     pub fn accept(&self, deadline: Instant) -> Result<Connection, AcceptError> {
+        self.caller(deadline)?.answer(deadline)
+    }
+
+    /// Waits until `deadline` for somebody to connect.
+    ///
+    /// # Errors
+    /// [`AcceptError`]; after [`AcceptError::Peer`] it may be called again.
+    pub fn caller(&self, deadline: Instant) -> Result<Caller, AcceptError> {
         let failed = |source| AcceptError::Listener {
             address: self.address.clone(),
             source,
@@ -249,14 +257,17 @@ impl Listener {
                 _ => {}
             }
         };
-        let refused = |source| AcceptError::Peer {
+        let session = self.tls.as_ref().map(Tls::accepting).transpose();
+        let session = session.map_err(|source| AcceptError::Peer {
             peer: peer.clone(),
             source,
-        };
-        let session = self.tls.as_ref().map(Tls::accepting).transpose();
-        let session = session.map_err(refused)?;
-        let deadline = deadline.min(Instant::now() + HANDSHAKE);
-        Connection::begin(socket, peer.clone(), line, session, deadline).map_err(refused)
+        })?;
+        Ok(Caller {
+            socket,
+            peer,
+            line,
+            session,
+        })
     }
 
     fn accept_now(&self) -> io::Result<(Socket, String, Option<String>)> {
@@ -277,6 +288,33 @@ impl Listener {
             // None of these is made a listener of.
             Socket::Unix(_) | Socket::Tcp(_) => Err(io::ErrorKind::Unsupported.into()),
         }
+    }
+}
+
+/// Somebody who has connected, and need not be one of the two who know each other.
+#[derive(Debug)]
+pub struct Caller {
+    socket: Socket,
+    peer: String,
+    line: Option<String>,
+    session: Option<Session>,
+}
+
+impl Caller {
+    /// Waits, where there is TLS, until both sides are authenticated: until `deadline`, and no longer than [`HANDSHAKE`].
+    ///
+    /// # Errors
+    /// [`AcceptError::Peer`].
+    pub fn answer(self, deadline: Instant) -> Result<Connection, AcceptError> {
+        let Caller {
+            socket,
+            peer,
+            line,
+            session,
+        } = self;
+        let deadline = deadline.min(Instant::now() + HANDSHAKE);
+        let begun = Connection::begin(socket, peer.clone(), line, session, deadline);
+        begun.map_err(|source| AcceptError::Peer { peer, source })
     }
 }
 

@@ -53,6 +53,7 @@ pub fn both(
     };
     let ear = Ear(Arc::clone(world));
     let patience = destination::Patience {
+        greeting: world.greeting(),
         pages: Duration::from_millis(200),
         // None of the two is silent without an end to its connection.
         asked: match world.has_tunnel() {

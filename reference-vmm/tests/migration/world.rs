@@ -3,11 +3,11 @@
 //! Two processes without a host: a wire that can be cut at each message, and a guest that writes. What must never be is
 //! looked for at each step that changes whose the guest is.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ThreadId};
 use std::time::Duration;
 
 use async_pf::{Fetched, Lane, PageSource, SourceError};
@@ -18,7 +18,7 @@ use reference_vmm::migration::guest::{
 };
 use reference_vmm::migration::link::{Accept, Connect, Duplex, TICK, Wire};
 use reference_vmm::migration::pages::{ReadPages, WritePages};
-use reference_vmm::migration::postcopy::Faults;
+use reference_vmm::migration::postcopy::LastWord;
 use reference_vmm::migration::postcopy::ask::{Enough, Later};
 
 pub const PAGE: usize = 4096;
@@ -52,6 +52,10 @@ pub enum Strike {
     Tunnel(u32),
     /// All break, and so many attempts to connect find another one there, or nobody, while the destination lives.
     Replaced(u32),
+    /// All break, and so many attempts to connect are refused in the destination's place, while it lives.
+    Firewall(u32),
+    /// All break for the source, and the destination hears nothing of it.
+    Freeze,
     /// All break for the source, and the message arrives when the destination has answered a question.
     Late,
     /// A process dies.
@@ -75,6 +79,8 @@ struct Conn {
     cut: [bool; 2],
     lost: bool,
     closed: [bool; 2],
+    /// Nothing comes at the destination any more, and no end.
+    frozen: bool,
 }
 
 #[derive(Default)]
@@ -95,8 +101,9 @@ struct State {
     no_way: u32,
     no_tunnel: u32,
     replaced: u32,
-    /// Who was met last is another.
-    other: bool,
+    refused: u32,
+    /// Those who have met another one last.
+    others: HashSet<ThreadId>,
     late: Option<(usize, Vec<u8>)>,
     processes: [Process; 2],
     /// The guest's memory, as it is where it runs.
@@ -119,8 +126,12 @@ struct State {
     ran_there: bool,
     /// And all that followed it is there, as it was.
     whole: bool,
+    /// It waits for strangers to say something.
+    patient: bool,
     /// The destination hears of no page faults.
     no_faults: bool,
+    /// What is said of pages that did not come.
+    last_word: LastWord,
     /// Pages that the source has given for that.
     served: u64,
     /// What its vCPUs sleep, in percent.
@@ -279,9 +290,27 @@ impl World {
         fault.is_some_and(|fault| matches!(fault.strike, Strike::Tunnel(_)))
     }
 
+    /// The destination waits for who says nothing as long as nobody ends all.
+    pub fn hears_strangers_out(&self) {
+        self.change(|state| state.patient = true);
+    }
+
+    /// How long it waits for who says nothing.
+    pub fn greeting(&self) -> Duration {
+        match self.lock().patient {
+            true => Duration::MAX,
+            false => Duration::from_secs(2),
+        }
+    }
+
     /// The destination cannot have memory come later.
     pub fn hears_no_faults(&self) {
         self.change(|state| state.no_faults = true);
+    }
+
+    /// This is what the destination says when it wants no more.
+    pub fn says_at_last(&self, word: LastWord) {
+        self.change(|state| state.last_word = word);
     }
 
     /// All that followed the guest is there.
@@ -422,7 +451,8 @@ impl End {
             let dead = state.processes[me].dead;
             let conn = &mut state.conns[self.conn];
             let gone = conn.cut[me] && conn.lost;
-            let there = !conn.to[me].is_empty() && !gone;
+            let frozen = conn.frozen && me == Destination as usize && !conn.closed[me];
+            let there = !conn.to[me].is_empty() && !gone && !frozen;
             if dead {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
@@ -432,7 +462,7 @@ impl End {
             if conn.cut[me] {
                 return Err(io::ErrorKind::ConnectionReset.into());
             }
-            if conn.closed[peer] {
+            if conn.closed[peer] && !frozen {
                 return Ok(0);
             }
             if !waited {
@@ -459,6 +489,10 @@ impl End {
         let world = &self.world;
         world.change(|state| {
             let conn = &state.conns[self.conn];
+            let frozen = conn.frozen && me == Destination as usize;
+            if frozen && !conn.cut[me] && !state.processes[me].dead {
+                return Ok(bytes.len());
+            }
             if state.processes[me].dead || conn.cut[me] || conn.closed[peer] {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
@@ -466,7 +500,9 @@ impl End {
             state.said[me] += 1;
             let fault = state
                 .fault
-                .filter(|fault| (fault.of, fault.number) == (self.side, number));
+                .filter(|fault| (fault.of, fault.number) == (self.side, number))
+                // What could not be told from the destination's death before.
+                .filter(|fault| state.ran_there || !matches!(fault.strike, Strike::Firewall(_)));
             let arrives = match fault.map(|fault| fault.arrives) {
                 Some(Arrives::Nothing) => 0,
                 Some(Arrives::Half) => bytes.len() / 2,
@@ -503,6 +539,14 @@ impl End {
                     state.no_tunnel = times;
                     state.conns.iter_mut().for_each(|conn| conn.cut = [true; 2]);
                 }
+                Strike::Firewall(times) => {
+                    state.refused = times;
+                    state.conns.iter_mut().for_each(|conn| conn.cut = [true; 2]);
+                }
+                Strike::Freeze => state.conns.iter_mut().for_each(|conn| {
+                    conn.cut[Source as usize] = true;
+                    conn.frozen = true;
+                }),
                 Strike::SeverOne => state.conns[self.conn].cut = [true; 2],
                 Strike::Late => state.conns.iter_mut().for_each(|conn| {
                     conn.cut[Source as usize] = true;
@@ -538,9 +582,15 @@ impl Connect for Dial {
             state.no_way -= 1;
             return Err(io::ErrorKind::TimedOut.into());
         }
-        state.other = state.replaced > 0;
-        if state.other {
+        let me = std::thread::current().id();
+        state.others.remove(&me);
+        if state.replaced > 0 {
             state.replaced -= 1;
+            state.others.insert(me);
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        if state.refused > 0 {
+            state.refused -= 1;
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
         if state.no_tunnel > 0 {
@@ -555,7 +605,12 @@ impl Connect for Dial {
     }
 
     fn is_still(&self, _: &str) -> bool {
-        !self.0.lock().other
+        !self.0.lock().others.contains(&std::thread::current().id())
+    }
+
+    fn is_refusal_proof(&self) -> bool {
+        let fault = self.0.lock().fault;
+        !fault.is_some_and(|fault| matches!(fault.strike, Strike::Firewall(_)))
     }
 }
 
@@ -564,6 +619,7 @@ pub struct Ear(pub Arc<World>);
 
 impl Accept for Ear {
     type Wire = End;
+    type Caller = End;
 
     fn accept(&self) -> io::Result<Option<End>> {
         let mut state = self.0.lock();
@@ -582,6 +638,10 @@ impl Accept for Ear {
             conn,
             side: Destination,
         }))
+    }
+
+    fn answer(caller: End) -> Option<End> {
+        Some(caller)
     }
 }
 
@@ -961,8 +1021,9 @@ fn bring_all(
         }
         state.whole = true;
     });
+    let word = world.lock().last_word.clone();
     if let Some(enough) = enough.lock().unwrap().take() {
-        enough(Faults::default(), Duration::ZERO);
+        enough(word, Duration::ZERO);
     }
     Ok(())
 }
@@ -1006,7 +1067,7 @@ impl Drop for Made {
     fn drop(&mut self) {
         let enough = self.enough.lock().unwrap().take();
         if let Some(enough) = enough {
-            enough(Faults::default(), Duration::ZERO);
+            enough(LastWord::default(), Duration::ZERO);
         }
         if let Some(brings) = self.brings.take() {
             brings.join().unwrap();

@@ -16,7 +16,7 @@ use async_pf::peer::{PeerConfig, PeerError, PeerSource, Reconnect, Wire};
 use async_pf::{Fetched, Lane, PageSource, SourceError};
 use memslots::Gfn;
 
-use super::Faults;
+use super::LastWord;
 use super::missing::Missing;
 use crate::migration::link::Duplex;
 use crate::migration::message::MigrationId;
@@ -41,8 +41,8 @@ pub struct Later {
     pub enough: Enough,
 }
 
-/// Told what the faults were, and how long the source may take to hear that it is enough.
-pub type Enough = Box<dyn FnOnce(Faults, Duration) + Send>;
+/// Told what to say to the source, and how long that may take to hear it.
+pub type Enough = Box<dyn FnOnce(LastWord, Duration) + Send>;
 
 /// Waits so long for the next connection of a lane.
 pub type Next = dyn Fn(Lane, Duration) -> Option<Duplex> + Send + Sync;

@@ -11,7 +11,7 @@
 //!                                                                 the guest runs
 //!   PageServer over the memory  ◄══ pages 0: what is waited for ═  PeerSource ◄─ Lane::Fault ───┐
 //!   that stands still           ◄══ pages 1: all else, behind ═══  PeerSource ◄─ Lane::Prefetch ┴ Pager
-//!   ends                        ◄── Enough ─────────────────────  all is there
+//!   ends                        ◄── Enough ─────────────────────  all is there, or no more is wanted
 //! ```
 //!
 //! It is the same conversation as without ([`mod`](super)), to the letter where nobody asks for it: the offer says that the
@@ -47,8 +47,12 @@
 //! that it has all ([`serve`]). The destination keeps what was asked for and asks again on the new connection ([`ask`]). The
 //! page deadline there (`run --incoming … --page-deadline`, 5 minutes) is how long a fault waits: until then nothing is
 //! poisoned. Each side says in its status what it waits for (`ctl migrate-status` here, `ctl status` there). The source
-//! gives up only when the destination's process is known to be gone: it is refused where it was, and nobody stands between
-//! ([`Wire::line`](super::link::Wire::line)).
+//! gives up only when the destination's process is known to be gone: it is refused where it was, on both lanes, and nobody
+//! stands between ([`Wire::line`](super::link::Wire::line)); over TCP for as long as
+//! [`Patience::refused`](super::source::Patience::refused), for a firewall may do that in the destination's place.
+//!
+//! What the destination says at last ([`LastWord`]) is what the source says became of the guest: all is there; the guest ended
+//! before that, and wants no more; or pages did not come before the page deadline, which is a failure, with how many and why.
 //!
 //! # Limits
 //! - What the guest waits for is not held back by the bandwidth limit; all else is.
@@ -141,7 +145,7 @@ impl From<When> for String {
     }
 }
 
-/// What the destination's faults were, when all is there: the last word of a post-copy.
+/// What the destination's faults were.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Faults {
@@ -153,6 +157,19 @@ pub struct Faults {
     pub p99_ns: u64,
     /// The longest.
     pub max_ns: u64,
+}
+
+/// What the destination says when it asks for no more.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LastWord {
+    /// What its faults were.
+    pub faults: Faults,
+    /// Pages that it does not have, and wants no more: the guest has ended.
+    pub missing: u64,
+    /// Pages that it did not get: the guest was stopped for it, or has poison in their place.
+    pub lost: u64,
+    /// Why they are missing or lost; else nothing.
+    pub why: String,
 }
 
 #[cfg(test)]

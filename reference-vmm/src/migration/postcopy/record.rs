@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::Faults;
 use super::serve::Served;
+use super::{Faults, LastWord};
 use crate::migration::link::printable;
 use crate::migration::record::{MigrationRecord, micros};
 use crate::units;
@@ -31,11 +31,14 @@ pub struct Followed {
     pub bytes: u64,
     /// Why nobody can ask now, in one line: the connection is made again and again.
     pub broken: Option<String>,
-    /// When all of it was there, since the migration's beginning.
+    /// When the destination wanted no more, since the migration's beginning.
     #[serde(rename = "ended-us", with = "micros::optional")]
     pub ended: Option<Duration>,
     /// How long those waited at the destination who waited.
     pub faults: Option<Faults>,
+    /// Why the destination wanted no more before it had all, in one line.
+    #[serde(default)]
+    pub unwanted: Option<String>,
 }
 
 impl Followed {
@@ -67,12 +70,11 @@ impl Followed {
         );
         if let Some(ended) = self.ended {
             let took = ended.saturating_sub(self.began);
-            let what = match self.demand_pages + self.bulk_pages < self.missing_pages {
-                // It ended there.
-                true => "no more was wanted",
-                false => "all there",
+            let took = units::time(took);
+            text += &match &self.unwanted {
+                None => format!("; all there after {took}"),
+                Some(why) => format!("; no more was wanted after {took}: {}", printable(why)),
             };
-            text += &format!("; {what} after {}", units::time(took));
         }
         if let Some(faults) = self.faults.filter(|faults| faults.count > 0) {
             let of = |nanos| units::time(Duration::from_nanos(nanos));
@@ -117,10 +119,11 @@ impl MigrationRecord {
         self.sent(at, pages, 0, bytes);
     }
 
-    /// All of it is there.
-    pub fn is_all_there(&mut self, at: Duration, faults: Faults) {
+    /// All of it is there, or no more of it is wanted.
+    pub fn no_more_is_wanted(&mut self, at: Duration, word: &LastWord) {
         if let Some(of) = &mut self.postcopy {
-            (of.ended, of.faults, of.broken) = (Some(at), Some(faults), None);
+            (of.ended, of.faults, of.broken) = (Some(at), Some(word.faults), None);
+            of.unwanted = (word.missing + word.lost > 0).then(|| word.why.clone());
         }
     }
 }
@@ -152,9 +155,11 @@ mod tests {
             max_ns: 3_000_000,
         });
         assert_eq!(followed.pages_left(), 0);
+        followed.unwanted = Some("it powered\noff".into());
         let words = followed.words();
-        assert!(words.contains("no more was wanted after"), "{words}");
-        followed.bulk_pages = 960;
+        let ended = r"no more was wanted after 2.00 s: it powered\noff";
+        assert!(words.contains(ended), "{words}");
+        followed.unwanted = None;
         let words = followed.words();
         assert!(words.contains("all there after"), "{words}");
         for needle in [

@@ -5,7 +5,7 @@
 //! ```text
 //!   dial ──► Pages(lane) ──► Wanted ──► served ──► closed ──► dial …
 //!     ▲          │                         └ broke ─┐           ├──► Enough: over
-//!     └── a second later ◄──────────────────────────┘           └──► refused where it was: gone
+//!     └── a second later ◄──────────────────────────┘           └──► refused where it was, on both lanes: gone
 //! ```
 //!
 //! One thread a lane. A connection that ends says nothing of why: the next one does.
@@ -21,11 +21,11 @@ use async_pf::peer::{PageServer, ServerConfig};
 use async_pf::{Fetched, Lane, PageSource, SourceError};
 use memslots::Gfn;
 
-use super::Faults;
+use super::LastWord;
 use super::ask::{LANES, image};
 use crate::migration::codec::{Compression, PAGE};
 use crate::migration::limit::Limiter;
-use crate::migration::link::{Connect, TICK, Watch, Wire, greet, receive, send};
+use crate::migration::link::{Connect, TICK, Watch, Wire, greet, printable, receive, send};
 use crate::migration::message::{Ending, Greeting, Message, MigrationId, Role, Side};
 use crate::migration::source::Patience;
 
@@ -55,8 +55,8 @@ pub enum Standing {
     Connected,
     /// There is no connection, for this reason: it is tried again and again.
     Broken(String),
-    /// No more will be asked for; with what the destination's faults were.
-    Enough(Faults),
+    /// No more will be asked for.
+    Enough(LastWord),
     /// Who has the guest is gone, and nobody will ask.
     Gone(String),
 }
@@ -135,7 +135,9 @@ impl PageSource for Counted {
 struct State {
     /// Why a lane has no connection; none where it has one.
     broken: [Option<String>; 2],
-    enough: Option<Faults>,
+    /// Since when each try of a lane was refused where the destination was.
+    refused: [Option<Instant>; 2],
+    enough: Option<LastWord>,
     gone: Option<String>,
     stop: bool,
 }
@@ -158,6 +160,8 @@ pub(in crate::migration) struct Serving<'a, C> {
 enum Came {
     Enough,
     Gone(String),
+    /// Nobody listens in the destination's place.
+    Refused(String),
     /// It was closed, and the next one says why.
     Closed,
     Broke(String),
@@ -197,6 +201,7 @@ impl<'a, C: Connect> Serving<'a, C> {
             counted,
             state: Mutex::new(State {
                 broken: [const { Some(String::new()) }; 2],
+                refused: [None; 2],
                 enough: None,
                 gone: None,
                 stop: false,
@@ -245,15 +250,9 @@ impl<'a, C: Connect> Serving<'a, C> {
 
     /// A lane's life. Returns when it is over, one way or another.
     pub(in crate::migration) fn run(&self, lane: Lane) {
-        let broken = |why: Option<String>| {
-            self.change(|state| {
-                let at = LANES.iter().zip(&mut state.broken);
-                at.filter(|(of, _)| **of == lane)
-                    .for_each(|(_, at)| at.clone_from(&why));
-            });
-        };
+        let connected = || self.change(|state| state.stands(lane, None, None));
         while !self.lock().is_over() {
-            let pause = match self.once(lane, &broken) {
+            let pause = match self.once(lane, &connected) {
                 // The other lane need not ask.
                 Came::Enough => return self.stop(),
                 Came::Gone(why) => {
@@ -264,9 +263,28 @@ impl<'a, C: Connect> Serving<'a, C> {
                     });
                     return self.stop();
                 }
+                Came::Refused(why) => {
+                    let limit = match self.connect.is_refusal_proof() {
+                        true => Duration::ZERO,
+                        false => self.patience.refused,
+                    };
+                    self.change(|state| {
+                        state.stands(lane, Some(why), Some(Instant::now()));
+                        // The other lane is refused as well, or it lives.
+                        let since = state.refused.map(|since| since.map(|at| at.elapsed()));
+                        if let [Some(one), Some(other)] = since
+                            && one.min(other) >= limit
+                            && state.enough.is_none()
+                        {
+                            let why = "nobody listens there any more".to_owned();
+                            state.gone.get_or_insert(why);
+                        }
+                    });
+                    self.patience.again
+                }
                 Came::Closed => SOON,
                 Came::Broke(why) => {
-                    broken(Some(why));
+                    self.change(|state| state.stands(lane, Some(why), None));
                     self.patience.again
                 }
             };
@@ -282,17 +300,16 @@ impl<'a, C: Connect> Serving<'a, C> {
     }
 
     /// One connection, from its beginning to its end.
-    fn once(&self, lane: Lane, broken: &dyn Fn(Option<String>)) -> Came {
+    fn once(&self, lane: Lane, connected: &dyn Fn()) -> Came {
         let stop = || self.lock().is_over().then(|| "it is over".to_owned());
         let watch = Watch {
             quiet: self.patience.ask,
             stop: &stop,
         };
-        let gone = || Came::Gone("nobody listens there any more".into());
         let mut wire = match self.connect.connect(self.patience.ask) {
             Ok(wire) => wire,
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && self.is_direct() => {
-                return gone();
+                return Came::Refused(error.to_string());
             }
             Err(error) => return Came::Broke(error.to_string()),
         };
@@ -301,10 +318,11 @@ impl<'a, C: Connect> Serving<'a, C> {
         let said = greeted.and_then(|()| receive(&mut wire, Side::Destination, &watch));
         match said {
             Ok(Message::Wanted) => {}
-            Ok(Message::Enough(faults)) => {
+            Ok(Message::Enough(mut word)) => {
+                word.why = printable(&word.why);
                 // Before the destination hears it and listens no more, which the other lane would take for its end. Not heard,
                 // it goes on answering.
-                self.change(|state| state.enough = Some(faults));
+                self.change(|state| state.enough = Some(word));
                 let quiet = self.patience.ask;
                 let _ = send(
                     &mut wire,
@@ -316,7 +334,9 @@ impl<'a, C: Connect> Serving<'a, C> {
                 );
                 return Came::Enough;
             }
-            Ok(Message::Settled(Ending::Unknown)) if self.is_direct() => return gone(),
+            Ok(Message::Settled(Ending::Unknown)) if self.is_direct() => {
+                return Came::Gone("another one listens there now".into());
+            }
             Ok(other) => return Came::Broke(format!("it answers {:?}", other.kind())),
             Err(error) => return Came::Broke(error.to_string()),
         }
@@ -324,7 +344,7 @@ impl<'a, C: Connect> Serving<'a, C> {
             Ok(wire) => wire,
             Err(error) => return Came::Broke(error.to_string()),
         };
-        broken(None);
+        connected();
         match self.server.serve(&*wire) {
             Ok(_) => Came::Closed,
             Err(error) => Came::Broke(error.to_string()),
@@ -333,13 +353,23 @@ impl<'a, C: Connect> Serving<'a, C> {
 }
 
 impl State {
+    /// A lane's connection is broken for that reason, or not; and was refused now, or not.
+    fn stands(&mut self, lane: Lane, broken: Option<String>, refused: Option<Instant>) {
+        let places = self.broken.iter_mut().zip(&mut self.refused);
+        let at = LANES.into_iter().zip(places).find(|(of, _)| *of == lane);
+        if let Some((_, (why, since))) = at {
+            *why = broken;
+            *since = refused.map(|now| since.unwrap_or(now));
+        }
+    }
+
     fn is_over(&self) -> bool {
         self.stop || self.enough.is_some() || self.gone.is_some()
     }
 
     fn standing(&self) -> Standing {
         match (&self.enough, &self.gone) {
-            (Some(faults), _) => Standing::Enough(*faults),
+            (Some(word), _) => Standing::Enough(word.clone()),
             (_, Some(why)) => Standing::Gone(why.clone()),
             _ => match self.broken.iter().flatten().next() {
                 Some(why) => Standing::Broken(why.clone()),
