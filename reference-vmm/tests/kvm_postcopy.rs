@@ -37,6 +37,14 @@ fn place() -> (tempfile::TempDir, PathBuf) {
     (folder, path)
 }
 
+/// The scribe, with 3 MiB behind it that it never touches and that are not zero: up to where it writes. What nobody waits for
+/// follows it as slowly as the limit has it.
+fn laden() -> Vec<u8> {
+    let mut code = scribe64().to_vec();
+    code.resize(3 << 20, 0xa5);
+    code
+}
+
 fn machine(code: &[u8], cpus: u32, memory: &str) -> (tempfile::TempPath, Config) {
     let kernel = file(&image::elf64(code));
     let config = Config {
@@ -400,7 +408,7 @@ fn while_there_is_no_way_both_sides_say_so_and_wait_for_each_other() {
     if support::lab_short() {
         return;
     }
-    let (_kernel, config) = machine(scribe64(), 1, "16M");
+    let (_kernel, config) = machine(&laden(), 1, "16M");
     let mut guest = Guest::boot(&config);
     guest.hear(2);
     let (folder, path) = place();
@@ -453,7 +461,7 @@ fn a_guest_that_waits_for_a_page_is_stopped_at_once_and_its_source_hears_that_no
     }
     for cut in [true, false] {
         let stopped = || GuestEnd::Stopped(StopCause::Signal(libc::SIGTERM));
-        let (_kernel, config) = machine(scribe64(), 1, "16M");
+        let (_kernel, config) = machine(&laden(), 1, "16M");
         let mut guest = Guest::boot(&config);
         guest.hear(2);
         let (folder, path) = place();
@@ -550,7 +558,7 @@ fn it_is_the_guests_end(comes_back: bool) {
 fn gone_on(folder: &Path, words: &str) -> (support::Running, support::Running, support::Running) {
     let [here, there] = ["here.api", "there.api"].map(|name| folder.join(name));
     let (kernel, path) = (folder.join("kernel"), folder.join("incoming"));
-    std::fs::write(&kernel, image::elf64(scribe64())).unwrap();
+    std::fs::write(&kernel, image::elf64(&laden())).unwrap();
     let vmm = Vmm::run(&kernel).words("--memory 16M --debug-exit --irqchip split --api-sock");
     let mut source = vmm.arg(&here).start();
     source.wait_for("12");
