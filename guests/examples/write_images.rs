@@ -8,7 +8,21 @@
 use guests::{boot, console, debug, dirtier, image};
 
 fn main() {
-    let folder = std::path::PathBuf::from(std::env::args().nth(1).expect("a folder"));
+    let mut words = std::env::args_os().skip(1);
+    let folder = match (words.next(), words.next()) {
+        (Some(folder), None) if !folder.as_encoded_bytes().starts_with(b"-") => {
+            std::path::PathBuf::from(folder)
+        }
+        (word, more) => {
+            let usage = "Usage: write_images FOLDER    (made if it is not there; ./-x is one of the name -x)";
+            if more.is_none() && word.is_some_and(|word| word == "--help" || word == "-h") {
+                println!("{usage}");
+                return;
+            }
+            eprintln!("{usage}");
+            std::process::exit(2);
+        }
+    };
     std::fs::create_dir_all(&folder).unwrap();
     for (name, flags, image) in [
         ("hello.elf", " --debug-exit", image::elf64(boot::hello64())),

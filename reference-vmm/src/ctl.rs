@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Write as _};
+use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -382,9 +383,12 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
         Question::Migrate(asked) => migrate::ask(&options.api_sock, options.timeout, asked)?,
         _ => {
             let began = Instant::now();
-            let mut client = Client::connect(&options.api_sock, options.timeout)?;
-            client.wait_for(options.timeout.saturating_sub(began.elapsed()));
-            client.call(method, target, body.as_ref())?
+            let connected = Client::connect(&options.api_sock, options.timeout);
+            let called = connected.and_then(|mut client| {
+                client.wait_for(options.timeout.saturating_sub(began.elapsed()));
+                client.call(method, target, body.as_ref())
+            });
+            called.map_err(|error| explained(&options.question, error))?
         }
     };
     if let Some(why) = answer.fault() {
@@ -402,6 +406,35 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
         None => Err(strange(format!(
             "in words it has more than {MOST_WORDS} bytes; --json says it as it is"
         ))),
+    }
+}
+
+/// With what it means to who asked this, where that is more than the error knows.
+fn explained(question: &Question, error: ClientError) -> ClientError {
+    let more =
+        |source: io::Error, what: &str| io::Error::new(source.kind(), format!("{source}; {what}"));
+    match (question, error) {
+        // Nobody knows here whether it had begun: what still waits for its turn is not, without who asked.
+        (Question::Snapshot(request), ClientError::Gone { path, source })
+            if source.kind() == io::ErrorKind::TimedOut =>
+        {
+            let dir = request.dir.display().to_string();
+            let what = format!(
+                "a snapshot that has begun goes on in the monitor, and is whole when {0}/state is there (snapshot info {0})",
+                dir.escape_debug()
+            );
+            let source = more(source, &what);
+            ClientError::Gone { path, source }
+        }
+        (
+            Question::MigrateStatus | Question::MigrateOrder(_),
+            ClientError::Connect { path, source },
+        ) if source.kind() == io::ErrorKind::NotFound => {
+            let what = "a guest that has moved takes its monitor's socket along: ask the monitor at the destination";
+            let source = more(source, what);
+            ClientError::Connect { path, source }
+        }
+        (_, error) => error,
     }
 }
 

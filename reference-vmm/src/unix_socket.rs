@@ -15,6 +15,8 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::config::is_about_the_path;
+
 /// Bytes that a socket's path can have. One byte of the kernel's 108 is for the zero behind it.
 pub const MAX_PATH: usize = 107;
 
@@ -33,6 +35,17 @@ pub enum BindError {
     /// The system refused.
     #[error("cannot listen there: {0}")]
     Refused(io::Error),
+}
+
+impl BindError {
+    /// Whether another path would do, whatever becomes of this one; a path in use is the host's state.
+    pub fn is_users_fault(&self) -> bool {
+        match self {
+            BindError::Occupied => true,
+            BindError::InUse => false,
+            BindError::Refused(error) => is_about_the_path(error),
+        }
+    }
 }
 
 /// A socket that listens. Dropped, it is closed, and its file removed.

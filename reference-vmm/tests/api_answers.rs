@@ -13,7 +13,7 @@ use reference_vmm::api::Client;
 use reference_vmm::api::client::{Answer, ClientError, MAX_ANSWER, MAX_INTERIM};
 use reference_vmm::api::http::{CONTINUE, MAX_HEAD, MAX_HEADERS};
 use reference_vmm::ctl::{self, Ctl, Migrate, Question};
-use reference_vmm::migration::outgoing::MigrateRequest;
+use reference_vmm::migration::outgoing::{MigrateRequest, Order};
 use reference_vmm::snapshot::SnapshotRequest;
 use serde_json::{Value, json};
 
@@ -192,6 +192,52 @@ fn behind_an_answer_that_was_none_nothing_is_taken_for_the_next() {
     assert!(matches!(first, ClientError::Strange { .. }), "{first}");
     let second = client.call("GET", "/", None).unwrap_err();
     assert!(matches!(second, ClientError::Gone { .. }), "{second}");
+}
+
+#[test]
+fn ctl_says_what_becomes_of_a_snapshot_that_it_does_not_wait_for_and_where_a_guest_that_moved_is_asked()
+ {
+    let ask = |path: &std::path::Path, question| {
+        let ctl = Ctl {
+            api_sock: path.to_owned(),
+            question,
+            json: false,
+            timeout: Duration::from_millis(20),
+        };
+        let mut said = String::new();
+        let status = ctl::run(&ctl, |_| {}, |line| said = line.to_string());
+        assert_eq!(status, 1, "{said}");
+        said
+    };
+    let (_held, hold) = std::sync::mpsc::channel::<()>();
+    let hold = std::sync::Mutex::new(hold);
+    let mute = Liar::start(move |_| {
+        let _ = hold.lock().unwrap().recv();
+        Ok(())
+    });
+    let said = ask(&mute.path, Question::Snapshot(SnapshotRequest::new("/s/a")));
+    assert!(
+        said.contains("timed out; a snapshot that has begun goes on"),
+        "{said}"
+    );
+    assert!(
+        said.contains("/s/a/state") && said.contains("snapshot info /s/a"),
+        "{said}"
+    );
+    let nowhere = mute.path.with_file_name("moved");
+    for question in [
+        Question::MigrateStatus,
+        Question::MigrateOrder(Order::Cancel),
+    ] {
+        let said = ask(&nowhere, question);
+        assert!(said.contains("No such file"), "{said}");
+        assert!(
+            said.contains("ask the monitor at the destination"),
+            "{said}"
+        );
+    }
+    let said = ask(&nowhere, Question::Status);
+    assert!(!said.contains("destination"), "{said}");
 }
 
 #[test]

@@ -8,6 +8,7 @@
 mod support;
 
 use std::io::Read;
+use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -184,7 +185,7 @@ fn a_guest_that_writes_faster_than_its_memory_goes_stays_or_goes_slowed_as_was_a
     let request = request(incoming.address());
     let (here, there) = migrate(&guest, incoming, &request);
     let why = here.unwrap_err().to_string();
-    for needle in ["pages are left", "it would stand still for", "when_stuck"] {
+    for needle in ["pages are left", "it would stand still for", "--when-stuck"] {
         assert!(why.contains(needle), "{why}");
     }
     assert!(there.is_err());
@@ -413,14 +414,21 @@ fn a_guest_that_cannot_be_moved_or_whose_destination_says_nothing_is_told_why() 
     // Closes as one does that wants TLS.
     let listener = UnixListener::bind(&path).unwrap();
     std::thread::spawn(move || listener.incoming().for_each(drop));
-    let migrate = || {
+    let closing = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = closing.local_addr().unwrap().port();
+    std::thread::spawn(move || closing.incoming().for_each(drop));
+    let migrate_to = |address: &Address| {
         let outgoing = Outgoing::default();
-        let request = request(&Address::Unix(path.clone()));
+        let request = request(address);
         let moved = outgoing.migrate(&guest.running, &guest.end, &request);
         reference_vmm::end::Chain(&moved.unwrap_err()).to_string()
     };
-    let why = migrate();
+    let migrate = || migrate_to(&Address::Unix(path.clone()));
+    let why = migrate_to(&format!("tcp:127.0.0.1:{port}").parse().unwrap());
     assert!(why.contains("does the destination want TLS"), "{why}");
+    // Which no Unix socket has.
+    let why = migrate();
+    assert!(!why.contains("TLS"), "{why}");
     guest.running.pause().unwrap();
     let why = migrate();
     assert!(
@@ -788,10 +796,27 @@ fn a_process_that_waits_for_a_guest_is_stopped_by_a_signal_and_says_what_is_wron
     for words in ["pause", "migrate-cancel", "load /s", "snapshot /s"] {
         let refused = there.ctl(words);
         let path = path.to_str().unwrap();
+        refused.expect_status(1).expect_line(&[
+            "waited for at",
+            path,
+            "migrate-cancel there",
+            "SIGTERM",
+        ]);
+    }
+    // In use is the host's state, whichever socket it is.
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let tcp = format!("tcp:{}", taken.local_addr().unwrap());
+    for address in [format!("unix:{}", path.display()), tcp] {
+        let refused = Vmm::command(["run", "--incoming", &address]).output();
         refused
             .expect_status(1)
-            .expect_line(&["waited for at", path]);
+            .expect_line(&["--incoming", &address]);
     }
+    let file = folder.path().join("file");
+    std::fs::write(&file, "mine").unwrap();
+    let address = format!("unix:{}", file.display());
+    let refused = Vmm::command(["run", "--incoming", &address]).output();
+    refused.expect_status(2).expect_line(&["no socket"]);
     there.running.signal(libc::SIGTERM);
     there.running.wait().expect_status(0);
     assert!(!there.socket.exists());
@@ -800,7 +825,14 @@ fn a_process_that_waits_for_a_guest_is_stopped_by_a_signal_and_says_what_is_wron
         ("run --incoming nowhere", "nowhere"),
         ("run --incoming tcp:0.0.0.0:0", "--tls-cert"),
         ("run --incoming unix:/x --tls-cert /c", "go together"),
-        ("run --incoming unix:/x --kernel k", "--kernel"),
+        (
+            "run --incoming unix:/x --kernel k",
+            "--kernel: that comes from the source",
+        ),
+        (
+            "run --incoming unix:/x --disk path=x",
+            "comes from the snapshot or the source",
+        ),
         ("run --incoming unix:/x --from d", "--from"),
         ("run --incoming unix:/x --disk 0:path=/x/y.raw", "/x/y.raw"),
     ] {

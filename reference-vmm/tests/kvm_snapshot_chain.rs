@@ -226,6 +226,20 @@ fn what_an_incremental_snapshot_cannot_build_on_is_refused_with_the_numbers() {
     // A full one between is the last one then; and it is no more.
     guest.snapshot(&SnapshotRequest::new(dir("c")));
     refused(&guest, &diff(&dir("x"), &dir("b")), &[&id("c")]);
+    // A merge knows of no guest, and may replace it.
+    let (was, request) = (
+        id("c"),
+        MergeRequest {
+            dirs: vec![dir("b")],
+            to: dir("c"),
+            compression: Compression::None,
+        },
+    );
+    merge(&request, &HostFiles).unwrap();
+    let c = dir("c");
+    let needles = [c.to_str().unwrap(), &was, &id("c"), "replaced", "full one"];
+    let error = refused(&guest, &diff(&dir("x"), &c), &needles);
+    assert!(matches!(error, SnapshotError::Replaced { .. }));
     // Which is replaced by itself, as nothing builds on it.
     guest.snapshot(&SnapshotRequest::new(dir("c")));
     guest.snapshot(&SnapshotRequest {

@@ -285,6 +285,19 @@ fn a_disk_that_has_moved_on_is_refused_and_a_copy_of_what_it_was_is_taken() {
             Machine::restore(request, nowhere, &end).map(drop)
         };
         let request = RestoreRequest::new(&dir);
+        if !readonly {
+            // Another has it, as the guest that was saved would; a reader leaves its times alone.
+            let beside = DiskConfig {
+                readonly: true,
+                ..DiskConfig::new(&*image)
+            };
+            let _beside = beside.open().unwrap();
+            let error = restore(&request).unwrap_err();
+            let text = reference_vmm::end::Chain(&error).to_string();
+            assert!(text.contains("in use by another VMM"), "{text}");
+            assert!(text.contains("--disk 0:path=COPY"), "{text}");
+            assert!(text.contains("--disks-to FOLDER"), "{text}");
+        }
         // As often as one likes.
         restore(&request).unwrap();
         restore(&request).unwrap();

@@ -336,7 +336,7 @@ fn a_guest_that_writes_too_fast_is_refused_with_what_a_stop_would_cost_and_goes_
     };
     assert!(rounds >= 3 && left > 0);
     assert!(why.contains("pages are left"), "{why}");
-    assert!(why.contains("when_stuck: throttle"), "{why}");
+    assert!(why.contains("--when-stuck throttle"), "{why}");
 }
 
 /// So little may be sent that no round ever ends.
@@ -471,7 +471,7 @@ fn a_guest_that_is_slowed_in_vain_is_given_up_on_with_what_is_left_to_do_and_is_
     check(&world, &here, &there, "in vain");
     assert_eq!(steps, STEPS);
     let why = here.unwrap_err().to_string();
-    for needle in ["slowed by 99 %", "pages are left", "postcopy: auto"] {
+    for needle in ["slowed by 99 %", "pages are left", "--postcopy auto"] {
         assert!(why.contains(needle), "{why}");
     }
 }

@@ -194,6 +194,17 @@ fn what_lies_beside_an_older_snapshot_is_not_removed_with_it() {
 }
 
 #[test]
+fn a_folder_that_is_not_there_is_named_and_not_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let missing = folder.path().join("missing");
+    let error = write(&HostFiles, &missing.join("s"), "new").unwrap_err();
+    assert!(matches!(error, WriteError::NoFolder { .. }), "{error}");
+    let named = format!("{} is not there", missing.display());
+    assert!(error.to_string().starts_with(&named), "{error}");
+    assert!(!missing.exists());
+}
+
+#[test]
 fn none_is_put_into_another_whichever_way_leads_there() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);

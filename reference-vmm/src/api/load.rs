@@ -289,7 +289,8 @@ impl Monitor for Waiting<'_> {
                     Some(_) => "on its way",
                 };
                 Outcome::Refused(format!(
-                    "There is no guest here yet: one is {how} at {address}, by migration."
+                    "There is no guest here yet: one is {how} at {address}, by migration. \
+                     To give that up, cancel it at the source (ctl migrate-cancel there), or stop this monitor by SIGTERM."
                 ))
             }
             (Action::Load(request), Source::Loads(loads)) => loads.hand_over(request),

@@ -20,7 +20,6 @@ use super::http::{CONTINUE, Decoder, Incoming};
 use super::monitor::Monitor;
 use super::router::{Action, Outcome, respond, route};
 use super::worker::{Busy, Ticket, Worker};
-use crate::config::is_about_the_path;
 use crate::unix_socket::{BindError, Listener};
 
 /// So many connections at once. One more takes the place of the one that has been silent for longest, of those that wait for
@@ -58,11 +57,7 @@ pub struct ListenError {
 impl ListenError {
     /// Whether another path would do.
     pub fn is_users_fault(&self) -> bool {
-        match &self.source {
-            BindError::Occupied => true,
-            BindError::Refused(error) => is_about_the_path(error),
-            _ => false,
-        }
+        self.source.is_users_fault()
     }
 }
 

@@ -166,9 +166,13 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
                 };
                 return Err(super::stray(before, &word, &otherwise));
             }
-            Long(flag) if !incoming && OF_THE_SNAPSHOT.contains(&flag) => {
+            Long(flag) if OF_THE_SNAPSHOT.contains(&flag) => {
+                let (from, command) = match incoming {
+                    true => ("source", "run --incoming"),
+                    false => ("snapshot", "restore"),
+                };
                 let text = format!(
-                    "--{flag}: that comes from the snapshot, and stays what it was: `restore` takes no --{flag}"
+                    "--{flag}: that comes from the {from}, and stays what it was: `{command}` takes no --{flag}"
                 );
                 return Err(UsageError::Command(text));
             }
@@ -420,7 +424,8 @@ impl TlsFlags {
 fn numbered(text: &str) -> Result<(usize, &str), String> {
     let wrong = || {
         format!(
-            "{text:?}: a device's number, from 0 on, and a colon are wanted first, as in 0:path=FILE"
+            "{text:?}: a device's number, from 0 on, and a colon are wanted first, as in 0:path=FILE: which devices there are comes from the \
+             snapshot or the source, and this says where one of them is now"
         )
     };
     let (number, options) = text.split_once(':').ok_or_else(wrong)?;
@@ -613,6 +618,10 @@ mod tests {
             (
                 "--from s --kernel k",
                 "--kernel: that comes from the snapshot",
+            ),
+            (
+                "--from s --disk path=x",
+                "which devices there are comes from the snapshot",
             ),
         ] {
             let error = parsed(words).unwrap_err();

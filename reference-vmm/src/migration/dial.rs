@@ -73,8 +73,8 @@ impl Connect for Dial {
 
     fn hint(&self) -> Option<&str> {
         // With TLS there was a handshake before.
-        let hint = "does the destination want TLS (--tls-cert, --tls-key, --tls-ca)?";
-        self.tls.is_none().then_some(hint)
+        let may_want = self.tls.is_none() && matches!(self.address, Address::Tcp { .. });
+        may_want.then_some("does the destination want TLS (--tls-cert, --tls-key, --tls-ca)?")
     }
 }
 

@@ -89,7 +89,9 @@ impl IncomingError {
             IncomingError::Disk(error) if !error.is_users_fault() => 1,
             IncomingError::Tls(_)
             | IncomingError::Disk(_)
-            | IncomingError::Bind(BindError::Exposed(_) | BindError::Unix { .. }) => 2,
+            | IncomingError::Bind(BindError::Exposed(_)) => 2,
+            // As of every socket: who has it now may be gone in a moment.
+            IncomingError::Bind(BindError::Unix { source, .. }) if source.is_users_fault() => 2,
             IncomingError::Bind(_) | IncomingError::Receive(_) => 1,
         }
     }

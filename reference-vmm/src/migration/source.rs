@@ -208,8 +208,8 @@ pub enum Why {
     },
     /// Memory was to be sent within a time, and a round is at work still.
     #[error(
-        "the guest's memory was not sent within {} s: of round {round} {left} of {pages} pages are left; allow more time or \
-         bandwidth, or have it stopped then (when_stuck: stop)", .time.as_secs()
+        "the guest's memory was not sent within {} s: of round {round} {left} of {pages} pages are left; allow more time \
+         (--max-time) or bandwidth (--bandwidth), or have it stopped then (--when-stuck stop)", .time.as_secs()
     )]
     OutOfTime {
         /// The time.
@@ -269,12 +269,12 @@ fn slowed(throttle: Throttle) -> String {
 fn remedy(throttle: Throttle) -> &'static str {
     match throttle {
         Throttle::NONE => {
-            "allow a longer downtime, more bandwidth or time, have it slowed or stopped (when_stuck: throttle, stop), or have \
-             it go before its memory (postcopy: auto)"
+            "allow a longer downtime (--downtime), more bandwidth (--bandwidth) or time (--max-time), have it slowed or \
+             stopped (--when-stuck throttle, stop), or have it go before its memory (--postcopy auto)"
         }
         _ => {
-            "allow a longer downtime, more bandwidth or time, have it stopped (when_stuck: stop), or have it go before its \
-             memory (postcopy: auto)"
+            "allow a longer downtime (--downtime), more bandwidth (--bandwidth) or time (--max-time), have it stopped \
+             (--when-stuck stop), or have it go before its memory (--postcopy auto)"
         }
     }
 }

@@ -238,6 +238,14 @@ pub enum WriteError {
     /// A snapshot is there that one builds on which is being written.
     #[error("{} cannot be replaced: a snapshot that builds on it is being written", .0.display())]
     BuiltOn(PathBuf),
+    /// What it was to be a directory of is not there.
+    #[error("{} is not there, in which {} was to be: make that folder first", folder.display(), dir.display())]
+    NoFolder {
+        /// Where it was to be.
+        dir: PathBuf,
+        /// What is missing.
+        folder: PathBuf,
+    },
     /// Another process writes a snapshot of this name.
     #[error("another snapshot to {0} is being written")]
     InUse(PathBuf),
@@ -305,6 +313,10 @@ impl<'a, F: SnapshotFiles> Draft<'a, F> {
             .create_dir(&partial)
             .map_err(|source| match source.kind() {
                 io::ErrorKind::WouldBlock => WriteError::InUse(target.to_owned()),
+                io::ErrorKind::NotFound if !parent.exists() => WriteError::NoFolder {
+                    dir: target.to_owned(),
+                    folder: parent.clone(),
+                },
                 _ => call("make the directory", &partial)(source),
             })?;
         Ok(Draft {

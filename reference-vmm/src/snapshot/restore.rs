@@ -41,7 +41,7 @@ use super::pages::{self, HeaderError};
 use super::tip::Tip;
 use crate::config::Config;
 use crate::devices::virtio::any::Devices;
-use crate::devices::virtio::block::DiskConfig;
+use crate::devices::virtio::block::{DiskConfig, OpenError};
 use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::list::DeviceError;
 use crate::devices::virtio::net::Mac;
@@ -503,6 +503,20 @@ impl Snapshot {
                     users_fault,
                 }
             }
+            DeviceError::Open {
+                flag: flag @ "--disk",
+                source,
+                users_fault,
+            } if matches!(source.downcast_ref(), Some(OpenError::InUse { .. }))
+                && self.copies.is_empty() =>
+            {
+                let source = Box::new(InUse(source));
+                DeviceError::Open {
+                    flag,
+                    source,
+                    users_fault,
+                }
+            }
             error => error,
         })
     }
@@ -601,6 +615,15 @@ struct MovedOn {
     dir: PathBuf,
     disk: usize,
 }
+
+/// A disk is where it was when the snapshot was taken, and somebody has it: the guest of which that was, most likely.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{0}. It is where the snapshot's guest has it: beside that one a guest goes on with a copy of what the disk was then \
+     (--disk 0:path=COPY, --disk 1:…), or with one that is in the snapshot (ctl snapshot --disks copy, and --disks-to \
+     FOLDER here)"
+)]
+struct InUse(Box<dyn std::error::Error + Send + Sync>);
 
 /// Refuses a guest that would write to the snapshot's own files, or to those of one that it builds on, by whatever name.
 fn check_own_disks(chain: &Chain, config: &Config) -> Result<(), RestoreError> {

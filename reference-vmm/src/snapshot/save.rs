@@ -157,6 +157,19 @@ pub enum SnapshotError {
         /// Where that was put.
         dir: PathBuf,
     },
+    /// Something else than the guest put another snapshot in the place of the last one. Found before anything was done.
+    #[error(
+        "{base} was the guest's last snapshot, {last}, and has been replaced since, by {found}: take a full one, which \
+         begins a new chain"
+    )]
+    Replaced {
+        /// Where the last one was put.
+        base: PathBuf,
+        /// The number of what is there.
+        found: SnapshotId,
+        /// The number of the last one.
+        last: SnapshotId,
+    },
     /// What it is to build on is not whole. Found before anything was done.
     #[error("the snapshot that it is to build on cannot be read: {0}")]
     Chain(#[source] Box<RestoreError>),
@@ -475,6 +488,10 @@ impl Running {
         let (chain, _) =
             Chain::open(base).map_err(|error| SnapshotError::Chain(Box::new(error)))?;
         let found = chain.newest().map_or(tip.id, Link::id);
+        if found != tip.id && same(base, &tip.dir) {
+            let (base, last) = (base.to_owned(), tip.id);
+            return Err(SnapshotError::Replaced { base, found, last });
+        }
         if found != tip.id {
             return Err(SnapshotError::Base {
                 base: base.to_owned(),
