@@ -6,6 +6,7 @@
 //! KVM and stock kernels, `tests/loom_*.rs` is a model built apart, and the rest wants nothing of the host.
 
 mod run;
+mod said;
 mod table;
 
 use std::env;
@@ -30,6 +31,8 @@ const USAGE: &str = "\
 Builds and runs the tests, and says what ran where. A tier that this host cannot run is an error, unless it is waived.
 
 Usage: cargo xtask test [OPTIONS]
+
+What failed is told at the end, with what it said, and is in target/xtask/failed.txt as well.
 
   --pure         the tests that need nothing of the host: unit, property, documentation, models
   --kvm          those that need a /dev/kvm, on this host's
@@ -149,6 +152,38 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     if wanted.selected.is_empty() {
         wanted.selected = Tier::ALL.to_vec();
     }
+    let failed = host::workspace().join(FAILED_FILE);
+    // What is there is of another run.
+    let _ = fs::remove_file(&failed);
+    let (status, text) = match tested(&wanted) {
+        Ok(outcomes) => (
+            Ok(i32::from(outcomes.iter().any(|o| !o.is_good()))),
+            table::failures(&outcomes),
+        ),
+        Err(failure) => {
+            let text = format!("xtask test: {failure}\n");
+            (Err(failure), text)
+        }
+    };
+    if !text.is_empty() {
+        keep(&failed, &text);
+    }
+    status
+}
+
+/// What failed, and what it said, for who shows it behind all else (`.ci/run`); not there after a run that was good.
+const FAILED_FILE: &str = "target/xtask/failed.txt";
+
+fn keep(file: &Path, text: &str) {
+    let made = file.parent().map_or(Ok(()), fs::create_dir_all);
+    // It has been said already: no more fails by this.
+    if let Err(error) = made.and_then(|()| fs::write(file, text)) {
+        say(format!("{} cannot be written: {error}", file.display()));
+    }
+}
+
+/// Runs them, and prints the table.
+fn tested(wanted: &Wanted) -> Result<Vec<Outcome>> {
     let begun = Instant::now();
     let (kvm, reason) = host::kvm();
     if wanted.has(Tier::Kvm) && kvm == KvmKind::None {
@@ -157,9 +192,9 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         ))
         .with_status(1));
     }
-    let outcomes = run(&wanted, kvm)?;
+    let outcomes = run(wanted, kvm)?;
     table::print(&outcomes, &wanted.waived, begun.elapsed());
-    Ok(i32::from(outcomes.iter().any(|o| !o.is_good())))
+    Ok(outcomes)
 }
 
 fn run(wanted: &Wanted, kvm: KvmKind) -> Result<Vec<Outcome>> {

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::Tier;
+use super::said::{Reader, Said};
 use crate::cargo::{self, Program};
 use crate::failure::{Context, Failure, Result};
 use crate::lab;
@@ -47,6 +48,8 @@ pub(crate) struct Outcome {
     pub(crate) failures: Vec<String>,
     /// Those that failed in one machine and were run again in the next.
     pub(crate) again: Vec<String>,
+    /// What those that failed said.
+    pub(crate) said: Vec<Said>,
 }
 
 impl Outcome {
@@ -67,6 +70,7 @@ impl Outcome {
             trouble: Some(trouble.into()),
             failures: Vec::new(),
             again: Vec::new(),
+            said: Vec::new(),
         }
     }
 
@@ -107,6 +111,7 @@ impl Outcome {
             "tier": self.tier.name(), "place": self.place, "name": self.name, "passed": self.passed,
             "failed": self.failed, "ignored": self.ignored, "seconds": self.seconds, "trouble": self.trouble,
             "failures": self.failures, "again": self.again,
+            "said": self.said.iter().map(|said| json!([said.test, said.lines])).collect::<Vec<_>>(),
         })
     }
 
@@ -122,6 +127,7 @@ impl Outcome {
             trouble: value["trouble"].as_str().map(str::to_owned),
             failures: strings(&value["failures"]),
             again: strings(&value["again"]),
+            said: value["said"].as_array()?.iter().filter_map(said).collect(),
         })
     }
 
@@ -130,8 +136,10 @@ impl Outcome {
         if let Some(test) = line.trim().strip_prefix("test ")
             && let Some(test) = test.strip_suffix(" ... FAILED")
         {
-            let name = test.strip_suffix(" - should panic").unwrap_or(test);
-            self.failures.push(name.to_owned());
+            // What is behind the name is no part of it.
+            let kinds = [" - should panic", " - compile fail", " - compile"];
+            let mut names = kinds.iter().filter_map(|kind| test.strip_suffix(kind));
+            self.failures.push(names.next().unwrap_or(test).to_owned());
         }
         let Some(counts) = counts(line) else {
             return false;
@@ -141,6 +149,13 @@ impl Outcome {
         self.ignored += counts[2];
         true
     }
+}
+
+fn said(value: &Value) -> Option<Said> {
+    Some(Said {
+        test: value[0].as_str()?.to_owned(),
+        lines: strings(&value[1]),
+    })
 }
 
 fn strings(list: &Value) -> Vec<String> {
@@ -256,9 +271,13 @@ fn observe(mut command: Command, blank: Outcome, out: impl Write + Send + 'stati
         TIME_LIMIT
     };
     let mut counted = false;
+    let mut reader = Reader::default();
     loop {
         match said.recv_timeout(limit.saturating_sub(begun.elapsed())) {
-            Ok(line) => counted |= outcome.count(&line),
+            Ok(line) => {
+                counted |= outcome.count(&line);
+                reader.line(&line);
+            }
             Err(mpsc::RecvTimeoutError::Disconnected) => break,
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 outcome.trouble = Some(format!(
@@ -268,6 +287,10 @@ fn observe(mut command: Command, blank: Outcome, out: impl Write + Send + 'stati
                 let group = i32::try_from(child.id()).unwrap_or(i32::MAX);
                 // SAFETY: a plain call; the group is our child's own, and the child has not been waited for.
                 unsafe { libc::kill(-group, libc::SIGKILL) };
+                // The line that it had begun names the test that hung.
+                while let Ok(line) = said.recv_timeout(Duration::from_secs(1)) {
+                    reader.line(&line);
+                }
                 break;
             }
         }
@@ -289,6 +312,7 @@ fn observe(mut command: Command, blank: Outcome, out: impl Write + Send + 'stati
             outcome.passed += 1; // a program with a harness of its own says it with its status
         }
     }
+    outcome.said = reader.end(outcome.trouble.is_some());
     outcome
 }
 
@@ -471,6 +495,10 @@ mod tests {
         outcome.seconds = 1.5;
         outcome.failures = vec!["a::b".into()];
         outcome.again = vec!["c".into()];
+        outcome.said = vec![Said {
+            test: "a::b".into(),
+            lines: vec!["thread 'a::b' panicked".into(), "why".into()],
+        }];
         assert_eq!(Outcome::from_json(&outcome.to_json()), Some(outcome));
     }
 
@@ -535,5 +563,14 @@ mod tests {
         let after =
             run("echo 'test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured'; kill -6 $$");
         assert!(!after.is_good());
+        // And says what it said last.
+        let dies = run("echo 'test a ... ok'; printf 'test b ... '; kill -9 $$");
+        assert_eq!(dies.said.len(), 1);
+        assert_eq!(dies.said[0].lines, ["test a ... ok", "test b ..."]);
+        let fails = run("echo 'failures:'; echo '---- a stdout ----'; echo why; \
+             echo 'test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured'; exit 101");
+        assert_eq!(fails.trouble, None);
+        assert_eq!((fails.said.len(), fails.said[0].test.as_str()), (1, "a"));
+        assert_eq!(fails.said[0].lines, ["why"]);
     }
 }

@@ -58,23 +58,10 @@ fn text(outcomes: &[Outcome], waived: &[Tier], total: Duration) -> String {
             outcome.again.join(" ")
         );
     }
-    let bad: Vec<_> = outcomes.iter().filter(|o| !o.is_good()).collect();
-    for outcome in &bad {
-        let why = outcome
-            .trouble
-            .clone()
-            .unwrap_or_else(|| format!("{} failed", outcome.failed));
-        text += &format!(
-            "FAILED: {} ({}, {}): {why}\n",
-            outcome.name,
-            outcome.tier.name(),
-            outcome.place
-        );
-    }
-    let verdict = if bad.is_empty() {
-        "all good"
-    } else {
-        "not good"
+    text += &failures(outcomes);
+    let verdict = match outcomes.iter().all(Outcome::is_good) {
+        true => "all good",
+        false => "not good",
     };
     let again = match outcomes.iter().filter(|o| !o.again.is_empty()).count() {
         0 => String::new(),
@@ -84,8 +71,48 @@ fn text(outcomes: &[Outcome], waived: &[Tier], total: Duration) -> String {
     text
 }
 
+/// Of so many tests it is shown what they said: a CI's record keeps the last few hundred lines.
+const MOST_SAID: usize = 12;
+
+/// What the tests that failed said, and then (so that the end of it tells most) which they are; nothing where none did.
+pub(crate) fn failures(outcomes: &[Outcome]) -> String {
+    let bad: Vec<_> = outcomes.iter().filter(|o| !o.is_good()).collect();
+    let what = |outcome: &Outcome| {
+        let (tier, place) = (outcome.tier.name(), &outcome.place);
+        format!("{} ({tier}, {place})", outcome.name)
+    };
+    let said: Vec<_> = bad
+        .iter()
+        .flat_map(|outcome| outcome.said.iter().map(move |said| (*outcome, said)))
+        .collect();
+    let mut text = String::new();
+    for (outcome, said) in said.iter().take(MOST_SAID) {
+        text += &format!("\n---- {}: {}\n", what(outcome), said.test);
+        for line in &said.lines {
+            text += &format!("  {line}\n");
+        }
+    }
+    match said.len() {
+        0 => {}
+        count @ ..=MOST_SAID => text += &format!("---- {count} in all\n\n"),
+        count => text += &format!("---- {MOST_SAID} of {count}: the others are above\n\n"),
+    }
+    for outcome in &bad {
+        let why = outcome
+            .trouble
+            .clone()
+            .unwrap_or_else(|| format!("{} failed", outcome.failed));
+        text += &format!("FAILED: {}: {why}\n", what(outcome));
+        for test in &outcome.failures {
+            text += &format!("  {test}\n");
+        }
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::said::Said;
     use super::*;
 
     #[test]
@@ -106,5 +133,35 @@ mod tests {
         assert!(text.contains("kvm    waived"));
         assert!(text.contains("FAILED: reference-vmm lab_boot (lab, the lab): signal 6"));
         assert!(text.contains("not good, 9 s in all"));
+    }
+
+    #[test]
+    fn what_failed_is_told_with_what_it_said_and_the_names_come_last() {
+        let mut good = Outcome::broken(Tier::Pure, "this host", "");
+        good.trouble = None;
+        assert_eq!(failures(std::slice::from_ref(&good)), "");
+        let mut bad = good.clone();
+        let names: Vec<_> = (0..MOST_SAID + 3).map(|n| format!("test_{n}")).collect();
+        bad.name = "io-bus unit tests".into();
+        bad.failed = names.len() as u64;
+        bad.said = names
+            .iter()
+            .map(|test| Said {
+                test: test.clone(),
+                lines: vec![format!("thread '{test}' panicked at x")],
+            })
+            .collect();
+        bad.failures = names.clone();
+        let told = failures(&[good, bad]);
+        let (said, failed) = told.split_once("FAILED: ").unwrap();
+        assert!(said.contains(
+            "---- io-bus unit tests (pure, this host): test_0\n  thread 'test_0' panicked at x\n"
+        ));
+        assert!(
+            said.contains("12 of 15") && !said.contains("test_12"),
+            "{said}"
+        );
+        assert!(failed.starts_with("io-bus unit tests (pure, this host): 15 failed\n  test_0\n"));
+        assert!(failed.ends_with("  test_14\n"), "{failed}");
     }
 }
