@@ -534,6 +534,35 @@ fn a_reset_ends_a_port_s_connection_and_another_may_come() {
 }
 
 #[test]
+fn a_reset_ends_a_connection_of_which_the_close_still_waits_for_room() {
+    let (device, socket) = named();
+    let mut guest = Guest::new(device);
+    guest.open_port(1);
+    let mut first = socket.connect();
+    assert_eq!(guest.hear(), says::open(1, 1));
+    // More than a socket takes.
+    send_chains(&mut guest);
+    guest.say(says::open(1, 0));
+    guest.sync();
+    // As a driver does that is unbound behind its program.
+    guest.driver.reset();
+    let mut read = Vec::new();
+    first.read_to_end(&mut read).unwrap();
+    // What was out is read first, and the rest belongs to nobody.
+    assert!(read.len() >= CHAIN && read.len() < CHAIN * usize::from(CHAINS));
+    assert!(read.is_sorted());
+
+    guest.open_port(1);
+    let mut second = socket.connect();
+    assert_eq!(guest.hear(), says::open(1, 1));
+    guest.send(5, b"!");
+    guest.say(says::open(1, 0));
+    read.clear();
+    second.read_to_end(&mut read).unwrap();
+    assert_eq!(read, b"!");
+}
+
+#[test]
 fn a_connection_that_nothing_has_gone_through_is_there_for_the_next_program() {
     let (device, socket) = named();
     let mut guest = Guest::new(device);

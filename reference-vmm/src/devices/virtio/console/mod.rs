@@ -22,8 +22,9 @@
 //!   the socket. A client that sends and goes at once has its bytes delivered before the guest sees the port closed.
 //! - A client that ends its sending (`shutdown`, `nc -N`) is still written to. One at a time is served; the next waits
 //!   in the socket's backlog.
-//! - When the guest's program closes a named port, or the driver resets the device, the connection ends when all that
-//!   was written is out: so the host's side learns of it. It may connect again at once. A console's connection stays, and
+//! - When the guest's program closes a named port, the connection ends when all that was written is out, and when the
+//!   driver resets the device, at once (what was out is still read; chains that waited for room are the driver's again): so
+//!   the host's side learns of it. It may connect again at once. A console's connection stays, and
 //!   so does one through which nothing has gone yet: it may be meant for the program that opens the port next.
 //! - A program of the guest's that reads to the end may miss it where the next client connects at once: a Linux driver
 //!   that is told of a closing and an opening together wakes its reader to an open port.

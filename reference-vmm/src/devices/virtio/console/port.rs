@@ -166,13 +166,16 @@ impl Port {
         }
     }
 
-    /// The driver has reset the device.
+    /// The driver has reset the device; `was_open`: with the port open.
+    ///
+    /// A close that waited for room goes through without it: the chains that were not out are the driver's again, and who is
+    /// connected still reads what was.
     pub(super) fn reset(&mut self, desk: &mut Desk<'_>, was_open: bool) {
         self.sent = 0;
-        self.closing = false;
-        if was_open && self.hangs_up && self.used {
+        if (was_open || self.closing) && self.hangs_up && self.used {
             self.disconnect(desk);
         }
+        self.closing = false;
         // The next driver's bytes are for the next connection.
         self.dropping = false;
     }
