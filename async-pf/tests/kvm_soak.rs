@@ -62,6 +62,16 @@ impl Trouble {
     fn is_harmless(self) -> bool {
         matches!(self, Trouble::Nothing | Trouble::Rough | Trouble::Severed)
     }
+
+    /// Whether there may be an error in place of this page: no other goes with one that the source has not.
+    fn may_lose(self, page: u64) -> bool {
+        match self {
+            Trouble::Nothing | Trouble::Rough | Trouble::Severed => false,
+            Trouble::Bad(bad) => page == bad,
+            // Who waits behind it may be late, and what has not come when the pager goes does not.
+            Trouble::Mute(_) | Trouble::Dropped(_) => true,
+        }
+    }
 }
 
 /// The first and the last word of a page; every seventh is zero.
@@ -180,11 +190,10 @@ fn round(trouble: Trouble, mut draw: Draw) {
     let slot = PagedSlot::new(&registration, Gfn(0), source).unwrap();
     let config = PagerConfig {
         workers: 1 + draw.below(3) as usize,
-        // What is tried again is late only if it hangs.
-        deadline: if trouble.is_harmless() {
-            WATCHDOG
-        } else {
-            DEADLINE
+        // What is tried again, and what is not there, is late only if it hangs.
+        deadline: match trouble {
+            Trouble::Mute(_) | Trouble::Dropped(_) => DEADLINE,
+            _ => WATCHDOG,
         },
         events: events.clone(),
         ..PagerConfig::default()
@@ -201,7 +210,7 @@ fn round(trouble: Trouble, mut draw: Draw) {
         let right = has.is_none_or(|words| words == expected(page));
         assert!(right, "page {page} has {has:x?}");
         assert!(
-            has.is_some() || !trouble.is_harmless(),
+            has.is_some() || trouble.may_lose(page),
             "page {page} is lost"
         );
         has.is_some()
@@ -250,7 +259,7 @@ fn round(trouble: Trouble, mut draw: Draw) {
                         // What a memfd has is there still.
                         let right = match has {
                             Some(words) => words == [0, 0] || is_memfd && words == expected(page),
-                            None => !trouble.is_harmless(),
+                            None => trouble.may_lose(page),
                         };
                         assert!(right, "page {page} was given back and has {has:x?}");
                     }
@@ -286,8 +295,10 @@ fn round(trouble: Trouble, mut draw: Draw) {
     for page in (0..PAGES).filter(|page| settled(*page)) {
         seen(page);
     }
-    if let Trouble::Bad(page) = trouble {
+    if let (Some(pager), Trouble::Bad(page)) = (&left, trouble) {
         assert_eq!(peek(start, page), None, "page {page}");
+        // That one, and no other.
+        assert_eq!(pager.progress().lost, 1);
     }
     drop(left);
 }
