@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use faulty_files::{before, before_those_of};
 use guests::virtio::{INTERRUPTS, MEMORY, Op, REGISTERS, driver};
@@ -257,6 +257,30 @@ fn what_the_disk_writes_to_guest_memory_is_tracked_as_what_the_guest_writes() {
         assert!(pauses > 2, "{pauses}");
     }
 }
+
+#[test]
+fn a_guest_stands_still_until_what_it_writes_then_has_another_time_than_what_it_wrote_before() {
+    need_kvm();
+    let kernel = file(&writer());
+    let image = disk(u64::from(SECTORS));
+    let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
+    let folder = tempfile::tempdir().unwrap();
+    let guest = Guest::of(|console, end| Machine::build(&config, console, end));
+    // It has to wait for the guest's first tries.
+    guest.running.pause().unwrap();
+    let times = File::options().write(true).open(&image).unwrap();
+    for number in 0..10 {
+        // Written at a moment that the clock is never behind in time: as long as one tick is may be waited for.
+        let written = SystemTime::now() + Duration::from_secs(3600);
+        times.set_modified(written).unwrap();
+        let request = SnapshotRequest::new(folder.path().join(number.to_string()));
+        let report = guest.running.snapshot(&request).unwrap();
+        assert!(report.paused >= TICK, "{number}: {:?}", report.paused);
+    }
+}
+
+/// The clock by which file systems tell the time of a write moves as often at least.
+const TICK: Duration = Duration::from_millis(10);
 
 #[test]
 fn a_disk_that_has_moved_on_is_refused_and_a_copy_of_what_it_was_is_taken() {

@@ -22,17 +22,26 @@ pub(super) fn wait_for_a_tick(disks: &[DiskConfig]) {
             Duration::new(seconds.max(0) as u64, nanoseconds as u32)
         })
     });
-    let Some(last) = written.max().filter(|last| *last >= begun) else {
+    if let Some(last) = written.max() {
+        let nap = || std::thread::sleep(Duration::from_millis(1));
+        wait_behind(last, coarse_time, nap);
+    }
+}
+
+/// Waits until `clock` is behind a write at `last`; `nap` is a millisecond of this.
+fn wait_behind(last: Duration, mut clock: impl FnMut() -> Duration, mut nap: impl FnMut()) {
+    let begun = clock();
+    if last < begun {
         return;
-    };
+    }
     // The finer times of Linux 6.13 are ahead of the clock by less than it moves at once. A time that is yet to come is
     // somebody's own.
     let last = last.min(begun + TICK);
     for _ in 0..100 {
-        if coarse_time() > last {
+        if clock() > last {
             return;
         }
-        std::thread::sleep(Duration::from_millis(1));
+        nap();
     }
 }
 
@@ -54,25 +63,61 @@ fn coarse_time() -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    /// How often it naps behind a write at `last`, where it is 1,000 ms and the clock moves every `tick` ms.
+    fn naps(last: u64, tick: u64) -> u64 {
+        let naps = Cell::new(0);
+        let clock = || Duration::from_millis(1000 + naps.get() / tick * tick);
+        wait_behind(Duration::from_millis(last), clock, || {
+            naps.set(naps.get() + 1)
+        });
+        naps.get()
+    }
+
+    #[test]
+    fn the_clock_moves_on_behind_the_last_write_and_no_longer_is_waited() {
+        // It is later already.
+        assert_eq!(naps(999, 4), 0);
+        // Written at this tick, or by a finer clock between it and the next.
+        assert_eq!(naps(1000, 4), 4);
+        assert_eq!(naps(1003, 4), 4);
+        assert_eq!(naps(1004, 4), 8);
+        assert_eq!(naps(1000, 10), 10);
+        // Somebody's own time, and a clock that stands still, hold nobody up.
+        assert_eq!(naps(1_000_000, 1), 11);
+        assert_eq!(naps(1000, 1_000_000), 100);
+    }
 
     #[test]
     fn what_is_written_behind_it_has_another_time() {
         let image = tempfile::NamedTempFile::new().unwrap();
-        let disks = [DiskConfig::new(image.path())];
-        let time = || {
-            let is = image.as_file().metadata().unwrap();
-            Duration::new(is.mtime() as u64, is.mtime_nsec() as u32)
+        let of = DiskConfig::new(image.path());
+        let written = |disk: &DiskConfig| {
+            // Nobody is away for so long each time.
+            let written = coarse_time() + Duration::from_millis(5);
+            image.as_file().set_modified(UNIX_EPOCH + written).unwrap();
+            wait_for_a_tick(std::slice::from_ref(disk));
+            written
         };
-        // Of two writes right behind each other some have the same; not where a file system has finer times for one whose
-        // time was asked (Linux 6.13), so the clock is looked at as well.
-        for _ in 0..50 {
-            fs::write(&image, "before").unwrap();
-            let written = time();
-            wait_for_a_tick(&disks);
-            assert!(coarse_time() > written);
+        for _ in 0..20 {
+            let before = written(&of);
+            assert!(coarse_time() > before);
             fs::write(&image, "behind").unwrap();
-            assert!(time() > written);
+            let is = image.as_file().metadata().unwrap();
+            let time = Duration::new(is.mtime() as u64, is.mtime_nsec() as u32);
+            assert!(time > before);
         }
+        // Of one that the guest cannot write nothing is waited for.
+        let readonly = DiskConfig {
+            readonly: true,
+            ..of
+        };
+        assert!((0..20).any(|_| {
+            let before = written(&readonly);
+            coarse_time() <= before
+        }));
     }
 }
