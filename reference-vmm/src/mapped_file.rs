@@ -124,7 +124,11 @@ pub(crate) fn needed(registers: &RegisterDump, translate: impl Fn(u64) -> Option
 
 #[cfg(test)]
 mod tests {
+    use memslots::fake::FakeHost;
+    use memslots::{Backing, SlotFlags};
+
     use super::*;
+    use crate::memory::slots_of;
     use crate::snapshot::pages::PageMap;
 
     #[test]
@@ -143,6 +147,53 @@ mod tests {
             (high.offset + 3 * PAGE, 19 * PAGE),
         ] {
             assert_eq!(mapped.first_behind(has), Some(first));
+        }
+    }
+
+    #[test]
+    fn of_a_file_that_was_cut_off_it_is_said_which_needed_address_is_lost_and_none_is_touched() {
+        // Two slots of the file, and one that is none of it.
+        let map = PageMap::of([(0, 2 * PAGE), (16 * PAGE, 4 * PAGE)]);
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(map.file_len()).unwrap();
+        let slots = slots_of(FakeHost::new(8));
+        let backing =
+            |region: &Region| Backing::file_private(file.clone(), region.offset, region.len);
+        let of_file = map
+            .regions
+            .iter()
+            .map(|region| (region.guest, backing(region)));
+        let others = [(32 * PAGE, Backing::anonymous(PAGE))];
+        let made = of_file
+            .chain(others)
+            .map(|(guest, backing)| slots.create(GuestAddress(guest), backing, SlotFlags::NONE));
+        let _made: Vec<_> = made.map(Result::unwrap).collect();
+        let table = slots.snapshot();
+        let every = |table: &SlotTable| {
+            let pages = (0..40).map(|page| page * PAGE + 0xff8);
+            pages.filter(|at| is_lost(table, *at)).collect::<Vec<_>>()
+        };
+        let mapped = MappedFile::new("/m".into(), file.clone(), map.regions.clone());
+        assert_eq!(every(&table), [0_u64; 0]);
+        assert_eq!(
+            mapped.lost(&table, [0, 16 * PAGE, 32 * PAGE, 1 << 40]),
+            None
+        );
+
+        // The last two pages of the second.
+        let has = map.regions[1].offset + 2 * PAGE;
+        file.set_len(has).unwrap();
+        assert_eq!(every(&table), [18 * PAGE + 0xff8, 19 * PAGE + 0xff8]);
+        // Of those that are needed the one that is lost, to the byte; of none of them the first of all.
+        for (needed, said) in [
+            ([8, 17 * PAGE, 19 * PAGE + 0x123], 19 * PAGE + 0x123),
+            ([18 * PAGE + 8, 19 * PAGE, 32 * PAGE], 18 * PAGE + 8),
+            ([0, 32 * PAGE, 1 << 40], 18 * PAGE),
+        ] {
+            let why = mapped.lost(&table, needed).unwrap();
+            let cut = format!("cut off, to {has} bytes of {}", map.file_len());
+            let at = format!("the memory file /m cannot be read at guest address {said:#x}: ");
+            assert!(why.starts_with(&at) && why.ends_with(&cut), "{why}");
         }
     }
 }
