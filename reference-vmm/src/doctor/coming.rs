@@ -7,7 +7,7 @@ use memslots::uffd::{Features, OpenError};
 /// One thing that it takes a userfaultfd to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UffdUse {
-    /// What is said on the command line.
+    /// What is said on the command line, or which part of the one before.
     pub command: &'static str,
     /// The features that it needs, beyond missing pages.
     pub needs: Features,
@@ -16,7 +16,7 @@ pub struct UffdUse {
 }
 
 /// All of them.
-pub const UFFD_USES: [UffdUse; 2] = [
+pub const UFFD_USES: [UffdUse; 3] = [
     UffdUse {
         command: "restore --lazy",
         needs: Features::POISON,
@@ -26,6 +26,12 @@ pub const UFFD_USES: [UffdUse; 2] = [
         command: "ctl snapshot --background",
         needs: Features::PAGEFAULT_FLAG_WP,
         since: "Linux 5.7",
+    },
+    // Which is not anonymous.
+    UffdUse {
+        command: "the same of --memory SIZE,shared or SIZE,hugepages=SIZE",
+        needs: Features::WP_HUGETLBFS_SHMEM,
+        since: "Linux 5.19",
     },
 ];
 
@@ -72,15 +78,22 @@ mod tests {
 
     #[test]
     fn what_lacks_a_feature_names_it_and_who_has_it() {
-        let [lazy, background] = UFFD_USES;
-        let all = Features::POISON.bits() | Features::PAGEFAULT_FLAG_WP.bits();
-        assert_eq!(lazy.problem(&Ok(all)), None);
-        assert_eq!(background.problem(&Ok(all)), None);
-        // Linux 6.1's.
-        let old = Ok(0x1fff);
+        let [lazy, background, shared] = UFFD_USES;
+        // Linux 6.1's, and all.
+        let (old, all) = (Ok(0x1fff), Ok(0x1fff | Features::POISON.bits()));
+        for of in &UFFD_USES {
+            assert_eq!(of.problem(&all), None);
+        }
         assert_eq!(background.problem(&old), None);
+        assert_eq!(shared.problem(&old), None);
         let why = lazy.problem(&old).unwrap();
         assert!(why.contains("POISON") && why.contains("Linux 6.6"), "{why}");
+        // Linux 5.15's: of anonymous memory alone.
+        let older = Ok(0x7ff);
+        assert_eq!(background.problem(&older), None);
+        let why = shared.problem(&older).unwrap();
+        let says = why.contains("WP_HUGETLBFS_SHMEM") && why.contains("Linux 5.19");
+        assert!(says, "{why}");
         let none = Err("because".to_owned());
         assert_eq!(lazy.problem(&none).as_deref(), Some("because"));
     }
