@@ -8,12 +8,14 @@
 mod faulty_files;
 mod support;
 
+use std::cell::Cell;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use faulty_files::Faulty;
+use faulty_files::{Faulty, before};
 use guests::keeper::keeper64;
 use reference_vmm::config::Irqchip;
-use reference_vmm::snapshot::files::{HostFiles, WriteError};
+use reference_vmm::snapshot::files::{Draft, HostFiles, WriteError};
 use reference_vmm::snapshot::info::{self, SnapshotInfo};
 use reference_vmm::snapshot::merge::{MergeRequest, merge};
 use reference_vmm::snapshot::packed::Compression;
@@ -396,4 +398,62 @@ fn the_command_line_makes_a_chain_says_what_it_is_and_merges_it() {
     on.wait_for("5");
     on.type_in(b"q");
     on.wait().expect_status(1).expect_silence();
+}
+
+/// Whether somebody could put another snapshot in the place of this one.
+fn can_be_replaced(dir: &Path) -> Result<(), WriteError> {
+    Draft::begin(&HostFiles, dir).map(drop)
+}
+
+#[test]
+fn what_a_snapshot_builds_on_cannot_be_replaced_while_it_is_written_nor_be_built_on_while_it_is_replaced()
+ {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = |name: &str| folder.path().join(name);
+    let (_kernel, config) = keeper(1, Irqchip::Split);
+    let mut guest = Guest::boot(&config);
+    guest.hear(1);
+    guest.snapshot(&full(&dir("a")));
+    for (name, on, background) in [("b", "a", false), ("c", "b", true)] {
+        let on = dir(on);
+        write(&guest.running, 0, 1);
+        // It is not there yet, and nobody can tell by its files what it builds on.
+        let tried = Cell::new(0);
+        let files = before(|| {
+            let refused = can_be_replaced(&on);
+            assert!(
+                matches!(&refused, Err(WriteError::BuiltOn(dir)) if *dir == on),
+                "{background}: {refused:?}"
+            );
+            tried.set(tried.get() + 1);
+        });
+        let request = SnapshotRequest {
+            background,
+            ..diff(&dir(name), &on)
+        };
+        guest.running.snapshot_with(&request, &files).unwrap();
+        assert!(tried.get() > 0);
+        let refused = can_be_replaced(&on);
+        assert!(
+            matches!(refused, Err(WriteError::Parent { .. })),
+            "{refused:?}"
+        );
+    }
+    // Whoever replaces one has its folder to himself.
+    let last = dir("c");
+    let held = std::fs::File::open(&last).unwrap();
+    // SAFETY: a lock on an open descriptor.
+    let locked = unsafe { libc::flock(held.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+    assert_eq!(locked, 0);
+    let request = diff(&dir("d"), &last);
+    let error = guest.running.snapshot(&request).unwrap_err();
+    assert!(
+        matches!(&error, SnapshotError::Write(WriteError::InUse(dir)) if *dir == last),
+        "{error:?}"
+    );
+    assert!(!dir("d").exists());
+    drop(held);
+    guest.running.snapshot(&request).unwrap();
+    guest.has_all();
 }
