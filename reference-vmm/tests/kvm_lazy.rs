@@ -16,7 +16,7 @@ use guests::image;
 use guests::verifier::{FIRST, PAGES, PASSES, key, verifier64};
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::GuestEnd;
-use reference_vmm::lazy::{LazyRequest, LazyState, OnLoss, WORKING_SET};
+use reference_vmm::lazy::{LazyRequest, LazyState, OnLoss, WORKING_SET, WORKING_SET_PAGES};
 use reference_vmm::memory::Memory;
 use reference_vmm::snapshot::info;
 use reference_vmm::snapshot::packed::Compression;
@@ -257,6 +257,29 @@ fn what_is_recorded_at_one_restore_is_read_ahead_at_the_next() {
     becomes_whole(&guest.running);
     let stats = guest.running.lazy_stats().unwrap();
     assert!(stats.ahead > stats.by_fault, "{stats:?}");
+    guest.has_all();
+    // What it touches first is kept, and read from there: in the snapshot it is lost by now.
+    let kept = dir.join(WORKING_SET_PAGES);
+    let whole = std::fs::read(dir.join("memory")).unwrap();
+    let lost = memory(&dir);
+    let first = offset(&dir, FIRST);
+    lost.write_all_at(&vec![0xee; PAGES as usize * 4096], first)
+        .unwrap();
+    let mut guest = Guest::restore(&RestoreRequest {
+        verify: false,
+        ..lazy(&dir)
+    });
+    guest.hear(2);
+    becomes_whole(&guest.running);
+    guest.has_all();
+    std::fs::write(dir.join("memory"), whole).unwrap();
+    // And where a page of it is not as it was, the snapshot is read again.
+    let len = std::fs::metadata(&kept).unwrap().len();
+    let file = File::options().write(true).open(&kept).unwrap();
+    file.write_all_at(&[0xee; 4096], len - 4096).unwrap();
+    let mut guest = Guest::restore(&lazy(&dir));
+    guest.hear(2);
+    becomes_whole(&guest.running);
     // The end of a guest saves what there is.
     std::fs::remove_file(&record).unwrap();
     guest.has_all();

@@ -166,6 +166,7 @@ fn what_lies_beside_an_older_snapshot_is_not_removed_with_it() {
         "state.bak",
         // Not what a restore records.
         "working_set",
+        "working_set_pages",
         "sub",
     ];
     for name in names {

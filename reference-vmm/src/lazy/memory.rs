@@ -16,6 +16,7 @@ use super::arrive::{Enough, Waits, faults};
 use super::bus::Parked;
 use super::events::Events;
 use super::handler::Handler;
+use super::kept::KeptFirst;
 use super::source::SnapshotSource;
 use super::stats::{LazyProgress, LazyState, LazyStats};
 use super::working_set::{Recording, Replay, WorkingSets};
@@ -176,7 +177,7 @@ impl LazyMemory {
         }
 
         let span = slots.last().map_or(0, |last| last.end / PAGE_SIZE);
-        let (recording, replay) = sets.prepare(request.record, span);
+        let (recording, mut replay) = sets.prepare(request.record, span);
         let mut phase = LazyState::Bringing;
         let mut config = PagerConfig {
             workers: request.workers,
@@ -194,6 +195,10 @@ impl LazyMemory {
             config.record = Some(Arc::clone(replay.recorder()));
         }
         let of: Arc<dyn PageSource> = Arc::new(source.clone());
+        let of = match replay.as_mut().and_then(Replay::take_kept) {
+            Some(kept) => Arc::new(KeptFirst::new(kept, of)),
+            None => of,
+        };
         let paged = registrations
             .iter()
             .zip(&slots)
@@ -426,8 +431,8 @@ impl Shared {
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(state);
-        if let From::Snapshot(_, sets) = &self.from {
-            sets.save(recording);
+        if let From::Snapshot(source, sets) = &self.from {
+            sets.save(recording, source, &|| self.go_on());
         }
         self.turn(LazyState::Bringing);
     }

@@ -61,6 +61,7 @@ pub(crate) mod bus;
 mod error;
 mod events;
 mod handler;
+pub mod kept;
 mod memory;
 mod said;
 mod source;
@@ -77,7 +78,7 @@ pub use said::LazySaid;
 pub use source::SnapshotSource;
 pub(crate) use stats::coming;
 pub use stats::{LazyProgress, LazyState, LazyStats};
-pub use working_set::WORKING_SET;
+pub use working_set::{WORKING_SET, WORKING_SET_PAGES};
 
 /// How memory comes.
 #[derive(Clone, Debug, PartialEq, Eq)]

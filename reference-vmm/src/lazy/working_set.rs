@@ -7,11 +7,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_pf::PageSource;
 use async_pf::working_set::{
     FileError, PlanLimits, Recorder, RefreshPolicy, ReplayPlan, Usage, WorkingSet,
 };
 use memslots::Gfn;
 
+use super::kept::{self, Kept};
 use crate::end::Chain as Words;
 use crate::snapshot::chain::Chain;
 use crate::snapshot::format::SnapshotId;
@@ -19,6 +21,9 @@ use crate::snapshot::link::{self, Link};
 
 /// The file's name in the snapshot's directory.
 pub const WORKING_SET: &str = "working_set";
+
+/// And of the file of its first pages.
+pub const WORKING_SET_PAGES: &str = "working_set_pages";
 
 /// The most pages that are recorded.
 const MOST: usize = 1 << 20;
@@ -40,6 +45,8 @@ pub(super) struct Replay {
     record: WorkingSet,
     plan: ReplayPlan,
     recorder: Arc<Recorder>,
+    /// Its first pages, until they are taken.
+    kept: Option<Kept>,
 }
 
 impl WorkingSets {
@@ -85,17 +92,29 @@ impl WorkingSets {
             }
         };
         let plan = ReplayPlan::new(&record, PlanLimits::default());
+        let path = self.dir.join(WORKING_SET_PAGES);
+        let kept = Kept::load(&path, self.id).unwrap_or_else(|error| {
+            let path = path.display();
+            log::warn!("{path} is of no use, and the snapshot is read in its place: {error}");
+            None
+        });
         let replay = recorder().map(|recorder| Replay {
             record,
             plan,
             recorder,
+            kept,
         });
         (None, replay)
     }
 
-    /// Saves what was recorded, unless the directory is another snapshot's by now. Blocks for the disk. That it cannot be
-    /// saved is told of: the guest has lost nothing.
-    pub(super) fn save(&self, recording: &Recording) {
+    /// Saves what was recorded, and its first pages out of `source`, unless the directory is another snapshot's by now. Blocks
+    /// for the disk. That it cannot be saved is told of: the guest has lost nothing.
+    pub(super) fn save(
+        &self,
+        recording: &Recording,
+        source: &dyn PageSource,
+        go_on: &dyn Fn() -> bool,
+    ) {
         let record = recording.recorder.so_far();
         let path = self.dir.join(WORKING_SET);
         match link::id_of(&self.dir) {
@@ -111,7 +130,13 @@ impl WorkingSets {
                 record.touched(),
                 path.display()
             ),
-            Err(error) => log::warn!("no working set is saved: {}", Words(&error)),
+            Err(error) => return log::warn!("no working set is saved: {}", Words(&error)),
+        }
+        // What is there of another record of this snapshot is as right as before: pages, and no order.
+        let path = self.dir.join(WORKING_SET_PAGES);
+        match kept::save(&path, self.id, &record, source, go_on) {
+            Ok(pages) => log::info!("{pages} of its pages are kept in {}", path.display()),
+            Err(error) => log::warn!("its pages are not kept in {}: {error}", path.display()),
         }
     }
 }
@@ -129,6 +154,11 @@ impl Recording {
 impl Replay {
     pub(super) fn recorder(&self) -> &Arc<Recorder> {
         &self.recorder
+    }
+
+    /// Its first pages, once.
+    pub(super) fn take_kept(&mut self) -> Option<Kept> {
+        self.kept.take()
     }
 
     /// What is read ahead, in order.

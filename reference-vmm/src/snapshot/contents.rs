@@ -3,7 +3,7 @@
 //! What lies in a directory: whether a snapshot may take its place, and all of it be removed.
 //!
 //! Names alone do not tell: a `state` may be anybody's. A snapshot is what has a file `state` that begins as one, and its
-//! files are that, `memory`, each `diskN` that it says it has, and a `working_set` that begins as one. Where it cannot be
+//! files are that, `memory`, each `diskN` that it says it has, and a `working_set` and its pages that begin as such. Where it cannot be
 //! parsed any `diskN` passes: it may be damaged, or newer than this program.
 
 #![forbid(unsafe_code)]
@@ -17,9 +17,10 @@ use std::path::Path;
 use async_pf::working_set;
 
 use super::disks::{self, DiskCopy};
-use super::files::{DISK, MEMORY, STATE, WORKING_SET, WriteError, call};
+use super::files::{DISK, MEMORY, STATE, WORKING_SET, WORKING_SET_PAGES, WriteError, call};
 use super::format;
 use super::link::read_state;
+use crate::lazy::kept;
 
 /// What is in a directory.
 #[derive(Debug, PartialEq, Eq)]
@@ -46,9 +47,11 @@ pub(super) fn of(dir: &Path) -> Result<Contents, WriteError> {
     let Some(said) = said(dir)? else {
         return Ok(Contents::Other(any.clone()));
     };
-    let stranger = own
-        .iter()
-        .find(|name| *name == WORKING_SET && !is_record(dir));
+    let stranger = own.iter().find(|name| {
+        RECORDS
+            .iter()
+            .any(|(of, magic)| *name == of && !begins(dir, of, magic))
+    });
     let foreign = foreign.or(stranger.cloned());
     let mut disks = own.into_iter().filter(|name| is_disk(name));
     let unsaid = said.and_then(|said| disks.find(|disk| said.iter().all(|it| *it != **disk)));
@@ -122,16 +125,21 @@ impl Names {
 /// Whether a file of a snapshot has this name.
 fn is_own(name: &OsStr) -> bool {
     // What a record is before it is whole has nothing that would tell.
-    let record = name == WORKING_SET || name == ".working_set.partial";
+    let partial = |of: &str| format!(".{of}.partial");
+    let record = RECORDS
+        .iter()
+        .any(|(of, _)| name == *of || *name == *partial(of));
     record || name == STATE || name == MEMORY || is_disk(name)
 }
 
-/// Whether the file beside a snapshot begins as a record of what a guest touched first.
-fn is_record(dir: &Path) -> bool {
-    matches!(
-        begins_as(&dir.join(WORKING_SET), &working_set::MAGIC),
-        Ok(true)
-    )
+/// What a restore records of what a guest touches first, and how that begins.
+const RECORDS: [(&str, [u8; 8]); 2] = [
+    (WORKING_SET, working_set::MAGIC),
+    (WORKING_SET_PAGES, kept::MAGIC),
+];
+
+fn begins(dir: &Path, name: &str, magic: &[u8; 8]) -> bool {
+    matches!(begins_as(&dir.join(name), magic), Ok(true))
 }
 
 fn is_disk(name: &OsStr) -> bool {

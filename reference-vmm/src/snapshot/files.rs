@@ -39,7 +39,7 @@ pub const STATE: &str = "state";
 /// The file of guest memory.
 pub const MEMORY: &str = "memory";
 /// The file of what a guest touched first when it went on from here.
-pub use crate::lazy::WORKING_SET;
+pub use crate::lazy::{WORKING_SET, WORKING_SET_PAGES};
 /// What the files of disks begin with, before their number.
 pub const DISK: &str = "disk";
 
