@@ -81,6 +81,24 @@ pub enum Error {
         "this VM can have no guest_memfd: its KVM lacks KVM_CAP_GUEST_MEMFD or KVM_CAP_USER_MEMORY2 for it"
     )]
     NoGuestMemfd,
+    /// This VM can have no guest_memfd that this process maps as well.
+    #[error(
+        "this VM can have no guest_memfd that can be mapped: that takes Linux 6.18 or later, whose KVM has \
+         KVM_CAP_GUEST_MEMFD_FLAGS with both flags, MMAP and INIT_SHARED"
+    )]
+    NoMappableGuestMemfd,
+    /// A slot with a guest_memfd that can be mapped has other memory beside it: KVM would go to the one, this process to
+    /// the other.
+    #[error(
+        "the slot at {:#x} has a guest_memfd that can be mapped, from {offset:#x} on, and its own memory is another: make \
+         it of the same bytes (Backing::guest_memfd)", start.0
+    )]
+    OtherThanGuestMemfd {
+        /// The slot's first address.
+        start: GuestAddress,
+        /// The offset in the guest_memfd, in bytes.
+        offset: u64,
+    },
     /// The host made no guest_memfd.
     #[error("no guest_memfd of {size:#x} bytes: {source}")]
     GuestMemfd {

@@ -139,4 +139,12 @@ impl SetMemoryRegion for FakeHost {
         file.set_len(size).map_err(|_| last())?;
         Ok(file.into())
     }
+
+    fn has_mappable_guest_memfd(&self) -> bool {
+        self.limits.guest_memfd
+    }
+
+    fn create_mappable_guest_memfd(&self, size: u64) -> Result<OwnedFd, Errno> {
+        self.create_guest_memfd(size)
+    }
 }

@@ -63,6 +63,22 @@ pub trait SetMemoryRegion {
         let _ = size;
         Err(Errno(libc::EOPNOTSUPP))
     }
+
+    /// Whether this VM can have guest_memfds that this process maps as well (both flags of
+    /// `KVM_CAP_GUEST_MEMFD_FLAGS`, asked of the VM; Linux 6.18). A host that does not say is one that cannot.
+    fn has_mappable_guest_memfd(&self) -> bool {
+        false
+    }
+
+    /// Makes a guest_memfd of `size` bytes that can be mapped, and whose pages are shared with the guest from the start
+    /// (`GUEST_MEMFD_FLAG_MMAP` and `GUEST_MEMFD_FLAG_INIT_SHARED`).
+    ///
+    /// # Errors
+    /// The host's errno; EOPNOTSUPP where [`has_mappable_guest_memfd`](Self::has_mappable_guest_memfd) says no.
+    fn create_mappable_guest_memfd(&self, size: u64) -> Result<OwnedFd, Errno> {
+        let _ = size;
+        Err(Errno(libc::EOPNOTSUPP))
+    }
 }
 
 macro_rules! forward {
@@ -83,6 +99,14 @@ macro_rules! forward {
 
             fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, Errno> {
                 (**self).create_guest_memfd(size)
+            }
+
+            fn has_mappable_guest_memfd(&self) -> bool {
+                (**self).has_mappable_guest_memfd()
+            }
+
+            fn create_mappable_guest_memfd(&self, size: u64) -> Result<OwnedFd, Errno> {
+                (**self).create_mappable_guest_memfd(size)
             }
         }
     )*};

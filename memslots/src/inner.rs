@@ -74,12 +74,20 @@ impl<B: SlotBitmap> Inner<B> {
 
     /// What the classifier does not know about a slot: the policy above it, and whose its guest_memfd is.
     fn check_slot(&self, slot: &LayoutSlot) -> Result<(), Error> {
-        if let Some(binding) = &slot.guest_memfd
-            && !binding.file.belongs_to(&self.ids)
-        {
-            return Err(Error::OtherVm {
-                what: "guest_memfd",
-            });
+        let mapped = slot.slot.backing.guest_memfd_binding();
+        if let Some(binding) = &slot.guest_memfd {
+            if !binding.file.belongs_to(&self.ids) {
+                return Err(Error::OtherVm {
+                    what: "guest_memfd",
+                });
+            }
+            if (binding.file.is_mappable() || mapped.is_some()) && mapped.as_ref() != Some(binding)
+            {
+                return Err(Error::OtherThanGuestMemfd {
+                    start: slot.slot.start,
+                    offset: binding.offset,
+                });
+            }
         }
         self.check_private(slot.slot.start, slot.size())
     }

@@ -127,6 +127,8 @@ impl LayoutSlot {
 
     /// The same with private memory: the part of `file` from byte `offset` on, as long as the slot. KVM takes neither
     /// flag for such a slot, and never changes it: a [`Plan`](crate::Plan) that has to deletes it and makes it again.
+    ///
+    /// For one that cannot be mapped: a slot of one that can has it by its [`Backing::guest_memfd`].
     #[must_use]
     pub fn with_guest_memfd(mut self, file: &GuestMemfd, offset: u64) -> Self {
         let file = file.clone();
@@ -168,9 +170,9 @@ impl LayoutSlot {
 impl From<NewSlot> for LayoutSlot {
     fn from(slot: NewSlot) -> Self {
         Self {
+            guest_memfd: slot.backing.guest_memfd_binding(),
             slot,
             name: None,
-            guest_memfd: None,
         }
     }
 }

@@ -83,7 +83,8 @@
 //! Whoever mirrors guest memory registers a [`ChangeListener`]: it can refuse a change before KVM is asked, and has let
 //! go of removed memory before that memory can be unmapped. Its contract has the order of things. A slot can have
 //! private memory beside its user mapping ([`NewSlot::with_guest_memfd`], [`Memslots::create_guest_memfd`]) where the
-//! host has guest_memfds; where not, that call says so, and everything else is as it was.
+//! host has guest_memfds; where not, that call says so, and everything else is as it was. From Linux 6.18 on a guest_memfd
+//! can be all of a slot's memory, mapped here as well ([`Memslots::create_mappable_guest_memfd`], [`Backing::guest_memfd`]).
 //!
 //! # Header map
 //! Where `include/linux/kvm_host.h` (Linux 3.17) went.
@@ -229,8 +230,8 @@
 //! the contents are read through a [`Snapshot`]. Ids are not part of it: they are given anew.
 //!
 //! # Backings, and what works on which
-//! [`Backing`] says what is behind a slot: anonymous memory, a memfd, a file, hugetlb pages, a [part](Backing::part) of
-//! a [`Mapping`] that several slots are cut from, a mapping of the consumer's own; from which NUMA nodes, prefaulted, between guard pages, left out of core dumps. What cannot be is
+//! [`Backing`] says what is behind a slot: anonymous memory, a memfd, a file, hugetlb pages, a [guest_memfd](Backing::guest_memfd), a
+//! [part](Backing::part) of a [`Mapping`] that several slots are cut from, a mapping of the consumer's own; from which NUMA nodes, prefaulted, between guard pages, left out of core dumps. What cannot be is
 //! refused before anything is made or mapped, with the numbers. [`Holes`] says where nothing has been put yet.
 //! [`MemoryKind::support`] is the table of which
 //! [`Mechanism`] works on which memory, checked against the kernel; what a VM will want later (a pager, a snapshot, a

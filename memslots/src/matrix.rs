@@ -29,7 +29,7 @@ pub enum MemoryKind {
     HugetlbFilePrivate,
     /// Hugetlb pages of a memfd or of a hugetlbfs file, mapped shared.
     HugetlbShared,
-    /// A guest_memfd, which this process does not map.
+    /// A guest_memfd, of a slot that is bound to it.
     GuestMemfd,
     /// A mapping that the consumer brought: nothing is known of it.
     External,
@@ -140,6 +140,10 @@ impl MemoryKind {
 
             (M::Punch, K::GuestMemfd) => Yes,
             (M::Share, K::GuestMemfd) => No("its private pages are the guest's alone"),
+            // The calls succeed, and Linux 6.18 asks for neither advice nor policy when it makes a page.
+            (M::TransparentHugePages | M::Numa, K::GuestMemfd) => {
+                No("KVM makes its pages, ordinary ones, where it likes; take a memfd")
+            }
             (_, K::GuestMemfd) => No(NO_GUEST_MEMFD),
 
             (M::Missing, K::Anonymous) => Yes,

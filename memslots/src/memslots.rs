@@ -209,16 +209,36 @@ impl<B: SlotBitmap> Memslots<B> {
     /// # Errors
     /// [`Error::NoGuestMemfd`] where this VM can have none, [`Error::GuestMemfd`] if the host refuses.
     pub fn create_guest_memfd(&self, size: u64) -> Result<GuestMemfd, Error> {
+        self.guest_memfd(size, false)
+    }
+
+    /// As [`create_guest_memfd`](Self::create_guest_memfd), of one that this process maps as well, and that so is the memory
+    /// of slots ([`Backing::guest_memfd`]). Two ioctls more.
+    ///
+    /// # Errors
+    /// [`Error::NoMappableGuestMemfd`] where this VM can have none, [`Error::GuestMemfd`] if the host refuses.
+    pub fn create_mappable_guest_memfd(&self, size: u64) -> Result<GuestMemfd, Error> {
+        self.guest_memfd(size, true)
+    }
+
+    fn guest_memfd(&self, size: u64, mappable: bool) -> Result<GuestMemfd, Error> {
         let inner = &self.inner;
+        if mappable && !inner.host.has_mappable_guest_memfd() {
+            return Err(Error::NoMappableGuestMemfd);
+        }
         if !inner.lock().slots.limits().guest_memfd {
             if !inner.host.has_guest_memfd() {
                 return Err(Error::NoGuestMemfd);
             }
             inner.lock().slots.allow_guest_memfd();
         }
-        let file = inner.host.create_guest_memfd(size);
+        let file = match mappable {
+            true => inner.host.create_mappable_guest_memfd(size),
+            false => inner.host.create_guest_memfd(size),
+        };
         let file = file.map_err(|source| Error::GuestMemfd { size, source })?;
-        Ok(GuestMemfd::new(file, size, Arc::clone(&inner.ids)))
+        let vm = Arc::clone(&inner.ids);
+        Ok(GuestMemfd::new(file, size, mappable, vm))
     }
 
     /// Registers a listener, after those that there are. It is told of all the slots that there are now, as of one

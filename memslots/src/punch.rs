@@ -124,7 +124,8 @@ impl<B: SlotBitmap> GuestRam<B> {
     ///
     /// Of a slot with a [`GuestMemfd`](crate::GuestMemfd) both are given back, whichever of the two the VM's memory
     /// attributes say now: the pages of the user mapping (what is shared lives there) and those of the guest_memfd (what
-    /// is private lives there). A page that is both takes memory twice until it is punched.
+    /// is private lives there). A page that is both takes memory twice until it is punched. (One that is mapped is the only
+    /// memory of its slot, and punched once.)
     ///
     /// While a `uffd::PointInTime` keeps a mapping of these slots, pages of it are not given back.
     ///
@@ -183,7 +184,9 @@ impl<B: SlotBitmap> GuestRam<B> {
             };
             discard(host, region, offset, size).map_err(refused)?;
             region.bitmap().mark_dirty(offset as usize, size as usize);
-            if let Some(private) = region.guest_memfd() {
+            if let Some(private) = region.guest_memfd()
+                && !private.file.is_mappable()
+            {
                 host.punch_hole(private.file.as_fd(), private.offset + offset, size)
                     .map_err(|errno| refused((PUNCH_PRIVATE, errno)))?;
             }

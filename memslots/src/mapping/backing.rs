@@ -3,7 +3,8 @@
 //! [`Backing`]: what memory is to be behind a slot, as a value. Nothing is mapped before a slot is made of it.
 
 use super::{HugePageSize, MapError, Mapping, NumaPolicy};
-use crate::{Hva, Mechanism, MemoryKind, PAGE_SIZE};
+use crate::guest_memfd::Binding;
+use crate::{GuestMemfd, Hva, Mechanism, MemoryKind, PAGE_SIZE};
 use std::any::Any;
 use std::fmt;
 use std::fs::File;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 /// | [`file_private`](Self::file_private) | the page cache's until written | no | what it writes |
 /// | [`file_shared`](Self::file_shared) | the page cache's | yes | it is no clone: writes are the file's |
 /// | [`hugetlb`](Self::hugetlb), [`hugetlb_memfd`](Self::hugetlb_memfd) | reserved when mapped | the second | all |
+/// | [`guest_memfd`](Self::guest_memfd) | as touched | no | all that is restored |
 /// | [`part`](Self::part) | the mapping's | as it is | as it is |
 /// | [`external`](Self::external) | the consumer's | as it is | as it is |
 ///
@@ -61,6 +63,10 @@ pub(super) enum Source {
         file: Arc<File>,
         offset: u64,
         shared: bool,
+    },
+    GuestMemfd {
+        file: GuestMemfd,
+        offset: u64,
     },
     Part {
         mapping: Arc<Mapping>,
@@ -157,6 +163,18 @@ impl Backing {
             shared,
         };
         Self::new(source, size)
+    }
+
+    /// `size` bytes of `file`, a [mappable](GuestMemfd::is_mappable) guest_memfd, from `offset` on, both multiples of
+    /// [`PAGE_SIZE`]. Given as it is touched. A slot made of it is bound to the same bytes (`KVM_MEM_GUEST_MEMFD`): KVM asks
+    /// the file for what the guest touches, and not this process's page tables, so a page that the guest alone has touched is
+    /// mapped nowhere here and counts as nobody's resident memory until this process touches it too.
+    ///
+    /// It is never swapped or moved, and of what can be done with other memory it has little: no dirty log, no read-only
+    /// slot, no userfaultfd, no huge pages, no NUMA node ([`MemoryKind`]). Pages can be given back.
+    pub fn guest_memfd(file: &GuestMemfd, offset: u64, size: u64) -> Self {
+        let file = file.clone();
+        Self::new(Source::GuestMemfd { file, offset }, size)
     }
 
     /// `size` bytes of `mapping` from `offset`, both multiples of [`PAGE_SIZE`] (and not more, even of huge pages): what
@@ -291,6 +309,17 @@ impl Backing {
 }
 
 impl Backing {
+    /// What a slot made of it is bound to.
+    pub(crate) fn guest_memfd_binding(&self) -> Option<Binding> {
+        match &self.source {
+            Source::GuestMemfd { file, offset } => Some(Binding {
+                file: file.clone(),
+                offset: *offset,
+            }),
+            _ => None,
+        }
+    }
+
     /// Whether what is asked for goes with memory of this kind.
     pub(super) fn check_choices(&self, kind: MemoryKind) -> Result<(), MapError> {
         if self.numa.is_some() {
@@ -334,6 +363,16 @@ impl PartialEq for Source {
                     offset: at_b,
                 },
             ) => Arc::ptr_eq(a, b) && at_a == at_b,
+            (
+                Self::GuestMemfd {
+                    file: a,
+                    offset: at_a,
+                },
+                Self::GuestMemfd {
+                    file: b,
+                    offset: at_b,
+                },
+            ) => a == b && at_a == at_b,
             (Self::External { start: a, owner: x }, Self::External { start: b, owner: y }) => {
                 a == b && Arc::ptr_eq(x, y)
             }
@@ -357,6 +396,11 @@ impl fmt::Debug for Source {
                 shared,
             } => f
                 .debug_struct(if *shared { "FileShared" } else { "FilePrivate" })
+                .field("file", file)
+                .field("offset", offset)
+                .finish(),
+            Self::GuestMemfd { file, offset } => f
+                .debug_struct("GuestMemfd")
                 .field("file", file)
                 .field("offset", offset)
                 .finish(),

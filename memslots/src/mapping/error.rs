@@ -73,6 +73,17 @@ pub enum MapError {
         /// The size asked for, in bytes.
         size: u64,
     },
+    /// A guest_memfd whose memory is the guest's alone.
+    #[error(
+        "{size:#x} bytes from offset {offset:#x} of a guest_memfd that cannot be mapped: take one that can \
+         (Memslots::create_mappable_guest_memfd)"
+    )]
+    NotMappable {
+        /// The offset asked for, in bytes.
+        offset: u64,
+        /// The size asked for, in bytes.
+        size: u64,
+    },
     /// The kernel has no huge pages of this size.
     #[error(
         "this host has huge pages of {}, and not of {page_size}: {} is missing",

@@ -40,8 +40,9 @@ impl Holes {
     /// The runs of `range`, bytes from the mapping's start and in whole pages, into which nothing has been put: ascending,
     /// none beside the next. They read as zeros, as long as nobody writes there. What is not among them may be zero too.
     ///
-    /// That is known of private anonymous memory, by the page tables, and of a memfd or a tmpfs's file mapped shared, by
-    /// the file (`SEEK_DATA`). Of all other kinds there are none: a private file's page that is not present has the
+    /// That is known of private anonymous memory, by the page tables; of a memfd or a tmpfs's file mapped shared, by
+    /// the file (`SEEK_DATA`); of a guest_memfd, which cannot seek, by its page cache (`mincore`), from which its pages never
+    /// go but by a punch. Of all other kinds there are none: a private file's page that is not present has the
     /// file's contents. Reading a page that is a hole makes it present, and it is none any more.
     ///
     /// A page that a userfaultfd is yet to serve is no hole to who waits for it, and one to this: do not ask about memory
@@ -57,6 +58,7 @@ impl Holes {
         match (mapping.kind(), mapping.file()) {
             (MemoryKind::Anonymous, _) => self.of_anonymous(mapping, range),
             (MemoryKind::Shmem, Some(file)) => of_file(file.file(), file.start(), range),
+            (MemoryKind::GuestMemfd, _) => of_guest_memfd(mapping, range),
             _ => Ok(Vec::new()),
         }
     }
@@ -107,6 +109,29 @@ fn of_file(file: &File, start: u64, range: Range<u64>) -> Result<Vec<Range<u64>>
             break;
         }
         at = seek(data, libc::SEEK_HOLE)?.min(range.end);
+    }
+    Ok(holes)
+}
+
+/// Of a guest_memfd: a page that is not in the cache has never been touched, by the guest or by this process, or was
+/// given back.
+fn of_guest_memfd(mapping: &Mapping, range: Range<u64>) -> Result<Vec<Range<u64>>, Errno> {
+    let (mut holes, mut at) = (Vec::new(), range.start);
+    let mut present = [0u8; BATCH];
+    while at < range.end {
+        let pages = ((range.end - at) / PAGE_SIZE).min(BATCH as u64) as usize;
+        let start = mapping.host().0 + at as usize;
+        let length = pages * PAGE_SIZE as usize;
+        // SAFETY: a range of the mapping, which stays for the length of the call, and a byte for each of its pages.
+        if unsafe { libc::mincore(start as *mut _, length, present.as_mut_ptr()) } != 0 {
+            return Err(last_errno());
+        }
+        for page in present.get(..pages).unwrap_or_default() {
+            if page & 1 == 0 {
+                add(&mut holes, at..at + PAGE_SIZE);
+            }
+            at += PAGE_SIZE;
+        }
     }
     Ok(holes)
 }

@@ -21,7 +21,7 @@ pub use holes::Holes;
 pub use hugetlb::{HugePageSize, HugePool};
 pub use numa::NumaPolicy;
 
-use crate::{Errno, Hva, MemoryKind, PAGE_SIZE};
+use crate::{Errno, GuestMemfd, Hva, MemoryKind, PAGE_SIZE};
 use area::{Area, Plan};
 use backing::Source;
 use numa::Binding;
@@ -54,6 +54,7 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 /// | backing | system calls | mappings of the process (VMAs) |
 /// | --- | --- | --- |
 /// | anonymous | 1 | 1, merged with a neighbour of the same kind |
+/// | guest_memfd | as a file | as a file |
 /// | memfd, file below 2 MiB | 1 (a memfd: 4) | 1 |
 /// | memfd, file from 2 MiB | 2 to 4 more, to lie in the guest's phase | 1 |
 /// | hugetlb | 1 (a memfd: 4) | 1 |
@@ -129,6 +130,9 @@ impl Mapping {
                 offset,
                 shared,
             } => Self::plan_file(backing, file, *offset, *shared)?.map(system, guest)?,
+            Source::GuestMemfd { file, offset } => {
+                Self::plan_guest_memfd(backing, file, *offset)?.map(system, guest)?
+            }
             Source::Part { mapping, offset } => Self::part(system, backing, mapping, *offset)?,
             Source::External { start, owner } => {
                 if backing.guarded {
@@ -242,6 +246,35 @@ impl Mapping {
         }
         if shared && !sys::is_writable(file).map_err(call("fcntl(F_GETFL)"))? {
             return Err(MapError::NotWritable { offset, size });
+        }
+        Ok(plan)
+    }
+
+    /// As [`plan_file`](Self::plan_file): its file system tells nobody what it is, and its length is known.
+    fn plan_guest_memfd(
+        backing: &Backing,
+        file: &GuestMemfd,
+        offset: u64,
+    ) -> Result<Plan, MapError> {
+        let (size, length) = (backing.size, file.size());
+        if !file.is_mappable() {
+            return Err(MapError::NotMappable { offset, size });
+        }
+        let whole = Some((Arc::clone(file.file()), offset));
+        let plan = Plan::new(
+            backing,
+            MemoryKind::GuestMemfd,
+            None,
+            libc::MAP_SHARED,
+            whole,
+        )?;
+        check_aligned("offset", offset, PAGE_SIZE)?;
+        if offset.checked_add(size).is_none_or(|end| end > length) {
+            return Err(MapError::BeyondFile {
+                offset,
+                size,
+                length,
+            });
         }
         Ok(plan)
     }
