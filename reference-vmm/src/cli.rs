@@ -187,6 +187,9 @@ Options:
                              prefault           all of it made present now
                              thp=always|never   transparent huge pages [as the host is set]
                              numa=NODE          from this node of the host alone
+                             guest-memfd        in a guest_memfd, of which KVM takes its pages by
+                                                itself (Linux 6.18). Whole snapshots in a pause and
+                                                their restore; nothing else that saves or moves it
   --cpus N[,OPT]...        Number of vCPUs, 1 to 255 [1]. Options, which have to multiply to N:
                              sockets=N          sockets of the machine [1]
                              cores=N            cores of a socket [what makes up the number]
@@ -502,6 +505,13 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         change(config);
     }
     config.validate()?;
+    if run.track_dirty_pages && config.memory.guest_memfd {
+        let why = "KVM has no dirty log for a guest_memfd, and --track-dirty-pages is for that: leave one of the two out";
+        return Err(UsageError::from(ConfigError::Memory {
+            given: config.memory.size,
+            why: why.to_owned(),
+        }));
+    }
     Ok(Command::Run(Box::new(run)))
 }
 

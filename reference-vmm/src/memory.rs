@@ -23,6 +23,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use dirty_log::HostWrites;
+use kvm_core::CheckExtension;
 use memslots::{
     Backing, HugePageSize, HugePages, HugePool, MapError, Mapping, NewSlot, NumaPolicy,
     PrivateRanges, SetMemoryRegion, SlotFlags,
@@ -57,6 +58,12 @@ const MAX_ADDRESS_BITS: u32 = 52;
 
 /// The largest slot. KVM takes 2³¹ − 1 pages, 4 KiB less than twice this.
 const MAX_SLOT: u64 = 4 << 40;
+
+/// `KVM_CAP_GUEST_MEMFD_FLAGS`, Linux 6.18, which kvm-bindings does not name yet.
+pub(crate) const CAP_GUEST_MEMFD_FLAGS: u32 = 244;
+
+/// `GUEST_MEMFD_FLAG_MMAP` and `GUEST_MEMFD_FLAG_INIT_SHARED`: what a guest_memfd that the monitor maps is made with.
+pub(crate) const MAPPABLE: i32 = 0b11;
 
 /// What KVM keeps for each page of a slot from its making on, where it keeps page tables of its own
 /// (software KVM, nested guests): measured.
@@ -104,6 +111,10 @@ pub struct Memory {
     /// The host's NUMA node that all of it comes from. Huge pages are made present at once then: their
     /// reservation knows no nodes, and a guest that met a node without one left would be killed.
     pub numa: Option<u32>,
+    /// In a guest_memfd that the monitor maps as well (Linux 6.18): KVM takes its pages from the file, whatever is mapped.
+    /// No dirty log and no userfaultfd works on it, so there are neither incremental nor background snapshots of such a
+    /// guest, nor migrations.
+    pub guest_memfd: bool,
 }
 
 impl Memory {
@@ -116,6 +127,7 @@ impl Memory {
             prefault: false,
             thp: HugePages::Host,
             numa: None,
+            guest_memfd: false,
         }
     }
 
@@ -140,6 +152,35 @@ impl Memory {
                 "more than the {} that {MAX_ADDRESS_BITS} address bits leave for it",
                 1u64 << (MAX_ADDRESS_BITS - 1)
             ));
+        }
+        if self.guest_memfd {
+            let others = [
+                (
+                    "shared",
+                    self.shared,
+                    "is a memfd, and the memory is in one file",
+                ),
+                (
+                    "hugepages",
+                    self.hugepages.is_some(),
+                    "are of a pool, and KVM makes the pages",
+                ),
+                (
+                    "thp",
+                    self.thp != HugePages::Host,
+                    "is advice that KVM does not ask for when it makes the pages",
+                ),
+                (
+                    "numa",
+                    self.numa.is_some(),
+                    "is a policy that KVM does not ask for when it makes the pages",
+                ),
+            ];
+            if let Some((name, _, why)) = others.into_iter().find(|(_, given, _)| *given) {
+                return refused(format!(
+                    "guest-memfd and {name}, which {why}: leave one of the two out"
+                ));
+            }
         }
         let Some(page) = self.hugepages else {
             return Ok(());
@@ -170,7 +211,8 @@ impl Memory {
 
     /// The slots of a machine with this RAM (as from [`memslots::ram_layout`]), with one that the
     /// guest can only read for its firmware if `firmware` says so and the memory
-    /// [allows it](Self::can_have_firmware_slot). In order of address.
+    /// [allows it](Self::can_have_firmware_slot). In order of address. Of a guest_memfd they get their memory by
+    /// [`provide`](Self::provide), when there is a VM.
     pub fn slots(&self, ram: &[(GuestAddress, u64)], firmware: bool) -> Vec<NewSlot> {
         let firmware = firmware && self.can_have_firmware_slot();
         let mut slots = Vec::with_capacity(ram.len() + 3);
@@ -243,6 +285,56 @@ impl Memory {
             },
             other => other,
         })
+    }
+
+    /// Refuses a guest_memfd where the host's KVM has none that can be mapped: before there is a VM.
+    ///
+    /// # Errors
+    /// [`ConfigError::Memory`], with KVM's answer and the remedy.
+    pub fn check_kvm(&self, kvm: &impl CheckExtension) -> Result<(), ConfigError> {
+        if !self.guest_memfd {
+            return Ok(());
+        }
+        let flags = guest_memfd_flags(kvm);
+        if flags & MAPPABLE == MAPPABLE {
+            return Ok(());
+        }
+        Err(ConfigError::Memory {
+            given: self.size,
+            why: format!(
+                "guest-memfd takes a KVM whose guest_memfds can be mapped (Linux 6.18 or later): \
+                 KVM_CAP_GUEST_MEMFD_FLAGS is {flags} here, and {MAPPABLE} (MMAP and INIT_SHARED) is wanted; leave \
+                 guest-memfd out, or say shared"
+            ),
+        })
+    }
+
+    /// Gives the slots that are to be of a guest_memfd their parts of one, which is made here. Read-only slots keep memory of
+    /// their own: KVM has no read-only slot of a guest_memfd.
+    ///
+    /// # Errors
+    /// KVM's refusal; nothing is left behind.
+    pub fn provide(
+        &self,
+        memslots: &Memslots,
+        slots: &mut [NewSlot],
+    ) -> Result<(), memslots::Error> {
+        if !self.guest_memfd {
+            return Ok(());
+        }
+        let parts = slots
+            .iter_mut()
+            .filter(|slot| slot.flags == SlotFlags::NONE);
+        let mut parts: Vec<_> = parts.collect();
+        let sizes = parts.iter().map(|slot| slot.backing.size());
+        let file = memslots.create_mappable_guest_memfd(sizes.sum())?;
+        let mut offset = 0;
+        for slot in &mut parts {
+            let size = slot.backing.size();
+            slot.backing = Backing::guest_memfd(&file, offset, size);
+            offset += size;
+        }
+        Ok(())
     }
 
     /// How many huge pages these slots are of.
@@ -352,6 +444,11 @@ impl Memory {
     }
 }
 
+/// What KVM answers about guest_memfds that can be mapped: the flags that one can be made with, 0 of a KVM before Linux 6.18.
+pub(crate) fn guest_memfd_flags(kvm: &impl CheckExtension) -> i32 {
+    kvm.check_extension(CAP_GUEST_MEMFD_FLAGS).max(0)
+}
+
 /// Makes a mapping present, `piece` after `piece`; false if `go_on` ended it.
 fn present(
     mapping: &Mapping,
@@ -433,6 +530,7 @@ impl FromStr for Memory {
                 ("size", Some(size)) => memory.size = parse_size(size)?,
                 ("shared", value) => memory.shared = switch(value)?,
                 ("prefault", value) => memory.prefault = switch(value)?,
+                ("guest-memfd", value) => memory.guest_memfd = switch(value)?,
                 ("hugepages", Some("off")) => memory.hugepages = None,
                 ("hugepages", None | Some("on")) => memory.hugepages = Some(HugePageSize::MIB_2),
                 ("hugepages", Some(size)) => {
@@ -454,7 +552,8 @@ impl FromStr for Memory {
                 }
                 _ => {
                     return Err(wrong(
-                        "not one of shared, hugepages[=2M|1G], prefault, thp=always|never, numa=NODE",
+                        "not one of shared, hugepages[=2M|1G], prefault, thp=always|never, numa=NODE, \
+                         guest-memfd",
                     ));
                 }
             }
@@ -487,6 +586,9 @@ impl fmt::Display for Memory {
         }
         if let Some(node) = self.numa {
             write!(f, ",numa={node}")?;
+        }
+        if self.guest_memfd {
+            f.write_str(",guest-memfd")?;
         }
         Ok(())
     }
@@ -524,7 +626,15 @@ impl<'de> Visitor<'de> for MemoryVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Memory, A::Error> {
-        const KEYS: &[&str] = &["size", "shared", "hugepages", "prefault", "thp", "numa"];
+        const KEYS: &[&str] = &[
+            "size",
+            "shared",
+            "hugepages",
+            "prefault",
+            "thp",
+            "numa",
+            "guest-memfd",
+        ];
         let mut memory = Memory::default();
         object(map, KEYS, |key, map| {
             match key {
@@ -540,6 +650,7 @@ impl<'de> Visitor<'de> for MemoryVisitor {
                     }
                 }
                 "numa" => memory.numa = field(map, key)?,
+                "guest-memfd" => memory.guest_memfd = field(map, key)?,
                 _ => return Ok(false),
             }
             Ok(true)
@@ -692,11 +803,13 @@ mod tests {
             prefault: true,
             thp: HugePages::Never,
             numa: Some(3),
+            guest_memfd: true,
         };
         assert_eq!(
-            parsed("2G,hugepages=1G,thp=never,numa=3,shared,prefault=on"),
+            parsed("2G,guest-memfd,hugepages=1G,thp=never,numa=3,shared,prefault=on"),
             all
         );
+        assert_eq!(parsed(&all.to_string()), all);
         for two_mib in ["hugepages", "hugepages=on", "hugepages=2M"] {
             let memory = parsed(two_mib);
             assert_eq!(memory.hugepages, Some(HugePageSize::MIB_2));
@@ -741,8 +854,8 @@ mod tests {
             parsed("1073741824,shared=on")
         );
         let object = r#"{"size": "1G", "shared": true, "hugepages": "2M", "prefault": true,
-            "thp": "always", "numa": 1}"#;
-        let text = "1G,shared,hugepages=2M,prefault,thp=always,numa=1";
+            "thp": "always", "numa": 1, "guest-memfd": true}"#;
+        let text = "1G,shared,hugepages=2M,prefault,thp=always,numa=1,guest-memfd";
         assert_eq!(json(object).unwrap(), parsed(text));
         assert_eq!(json("{}").unwrap(), Memory::default());
         for (text, needle) in [
@@ -770,6 +883,16 @@ mod tests {
         assert!(refused("512M,hugepages=2M,thp=always").contains("leave one"));
         assert!(refused("512M,hugepages=2M,thp=never").contains("leave one"));
         parsed("6G,hugepages=1G").validate().unwrap();
+        for with in ["shared", "hugepages=2M", "thp=never", "numa=0"] {
+            let text = refused(&format!("512M,guest-memfd,{with}"));
+            let (name, _) = with.split_once('=').unwrap_or((with, ""));
+            let due = format!("536870912 bytes of memory: guest-memfd and {name}, which ");
+            assert!(
+                text.starts_with(&due) && text.ends_with("leave one of the two out"),
+                "{text}"
+            );
+        }
+        parsed("512M,guest-memfd,prefault").validate().unwrap();
     }
 
     fn shape(memory: &str, firmware: bool) -> Vec<(u64, u64, u64, bool)> {
@@ -814,6 +937,64 @@ mod tests {
         assert_eq!(starts, [four, four + 4 * tib, four + 8 * tib]);
         // One is as before.
         assert_eq!(shape("4T", false).len(), 2);
+    }
+
+    /// A KVM with this answer about guest_memfds that can be mapped, and none else.
+    struct Flags(i32);
+
+    impl CheckExtension for Flags {
+        fn check_extension(&self, extension: u32) -> i32 {
+            if extension == CAP_GUEST_MEMFD_FLAGS {
+                self.0
+            } else {
+                0
+            }
+        }
+    }
+
+    #[test]
+    fn a_kvm_without_mappable_guest_memfds_is_refused_with_its_answer() {
+        for flags in [-1, 0, 1, 2] {
+            parsed("1G").check_kvm(&Flags(flags)).unwrap();
+            let refused = parsed("1G,guest-memfd")
+                .check_kvm(&Flags(flags))
+                .unwrap_err();
+            let text = refused.to_string();
+            let due = format!("KVM_CAP_GUEST_MEMFD_FLAGS is {} here, and 3", flags.max(0));
+            assert!(text.contains(&due) && text.contains("Linux 6.18"), "{text}");
+        }
+        for flags in [3, 7] {
+            parsed("1G,guest-memfd").check_kvm(&Flags(flags)).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_slots_are_parts_of_one_guest_memfd_but_for_the_firmware() {
+        let host = memslots::fake::FakeHost::new(8).with_guest_memfd();
+        let slots = slots_of(host);
+        let memory = parsed("6G,guest-memfd");
+        let ram = memslots::ram_layout(memory.size, layout::MMIO_HOLE).unwrap();
+        let mut new = memory.slots(&ram, true);
+        memory.provide(&slots, &mut new).unwrap();
+        let mut end = 0;
+        for slot in &new {
+            let slot = memslots::LayoutSlot::from(slot.clone());
+            let Some((file, offset)) = slot.guest_memfd() else {
+                assert_eq!(slot.slot.flags, SlotFlags::READ_ONLY);
+                continue;
+            };
+            let firmware = layout::FIRMWARE.end - layout::FIRMWARE.start;
+            assert_eq!((offset, file.size()), (end, memory.size - firmware));
+            end += slot.size();
+        }
+        assert_eq!(slots.create_all(new).unwrap().len(), 4);
+        // Where there is none, that is said, and other memory is left alone.
+        let none = slots_of(memslots::fake::FakeHost::new(8));
+        let mut new = memory.slots(&ram, true);
+        let refused = memory.provide(&none, &mut new).unwrap_err();
+        assert!(refused.to_string().contains("6.18"), "{refused}");
+        parsed("6G").provide(&none, &mut new).unwrap();
+        assert_eq!(new, parsed("6G").slots(&ram, true));
     }
 
     #[test]

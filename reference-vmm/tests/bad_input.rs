@@ -282,6 +282,19 @@ fn impossible_options_of_memory_are_refused_with_what_to_do() {
         ("513M,hugepages=2M", &["537919488", "2 MiB"]),
         ("1536M,hugepages=1G", &["1610612736", "1 GiB"]),
         ("512M,hugepages=2M,thp=always", &["thp", "leave one"]),
+        ("512M,guest-memfd=x", &["guest-memfd=x", "on or off"]),
+        (
+            "512M,guest-memfd,shared",
+            &["536870912", "guest-memfd and shared", "leave one"],
+        ),
+        (
+            "512M,guest-memfd,thp=never",
+            &["guest-memfd and thp", "leave one"],
+        ),
+        (
+            "512M,guest-memfd --track-dirty-pages",
+            &["dirty log", "--track-dirty-pages"],
+        ),
         // What only the host knows, and still before anything is made.
         ("64T,hugepages=2M", &["huge pages of 2 MiB"]),
         ("512M,numa=1023", &["NUMA node 1023"]),

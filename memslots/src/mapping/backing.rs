@@ -168,7 +168,8 @@ impl Backing {
     /// `size` bytes of `file`, a [mappable](GuestMemfd::is_mappable) guest_memfd, from `offset` on, both multiples of
     /// [`PAGE_SIZE`]. Given as it is touched. A slot made of it is bound to the same bytes (`KVM_MEM_GUEST_MEMFD`): KVM asks
     /// the file for what the guest touches, and not this process's page tables, so a page that the guest alone has touched is
-    /// mapped nowhere here and counts as nobody's resident memory until this process touches it too.
+    /// mapped nowhere here and counts as nobody's resident memory until this process touches it too (or a KVM that
+    /// interprets the guest, which goes by the mapping).
     ///
     /// It is never swapped or moved, and of what can be done with other memory it has little: no dirty log, no read-only
     /// slot, no userfaultfd, no huge pages, no NUMA node ([`MemoryKind`]). Pages can be given back.

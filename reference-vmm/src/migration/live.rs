@@ -222,6 +222,8 @@ impl SourceGuest for LiveGuest<'_> {
     fn rehearse(&self) -> Result<Vec<u8>, Refusal> {
         let checked = self.running.check_for_snapshot();
         checked.map_err(|error| Refusal::of(&error))?;
+        let tracks = self.running.can_track();
+        tracks.map_err(|error| Refusal::of(&error))?;
         // Before it stands still.
         self.fixed()?;
         let held = self.running.hold();

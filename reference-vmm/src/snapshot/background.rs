@@ -38,7 +38,7 @@ use std::time::Duration;
 
 use memslots::uffd::PointInTime;
 use memslots::uffd::point_in_time::Frozen;
-use memslots::{Mapping, Mechanism};
+use memslots::{Mapping, Mechanism, MemoryKind};
 
 use super::files::{Draft, SnapshotFiles};
 use super::memory_out::MemoryOut;
@@ -84,9 +84,11 @@ impl Areas {
     fn check(&self) -> Result<(), SnapshotError> {
         let kinds = self.0.iter().map(|(_, mapping)| mapping.kind());
         let checked = kinds.map(|kind| kind.check(Mechanism::WriteProtect));
-        checked
-            .collect::<Result<(), _>>()
-            .map_err(SnapshotError::Mapped)
+        let checked = checked.collect::<Result<(), _>>();
+        checked.map_err(|refused| match refused.kind {
+            MemoryKind::GuestMemfd => SnapshotError::Unprotected(refused),
+            _ => SnapshotError::Mapped(refused),
+        })
     }
 
     fn map(&self) -> PageMap {

@@ -106,6 +106,10 @@ pub fn to_json(config: &Config) -> Result<Value, PathError> {
         "rng": rng,
         "kvm": text(kvm)?,
     });
+    // Said where it is so: who does not know the word can take every other machine.
+    if memory.guest_memfd {
+        object["memory"]["guest-memfd"] = true.into();
+    }
     if let Some(vsock) = vsock {
         object["vsock"] = json!({"cid": vsock.cid, "uds": text(&vsock.uds)?});
     }
@@ -205,8 +209,13 @@ mod tests {
             irqchip: Irqchip::None,
             ..Config::new("/k")
         };
-        for config in [full, thp, Config::new("/k")] {
+        let guest_memfd = Config {
+            memory: "1G,guest-memfd".parse().unwrap(),
+            ..Config::new("/k")
+        };
+        for config in [full, thp, guest_memfd, Config::new("/k")] {
             let text = to_json(&config).unwrap().to_string();
+            assert_eq!(text.contains("guest-memfd"), config.memory.guest_memfd);
             assert_eq!(
                 serde_json::from_str::<Config>(&text).unwrap(),
                 config,

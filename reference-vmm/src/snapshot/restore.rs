@@ -545,7 +545,10 @@ impl Snapshot {
     /// Has the slots mapped from the file, where they can be; whether they are.
     pub(crate) fn map(&self, slots: &mut [NewSlot]) -> bool {
         let memory = &self.config.memory;
-        let plain = !memory.shared && memory.hugepages.is_none() && memory.numa.is_none();
+        let plain = !memory.shared
+            && !memory.guest_memfd
+            && memory.hugepages.is_none()
+            && memory.numa.is_none();
         if !plain || memory.thp == HugePages::Advise {
             return false;
         }

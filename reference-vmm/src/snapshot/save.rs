@@ -198,6 +198,9 @@ pub enum SnapshotError {
          --background, or restore the guest with --map=off"
     )]
     Mapped(memslots::Unsupported),
+    /// The guest has memory of its own in which nothing can be protected. Found before anything was done.
+    #[error("memory cannot be written in the background: {0}. Take it without --background")]
+    Unprotected(memslots::Unsupported),
     /// It was to replace what the guest's last snapshot builds on. Found before anything was done.
     #[error(
         "{dir} is what the guest's last snapshot, {last}, builds on, which would be worth nothing without it: name another \

@@ -73,6 +73,7 @@ impl Blank {
     pub(crate) fn new(config: &Config) -> Result<Self, BuildError> {
         srcu::prepare();
         let kvm = Kvm::open_at(&config.kvm)?;
+        config.memory.check_kvm(kvm.fd())?;
         let (asked, most) = (config.cpus.count, kvm.capabilities().max_vcpus());
         if asked > most {
             return Err(BuildError::Cpus { asked, most });
@@ -121,7 +122,8 @@ impl Blank {
         let memory = &self.config.memory;
         let ram = memslots::ram_layout(memory.size, layout::MMIO_HOLE)?;
         let mut new_slots = memory.slots(&ram, self.has_firmware());
-        if !backing(&mut new_slots) {
+        let told = backing(&mut new_slots);
+        if !told {
             let refused = memory.check_host(&new_slots);
             refused.map_err(BuildError::HostMemory)?;
         }
@@ -129,6 +131,9 @@ impl Blank {
             memory.check_available()?;
         }
         let memslots = slots_of(self.setup.fd().clone());
+        if !told {
+            memory.provide(&memslots, &mut new_slots)?;
+        }
         let slots = memslots.create_all(new_slots)?;
         if !self.lazy {
             let present = memory.make_present(&memslots.snapshot(), || !end.is_told());

@@ -259,7 +259,7 @@ impl Machine {
             },
         )?;
         // A slot for the firmware where there is any.
-        let new_slots = config.memory.slots(&ram, acpi.is_some());
+        let mut new_slots = config.memory.slots(&ram, acpi.is_some());
 
         // 2. and 3. What KVM takes at all, with CPUID asked for while the rest goes on.
         srcu::prepare();
@@ -274,6 +274,7 @@ impl Machine {
         refused.map_err(BuildError::HostMemory)?;
         config.memory.check_available()?;
         let (kvm, cpuid) = kvm?;
+        config.memory.check_kvm(kvm.fd())?;
         let sysfs = Path::new(SYSFS);
         let told = [config.memory.thp_obstacle(sysfs), config.memory.excess()];
         for told in told.into_iter().flatten() {
@@ -283,6 +284,7 @@ impl Machine {
         // 4. The VM and its memory.
         let setup = kvm.create_vm()?.named("guest");
         let memslots = slots_of(setup.fd().clone());
+        config.memory.provide(&memslots, &mut new_slots)?;
         let slots = memslots.create_all(new_slots)?;
         let memory = memslots.snapshot();
         // Before anything is written there: a huge page that its node has not is a SIGBUS at a touch.

@@ -31,7 +31,7 @@ use dirty_log::{
     LogChoice, LogInForce, MappedRing, PageRun, RingSize, Union,
 };
 use kvm_core::Vcpu;
-use memslots::{Slot, SlotExtent, SlotFlags};
+use memslots::{Mechanism, Slot, SlotExtent, SlotFlags};
 use vm_memory::GuestMemoryRegion;
 
 use super::{Host, Running};
@@ -59,6 +59,11 @@ pub enum TrackError {
     /// A log cannot be made or read.
     #[error(transparent)]
     Log(#[from] dirty_log::Error),
+    /// KVM does not log the guest's writes to such memory. Found before anything was done.
+    #[error(
+        "the guest's writes cannot be tracked: {0}. It can have a whole snapshot, and no migration"
+    )]
+    Memory(memslots::Unsupported),
     /// Nobody has begun to.
     #[error("the guest's writes are not tracked")]
     Off,
@@ -158,6 +163,7 @@ impl State {
         (vm, rings): (&Host, Option<&DirtyRings<Host>>),
         table: &SlotTable,
     ) -> Result<(), TrackError> {
+        check(table)?;
         let pages = self.slots.iter().map(|slot| {
             let mut pages = DirtyBitmap::new(slot.extent().pages())?;
             if user == TrackUser::Migration {
@@ -264,6 +270,16 @@ impl Log {
     }
 }
 
+/// Refuses memory to which KVM does not log the guest's writes.
+fn check(table: &SlotTable) -> Result<(), TrackError> {
+    let writable = table.regions().filter(|region| !region.is_read_only());
+    for kind in writable.map(|region| region.mapping().kind()) {
+        kind.check(Mechanism::DirtyLog)
+            .map_err(TrackError::Memory)?;
+    }
+    Ok(())
+}
+
 /// The pages of one slot.
 #[derive(Clone, Debug)]
 pub struct DirtySlot {
@@ -333,6 +349,14 @@ impl fmt::Debug for Harvested<'_> {
 }
 
 impl Running {
+    /// Whether what is written could be tracked: what is asked before anything of it is begun.
+    ///
+    /// # Errors
+    /// [`TrackError::Memory`].
+    pub fn can_track(&self) -> Result<(), TrackError> {
+        check(&self.parts.memslots.snapshot())
+    }
+
     /// Begins to track what is written, for `user`; one that had begun begins anew. What is written once this has returned
     /// is in its next [`harvest`](Self::harvest); a [`TrackUser::Migration`] has every page in its first one besides.
     ///
