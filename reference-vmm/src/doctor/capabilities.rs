@@ -2,8 +2,14 @@
 
 //! What KVM says that it can do, capability by capability, with the crate that wants it.
 
-use kvm_bindings as kvm;
 use kvm_core::{CheckExtension, Kvm};
+
+/// kvm-bindings' names, and those of newer kernels.
+mod kvm {
+    pub use kvm_bindings::*;
+
+    pub const KVM_CAP_GUEST_MEMFD_FLAGS: u32 = crate::memory::CAP_GUEST_MEMFD_FLAGS;
+}
 
 /// How much this monitor depends on a capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +126,7 @@ const TABLE: &[Row] = table! {
         KVM_CAP_SYNC_MMU Used "host memory that changes under a guest"
         KVM_CAP_USER_MEMORY2 Optional "slots with a guest_memfd"
         KVM_CAP_GUEST_MEMFD Optional "memory that the host cannot map"
+        KVM_CAP_GUEST_MEMFD_FLAGS Optional "3: memory that it can (--memory SIZE,guest-memfd)"
         KVM_CAP_MEMORY_ATTRIBUTES Optional "private and shared pages"
         KVM_CAP_MEMORY_FAULT_INFO Optional "why a memory access failed"
         KVM_CAP_PRE_FAULT_MEMORY Optional "a guest that moved here begins without page faults"

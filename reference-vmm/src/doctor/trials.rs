@@ -49,6 +49,7 @@ pub(super) const TRIALS: &[Trial] = trials! {
     "kvm-core" "vm" "from nothing to the guest's first word" vm
     "kvm-core" "pause" "bringing a busy vCPU out of the guest" pause
     "memslots" "slots" "making and removing 1 MiB under a running guest" slots
+    "memslots" "guest_memfd" "making 1 MiB of one under a running guest" guest_memfd
     "io-bus" "pio" "a port access and back" pio
     "io-bus" "mmio" "an MMIO access and back" mmio
     "io-bus" "ioeventfd" "a write that KVM takes" ioeventfd
@@ -152,6 +153,34 @@ fn slots(kvm_path: &Path) -> Checked {
         )?;
     }
     Ok(median(times))
+}
+
+/// Memory of the VM's own, which the monitor maps as well.
+fn guest_memfd(kvm_path: &Path) -> Checked {
+    const AT: u64 = 0x100_0000;
+    let guest = Guest::start(kvm_path)?;
+    let slots = guest.slots()?;
+    let start = Instant::now();
+    let file = match slots.create_mappable_guest_memfd(1 << 20) {
+        // Says what it takes.
+        Err(error @ memslots::Error::NoMappableGuestMemfd) => {
+            return Err(Trouble::Unavailable(error.to_string()));
+        }
+        file => file?,
+    };
+    let backing = Backing::guest_memfd(&file, 0, 1 << 20);
+    let _slot = slots.create(GuestAddress(AT), backing, SlotFlags::NONE)?;
+    let time = start.elapsed();
+    let said = guest.ask(Order::Read(AT + 0xf_f000, 1))?;
+    expect("new memory", said, 0)?;
+    let memory = slots.snapshot();
+    memory.write_obj(0xcafe_u32, GuestAddress(AT + 8))?;
+    let said = guest.ask(Order::Read(AT + 8, 1))?;
+    expect("what the monitor wrote", said, 0xcafe)?;
+    guest.ask(Order::Write(AT + 0x5000, 2))?;
+    let value: u32 = memory.read_obj(GuestAddress(AT + 0x5000))?;
+    expect("what the guest wrote", value, 1)?;
+    Ok(time)
 }
 
 /// Answers each read with its number.
