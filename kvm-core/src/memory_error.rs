@@ -30,8 +30,8 @@ impl fmt::LowerHex for HostAddress {
 /// | what the run loop sees | who says so |
 /// | --- | --- |
 /// | an MMIO exit at an address inside a memory slot | some hosts' KVM, for a poisoned or an unserved page |
-/// | `KVM_EXIT_MEMORY_FAULT` beside `EFAULT` or `EHWPOISON` | KVM since 6.8, where a page cannot be had |
-/// | `EFAULT` or `EHWPOISON` alone | older KVM, and the emulator of newer ones |
+/// | `KVM_EXIT_MEMORY_FAULT` beside `EFAULT` or `EHWPOISON` | KVM since 6.8, of private memory and of a `guest_memfd` |
+/// | `EFAULT` or `EHWPOISON` alone | KVM, of a page of this process's that cannot be had |
 /// | `SIGBUS` while the thread is in `KVM_RUN` | hardware KVM, for a page with a hardware error |
 /// | `SIGBUS` while a handler touches guest memory | the kernel, for either and for a truncated file |
 ///
@@ -40,6 +40,11 @@ impl fmt::LowerHex for HostAddress {
 /// a `MemoryError` for [`ExitHandler::memory_error`](crate::ExitHandler::memory_error), whose
 /// [`Remedy`] is the consumer's choice. Without one the vCPU halts with
 /// [`HaltReason::MemoryError`](crate::HaltReason::MemoryError).
+///
+/// A real `KVM_EXIT_MEMORY_FAULT` has not been seen here: 6.12's `kvm_amd` says `EFAULT` alone for a slot that may not be
+/// touched (`PROT_NONE`) or whose file was truncated, and gives private memory to VMs of types that need other hardware or
+/// another kernel configuration; a KVM that interprets the guest answers with an MMIO exit, of a `guest_memfd` too. So that row
+/// is tried with the fake alone, and `tests/kvm_memory_errors.rs` holds a KVM that gives one to its address, size and flags.
 ///
 /// Two rows need the consumer's help, and are found only with it: which guest addresses are memory
 /// ([`ExitHandler::is_memory`](crate::ExitHandler::is_memory)), and the process's `SIGBUS`
