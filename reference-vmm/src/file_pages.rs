@@ -6,11 +6,12 @@
 
 #![forbid(unsafe_code)]
 
+use std::cell::OnceCell;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use dirty_log::HostWrites;
-use memslots::{MapError, MemoryKind, Region};
+use memslots::{Holes, MapError, MemoryKind, Region};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::memory::SlotTable;
@@ -34,6 +35,48 @@ pub(crate) fn read(table: &SlotTable, address: u64, into: &mut [u8]) -> Result<(
     let end = address.saturating_add(into.len() as u64);
     find(table, address..end)?;
     Ok(table.read_slice(into, GuestAddress(address))?)
+}
+
+/// [`read`], of a guest that stands still, and of a guest_memfd nothing but what is there: a page of it that is read is made,
+/// and then takes memory that the host cannot swap. What is not there is zeros.
+///
+/// # Errors
+/// [`ReadError`].
+pub(crate) fn read_present(
+    table: &SlotTable,
+    holes: &OnceCell<Option<Holes>>,
+    address: u64,
+    into: &mut [u8],
+) -> Result<(), ReadError> {
+    let whole = address..address.saturating_add(into.len() as u64);
+    let region = table.find(GuestAddress(address)).filter(|region| {
+        let within = whole.end <= region.extent().guest_range().end;
+        within && region.mapping().kind() == MemoryKind::GuestMemfd
+    });
+    let known = region.and_then(|region| {
+        let holes = holes.get_or_init(|| Holes::open().ok()).as_ref()?;
+        let start = region.extent().guest_range().start;
+        let within = whole.start - start..whole.end - start;
+        // Not known, all of it is read.
+        holes
+            .of(region.mapping(), within)
+            .ok()
+            .map(|found| (start, found))
+    });
+    let Some((start, found)) = known else {
+        return read(table, address, into);
+    };
+    into.fill(0);
+    let mut at = address;
+    let holes = found
+        .iter()
+        .map(|hole| start + hole.start..start + hole.end);
+    for hole in holes.chain([whole.end..whole.end]) {
+        let there = (at - address) as usize..(hole.start - address) as usize;
+        table.read_slice(into.get_mut(there).unwrap_or_default(), GuestAddress(at))?;
+        at = hole.end;
+    }
+    Ok(())
 }
 
 /// Has the host find the pages in a range of guest memory, those of them that are a file's, which blocks until they are

@@ -303,8 +303,8 @@ impl Memory {
             given: self.size,
             why: format!(
                 "guest-memfd takes a KVM whose guest_memfds can be mapped (Linux 6.18 or later): \
-                 KVM_CAP_GUEST_MEMFD_FLAGS is {flags} here, and {MAPPABLE} (MMAP and INIT_SHARED) is wanted; leave \
-                 guest-memfd out, or say shared"
+                 KVM_CAP_GUEST_MEMFD_FLAGS is {flags} here, and {MAPPABLE} (MMAP and INIT_SHARED) is wanted; a guest that is \
+                 made anew does without (leave guest-memfd out)"
             ),
         })
     }

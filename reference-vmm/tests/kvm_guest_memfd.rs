@@ -14,7 +14,7 @@ use guests::boot;
 use guests::console;
 use guests::verifier::verifier64;
 use kvm_core::{CheckExtension, Kvm};
-use memslots::MemoryKind;
+use memslots::{Holes, MemoryKind};
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::GuestEnd;
 use reference_vmm::lazy::LazyRequest;
@@ -87,6 +87,16 @@ fn all_of_its_memory_is_of_one_but_for_its_firmware() {
     }
 }
 
+/// The bytes of its guest_memfd that nobody has ever touched.
+fn holes(guest: &Guest) -> u64 {
+    let holes = Holes::open().unwrap();
+    let table = guest.running.memory();
+    let regions = table.regions().map(|region| region.mapping());
+    let regions = regions.filter(|mapping| mapping.kind() == MemoryKind::GuestMemfd);
+    let found = regions.flat_map(|mapping| holes.of(mapping, 0..mapping.size()).unwrap());
+    found.map(|hole| hole.end - hole.start).sum()
+}
+
 #[test]
 fn a_guest_in_one_is_saved_whole_and_goes_on_with_nothing_lost() {
     if !host_has_it() {
@@ -98,7 +108,11 @@ fn a_guest_in_one_is_saved_whole_and_goes_on_with_nothing_lost() {
         let (first, second) = (folder.path().join("first"), folder.path().join("second"));
         let mut guest = Guest::boot(&of_guest_memfd(config));
         guest.hear(3);
+        let untouched = holes(&guest);
+        assert!(untouched > 12 << 20, "{untouched}");
         guest.snapshot(&SnapshotRequest::new(&first));
+        // What is read is made, and a guest_memfd's pages are never swapped.
+        assert_eq!(holes(&guest), untouched);
         // It ran on; and what it goes on in is a guest_memfd again, of which another snapshot is taken.
         guest.hear(2);
         guest.running.pause().unwrap();

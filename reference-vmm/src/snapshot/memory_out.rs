@@ -4,8 +4,11 @@
 
 #![forbid(unsafe_code)]
 
+use std::cell::OnceCell;
+use std::mem;
 use std::ops::Range;
 
+use memslots::Holes;
 use zstd::bulk::Compressor;
 
 use super::files::{Draft, DraftFile, SnapshotFiles};
@@ -27,6 +30,8 @@ pub(super) struct MemoryOut<'a, F: SnapshotFiles> {
     packer: Option<Packer>,
     buffer: Vec<u8>,
     written: u64,
+    /// Opened where there is memory that is better not touched.
+    holes: OnceCell<Option<Holes>>,
 }
 
 /// What compresses.
@@ -49,6 +54,7 @@ impl<'a, F: SnapshotFiles> MemoryOut<'a, F> {
             packer: None,
             buffer: vec![0; map.piece as usize],
             written: 0,
+            holes: OnceCell::new(),
             draft,
             file,
             map,
@@ -101,15 +107,18 @@ impl<'a, F: SnapshotFiles> MemoryOut<'a, F> {
         number: usize,
         place: Region,
     ) -> Result<(), SnapshotError> {
+        let holes = mem::take(&mut self.holes);
         // Whatever else has it mapped may write meanwhile: what is checked and written is this copy.
-        self.write_from(number, place, |range, bytes| {
+        let written = self.write_from(number, place, |range, bytes| {
             let address = range.start;
-            let read = file_pages::read(memory, address, bytes);
+            let read = file_pages::read_present(memory, &holes, address, bytes);
             read.map_err(|error| SnapshotError::Memory {
                 address,
                 why: Chain(&error).to_string(),
             })
-        })
+        });
+        self.holes = holes;
+        written
     }
 
     /// [`write_piece`](Self::write_piece), with what `read` gives for guest physical addresses.
