@@ -38,7 +38,7 @@ Commands:
   test [OPTIONS]             build and run the tests of all tiers, and say what ran where
   coverage                   measure the tests' coverage, against coverage_config.json
   fuzz [TARGET…]             run the crates' fuzz targets with libFuzzer
-  bench startup|boot|io|login|migrate|restore
+  bench startup|boot|io|login|migrate|restore|async-pf
                              measure a start, a boot, a guest's devices, a Debian's start to its login or a migration,
                              against a floor or another monitor
 
@@ -54,6 +54,7 @@ fn main() {
         Some(bench::RUN_IO_COMMAND) => bench::run_io_command(rest),
         Some(bench::RUN_LOGIN_COMMAND) => bench::run_login_command(rest),
         Some(bench::RUN_MIGRATE_COMMAND) => bench::run_migrate_command(rest),
+        Some(bench::RUN_ASYNC_PF_COMMAND) => bench::run_async_pf_command(rest),
         Some("build") => cargo::build_command(&rest),
         Some("boot") => boot::command(rest),
         Some(distro::WATCH_COMMAND) => distro::watch_command(rest),

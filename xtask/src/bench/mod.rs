@@ -2,11 +2,13 @@
 
 //! `cargo xtask bench`: what a start costs, against what it must cost or what another monitor takes, in one run.
 
+mod async_pf;
 mod boot;
 mod io;
 mod login;
 mod migrate;
 mod restore;
+mod slow_pages;
 mod startup;
 
 use std::ffi::{OsStr, OsString};
@@ -14,6 +16,9 @@ use std::process::{Child, Command};
 
 use crate::failure::{Context, Failure, Result};
 use crate::host::{self, KvmKind};
+pub(crate) use async_pf::{
+    RUN_COMMAND as RUN_ASYNC_PF_COMMAND, run_command as run_async_pf_command,
+};
 pub(crate) use boot::{RUN_COMMAND, run_command};
 pub(crate) use io::{RUN_COMMAND as RUN_IO_COMMAND, run_command as run_io_command};
 pub(crate) use login::{RUN_COMMAND as RUN_LOGIN_COMMAND, run_command as run_login_command};
@@ -28,6 +33,7 @@ Usage: cargo xtask bench startup [--runs N]   (60)
        cargo xtask bench login [--rounds N]   (3)
        cargo xtask bench migrate [--rounds N] [--postcopy] (3)
        cargo xtask bench restore [--rounds N] (9)
+       cargo xtask bench async-pf [--rounds N] (5)
 
   startup   a tiny guest on this host's KVM: from exec to its first byte and to the end, against a program that makes
             the unavoidable system calls alone; peak memory; the size of the program
@@ -42,7 +48,9 @@ Usage: cargo xtask bench startup [--runs N]   (60)
             where that goes, and how long all takes, against the same QEMU's migration; with --postcopy a guest that
             writes 256 MiB without rest, which goes before its memory after two seconds, and the longest silence behind that
   restore   guests that go on from snapshots on this host's KVM: from exec to the first byte and to an answer, by size and by
-            the way in which memory comes, against a tiny guest's boot; 100 of one snapshot: what one more takes";
+            the way in which memory comes, against a tiny guest's boot; 100 of one snapshot: what one more takes
+  async-pf  a guest of one vCPU in the lab with two tasks, of which one waits for late pages: how far the other comes, with
+            asynchronous page faults and without";
 
 /// `cargo xtask bench`.
 pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
@@ -74,8 +82,9 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         Some("login") => login::run(count.unwrap_or(3)),
         Some("migrate") => migrate::run(count.unwrap_or(3), postcopy),
         Some("restore") => restore::run(count.unwrap_or(9)),
+        Some("async-pf") => async_pf::run(count.unwrap_or(5)),
         _ => Err(Failure::usage(
-            "cargo xtask bench startup, boot, io, login, migrate or restore",
+            "cargo xtask bench startup, boot, io, login, migrate, restore or async-pf",
         )),
     }
 }

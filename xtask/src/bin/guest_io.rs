@@ -6,6 +6,9 @@
 //!
 //! The guest's times are its own clock's. A disk is read and written past the page cache (`O_DIRECT`).
 
+#[path = "guest_io/cold.rs"]
+mod cold;
+
 use std::alloc::{Layout, alloc_zeroed};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -52,8 +55,9 @@ fn main() -> ExitCode {
         ["tap", name] => tap(name),
         ["beat"] => beat(),
         ["busy"] => busy(),
+        ["cold", pages] => cold::cold(pages),
         _ => Err(io::Error::other(
-            "guest, vsock ROUND, round-trips, records FOLDER, host unix PATH, host vsock, tap NAME, beat, or busy",
+            "guest, vsock ROUND, round-trips, records FOLDER, host unix PATH, host vsock, tap NAME, beat, busy, or cold PAGES",
         )),
     };
     match done {
