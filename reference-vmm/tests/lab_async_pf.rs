@@ -11,6 +11,7 @@
 
 mod support;
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -81,8 +82,9 @@ fn serve(
 ) {
     let mut faults = File::from(given.userfaultfd.try_clone().unwrap());
     let mut held = Vec::new();
+    let mut known = HashSet::new();
     let mut holds = true;
-    while let [false, ordered, faulted] =
+    while let [false, ordered, _] =
         readable([monitor.as_raw_fd(), orders.as_raw_fd(), faults.as_raw_fd()])
     {
         if ordered {
@@ -97,7 +99,7 @@ fn serve(
         }
         let mut message = [0; 32];
         match faults.read(&mut message) {
-            Err(error) if !faulted || error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             read => assert_eq!(read.unwrap(), 32),
         }
         // `struct uffd_msg`: a page fault, and where.
@@ -106,10 +108,11 @@ fn serve(
         let (_, offset, page) = given.mappings.locate(address).unwrap();
         let mut bytes = [0; 4096];
         memory.read_exact_at(&mut bytes, offset).unwrap();
-        if holds && bytes.starts_with(MARK) {
+        // A page may be told of again while it is held, and be there when it is.
+        if holds && bytes.starts_with(MARK) && known.insert(page) {
             held.push((page, bytes));
             tell();
-        } else {
+        } else if !held.iter().any(|(at, _)| *at == page) {
             place(&given.userfaultfd, page, &bytes);
         }
     }

@@ -50,18 +50,20 @@ const WAYS: [(&str, bool, bool); 4] = [
     ("of a higher priority, hidden", false, true),
 ];
 
-/// What is told of a turn, in this order.
-const FIGURES: usize = 7;
-type Figures = [f64; FIGURES];
-const NAMES: [&str; FIGURES] = [
-    "steps",
-    "alone",
-    "took, us",
-    "late",
-    "faults",
-    "for later",
-    "told",
-];
+/// What came of a restore.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Turn {
+    /// Steps of the counting, and how many it does alone in the same time.
+    steps: f64,
+    alone: f64,
+    /// That time, milliseconds.
+    took: f64,
+    /// From the restore to the guest's end: faults that the handler served, those that KVM took for later, and those of
+    /// which it told the guest.
+    faults: f64,
+    later: f64,
+    told: f64,
+}
 
 pub(super) fn run(rounds: usize) -> Result<i32> {
     let assets = Assets::open(false)?;
@@ -71,7 +73,8 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
     let vmm = cargo::reference_vmm()?;
     let tool = cargo::static_program("xtask", "guest_io")?;
     let tool = fs::read(&tool).context(|| format!("{} cannot be read", tool.display()))?;
-    let cold = format!("#!/bin/sh\nexec guest-io cold {PAGES}\n");
+    // And one to warm up with.
+    let cold = format!("#!/bin/sh\nexec guest-io cold {}\n", PAGES + 1);
     let programs = [("bin/guest-io", &*tool), ("bin/cold", cold.as_bytes())];
     let initrd = io::with_programs(&initrd, &programs, "target/bench-async-pf.cpio")?;
     let mut argv = cargo::inside_lab(RUN_COMMAND);
@@ -97,19 +100,19 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
     );
     println!(
         "{:<32} {:>24} {:>9} {:>8} {:>10} {:>8}",
-        "who waits is", "counted", "ms", NAMES[4], NAMES[5], NAMES[6]
+        "who waits is", "counted", "ms", "faults", "for later", "told"
     );
     let mut middles = Vec::new();
     for (at, (name, ..)) in WAYS.iter().enumerate() {
         let of: Vec<_> = turns.iter().filter(|(way, _)| *way == at).collect();
-        let middle = |figure: fn(&Figures) -> f64| {
+        let middle = |figure: fn(&Turn) -> f64| {
             let mut values: Vec<_> = of.iter().map(|(_, turn)| figure(turn)).collect();
             let (_, middle, _) = super::ranks(&mut values);
             let ends = values.first().zip(values.last());
             let (least, most) = ends.unwrap_or((&f64::NAN, &f64::NAN));
             (middle, *least, *most)
         };
-        let (share, least, most) = middle(|turn| turn[0] / turn[1]);
+        let (share, least, most) = middle(|turn| turn.steps / turn.alone);
         let share_text = format!(
             "{:.1} % ({:.1} to {:.1})",
             share * 1e2,
@@ -118,10 +121,10 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
         );
         println!(
             "{name:<32} {share_text:>24} {:>9.0} {:>8} {:>10} {:>8}",
-            middle(|turn| turn[2] / 1e3).0,
-            middle(|turn| turn[3] + turn[4]).0,
-            middle(|turn| turn[5]).0,
-            middle(|turn| turn[6]).0
+            middle(|turn| turn.took).0,
+            middle(|turn| turn.faults).0,
+            middle(|turn| turn.later).0,
+            middle(|turn| turn.told).0
         );
         middles.push(share);
     }
@@ -138,16 +141,34 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
     Ok(0)
 }
 
-fn result_line(at: usize, figures: &Figures) -> String {
-    let figures: String = figures.iter().map(|figure| format!(" {figure}")).collect();
-    format!("{RESULT_MARK} {at}{figures}")
+fn result_line(at: usize, turn: &Turn) -> String {
+    let Turn {
+        steps,
+        alone,
+        took,
+        faults,
+        later,
+        told,
+    } = turn;
+    format!("{RESULT_MARK} {at} {steps} {alone} {took} {faults} {later} {told}")
 }
 
-fn parse_result(line: &str) -> Option<(usize, Figures)> {
+fn parse_result(line: &str) -> Option<(usize, Turn)> {
     let mut words = line.strip_prefix(RESULT_MARK)?.split_whitespace();
     let at = words.next()?.parse().ok()?;
-    let figures: Option<Vec<f64>> = words.map(|word| word.parse().ok()).collect();
-    Some((at, figures?.try_into().ok()?))
+    let figures: Vec<f64> = words.filter_map(|word| word.parse().ok()).collect();
+    let [steps, alone, took, faults, later, told] = figures[..] else {
+        return None;
+    };
+    let turn = Turn {
+        steps,
+        alone,
+        took,
+        faults,
+        later,
+        told,
+    };
+    Some((at, turn))
 }
 
 /// Inside the lab: how many rounds; the monitor, the kernel and the initramfs.
@@ -166,8 +187,8 @@ pub(crate) fn run_command(args: Vec<OsString>) -> Result<i32> {
     trace(&format!("events/kvm/{LATER}/enable"), "1")?;
     for _ in 0..rounds {
         for (at, (_, offered, first)) in WAYS.iter().enumerate() {
-            let figures = turn(vmm, &frozen(*offered), *first)?;
-            println!("{}", result_line(at, &figures));
+            let turn = turn(vmm, &frozen(*offered), *first)?;
+            println!("{}", result_line(at, &turn));
         }
     }
     Ok(0)
@@ -213,7 +234,7 @@ fn freeze(vmm: &Path, [kernel, initrd, cpu]: [&OsStr; 3], to: &Path) -> Result<(
 }
 
 /// A guest goes on from a snapshot, and what it is asked to measure.
-fn turn(vmm: &Path, from: &Path, first: bool) -> Result<Figures> {
+fn turn(vmm: &Path, from: &Path, first: bool) -> Result<Turn> {
     let socket = Path::new(DIR).join("handler");
     let _ = fs::remove_file(&socket); // of the turn before
     let handler = SlowPages::start(&socket, &from.join("memory"), MARK, DELAY)?;
@@ -250,15 +271,14 @@ fn turn(vmm: &Path, from: &Path, first: bool) -> Result<Figures> {
     let events = fs::read_to_string(Path::new(TRACING).join("trace"));
     let events = events.context(|| "the kernel's trace cannot be read".into())?;
     let later = events.lines().filter(|line| line.contains(LATER)).count();
-    Ok([
+    Ok(Turn {
         steps,
         alone,
-        micros,
-        served.slow as f64,
-        served.fast as f64,
-        later as f64,
-        told(&stats),
-    ])
+        took: micros / 1e3,
+        faults: served as f64,
+        later: later as f64,
+        told: told(&stats),
+    })
 }
 
 /// A monitor, its guest's console: what is asked there, and what is said.
@@ -324,9 +344,16 @@ mod tests {
         let line = "guest: cold steps 70 of 90 in 5000 us\r\n";
         assert_eq!(parse_measured(line), Some([70.0, 90.0, 5000.0]));
         assert_eq!(parse_measured("guest: cold steps 70 of"), None);
-        let figures = [1.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0];
-        let line = result_line(3, &figures);
-        assert_eq!(parse_result(&line), Some((3, figures)));
+        let turn = Turn {
+            steps: 1.0,
+            alone: 2.0,
+            took: 3.5,
+            faults: 4.0,
+            later: 5.0,
+            told: 6.0,
+        };
+        let line = result_line(3, &turn);
+        assert_eq!(parse_result(&line), Some((3, turn)));
         assert_eq!(parse_result("xtask-async-pf: 3 1"), None);
     }
 

@@ -23,17 +23,8 @@ const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 /// More than a hand-off of a guest without holes by the dozen.
 const MOST_BYTES: usize = 16 << 10;
 
-/// What it has served.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct Served {
-    /// Pages with the mark.
-    pub(super) slow: u64,
-    /// All others.
-    pub(super) fast: u64,
-}
-
 /// A handler on a thread of its own.
-pub(super) struct SlowPages(JoinHandle<Result<Served>>);
+pub(super) struct SlowPages(JoinHandle<Result<u64>>);
 
 impl SlowPages {
     /// Listens at `socket` for a monitor, whose guest's memory is in `memory`.
@@ -61,8 +52,8 @@ impl SlowPages {
         })))
     }
 
-    /// What it served until its monitor ended.
-    pub(super) fn join(self) -> Result<Served> {
+    /// How many pages it served until its monitor ended.
+    pub(super) fn join(self) -> Result<u64> {
         let ended = self.0.join();
         ended.map_err(|_| Failure::new("the page-fault handler panicked"))?
     }
@@ -84,9 +75,9 @@ struct Handler {
 }
 
 impl Handler {
-    fn serve(&self, monitor: &UnixStream, delay: Duration) -> io::Result<Served> {
+    fn serve(&self, monitor: &UnixStream, delay: Duration) -> io::Result<u64> {
         let mut faults = File::from(self.uffd.try_clone()?);
-        let mut served = Served::default();
+        let mut served = 0;
         // In the order in which they are due.
         let mut late: Vec<(Instant, u64, [u8; PAGE as usize])> = Vec::new();
         loop {
@@ -114,11 +105,10 @@ impl Handler {
             let offset = self.offset(page);
             let offset = offset.ok_or_else(|| io::Error::other("a fault outside of the guest"))?;
             self.file.read_exact_at(&mut bytes, offset)?;
+            served += 1;
             if bytes.starts_with(self.mark) {
-                served.slow += 1;
                 late.push((Instant::now() + delay, page, bytes));
             } else {
-                served.fast += 1;
                 self.place(page, &bytes)?;
             }
         }
