@@ -7,13 +7,6 @@
 //! acknowledges each "it is here now". The exchange is KVM's (Documentation/virt/kvm/x86/msr.rst
 //! and cpuid.rst); what a monitor has to do with it is build the CPUID entry, know which values a
 //! guest may write, and carry the MSRs through a snapshot in an order that loses nothing.
-//!
-//! # What KVM does of itself
-//! A fault that would have KVM sleep (on a userfaultfd too) goes to a kernel worker, of up to 64 a vCPU, if the vCPU takes
-//! interrupts and its local APIC is KVM's. That is so whether or not the guest takes part. If it does, and was in user mode
-//! ([`AsyncPfEnable::send_always`] asks for kernel mode as well; Linux 6.1 and 6.12 do not), KVM injects a page fault, and counts
-//! it in the vCPU's statistic `pf_guest`; otherwise it halts the vCPU until the page, or an interrupt, is there. So
-//! the feature gives the waiting task's time to others; without it a guest's timer tick still does, but by halves.
 
 use crate::WAKE_ALL_TOKEN;
 
@@ -28,6 +21,14 @@ pub const MSR_KVM_ASYNC_PF_INT: u32 = 0x4b56_4d06;
 pub const MSR_KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
 
 /// Which parts of the protocol a guest is offered: bits of EAX of [`KVM_CPUID_FEATURES`].
+///
+/// # What KVM does of itself
+/// A fault that would have KVM sleep (on a userfaultfd too) goes to a kernel worker, of up to 64 a vCPU, if the vCPU takes
+/// interrupts and its local APIC is KVM's. That is so whether or not the guest takes part. If it does, and was in user mode
+/// ([`AsyncPfEnable::send_always`] asks for kernel mode as well; Linux 6.1 and 6.12 do not), KVM injects a page fault, and counts
+/// it in the vCPU's statistic `pf_guest`; otherwise it halts the vCPU until the page, or an interrupt, is there. So
+/// the feature gives the time of the task that waits to others. Without it they have their share only, for the guest takes a task
+/// that waits for one that runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct AsyncPfFeatures {
     /// `KVM_FEATURE_ASYNC_PF`, bit 4: `MSR_KVM_ASYNC_PF_EN` is there.
