@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::time::Duration;
 
 use reference_vmm::snapshot::files::{HostFiles, MEMORY, SnapshotFiles};
 
@@ -19,18 +20,34 @@ pub struct Faulty {
     at: usize,
     /// None: a short write.
     errno: Option<i32>,
+    /// When the last call was, by [`coarse_time`].
+    called: Cell<Duration>,
+    /// For how long, by that clock, there was none before the newest file was made.
+    pub idle: Cell<Duration>,
 }
 
 impl Faulty {
     /// Refuses the call number `at`, from 0 on; none: it writes half.
     pub fn new(at: usize, errno: Option<i32>) -> Self {
         let calls = Cell::new(0);
-        Faulty { calls, at, errno }
+        Faulty {
+            calls,
+            at,
+            errno,
+            called: Cell::new(coarse_time()),
+            idle: Cell::default(),
+        }
+    }
+
+    /// Refuses none.
+    pub fn none() -> Self {
+        Self::new(usize::MAX, None)
     }
 
     fn is_due(&self) -> bool {
         let call = self.calls.get();
         self.calls.set(call + 1);
+        self.called.set(coarse_time());
         call == self.at
     }
 
@@ -42,12 +59,26 @@ impl Faulty {
     }
 }
 
+/// The clock by which file systems tell the time of a write (`CLOCK_REALTIME_COARSE`).
+fn coarse_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: a timespec that lives through the call.
+    let said = unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &raw mut time) };
+    assert_eq!(said, 0);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 impl SnapshotFiles for Faulty {
     fn create_dir(&self, path: &Path) -> io::Result<File> {
         self.check()?;
         HostFiles.create_dir(path)
     }
     fn create(&self, path: &Path) -> io::Result<File> {
+        self.idle
+            .set(coarse_time().saturating_sub(self.called.get()));
         self.check()?;
         HostFiles.create(path)
     }
