@@ -7,7 +7,7 @@ use memslots::uffd::{Features, OpenError};
 /// One thing that it takes a userfaultfd to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UffdUse {
-    /// What is said on the command line, or which part of the one before.
+    /// What is said on the command line.
     pub command: &'static str,
     /// The features that it needs, beyond missing pages.
     pub needs: Features,
@@ -29,7 +29,7 @@ pub const UFFD_USES: [UffdUse; 3] = [
     },
     // Which is not anonymous.
     UffdUse {
-        command: "the same of --memory SIZE,shared or SIZE,hugepages=SIZE",
+        command: "ctl snapshot --background, with --memory …,shared or …,hugepages=SIZE",
         needs: Features::WP_HUGETLBFS_SHMEM,
         since: "Linux 5.19",
     },
