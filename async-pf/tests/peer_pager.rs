@@ -6,15 +6,16 @@
 
 mod peers;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
 use async_pf::pager::{PagedSlot, Pager, PagerConfig};
-use async_pf::peer::PeerSource;
+use async_pf::peer::{PeerLanes, PeerSource};
+use async_pf::{Fetched, Lane, PageSource, SourceError};
 use memslots::uffd::fake::{FakeUffd, Touch};
 use memslots::uffd::{Call, Features, Message, Modes, Uffd, encode};
 use memslots::{Backing, Gfn, Hva, Mapping, PAGE_SIZE};
-use peers::{LONG, connecting, patient, server, until};
+use peers::{LONG, Named, connecting, patient, server, serving, until};
 use vm_memory::GuestAddress;
 
 #[test]
@@ -96,4 +97,94 @@ fn a_peer_that_is_gone_poisons_what_it_had_and_hangs_nobody() {
     pager.prefetch_rest();
     assert!(pager.wait(LONG));
     assert_eq!(pager.progress().lost, 4);
+}
+
+/// Answers what nobody waits for when it is let.
+struct Held {
+    pages: Named,
+    /// How many are held, and whether they are let go.
+    gate: Arc<(Mutex<(usize, bool)>, Condvar)>,
+}
+
+impl PageSource for Held {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        self.pages.fetch(first, into)
+    }
+
+    fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        if lane == Lane::Prefetch {
+            let mut gate = self.gate.0.lock().unwrap();
+            gate.0 += 1;
+            drop(self.gate.1.wait_while(gate, |(_, open)| !*open).unwrap());
+        }
+        self.fetch(first, into)
+    }
+}
+
+#[test]
+fn a_fault_on_a_page_under_way_among_what_nobody_waits_for_is_served_before_that_comes() {
+    for both in [false, true] {
+        let fake = FakeUffd::new(Features::from_bits(0x1ffff));
+        let uffd = Uffd::on(|| fake.open(), Features::EVENT_REMOVE, Features::NONE).unwrap();
+        let memory = Mapping::new(&Backing::anonymous(64 * PAGE_SIZE), GuestAddress(0)).unwrap();
+        let memory = Arc::new(memory);
+        let registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+        let at = |page: u64| Hva(memory.host().0 + (page * PAGE_SIZE) as usize);
+        let gate = Arc::new((Mutex::new((0, false)), Condvar::new()));
+        let held = Held {
+            pages: Named { pages: 400 },
+            gate: Arc::clone(&gate),
+        };
+        let served = Arc::new(serving(held));
+        let connect = || {
+            let (connect, _) = connecting(Arc::clone(&served), |_, _, _| Ok(()));
+            PeerSource::connect(connect, patient()).unwrap()
+        };
+        // By one connection, and by one for each lane.
+        let source: Arc<dyn PageSource> = match both {
+            false => Arc::new(connect()),
+            true => Arc::new(PeerLanes::new(connect(), connect())),
+        };
+        let slot = PagedSlot::new(&registration, Gfn(0x100), source).unwrap();
+        let config = PagerConfig {
+            workers: 2,
+            deadline: LONG,
+            ahead: 64 * PAGE_SIZE,
+            ..PagerConfig::default()
+        };
+        let pager = Pager::start(&uffd, vec![slot], config).unwrap();
+        pager.prefetch_rest();
+        until("all of it is under way", || {
+            (gate.0.lock().unwrap().0 == 1).then_some(())
+        });
+        // 0x100 + 4 and 0x100 + 9 are no pages of zeros.
+        for page in [4, 9, 4] {
+            let touched = fake.touch(at(page), false);
+            until("who waits goes on", || {
+                fake.asleep().is_empty().then_some(())
+            });
+            assert!(
+                matches!(touched, Touch::Sleeps | Touch::Done),
+                "{touched:?}"
+            );
+        }
+        let stats = pager.stats();
+        assert_eq!((stats.raised, stats.joined, stats.placed), (2, 2, 2));
+        assert!(!gate.0.lock().unwrap().1);
+        // The other answer to these is dropped.
+        gate.0.lock().unwrap().1 = true;
+        gate.1.notify_all();
+        assert!(pager.wait(LONG));
+        let stats = pager.stats();
+        assert_eq!((stats.placed, stats.lost, stats.unanswered), (64, 0, 0));
+        let calls = fake.calls();
+        for page in [4, 9] {
+            let onto = calls.iter().filter(|(call, words)| {
+                *call == Call::Copy
+                    && (words[0]..words[0] + words[2]).contains(&(at(page).0 as u64))
+            });
+            assert_eq!(onto.count(), 1, "page {page}");
+        }
+        drop(pager);
+    }
 }

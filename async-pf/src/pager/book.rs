@@ -62,13 +62,20 @@ pub(super) struct Limits {
     pub backlog: usize,
 }
 
-/// Where a page is, in a byte: its state, whether it was given back, whether someone waits.
+/// Where a page is, in a byte: its state, whether it was given back, whether someone waits; and of a page under way how often
+/// it is.
 #[derive(Clone, Copy)]
 struct Page(u8);
 
 impl Page {
     const ZERO: u8 = 1 << 3;
     const AWAITED: u8 = 1 << 4;
+    /// In the lane of what nobody waits for, and its source lets faults overtake.
+    const AHEAD: u8 = 1 << 5;
+    /// To be fetched again in the lane of faults, for which it is in line.
+    const RAISE: u8 = 1 << 6;
+    /// Under way in both: the first that comes is the page, and the other is nobody's.
+    const TWICE: u8 = 1 << 7;
 
     fn new(state: PageState, zero: bool, awaited: bool) -> Self {
         let state = match state {
@@ -93,6 +100,26 @@ impl Page {
         self.0 & Self::ZERO != 0
     }
 
+    fn is(self, flag: u8) -> bool {
+        self.0 & flag != 0
+    }
+
+    /// With these flags, until its state changes.
+    fn with(self, flags: u8) -> Self {
+        Self(self.0 | flags)
+    }
+
+    fn without(self, flags: u8) -> Self {
+        Self(self.0 & !flags)
+    }
+
+    /// One that is under way, and that someone waits for now: whether that is to be raised.
+    fn joined(self) -> (Self, bool) {
+        let page = self.with(Self::AWAITED);
+        let raise = self.is(Self::AHEAD) && !self.is(Self::RAISE | Self::TWICE);
+        (if raise { page.with(Self::RAISE) } else { page }, raise)
+    }
+
     fn awaited(self) -> bool {
         self.0 & Self::AWAITED != 0
     }
@@ -110,6 +137,8 @@ impl Page {
 struct Slot {
     pages: Vec<Page>,
     window: Window,
+    /// A fault overtakes what its source was asked for before.
+    overtakes: bool,
 }
 
 /// Pages to come before anyone touches them.
@@ -150,6 +179,7 @@ impl Book {
             .map(|(pages, [least, most])| Slot {
                 pages: vec![Page::new(PageState::Absent, false, false); pages as usize],
                 window: Window::new(least, most),
+                overtakes: false,
             })
             .collect();
         Self {
@@ -181,6 +211,14 @@ impl Book {
                 self.settled -= u64::from(page.settled());
                 *page = Page::new(PageState::Absent, false, false);
             }
+        }
+    }
+
+    /// Of a slot whose source lets faults overtake: a page that someone waits for is fetched again, in front of all that
+    /// nobody does, where it is under way among that.
+    pub fn overtakes(&mut self, slot: usize) {
+        if let Some(slot) = self.slots.get_mut(slot) {
+            slot.overtakes = true;
         }
     }
 
@@ -224,7 +262,11 @@ impl Book {
             PageState::Poisoned => return Told::Lost,
             PageState::Wanted => {}
             PageState::Fetching => {
-                self.set(place, Page::new(PageState::Fetching, page.zero(), true));
+                let (joined, raise) = page.joined();
+                self.set(place, joined);
+                if raise {
+                    self.faults.push_back(place);
+                }
             }
             _ => {
                 self.step(place, PageEvent::Fault);
@@ -282,8 +324,21 @@ impl Book {
     pub fn start_fault(&mut self, cut: impl Fn(Place, u64) -> u64) -> Option<Job> {
         loop {
             let place = self.faults.pop_front()?;
-            if self.get(place).map(Page::state) != Some(PageState::Wanted) {
-                continue; // it came with a neighbour
+            let page = self.get(place)?;
+            match page.state() {
+                PageState::Wanted => {}
+                PageState::Fetching if page.is(Page::RAISE) => {
+                    self.set(place, page.without(Page::RAISE).with(Page::TWICE));
+                    self.stats.fetches += 1;
+                    self.stats.raised += 1;
+                    return Some(Job {
+                        slot: place.slot,
+                        pages: place.page..place.page + 1,
+                        zero: false,
+                        why: Why::Fault,
+                    });
+                }
+                _ => continue, // it came with a neighbour
             }
             let window = self.slots.get_mut(place.slot)?.window.fault(place.page);
             return Some(self.take_cut(place, window, Why::Fault, cut));
@@ -365,6 +420,8 @@ impl Book {
             !book.failures.is_empty() && book.failures.contains_key(place)
         };
         let most = if alone(self, &place) { 1 } else { most.max(1) };
+        let overtakes = self.slots.get(slot).is_some_and(|slot| slot.overtakes);
+        let raises = overtakes && why != Why::Fault && !zero;
         let mut end = place.page;
         while end - place.page < most {
             let next = Place { slot, page: end };
@@ -376,6 +433,9 @@ impl Book {
             }
             self.step(next, PageEvent::Prefetch); // of a wanted one, changes nothing
             self.step(next, PageEvent::Start);
+            if raises {
+                self.ahead(next);
+            }
             end += 1;
         }
         self.stats.fetches += 1;
@@ -385,6 +445,20 @@ impl Book {
             zero,
             why,
         }
+    }
+
+    /// A page was begun for nobody. Who waits for it all the same is in line, and there it is raised.
+    fn ahead(&mut self, place: Place) {
+        let Some(page) = self.get(place) else {
+            return;
+        };
+        let page = page.with(Page::AHEAD);
+        let page = if page.awaited() {
+            page.joined().0
+        } else {
+            page
+        };
+        self.set(place, page);
     }
 
     /// The pages of a job, from one on, that are still its own: not given back, given up or placed since it began.
@@ -448,6 +522,11 @@ impl Book {
                 continue;
             };
             if before.state() != PageState::Fetching || before.zero() != job.zero {
+                continue;
+            }
+            // Under way once more: that decides.
+            if before.is(Page::TWICE) {
+                self.set(place, before.without(Page::TWICE | Page::AHEAD));
                 continue;
             }
             let awaited = before.awaited();

@@ -10,6 +10,8 @@ use proptest::prelude::*;
 use super::*;
 
 const SIZES: [u64; 2] = [24, 9];
+/// The slot whose source lets faults overtake.
+const OVERTAKES: usize = 0;
 const LIMITS: Limits = Limits {
     deadline: Duration::from_millis(100),
     retries: 2,
@@ -74,6 +76,14 @@ impl Story {
         }
     }
 
+    /// How many jobs have this page still, and are not of zeros.
+    fn fetched(&self, slot: usize, page: u64) -> usize {
+        let has = |(job, from): &&(Job, u64)| {
+            job.slot == slot && !job.zero && job.pages.contains(&page) && page >= *from
+        };
+        self.jobs.iter().filter(has).count()
+    }
+
     fn begin(&mut self, job: Option<Job>) {
         let Some(job) = job else { return };
         assert!(!job.pages.is_empty());
@@ -89,7 +99,15 @@ impl Story {
                         && other.pages.contains(&page)
                         && page >= *from
                 });
-            assert!(!twice, "page {page} of {job:?} is fetched already");
+            // Someone waits for what is under way for nobody: once more, if that may overtake.
+            let raised = job.slot == OVERTAKES
+                && job.why == Why::Fault
+                && job.pages.end - job.pages.start == 1;
+            let raised = raised && self.fetched(job.slot, page) == 1;
+            assert!(
+                !twice || raised,
+                "page {page} of {job:?} is fetched already"
+            );
         }
         let from = job.pages.start;
         self.jobs.push((job, from));
@@ -219,6 +237,7 @@ proptest! {
             jobs: Vec::new(),
             now: Instant::now(),
         };
+        story.book.overtakes(OVERTAKES);
         for step in steps {
             story.take(step);
             story.check();
@@ -240,5 +259,71 @@ proptest! {
         prop_assert!(story.book.is_complete());
         prop_assert!(story.account.waiting.is_empty());
         prop_assert!(!story.book.has_ahead() || story.book.start_ahead(|_| 4, |_, most| most).is_none());
+    }
+}
+
+#[test]
+fn a_fault_on_what_is_under_way_for_nobody_is_fetched_once_more_and_the_first_that_comes_is_the_page()
+ {
+    let now = Instant::now();
+    let place = |page| Place { slot: 0, page };
+    for raised_first in [true, false] {
+        for overtakes in [true, false] {
+            let mut book = Book::new([(8, [1, 4])], LIMITS);
+            if overtakes {
+                book.overtakes(0);
+            }
+            book.want_rest();
+            let bulk = book.start_ahead(|_| 8, |_, most| most).unwrap();
+            assert_eq!(bulk.pages, 0..8);
+            assert_eq!(book.fault(place(3), now), Told::InLine);
+            assert_eq!(book.fault(place(3), now), Told::InLine);
+            let raised = book.start_fault(|_, most| most);
+            assert!(book.start_fault(|_, most| most).is_none());
+            let Some(raised) = raised else {
+                assert!(!overtakes);
+                continue;
+            };
+            assert!(overtakes);
+            assert_eq!((raised.pages.clone(), raised.why), (3..4, Why::Fault));
+            let (first, second) = match raised_first {
+                true => (&raised, &bulk),
+                false => (&bulk, &raised),
+            };
+            let run = book.own(first, first.pages.start).unwrap();
+            book.arrived(first, run, now);
+            // It is nobody's, whichever way it ends.
+            let own: Vec<_> = std::iter::successors(book.own(second, second.pages.start), |run| {
+                book.own(second, run.end)
+            })
+            .collect();
+            assert!(own.iter().all(|run| !run.contains(&3)), "{own:?}");
+            assert_eq!(book.failed(&raised, 3, false, now), []);
+            assert_eq!((book.stats.raised, book.stats.lost), (1, 0));
+        }
+    }
+}
+
+#[test]
+fn of_two_fetches_of_a_page_one_may_fail() {
+    let now = Instant::now();
+    let place = Place { slot: 0, page: 3 };
+    for raised_fails in [true, false] {
+        let mut book = Book::new([(8, [1, 4])], LIMITS);
+        book.overtakes(0);
+        book.want_rest();
+        let bulk = book.start_ahead(|_| 8, |_, most| most).unwrap();
+        book.fault(place, now);
+        let raised = book.start_fault(|_, most| most).unwrap();
+        let (fails, comes) = match raised_fails {
+            true => (&raised, &bulk),
+            false => (&bulk, &raised),
+        };
+        assert_eq!(book.failed(fails, fails.pages.start, false, now), []);
+        let run = book.own(comes, 3).unwrap();
+        assert!(run.contains(&3));
+        book.arrived(comes, 3..4, now);
+        assert!(book.waits.is_empty());
+        assert_eq!(book.get(place).map(Page::state), Some(PageState::Present));
     }
 }

@@ -55,7 +55,9 @@
 //! * Who touches a page goes on: with its contents; or, at the [deadline](PagerConfig::deadline) at the latest (and some
 //!   milliseconds), with what [`GiveUp`] says. A source that blocks for ever holds a worker, and nobody else: another
 //!   thread reads the messages and keeps the deadline.
-//! * Two faults on a page are one fetch. A fault is served before anything that nobody waits for.
+//! * Two faults on a page are one fetch. A fault is served before anything that nobody waits for; where it is on a page that is
+//!   under way among that, and its source lets faults [overtake](PageSource::overtakes), it is fetched once more, in front (by
+//!   another worker: of one alone it is waited for). The first that comes is placed, and the other dropped.
 //! * What was given back (`MADV_DONTNEED`, a balloon, an unplug) reads as zeros, and is not brought again, be it under way
 //!   at that moment or not. This takes a userfaultfd with [`Features::EVENT_REMOVE`]; without, what is given back before it
 //!   was brought comes from the source.

@@ -147,6 +147,9 @@ impl Shared {
         let sizes = slots.iter().map(|slot| (slot.pages(), window(slot)));
         let mut book = Book::new(sizes, config.limits());
         for (index, slot) in slots.iter().enumerate() {
+            if slot.source.overtakes() {
+                book.overtakes(index);
+            }
             if let Some(only) = &slot.only {
                 book.only(index, only);
             }

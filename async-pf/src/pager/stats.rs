@@ -94,6 +94,8 @@ pub struct Stats {
     pub protected: u64,
     /// Fetches, of one or more pages.
     pub fetches: u64,
+    /// Those of a page that was under way for nobody, and for which someone waits now: the first that comes is taken.
+    pub raised: u64,
     /// Pages that have been placed, zeros among them.
     pub placed: u64,
     /// Pages of zeros that were placed without a copy.

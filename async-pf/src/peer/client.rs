@@ -210,6 +210,10 @@ impl PageSource for PeerSource {
         Ok(all)
     }
 
+    fn overtakes(&self) -> bool {
+        true
+    }
+
     fn run(&self, _first: Gfn, pages: u64) -> u64 {
         pages.clamp(1, u64::from(MOST_PAGES))
     }

@@ -95,13 +95,14 @@
 //! * **Memory is bounded**, whatever comes: no body is read into memory before its length is known to be one that this ask,
 //!   or this kind, can have; and no more is unanswered at once than both sides agreed to.
 //! * **Demand first**: waiting faults overtake what is prefetched on both sides, and wait on the link for one answer of
-//!   at most [`MOST_PAGES`] at a time.
+//!   at most [`MOST_PAGES`] at a time; with a connection of their own ([`PeerLanes`]) for none.
 
 mod calls;
 mod client;
 mod error;
 pub mod fake;
 mod frame;
+mod lanes;
 mod link;
 mod memory;
 mod server;
@@ -110,6 +111,7 @@ mod wire;
 pub use client::{PeerConfig, PeerSource, PeerStats, Reconnect};
 pub use error::PeerError;
 pub use frame::{MOST_BODY, MOST_PAGES, MOST_WORDS};
+pub use lanes::PeerLanes;
 pub use memory::MemorySource;
 pub use server::{PageServer, Served, ServerConfig};
 pub use wire::{Connect, TcpPeer, UnixPeer, Wire};

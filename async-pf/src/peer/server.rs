@@ -86,6 +86,8 @@ pub struct PageServer {
     source: Arc<dyn PageSource>,
     config: ServerConfig,
     stop: AtomicBool,
+    /// Of all connections.
+    served: Mutex<Served>,
 }
 
 /// Asks that wait, and what a connection's threads tell each other.
@@ -115,7 +117,13 @@ impl PageServer {
             source,
             config,
             stop: AtomicBool::new(false),
+            served: Mutex::default(),
         }
+    }
+
+    /// What all connections came to so far, those that are open or broke among them.
+    pub fn served(&self) -> Served {
+        *self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Serves a connection, on this thread and some of its own, until the other side closes it. Several may be served at
@@ -237,6 +245,9 @@ impl PageServer {
             queue.unanswered -= 1;
             queue.served.add(served);
             drop(queue);
+            let mut all = self.served.lock().unwrap_or_else(PoisonError::into_inner);
+            all.add(served);
+            drop(all);
             match desk.link.send(&bytes) {
                 // Its room is used again.
                 Ok(()) => out = bytes,

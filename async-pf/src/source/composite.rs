@@ -93,6 +93,10 @@ impl PageSource for CompositeSource {
         Ok(all)
     }
 
+    fn overtakes(&self) -> bool {
+        self.parts.iter().any(|(_, source)| source.overtakes())
+    }
+
     fn run(&self, first: Gfn, pages: u64) -> u64 {
         self.locate(first).map_or(1, |(source, there)| {
             source.run(first, there.min(pages)).clamp(1, pages.max(1))

@@ -146,6 +146,13 @@ pub trait PageSource: Send + Sync {
         self.fetch(first, into)
     }
 
+    /// Whether a fault's fetch overtakes those that are under way in the lane of what nobody waits for. Then a page that is
+    /// among those when someone touches it is fetched once more, in the fault's lane, and the first answer is taken; else it
+    /// is waited for.
+    fn overtakes(&self) -> bool {
+        false
+    }
+
     /// How many of `pages` pages from `first` on are best fetched in one call: those that lie together, or are all zeros.
     /// Answered without blocking; at least 1, at most `pages`.
     fn run(&self, first: Gfn, pages: u64) -> u64 {

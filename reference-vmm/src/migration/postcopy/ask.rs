@@ -12,7 +12,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use async_pf::peer::{PeerConfig, PeerError, PeerSource, Reconnect, Wire};
+use async_pf::peer::{PeerConfig, PeerError, PeerLanes, PeerSource, Reconnect, Wire};
 use async_pf::{Fetched, Lane, PageSource, SourceError};
 use memslots::Gfn;
 
@@ -50,7 +50,7 @@ pub type Next = dyn Fn(Lane, Duration) -> Option<Duplex> + Send + Sync;
 /// Asks the source of a migration for pages.
 #[derive(Debug)]
 pub struct PostCopySource {
-    lanes: [PeerSource; 2],
+    lanes: PeerLanes,
 }
 
 impl PostCopySource {
@@ -96,13 +96,13 @@ impl PostCopySource {
         };
         let [first, second] = LANES;
         Ok(PostCopySource {
-            lanes: [lane(first)?, lane(second)?],
+            lanes: PeerLanes::new(lane(first)?, lane(second)?),
         })
     }
 
     /// Nothing more is asked for.
     pub fn close(&self) {
-        self.lanes.iter().for_each(PeerSource::close);
+        self.lanes.close();
     }
 }
 
@@ -118,10 +118,10 @@ impl PageSource for PostCopySource {
     }
 
     fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
-        let [fault, prefetch] = &self.lanes;
-        match lane {
-            Lane::Fault => fault.fetch_for(lane, first, into),
-            Lane::Prefetch => prefetch.fetch_for(lane, first, into),
-        }
+        self.lanes.fetch_for(lane, first, into)
+    }
+
+    fn overtakes(&self) -> bool {
+        true
     }
 }
