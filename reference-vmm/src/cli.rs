@@ -145,6 +145,7 @@ Usage: reference-vmm run --kernel FILE [OPTIONS]
        reference-vmm cpu [--cpu MODEL] [--json] [--kvm PATH]
        reference-vmm ctl --api-sock PATH COMMAND [--json]
        reference-vmm snapshot info|verify|merge DIR... [--json]
+       reference-vmm snapshot serve DIR --listen ADDRESS
        reference-vmm doctor [--json] [--kvm PATH]
        reference-vmm help [COMMAND...]
 
@@ -155,7 +156,8 @@ Commands:
   ctl      Ask something of a monitor that runs: status, pause, resume, snapshot, load, migrate,
            migrate-cancel, migrate-postcopy, migrate-status, migrate-settle, power-button, config,
            stats, version
-  snapshot Say what a snapshot is (info), check it (verify), or make one of a chain of them (merge)
+  snapshot Say what a snapshot is (info), check it (verify), make one of a chain of them (merge), or send its
+           memory to guests that go on elsewhere (serve)
   cpu      Say which processors this host can be for a guest, and what a model changes
   doctor   Say what this host's KVM offers, and try it
   help     Show the help of a command, and of one within it: help ctl snapshot

@@ -161,14 +161,15 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
     let wrong = |what: &str| UsageError::Command(format!("ctl: {what}; try ctl --help"));
     let command = command.ok_or_else(|| wrong("no command"))?;
     let is = |name: &str| command == name;
-    match flags.any().filter(|_| !is("migrate")) {
+    let of_load = |flag: &str| is("load") && flag.starts_with("tls-");
+    match flags.any().filter(|flag| !is("migrate") && !of_load(flag)) {
         Some(flag) => return Err(UsageError::Command(format!("ctl: --{flag} is for migrate"))),
         None if resume && !is("load") => {
             let text = "--resume is of `load` alone; a guest that is paused goes on by `resume`";
             return Err(wrong(text));
         }
         None if lazy.any() && !is("load") => {
-            let text = "--lazy, --on-loss, --page-deadline, --record and --page-handler are options of load DIR";
+            let text = "--lazy, --on-loss, --page-deadline, --record, --page-handler and --page-server are options of load DIR";
             return Err(wrong(text));
         }
         None => {}
@@ -206,6 +207,7 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
             if let Some(handler) = lazy.handler.take() {
                 lazy.handler = Some(told_path("--page-handler", handler)?);
             }
+            flags.load(&mut lazy)?;
             Question::Load(Box::new(Load { dir, resume, lazy }))
         }
         name => {

@@ -16,7 +16,8 @@ use reference_vmm::api::http::{
 };
 use reference_vmm::api::load::LoadRequest;
 use reference_vmm::api::router::{Action, Outcome, respond, route};
-use reference_vmm::lazy::{LazySaid, OnLoss};
+use reference_vmm::lazy::{LazySaid, OnLoss, PageServerAt};
+use reference_vmm::migration::tls::TlsFiles;
 use serde_json::Value;
 
 fn request(method: &str, path: &str, body: &str) -> Request {
@@ -259,6 +260,18 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
         handler: Some("/run/handler".into()),
         ..LazySaid::default()
     });
+    let served = with(LazySaid {
+        page_server: Some(Box::new(PageServerAt {
+            address: "tcp:10.0.0.1:7".parse().unwrap(),
+            tls: Some(TlsFiles {
+                cert: "/c".into(),
+                key: "/k".into(),
+                ca: "/a".into(),
+                name: None,
+            }),
+        })),
+        ..LazySaid::default()
+    });
     let all = LoadRequest {
         resume: true,
         track: true,
@@ -281,6 +294,11 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
         (
             r#"{"snapshot_path": "/s", "mem_backend": {"backend_type": "Uffd", "backend_path": "/run/handler"}}"#,
             &handled,
+        ),
+        (
+            r#"{"snapshot_path": "/s", "mem_backend": {"backend_type": "PageServer", "backend_path": "tcp:10.0.0.1:7",
+                "tls": {"cert": "/c", "key": "/k", "ca": "/a"}}}"#,
+            &served,
         ),
         (r#"{"snapshot_path": "/s", "lazy": true}"#, &lazy),
         (
@@ -324,6 +342,15 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
             "too many fields",
         ),
         (r#"{"snapshot_path": "/s", "on_loss": "retry"}"#, "retry"),
+        (
+            r#"{"snapshot_path": "/s", "mem_backend": {"backend_type": "PageServer", "backend_path": "10.0.0.1:7"}}"#,
+            "unix:PATH or tcp:HOST:PORT",
+        ),
+        (
+            r#"{"snapshot_path": "/s", "mem_backend": {"backend_type": "Uffd", "backend_path": "/h",
+                "tls": {"cert": "/c", "key": "/k", "ca": "/a"}}}"#,
+            "tls is of a PageServer",
+        ),
         (
             r#"{"snapshot_path": "/s", "page_deadline": 0}"#,
             "page_deadline 0: a whole number of seconds from 1 to 86400",

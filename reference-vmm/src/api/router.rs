@@ -12,8 +12,10 @@ use kvm_core::arch::x86_64::state::ClockRestore;
 
 use super::http::{Request, Response, Status};
 use super::load::LoadRequest;
-use crate::lazy::{LazySaid, OnLoss};
+use crate::lazy::{LazySaid, OnLoss, PageServerAt};
+use crate::migration::address::Address;
 use crate::migration::outgoing::{MigrateRequest, Order};
+use crate::migration::tls::TlsFiles;
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::files::MEMORY;
 use crate::snapshot::packed::Compression;
@@ -191,12 +193,16 @@ fn seconds(field: &str, said: Option<u64>) -> Result<Option<Duration>, Response>
 struct MemoryBackend {
     backend_type: BackendType,
     backend_path: PathBuf,
+    /// Not Firecracker's; of a [`BackendType::PageServer`].
+    tls: Option<TlsFiles>,
 }
 
 #[derive(Deserialize)]
 enum BackendType {
     File,
     Uffd,
+    /// Not Firecracker's.
+    PageServer,
 }
 
 #[derive(Deserialize)]
@@ -214,18 +220,38 @@ struct VsockOverride {
 
 impl Load {
     fn request(self) -> Result<LoadRequest, Response> {
-        let mut handler = None;
+        let (mut handler, mut page_server) = (None, None);
         let file = match (self.mem_file_path, self.mem_backend) {
             (Some(_), Some(_)) => {
                 let text = "too many fields: mem_backend and mem_file_path are the same thing.";
                 return Err(bad(text.into()));
             }
             (file, None) => file,
+            (
+                None,
+                Some(MemoryBackend {
+                    tls: Some(_),
+                    backend_type: BackendType::File | BackendType::Uffd,
+                    ..
+                }),
+            ) => {
+                return Err(bad("tls is of a PageServer alone.".into()));
+            }
             (None, Some(backend)) => match backend.backend_type {
                 BackendType::File => Some(backend.backend_path),
                 // Not a file: the socket of who has it.
                 BackendType::Uffd => {
                     handler = Some(backend.backend_path);
+                    None
+                }
+                // Neither: an address.
+                BackendType::PageServer => {
+                    let text = backend.backend_path.to_string_lossy();
+                    let address = text.parse::<Address>();
+                    page_server = Some(Box::new(PageServerAt {
+                        address: address.map_err(|error| bad(format!("backend_path: {error}.")))?,
+                        tls: backend.tls,
+                    }));
                     None
                 }
             },
@@ -258,6 +284,7 @@ impl Load {
                 deadline: seconds("page_deadline", self.page_deadline)?,
                 record: seconds("record", self.record)?,
                 handler,
+                page_server,
             },
             clock: self.clock_realtime.map(|advanced| match advanced {
                 true => ClockRestore::Advanced,

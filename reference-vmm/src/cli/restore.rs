@@ -14,7 +14,7 @@ use super::{Command, Run, UsageError, device};
 use crate::config::{Config, check_path};
 use crate::devices::virtio::console::config::{ConsoleConfig, PortConfig};
 use crate::devices::virtio::net::{Mac, NetConfig};
-use crate::lazy::{LazySaid, OnLoss};
+use crate::lazy::{LazySaid, OnLoss, PageServerAt};
 use crate::migration::address::Address;
 use crate::migration::incoming::{IncomingRequest, usual_lazy};
 use crate::migration::tls::TlsFiles;
@@ -66,7 +66,14 @@ Options:
                            migration meanwhile has all of memory brought, and so ends it, which is said
   --page-handler SOCKET    A page-fault handler of Firecracker's listens there, in another process, and brings
                            memory. If it ends, memory does not come; if it hangs, so does the guest
-                           (Each of these four means --lazy)
+  --page-server ADDRESS    Memory comes from `snapshot serve`, which listens at unix:PATH or tcp:HOST:PORT and has the
+                           same snapshot; DIR need have no file `memory`. When it goes, it is connected to again
+                           for as long as --page-deadline says. Beyond this host it takes TLS
+  --tls-cert FILE          For --page-server: this host's certificate, PEM; with --tls-key and --tls-ca
+  --tls-key FILE           Its key, PEM
+  --tls-ca FILE            The certificate of the authority that both hosts' certificates are of, PEM
+  --tls-name NAME          Whom the server's certificate is for, if not the host that the address names
+                           (--on-loss, --page-deadline, --record, --page-handler and --page-server mean --lazy)
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --track-dirty-pages      Track what the guest writes from the snapshot on, so that `ctl snapshot --base DIR` may
                            build on it
@@ -185,7 +192,8 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
                         .map_err(|error| UsageError::Command(format!("--incoming {error}")))?,
                 );
             }
-            Long(flag) if incoming && TlsFlags::is_one(flag) => {
+            Long("tls-name") if !incoming => tls.set_name(parser.value()?.string()?),
+            Long(flag) if TlsFlags::is_one(flag) => {
                 let flag = flag.to_owned();
                 tls.take(&flag, parser.value()?)?;
             }
@@ -271,6 +279,14 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
         });
         return Ok(Command::Run(Box::new(run)));
     }
+    match (tls.files()?, &mut lazy.page_server) {
+        (None, _) => {}
+        (tls, Some(server)) => server.tls = tls,
+        (Some(_), None) => {
+            let text = "--tls-cert, --tls-key, --tls-ca and --tls-name are for --page-server ADDRESS, which is missing";
+            return Err(UsageError::Command(text.into()));
+        }
+    }
     lazy.over(&mut request.lazy);
     if asked_to_map && request.lazy.is_some() {
         let text = "--map: memory that comes later (--lazy and what means it) is not mapped from the file: leave out one of \
@@ -314,7 +330,7 @@ const OF_THE_SNAPSHOT: [&str; 13] = [
 pub(crate) fn is_lazy(flag: &str) -> bool {
     matches!(
         flag,
-        "lazy" | "on-loss" | "page-deadline" | "page-handler" | "record"
+        "lazy" | "on-loss" | "page-deadline" | "page-handler" | "page-server" | "record"
     )
 }
 
@@ -342,6 +358,15 @@ pub(crate) fn take_lazy(
             let path = PathBuf::from(parser.value()?);
             check_path("--page-handler", &path)?;
             lazy.handler = Some(path);
+        }
+        "page-server" => {
+            let text = parser.value()?.string()?;
+            let address = text.parse::<Address>();
+            let wrong = |error| UsageError::Command(format!("--page-server {error}"));
+            lazy.page_server = Some(Box::new(PageServerAt {
+                address: address.map_err(wrong)?,
+                tls: None,
+            }));
         }
         "record" => {
             let time = parser
@@ -561,6 +586,7 @@ mod tests {
                 "--map",
                 "--disks-to",
                 "--track-dirty-pages",
+                "--tls-name",
             ];
             let incoming = !none.contains(&flag.as_str());
             assert!(

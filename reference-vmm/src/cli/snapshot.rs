@@ -8,21 +8,26 @@ use async_pf::working_set::HeatMap;
 use lexopt::prelude::*;
 use serde_json::json;
 
+use super::restore::TlsFlags;
 use super::{Command, UsageError, compression};
 use crate::config::check_path;
 use crate::end::Chain;
+use crate::migration::address::Address;
+use crate::signals::Signals;
 use crate::snapshot::files::HostFiles;
 use crate::snapshot::info::{self, SnapshotInfo};
 use crate::snapshot::merge::{self, MergeRequest};
+use crate::snapshot::serve::{ServeError, ServeRequest, Service};
 use crate::units;
 
 /// `reference-vmm snapshot --help`.
 pub const SNAPSHOT_HELP: &str = "\
-Look at snapshots, check them, and make one of many. No guest runs for it, and there need be no KVM.
+Look at snapshots, check them, make one of many, and serve their memory. No guest runs for it, and there need be no KVM.
 
 Usage: reference-vmm snapshot info DIR [--json|--heat-map]
        reference-vmm snapshot verify DIR [--json]
        reference-vmm snapshot merge DIR... --to OUT [--compress zstd] [--json]
+       reference-vmm snapshot serve DIR --listen ADDRESS [OPTIONS]
        reference-vmm snapshot COMMAND --help
 
 Commands:
@@ -30,6 +35,7 @@ Commands:
           build on it, memory, devices, disks
   verify  Read all of it and of those that it builds on, and compare it with its checksums
   merge   Make a full snapshot OUT of DIR and all that it builds on
+  serve   Send DIR's memory to guests that go on elsewhere (`restore --page-server`)
 
 Options:
   --json           One line of JSON, also of a refusal (fault_message), instead of words
@@ -92,6 +98,31 @@ Options:
 Exit status: 0 done; 1 the host refused; 2 the arguments or the snapshots were wrong.
 ";
 
+/// `reference-vmm snapshot serve --help`.
+pub const SERVE_HELP: &str = "\
+Send the memory of the snapshot in DIR, page by page, to guests that go on from it where only its state is: a copy of
+DIR without its file `memory`, and `restore --from COPY --page-server ADDRESS`. Many at once; nothing is written.
+
+Usage: reference-vmm snapshot serve DIR --listen ADDRESS [OPTIONS]
+
+Options:
+  --listen ADDRESS Where guests connect to: unix:PATH, which is this user's alone, or tcp:HOST:PORT (port 0: the
+                   system chooses one). TCP without TLS has no authentication, so it has to be of this host
+                   alone (127.0.0.1)
+  --tls-cert FILE  This host's certificate, PEM; with --tls-key and --tls-ca
+  --tls-key FILE   Its key, PEM
+  --tls-ca FILE    The certificate of the authority that both hosts' certificates are of, PEM. Who has one of those
+                   may read the guest's memory
+  --verify=off     Memory is not compared with its checksums before it is sent
+  --json           One line of JSON when it listens, and one at the end, instead of words
+  -h, --help       Show this help
+
+Where it listens is said on stdout, and at the end what was served. DIR and what it builds on are left alone as long.
+
+Exit status: 0 SIGINT, SIGTERM, SIGHUP or SIGQUIT ended it; 1 the host refused; 2 the arguments or the snapshot were
+wrong.
+";
+
 /// What is done with a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotCommand {
@@ -113,6 +144,8 @@ pub enum SnapshotTask {
     Verify(PathBuf),
     /// Make one of many.
     Merge(MergeRequest),
+    /// Send its memory to who asks.
+    Serve(ServeRequest),
 }
 
 /// Reads the command line behind the word.
@@ -120,12 +153,26 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
     let (mut word, mut dirs, mut to, mut json) = (None, Vec::new(), None, false);
     let mut heat_map = false;
     let mut form = None;
+    let (mut listen, mut check, mut tls) = (None, None, TlsFlags::default());
     while let Some(arg) = parser.next()? {
         match arg {
             Short('h') | Long("help") => return help(word, &mut parser),
             Value(first) if word.is_none() && first == "help" => return help(None, &mut parser),
             Long("json") => json = true,
             Long("heat-map") => heat_map = true,
+            Long("listen") => {
+                let text = parser.value()?.string()?;
+                let address = text.parse::<Address>();
+                let wrong = |error| UsageError::Command(format!("--listen {error}"));
+                listen = Some(address.map_err(wrong)?);
+            }
+            Long(flag) if TlsFlags::is_one(flag) => {
+                let flag = flag.to_owned();
+                tls.take(&flag, parser.value()?)?;
+            }
+            Long("verify") if word.as_deref() == Some("serve") => {
+                check = Some(super::on_or_off("--verify", &mut parser)?);
+            }
             Long("verify") => {
                 let text = "--verify is no option of snapshot: `snapshot verify DIR` checks one, and `restore --verify=off` \
                             goes on from one unchecked";
@@ -147,6 +194,13 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         }
     }
     let wrong = |text: String| Err(UsageError::Command(text));
+    let is_serve = word.as_deref() == Some("serve");
+    let tls = tls.files()?;
+    if !is_serve && (listen.is_some() || tls.is_some()) {
+        return wrong(
+            "--listen, --tls-cert, --tls-key and --tls-ca are options of snapshot serve".into(),
+        );
+    }
     let is_merge = word.as_deref() == Some("merge");
     if !is_merge && (to.is_some() || form.is_some()) {
         return wrong("--to and --compress are options of snapshot merge".into());
@@ -165,10 +219,22 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 "snapshot merge: the snapshot's directory and --to OUT are wanted".into(),
             );
         }
+        (Some("serve"), [dir], _) => match listen {
+            Some(listen) => SnapshotTask::Serve(ServeRequest {
+                dir: dir.clone(),
+                listen,
+                tls,
+                verify: check.unwrap_or(true),
+            }),
+            None => {
+                let text = "snapshot serve: --listen unix:PATH or --listen tcp:HOST:PORT is wanted";
+                return wrong(text.into());
+            }
+        },
         (Some("info"), [dir], _) if heat_map => SnapshotTask::HeatMap(dir.clone()),
         (Some("info"), [dir], _) => SnapshotTask::Info(dir.clone()),
         (Some("verify"), [dir], _) => SnapshotTask::Verify(dir.clone()),
-        (Some(word @ ("info" | "verify")), _, _) => {
+        (Some(word @ ("info" | "verify" | "serve")), _, _) => {
             return wrong(format!("snapshot {word}: one directory is wanted"));
         }
         (Some(word), _, _) => return Err(unknown(word)),
@@ -188,20 +254,23 @@ fn help(word: Option<String>, parser: &mut lexopt::Parser) -> Result<Command, Us
         Some("info") => INFO_HELP,
         Some("verify") => VERIFY_HELP,
         Some("merge") => MERGE_HELP,
+        Some("serve") => SERVE_HELP,
         Some(word) => return Err(unknown(word)),
     }))
 }
 
 fn unknown(word: &str) -> UsageError {
     UsageError::Command(format!(
-        "snapshot {word:?} is not a command; there are info, verify and merge"
+        "snapshot {word:?} is not a command; there are info, verify, merge and serve"
     ))
 }
 
 /// Does it: `print` gets what is for stdout, `say` the line for stderr. The exit status.
+///
+/// Blocks for the files; [`Serve`](SnapshotTask::Serve) until a signal, so it is called before there is another thread.
 pub fn run(
     command: &SnapshotCommand,
-    print: impl FnOnce(&str),
+    print: impl Fn(&str),
     say: impl FnOnce(std::fmt::Arguments<'_>),
 ) -> u8 {
     let done = match &command.task {
@@ -217,6 +286,12 @@ pub fn run(
         SnapshotTask::Merge(request) => merge::merge(request, &HostFiles)
             .map(|report| merged(&request.to, &report))
             .map_err(|error| (error.exit_status(), Chain(&error).to_string())),
+        SnapshotTask::Serve(request) => serve(request, |json, words| {
+            print(&match command.json {
+                true => format!("{json}\n"),
+                false => words,
+            });
+        }),
     };
     match done {
         Ok((json, words)) => {
@@ -234,6 +309,31 @@ pub fn run(
             status
         }
     }
+}
+
+/// Serves until a signal that stops: `tell` hears where it listens; what was served comes back.
+fn serve(
+    request: &ServeRequest,
+    tell: impl Fn(serde_json::Value, String),
+) -> Result<(serde_json::Value, String), (u8, String)> {
+    let failed = |error: ServeError| (error.exit_status(), Chain(&error).to_string());
+    let signals = Signals::take_over();
+    let signals = signals.map_err(|error| (1, format!("cannot take signals over: {error}")))?;
+    let service = Service::open(request).map_err(failed)?;
+    let (address, id) = (service.address().to_string(), service.id());
+    let json = json!({
+        "address": address, "path": request.dir.to_string_lossy(), "id": id.to_string(),
+        "memory_bytes": service.memory(),
+    });
+    let words = format!(
+        "serving {} ({id}), {} of memory, at {address}\n",
+        shown(&request.dir),
+        units::bytes(service.memory())
+    );
+    tell(json, words);
+    let report = service.run(|| signals.next_stop().is_some());
+    let report = report.map_err(failed)?;
+    Ok((report.json(), format!("{report}\n")))
 }
 
 /// A character for so many pages that all of memory is 16 lines of 64.
@@ -320,6 +420,14 @@ mod tests {
             to: "c".into(),
             compression: Compression::Zstd,
         };
+        let serve = ServeRequest {
+            dir: "a".into(),
+            listen: "unix:/s".parse().unwrap(),
+            tls: None,
+            verify: false,
+        };
+        let asked = parsed("serve a --verify=off --listen unix:/s");
+        assert_eq!(asked, Ok(SnapshotTask::Serve(serve)));
         let asked = parsed("merge a --to=c --compress zstd b");
         assert_eq!(asked, Ok(SnapshotTask::Merge(merge)));
         for (words, needle) in [
@@ -332,6 +440,12 @@ mod tests {
             ("merge --to a", "directory"),
             ("merge a --to=", "--to"),
             ("merge a --to b --compress gzip", "zstd"),
+            ("serve", "one directory"),
+            ("serve a", "--listen"),
+            ("serve a --listen 4444", "\"4444\" is no address"),
+            ("serve a --listen unix:s --to b", "--to"),
+            ("serve a --listen unix:s --tls-key k", "go together"),
+            ("info a --listen unix:s", "--listen"),
             ("merge a --frob", "--frob"),
             ("verify a --heat-map", "--heat-map"),
             ("info a --heat-map --json", "--heat-map"),
@@ -340,7 +454,13 @@ mod tests {
             let error = parsed(words).unwrap_err();
             assert!(error.contains(needle), "{words}: {error}");
         }
-        for help in [SNAPSHOT_HELP, INFO_HELP, VERIFY_HELP, MERGE_HELP] {
+        for help in [
+            SNAPSHOT_HELP,
+            INFO_HELP,
+            VERIFY_HELP,
+            MERGE_HELP,
+            SERVE_HELP,
+        ] {
             assert!(help.lines().all(|line| line.len() <= 120));
         }
     }

@@ -145,7 +145,10 @@ Options:
   --record[=SECS]  For so long [10] only what the guest touches is brought, and is recorded beside the snapshot
   --page-handler SOCKET
                    A page-fault handler of Firecracker's listens there, in another process, and brings memory
-                   (Each of these five has memory come later, as of `restore`, and over what the monitor's
+  --page-server ADDRESS
+                   Memory comes from `snapshot serve` at unix:PATH or tcp:HOST:PORT; beyond this host with --tls-cert,
+                   --tls-key, --tls-ca (and --tls-name), as of migrate
+                   (Each of these six has memory come later, as of `restore`, and over what the monitor's
                    command line said; what neither says is as there)
 "
         ),

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::lazy::{LazySaid, OnLoss};
+use crate::lazy::{LazySaid, OnLoss, PageServerAt};
 
 /// What is to be gone on from, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +38,7 @@ impl Load {
             deadline,
             record,
             handler,
+            page_server,
         } = &self.lazy;
         if *lazy {
             body["lazy"] = true.into();
@@ -55,6 +56,14 @@ impl Load {
         }
         if let Some(handler) = handler {
             body["mem_backend"] = json!({ "backend_type": "Uffd", "backend_path": handler });
+        }
+        if let Some(server) = page_server {
+            let PageServerAt { address, tls } = &**server;
+            let path = address.to_string();
+            body["mem_backend"] = json!({ "backend_type": "PageServer", "backend_path": path });
+            if let Some(tls) = tls {
+                body["mem_backend"]["tls"] = json!(tls);
+            }
         }
         body
     }
@@ -94,6 +103,14 @@ mod tests {
                 "mem_backend",
                 json!({ "backend_type": "Uffd", "backend_path": "/h" }),
             ),
+            (
+                "--page-server tcp:h:1 --tls-cert /c --tls-key /k --tls-ca /a --tls-name n",
+                "mem_backend",
+                json!({
+                    "backend_type": "PageServer", "backend_path": "tcp:h:1",
+                    "tls": { "cert": "/c", "key": "/k", "ca": "/a", "name": "n" },
+                }),
+            ),
         ] {
             let mut expected = plain.clone();
             expected[field] = value;
@@ -103,5 +120,10 @@ mod tests {
         let path = here["mem_backend"]["backend_path"].as_str().unwrap();
         assert!(path.starts_with('/') && path.ends_with("/h"), "{path}");
         assert_eq!(here["resume_vm"], true);
+        let here = body("--page-server unix:s").unwrap();
+        let path = here["mem_backend"]["backend_path"].as_str().unwrap();
+        assert!(path.starts_with("unix:/") && path.ends_with("/s"), "{path}");
+        body("--page-server unix:s --page-handler h").unwrap_err();
+        body("--tls-cert /c --tls-key /k --tls-ca /a").unwrap_err();
     }
 }

@@ -14,6 +14,7 @@ use crate::api::Client;
 use crate::api::client::{Answer, ClientError};
 use crate::cli::restore::TlsFlags;
 use crate::cli::{self, UsageError};
+use crate::lazy::LazySaid;
 use crate::migration::address::Address;
 use crate::migration::codec::Compression;
 use crate::migration::coming::Came;
@@ -24,6 +25,7 @@ use crate::migration::postcopy::When;
 use crate::migration::progress::{Manner, Progress};
 use crate::migration::record::MigrationRecord;
 use crate::migration::source::WhenStuck;
+use crate::migration::tls::TlsFiles;
 
 /// Its answer comes when the guest is there. The monitor's end ends the wait in any case.
 const PATIENCE: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -121,6 +123,28 @@ impl Flags {
         self.any.as_deref()
     }
 
+    /// Those of `load`: of the page server's TLS. Whose flags it takes has none but these.
+    pub(super) fn load(self, lazy: &mut LazySaid) -> Result<(), UsageError> {
+        let wrong = |text: &str| Err(UsageError::Command(text.into()));
+        let tls = self.tls.files()?;
+        told_tls(tls.as_ref())?;
+        match (&mut lazy.page_server, tls) {
+            (Some(_), _) if lazy.handler.is_some() => {
+                wrong("--page-server and --page-handler: one of the two brings the guest's memory")
+            }
+            (None, Some(_)) => wrong("ctl load: --tls-cert and the like are for --page-server"),
+            (None, None) => Ok(()),
+            (Some(server), tls) => {
+                if let Address::Unix(path) = &server.address {
+                    let path = super::told_path("--page-server", path.clone())?;
+                    server.address = Address::Unix(path);
+                }
+                server.tls = tls;
+                Ok(())
+            }
+        }
+    }
+
     /// All together, with the value of `--compress`.
     pub(super) fn migrate(self, compress: Option<OsString>) -> Result<Migrate, UsageError> {
         let compression = compress.map(|value| {
@@ -137,12 +161,7 @@ impl Flags {
         };
         let usual = MigrateRequest::new(to.to_string());
         let tls = self.tls.files()?;
-        for (flag, file) in tls.iter().flat_map(|tls| {
-            let (cert, key, ca) = (&tls.cert, &tls.key, &tls.ca);
-            [("--tls-cert", cert), ("--tls-key", key), ("--tls-ca", ca)]
-        }) {
-            super::told_path(flag, file.clone())?;
-        }
+        told_tls(tls.as_ref())?;
         Ok(Migrate {
             request: MigrateRequest {
                 connections: self.connections.unwrap_or(usual.connections),
@@ -159,6 +178,17 @@ impl Flags {
             },
         })
     }
+}
+
+/// Refuses files that the monitor cannot be told of.
+fn told_tls(tls: Option<&TlsFiles>) -> Result<(), UsageError> {
+    for (flag, file) in tls.iter().flat_map(|tls| {
+        let (cert, key, ca) = (&tls.cert, &tls.key, &tls.ca);
+        [("--tls-cert", cert), ("--tls-key", key), ("--tls-ca", ca)]
+    }) {
+        super::told_path(flag, file.clone())?;
+    }
+    Ok(())
 }
 
 /// Asks for it through the socket, and says on stderr how it goes until there is an answer.

@@ -27,7 +27,7 @@ use crate::migration::postcopy::Faults;
 use crate::migration::postcopy::ask::Later;
 
 /// What is brought with a page that somebody touches: what lies behind it is often wanted next, and a round trip costs more.
-const NEAR: u64 = 64 << 10;
+pub(super) const NEAR: u64 = 64 << 10;
 
 /// Told that nothing more will be asked for.
 pub(super) type Enough = crate::migration::postcopy::ask::Enough;

@@ -8,8 +8,12 @@ use std::time::Duration;
 
 use async_pf::external::{HandOffError, MappingsError};
 use async_pf::pager::StartError;
+use async_pf::peer::PeerError;
 use memslots::uffd::{OpenError, RegisterError};
 
+use crate::migration::address::Address;
+use crate::migration::tls::TlsError;
+use crate::snapshot::format::SnapshotId;
 use crate::units;
 
 /// Why a guest's memory cannot come later, or has not come.
@@ -63,6 +67,35 @@ pub enum LazyError {
         /// Why not.
         source: MappingsError,
     },
+    /// The page server cannot be asked.
+    #[error("the page server at {address}: {source}")]
+    PageServer {
+        /// Where.
+        address: Address,
+        /// Why not.
+        source: PeerError,
+    },
+    /// The page server has the memory of another snapshot.
+    #[error(
+        "the page server at {address} has the memory of the snapshot {theirs:016x}…, and {dir} is {id}: serve that one there, \
+         or copy the directory from there without its file `memory`"
+    )]
+    OtherSnapshot {
+        /// Where.
+        address: Address,
+        /// The first 16 digits of its snapshot.
+        theirs: u64,
+        /// The directory here.
+        dir: PathBuf,
+        /// The snapshot in it.
+        id: SnapshotId,
+    },
+    /// There is no TLS for the page server.
+    #[error("the page server cannot be asked: {0}")]
+    Tls(#[from] TlsError),
+    /// Two are to bring memory.
+    #[error("--page-server and --page-handler: one of the two brings the guest's memory")]
+    Both,
     /// Its protocol has words for a plain file alone.
     #[error(
         "a page-fault handler is told where each page is in the file `memory`, and that of {0} is {1}: restore it without \
@@ -107,7 +140,18 @@ impl LazyError {
     /// 2 the arguments or the snapshot are wrong, 1 the host refused.
     pub(crate) fn exit_status(&self) -> u8 {
         match self {
-            LazyError::Form(..) => 2,
+            LazyError::Form(..)
+            | LazyError::OtherSnapshot { .. }
+            | LazyError::Tls(_)
+            | LazyError::Both => 2,
+            LazyError::PageServer {
+                source: PeerError::Connect(source),
+                ..
+            } if source.kind() == io::ErrorKind::PermissionDenied
+                || source.kind() == io::ErrorKind::NotFound =>
+            {
+                2
+            }
             LazyError::Connect { source, .. } if crate::config::is_about_the_path(source) => 2,
             _ => 1,
         }

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use async_pf::pager::{Lost, PagerEvents};
+use async_pf::pager::{Lost, LostReason, PagerEvents};
 use memslots::{Errno, PAGE_SIZE};
 
 use super::OnLoss;
@@ -18,7 +18,12 @@ pub(super) struct Events {
     first: OnceLock<String>,
     /// The machine is over: what does not come is wanted by nobody.
     over: AtomicBool,
+    /// What is waited for when a page is late, if that is known.
+    waits_for: OnceLock<Box<WaitsFor>>,
 }
+
+/// Says what is waited for.
+pub(super) type WaitsFor = dyn Fn() -> Option<String> + Send + Sync;
 
 impl Events {
     pub(super) fn new(end: Arc<EndSignal>, on_loss: OnLoss) -> Self {
@@ -27,7 +32,13 @@ impl Events {
             on_loss,
             first: OnceLock::new(),
             over: AtomicBool::new(false),
+            waits_for: OnceLock::new(),
         }
+    }
+
+    /// Asked when a page is late. Once.
+    pub(super) fn ask(&self, waits_for: Box<WaitsFor>) {
+        let _ = self.waits_for.set(waits_for);
     }
 
     /// The machine is over: of what does not come from now on nobody is told.
@@ -78,9 +89,13 @@ impl PagerEvents for Events {
             return;
         }
         let at = lost.gfn.0.saturating_mul(PAGE_SIZE);
+        let late = matches!(lost.reason, LostReason::Deadline(_));
+        let waits_for = self.waits_for.get().filter(|_| late);
+        let waits_for = waits_for.and_then(|ask| ask()).map(|of| format!("; {of}"));
         self.tell(format!(
-            "the guest's memory at {at:#x} does not come: {}",
-            Chain(lost.reason)
+            "the guest's memory at {at:#x} does not come: {}{}",
+            Chain(lost.reason),
+            waits_for.unwrap_or_default()
         ));
     }
 

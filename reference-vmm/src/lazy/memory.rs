@@ -12,11 +12,12 @@ use async_pf::pager::{GiveUp, PagedSlot, Pager, PagerConfig, PrefetchError, Stat
 use memslots::uffd::{Features, Modes, Registration, Uffd};
 use memslots::{Gfn, PAGE_SIZE};
 
-use super::arrive::{Enough, Waits, faults};
+use super::arrive::{Enough, NEAR, Waits, faults};
 use super::bus::Parked;
 use super::events::Events;
 use super::handler::Handler;
 use super::kept::KeptFirst;
+use super::peer::RemoteSource;
 use super::source::SnapshotSource;
 use super::stats::{LazyProgress, LazyState, LazyStats};
 use super::working_set::{Recording, Replay, WorkingSets};
@@ -69,8 +70,8 @@ pub(super) struct Shared {
 
 /// Where memory comes from.
 pub(super) enum From {
-    /// A snapshot's files.
-    Snapshot(SnapshotSource, WorkingSets),
+    /// A snapshot's files; none where a page server has them.
+    Snapshot(Option<SnapshotSource>, WorkingSets),
     /// A migration's source: since when it is waited for, if it is; and for how long that is done where all of it is wanted.
     Migration(Arc<Waits>, Duration),
 }
@@ -117,6 +118,9 @@ impl LazyMemory {
         table: &SlotTable,
         end: &Arc<EndSignal>,
     ) -> Result<Self, LazyError> {
+        if request.handler.is_some() && request.page_server.is_some() {
+            return Err(LazyError::Both);
+        }
         if let (Some(_), Some(link)) = (&request.handler, chain.newest()) {
             let form = match (link.parent(), link.is_packed()) {
                 (Some(_), _) => Some("an incremental snapshot's"),
@@ -148,7 +152,21 @@ impl LazyMemory {
         }
         let events = Arc::new(Events::new(Arc::clone(end), request.on_loss));
         let parked = Parked::new(hosts, Arc::clone(&events));
-        let source = SnapshotSource::new(Arc::clone(chain));
+        let remote = match &request.page_server {
+            Some(at) => Some(Arc::new(RemoteSource::connect(
+                at,
+                chain,
+                request.deadline,
+            )?)),
+            None => None,
+        };
+        let (source, of): (_, Arc<dyn PageSource>) = match &remote {
+            Some(remote) => (None, Arc::clone(remote) as _),
+            None => {
+                let source = SnapshotSource::new(Arc::clone(chain));
+                (Some(source.clone()), Arc::new(source))
+            }
+        };
         let sets = WorkingSets::new(chain);
         let shared = |phase, pager, registrations, source, sets| {
             Arc::new(Shared {
@@ -177,6 +195,10 @@ impl LazyMemory {
         }
 
         let span = slots.last().map_or(0, |last| last.end / PAGE_SIZE);
+        if let Some(remote) = &remote {
+            let remote = Arc::clone(remote);
+            events.ask(Box::new(move || remote.waits_for()));
+        }
         let (recording, mut replay) = sets.prepare(request.record, span);
         let mut phase = LazyState::Bringing;
         let mut config = PagerConfig {
@@ -187,14 +209,17 @@ impl LazyMemory {
             events: Arc::clone(&events) as _,
             ..PagerConfig::default()
         };
+        if remote.is_some() {
+            config.least_window = NEAR;
+        }
         if let Some(recording) = &recording {
+            config.least_window = 0;
             config.record = Some(Arc::clone(recording.recorder()));
             config.window = PAGE_SIZE;
             phase = LazyState::Recording;
         } else if let Some(replay) = &replay {
             config.record = Some(Arc::clone(replay.recorder()));
         }
-        let of: Arc<dyn PageSource> = Arc::new(source.clone());
         let of = match replay.as_mut().and_then(Replay::take_kept) {
             Some(kept) => Arc::new(KeptFirst::new(kept, of)),
             None => of,
@@ -209,6 +234,10 @@ impl LazyMemory {
         let paged = paged.collect::<Result<Vec<_>, _>>()?;
         let pager = Pager::start(&uffd, paged, config)?;
         let shared = shared(phase, Some(pager), registrations, source, sets);
+        if let Some(remote) = remote {
+            let enough = move |_: LastWord, _: Duration| remote.close();
+            shared.lock().enough = Some(Box::new(enough));
+        }
         let bring = move |of: &Shared| of.bring(recording, replay, &slots);
         LazyMemory::with_thread(shared, request.on_loss, parked, bring)
     }
@@ -305,10 +334,10 @@ impl LazyMemory {
         }
     }
 
-    /// The machine is to stop for good: of a migration's source nothing more is asked, and who waits for it waits no longer, but
-    /// goes on with memory that is poisoned. Blocks for a moment, in which the source is told.
+    /// The machine is to stop for good: of a migration's source, or a page server, nothing more is asked, and who waits for it
+    /// waits no longer, but goes on with memory that is poisoned. Blocks for a moment, in which the source is told.
     pub(crate) fn leave(&self) {
-        if let From::Migration(..) = self.shared.from {
+        if self.shared.lock().enough.is_some() {
             self.shared.events.machine_is_over();
             self.shared.is_enough(LEAVE);
         }
@@ -373,7 +402,7 @@ impl Shared {
         if let Some(replay) = &replay {
             self.read_ahead(replay, slots);
         }
-        if let From::Snapshot(source, _) = &self.from {
+        if let From::Snapshot(Some(source), _) = &self.from {
             source.find_holes(|| self.go_on());
         }
         if let From::Migration(..) = self.from {
@@ -432,6 +461,7 @@ impl Shared {
         }
         drop(state);
         if let From::Snapshot(source, sets) = &self.from {
+            let source = source.as_ref().map(|source| source as &dyn PageSource);
             sets.save(recording, source, &|| self.go_on());
         }
         self.turn(LazyState::Bringing);

@@ -7,6 +7,7 @@
 //!                       (chain, zstd,        │  a vCPU, a device or this process touches a page: it comes first
 //!                        checked as read)    └─ what nobody waits for comes behind, in order
 //!
+//!   or: a page server ── RemoteSource ──► the same pager (the snapshot's state is here, its memory is not)
 //!   or: a migration's source ── PostCopySource ──► the same pager, over what has not come yet (post-copy)
 //!   or: userfaultfd and mappings ──► a page-fault handler in another process (Firecracker's protocol)
 //! ```
@@ -45,6 +46,12 @@
 //! the migration's connections. A source that is cut off is waited for; [the deadline](LazyRequest::deadline) is how long.
 //! Read-only memory (the firmware's) has no pager: its pages are brought at once.
 //!
+//! # Page servers
+//! With a [page server](LazyRequest::page_server) (`reference-vmm snapshot serve`, on this host or another) only the
+//! snapshot's state is here. It has to be of the same snapshot, which is asked when it is connected to, each time; what it
+//! sends is the guest's memory, and is not compared with the checksums here, which are of whole MiB: the server compares
+//! as it reads. A server that goes is connected to again for as long as the deadline, and then what is missing is lost.
+//!
 //! # External handlers
 //! With a [handler](LazyRequest::handler) its process brings the pages. What is there this process does not know then: a
 //! background snapshot, which needs the userfaultfd for itself, is refused; a snapshot in a pause and a migration read
@@ -63,6 +70,7 @@ mod events;
 mod handler;
 pub mod kept;
 mod memory;
+mod peer;
 mod said;
 mod source;
 mod stats;
@@ -74,6 +82,7 @@ use std::time::Duration;
 pub(crate) use arrive::check;
 pub use error::LazyError;
 pub(crate) use memory::LazyMemory;
+pub use peer::PageServerAt;
 pub use said::LazySaid;
 pub use source::SnapshotSource;
 pub(crate) use stats::coming;
@@ -94,6 +103,8 @@ pub struct LazyRequest {
     pub record: Option<Duration>,
     /// The Unix socket of a page-fault handler in another process, which brings the pages instead.
     pub handler: Option<PathBuf>,
+    /// Who has the memory, of which the snapshot's directory has none then, or none that is read.
+    pub page_server: Option<Box<PageServerAt>>,
 }
 
 impl Default for LazyRequest {
@@ -105,6 +116,7 @@ impl Default for LazyRequest {
             workers: 2,
             record: None,
             handler: None,
+            page_server: None,
         }
     }
 }

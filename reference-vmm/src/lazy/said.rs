@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{LazyRequest, OnLoss};
+use super::{LazyRequest, OnLoss, PageServerAt};
 
 /// What was said of memory that comes later. Each part of it means that it does.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub struct LazySaid {
     pub record: Option<Duration>,
     /// The Unix socket of a page-fault handler in another process.
     pub handler: Option<PathBuf>,
+    /// Who has the memory.
+    pub page_server: Option<Box<PageServerAt>>,
 }
 
 impl LazySaid {
@@ -44,6 +46,9 @@ impl LazySaid {
         request.record = self.record.or(request.record);
         if self.handler.is_some() {
             request.handler.clone_from(&self.handler);
+        }
+        if self.page_server.is_some() {
+            request.page_server.clone_from(&self.page_server);
         }
     }
 }
@@ -69,6 +74,10 @@ mod tests {
             deadline: second,
             record: Some(second),
             handler: Some("/h".into()),
+            page_server: Some(Box::new(PageServerAt {
+                address: "tcp:h:1".parse().unwrap(),
+                tls: None,
+            })),
             ..LazyRequest::default()
         };
         let mut request = Some(first.clone());
@@ -80,6 +89,7 @@ mod tests {
             deadline: Some(second),
             record: Some(second),
             handler: first.handler.clone(),
+            page_server: first.page_server.clone(),
         };
         let mut request = None;
         parts.over(&mut request);

@@ -107,12 +107,12 @@ impl WorkingSets {
         (None, replay)
     }
 
-    /// Saves what was recorded, and its first pages out of `source`, unless the directory is another snapshot's by now. Blocks
+    /// Saves what was recorded, and its first pages out of `source` if that is here, unless the directory is another snapshot's by now. Blocks
     /// for the disk. That it cannot be saved is told of: the guest has lost nothing.
     pub(super) fn save(
         &self,
         recording: &Recording,
-        source: &dyn PageSource,
+        source: Option<&dyn PageSource>,
         go_on: &dyn Fn() -> bool,
     ) {
         let record = recording.recorder.so_far();
@@ -132,6 +132,10 @@ impl WorkingSets {
             ),
             Err(error) => return log::warn!("no working set is saved: {}", Words(&error)),
         }
+        // Another host's disk is no matter of where they lie here.
+        let Some(source) = source else {
+            return;
+        };
         // What is there of another record of this snapshot is as right as before: pages, and no order.
         let path = self.dir.join(WORKING_SET_PAGES);
         match kept::save(&path, self.id, &record, source, go_on) {

@@ -101,6 +101,15 @@ impl Chain {
         Ok((Self::of(links), state))
     }
 
+    /// The snapshot in `dir` alone, without memory, which is elsewhere. The bytes of its file `state` come with it.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub fn open_state(dir: &Path) -> Result<(Self, Vec<u8>), RestoreError> {
+        let (newest, state) = Link::open_state(dir)?;
+        Ok((Self::of(vec![newest]), state))
+    }
+
     /// The chain of these directories, the full one first, each of which builds on the one before it. The bytes of the
     /// last one's file `state` come with it. One alone is [`open`](Self::open)'s.
     ///

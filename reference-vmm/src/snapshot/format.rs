@@ -54,6 +54,14 @@ const OPTIONAL: u32 = 1;
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SnapshotId(pub [u8; 16]);
 
+impl SnapshotId {
+    /// By what a page server's memory is known to be of this snapshot: its first 16 digits, as a number.
+    pub fn image(self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        u64::from_be_bytes([a, b, c, d, e, f, g, h])
+    }
+}
+
 impl fmt::Display for SnapshotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))

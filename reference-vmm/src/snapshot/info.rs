@@ -86,7 +86,7 @@ impl SnapshotInfo {
             }
             Some(Err(error)) => (Vec::new(), Some(crate::end::Chain(&error).to_string())),
         };
-        let file = link.memory().metadata().ok();
+        let file = link.memory().and_then(|memory| memory.metadata().ok());
         let devices = state.devices.virtio.into_iter();
         Ok(SnapshotInfo {
             dir: dir.to_owned(),

@@ -37,7 +37,8 @@ pub struct Link {
     map: PageMap,
     packed: Option<(Packed, Vec<u64>)>,
     duplicates: Duplicates,
-    memory: Arc<File>,
+    /// None where memory is elsewhere.
+    memory: Option<Arc<File>>,
     kept: Mutex<VecDeque<(usize, Arc<Vec<u8>>)>>,
     as_read: Option<AsRead>,
 }
@@ -61,27 +62,12 @@ impl Link {
     /// # Errors
     /// [`RestoreError`], with the file's name in it.
     pub fn open(dir: &Path) -> Result<(Self, Vec<u8>), RestoreError> {
-        let path = dir.join(STATE);
-        let bytes = read_state(&path).map_err(|error| said_of(dir, error))?;
-        let wrong = |source| RestoreError::State {
-            path: path.clone(),
-            source,
-        };
-        let sections = Sections::parse(&bytes).map_err(wrong)?;
-        let Sections {
-            id,
-            parent,
-            own,
-            map,
-            packed,
-            duplicates,
-        } = sections;
-
+        let (mut link, bytes) = Self::open_state(dir)?;
         let path = dir.join(MEMORY);
         let (memory, has) = open(&path)?;
-        let says = match &packed {
-            Some(packed) => packed.file_len(),
-            None => map.file_len(),
+        let says = match &link.packed {
+            Some((packed, _)) => packed.file_len(),
+            None => link.map.file_len(),
         };
         if has != says {
             return Err(RestoreError::MemoryLength { path, has, says });
@@ -92,7 +78,29 @@ impl Link {
             path: path.clone(),
             source,
         })?;
-        pages::check_header(&head, id).map_err(|source| RestoreError::Header { path, source })?;
+        let right = pages::check_header(&head, link.id);
+        right.map_err(|source| RestoreError::Header { path, source })?;
+        link.memory = Some(Arc::new(memory));
+        Ok((link, bytes))
+    }
+
+    /// Of the snapshot in `dir` the state alone, whose bytes come with it: memory is elsewhere, and a read of it fails.
+    ///
+    /// # Errors
+    /// [`RestoreError`], with the file's name in it.
+    pub fn open_state(dir: &Path) -> Result<(Self, Vec<u8>), RestoreError> {
+        let path = dir.join(STATE);
+        let bytes = read_state(&path).map_err(|error| said_of(dir, error))?;
+        let sections = Sections::parse(&bytes);
+        let sections = sections.map_err(|source| RestoreError::State { path, source })?;
+        let Sections {
+            id,
+            parent,
+            own,
+            map,
+            packed,
+            duplicates,
+        } = sections;
         let packed = packed.map(|packed| {
             let offsets = packed.offsets().collect();
             (packed, offsets)
@@ -105,7 +113,7 @@ impl Link {
             map,
             packed,
             duplicates,
-            memory: Arc::new(memory),
+            memory: None,
             kept: Mutex::default(),
             as_read: None,
         };
@@ -118,7 +126,7 @@ impl Link {
     /// # Errors
     /// [`RestoreError::Read`].
     pub fn check_as_read(&mut self, verify: bool) -> Result<(), RestoreError> {
-        let is = self.memory.metadata();
+        let is = self.file().and_then(File::metadata);
         let is = is.map_err(|source| self.unreadable(source))?;
         let pieces = self.map.pieces.iter();
         self.as_read = Some(AsRead {
@@ -133,7 +141,8 @@ impl Link {
     /// Looks where the file has holes, so that [`stored_from`](Self::stored_from) knows of zeros page by page. Blocks for
     /// the file system; of a compressed file there is nothing to know. Ends early, and knows nothing, if `go_on` says so.
     pub fn find_holes(&self, go_on: impl Fn() -> bool) {
-        let (Some(as_read), None) = (&self.as_read, &self.packed) else {
+        let (Some(as_read), None, Some(memory)) = (&self.as_read, &self.packed, &self.memory)
+        else {
             return;
         };
         let mut runs = Vec::new();
@@ -141,14 +150,14 @@ impl Link {
             let mut at = region.offset;
             let end = region.offset + region.len;
             while at < end {
-                let start = match seek(&self.memory, at, libc::SEEK_DATA) {
+                let start = match seek(memory, at, libc::SEEK_DATA) {
                     Ok(start) if start < end => start,
                     Ok(_) => break,
                     Err(error) if error.raw_os_error() == Some(libc::ENXIO) => break,
                     // Where it does not say, there may be anything.
                     Err(_) => return,
                 };
-                let Ok(hole) = seek(&self.memory, start, libc::SEEK_HOLE) else {
+                let Ok(hole) = seek(memory, start, libc::SEEK_HOLE) else {
                     return;
                 };
                 if hole <= start || !go_on() || runs.len() >= MOST_RUNS {
@@ -207,7 +216,7 @@ impl Link {
         {
             if self.packed.is_none() && self.is_unchecked(number) && !self.is_zero_piece(number) {
                 let mut piece = vec![0; place.len as usize];
-                let read = self.memory.read_exact_at(&mut piece, place.offset);
+                let read = self.read_at(&mut piece, place.offset);
                 read.map_err(|source| self.unreadable(source))?;
                 self.check_piece(number, place, &piece)?;
             }
@@ -256,9 +265,28 @@ impl Link {
         self.packed.is_some()
     }
 
-    /// The file of its memory.
-    pub fn memory(&self) -> &Arc<File> {
-        &self.memory
+    /// The file of its memory, unless that is elsewhere.
+    pub fn memory(&self) -> Option<&Arc<File>> {
+        self.memory.as_ref()
+    }
+
+    fn file(&self) -> io::Result<&File> {
+        self.memory
+            .as_deref()
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file()?.read_exact_at(into, offset)
+    }
+
+    /// Whether the file has nothing there. A file system that cannot say so has everything everywhere.
+    fn is_hole(&self, at: u64, len: u64) -> bool {
+        match self.file().and_then(|file| seek(file, at, libc::SEEK_DATA)) {
+            Ok(data) => data >= at + len,
+            // Nothing from there to the end.
+            Err(error) => error.raw_os_error() == Some(libc::ENXIO),
+        }
     }
 
     /// Reads what it has at `range`, guest physical addresses that are [its own](Self::own), into `out`, which is as long.
@@ -292,19 +320,19 @@ impl Link {
                 // The state says so, whatever the file has.
                 None if self.as_read.is_some() && self.is_zero_piece(number) => now.fill(0),
                 None if self.is_unchecked(number) && len == place.len => {
-                    let read = self.memory.read_exact_at(now, place.offset);
+                    let read = self.read_at(now, place.offset);
                     read.map_err(|source| self.unreadable(source))?;
                     self.check_piece(number, place, now)?;
                 }
                 None if self.is_unchecked(number) => {
                     let mut piece = vec![0; place.len as usize];
-                    let read = self.memory.read_exact_at(&mut piece, place.offset);
+                    let read = self.read_at(&mut piece, place.offset);
                     read.map_err(|source| self.unreadable(source))?;
                     self.check_piece(number, place, &piece)?;
                     now.copy_from_slice(piece.get(part).unwrap_or_default());
                 }
                 None => {
-                    let read = self.memory.read_exact_at(now, place.offset + skip);
+                    let read = self.read_at(now, place.offset + skip);
                     read.map_err(|source| self.unreadable(source))?;
                 }
                 Some(_) => {
@@ -349,7 +377,7 @@ impl Link {
         let Some(was) = &self.as_read else {
             return Ok(());
         };
-        let is = self.memory.metadata();
+        let is = self.file().and_then(File::metadata);
         let is = is.map_err(|source| self.unreadable(source))?;
         match (is.modified().ok(), is.len()) == (was.modified, was.len) {
             true => Ok(()),
@@ -392,7 +420,7 @@ impl Link {
             return Err(self.damaged(place, "it is not in the table".into()));
         };
         let read = |bytes: &mut [u8]| {
-            let read = self.memory.read_exact_at(bytes, offset);
+            let read = self.read_at(bytes, offset);
             read.map_err(|source| self.unreadable(source))
         };
         match stored {
@@ -422,7 +450,7 @@ impl Link {
             let nothing = match &self.packed {
                 // The section says so of both, or is none.
                 Some(_) => true,
-                None => piece.checksum.is_none() && is_hole(&self.memory, place.offset, place.len),
+                None => piece.checksum.is_none() && self.is_hole(place.offset, place.len),
             };
             if piece.checksum.is_none() && nothing {
                 continue;
@@ -432,7 +460,7 @@ impl Link {
             match &self.packed {
                 Some(_) => self.unpack(number, place, &mut buffer)?,
                 None => {
-                    let read = self.memory.read_exact_at(&mut buffer, place.offset);
+                    let read = self.read_at(&mut buffer, place.offset);
                     read.map_err(|source| self.unreadable(source))?;
                 }
             }
@@ -459,11 +487,11 @@ impl Link {
         for Range { start, end } in std::iter::once(header).chain(room) {
             // Less than the regions are aligned to.
             let len = end - start;
-            if len == 0 || is_hole(&self.memory, start, len) {
+            if len == 0 || self.is_hole(start, len) {
                 continue;
             }
             bytes.resize(len as usize, 0);
-            let read = self.memory.read_exact_at(&mut bytes, start);
+            let read = self.read_at(&mut bytes, start);
             read.map_err(|source| self.unreadable(source))?;
             if !pages::is_zero(&bytes) {
                 return Err(RestoreError::MemoryDamaged {
@@ -639,15 +667,6 @@ fn differs(piece: Piece, bytes: &[u8]) -> Option<String> {
             (found != written)
                 .then(|| format!("the checksum is {found:#010x}, and {written:#010x} was written"))
         }
-    }
-}
-
-/// Whether the file has nothing there. A file system that cannot say so has everything everywhere.
-fn is_hole(file: &File, at: u64, len: u64) -> bool {
-    match seek(file, at, libc::SEEK_DATA) {
-        Ok(data) => data >= at + len,
-        // Nothing from there to the end.
-        Err(error) => error.raw_os_error() == Some(libc::ENXIO),
     }
 }
 

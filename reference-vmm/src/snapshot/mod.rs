@@ -108,6 +108,7 @@ pub mod parent;
 pub mod ranges;
 mod restore;
 mod save;
+pub mod serve;
 mod tick;
 mod tip;
 mod written;

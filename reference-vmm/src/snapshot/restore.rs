@@ -407,7 +407,14 @@ impl Snapshot {
     /// # Errors
     /// [`RestoreError`]; nothing has been made.
     pub fn open(request: &RestoreRequest) -> Result<Self, RestoreError> {
-        let (mut chain, bytes) = Chain::open(&request.dir)?;
+        let remote = request
+            .lazy
+            .as_ref()
+            .and_then(|lazy| lazy.page_server.as_ref());
+        let (mut chain, bytes) = match remote {
+            Some(_) => Chain::open_state(&request.dir)?,
+            None => Chain::open(&request.dir)?,
+        };
         let path = request.dir.join(STATE);
         let (id, state, config) =
             MachineState::parse(&bytes).map_err(|source| RestoreError::State {
@@ -420,6 +427,8 @@ impl Snapshot {
         let copies = copies.map_err(|source| RestoreError::State { path, source })?;
         drop(bytes);
         match &request.lazy {
+            // The server's to check.
+            Some(_) if remote.is_some() => {}
             Some(_) => chain.check_as_read(request.verify)?,
             None if request.verify => chain.verify()?,
             None => {}
@@ -555,8 +564,11 @@ impl Snapshot {
         let Some(base) = self.chain.base().filter(|base| !base.is_packed()) else {
             return false;
         };
+        let Some(memory) = base.memory() else {
+            return false;
+        };
         for (slot, region) in slots.iter_mut().zip(&self.state.memory.regions) {
-            slot.backing = Backing::file_private(base.memory().clone(), region.offset, region.len);
+            slot.backing = Backing::file_private(memory.clone(), region.offset, region.len);
         }
         true
     }
@@ -566,7 +578,7 @@ impl Snapshot {
         let base = self.chain.base()?;
         let path = absolute(&base.dir().join(MEMORY));
         let regions = self.state.memory.regions.clone();
-        Some(MappedFile::new(path, base.memory().clone(), regions))
+        Some(MappedFile::new(path, base.memory()?.clone(), regions))
     }
 
     /// Writes into the machine's memory what is not there yet: of memory that is mapped the pages that are not the first

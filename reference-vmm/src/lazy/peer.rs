@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Memory of a snapshot that a page server has ([`snapshot::serve`](crate::snapshot::serve)), and the snapshot's directory
+//! here has not.
+//!
+//! What the guest waits for has a connection of its own. A connection that breaks is made again, and what was asked for and
+//! not answered is asked for again. A server that is away for as long as the page deadline is given up: its pages do not
+//! come. What the snapshot's state says to be zero nobody is asked for.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_pf::peer::{PeerConfig, PeerError, PeerLanes, PeerSource, Reconnect, Wire};
+use async_pf::{Fetched, Lane, PageSource, SourceError};
+use memslots::{Gfn, PAGE_SIZE};
+
+use super::LazyError;
+use crate::end::Chain as Words;
+use crate::migration::address::Address;
+use crate::migration::tls::{Tls, TlsFiles};
+use crate::migration::transport::{ConnectError, connect};
+use crate::snapshot::chain::Chain;
+use crate::snapshot::serve::BEAT;
+use crate::units;
+
+/// How long a server that says nothing is waited for, at most; less where the page deadline is short.
+const SILENCE: Duration = Duration::from_secs(5);
+/// How long making a connection may take, at most.
+const CONNECT: Duration = Duration::from_secs(2);
+
+/// Where a page server listens, and by what the two know each other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageServerAt {
+    /// Where.
+    pub address: Address,
+    /// Needed beyond this host.
+    pub tls: Option<TlsFiles>,
+}
+
+/// The pages of a page server.
+#[derive(Debug)]
+pub(super) struct RemoteSource {
+    lanes: PeerLanes,
+    address: Address,
+    /// The snapshot's state.
+    chain: Arc<Chain>,
+    /// How long it may be away.
+    limit: Duration,
+    away: Mutex<Option<Away>>,
+}
+
+/// A server that cannot be reached.
+#[derive(Debug)]
+struct Away {
+    since: Instant,
+    why: String,
+}
+
+/// A server was away for too long.
+#[derive(Debug, thiserror::Error)]
+#[error("the page server at {address} has been away for {}: {why}", units::time(*.after))]
+struct GivenUp {
+    address: Address,
+    after: Duration,
+    why: String,
+}
+
+impl RemoteSource {
+    /// Connects to the server, which has to have the memory of `chain`'s snapshot, and is given up when it is away for
+    /// `limit`. Blocks for seconds at most.
+    ///
+    /// # Errors
+    /// [`LazyError::PageServer`], [`LazyError::OtherSnapshot`], [`LazyError::Tls`].
+    pub(super) fn connect(
+        at: &PageServerAt,
+        chain: &Arc<Chain>,
+        limit: Duration,
+    ) -> Result<Self, LazyError> {
+        let tls = at.tls.as_ref().map(Tls::load).transpose()?;
+        let newest = chain.newest();
+        let image = newest.map_or(0, |link| link.id().image());
+        let lane = || {
+            let (address, tls) = (at.address.clone(), tls.clone());
+            let dial = move |patience: Duration| -> io::Result<Box<dyn Wire>> {
+                let connected = connect(&address, tls.as_ref(), Instant::now() + patience);
+                let connection = connected.map_err(|error| {
+                    let kind = match &error {
+                        ConnectError::Exposed(_) => io::ErrorKind::PermissionDenied,
+                        ConnectError::Refused(_) => io::ErrorKind::ConnectionRefused,
+                        ConnectError::Missing(_) => io::ErrorKind::NotFound,
+                        ConnectError::Failed { source, .. } => source.kind(),
+                    };
+                    io::Error::new(kind, error)
+                })?;
+                Ok(Box::new(connection.duplex()))
+            };
+            PeerSource::connect(dial, config(limit, image))
+        };
+        let both = lane().and_then(|fault| Ok(PeerLanes::new(fault, lane()?)));
+        let lanes = both.map_err(|source| match (source, newest) {
+            (PeerError::Image { theirs, .. }, Some(link)) => LazyError::OtherSnapshot {
+                address: at.address.clone(),
+                theirs,
+                dir: link.dir().to_owned(),
+                id: link.id(),
+            },
+            (source, _) => LazyError::PageServer {
+                address: at.address.clone(),
+                source,
+            },
+        })?;
+        Ok(RemoteSource {
+            lanes,
+            address: at.address.clone(),
+            chain: Arc::clone(chain),
+            limit,
+            away: Mutex::default(),
+        })
+    }
+
+    /// Nothing more is asked for.
+    pub(super) fn close(&self) {
+        self.lanes.close();
+    }
+
+    fn away(&self) -> MutexGuard<'_, Option<Away>> {
+        // What is in it is whole after each statement.
+        self.away.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What it is that is waited for, if the server is away.
+    pub(super) fn waits_for(&self) -> Option<String> {
+        let away = self.away();
+        let why = &away.as_ref()?.why;
+        Some(format!(
+            "the page server at {} is away: {why}",
+            self.address
+        ))
+    }
+
+    /// Notes that the server does not answer, for this reason: whether it is waited for still, or it is given up.
+    fn does_not_answer(&self, first: Gfn, source: &PeerError) -> Result<(), SourceError> {
+        let why = Words(source).to_string();
+        let mut away = self.away();
+        let since = away.as_ref().map_or_else(Instant::now, |away| away.since);
+        if away.is_none() {
+            log::warn!(
+                "the page server at {} does not answer: {why}; it is tried again for {}",
+                self.address,
+                units::time(self.limit)
+            );
+        }
+        let after = since.elapsed();
+        *away = Some(Away {
+            since,
+            why: why.clone(),
+        });
+        match after < self.limit {
+            true => Ok(()),
+            false => Err(SourceError::Other {
+                gfn: first,
+                transient: false,
+                source: Box::new(GivenUp {
+                    address: self.address.clone(),
+                    after,
+                    why,
+                }),
+            }),
+        }
+    }
+
+    /// From this address up to `end`: whether the state says that it is zero, and where that ends.
+    fn known(&self, at: u64, end: u64) -> (bool, u64) {
+        match self.chain.newest().filter(|link| link.parent().is_none()) {
+            Some(link) => link.stored_from(at, end),
+            // What an incremental one has not may be anything.
+            None => (false, end),
+        }
+    }
+}
+
+fn config(limit: Duration, image: u64) -> PeerConfig {
+    PeerConfig {
+        beat: BEAT,
+        silence: SILENCE.min(limit / 2).max(BEAT * 2),
+        answer: limit,
+        // Asked again it is here, where it is counted how long that has been so.
+        tries: 1,
+        // A round is some seconds; how many there are is `limit`'s to say.
+        reconnect: Reconnect {
+            tries: 8,
+            backoff: Duration::from_millis(10),
+            longest_backoff: Duration::from_millis(250),
+            patience: CONNECT.min(limit),
+        },
+        image: Some(image),
+        ..PeerConfig::default()
+    }
+}
+
+impl PageSource for RemoteSource {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        self.fetch_for(Lane::Fault, first, into)
+    }
+
+    fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        let at = first.0.saturating_mul(PAGE_SIZE);
+        let end = at.saturating_add(into.len() as u64);
+        if self.known(at, end) == (true, end) {
+            return Ok(Fetched::Zero);
+        }
+        loop {
+            match self.lanes.fetch_for(lane, first, into) {
+                Err(SourceError::Peer { source, .. })
+                    if source.is_transient() && !matches!(*source, PeerError::Told { .. }) =>
+                {
+                    self.does_not_answer(first, &source)?;
+                }
+                fetched => {
+                    if fetched.is_ok() && self.away().take().is_some() {
+                        log::warn!("the page server at {} answers again", self.address);
+                    }
+                    return fetched;
+                }
+            }
+        }
+    }
+
+    fn overtakes(&self) -> bool {
+        true
+    }
+
+    fn run(&self, first: Gfn, pages: u64) -> u64 {
+        let at = first.0.saturating_mul(PAGE_SIZE);
+        let end = at.saturating_add(pages.saturating_mul(PAGE_SIZE));
+        let (_, until) = match self.known(at, end) {
+            // Of what is not zero nothing is known of where it is read from: all of it is asked for at once.
+            (false, _) => (false, end),
+            zeros => zeros,
+        };
+        (until.saturating_sub(at) / PAGE_SIZE).clamp(1, pages.max(1))
+    }
+}

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `reference-vmm snapshot serve`: the memory of a snapshot for guests that go on elsewhere, with the snapshot's state alone.
+//!
+//! ```text
+//!   restore --from DIR --page-server ADDRESS ──► Service ──► PageServer ──► SnapshotSource ──► chain of files
+//!   (many, two connections each)                 a thread each             (checked as read)
+//! ```
+//!
+//! Nothing is written. Who may connect is as of a migration ([`transport`](crate::migration::transport)): a Unix socket is its
+//! user's alone; TCP without TLS has no authentication, and is for this host alone; with TLS both sides have a certificate of
+//! the same authority.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use async_pf::peer::{PageServer, PeerError, Served, ServerConfig};
+use serde_json::{Value, json};
+
+use super::chain::Chain;
+use super::format::SnapshotId;
+use super::link::Link;
+use super::restore::RestoreError;
+use crate::end::Chain as Words;
+use crate::lazy::SnapshotSource;
+use crate::migration::address::Address;
+use crate::migration::link::TICK;
+use crate::migration::tls::{Tls, TlsError, TlsFiles};
+use crate::migration::transport::{AcceptError, BindError, HANDSHAKE, Listener};
+use crate::units;
+
+/// How often a page server, and who asks it, says something at least.
+pub const BEAT: Duration = Duration::from_millis(500);
+/// Connections at once, at most: each has three threads. A guest has two.
+pub const MOST_CONNECTIONS: usize = 1024;
+
+/// What is served, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServeRequest {
+    /// The snapshot's directory.
+    pub dir: PathBuf,
+    /// Where guests connect to.
+    pub listen: Address,
+    /// Needed beyond this host.
+    pub tls: Option<TlsFiles>,
+    /// Each MiB is compared with its checksum before the first of its pages is sent.
+    pub verify: bool,
+}
+
+/// Nothing is served, or nothing more.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The snapshot cannot be read.
+    #[error(transparent)]
+    Snapshot(#[from] RestoreError),
+    /// TLS cannot be had.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// One cannot listen there.
+    #[error("--listen: {0}")]
+    Bind(#[from] BindError),
+    /// Nobody can be accepted any more.
+    #[error(transparent)]
+    Accept(AcceptError),
+}
+
+impl ServeError {
+    /// 2 the arguments or the snapshot are wrong, 1 the host refused.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            ServeError::Snapshot(error) => error.exit_status(),
+            ServeError::Accept(_) => 1,
+            ServeError::Tls(_) | ServeError::Bind(_) => 2,
+        }
+    }
+}
+
+/// A snapshot that is served: it listens.
+pub struct Service {
+    listener: Listener,
+    server: PageServer,
+    source: SnapshotSource,
+    id: SnapshotId,
+    memory: u64,
+}
+
+/// What was served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServeReport {
+    /// Connections that were accepted; a guest makes two, and more where they break.
+    pub connections: u64,
+    /// Pages of all of them.
+    pub served: Served,
+}
+
+impl Service {
+    /// Opens the snapshot, checks all of it but the contents of guest memory, and listens.
+    ///
+    /// # Errors
+    /// [`ServeError`]; nothing is left behind.
+    pub fn open(request: &ServeRequest) -> Result<Self, ServeError> {
+        let (mut chain, _) = Chain::open(&request.dir)?;
+        chain.check_as_read(request.verify)?;
+        let newest = chain.newest();
+        let id = newest.map_or(SnapshotId([0; 16]), Link::id);
+        let memory = newest.map_or(0, |link| link.map().all().bytes());
+        let tls = request.tls.as_ref().map(Tls::load).transpose()?;
+        let listener = Listener::bind(&request.listen, tls.as_ref())?;
+        let source = SnapshotSource::new(Arc::new(chain));
+        let config = ServerConfig {
+            image: id.image(),
+            beat: BEAT,
+            ..ServerConfig::default()
+        };
+        Ok(Service {
+            listener,
+            server: PageServer::new(Arc::new(source.clone()), config),
+            source,
+            id,
+            memory,
+        })
+    }
+
+    /// Where it listens, with the port that it has.
+    pub fn address(&self) -> &Address {
+        self.listener.address()
+    }
+
+    /// The snapshot's number.
+    pub fn id(&self) -> SnapshotId {
+        self.id
+    }
+
+    /// Guest memory, bytes.
+    pub fn memory(&self) -> u64 {
+        self.memory
+    }
+
+    /// Serves who connects until `stop` says that it is time, which is asked each [`TICK`], and then ends all connections.
+    /// Who breaks one off is told of by a warning.
+    ///
+    /// # Errors
+    /// [`ServeError::Accept`].
+    pub fn run(&self, stop: impl Fn() -> bool) -> Result<ServeReport, ServeError> {
+        // Relaxed: a bound and a flag, by which nothing else is told.
+        let (open, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let mut connections = 0;
+        let ended = thread::scope(|scope| {
+            let begun = thread::Builder::new().name("holes".into());
+            // Without it zeros are found as they are read.
+            let go_on = || !over.load(Ordering::Relaxed);
+            let looked = begun.spawn_scoped(scope, move || self.source.find_holes(go_on));
+            if let Err(error) = looked {
+                log::warn!("cannot look for holes: {error}");
+            }
+            let ended = loop {
+                if stop() {
+                    break Ok(());
+                }
+                if !self.listener.is_called(TICK) {
+                    continue;
+                }
+                let connection = match self.listener.accept(Instant::now() + HANDSHAKE) {
+                    Ok(connection) => connection,
+                    Err(AcceptError::Nobody(_)) => continue,
+                    Err(error @ AcceptError::Peer { .. }) => {
+                        log::warn!("{error}; others may connect still");
+                        continue;
+                    }
+                    Err(error) => break Err(ServeError::Accept(error)),
+                };
+                let who = connection.from();
+                if open.load(Ordering::Relaxed) >= MOST_CONNECTIONS {
+                    log::warn!("{who} is sent away: there are {MOST_CONNECTIONS} connections");
+                    continue;
+                }
+                open.fetch_add(1, Ordering::Relaxed);
+                connections += 1;
+                let open = &open;
+                let serve = move || {
+                    match self.server.serve(&connection.duplex()) {
+                        Ok(_) | Err(PeerError::Ended) => {}
+                        Err(error) => log::warn!("{who}: {}", Words(&error)),
+                    }
+                    open.fetch_sub(1, Ordering::Relaxed);
+                };
+                let thread = thread::Builder::new().name("serve".into());
+                if let Err(error) = thread.spawn_scoped(scope, serve) {
+                    open.fetch_sub(1, Ordering::Relaxed);
+                    log::warn!("a connection is not served: {error}");
+                }
+            };
+            over.store(true, Ordering::Relaxed);
+            self.server.stop();
+            ended
+        });
+        ended.map(|()| ServeReport {
+            connections,
+            served: self.server.served(),
+        })
+    }
+}
+
+impl fmt::Debug for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Service")
+            .field("address", self.address())
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ServeReport {
+    /// As JSON.
+    pub fn json(&self) -> Value {
+        let Served {
+            asks,
+            pages,
+            zeros,
+            bytes,
+            ..
+        } = self.served;
+        json!({
+            "connections": self.connections, "asks": asks, "pages": pages, "zero_pages": zeros, "sent_bytes": bytes,
+        })
+    }
+}
+
+impl fmt::Display for ServeReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "served {} pages, {} of them zeros, in {} answers over {} connections: {}",
+            self.served.pages,
+            self.served.zeros,
+            self.served.asks,
+            self.connections,
+            units::bytes(self.served.bytes)
+        )
+    }
+}

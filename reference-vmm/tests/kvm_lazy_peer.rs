@@ -1,0 +1,416 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Guests of a snapshot whose memory another process serves: they find all of it, or are stopped with the reason.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::fs;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use guests::image;
+use guests::verifier::{FIRST, verifier64};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use reference_vmm::api::Client;
+use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::end::GuestEnd;
+use reference_vmm::lazy::{LazyRequest, LazyState, OnLoss, PageServerAt};
+use reference_vmm::memory::Memory;
+use reference_vmm::migration::tls::TlsFiles;
+use reference_vmm::snapshot::link::Link;
+use reference_vmm::snapshot::packed::Compression;
+use reference_vmm::snapshot::{RestoreRequest, SnapshotKind, SnapshotRequest};
+use serde_json::{Value, json};
+use support::keeper::Guest;
+use support::{Running, Vmm, WATCHDOG, file, need_kvm};
+
+/// A folder for snapshots of guests that compare all of their memory.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        need_kvm();
+        Place(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// A snapshot of that name.
+    fn taken(&self, name: &str, compression: Compression) -> PathBuf {
+        let kernel = file(&image::elf64(verifier64()));
+        let config = Config {
+            cmdline: "4 ".into(),
+            memory: Memory::new(16 << 20),
+            cpus: 4.into(),
+            irqchip: Irqchip::Split,
+            debug_exit: Some(0xf4),
+            ..Config::new(&*kernel)
+        };
+        let dir = self.path(name);
+        let mut guest = Guest::boot(&config);
+        guest.hear(2);
+        guest.snapshot(&SnapshotRequest {
+            compression,
+            track: Some(true),
+            ..SnapshotRequest::new(&dir)
+        });
+        if compression == Compression::Zstd {
+            // One more that builds on it.
+            guest.hear(1);
+            guest.snapshot(&SnapshotRequest {
+                kind: SnapshotKind::Diff { base: None },
+                ..SnapshotRequest::new(self.path("later"))
+            });
+        }
+        guest.leave();
+        dir
+    }
+
+    /// The snapshot as another host has it: without memory.
+    fn elsewhere(&self, dir: &Path) -> PathBuf {
+        let name = dir.file_name().unwrap().to_str().unwrap();
+        let copy = self.path(&format!("{name}-elsewhere"));
+        fs::create_dir_all(&copy).unwrap();
+        fs::copy(dir.join("state"), copy.join("state")).unwrap();
+        copy
+    }
+}
+
+/// `snapshot serve`, and where it listens.
+fn serve(dir: &Path, listen: &str, more: &[&str]) -> (Running, String) {
+    let command = Vmm::command(["snapshot", "serve", "--json", "--listen", listen]);
+    let mut server = command.args(more).arg(dir).start();
+    server.wait_for("\n");
+    let said: Value = serde_json::from_str(server.stdout().lines().next().unwrap()).unwrap();
+    (server, said["address"].as_str().unwrap().to_owned())
+}
+
+/// Ends it: what it has served.
+fn served(server: Running) -> Value {
+    server.signal(libc::SIGTERM);
+    let ended = server.wait();
+    ended.expect_status(0);
+    serde_json::from_str(ended.text().lines().last().unwrap()).unwrap()
+}
+
+fn at(address: &str) -> LazyRequest {
+    LazyRequest {
+        page_server: Some(Box::new(PageServerAt {
+            address: address.parse().unwrap(),
+            tls: None,
+        })),
+        ..LazyRequest::default()
+    }
+}
+
+fn from(dir: &Path, lazy: LazyRequest) -> RestoreRequest {
+    RestoreRequest {
+        lazy: Some(lazy),
+        ..RestoreRequest::new(dir)
+    }
+}
+
+/// Nothing comes but what is touched, a page at a time.
+fn touched_only(address: &str) -> LazyRequest {
+    LazyRequest {
+        record: Some(Duration::from_secs(3600)),
+        ..at(address)
+    }
+}
+
+fn ended(mut guest: Guest) -> String {
+    while !guest.end.is_told() {
+        guest.listen();
+    }
+    match guest.leave().1 {
+        // Of an instruction that is poisoned KVM says that it cannot emulate it.
+        Some(GuestEnd::Failed(why) | GuestEnd::Crashed(why)) => why,
+        other => panic!("it did not fail: {other:?}"),
+    }
+}
+
+#[test]
+fn guests_side_by_side_find_all_of_the_memory_that_a_server_has() {
+    let place = Place::new();
+    let plain = place.taken("plain", Compression::None);
+    place.taken("packed", Compression::Zstd);
+    let later = place.path("later");
+    let unix = format!("unix:{}", place.path("socket").display());
+    for (dir, listen) in [(&plain, &*unix), (&later, "tcp:127.0.0.1:0")] {
+        let here = place.elsewhere(dir);
+        let (server, address) = serve(dir, listen, &[]);
+        for how in [at(&address), touched_only(&address)] {
+            let by_itself = how.record.is_some();
+            let mut guests = [(); 3].map(|()| Guest::restore(&from(&here, how.clone())));
+            for guest in &mut guests {
+                guest.hear(2);
+            }
+            for guest in guests {
+                if !by_itself {
+                    guest.running.settle_memory().unwrap();
+                    let progress = guest.running.lazy_progress().unwrap();
+                    assert_eq!(progress.state, LazyState::Whole);
+                }
+                guest.has_all();
+            }
+        }
+        // What was recorded is read ahead: of a server's as well.
+        assert!(here.join("working_set").exists());
+        let mut guest = Guest::restore(&from(&here, at(&address)));
+        guest.hear(2);
+        guest.has_all();
+        let said = served(server);
+        assert_eq!(said["connections"], 14, "{said}");
+        assert!(said["pages"].as_u64().unwrap() > 1000, "{said}");
+        assert!(!here.join("memory").exists());
+    }
+}
+
+#[test]
+fn a_server_of_another_snapshot_is_refused_with_both_numbers() {
+    let place = Place::new();
+    let one = place.taken("one", Compression::None);
+    let two = place.taken("two", Compression::None);
+    let (server, address) = serve(&two, "tcp:127.0.0.1:0", &[]);
+    let id = |dir: &Path| {
+        let info = Vmm::command(["snapshot", "info", "--json"]).arg(dir);
+        let info: Value = serde_json::from_str(&info.output().text()).unwrap();
+        info["id"].as_str().unwrap().to_owned()
+    };
+    Vmm::command(["restore", "--page-server", &address, "--from"])
+        .arg(place.elsewhere(&one))
+        .output()
+        .expect_status(2)
+        .expect_line(&[&address, &id(&two)[..16], &id(&one)]);
+    served(server);
+}
+
+#[test]
+fn who_cannot_be_asked_is_an_error_before_there_is_a_guest() {
+    let place = Place::new();
+    let here = place.elsewhere(&place.taken("s", Compression::None));
+    let restore = |words: &str| {
+        let restore = Vmm::command(["restore", "--from"]).arg(&here);
+        restore.words(words).output()
+    };
+    restore("--page-server unix:/nowhere/s")
+        .expect_status(2)
+        .expect_line(&["nobody listens at unix:/nowhere/s"]);
+    restore("--page-server tcp:192.0.2.1:4444")
+        .expect_status(2)
+        .expect_line(&["tcp:192.0.2.1:4444", "--tls-cert"]);
+    restore("--page-server tcp:127.0.0.1")
+        .expect_status(2)
+        .expect_line(&["\"tcp:127.0.0.1\" is no address"]);
+    restore("--page-server unix:/s --page-handler /h")
+        .expect_status(2)
+        .expect_line(&["one of the two"]);
+    restore("--tls-cert c --tls-key k --tls-ca a")
+        .expect_status(2)
+        .expect_line(&["--page-server"]);
+    // Without it there is no memory.
+    restore("--lazy")
+        .expect_status(2)
+        .expect_line(&["cannot read", "memory"]);
+    // One who says nothing is not waited for.
+    let mute = place.path("mute");
+    let _listener = UnixListener::bind(&mute).unwrap();
+    restore(&format!(
+        "--page-deadline 2 --page-server unix:{}",
+        mute.display()
+    ))
+    .expect_status(1)
+    .expect_line(&["has been silent for"]);
+}
+
+#[test]
+fn what_cannot_be_served_is_refused() {
+    let place = Place::new();
+    let dir = place.taken("s", Compression::None);
+    let serve = |listen: &str| {
+        let command = Vmm::command(["snapshot", "serve", "--listen", listen]);
+        command.arg(&dir).output()
+    };
+    serve("tcp:0.0.0.0:0")
+        .expect_status(2)
+        .expect_line(&["within reach of other hosts", "--tls-cert"]);
+    fs::remove_file(dir.join("memory")).unwrap();
+    serve("tcp:127.0.0.1:0")
+        .expect_status(2)
+        .expect_line(&["cannot read", "memory"]);
+}
+
+#[test]
+fn a_server_whose_file_is_damaged_says_so_and_the_guest_is_stopped_with_its_words() {
+    let place = Place::new();
+    let dir = place.taken("s", Compression::None);
+    let here = place.elsewhere(&dir);
+    let (link, _) = Link::open(&dir).unwrap();
+    let (_, piece) = link.map().locate(FIRST).unwrap();
+    let memory = fs::File::options().write(true).open(dir.join("memory"));
+    memory
+        .unwrap()
+        .write_all_at(&[1; 8], piece.offset + 4096)
+        .unwrap();
+    let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
+    let guest = Guest::restore(&from(&here, at(&address)));
+    let why = ended(guest);
+    assert!(why.contains("is damaged between byte"), "{why}");
+    served(server);
+}
+
+#[test]
+fn a_server_that_dies_and_comes_back_is_gone_on_with() {
+    let place = Place::new();
+    let dir = place.taken("s", Compression::None);
+    let here = place.elsewhere(&dir);
+    let listen = format!("unix:{}", place.path("socket").display());
+    let (server, _) = serve(&dir, &listen, &[]);
+    let lazy = LazyRequest {
+        deadline: WATCHDOG,
+        ..touched_only(&listen)
+    };
+    let mut guest = Guest::restore(&from(&here, lazy));
+    server.signal(libc::SIGKILL);
+    server.wait();
+    // It waits for a page that nobody has.
+    let begun = Instant::now();
+    while guest.running.lazy_stats().unwrap().faults == 0 {
+        assert!(begun.elapsed() < WATCHDOG);
+        std::thread::yield_now();
+    }
+    let (server, _) = serve(&dir, &listen, &[]);
+    guest.hear(2);
+    guest.has_all();
+    served(server);
+}
+
+#[test]
+fn a_server_that_stays_away_costs_the_guest_its_memory_within_the_deadline() {
+    let place = Place::new();
+    let dir = place.taken("s", Compression::None);
+    let here = place.elsewhere(&dir);
+    for on_loss in [OnLoss::Stop, OnLoss::Poison] {
+        let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
+        let lazy = LazyRequest {
+            deadline: Duration::from_secs(1),
+            on_loss,
+            ..touched_only(&address)
+        };
+        let guest = Guest::restore(&from(&here, lazy));
+        server.signal(libc::SIGKILL);
+        server.wait();
+        let why = ended(guest);
+        // Poisoned, it is the vCPU that tells of it.
+        let needles: &[&str] = match on_loss {
+            OnLoss::Stop => &["does not come", "the page server at", &address],
+            OnLoss::Poison => &["vCPU"],
+        };
+        for needle in needles {
+            assert!(why.contains(needle), "{why}");
+        }
+    }
+}
+
+#[test]
+fn a_monitor_that_is_stopped_waits_for_no_server() {
+    let place = Place::new();
+    let dir = place.taken("s", Compression::None);
+    let here = place.elsewhere(&dir);
+    let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
+    let words = format!("--record=3600 --page-deadline 86400 --page-server {address}");
+    let monitor = Vmm::command(["restore", "--from"]).arg(&here);
+    let mut monitor = monitor.words(&words).stdin_pipe().start();
+    monitor.wait_for("2");
+    server.signal(libc::SIGSTOP);
+    monitor.signal(libc::SIGINT);
+    monitor.wait().expect_status(0);
+    server.signal(libc::SIGKILL);
+    server.wait();
+}
+
+/// A host's certificate, its key, and the authority's.
+fn tls(place: &Place) -> TlsFiles {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let params = CertificateParams::new(vec!["127.0.0.1".into()]).unwrap();
+    let certificate = params.signed_by(&key, &issuer).unwrap();
+    let write = |name: &str, text: String| {
+        let path = place.path(name);
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        path
+    };
+    TlsFiles {
+        cert: write("cert", certificate.pem()),
+        key: write("key", key.serialize_pem()),
+        ca: write("ca", issuer.pem()),
+        name: None,
+    }
+}
+
+#[test]
+fn both_sides_have_a_certificate_where_one_has() {
+    let place = Place::new();
+    let dir = place.taken("s", Compression::None);
+    let here = place.elsewhere(&dir);
+    let tls = tls(&place);
+    let flags = [
+        ("--tls-cert", &tls.cert),
+        ("--tls-key", &tls.key),
+        ("--tls-ca", &tls.ca),
+    ];
+    let flags = flags.map(|(flag, path)| format!("{flag}={}", path.display()));
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &flags);
+    let command = Vmm::command(["restore", "--page-server", &address, "--from"]).arg(&here);
+    let mut monitor = command.args(&flags).stdin_pipe().start();
+    monitor.wait_for("5");
+    monitor.type_in(b"q");
+    monitor.wait().expect_status(1).expect_silence();
+    let command = Vmm::command(["restore", "--page-deadline", "2", "--page-server", &address]);
+    let without = command.arg("--from").arg(&here).output();
+    without.expect_status(1).expect_line(&[&address]);
+    server.signal(libc::SIGTERM);
+    server.wait().expect_status(0);
+}
+
+#[test]
+fn a_client_of_the_api_says_where_the_server_is() {
+    let place = Place::new();
+    let dir = place.taken("s", Compression::None);
+    let here = place.elsewhere(&dir);
+    let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
+    let socket = place.path("api");
+    let command = Vmm::command(["restore", "--api-sock"]).arg(&socket);
+    let mut monitor = command.stdin_pipe().start();
+    let mut client = loop {
+        match Client::connect(&socket, WATCHDOG) {
+            Ok(client) => break client,
+            Err(_) => std::thread::yield_now(),
+        }
+    };
+    // One that fails is answered, and another may come.
+    let nowhere = json!({
+        "snapshot_path": here, "resume_vm": true,
+        "mem_backend": { "backend_type": "PageServer", "backend_path": "unix:/nowhere" },
+    });
+    let refused = client.call("PUT", "/snapshot/load", Some(&nowhere));
+    let refused = refused.unwrap();
+    assert!(refused.fault().unwrap().contains("/nowhere"), "{refused:?}");
+    let ctl = Vmm::command(["ctl", "load", "--resume", "--api-sock"]).arg(&socket);
+    let loaded = ctl.args(["--page-server", &address]).arg(&here).output();
+    loaded.expect_status(0);
+    monitor.wait_for("5");
+    monitor.type_in(b"q");
+    monitor.wait().expect_status(1).expect_silence();
+    served(server);
+}
