@@ -33,6 +33,8 @@ use support::{Vmm, WATCHDOG, file, need_kvm};
 const SOCKET: &str = "LAZY_HANDLER_SOCKET";
 const FILE: &str = "LAZY_HANDLER_FILE";
 const PAGES: &str = "LAZY_HANDLER_PAGES";
+/// Behind them it hangs instead: it reads messages no more, or reads them and answers none.
+const HANGS: &str = "LAZY_HANDLER_HANGS";
 
 /// Not a test but the handler, in a process of its own: serves the pages of a file, and dies behind so many.
 #[test]
@@ -49,7 +51,12 @@ fn a_handler() {
     let uffd = given.userfaultfd;
     let mut served = 0;
     loop {
-        let mut fds = [uffd.as_raw_fd(), stream.as_raw_fd()].map(|fd| libc::pollfd {
+        let hangs = std::env::var(HANGS).ok().filter(|_| served >= most);
+        let told = match hangs.as_deref() {
+            Some("deaf") => -1,
+            _ => uffd.as_raw_fd(),
+        };
+        let mut fds = [told, stream.as_raw_fd()].map(|fd| libc::pollfd {
             fd,
             events: libc::POLLIN,
             revents: 0,
@@ -67,6 +74,9 @@ fn a_handler() {
         }
         // `struct uffd_msg`: a page fault, and where.
         assert_eq!(message[0], 0x12);
+        if hangs.is_some() {
+            continue;
+        }
         if served == most {
             std::process::exit(0);
         }
@@ -95,12 +105,18 @@ struct Handler {
 
 impl Handler {
     fn start(folder: &Path, dir: &Path, pages: usize) -> Self {
-        let socket = folder.join(format!("handler{pages}"));
+        Self::start_as(folder, dir, pages, &[])
+    }
+
+    fn start_as(folder: &Path, dir: &Path, pages: usize, how: &[(&str, &str)]) -> Self {
+        let name = how.first().map_or("", |(_, how)| how);
+        let socket = folder.join(format!("handler{pages}{name}"));
         let child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "a_handler", "--nocapture"])
             .env(SOCKET, &socket)
             .env(FILE, dir.join("memory"))
             .env(PAGES, pages.to_string())
+            .envs(how.iter().copied())
             .spawn();
         let begun = Instant::now();
         while !socket.exists() {
@@ -204,6 +220,31 @@ fn a_handler_that_dies_stops_the_guest_with_the_reason_wherever_it_is() {
         said.expect_status(1);
         said.expect_line(&["the page-fault handler at", "has ended"]);
         assert!(begun.elapsed() < WATCHDOG);
+    }
+}
+
+#[test]
+fn a_handler_that_lives_and_brings_nothing_is_given_up_at_the_page_deadline() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    for (pages, how, on_loss) in [
+        (0, "deaf", "stop"),
+        (50, "mute", "stop"),
+        (50, "deaf", "poison"),
+    ] {
+        let handler = Handler::start_as(folder.path(), &dir, pages, &[(HANGS, how)]);
+        let ended = Vmm::command(["restore", "--page-deadline", "1", "--from"])
+            .arg(&dir)
+            .args(["--on-loss", on_loss, "--page-handler"])
+            .arg(&handler.socket)
+            .stdin_pipe()
+            .output();
+        ended.expect_status(1);
+        let said = &ended.stderr;
+        let why = "lives and has brought nothing for 1.00 s, while somebody waits";
+        assert!(said.contains(why), "{how}: {said}");
     }
 }
 

@@ -65,7 +65,8 @@ Options:
                            snapshot's directory (`working_set`): the next --lazy reads it ahead. A snapshot or a
                            migration meanwhile has all of memory brought, and so ends it, which is said
   --page-handler SOCKET    A page-fault handler of Firecracker's listens there, in another process, and brings
-                           memory. If it ends, memory does not come; if it hangs, so does the guest
+                           memory. If it ends, or brings nothing for --page-deadline while somebody waits, memory
+                           does not come
   --page-server ADDRESS    Memory comes from `snapshot serve`, which listens at unix:PATH or tcp:HOST:PORT and has the
                            same snapshot; DIR need have no file `memory`. When it goes, it is connected to again
                            for as long as --page-deadline says. Beyond this host it takes TLS

@@ -3,7 +3,9 @@
 //! A page-fault handler in another process, which has the userfaultfd: Firecracker's protocol.
 //!
 //! Its process is watched. When it dies, every page that it has not brought is lost: the guest's end is told, and then they
-//! are poisoned, so that who waits for one wakes.
+//! are poisoned, so that who waits for one wakes. So it is with one that lives and brings nothing while somebody waits, for
+//! as long as a page may take. Faults are told to the handler alone; but the kernel says how many wait at a userfaultfd, and
+//! which pages of memory are there.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -16,14 +18,17 @@ use std::time::Duration;
 use async_pf::external::{self, Mapping, Mappings};
 use async_pf::pager::{GiveUp, PagedSlot, Pager, PagerConfig};
 use async_pf::{Fetched, PageSource, SourceError};
-use memslots::Gfn;
 use memslots::uffd::{Registration, Uffd};
+use memslots::{Gfn, PAGE_SIZE};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::LazyError;
 use super::events::Events;
 use crate::snapshot::pages::Region;
-use crate::unix_socket;
+use crate::{units, unix_socket};
+
+/// How often it is looked whether the handler hangs, within the time that a page may take.
+const LOOKS: u32 = 8;
 
 /// The handler, and what it was given. Dropped, it is told by the end of its connection.
 pub(super) struct Handler {
@@ -34,6 +39,8 @@ pub(super) struct Handler {
 
 struct Given {
     path: PathBuf,
+    /// How long a page may take.
+    limit: Duration,
     uffd: Uffd,
     registrations: Vec<Registration>,
     /// Kept: a handler that looks sees by it that this process lives.
@@ -87,30 +94,25 @@ impl Handler {
             Arc::new(stop),
             Arc::new(Given {
                 path: path.to_owned(),
+                limit,
                 uffd,
                 registrations,
                 _stream: stream,
                 events,
             }),
         );
-        let thread = match lives {
-            Ok(lives) => {
-                let (stop, given) = (Arc::clone(&stop), Arc::clone(&given));
-                let thread = std::thread::Builder::new().name("lazy-handler".into());
-                let run = move || {
-                    if died(&lives, &stop) {
-                        given.give_up();
-                    }
-                };
-                Some(thread.spawn(run).map_err(process("start a thread"))?)
-            }
-            Err(error) => {
-                log::warn!(
-                    "the page-fault handler at {} cannot be watched ({error}): if it dies, the guest waits for ever",
-                    path.display()
-                );
-                None
-            }
+        let lives = lives.inspect_err(|error| {
+            log::warn!(
+                "the page-fault handler at {} cannot be watched ({error}): that it died is known when somebody has waited \
+                 for as long as a page may take",
+                path.display()
+            );
+        });
+        let thread = {
+            let (stop, given) = (Arc::clone(&stop), Arc::clone(&given));
+            let thread = std::thread::Builder::new().name("lazy-handler".into());
+            let run = move || given.watch(lives.ok().as_ref(), &stop);
+            Some(thread.spawn(run).map_err(process("start a thread"))?)
         };
         Ok(Handler {
             stop,
@@ -146,35 +148,116 @@ fn peer(stream: &UnixStream) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(pidfd as i32) })
 }
 
-/// Waits until the process has ended, which is true, or the machine has.
-fn died(lives: &OwnedFd, stop: &EventFd) -> bool {
-    let mut fds = [stop.as_raw_fd(), lives.as_raw_fd()].map(|fd| libc::pollfd {
+/// What ended a wait.
+enum Came {
+    /// The machine is over.
+    Stop,
+    /// The process has ended.
+    Died,
+    /// It was time.
+    Time,
+}
+
+/// Waits for one of them, for so long at most.
+fn wait(lives: Option<&OwnedFd>, stop: &EventFd, limit: Duration) -> Came {
+    // A descriptor below zero is passed over.
+    let lives = lives.map_or(-1, AsRawFd::as_raw_fd);
+    let mut fds = [stop.as_raw_fd(), lives].map(|fd| libc::pollfd {
         fd,
         events: libc::POLLIN,
         revents: 0,
     });
+    let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX).max(1);
     loop {
         // SAFETY: an array of pollfds, and its length.
-        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, limit) };
         let [stop, lives] = fds;
         match ready {
-            _ if ready > 0 && stop.revents != 0 => return false,
-            _ if ready > 0 && lives.revents != 0 => return true,
+            0 => return Came::Time,
+            _ if ready > 0 && stop.revents != 0 => return Came::Stop,
+            _ if ready > 0 && lives.revents != 0 => return Came::Died,
             // Memory, for one, of which the kernel has none.
             _ if ready < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted => {
-                return false;
+                return Came::Stop;
             }
             _ => {}
         }
     }
 }
 
+/// How many wait at a userfaultfd, whether their messages were read or not: `total` of its fdinfo, in `userfaultfd_show_fdinfo`
+/// of Linux since 4.3.
+fn waiting(fdinfo: &str) -> Option<u64> {
+    let line = fdinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("total:"))?;
+    line.trim().parse().ok()
+}
+
+/// Pages of registered memory that are there.
+fn present(registrations: &[Registration]) -> io::Result<u64> {
+    const CHUNK: usize = 1 << 20;
+    let mut pages = vec![0u8; CHUNK];
+    let each = PAGE_SIZE as usize;
+    let mut count = 0;
+    for range in registrations.iter().map(Registration::host_range) {
+        let mut at = range.start;
+        while at < range.end {
+            let len = (range.end - at).min(CHUNK * each);
+            // SAFETY: mapped for as long as the registration is there, in whole pages, with a byte of room for each.
+            let asked = unsafe { libc::mincore(at as *mut _, len, pages.as_mut_ptr()) };
+            if asked != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let there = pages.iter().take(len / each).filter(|page| **page & 1 != 0);
+            count += there.count() as u64;
+            at += len;
+        }
+    }
+    Ok(count)
+}
+
 impl Given {
-    fn give_up(&self) {
+    /// Until the machine is over, or the guest's memory is.
+    fn watch(&self, lives: Option<&OwnedFd>, stop: &EventFd) {
         let path = self.path.display();
-        self.events.tell(format!(
-            "the page-fault handler at {path} has ended, and the guest's memory with it"
+        let (mut looks, mut before) = (0, None);
+        // Looks are counted, and not the time: this process may have been stopped meanwhile, and the handler with it.
+        while looks < LOOKS {
+            match wait(lives, stop, self.limit / LOOKS) {
+                Came::Stop => return,
+                Came::Died => {
+                    let why = "has ended, and the guest's memory with it";
+                    return self.give_up(format!("the page-fault handler at {path} {why}"));
+                }
+                Came::Time => {}
+            }
+            // What cannot be known is not counted.
+            let there = match self.waiting() {
+                0 => None,
+                _ => present(&self.registrations).ok(),
+            };
+            looks = match there.is_some() && there == before {
+                true => looks + 1,
+                false => 0,
+            };
+            before = there;
+        }
+        self.give_up(format!(
+            "the page-fault handler at {path} lives and has brought nothing for {}, while somebody waits for the guest's memory",
+            units::time(self.limit)
         ));
+    }
+
+    /// How many wait for pages.
+    fn waiting(&self) -> u64 {
+        let file = format!("/proc/self/fdinfo/{}", self.uffd.as_raw_fd());
+        let text = std::fs::read_to_string(file).unwrap_or_default();
+        waiting(&text).unwrap_or(0)
+    }
+
+    fn give_up(&self, why: String) {
+        self.events.tell(why);
         self.poison();
     }
 
@@ -204,5 +287,18 @@ struct Nothing;
 impl PageSource for Nothing {
     fn fetch(&self, first: Gfn, _into: &mut [u8]) -> Result<Fetched, SourceError> {
         Err(SourceError::NoSuchPage { gfn: first })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_is_counted_whether_the_message_was_read_or_not() {
+        let text =
+            "pos:\t0\nflags:\t02000002\npending:\t1\ntotal:\t3\nAPI:\taa:1ffff:f00000000000001f\n";
+        assert_eq!(waiting(text), Some(3));
+        assert_eq!(waiting("pos:\t0\n"), None);
     }
 }

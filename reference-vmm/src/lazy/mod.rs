@@ -56,7 +56,8 @@
 //! With a [handler](LazyRequest::handler) its process brings the pages. What is there this process does not know then: a
 //! background snapshot, which needs the userfaultfd for itself, is refused; a snapshot in a pause and a migration read
 //! through the handler, for as long as it lives. When its process dies the guest is stopped, as for a page that does not
-//! come. A handler that lives and does not answer is not found out: nobody here hears of the faults.
+//! come. So it is when somebody has waited for as long as the deadline and the handler has not brought a single page in that
+//! time. One that answers others, and forgets one of them, is not found out: nobody here hears of the faults.
 //!
 //! # Limits
 //! The kernel's userfaultfd has to have `POISON` (Linux 6.6). Memory of the lazy guest is its own from the first touch on
