@@ -48,7 +48,8 @@ Usage: cargo xtask bench startup [--runs N]   (60)
             where that goes, and how long all takes, against the same QEMU's migration; with --postcopy a guest that
             writes 256 MiB without rest, which goes before its memory after two seconds, and the longest silence behind that
   restore   guests that go on from snapshots on this host's KVM: from exec to the first byte and to an answer, by size and by
-            the way in which memory comes, against a tiny guest's boot; 100 of one snapshot: what one more takes
+             the way in which memory comes, against a tiny guest's boot; what a recorded working set gains where the page
+             cache is cold; 100 of one snapshot: what one more takes
   async-pf  a guest of one vCPU in the lab with two tasks, of which one waits for late pages: how far the other comes, with
             asynchronous page faults and without";
 
