@@ -71,7 +71,7 @@ pub(crate) fn read_present(
     let holes = found
         .iter()
         .map(|hole| start + hole.start..start + hole.end);
-    for hole in holes.chain([whole.end..whole.end]) {
+    for hole in holes.chain(std::iter::once(whole.end..whole.end)) {
         let there = (at - address) as usize..(hole.start - address) as usize;
         table.read_slice(into.get_mut(there).unwrap_or_default(), GuestAddress(at))?;
         at = hole.end;
