@@ -19,7 +19,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_pf::external::{HandOff, receive};
 use reference_vmm::api::Client;
@@ -185,6 +185,8 @@ impl Guest {
         let api = dir.join("api");
         let mut running = Vmm::command(["restore", "--stats", "--from"])
             .arg(dir.join("frozen"))
+            // It is held back for as long as the test takes.
+            .args(["--page-deadline", "240"])
             .arg("--page-handler")
             .arg(&socket)
             .arg("--api-sock")
@@ -305,8 +307,10 @@ fn where_it_is_not_offered_who_waits_for_a_page_has_the_vcpu() {
 
 /// Waits until the halted vCPU has woken so many times.
 fn wakes(guest: &Guest, times: u64) {
-    let begin = guest.counted("halt_wakeup");
-    while guest.counted("halt_wakeup") < begin + times {}
+    let (begun, first) = (Instant::now(), guest.counted("halt_wakeup"));
+    while guest.counted("halt_wakeup") < first + times {
+        assert!(begun.elapsed() < LIMIT, "the vCPU does not halt");
+    }
 }
 
 #[test]
