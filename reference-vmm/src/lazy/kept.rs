@@ -382,6 +382,10 @@ impl PageSource for KeptFirst {
         self.source.fetch_for(lane, first, into)
     }
 
+    fn overtakes(&self) -> bool {
+        self.source.overtakes()
+    }
+
     fn run(&self, first: Gfn, pages: u64) -> u64 {
         match self.kept.find(first.0) {
             _ if self.is_broken() => self.source.run(first, pages),

@@ -34,6 +34,8 @@ const FLEET: usize = 100;
 const FLEET_APART: usize = 20;
 /// The record's name in a snapshot's directory.
 const WORKING_SET: &str = "working_set";
+/// And that of its pages.
+const WORKING_SET_PAGES: &str = "working_set_pages";
 /// How long a guest may take to fill its memory, or to answer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -288,6 +290,8 @@ fn record(vmm: &Path, dir: &Path, mib: u32) -> Result<()> {
 fn restore(vmm: &Path, dir: &Path, way: &Way, mib: u32) -> Result<(Guest, f64)> {
     let from = snapshot_dir(dir, mib);
     let known = from.join(WORKING_SET);
+    // What is kept of the record's pages is of no account without it.
+    let known_pages = from.join(WORKING_SET_PAGES);
     match way.recorded {
         true => drop(
             fs::copy(record_file(dir, mib), &known)
@@ -298,6 +302,9 @@ fn restore(vmm: &Path, dir: &Path, way: &Way, mib: u32) -> Result<(Guest, f64)> 
     }
     if way.cold {
         forget(&from.join("memory"))?;
+        if known_pages.exists() {
+            forget(&known_pages)?;
+        }
     }
     let mut argv: Vec<OsString> = vec!["restore".into(), "--from".into(), from.into()];
     argv.extend(way.flags.iter().map(OsString::from));
