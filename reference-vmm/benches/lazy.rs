@@ -150,7 +150,7 @@ fn measure(mib: u64, cold: bool, lazy_alone: bool) {
             of.push(restore(request));
         }
         if cold {
-            restore(&lazy(false, Some(3600)));
+            restore(&lazy(true, Some(3600)));
             assert!(record.exists());
             for (of, (_, request)) in took[1 + ways.len()..].iter_mut().zip(&recorded) {
                 of.push(restore(request));

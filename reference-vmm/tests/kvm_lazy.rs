@@ -243,14 +243,21 @@ fn what_is_recorded_at_one_restore_is_read_ahead_at_the_next() {
     // One pass is all that it touches.
     guest.hear(2);
     guest.running.settle_memory().unwrap();
-    guest.has_all();
     let recorded = async_pf::working_set::WorkingSet::load(&record).unwrap();
     let first = FIRST / 4096;
     let touched: Vec<_> = recorded.order().map(|gfn| gfn.0).collect();
     let all = (first..first + PAGES).all(|gfn| touched.contains(&gfn));
     assert!(all && touched.len() < 2200, "{}", touched.len());
+    // The pages are kept when all that somebody waited for was there.
+    let kept = dir.join(WORKING_SET_PAGES);
+    let begun = Instant::now();
+    while !kept.exists() {
+        assert!(begun.elapsed() < WATCHDOG);
+        std::thread::yield_now();
+    }
     // It belongs to the snapshot: who checks or replaces that is not in its way.
     info::verify(&dir).unwrap();
+    guest.has_all();
 
     let mut guest = Guest::restore(&lazy(&dir));
     guest.hear(2);
@@ -259,7 +266,6 @@ fn what_is_recorded_at_one_restore_is_read_ahead_at_the_next() {
     assert!(stats.ahead > stats.by_fault, "{stats:?}");
     guest.has_all();
     // What it touches first is kept, and read from there: in the snapshot it is lost by now.
-    let kept = dir.join(WORKING_SET_PAGES);
     let whole = std::fs::read(dir.join("memory")).unwrap();
     let lost = memory(&dir);
     let first = offset(&dir, FIRST);
@@ -280,13 +286,30 @@ fn what_is_recorded_at_one_restore_is_read_ahead_at_the_next() {
     let mut guest = Guest::restore(&lazy(&dir));
     guest.hear(2);
     becomes_whole(&guest.running);
-    // The end of a guest saves what there is.
+    // What nobody has checked is not kept, and nothing is while another one saves.
     std::fs::remove_file(&record).unwrap();
-    guest.has_all();
+    std::fs::remove_file(&kept).unwrap();
+    let unchecked = RestoreRequest {
+        verify: false,
+        ..with(&dir, touched_only())
+    };
+    let mut guest = Guest::restore(&unchecked);
+    guest.hear(1);
+    guest.quit();
+    assert!(record.exists() && !kept.exists());
+    std::fs::remove_file(&record).unwrap();
+    let held = File::open(dir.join("state")).unwrap();
+    held.lock().unwrap();
+    let mut guest = Guest::restore(&with(&dir, touched_only()));
+    guest.hear(1);
+    guest.quit();
+    assert!(!record.exists() && !kept.exists());
+    drop(held);
+    // The end of a guest saves what there is.
     let mut guest = Guest::restore(&with(&dir, touched_only()));
     guest.hear(1);
     guest.has_all();
-    assert!(record.exists());
+    assert!(record.exists() && kept.exists());
 
     // One of another snapshot is passed over.
     let (_other, other) = place();

@@ -999,3 +999,19 @@ fn a_unix_socket_with_tls_wants_to_know_the_name() {
     let error = connect(&address, Some(&tls), soon()).unwrap_err();
     assert!(error.to_string().contains("--tls-name"), "{error}");
 }
+
+#[test]
+fn who_says_nothing_where_tls_is_wanted_is_let_go_when_nobody_wants_to_hear_it() {
+    let house = Authority::new();
+    let listener = listen("tcp:127.0.0.1:0", Some(&house.tls()));
+    let _silent = plain(&listener);
+    let caller = listener.caller(soon()).unwrap();
+    let asked = std::cell::Cell::new(0);
+    let stop = || {
+        asked.set(asked.get() + 1);
+        asked.get() == 3
+    };
+    let why = caller.answer(soon(), &stop).unwrap_err().to_string();
+    assert!(why.contains("not heard any more"), "{why}");
+    assert_eq!(asked.get(), 3);
+}

@@ -332,7 +332,6 @@ fn serve(
     );
     tell(json, words);
     let report = service.run(|| signals.next_stop().is_some());
-    let report = report.map_err(failed)?;
     Ok((report.json(), format!("{report}\n")))
 }
 

@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -46,6 +47,8 @@ struct Given {
     /// Kept: a handler that looks sees by it that this process lives.
     _stream: UnixStream,
     events: Arc<Events>,
+    /// It has been said that who waits is not known. Relaxed: it is said once, about.
+    blind: AtomicBool,
 }
 
 impl Handler {
@@ -99,6 +102,7 @@ impl Handler {
                 registrations,
                 _stream: stream,
                 events,
+                blind: AtomicBool::new(false),
             }),
         );
         let lives = lives.inspect_err(|error| {
@@ -252,8 +256,17 @@ impl Given {
     /// How many wait for pages.
     fn waiting(&self) -> u64 {
         let file = format!("/proc/self/fdinfo/{}", self.uffd.as_raw_fd());
-        let text = std::fs::read_to_string(file).unwrap_or_default();
-        waiting(&text).unwrap_or(0)
+        let found = std::fs::read_to_string(&file)
+            .map_err(|error| error.to_string())
+            .and_then(|text| waiting(&text).ok_or_else(|| format!("{text:?}")));
+        found.unwrap_or_else(|why| {
+            if !self.blind.swap(true, Ordering::Relaxed) {
+                log::warn!(
+                    "a page-fault handler that brings nothing is not found out: {file} does not say who waits: {why}"
+                );
+            }
+            0
+        })
     }
 
     fn give_up(&self, why: String) {

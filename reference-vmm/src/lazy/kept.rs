@@ -23,6 +23,8 @@
 //!           the pages, in that order
 //! ```
 //!
+//! Whoever made the file had checked the pages: it is made at a restore that does.
+//!
 //! What is not as it should be is told of once, and from then on the snapshot is read as if there were no such file.
 
 use std::fs::{self, File, OpenOptions};
@@ -67,7 +69,8 @@ impl Run {
     }
 }
 
-/// Writes the pages of `record`, as many as are kept, from `source` to `path`: beside it first, synced and renamed then.
+/// Writes the pages of `record`, as many as are kept, from `source` to `path`: beside it first, synced and renamed then. One at
+/// a time may, and `source` has checked what it gives: what is kept is read without another look at the snapshot.
 ///
 /// # Errors
 /// What the file system said, or `source`; nothing is left behind, and what was there is as it was.
@@ -83,8 +86,12 @@ pub fn save(
     let mut hidden = std::ffi::OsString::from(".");
     hidden.push(partial);
     let partial = path.with_file_name(hidden);
-    let saved = save_by_way_of(&partial, id, record, source, go_on)
-        .and_then(|pages| fs::rename(&partial, path).map(|()| pages));
+    let saved = save_by_way_of(&partial, id, record, source, go_on).and_then(|pages| {
+        fs::rename(&partial, path)?;
+        let folder = path.parent().filter(|of| !of.as_os_str().is_empty());
+        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
+        Ok(pages)
+    });
     if saved.is_err() {
         // Best effort: the error that matters is the first one.
         fs::remove_file(&partial).ok();
@@ -276,7 +283,8 @@ impl Kept {
         for entry in of_runs.chunks_exact(RUN) {
             let (first, said) = (u64_at(entry, 0), u64_at(entry, 8));
             let (pages, zeros) = (said & !ZEROS, said & ZEROS != 0);
-            if pages == 0 || first.checked_add(pages).is_none_or(|end| end > 1 << 52) {
+            let last = 1 << 52;
+            if pages == 0 || pages > last || first > last - pages {
                 return wrong(format!("{pages} pages from {first:#x} on are no run"));
             }
             runs.push(Run {
@@ -285,6 +293,11 @@ impl Kept {
                 at: (!zeros).then_some(next),
             });
             next += if zeros { 0 } else { pages };
+            if next > kept {
+                return wrong(format!(
+                    "its runs are of {next} pages and more: {kept} are kept"
+                ));
+            }
         }
         runs.sort_unstable_by_key(|run| run.first);
         let over = |two: &[Run]| matches!(two, [one, other] if one.end() > other.first);
@@ -533,6 +546,41 @@ mod tests {
         for len in [0, 7, HEADER - 1, HEADER, said - 1, good.len() - 1] {
             fs::write(&bad, &good[..len]).unwrap();
             assert!(Kept::load(&bad, ID).is_err(), "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn runs_that_are_more_than_any_number_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pages");
+        for (runs, of) in [(4100, 1 << 52), (2, u64::MAX >> 1), (2, 1)] {
+            let all = (0..runs).map(|number| Run {
+                first: number % 2,
+                pages: of,
+                at: Some(0),
+            });
+            let mut bytes = table(ID, &all.collect::<Vec<_>>(), &[0], 1 << 20);
+            bytes.resize((1 << 20) + PAGE, 0);
+            fs::write(&path, bytes).unwrap();
+            assert!(Kept::load(&path, ID).is_err(), "{runs} of {of}");
+        }
+    }
+
+    #[test]
+    fn what_overtakes_in_the_source_overtakes_here() {
+        struct Line(bool);
+        impl PageSource for Line {
+            fn fetch(&self, _: Gfn, _: &mut [u8]) -> Result<Fetched, SourceError> {
+                Ok(Fetched::Zero)
+            }
+            fn overtakes(&self) -> bool {
+                self.0
+            }
+        }
+        for line in [true, false] {
+            let (_folder, path) = saved(TOUCHED);
+            let kept = Kept::load(&path, ID).unwrap().unwrap();
+            assert_eq!(KeptFirst::new(kept, Arc::new(Line(line))).overtakes(), line);
         }
     }
 

@@ -85,6 +85,8 @@ pub(super) struct State {
     pub(super) close: bool,
     /// Nobody waits for more to be recorded.
     pub(super) recorded: bool,
+    /// Somebody waits for all of it.
+    pub(super) hurry: bool,
     /// Until the pager goes.
     pub(super) registrations: Vec<Registration>,
     /// To be called when nothing more is asked for.
@@ -100,6 +102,7 @@ impl State {
             took: None,
             close: false,
             recorded: false,
+            hurry: false,
             registrations,
             enough: None,
         }
@@ -299,6 +302,7 @@ impl LazyMemory {
         if self.is_external() {
             return Ok(false);
         }
+        self.shared.lock().hurry = true;
         let recording = self.shared.stop_recording();
         if recording {
             log::warn!(
@@ -389,6 +393,12 @@ impl Shared {
         !self.lock().close
     }
 
+    /// And nobody wants all of it.
+    fn is_to_go_on(&self) -> bool {
+        let state = self.lock();
+        !state.close && !state.hurry
+    }
+
     /// The thread's life.
     pub(super) fn bring(
         &self,
@@ -396,9 +406,11 @@ impl Shared {
         replay: Option<Replay>,
         slots: &[Range<u64>],
     ) {
-        if let Some(recording) = recording {
-            self.record(&recording);
-        }
+        // Where all is wanted at once its pages are kept behind that.
+        let left = recording.filter(|recording| {
+            self.record(recording);
+            !self.keep(recording, &|| self.is_to_go_on())
+        });
         if let Some(replay) = &replay {
             self.read_ahead(replay, slots);
         }
@@ -423,6 +435,9 @@ impl Shared {
                 true => LazyState::Damaged,
                 false => LazyState::Ended,
             });
+        }
+        if let Some(recording) = left {
+            self.keep(&recording, &|| self.go_on());
         }
         if let Some(replay) = replay {
             replay.tell();
@@ -460,11 +475,22 @@ impl Shared {
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(state);
-        if let From::Snapshot(source, sets) = &self.from {
-            let source = source.as_ref().map(|source| source as &dyn PageSource);
-            sets.save(recording, source, &|| self.go_on());
+        if let From::Snapshot(_, sets) = &self.from {
+            sets.save(recording);
         }
-        self.turn(LazyState::Bringing);
+    }
+
+    /// Keeps the first pages of what was recorded; whether there is no more to do.
+    fn keep(&self, recording: &Recording, go_on: &dyn Fn() -> bool) -> bool {
+        let kept = match &self.from {
+            From::Snapshot(Some(source), sets) => sets.keep(recording, source, go_on),
+            // Another host's disk is no matter of where they lie here.
+            _ => true,
+        };
+        if self.lock().phase == LazyState::Recording {
+            self.turn(LazyState::Bringing);
+        }
+        kept
     }
 
     /// Ends the recording, if there is one; whether there was.

@@ -49,7 +49,8 @@ pub(super) struct RemoteSource {
     chain: Arc<Chain>,
     /// How long it may be away.
     limit: Duration,
-    away: Mutex<Option<Away>>,
+    /// Of each lane.
+    away: Mutex<[Option<Away>; 2]>,
 }
 
 /// A server that cannot be reached.
@@ -126,7 +127,7 @@ impl RemoteSource {
         self.lanes.close();
     }
 
-    fn away(&self) -> MutexGuard<'_, Option<Away>> {
+    fn away(&self) -> MutexGuard<'_, [Option<Away>; 2]> {
         // What is in it is whole after each statement.
         self.away.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -134,7 +135,7 @@ impl RemoteSource {
     /// What it is that is waited for, if the server is away.
     pub(super) fn waits_for(&self) -> Option<String> {
         let away = self.away();
-        let why = &away.as_ref()?.why;
+        let why = &away.iter().flatten().next()?.why;
         Some(format!(
             "the page server at {} is away: {why}",
             self.address
@@ -142,11 +143,22 @@ impl RemoteSource {
     }
 
     /// Notes that the server does not answer, for this reason: whether it is waited for still, or it is given up.
-    fn does_not_answer(&self, first: Gfn, source: &PeerError) -> Result<(), SourceError> {
+    fn does_not_answer(
+        &self,
+        lane: Lane,
+        first: Gfn,
+        source: &PeerError,
+    ) -> Result<(), SourceError> {
         let why = Words(source).to_string();
-        let mut away = self.away();
+        let mut lanes = self.away();
+        let is_new = lanes.iter().all(Option::is_none);
+        let [fault, prefetch] = &mut *lanes;
+        let away = match lane {
+            Lane::Fault => fault,
+            Lane::Prefetch => prefetch,
+        };
         let since = away.as_ref().map_or_else(Instant::now, |away| away.since);
-        if away.is_none() {
+        if is_new {
             log::warn!(
                 "the page server at {} does not answer: {why}; it is tried again for {}",
                 self.address,
@@ -170,6 +182,17 @@ impl RemoteSource {
                 }),
             }),
         }
+    }
+
+    /// Notes that the server answers on a lane; whether it was away, and is not any more.
+    fn answers(&self, lane: Lane) -> bool {
+        let mut lanes = self.away();
+        let [fault, prefetch] = &mut *lanes;
+        let away = match lane {
+            Lane::Fault => fault,
+            Lane::Prefetch => prefetch,
+        };
+        away.take().is_some() && lanes.iter().all(Option::is_none)
     }
 
     /// From this address up to `end`: whether the state says that it is zero, and where that ends.
@@ -217,10 +240,10 @@ impl PageSource for RemoteSource {
                 Err(SourceError::Peer { source, .. })
                     if source.is_transient() && !matches!(*source, PeerError::Told { .. }) =>
                 {
-                    self.does_not_answer(first, &source)?;
+                    self.does_not_answer(lane, first, &source)?;
                 }
                 fetched => {
-                    if fetched.is_ok() && self.away().take().is_some() {
+                    if fetched.is_ok() && self.answers(lane) {
                         log::warn!("the page server at {} answers again", self.address);
                     }
                     return fetched;

@@ -2,6 +2,7 @@
 
 //! What a restored guest touches first: recorded beside the snapshot at one restore, read ahead at the next.
 
+use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use memslots::Gfn;
 use super::kept::{self, Kept};
 use crate::end::Chain as Words;
 use crate::snapshot::chain::Chain;
+use crate::snapshot::files::{STATE, lock};
 use crate::snapshot::format::SnapshotId;
 use crate::snapshot::link::{self, Link};
 
@@ -32,6 +34,8 @@ const MOST: usize = 1 << 20;
 pub(super) struct WorkingSets {
     dir: PathBuf,
     id: SnapshotId,
+    /// What is read is compared with the snapshot's checksums.
+    checked: bool,
 }
 
 /// One that is made.
@@ -55,6 +59,7 @@ impl WorkingSets {
         WorkingSets {
             dir: newest.map(|link| link.dir().to_owned()).unwrap_or_default(),
             id: newest.map_or(SnapshotId([0; 16]), Link::id),
+            checked: chain.is_checked(),
         }
     }
 
@@ -107,40 +112,70 @@ impl WorkingSets {
         (None, replay)
     }
 
-    /// Saves what was recorded, and its first pages out of `source` if that is here, unless the directory is another snapshot's by now. Blocks
-    /// for the disk. That it cannot be saved is told of: the guest has lost nothing.
-    pub(super) fn save(
-        &self,
-        recording: &Recording,
-        source: Option<&dyn PageSource>,
-        go_on: &dyn Fn() -> bool,
-    ) {
+    /// Saves what was recorded, unless the directory is another snapshot's by now. Blocks for the disk. That it cannot be
+    /// saved is told of: the guest has lost nothing.
+    pub(super) fn save(&self, recording: &Recording) {
         let record = recording.recorder.so_far();
         let path = self.dir.join(WORKING_SET);
-        match link::id_of(&self.dir) {
-            Ok(id) if id == self.id => {}
-            _ => {
-                let dir = self.dir.display();
-                return log::warn!("no working set is saved: {dir} is not that snapshot any more");
-            }
-        }
+        let Some(_lock) = self.lock("working set is saved") else {
+            return;
+        };
         match record.save(&path) {
             Ok(()) => log::info!(
                 "the working set has {} pages: {}",
                 record.touched(),
                 path.display()
             ),
-            Err(error) => return log::warn!("no working set is saved: {}", Words(&error)),
+            Err(error) => log::warn!("no working set is saved: {}", Words(&error)),
         }
-        // Another host's disk is no matter of where they lie here.
-        let Some(source) = source else {
-            return;
+    }
+
+    /// Keeps the first pages of what was recorded, out of `source`, as long as `go_on` says so: whether it did, or there is no
+    /// use in trying again. What is there of another record of this snapshot is as right as before: pages, and no order.
+    pub(super) fn keep(
+        &self,
+        recording: &Recording,
+        source: &dyn PageSource,
+        go_on: &dyn Fn() -> bool,
+    ) -> bool {
+        if !self.checked {
+            log::info!(
+                "pages of the working set are not kept: nobody has checked them (--verify=off)"
+            );
+            return true;
+        }
+        let Some(_lock) = self.lock("page of the working set is kept") else {
+            return true;
         };
-        // What is there of another record of this snapshot is as right as before: pages, and no order.
         let path = self.dir.join(WORKING_SET_PAGES);
+        let record = recording.recorder.so_far();
         match kept::save(&path, self.id, &record, source, go_on) {
             Ok(pages) => log::info!("{pages} of its pages are kept in {}", path.display()),
+            Err(_) if !go_on() => return false,
             Err(error) => log::warn!("its pages are not kept in {}: {error}", path.display()),
+        }
+        true
+    }
+
+    /// Several guests may record at once: one saves, if the directory is the snapshot's still. The lock goes with the file.
+    fn lock(&self, what: &str) -> Option<File> {
+        let state = self.dir.join(STATE);
+        let locked = File::open(&state).and_then(|file| lock(&file, libc::LOCK_EX).map(|()| file));
+        match (locked, link::id_of(&self.dir)) {
+            (Ok(file), Ok(id)) if id == self.id => Some(file),
+            (Err(error), _) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                log::info!("no {what}: another guest's is at this moment");
+                None
+            }
+            (Err(error), _) => {
+                log::warn!("no {what}: {}: {error}", state.display());
+                None
+            }
+            _ => {
+                let dir = self.dir.display();
+                log::warn!("no {what}: {dir} is not that snapshot any more");
+                None
+            }
         }
     }
 }

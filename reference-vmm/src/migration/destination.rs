@@ -924,7 +924,7 @@ fn take<M: ArrivingMemory, W: Wire>(
 }
 
 /// Accepts connections, and has each its place, until all is over. Each is heard on a thread of its own: who says nothing keeps
-/// nobody waiting.
+/// nobody waiting, unless there are [`MOST_CALLERS`] of them, and then for seconds.
 fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
     std::thread::scope(|scope| {
         accept_all(accept, shared, |caller| {
@@ -989,10 +989,10 @@ fn accept_all<A: Accept>(accept: &A, shared: &Shared<A::Wire>, mut came: impl Fn
 
 /// Hears what somebody has connected for.
 fn meet<A: Accept>(caller: A::Caller, shared: &Shared<A::Wire>, patience: &Patience) {
-    let Some(mut wire) = A::answer(caller) else {
+    let ended = || shared.lock().over.then(|| "it is over".to_owned());
+    let Some(mut wire) = A::answer(caller, &|| ended().is_some()) else {
         return;
     };
-    let ended = || shared.lock().over.then(|| "it is over".to_owned());
     let watch = Watch {
         quiet: patience.greeting,
         stop: &ended,

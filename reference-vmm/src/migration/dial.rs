@@ -102,12 +102,13 @@ impl Accept for Ear {
         }
     }
 
-    fn answer(caller: Caller) -> Option<Connection> {
-        match caller.answer(Instant::now() + HANDSHAKE) {
+    fn answer(caller: Caller, stop: &dyn Fn() -> bool) -> Option<Connection> {
+        match caller.answer(Instant::now() + HANDSHAKE, stop) {
             Ok(mut connection) => {
                 connection.set_patience(TICK);
                 Some(connection)
             }
+            Err(_) if stop() => None,
             Err(error) => {
                 log::warn!("{error}; others may connect still");
                 None

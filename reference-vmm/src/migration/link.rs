@@ -81,8 +81,8 @@ pub trait Accept: Send {
     /// Nothing can be accepted any more. That one connection breaks off in its beginning is none.
     fn accept(&self) -> io::Result<Option<Self::Caller>>;
     /// Comes to know them, by TLS where that is wanted; none if they are nobody, which has been said then. Blocks for as long as
-    /// they take, a few seconds at most.
-    fn answer(caller: Self::Caller) -> Option<Self::Wire>;
+    /// they take, a few seconds at most, and no longer than `stop` lets it, which is asked a few times a second.
+    fn answer(caller: Self::Caller, stop: &dyn Fn() -> bool) -> Option<Self::Wire>;
 }
 
 /// A connection is of no use any more.

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!    0   8  magic: 89 52 56 4d 57 0d 0a 1a  ("\x89RVMW\r\n\x1a")
-//!    8   4  version: 1
+//!    8   4  version: 2
 //!   12   4  role: 1 control, 2 data, 3 settle, 4 pages (post-copy)
 //!   16  16  the migration's number, random
 //!   32   4  of a data connection its number, from 0 on; of one for pages 0 for what is waited for, 1 for all else; else 0

@@ -340,6 +340,11 @@ impl Session {
     ///
     /// # Errors
     /// `InvalidData`, with why one side refuses the other; `UnexpectedEof`: it closed; the socket's.
+    /// Whether TLS is not agreed upon yet.
+    pub(super) fn is_handshaking(&self) -> bool {
+        self.tls.is_handshaking()
+    }
+
     pub(super) fn handshake(&mut self, socket: &mut (impl Read + Write)) -> io::Result<()> {
         self.handshaken(socket).map_err(|error| match error.kind() {
             // One that was closed by who has not understood what we said.

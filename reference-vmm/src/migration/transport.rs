@@ -50,6 +50,8 @@ pub use duplex::Both;
 pub const PATIENCE: Duration = Duration::from_secs(30);
 /// How long TLS may take to be agreed upon.
 pub const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How often it is asked meanwhile whether it is wanted still.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 64;
@@ -221,7 +223,7 @@ impl Listener {
     /// # Errors
     /// [`AcceptError`]; after [`AcceptError::Peer`] it may be called again.
     pub fn accept(&self, deadline: Instant) -> Result<Connection, AcceptError> {
-        self.caller(deadline)?.answer(deadline)
+        self.caller(deadline)?.answer(deadline, &|| false)
     }
 
     /// Waits until `deadline` for somebody to connect.
@@ -301,11 +303,21 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// Waits, where there is TLS, until both sides are authenticated: until `deadline`, and no longer than [`HANDSHAKE`].
+    /// Who it is, for messages.
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// Waits, where there is TLS, until both sides are authenticated: until `deadline`, no longer than [`HANDSHAKE`], and no
+    /// longer than `stop` lets it, which is asked a few times a second.
     ///
     /// # Errors
     /// [`AcceptError::Peer`].
-    pub fn answer(self, deadline: Instant) -> Result<Connection, AcceptError> {
+    pub fn answer(
+        self,
+        deadline: Instant,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<Connection, AcceptError> {
         let Caller {
             socket,
             peer,
@@ -313,7 +325,7 @@ impl Caller {
             session,
         } = self;
         let deadline = deadline.min(Instant::now() + HANDSHAKE);
-        let begun = Connection::begin(socket, peer.clone(), line, session, deadline);
+        let begun = Connection::begin(socket, peer.clone(), line, session, (deadline, stop));
         begun.map_err(|source| AcceptError::Peer { peer, source })
     }
 }
@@ -389,7 +401,9 @@ pub fn connect(
     let session = tls.map(|tls| tls.connecting(host)).transpose();
     let session = session.map_err(failed)?;
     let deadline = deadline.min(Instant::now() + HANDSHAKE);
-    Connection::begin(socket, address.to_string(), line, session, deadline).map_err(failed)
+    let never = || false;
+    let peer = address.to_string();
+    Connection::begin(socket, peer, line, session, (deadline, &never)).map_err(failed)
 }
 
 /// The line to who listens at this path now.
@@ -456,7 +470,7 @@ impl Connection {
         peer: String,
         line: Option<String>,
         session: Option<Session>,
-        deadline: Instant,
+        (deadline, stop): (Instant, &dyn Fn() -> bool),
     ) -> io::Result<Self> {
         if let Socket::Tcp(stream) = &socket {
             stream.set_nodelay(true)?;
@@ -474,8 +488,25 @@ impl Connection {
             line,
         };
         if let Some(session) = &mut connection.session {
-            connection.wire.deadline = Some(deadline);
-            session.handshake(&mut connection.wire)?;
+            loop {
+                let soon = Instant::now() + LOOK;
+                connection.wire.deadline = Some(deadline.min(soon));
+                match session.handshake(&mut connection.wire) {
+                    Ok(()) => break,
+                    // As far as it has come by now it goes on from there.
+                    Err(error)
+                        if error.kind() == io::ErrorKind::TimedOut
+                            && session.is_handshaking()
+                            && soon < deadline =>
+                    {
+                        if stop() {
+                            let why = "it is not heard any more";
+                            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, why));
+                        }
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
             connection.wire.deadline = None;
         }
         Ok(connection)

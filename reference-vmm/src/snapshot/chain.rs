@@ -173,6 +173,11 @@ impl Chain {
         self.links.last()
     }
 
+    /// Whether what is read is checked as it is read.
+    pub fn is_checked(&self) -> bool {
+        self.links.iter().all(Link::is_checked)
+    }
+
     /// From now on what is read is checked as it is read ([`Link::check_as_read`]), of every link.
     ///
     /// # Errors

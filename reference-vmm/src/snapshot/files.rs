@@ -159,7 +159,7 @@ fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// `flock(2)`; does not wait.
-fn lock(file: &File, how: libc::c_int) -> io::Result<()> {
+pub(crate) fn lock(file: &File, how: libc::c_int) -> io::Result<()> {
     // SAFETY: an open descriptor.
     match unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) } {
         0 => Ok(()),

@@ -120,6 +120,11 @@ impl Link {
         Ok((link, bytes))
     }
 
+    /// Whether a read compares each piece that it touches with its checksum.
+    pub fn is_checked(&self) -> bool {
+        self.as_read.as_ref().is_some_and(|of| of.checked.is_some())
+    }
+
     /// From now on a read is refused where the file has been written to since now, and with `verify` compares each piece
     /// that it touches with its checksum, once.
     ///

@@ -66,17 +66,13 @@ pub enum ServeError {
     /// One cannot listen there.
     #[error("--listen: {0}")]
     Bind(#[from] BindError),
-    /// Nobody can be accepted any more.
-    #[error(transparent)]
-    Accept(AcceptError),
 }
 
 impl ServeError {
-    /// 2 the arguments or the snapshot are wrong, 1 the host refused.
+    /// 2 the arguments or the snapshot are wrong, 1 the snapshot cannot be read.
     pub fn exit_status(&self) -> u8 {
         match self {
             ServeError::Snapshot(error) => error.exit_status(),
-            ServeError::Accept(_) => 1,
             ServeError::Tls(_) | ServeError::Bind(_) => 2,
         }
     }
@@ -144,15 +140,13 @@ impl Service {
     }
 
     /// Serves who connects until `stop` says that it is time, which is asked each [`TICK`], and then ends all connections.
-    /// Who breaks one off is told of by a warning.
-    ///
-    /// # Errors
-    /// [`ServeError::Accept`].
-    pub fn run(&self, stop: impl Fn() -> bool) -> Result<ServeReport, ServeError> {
+    /// Who breaks one off is told of by a warning, and so it is when nobody can be accepted for a while: those that there are
+    /// are served on.
+    pub fn run(&self, stop: impl Fn() -> bool) -> ServeReport {
         // Relaxed: a bound and a flag, by which nothing else is told.
         let (open, over) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let mut connections = 0;
-        let ended = thread::scope(|scope| {
+        let (mut connections, mut deaf) = (0, false);
+        thread::scope(|scope| {
             let begun = thread::Builder::new().name("holes".into());
             // Without it zeros are found as they are read.
             let go_on = || !over.load(Ordering::Relaxed);
@@ -160,34 +154,47 @@ impl Service {
             if let Err(error) = looked {
                 log::warn!("cannot look for holes: {error}");
             }
-            let ended = loop {
-                if stop() {
-                    break Ok(());
-                }
+            while !stop() {
                 if !self.listener.is_called(TICK) {
                     continue;
                 }
-                let connection = match self.listener.accept(Instant::now() + HANDSHAKE) {
-                    Ok(connection) => connection,
+                let caller = match self.listener.caller(Instant::now() + TICK) {
+                    Ok(caller) => caller,
                     Err(AcceptError::Nobody(_)) => continue,
                     Err(error @ AcceptError::Peer { .. }) => {
                         log::warn!("{error}; others may connect still");
                         continue;
                     }
-                    Err(error) => break Err(ServeError::Accept(error)),
+                    Err(error) => {
+                        // Guests need those that there are: out of descriptors, for one, is over when some have gone.
+                        if !std::mem::replace(&mut deaf, true) {
+                            log::warn!("{error}; it is tried again");
+                        }
+                        thread::sleep(TICK);
+                        continue;
+                    }
                 };
-                let who = connection.from();
+                deaf = false;
+                let who = caller.peer().to_owned();
                 if open.load(Ordering::Relaxed) >= MOST_CONNECTIONS {
                     log::warn!("{who} is sent away: there are {MOST_CONNECTIONS} connections");
                     continue;
                 }
                 open.fetch_add(1, Ordering::Relaxed);
                 connections += 1;
-                let open = &open;
+                let (open, over) = (&open, &over);
                 let serve = move || {
-                    match self.server.serve(&connection.duplex()) {
-                        Ok(_) | Err(PeerError::Ended) => {}
-                        Err(error) => log::warn!("{who}: {}", Words(&error)),
+                    let stop = || over.load(Ordering::Relaxed);
+                    match caller.answer(Instant::now() + HANDSHAKE, &stop) {
+                        Ok(connection) => {
+                            let who = connection.from();
+                            match self.server.serve(&connection.duplex()) {
+                                Ok(_) | Err(PeerError::Ended) => {}
+                                Err(error) => log::warn!("{who}: {}", Words(&error)),
+                            }
+                        }
+                        Err(_) if stop() => {}
+                        Err(error) => log::warn!("{error}; others may connect still"),
                     }
                     open.fetch_sub(1, Ordering::Relaxed);
                 };
@@ -196,15 +203,14 @@ impl Service {
                     open.fetch_sub(1, Ordering::Relaxed);
                     log::warn!("a connection is not served: {error}");
                 }
-            };
+            }
             over.store(true, Ordering::Relaxed);
             self.server.stop();
-            ended
         });
-        ended.map(|()| ServeReport {
+        ServeReport {
             connections,
             served: self.server.served(),
-        })
+        }
     }
 }
 

@@ -640,7 +640,7 @@ impl Accept for Ear {
         }))
     }
 
-    fn answer(caller: End) -> Option<End> {
+    fn answer(caller: End, _: &dyn Fn() -> bool) -> Option<End> {
         Some(caller)
     }
 }
