@@ -62,7 +62,8 @@ Options:
                            check where it touches that memory if KVM tells enough of it [stop]
   --page-deadline SECS     The longest that anybody waits for memory [10]
   --record[=SECS]          For so long [10] only what the guest touches is brought, and is recorded in the
-                           snapshot's directory (`working_set`): the next --lazy reads it ahead. A snapshot or a
+                           snapshot's directory (`working_set`; and, with --verify, its first pages, up to 256 MiB of
+                           guest memory, `working_set_pages`): the next --lazy reads it ahead. A snapshot or a
                            migration meanwhile has all of memory brought, and so ends it, which is said
   --page-handler SOCKET    A page-fault handler of Firecracker's listens there, in another process, and brings
                            memory. If it ends, or brings nothing for --page-deadline while somebody waits, memory
