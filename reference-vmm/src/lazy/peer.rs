@@ -60,6 +60,13 @@ struct Away {
     why: String,
 }
 
+/// Another one has taken the server's place.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the page server at {0} was replaced by one of another snapshot, of which nothing is taken: {1}"
+)]
+struct Replaced(Address, #[source] Arc<PeerError>);
+
 /// A server was away for too long.
 #[derive(Debug, thiserror::Error)]
 #[error("the page server at {address} has been away for {}: {why}", units::time(*.after))]
@@ -241,6 +248,15 @@ impl PageSource for RemoteSource {
                     if source.is_transient() && !matches!(*source, PeerError::Told { .. }) =>
                 {
                     self.does_not_answer(lane, first, &source)?;
+                }
+                Err(SourceError::Peer { source, .. })
+                    if matches!(*source, PeerError::Image { .. }) =>
+                {
+                    return Err(SourceError::Other {
+                        gfn: first,
+                        transient: false,
+                        source: Box::new(Replaced(self.address.clone(), source)),
+                    });
                 }
                 fetched => {
                     if fetched.is_ok() && self.answers(lane) {

@@ -31,7 +31,7 @@ pub enum Address {
 
 /// A text is no address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("\"{text}\" is no address of a migration: {why}")]
+#[error("\"{text}\" is no address: {why}")]
 pub struct AddressError {
     /// The text.
     pub text: String,

@@ -364,6 +364,12 @@ impl Outgoing {
             );
         }
         let far = progress::far(&record, job.recorder.began.elapsed());
+        if record.postcopy.is_some() {
+            let to = record.to.escape_debug();
+            return format!(
+                "the guest is at {to} now, and its memory follows ({far}): ask its monitor there"
+            );
+        }
         format!(
             "a migration is under way ({far}): ask again when it is done, or give it up first (ctl migrate-cancel, PATCH \
              /migrate with {{\"order\": \"Cancel\"}})"
