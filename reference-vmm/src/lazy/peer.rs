@@ -10,7 +10,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_pf::peer::{PeerConfig, PeerError, PeerLanes, PeerSource, Reconnect, Wire};
@@ -51,6 +51,8 @@ pub(super) struct RemoteSource {
     limit: Duration,
     /// Of each lane.
     away: Mutex<[Option<Away>; 2]>,
+    /// Why nobody is asked any more.
+    given_up: OnceLock<Arc<GivenUp>>,
 }
 
 /// A server that cannot be reached.
@@ -126,6 +128,7 @@ impl RemoteSource {
             chain: Arc::clone(chain),
             limit,
             away: Mutex::default(),
+            given_up: OnceLock::new(),
         })
     }
 
@@ -179,15 +182,17 @@ impl RemoteSource {
         });
         match after < self.limit {
             true => Ok(()),
-            false => Err(SourceError::Other {
-                gfn: first,
-                transient: false,
-                source: Box::new(GivenUp {
+            false => {
+                let given_up = GivenUp {
                     address: self.address.clone(),
                     after,
                     why,
-                }),
-            }),
+                };
+                let given_up = self.given_up.get_or_init(|| Arc::new(given_up));
+                // Whoever waits still waits for nothing.
+                self.lanes.close();
+                Err(lost(first, given_up))
+            }
         }
     }
 
@@ -212,6 +217,14 @@ impl RemoteSource {
     }
 }
 
+fn lost(gfn: Gfn, given_up: &Arc<GivenUp>) -> SourceError {
+    SourceError::Other {
+        gfn,
+        transient: false,
+        source: Box::new(Arc::clone(given_up)),
+    }
+}
+
 fn config(limit: Duration, image: u64) -> PeerConfig {
     PeerConfig {
         beat: BEAT,
@@ -221,8 +234,8 @@ fn config(limit: Duration, image: u64) -> PeerConfig {
         tries: 1,
         // A round is some seconds; how many there are is `limit`'s to say.
         reconnect: Reconnect {
-            tries: 8,
-            backoff: Duration::from_millis(10),
+            tries: 2,
+            backoff: Duration::from_millis(50),
             longest_backoff: Duration::from_millis(250),
             patience: CONNECT.min(limit),
         },
@@ -243,7 +256,12 @@ impl PageSource for RemoteSource {
             return Ok(Fetched::Zero);
         }
         loop {
+            if let Some(given_up) = self.given_up.get() {
+                return Err(lost(first, given_up));
+            }
             match self.lanes.fetch_for(lane, first, into) {
+                // The other lane has been away for longer.
+                Err(_) if self.given_up.get().is_some() => {}
                 Err(SourceError::Peer { source, .. })
                     if source.is_transient() && !matches!(*source, PeerError::Told { .. }) =>
                 {

@@ -96,6 +96,21 @@ impl WorkingSets {
                 return (None, None);
             }
         };
+        let end = record
+            .runs()
+            .iter()
+            .map(|run| run.first.0 + run.pages)
+            .max();
+        let end = end.unwrap_or_default();
+        if record.touched() > MOST as u64 || end > pages {
+            log::warn!(
+                "no working set is read ahead: {} has {} pages, up to {end:#x}, and no more than {MOST} of the guest's \
+                 {pages:#x} are recorded",
+                path.display(),
+                record.touched()
+            );
+            return (None, None);
+        }
         let plan = ReplayPlan::new(&record, PlanLimits::default());
         let path = self.dir.join(WORKING_SET_PAGES);
         let kept = Kept::load(&path, self.id).unwrap_or_else(|error| {
