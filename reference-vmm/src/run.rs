@@ -4,6 +4,7 @@
 
 mod incoming;
 mod load;
+mod restore;
 
 use std::fmt;
 use std::io;
@@ -156,7 +157,11 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended,
         }
     } else {
         let built = match &options.restore {
-            Some(request) => Machine::restore(request, io::stdout(), &end),
+            Some(request) => session.restore(request, &end, || {
+                if let Some(server) = &api {
+                    server.unlink();
+                }
+            }),
             None => Machine::build_watched(&options.config, io::stdout(), &end, watch),
         };
         let machine = match (built, end.get()) {

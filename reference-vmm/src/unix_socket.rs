@@ -97,16 +97,9 @@ impl Listener {
         stream.set_nonblocking(true)?;
         Ok(stream)
     }
-}
 
-impl AsRawFd for Listener {
-    fn as_raw_fd(&self) -> RawFd {
-        self.listener.as_raw_fd()
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
+    /// Removes the socket's file, if it is this one's still.
+    pub(crate) fn unlink(&self) {
         let Some(ours) = self.file else {
             return;
         };
@@ -117,6 +110,18 @@ impl Drop for Listener {
         {
             log::warn!("cannot remove the socket {}: {error}", path.display());
         }
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.listener.as_raw_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.unlink();
     }
 }
 

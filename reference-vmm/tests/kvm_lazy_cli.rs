@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use guests::keeper::{KEPT, keeper64};
@@ -304,4 +305,42 @@ fn each_call_that_is_refused_ends_it_with_one_line_or_is_done_without() {
         assert!(matches!(status, Some(1 | 2)), "{inject}: {trace}");
     }
     assert!(ended > 15, "{ended}");
+}
+
+#[test]
+fn a_signal_ends_a_monitor_that_waits_for_memory_before_there_is_a_guest() {
+    let place = Place::with_snapshot();
+    let handler = place.folder.path().join("handler");
+    let mute = UnixListener::bind(&handler).unwrap();
+    let waits = || {
+        let restore = Vmm::command(["restore", "--from"]).arg(&place.dir);
+        let restore = restore.words("--page-deadline 3600 --page-handler");
+        let on = restore.arg(&handler).arg("--api-sock").arg(&place.socket);
+        let on = on.stdin_pipe().start();
+        // It has the userfaultfd, and brings nothing.
+        (on, mute.accept().unwrap())
+    };
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let (on, _given) = waits();
+        on.signal(signal);
+        let ended = on.wait();
+        ended.expect_status(0);
+        assert!(!place.socket.exists());
+    }
+
+    // And one that a client has had load it.
+    let on = Vmm::command(["restore", "--api-sock"]);
+    let on = on.arg(&place.socket).stdin_pipe().start();
+    while Client::connect(&place.socket, WATCHDOG).is_err() {
+        std::thread::yield_now();
+    }
+    let load = Vmm::command(["ctl", "--api-sock"]).arg(&place.socket);
+    let load = load.arg("load").arg(&place.dir);
+    let load = load.words("--page-deadline 3600 --page-handler");
+    let load = load.arg(&handler).start();
+    let _given = mute.accept().unwrap();
+    on.signal(libc::SIGTERM);
+    on.wait().expect_status(0);
+    load.wait().expect_status(1);
+    assert!(!place.socket.exists());
 }

@@ -99,6 +99,11 @@ impl Server {
         self.listener.path()
     }
 
+    /// Removes the socket, if it is this one's still: for a process that exits. Who has connected is not heard of it.
+    pub fn unlink(&self) {
+        self.listener.unlink();
+    }
+
     /// Serves clients on this thread until it is told to [`stop`](Self::stop), and does what is
     /// [long](super::router::Action::is_long) on others, `api-work` and `api-background`. Comes back when what is at work
     /// there is done.

@@ -14,9 +14,10 @@ use crate::api::{self, Server};
 use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::gdb::Listener;
+use crate::signals;
 use crate::snapshot::RestoreRequest;
 use crate::timeline::{Event, timeline};
-use crate::vm::{BuildError, Machine, RunState, Running};
+use crate::vm::{BuildError, RunState, Running};
 
 /// What came while no machine was there.
 enum Came {
@@ -59,7 +60,8 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             };
             let mut waited = None;
             let served = with_api(server, &waiting, stop, || {
-                waited = Some(self.wait_for_loads(base, &loads, debugger, &guest, &waiting));
+                let at = (server, &loads);
+                waited = Some(self.wait_for_loads(base, at, debugger, &guest, &waiting));
             });
             served.map_err(process("start the control socket's thread"))?;
             waited
@@ -81,7 +83,7 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
     fn wait_for_loads<'a>(
         &self,
         base: &RestoreRequest,
-        loads: &'a Loads,
+        (server, loads): (&Server, &'a Loads),
         mut debugger: Option<Listener>,
         guest: &'a OnceLock<Loaded>,
         waiting: &Waiting<'a>,
@@ -102,7 +104,13 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
                 source,
             })?);
             let request = load.request.over(base);
-            let machine = match (Machine::restore(&request, io::stdout(), &end), end.get()) {
+            let made = self.restore(&request, &end, || server.unlink());
+            let machine = match (made, end.get()) {
+                (Err(BuildError::Ended), Some(GuestEnd::Stopped(StopCause::Signal(signal)))) => {
+                    let why = format!("{} stopped the monitor", signals::name(*signal));
+                    load.answer(Outcome::Refused(why));
+                    return Ok(Waited::Stopped(*signal));
+                }
                 (Err(BuildError::Ended), Some(GuestEnd::Failed(why))) => {
                     load.answer(Outcome::Refused(why.clone()));
                     continue;
