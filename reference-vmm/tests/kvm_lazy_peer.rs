@@ -137,6 +137,9 @@ fn ended(mut guest: Guest) -> String {
 
 #[test]
 fn guests_side_by_side_find_all_of_the_memory_that_a_server_has() {
+    if support::lab_short() {
+        return;
+    }
     let place = Place::new();
     let plain = place.taken("plain", Compression::None);
     place.taken("packed", Compression::Zstd);
@@ -359,6 +362,9 @@ fn tls(place: &Place) -> TlsFiles {
 
 #[test]
 fn both_sides_have_a_certificate_where_one_has() {
+    if support::lab_short() {
+        return;
+    }
     let place = Place::new();
     let dir = place.taken("s", Compression::None);
     let here = place.elsewhere(&dir);

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use guests::image;
 use guests::keeper::{QUIT, keeper64};
+use kvm_core::BusErrors;
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::{EndSignal, GuestEnd};
 use reference_vmm::main_loop::GuestSide;
@@ -39,6 +40,8 @@ impl Guest {
     }
 
     pub fn start(make: impl FnOnce(&PipeWriter, &Arc<EndSignal>) -> Machine) -> Self {
+        // As the program does it: where KVM does as hardware does, a vCPU's thread is told by SIGBUS of memory that did not come.
+        BusErrors::install().unwrap();
         let end = Arc::new(EndSignal::new().unwrap());
         let (console, writer) = std::io::pipe().unwrap();
         let running = make(&writer, &end).start().unwrap();
