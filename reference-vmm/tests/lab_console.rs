@@ -71,17 +71,18 @@ fn run(kernel: &str, irqchip: Irqchip, cpus: u32, devices: Devices, script: &str
 fn linux_has_a_console_and_a_port_on_both_irqchips() {
     need_kvm();
     let _turn = alone();
-    // It stays open: the driver of hvc forgets its settings, and what was typed, at the last close.
+    // It stays open: the driver of hvc forgets its settings, and what was typed, at the last close, and who opens it while it
+    // is being closed may be refused.
     let script = "
-        until stty -F /dev/hvc0 size >/dev/null 2>&1; do sleep 0.1; done
-        stty -F /dev/hvc0 size | grep -x '43 132'
-        exec 3<>/dev/hvc0
-        stty -F /dev/hvc0 raw -echo
+        until test -c /dev/hvc0; do sleep 0.1; done
+        until command exec 3<>/dev/hvc0; do sleep 0.1; done
+        until [ \"$(stty <&3 size)\" = '43 132' ]; do sleep 0.1; done
+        stty <&3 raw -echo
         echo ready >&3
         head -n 1 <&3 | grep -x 'a line that was typed'
         dd if=/dev/zero bs=4096 count=64 2>/dev/null | tr '\\0' x >&3
         echo >&3
-        until [ \"$(stty -F /dev/hvc0 size)\" = '50 200' ]; do sleep 0.1; done
+        until [ \"$(stty <&3 size)\" = '50 200' ]; do sleep 0.1; done
         until grep -x -q agent /sys/class/virtio-ports/*/name; do sleep 0.1; done
         port=/dev/$(cd /sys/class/virtio-ports; grep -l -x agent */name | cut -d/ -f1)
         cat <$port >/tmp/in
