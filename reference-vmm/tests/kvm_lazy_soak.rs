@@ -253,6 +253,8 @@ impl Handler {
         };
         let child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "a_handler", "--nocapture"])
+            // It is killed in the midst of whatever it does: a profile of half of it would be of no use to anybody.
+            .env("LLVM_PROFILE_FILE", "/dev/null")
             .env(SOCKET, socket)
             .env(FILE, dir.join("memory"))
             .env(TROUBLE, format!("{seed} {words}"))
