@@ -135,8 +135,6 @@ fn start(part: &str) -> (Child, UnixStream, HandOff) {
     let listener = UnixListener::bind(&socket).unwrap();
     let child = Command::new(env::current_exe().unwrap())
         .args(["--exact", "monitor", "--nocapture"])
-        // It is killed in the midst of whatever it does: a profile of half of it would be of no use to anybody.
-        .env("LLVM_PROFILE_FILE", "/dev/null")
         .env(PART, part)
         .env("ASYNC_PF_TEST_SOCKET", &socket)
         .stdin(Stdio::piped())
