@@ -323,13 +323,13 @@ impl Kept {
     }
 
     /// Reads these pages, if they are all in one run; whether they are.
-    fn read(&self, first: Gfn, into: &mut [u8]) -> Result<Option<Fetched>, KeptError> {
+    fn read(&self, first: Gfn, into: &mut [u8]) -> Result<bool, KeptError> {
         let pages = (into.len() / PAGE) as u64;
         let Ok(run) = self.find(first.0) else {
-            return Ok(None);
+            return Ok(false);
         };
         if !into.len().is_multiple_of(PAGE) || pages > run.end() - first.0 {
-            return Ok(None);
+            return Ok(false);
         }
         let at = run.at + (first.0 - run.first);
         self.file.read_exact_at(into, self.begin + at * PAGE_SIZE)?;
@@ -341,7 +341,7 @@ impl Kept {
                 return Err(KeptError::Form(what));
             }
         }
-        Ok(Some(Fetched::Bytes))
+        Ok(true)
     }
 }
 
@@ -375,8 +375,8 @@ impl PageSource for KeptFirst {
     fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
         if !self.is_broken() {
             match self.kept.read(first, into) {
-                Ok(Some(fetched)) => return Ok(fetched),
-                Ok(None) => {}
+                Ok(true) => return Ok(Fetched::Bytes),
+                Ok(false) => {}
                 Err(why) => {
                     if !self.broken.swap(true, Ordering::Relaxed) {
                         log::warn!("what is kept of the working set is of no use: {why}");

@@ -162,11 +162,7 @@ impl RemoteSource {
         let why = Words(source).to_string();
         let mut lanes = self.away();
         let is_new = lanes.iter().all(Option::is_none);
-        let [fault, prefetch] = &mut *lanes;
-        let away = match lane {
-            Lane::Fault => fault,
-            Lane::Prefetch => prefetch,
-        };
+        let away = of_lane(&mut lanes, lane);
         let since = away.as_ref().map_or_else(Instant::now, |away| away.since);
         if is_new {
             log::warn!(
@@ -199,12 +195,7 @@ impl RemoteSource {
     /// Notes that the server answers on a lane; whether it was away, and is not any more.
     fn answers(&self, lane: Lane) -> bool {
         let mut lanes = self.away();
-        let [fault, prefetch] = &mut *lanes;
-        let away = match lane {
-            Lane::Fault => fault,
-            Lane::Prefetch => prefetch,
-        };
-        away.take().is_some() && lanes.iter().all(Option::is_none)
+        of_lane(&mut lanes, lane).take().is_some() && lanes.iter().all(Option::is_none)
     }
 
     /// From this address up to `end`: whether the state says that it is zero, and where that ends.
@@ -214,6 +205,13 @@ impl RemoteSource {
             // What an incremental one has not may be anything.
             None => (false, end),
         }
+    }
+}
+
+fn of_lane<T>([fault, prefetch]: &mut [T; 2], lane: Lane) -> &mut T {
+    match lane {
+        Lane::Fault => fault,
+        Lane::Prefetch => prefetch,
     }
 }
 

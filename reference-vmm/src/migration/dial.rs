@@ -87,12 +87,8 @@ impl Accept for Ear {
     type Caller = Caller;
 
     fn accept(&self) -> io::Result<Option<Caller>> {
-        if !self.0.is_called(TICK) {
-            return Ok(None);
-        }
         match self.0.caller(Instant::now() + TICK) {
             Ok(caller) => Ok(Some(caller)),
-            // It was gone again before it was accepted.
             Err(AcceptError::Nobody(_)) => Ok(None),
             Err(error @ AcceptError::Peer { .. }) => {
                 log::warn!("{error}; others may connect still");

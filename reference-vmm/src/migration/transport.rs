@@ -12,7 +12,7 @@
 //! ([`Connection::set_patience`], 30 s at first): then it is an error that says so with the seconds. TLS is agreed upon
 //! within [`HANDSHAKE`], and who drips a byte now and then is held to a time by who reads
 //! ([`link::Watch`](super::link::Watch)). Who is to be able to end a wait early waits a little at a time
-//! ([`Listener::is_called`], [`TICK`](super::link::TICK)).
+//! ([`Listener::caller`], [`TICK`](super::link::TICK)).
 //!
 //! # Who is at the other end
 //!
@@ -209,13 +209,6 @@ impl Listener {
     /// Where, with the port that it has.
     pub fn address(&self) -> &Address {
         &self.address
-    }
-
-    /// Waits up to `patience` for somebody to connect; whether there is one to [`accept`](Self::accept), or an error.
-    pub fn is_called(&self, patience: Duration) -> bool {
-        let milliseconds = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
-        // An error is accept's to say.
-        is_ready(self.socket.as_raw_fd(), libc::POLLIN, milliseconds).unwrap_or(true)
     }
 
     /// Waits until `deadline` for somebody to connect, and where there is TLS until both sides are authenticated.

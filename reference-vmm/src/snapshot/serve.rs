@@ -155,9 +155,6 @@ impl Service {
                 log::warn!("cannot look for holes: {error}");
             }
             while !stop() {
-                if !self.listener.is_called(TICK) {
-                    continue;
-                }
                 let caller = match self.listener.caller(Instant::now() + TICK) {
                     Ok(caller) => caller,
                     Err(AcceptError::Nobody(_)) => continue,
