@@ -13,18 +13,24 @@ use async_pf::pager::{PagedSlot, Pager, PagerConfig};
 use async_pf::peer::{PeerLanes, PeerSource};
 use async_pf::{Fetched, Lane, PageSource, SourceError};
 use memslots::uffd::fake::{FakeUffd, Touch};
-use memslots::uffd::{Call, Features, Message, Modes, Uffd, encode};
+use memslots::uffd::{Call, Features, Message, Modes, Registration, Uffd, encode};
 use memslots::{Backing, Gfn, Hva, Mapping, PAGE_SIZE};
 use peers::{LONG, Named, connecting, patient, server, serving, until};
 use vm_memory::GuestAddress;
 
-#[test]
-fn an_answer_that_comes_again_is_not_placed_where_the_page_was_given_back_meanwhile() {
+/// Memory of 64 pages, of which none is there, and a userfaultfd that hears of what is given back.
+fn registered() -> (FakeUffd, Uffd, Arc<Mapping>, Registration) {
     let fake = FakeUffd::new(Features::from_bits(0x1ffff));
     let uffd = Uffd::on(|| fake.open(), Features::EVENT_REMOVE, Features::NONE).unwrap();
     let memory = Mapping::new(&Backing::anonymous(64 * PAGE_SIZE), GuestAddress(0)).unwrap();
     let memory = Arc::new(memory);
     let registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+    (fake, uffd, memory, registration)
+}
+
+#[test]
+fn an_answer_that_comes_again_is_not_placed_where_the_page_was_given_back_meanwhile() {
+    let (fake, uffd, memory, registration) = registered();
     let at = |page: u64| Hva(memory.host().0 + (page * PAGE_SIZE) as usize);
 
     // The first connection greets, and what is asked on it is lost.
@@ -124,11 +130,7 @@ impl PageSource for Held {
 #[test]
 fn a_fault_on_a_page_under_way_among_what_nobody_waits_for_is_served_before_that_comes() {
     for both in [false, true] {
-        let fake = FakeUffd::new(Features::from_bits(0x1ffff));
-        let uffd = Uffd::on(|| fake.open(), Features::EVENT_REMOVE, Features::NONE).unwrap();
-        let memory = Mapping::new(&Backing::anonymous(64 * PAGE_SIZE), GuestAddress(0)).unwrap();
-        let memory = Arc::new(memory);
-        let registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+        let (fake, uffd, memory, registration) = registered();
         let at = |page: u64| Hva(memory.host().0 + (page * PAGE_SIZE) as usize);
         let gate = Arc::new((Mutex::new((0, false)), Condvar::new()));
         let held = Held {

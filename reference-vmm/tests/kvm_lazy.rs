@@ -12,18 +12,16 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use guests::image;
 use guests::verifier::{FIRST, PAGES, PASSES, key, verifier64};
-use reference_vmm::config::{Config, Irqchip};
+use reference_vmm::config::Irqchip;
 use reference_vmm::end::GuestEnd;
 use reference_vmm::lazy::{LazyRequest, LazyState, OnLoss, WORKING_SET, WORKING_SET_PAGES};
-use reference_vmm::memory::Memory;
 use reference_vmm::snapshot::info;
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::{RestoreRequest, SnapshotKind, SnapshotRequest};
 use reference_vmm::vm::Running;
-use support::keeper::{Guest, keeper};
-use support::{WATCHDOG, file, need_kvm};
+use support::keeper::{Guest, keeper, machine};
+use support::{WATCHDOG, need_kvm};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Where snapshots go.
@@ -33,23 +31,9 @@ fn place() -> (tempfile::TempDir, PathBuf) {
     (folder, dir)
 }
 
-/// A machine whose vCPUs compare all of their memory.
-fn verifier(cpus: u32, memory: &str) -> (tempfile::TempPath, Config) {
-    let kernel = file(&image::elf64(verifier64()));
-    let config = Config {
-        cmdline: format!("{cpus} "),
-        memory: memory.parse::<Memory>().unwrap(),
-        cpus: cpus.into(),
-        irqchip: Irqchip::Split,
-        debug_exit: Some(0xf4),
-        ..Config::new(&*kernel)
-    };
-    (kernel, config)
-}
-
-/// A snapshot of one, in `dir`.
+/// A snapshot of a machine whose vCPUs compare all of their memory.
 fn taken(cpus: u32, memory: &str, request: &SnapshotRequest) {
-    let (_kernel, config) = verifier(cpus, memory);
+    let (_kernel, config) = machine(verifier64(), cpus, memory);
     let mut guest = Guest::boot(&config);
     guest.hear(2);
     guest.snapshot(request);
@@ -386,7 +370,7 @@ fn memory_that_does_not_come_stops_the_guest_with_the_reason() {
 fn lost_memory_that_the_guest_does_not_touch_is_told_to_who_reads_all_of_it() {
     need_kvm();
     let (_folder, dir) = place();
-    let (_kernel, config) = verifier(1, "32M");
+    let (_kernel, config) = machine(verifier64(), 1, "32M");
     let mut guest = Guest::boot(&config);
     guest.hear(2);
     let mine = GuestAddress(24 << 20);
@@ -424,7 +408,7 @@ fn lost_memory_that_the_guest_does_not_touch_is_told_to_who_reads_all_of_it() {
 #[test]
 fn the_pattern_is_what_it_says() {
     need_kvm();
-    let (_kernel, config) = verifier(1, "16M");
+    let (_kernel, config) = machine(verifier64(), 1, "16M");
     let mut guest = Guest::boot(&config);
     guest.hear(2);
     let memory = guest.running.memory();

@@ -16,19 +16,17 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use async_pf::external::receive;
-use guests::image;
 use guests::verifier::verifier64;
 use reference_vmm::api::Client;
-use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::GuestEnd;
 use reference_vmm::lazy::{LazyRequest, LazyState};
-use reference_vmm::memory::Memory;
 use reference_vmm::snapshot::info;
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
 use serde_json::json;
-use support::keeper::Guest;
-use support::{Vmm, WATCHDOG, file, need_kvm};
+use support::keeper::{Guest, machine};
+use support::uffd::copy_page;
+use support::{Vmm, WATCHDOG, need_kvm};
 
 const SOCKET: &str = "LAZY_HANDLER_SOCKET";
 const FILE: &str = "LAZY_HANDLER_FILE";
@@ -85,15 +83,7 @@ fn a_handler() {
         let (_, offset, page) = given.mappings.locate(address).unwrap();
         let mut bytes = [0; 4096];
         memory.read_exact_at(&mut bytes, offset).unwrap();
-        // `struct uffdio_copy`, and UFFDIO_COPY.
-        let mut copy: [u64; 5] = [page, bytes.as_ptr() as u64, 4096, 0, 0];
-        // SAFETY: as many words as the call takes, and the bytes that they name.
-        let done = unsafe { libc::ioctl(uffd.as_raw_fd(), 0xc028_aa03, copy.as_mut_ptr()) };
-        let error = io::Error::last_os_error();
-        assert!(
-            done == 0 || error.raw_os_error() == Some(libc::EEXIST),
-            "{error}"
-        );
+        copy_page(&uffd, page, &bytes);
     }
 }
 
@@ -142,15 +132,7 @@ impl Drop for Handler {
 
 /// A snapshot of a guest that compares all of its memory.
 fn taken(dir: &Path, compression: Compression) {
-    let kernel = file(&image::elf64(verifier64()));
-    let config = Config {
-        cmdline: "4 ".into(),
-        memory: Memory::new(16 << 20),
-        cpus: 4.into(),
-        irqchip: Irqchip::Split,
-        debug_exit: Some(0xf4),
-        ..Config::new(&*kernel)
-    };
+    let (_kernel, config) = machine(verifier64(), 4, "16M");
     let mut guest = Guest::boot(&config);
     guest.hear(2);
     guest.snapshot(&SnapshotRequest {

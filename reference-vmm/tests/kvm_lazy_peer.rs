@@ -12,21 +12,18 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use guests::image;
 use guests::verifier::{FIRST, verifier64};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use reference_vmm::api::Client;
-use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::GuestEnd;
 use reference_vmm::lazy::{LazyRequest, LazyState, OnLoss, PageServerAt};
-use reference_vmm::memory::Memory;
 use reference_vmm::migration::tls::TlsFiles;
 use reference_vmm::snapshot::link::Link;
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::{RestoreRequest, SnapshotKind, SnapshotRequest};
 use serde_json::{Value, json};
-use support::keeper::Guest;
-use support::{Running, Vmm, WATCHDOG, file, need_kvm};
+use support::keeper::{Guest, machine};
+use support::{Running, Vmm, WATCHDOG, need_kvm};
 
 /// A folder for snapshots of guests that compare all of their memory.
 struct Place(tempfile::TempDir);
@@ -43,15 +40,7 @@ impl Place {
 
     /// A snapshot of that name.
     fn taken(&self, name: &str, compression: Compression) -> PathBuf {
-        let kernel = file(&image::elf64(verifier64()));
-        let config = Config {
-            cmdline: "4 ".into(),
-            memory: Memory::new(16 << 20),
-            cpus: 4.into(),
-            irqchip: Irqchip::Split,
-            debug_exit: Some(0xf4),
-            ..Config::new(&*kernel)
-        };
+        let (_kernel, config) = machine(verifier64(), 4, "16M");
         let dir = self.path(name);
         let mut guest = Guest::boot(&config);
         guest.hear(2);

@@ -21,15 +21,14 @@ use guests::verifier::verifier64;
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::{EndSignal, GuestEnd, StopCause};
 use reference_vmm::lazy::LazyState;
-use reference_vmm::memory::Memory;
 use reference_vmm::migration::address::Address;
 use reference_vmm::migration::incoming::{Incoming, IncomingError, IncomingRequest};
 use reference_vmm::migration::outgoing::{MigrateRequest, Order, Outgoing, OutgoingError};
 use reference_vmm::migration::record::{MigrationRecord, Outcome, Step};
 use reference_vmm::migration::source::After;
 use reference_vmm::vm::{Machine, RunState};
-use support::keeper::{Guest, digits, keeper};
-use support::{Vmm, WATCHDOG, file, need_kvm};
+use support::keeper::{Guest, digits, keeper, machine};
+use support::{Vmm, WATCHDOG, need_kvm};
 
 fn place() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
@@ -43,19 +42,6 @@ fn laden() -> Vec<u8> {
     let mut code = scribe64().to_vec();
     code.resize(3 << 20, 0xa5);
     code
-}
-
-fn machine(code: &[u8], cpus: u32, memory: &str) -> (tempfile::TempPath, Config) {
-    let kernel = file(&image::elf64(code));
-    let config = Config {
-        cmdline: format!("{cpus} "),
-        memory: memory.parse::<Memory>().unwrap(),
-        cpus: cpus.into(),
-        irqchip: Irqchip::Split,
-        debug_exit: Some(0xf4),
-        ..Config::new(&*kernel)
-    };
-    (kernel, config)
 }
 
 /// A guest on its way.

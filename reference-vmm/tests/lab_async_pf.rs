@@ -14,7 +14,7 @@ mod support;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use async_pf::external::{HandOff, receive};
 use reference_vmm::api::Client;
 use support::lab::{alone, expect_done, initrd_with_guest_io, scripted};
+use support::uffd::copy_page;
 use support::{Running, Vmm, WATCHDOG};
 
 const LIMIT: Duration = Duration::from_secs(240);
@@ -94,7 +95,7 @@ fn serve(
             }
             holds = order == Handler::ONE;
             for (page, bytes) in held.drain(..) {
-                place(&given.userfaultfd, page, &bytes);
+                copy_page(&given.userfaultfd, page, &bytes);
             }
         }
         let mut message = [0; 32];
@@ -113,7 +114,7 @@ fn serve(
             held.push((page, bytes));
             tell();
         } else if !held.iter().any(|(at, _)| *at == page) {
-            place(&given.userfaultfd, page, &bytes);
+            copy_page(&given.userfaultfd, page, &bytes);
         }
     }
 }
@@ -128,18 +129,6 @@ fn readable(fds: [i32; 3]) -> [bool; 3] {
     // SAFETY: three pollfds.
     assert!(unsafe { libc::poll(fds.as_mut_ptr(), 3, -1) } > 0);
     fds.map(|fd| fd.revents != 0)
-}
-
-fn place(uffd: &OwnedFd, page: u64, bytes: &[u8; 4096]) {
-    // `struct uffdio_copy`, and UFFDIO_COPY.
-    let mut copy: [u64; 5] = [page, bytes.as_ptr() as u64, 4096, 0, 0];
-    // SAFETY: as many words as the call takes, and the bytes that they name.
-    let done = unsafe { libc::ioctl(uffd.as_raw_fd(), 0xc028_aa03, copy.as_mut_ptr()) };
-    let error = io::Error::last_os_error();
-    assert!(
-        done == 0 || error.raw_os_error() == Some(libc::EEXIST),
-        "{error}"
-    );
 }
 
 /// A guest that goes on, and whoever has its memory.

@@ -128,12 +128,18 @@ impl Guest {
 
 /// Its kernel, and a machine for it.
 pub fn keeper(cpus: u32, irqchip: Irqchip) -> (tempfile::TempPath, Config) {
-    let kernel = file(&image::elf64(keeper64()));
+    let (kernel, config) = machine(keeper64(), cpus, "16M");
+    (kernel, Config { irqchip, ..config })
+}
+
+/// The same for another guest that works alike: one pass after the other, on so many vCPUs.
+pub fn machine(code: &[u8], cpus: u32, memory: &str) -> (tempfile::TempPath, Config) {
+    let kernel = file(&image::elf64(code));
     let config = Config {
         cmdline: format!("{cpus} "),
-        memory: Memory::new(16 << 20),
+        memory: memory.parse::<Memory>().unwrap(),
         cpus: cpus.into(),
-        irqchip,
+        irqchip: Irqchip::Split,
         debug_exit: Some(0xf4),
         ..Config::new(&*kernel)
     };

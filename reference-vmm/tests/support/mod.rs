@@ -17,6 +17,7 @@ pub mod pty;
 pub mod rsp;
 pub mod tracer;
 pub mod tracked;
+pub mod uffd;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
