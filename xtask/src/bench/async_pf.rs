@@ -71,8 +71,7 @@ pub(super) fn run(rounds: usize) -> Result<i32> {
     let vmlinux = kernel.vmlinux();
     let initrd = guest_image::initrd(&assets, &[kernel], Contents::Plain)?;
     let vmm = cargo::reference_vmm()?;
-    let tool = cargo::static_program("xtask", "guest_io")?;
-    let tool = fs::read(&tool).context(|| format!("{} cannot be read", tool.display()))?;
+    let (_, tool) = io::guest_io()?;
     // And one to warm up with.
     let cold = format!("#!/bin/sh\nexec guest-io cold {}\n", PAGES + 1);
     let programs = [("bin/guest-io", &*tool), ("bin/cold", cold.as_bytes())];

@@ -45,14 +45,20 @@ struct Contender {
     unix: bool,
 }
 
+/// The program that does what is measured inside a guest: where it is, and its bytes.
+pub(super) fn guest_io() -> Result<(PathBuf, Vec<u8>)> {
+    let tool = cargo::static_program("xtask", "guest_io")?;
+    let bytes = fs::read(&tool).context(|| format!("{} cannot be read", tool.display()))?;
+    Ok((tool, bytes))
+}
+
 pub(super) fn run(rounds: usize, icount: bool) -> Result<i32> {
     let assets = Assets::open(false)?;
     let kernel = assets.kernel(Series::V6_1, Flavour::Cloud)?;
     let vmlinux = kernel.vmlinux();
     let initrd = guest_image::initrd(&assets, &[kernel], Contents::WithDevices)?;
     let vmm = cargo::reference_vmm()?;
-    let tool = cargo::static_program("xtask", "guest_io")?;
-    let program = fs::read(&tool).context(|| format!("{} cannot be read", tool.display()))?;
+    let (tool, program) = guest_io()?;
     let programs = [("bin/guest-io", &*program)];
     let initrd = with_programs(&initrd, &programs, "target/bench-io.cpio")?;
     let qemu = assets.qemu()?.command();

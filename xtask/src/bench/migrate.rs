@@ -55,8 +55,7 @@ pub(super) fn run(rounds: usize, postcopy: bool) -> Result<i32> {
     let vmlinux = kernel.vmlinux();
     let initrd = guest_image::initrd(&assets, &[kernel], Contents::Plain)?;
     let vmm = cargo::reference_vmm()?;
-    let tool = cargo::static_program("xtask", "guest_io")?;
-    let tool = fs::read(&tool).context(|| format!("{} cannot be read", tool.display()))?;
+    let (_, tool) = io::guest_io()?;
     let beat = if postcopy { BUSY } else { BEAT };
     let programs = [("bin/guest-io", &*tool), ("bin/beat", beat)];
     let initrd = io::with_programs(&initrd, &programs, "target/bench-migrate.cpio")?;
