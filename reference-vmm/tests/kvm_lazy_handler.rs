@@ -225,7 +225,13 @@ fn a_handler_that_lives_and_brings_nothing_is_given_up_at_the_page_deadline() {
             .arg(&handler.socket)
             .stdin_pipe()
             .output();
-        ended.expect_status(1);
+        match (on_loss, ended.status.code()) {
+            // A guest that fetches its next instruction from a poisoned page has crashed, as far as KVM says.
+            ("poison", Some(3)) => {}
+            _ => {
+                ended.expect_status(1);
+            }
+        }
         let said = &ended.stderr;
         let why = "lives and has brought nothing for 1.00 s, while somebody waits";
         assert!(said.contains(why), "{how}: {said}");
