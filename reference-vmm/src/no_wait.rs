@@ -168,20 +168,43 @@ pub(crate) fn file_type(fd: RawFd) -> io::Result<libc::mode_t> {
 }
 
 /// Whether one of `events` (`POLLIN`, `POLLOUT`) or an error of `fd` is there, within so many milliseconds; 0 looks and
-/// does not wait.
+/// does not wait, -1 waits without end.
 ///
 /// # Errors
 /// The errno of `poll(2)`.
 pub(crate) fn is_ready(fd: RawFd, events: libc::c_short, milliseconds: i32) -> io::Result<bool> {
-    let mut poll = libc::pollfd {
+    poll([fd], events, milliseconds).map(|[ready]| ready)
+}
+
+/// Which of `fds` have something to read or an error, within so many milliseconds: none where that time is over, and none
+/// where a signal handler ran. A descriptor below zero is passed over. -1 waits without end.
+///
+/// # Errors
+/// The errno of `poll(2)`.
+pub(crate) fn readable<const N: usize>(
+    fds: [RawFd; N],
+    milliseconds: i32,
+) -> io::Result<[bool; N]> {
+    match poll(fds, libc::POLLIN, milliseconds) {
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok([false; N]),
+        ready => ready,
+    }
+}
+
+fn poll<const N: usize>(
+    fds: [RawFd; N],
+    events: libc::c_short,
+    milliseconds: i32,
+) -> io::Result<[bool; N]> {
+    let mut fds = fds.map(|fd| libc::pollfd {
         fd,
         events,
         revents: 0,
-    };
-    // SAFETY: one valid pollfd.
-    match unsafe { libc::poll(&mut poll, 1, milliseconds) } {
+    });
+    // SAFETY: an array of pollfds, and its length.
+    match unsafe { libc::poll(fds.as_mut_ptr(), N as libc::nfds_t, milliseconds) } {
         -1 => Err(io::Error::last_os_error()),
-        ready => Ok(ready > 0),
+        _ => Ok(fds.map(|fd| fd.revents != 0)),
     }
 }
 

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_pf::external::{self, Mapping, Mappings};
 use async_pf::pager::{GiveUp, PagedSlot, Pager, PagerConfig};
@@ -25,6 +25,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::LazyError;
 use super::events::Events;
+use crate::no_wait::readable;
 use crate::snapshot::pages::Region;
 use crate::{units, unix_socket};
 
@@ -166,25 +167,19 @@ enum Came {
 fn wait(lives: Option<&OwnedFd>, stop: &EventFd, limit: Duration) -> Came {
     // A descriptor below zero is passed over.
     let lives = lives.map_or(-1, AsRawFd::as_raw_fd);
-    let mut fds = [stop.as_raw_fd(), lives].map(|fd| libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    });
-    let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX).max(1);
+    let until = Instant::now() + limit;
     loop {
-        // SAFETY: an array of pollfds, and its length.
-        let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, limit) };
-        let [stop, lives] = fds;
-        match ready {
-            0 => return Came::Time,
-            _ if ready > 0 && stop.revents != 0 => return Came::Stop,
-            _ if ready > 0 && lives.revents != 0 => return Came::Died,
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Came::Time;
+        }
+        // Rounded up, so that the last millisecond is not spent looking.
+        let left = i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
+        match readable([stop.as_raw_fd(), lives], left) {
             // Memory, for one, of which the kernel has none.
-            _ if ready < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted => {
-                return Came::Stop;
-            }
-            _ => {}
+            Ok([true, _]) | Err(_) => return Came::Stop,
+            Ok([_, true]) => return Came::Died,
+            Ok(_) => {}
         }
     }
 }

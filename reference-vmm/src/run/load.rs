@@ -14,6 +14,7 @@ use crate::api::{self, Server};
 use crate::console::RawTerminal;
 use crate::end::{Chain, EndSignal, GuestEnd, StopCause};
 use crate::gdb::Listener;
+use crate::no_wait::readable;
 use crate::signals;
 use crate::snapshot::RestoreRequest;
 use crate::timeline::{Event, timeline};
@@ -150,19 +151,7 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             if let Some(load) = loads.next() {
                 return Ok(Came::Load(load));
             }
-            let mut fds = [self.signals.stops(), loads.as_raw_fd()].map(|fd| libc::pollfd {
-                fd,
-                events: libc::POLLIN,
-                revents: 0,
-            });
-            // SAFETY: an array of pollfds, and its length.
-            let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
-            if ready < 0 {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
+            readable([self.signals.stops(), loads.as_raw_fd()], -1)?;
         }
     }
 }

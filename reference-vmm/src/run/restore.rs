@@ -4,21 +4,21 @@
 //! process, for as long as a page may take.
 
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Session;
 use crate::end::{EndSignal, GuestEnd, StopCause};
-use crate::no_wait::is_ready;
+use crate::no_wait::readable;
 use crate::signals::{self, Signals};
 use crate::snapshot::RestoreRequest;
 use crate::vm::{BuildError, Machine};
 
 /// How long a machine that is stopped while it is made may take to notice.
 const GRACE: Duration = Duration::from_secs(1);
-/// How often it is looked whether it is made.
-const LOOK: Duration = Duration::from_millis(50);
 
 impl<S> Session<'_, S> {
     /// Makes the machine. A signal meanwhile is told to `end`, and [`BuildError::Ended`]; where the call does not come back for
@@ -33,8 +33,14 @@ impl<S> Session<'_, S> {
         if request.lazy.is_none() {
             return Machine::restore(request, io::stdout(), end);
         }
-        // Relaxed: looked at until it is seen.
-        let made = AtomicBool::new(false);
+        // Written once the machine is made: the guest waits for the thread's end, and so for nothing.
+        let made = match EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK) {
+            Ok(made) => made,
+            Err(error) => {
+                log::warn!("no signal is heard until the guest is there: {error}");
+                return Machine::restore(request, io::stdout(), end);
+            }
+        };
         let signals = &self.signals;
         std::thread::scope(|scope| {
             let watch = || watch(signals, end, &made, &sweep);
@@ -43,7 +49,8 @@ impl<S> Session<'_, S> {
                 log::warn!("no signal is heard until the guest is there: {error}");
             }
             let machine = Machine::restore(request, io::stdout(), end);
-            made.store(true, Ordering::Relaxed);
+            // Of a counter that stands at zero a write of one does not fail.
+            let _ = made.write(1);
             match (machine, end.get()) {
                 (_, Some(GuestEnd::Stopped(_))) => Err(BuildError::Ended),
                 (machine, _) => machine,
@@ -52,25 +59,21 @@ impl<S> Session<'_, S> {
     }
 }
 
-fn watch(signals: &Signals, end: &EndSignal, made: &AtomicBool, sweep: &(impl Fn() + Sync)) {
-    let is_made = || made.load(Ordering::Relaxed);
+fn watch(signals: &Signals, end: &EndSignal, made: &EventFd, sweep: &(impl Fn() + Sync)) {
+    let made = made.as_raw_fd();
     let signal = loop {
-        if is_made() {
-            return;
+        match readable([made, signals.stops()], -1) {
+            Ok([false, _]) => {}
+            // Memory, for one, of which the kernel has none: nothing is heard until the guest is there.
+            Ok([true, _]) | Err(_) => return,
         }
-        // An error is the read's to say, which finds none.
-        let _ = is_ready(signals.stops(), libc::POLLIN, LOOK.as_millis() as i32);
         if let Some(signal) = signals.next_stop() {
             break signal;
         }
     };
     end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
-    let until = Instant::now() + GRACE;
-    while Instant::now() < until {
-        if is_made() {
-            return;
-        }
-        std::thread::sleep(LOOK);
+    if is_made(made) {
+        return;
     }
     let name = signals::name(signal);
     log::warn!(
@@ -82,4 +85,17 @@ fn watch(signals: &Signals, end: &EndSignal, made: &AtomicBool, sweep: &(impl Fn
             .exit_status()
             .into(),
     );
+}
+
+/// Whether the machine is made, within [`GRACE`].
+fn is_made(made: RawFd) -> bool {
+    let until = Instant::now() + GRACE;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        match readable([made], left.as_millis() as i32) {
+            Ok([true]) => return true,
+            Ok([false]) if !left.is_zero() => {}
+            Ok([false]) | Err(_) => return false,
+        }
+    }
 }
