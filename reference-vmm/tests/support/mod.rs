@@ -426,6 +426,11 @@ impl Running {
         self.kib_of("RssAnon:")
     }
 
+    /// Of that what lies in files, KiB: the program's own pages and its libraries', which all monitors of a host share.
+    pub fn rss_file(&self) -> u64 {
+        self.kib_of("RssFile:")
+    }
+
     /// A line of its status.
     fn kib_of(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
