@@ -46,9 +46,9 @@ pub(crate) struct Outcome {
     pub(crate) trouble: Option<String>,
     /// The tests that failed.
     pub(crate) failures: Vec<String>,
-    /// Those that failed in one machine and were run again in the next.
+    /// Those that failed and were run again.
     pub(crate) again: Vec<String>,
-    /// What those that failed said.
+    /// What those that failed said, each time.
     pub(crate) said: Vec<Said>,
 }
 
@@ -91,7 +91,8 @@ impl Outcome {
             None if !all && run != left => Some(format!("{run} of {left} tests were run again")),
             trouble => trouble,
         };
-        let mut again = self.again;
+        let (mut again, mut said) = (self.again, self.said);
+        said.extend(next.said);
         again.extend(match all {
             true => vec!["all of it".to_owned()],
             false => self.failures,
@@ -102,6 +103,7 @@ impl Outcome {
             seconds: self.seconds + next.seconds,
             trouble,
             again,
+            said,
             ..next
         }
     }
@@ -198,13 +200,37 @@ impl Suite {
                 self.tier.name(),
                 self.place
             ));
-            outcomes.push(self.run_one(program, name));
+            outcomes.push(self.run_one(program, name, &[]));
         }
         outcomes
     }
 
-    fn run_one(&self, program: &Program, name: String) -> Outcome {
+    /// As [`run`](Suite::run), and what failed once more when all else is done, a test at a time: it is told what failed at
+    /// first and what it said, and it is good if it is good then.
+    pub(crate) fn run_and_again(&self, programs: &[Program]) -> Vec<Outcome> {
+        let mut outcomes = self.run(programs);
+        for (program, outcome) in programs.iter().zip(&mut outcomes) {
+            if outcome.is_good() {
+                continue;
+            }
+            let (name, tests) = (name_of(program), outcome.left());
+            say(format!(
+                "FAILED on {}, and run again: {name} {}",
+                self.place,
+                tests.join(" ")
+            ));
+            let next = self.run_one(program, name, tests);
+            *outcome = outcome.clone().followed_by(next);
+        }
+        outcomes
+    }
+
+    /// Of a program these tests, one at a time; where there are none, all, as they are run.
+    fn run_one(&self, program: &Program, name: String, tests: &[String]) -> Outcome {
         let mut command = Command::new(&program.file);
+        if !tests.is_empty() {
+            command.args(["--exact", "--test-threads=1"]).args(tests);
+        }
         command
             .args(&self.args)
             .current_dir(&program.package_dir)
@@ -398,14 +424,13 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             tier.name()
         );
         // One at a time: an emulated CPU and a few GiB are all there is.
-        let mut args = vec!["--include-ignored".into(), "--test-threads=1".into()];
+        let mut args = vec!["--include-ignored".into()];
+        if tests.is_empty() {
+            args.push("--test-threads=1".into());
+        }
         if *tier == Tier::Lab {
             // Times are told and never asserted; and so is a guest that had to be started again.
             args.push("--show-output".into());
-        }
-        if !tests.is_empty() {
-            args.push("--exact".into());
-            args.extend(tests.iter().cloned());
         }
         let suite = Suite {
             tier: *tier,
@@ -413,7 +438,10 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             args,
             env: Vec::new(),
         };
-        println!("{OUTCOME_MARK}{}", suite.run_one(program, name).to_json());
+        println!(
+            "{OUTCOME_MARK}{}",
+            suite.run_one(program, name, tests).to_json()
+        );
     }
     Ok(0)
 }
@@ -518,8 +546,14 @@ mod tests {
              test result: FAILED. 1 passed; 1 failed; 2 ignored; 0 measured");
         assert_eq!(first.left(), ["b"]);
         let good = "test b ... ok\ntest result: ok. 1 passed; 0 failed; 0 ignored; 0 measured";
-        let both = first.clone().followed_by(run(good));
+        let mut first_said = first.clone();
+        first_said.said = vec![Said {
+            test: "b".into(),
+            lines: vec!["why".into()],
+        }];
+        let both = first_said.clone().followed_by(run(good));
         assert!(both.is_good());
+        assert_eq!(both.said, first_said.said);
         assert_eq!((both.passed, both.failed, both.ignored), (2, 0, 2));
         assert_eq!(both.again, ["b"]);
         let bad =

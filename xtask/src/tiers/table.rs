@@ -49,15 +49,6 @@ fn text(outcomes: &[Outcome], waived: &[Tier], total: Duration) -> String {
     for tier in waived {
         text += &format!("{:<6} waived\n", tier.name());
     }
-    for outcome in outcomes.iter().filter(|o| !o.again.is_empty()) {
-        text += &format!(
-            "run again in a new machine: {} ({}, {}): {}\n",
-            outcome.name,
-            outcome.tier.name(),
-            outcome.place,
-            outcome.again.join(" ")
-        );
-    }
     text += &failures(outcomes);
     let verdict = match outcomes.iter().all(Outcome::is_good) {
         true => "all good",
@@ -65,7 +56,7 @@ fn text(outcomes: &[Outcome], waived: &[Tier], total: Duration) -> String {
     };
     let again = match outcomes.iter().filter(|o| !o.again.is_empty()).count() {
         0 => String::new(),
-        count => format!(", {count} of them in a second machine"),
+        count => format!(", {count} of them run again"),
     };
     text += &format!("{verdict}{again}, {:.0} s in all\n", total.as_secs_f64());
     text
@@ -74,15 +65,20 @@ fn text(outcomes: &[Outcome], waived: &[Tier], total: Duration) -> String {
 /// Of so many tests it is shown what they said: a CI's record keeps the last few hundred lines.
 const MOST_SAID: usize = 12;
 
-/// What the tests that failed said, and then (so that the end of it tells most) which they are; nothing where none did.
+/// What the tests that failed said, those too that were good when they were run again, and then (so that the end of it tells
+/// most) which they are; nothing where none did.
 pub(crate) fn failures(outcomes: &[Outcome]) -> String {
-    let bad: Vec<_> = outcomes.iter().filter(|o| !o.is_good()).collect();
+    let (bad, again): (Vec<_>, Vec<_>) = outcomes
+        .iter()
+        .filter(|o| !o.is_good() || !o.again.is_empty())
+        .partition(|o| !o.is_good());
     let what = |outcome: &Outcome| {
         let (tier, place) = (outcome.tier.name(), &outcome.place);
         format!("{} ({tier}, {place})", outcome.name)
     };
     let said: Vec<_> = bad
         .iter()
+        .chain(&again)
         .flat_map(|outcome| outcome.said.iter().map(move |said| (*outcome, said)))
         .collect();
     let mut text = String::new();
@@ -96,6 +92,13 @@ pub(crate) fn failures(outcomes: &[Outcome]) -> String {
         0 => {}
         count @ ..=MOST_SAID => text += &format!("---- {count} in all\n\n"),
         count => text += &format!("---- {MOST_SAID} of {count}: the others are above\n\n"),
+    }
+    for outcome in &again {
+        let tests = outcome.again.join(" ");
+        text += &format!(
+            "failed at first, and good when run again: {}: {tests}\n",
+            what(outcome)
+        );
     }
     for outcome in &bad {
         let why = outcome
@@ -152,8 +155,14 @@ mod tests {
             })
             .collect();
         bad.failures = names.clone();
-        let told = failures(&[good, bad]);
+        let mut flaky = good.clone();
+        flaky.name = "io-bus kvm_x".into();
+        flaky.again = vec!["once".into()];
+        let told = failures(&[good, flaky, bad]);
         let (said, failed) = told.split_once("FAILED: ").unwrap();
+        let once =
+            "failed at first, and good when run again: io-bus kvm_x (pure, this host): once\n";
+        assert!(said.contains(once), "{said}");
         assert!(said.contains(
             "---- io-bus unit tests (pure, this host): test_0\n  thread 'test_0' panicked at x\n"
         ));
