@@ -340,12 +340,53 @@ where
         Some(Value(command)) if command == "doctor" => doctor(parser),
         Some(Value(command)) if command == "cpu" => cpu(parser),
         Some(Value(command)) => Err(UsageError::Command(format!(
-            "{} is not a command; the commands are run, restore, snapshot, cpu, ctl, doctor and help",
-            command.display()
+            "{} is not a command{}; the commands are run, restore, snapshot, cpu, ctl, doctor and help",
+            command.display(),
+            meant(&command.to_string_lossy(), COMMANDS)
         ))),
         Some(other) => Err(other.unexpected().into()),
         None => Err(UsageError::Command("no command; try --help".into())),
     }
+}
+
+/// The words that may come first.
+const COMMANDS: [&str; 7] = ["run", "restore", "snapshot", "cpu", "ctl", "doctor", "help"];
+
+/// Asks whether the one of `names` is meant that `word`, which is none of them, is likest to; nothing where it is like none.
+pub(crate) fn meant<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> String {
+    let names = names.into_iter().filter_map(|name| {
+        // A letter of three, and one more, may be wrong: what is shorter than that is like anything.
+        let wrong = edits(word, name);
+        (wrong <= 1 + name.len() / 5 && wrong < name.len().min(3)).then_some((wrong, name))
+    });
+    match names.min_by_key(|(wrong, _)| *wrong) {
+        Some((_, name)) => format!(" (is {name} meant?)"),
+        None => String::new(),
+    }
+}
+
+/// How many letters of `a` have to be taken out, put in, changed, or changed with their neighbour until it is `b`.
+fn edits(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    // For each beginning of `b`, from the last two beginnings of `a`.
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    let (mut above, mut last) = (row.clone(), None);
+    for (taken, c) in a.chars().enumerate() {
+        let mut next = vec![taken + 1];
+        for (at, of) in b.iter().enumerate() {
+            let cell = |row: &[usize], at: usize| row.get(at).copied().unwrap_or(usize::MAX - 1);
+            let changed = cell(&row, at) + usize::from(c != *of);
+            let mut least = changed.min(cell(&row, at + 1) + 1).min(cell(&next, at) + 1);
+            let before = at.checked_sub(1).and_then(|before| b.get(before));
+            if before == Some(&c) && last == Some(*of) {
+                least = least.min(cell(&above, at - 1) + 1);
+            }
+            next.push(least);
+        }
+        above = std::mem::replace(&mut row, next);
+        last = Some(c);
+    }
+    row.last().copied().unwrap_or_default()
 }
 
 /// What stands by itself.
@@ -834,6 +875,30 @@ mod tests {
             assert_eq!(config(&args), expected);
         }
         assert!(refused(&["run", "--config", path]).contains("--kernel"));
+    }
+
+    #[test]
+    fn a_command_that_is_nearly_one_is_asked_about() {
+        for (args, needle) in [
+            (&["restor"][..], "is restore meant?"),
+            (&["rnu", "--kernel", "k"], "is run meant?"),
+            (&["snapsot", "info"], "is snapshot meant?"),
+            (
+                &["snapshot", "server", "a", "--listen", "unix:s"],
+                "snapshot \"server\" is not a command (is serve meant?)",
+            ),
+            (&["snapshot", "verfiy", "a"], "is verify meant?"),
+            (&["snapshot", "help", "inf"], "is info meant?"),
+            (&["ctl", "stauts"], "is status meant?"),
+            (&["ctl", "migrate-cancle"], "is migrate-cancel meant?"),
+        ] {
+            let message = refused(args);
+            assert!(message.contains(needle), "{args:?}: {message}");
+        }
+        for args in [&["boot"][..], &["x"], &["snapshot", "list"], &["ctl", "go"]] {
+            let message = refused(args);
+            assert!(!message.contains("meant"), "{args:?}: {message}");
+        }
     }
 
     #[test]

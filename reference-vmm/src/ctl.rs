@@ -22,6 +22,7 @@ use crate::migration::outgoing::Order;
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::packed::Compression;
 use crate::snapshot::{SnapshotKind, SnapshotRequest};
+use crate::text::json_line;
 use crate::units;
 
 mod due;
@@ -108,7 +109,7 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
     let mut last = None;
     while let Some(arg) = parser.next()? {
         let before = last.take();
-        last = cli::bare(&arg, &["--track", "--record"]);
+        last = cli::bare(&arg, &["--track", "--record", "--postcopy"]);
         match arg {
             // Not the directory that it could be: that is ./off.
             Value(word) if before.is_some_and(|flag| is_value_of(flag, &word)) => {
@@ -236,6 +237,8 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
 fn is_value_of(flag: &str, word: &OsStr) -> bool {
     match flag {
         "--record" => word.as_encoded_bytes().iter().all(u8::is_ascii_digit),
+        // A migration takes no other word.
+        "--postcopy" => !help::COMMANDS.iter().any(|(name, _)| word == *name),
         _ => word == "on" || word == "off",
     }
 }
@@ -246,8 +249,9 @@ fn known(word: OsString) -> Result<String, UsageError> {
     match names().find(|name| word == *name) {
         Some(name) => Ok(name.to_owned()),
         None => Err(UsageError::Command(format!(
-            "ctl {} is not a command; there are {}",
+            "ctl {} is not a command{}; there are {}",
             word.display(),
+            cli::meant(&word.to_string_lossy(), names()),
             names().collect::<Vec<_>>().join(", ")
         ))),
     }
@@ -343,7 +347,7 @@ pub fn run(options: &Ctl, print: impl FnOnce(&str), say: impl FnOnce(fmt::Argume
         Err(error) => error.to_string(),
     };
     if options.json {
-        print(&format!("{}\n", json!({ "fault_message": refused })));
+        print(&json_line(&json!({ "fault_message": refused })));
     }
     say(format_args!("{}", crate::end::Chain(&Refused(refused))));
     1
@@ -485,7 +489,7 @@ fn told(options: &Ctl, body: Value) -> Option<String> {
         }
     };
     Some(match options.json {
-        true => format!("{body}\n"),
+        true => json_line(&body),
         false => words + "\n",
     })
 }
@@ -668,6 +672,14 @@ mod tests {
                 "--bandwidth \"100\"",
             ),
             ("--api-sock /s pause --frob", "--frob"),
+            (
+                "--api-sock /s migrate --postcopy by-hand --to unix:/s",
+                "--postcopy=by-hand",
+            ),
+            (
+                "--api-sock /s --postcopy after=2 migrate --to unix:/s",
+                "--postcopy=after=2",
+            ),
             ("--api-sock /s snapshot --track off", "--track=off"),
             ("--api-sock /s snapshot /a --track off", "--track=off"),
             ("--api-sock /s pause --track", "options of snapshot"),

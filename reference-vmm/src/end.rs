@@ -14,6 +14,8 @@ use std::sync::OnceLock;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::text::printable;
+
 /// Why the guest runs no more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -169,7 +171,7 @@ impl AsRawFd for EndSignal {
 
 /// An error with its sources on one line. A source whose words the message has already at its end
 /// is not said again: crates differ in whether they put it there. Control characters, which a path
-/// may have, are escaped: a terminal obeys them. Of what is too long to be read the middle is left out.
+/// may have, and what turns text round are escaped ([`text`](crate::text)). Of what is too long to be read the middle is left out.
 #[derive(Clone, Copy, Debug)]
 pub struct Chain<'a>(pub &'a dyn std::error::Error);
 
@@ -185,13 +187,7 @@ impl fmt::Display for Chain<'_> {
             }
             source = error.source();
         }
-        let mut escaped = String::with_capacity(line.len());
-        for c in line.chars() {
-            match c.is_control() {
-                true => escaped.extend(c.escape_default()),
-                false => escaped.push(c),
-            }
-        }
+        let escaped = printable(&line);
         let left_out = escaped.chars().count().saturating_sub(HEAD + TAIL);
         if left_out == 0 {
             return f.write_str(&escaped);
@@ -285,6 +281,9 @@ mod tests {
     fn control_characters_do_not_reach_the_terminal() {
         let error = io::Error::other("no \x1b[31m\n\u{9b}1m here");
         assert_eq!(Chain(&error).to_string(), "no \\u{1b}[31m\\n\\u{9b}1m here");
+        let error = io::Error::other("tcp:evil\u{202e}1.0.0.721:pct\u{2069}");
+        let shown = "tcp:evil\\u{202e}1.0.0.721:pct\\u{2069}";
+        assert_eq!(Chain(&error).to_string(), shown);
     }
 
     #[test]

@@ -106,6 +106,7 @@ pub mod signals;
 pub mod snapshot;
 pub mod stats;
 pub mod stderr;
+pub mod text;
 pub mod timeline;
 pub mod units;
 pub mod unix_socket;

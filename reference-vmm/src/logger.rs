@@ -4,6 +4,8 @@
 
 use log::{LevelFilter, Log, Metadata, Record};
 
+use crate::text::printable;
+
 struct Stderr;
 
 impl Log for Stderr {
@@ -16,7 +18,10 @@ impl Log for Stderr {
             let level = record.level().as_str().to_ascii_lowercase();
             // One write a line, so that lines of several threads do not mix. Stderr closed or full
             // is no reason to stop a guest.
-            let line = format!("reference-vmm: {level}: {}\n", record.args());
+            // Who puts others' text into a line escapes what would begin another one; a line of ours may have several.
+            let said = record.args().to_string();
+            let said: Vec<String> = said.split('\n').map(printable).collect();
+            let line = format!("reference-vmm: {level}: {}\n", said.join("\n"));
             crate::stderr::write(line.as_bytes());
         }
     }

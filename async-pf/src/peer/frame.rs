@@ -323,9 +323,18 @@ pub fn refusal(kind: Refusal, id: u64, gfn: Gfn, words: &str) -> Vec<u8> {
 pub fn take_refusal(body: &[u8]) -> (Gfn, String) {
     let mut take = Take(body);
     let gfn = Gfn(take.u64());
-    // They go to a log: of what is no text, or would move its cursor, nothing is kept.
+    // They go to a log: of what is no text, or would move its cursor or turn its direction, nothing is kept.
     let words = String::from_utf8_lossy(take.0);
-    (gfn, words.chars().filter(|c| !c.is_control()).collect())
+    (gfn, words.chars().filter(|c| is_plain(*c)).collect())
+}
+
+/// Whether a character has a picture of its own, or combines with one: no control, no format character (U+202E turns the
+/// text behind it round) and no separator but the space, as far as std knows.
+fn is_plain(c: char) -> bool {
+    // std escapes what has no picture; at the beginning of a text also what combines.
+    let mut pair = String::from("x");
+    pair.push(c);
+    c.is_ascii() && !c.is_ascii_control() || pair.escape_debug().eq(pair.chars())
 }
 
 /// Writes from the front; of a buffer that is too short, what fits.
@@ -450,5 +459,13 @@ mod tests {
         let (gfn, taken) = take_refusal(&frame[HEAD..]);
         assert_eq!(gfn, Gfn(5));
         assert_eq!(taken, "ä".repeat(128));
+    }
+
+    #[test]
+    fn words_that_would_turn_round_what_is_shown_behind_them_lose_that() {
+        let words = "a\u{202e}b\u{2066}\x1b[1m\u{9b}c\u{200f}\u{61c}\u{2028}, \"é\" 'e\u{301}'";
+        let frame = refusal(Refusal::ForGood, 1, Gfn(5), words);
+        let (_, taken) = take_refusal(&frame[HEAD..]);
+        assert_eq!(taken, "ab[1mc, \"é\" 'e\u{301}'");
     }
 }

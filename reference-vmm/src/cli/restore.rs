@@ -90,9 +90,10 @@ Options:
 Memory, processors and devices are those of the snapshot, and no kernel is read. The guest hears by ACPI
 (\"VM Generation ID\") that it goes on from a snapshot, and Linux makes its random numbers anew.
 
-Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor failed, or the snapshot's file of
-memory was lost while the guest ran (it was cut off, or its disk fails); 2 the arguments or the snapshot were
-wrong, it is not for this host, or a disk has moved on; 3 the guest crashed.
+Exit status: 0 the guest powered off, rebooted or was stopped; 1 the monitor failed, nobody is at the page server's
+or handler's address, or the snapshot's file of memory was lost while the guest ran (it was cut off, or its disk
+fails); 2 the arguments or the snapshot were wrong, it is not for this host, or a disk has moved on; 3 the guest
+crashed.
 ";
 
 /// `reference-vmm run --incoming --help`.

@@ -18,6 +18,7 @@ use crate::snapshot::files::HostFiles;
 use crate::snapshot::info::{self, SnapshotInfo};
 use crate::snapshot::merge::{self, MergeRequest};
 use crate::snapshot::serve::{ServeError, ServeRequest, Service};
+use crate::text::json_line;
 use crate::units;
 
 /// `reference-vmm snapshot --help`.
@@ -48,7 +49,8 @@ wrong.
 /// `reference-vmm snapshot info --help`.
 pub const INFO_HELP: &str = "\
 Say what the snapshot in DIR is: its number, its moment, what it builds on (and why not, where that is missing), which
-snapshots in the same folder build on it, memory, devices, disks. Memory is not read.
+snapshots in the same folder build on it, memory, devices, disks. Memory is not read, and need not be there: of a
+directory with the file `state` alone (`restore --page-server`) it says what that tells.
 
 Usage: reference-vmm snapshot info DIR [--json|--heat-map]
 
@@ -119,8 +121,8 @@ Options:
 
 Where it listens is said on stdout, and at the end what was served. DIR and what it builds on are left alone as long.
 
-Exit status: 0 SIGINT, SIGTERM, SIGHUP or SIGQUIT ended it; 1 the host refused; 2 the arguments or the snapshot were
-wrong.
+Exit status: 0 SIGINT, SIGTERM, SIGHUP or SIGQUIT ended it; 1 the host refused, or another process listens at ADDRESS;
+2 the arguments or the snapshot were wrong.
 ";
 
 /// What is done with a snapshot.
@@ -184,7 +186,7 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 to = Some(path);
             }
             Long("compress") => form = Some(compression(parser.value()?)?),
-            Value(value) if word.is_none() => word = Some(value.string()?),
+            Value(value) if word.is_none() => word = Some(known(value.string()?)?),
             Value(dir) => {
                 let dir = PathBuf::from(dir);
                 check_path("snapshot", &dir)?;
@@ -237,8 +239,7 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
         (Some(word @ ("info" | "verify" | "serve")), _, _) => {
             return wrong(format!("snapshot {word}: one directory is wanted"));
         }
-        (Some(word), _, _) => return Err(unknown(word)),
-        (None, _, _) => return wrong("snapshot: no command; try snapshot --help".into()),
+        (_, _, _) => return wrong("snapshot: no command; try snapshot --help".into()),
     };
     Ok(Command::Snapshot(SnapshotCommand { task, json }))
 }
@@ -246,7 +247,7 @@ pub(super) fn parse(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
 /// The help of `word`, or of the one that comes next.
 fn help(word: Option<String>, parser: &mut lexopt::Parser) -> Result<Command, UsageError> {
     let word = match (word, parser.next()?) {
-        (None, Some(Value(next))) => Some(next.string()?),
+        (None, Some(Value(next))) => Some(known(next.string()?)?),
         (word, _) => word,
     };
     Ok(Command::Help(match word.as_deref() {
@@ -254,15 +255,21 @@ fn help(word: Option<String>, parser: &mut lexopt::Parser) -> Result<Command, Us
         Some("info") => INFO_HELP,
         Some("verify") => VERIFY_HELP,
         Some("merge") => MERGE_HELP,
-        Some("serve") => SERVE_HELP,
-        Some(word) => return Err(unknown(word)),
+        // No other is known.
+        Some(_) => SERVE_HELP,
     }))
 }
 
-fn unknown(word: &str) -> UsageError {
-    UsageError::Command(format!(
-        "snapshot {word:?} is not a command; there are info, verify, merge and serve"
-    ))
+/// `word`, if it is a command: asked before what stands behind it is read, which is some command's.
+fn known(word: String) -> Result<String, UsageError> {
+    const COMMANDS: [&str; 4] = ["info", "verify", "merge", "serve"];
+    match COMMANDS.contains(&&*word) {
+        true => Ok(word),
+        false => Err(UsageError::Command(format!(
+            "snapshot {word:?} is not a command{}; there are info, verify, merge and serve",
+            super::meant(&word, COMMANDS)
+        ))),
+    }
 }
 
 /// Does it: `print` gets what is for stdout, `say` the line for stderr. The exit status.
@@ -288,7 +295,7 @@ pub fn run(
             .map_err(|error| (error.exit_status(), Chain(&error).to_string())),
         SnapshotTask::Serve(request) => serve(request, |json, words| {
             print(&match command.json {
-                true => format!("{json}\n"),
+                true => json_line(&json),
                 false => words,
             });
         }),
@@ -296,14 +303,14 @@ pub fn run(
     match done {
         Ok((json, words)) => {
             print(&match command.json {
-                true => format!("{json}\n"),
+                true => json_line(&json),
                 false => words,
             });
             0
         }
         Err((status, why)) => {
             if command.json {
-                print(&format!("{}\n", json!({ "fault_message": why })));
+                print(&json_line(&json!({ "fault_message": why })));
             }
             say(format_args!("{why}"));
             status

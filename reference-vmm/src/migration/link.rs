@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::message::{GREETING, Greeting, HEAD, Head, Kind, Message, MessageError, Side, TAIL};
 use super::pages::{Parts, ReadPages, WritePages};
+use crate::text::printable;
 
 /// How often it is asked whether a wait is to go on.
 pub const TICK: Duration = Duration::from_millis(50);
@@ -121,7 +122,8 @@ impl LinkError {
     /// The same; of a connection that broke with `hint` behind it.
     pub fn hinted(self, hint: Option<&str>) -> Self {
         match (self, hint) {
-            (LinkError::Broken(why), Some(hint)) => {
+            // What is no message, it says itself what it is.
+            (LinkError::Broken(why), Some(hint)) if why.kind() != io::ErrorKind::InvalidData => {
                 LinkError::Broken(io::Error::new(why.kind(), format!("{why}; {hint}")))
             }
             (other, _) => other,
@@ -345,18 +347,6 @@ fn receive_behind(
         Message::GivenUp(why) => Err(LinkError::GivenUp(printable(&why))),
         message => Ok(message),
     }
-}
-
-/// A text of the other side's that may be shown: nothing in it moves a cursor or begins a line.
-pub(super) fn printable(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for char in text.chars() {
-        match char.is_control() {
-            true => shown.extend(char.escape_default()),
-            false => shown.push(char),
-        }
-    }
-    shown
 }
 
 /// A connection whose ticks are nobody's concern: for who reads frames from it, or writes them.

@@ -31,7 +31,7 @@ pub enum OrderError {
     Over,
     /// The migration was not asked to be one that can switch.
     #[error(
-        "the migration was begun without post-copy: say so when it is begun (--postcopy by-hand)"
+        "the migration was begun without post-copy: say so when it is begun (--postcopy=by-hand)"
     )]
     NoPostCopy,
     /// Where the guest is, is known or will be at once.

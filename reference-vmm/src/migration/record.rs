@@ -24,9 +24,9 @@ use dirty_log::estimate::{Forecast, Outcome as ForecastOutcome};
 use serde::{Deserialize, Serialize};
 
 use super::codec::MOST_CONTENTS;
-use super::link::printable;
 use super::postcopy::record::Followed;
 use super::progress;
+use crate::text::printable;
 use crate::units;
 
 /// After so long in which nothing came about it is said that a migration stands still.

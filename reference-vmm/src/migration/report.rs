@@ -15,6 +15,7 @@ use std::time::Duration;
 use super::plot;
 use super::progress;
 use super::record::{MigrationRecord, Outcome, Round, SwitchOver, Total, per_second};
+use crate::text::is_plain;
 use crate::units;
 
 /// Rows that a table of rounds has at most: the first ones, and the last.
@@ -152,7 +153,7 @@ pub(super) fn escape(text: &str) -> String {
             '"' => escaped.push_str("&quot;"),
             '\'' => escaped.push_str("&#39;"),
             '\u{fffe}' | '\u{ffff}' => escaped.push('\u{fffd}'),
-            control if control.is_control() => escaped.push('\u{fffd}'),
+            other if !is_plain(other) => escaped.push('\u{fffd}'),
             other => escaped.push(other),
         }
     }

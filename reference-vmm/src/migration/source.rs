@@ -270,11 +270,11 @@ fn remedy(throttle: Throttle) -> &'static str {
     match throttle {
         Throttle::NONE => {
             "allow a longer downtime (--downtime), more bandwidth (--bandwidth) or time (--max-time), have it slowed or \
-             stopped (--when-stuck throttle, stop), or have it go before its memory (--postcopy auto)"
+             stopped (--when-stuck throttle, stop), or have it go before its memory (--postcopy)"
         }
         _ => {
             "allow a longer downtime (--downtime), more bandwidth (--bandwidth) or time (--max-time), have it stopped \
-             (--when-stuck stop), or have it go before its memory (--postcopy auto)"
+             (--when-stuck stop), or have it go before its memory (--postcopy)"
         }
     }
 }

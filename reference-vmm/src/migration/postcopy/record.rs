@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use super::serve::Served;
 use super::{Faults, LastWord};
-use crate::migration::link::printable;
 use crate::migration::record::{MigrationRecord, micros};
+use crate::text::printable;
 use crate::units;
 
 /// Memory that follows the guest.

@@ -25,9 +25,10 @@ use super::LastWord;
 use super::ask::{LANES, image};
 use crate::migration::codec::{Compression, PAGE};
 use crate::migration::limit::Limiter;
-use crate::migration::link::{Connect, TICK, Watch, Wire, greet, printable, receive, send};
+use crate::migration::link::{Connect, TICK, Watch, Wire, greet, receive, send};
 use crate::migration::message::{Ending, Greeting, Message, MigrationId, Role, Side};
 use crate::migration::source::Patience;
+use crate::text::printable;
 
 /// What nobody waits for is sent when nobody has waited for something for so long; or when it has stood back for so long:
 /// beside a guest that never ceases to wait some 50 MiB a second go all the same.
