@@ -111,7 +111,7 @@ const MOVE: u64 = 1 << 16;
 const NO_MINOR: &str = "there is no page cache that other mappings fill; take a memfd";
 const NO_FILE_FAULTS: &str =
     "the kernel serves a file's faults by itself; take anonymous memory or a memfd";
-const NO_GUEST_MEMFD: &str = "KVM has no such thing for a guest_memfd; take a memfd";
+const NO_GUEST_MEMFD: &str = "KVM has no such thing for a guest_memfd";
 const ONLY_ANONYMOUS: &str = "only private anonymous pages have it";
 const PRIVATE: &str = "it is this process's alone; take a memfd or a shared file";
 

@@ -8,8 +8,6 @@
 
 mod support;
 
-use std::error::Error;
-
 use guests::boot;
 use guests::console;
 use guests::verifier::verifier64;
@@ -17,7 +15,7 @@ use kvm_core::{CheckExtension, Kvm};
 use memslots::{Holes, MemoryKind};
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::GuestEnd;
-use reference_vmm::lazy::LazyRequest;
+use reference_vmm::lazy::{LazyRequest, PageServerAt};
 use reference_vmm::snapshot::{RestoreRequest, SnapshotKind, SnapshotRequest};
 use reference_vmm::vm::Machine;
 use reference_vmm::vm::control::RunState;
@@ -175,6 +173,14 @@ fn what_takes_a_dirty_log_or_a_userfaultfd_is_refused_and_the_guest_runs_on() {
     let mut guest = Guest::boot(&of_guest_memfd(config));
     guest.hear(2);
     let log = "the dirty log on a guest_memfd: KVM has no such thing";
+    Vmm::boot(boot::hello64())
+        .words("--memory 16M,guest-memfd --dirty-log ring")
+        .output()
+        .expect_status(2)
+        .expect_line(&[
+            "guest-memfd and --dirty-log ring",
+            "leave one of the two out",
+        ]);
     for user in [TrackUser::Snapshot, TrackUser::Migration] {
         let why = guest.running.start_tracking(user).unwrap_err().to_string();
         assert!(
@@ -218,18 +224,33 @@ fn what_takes_a_dirty_log_or_a_userfaultfd_is_refused_and_the_guest_runs_on() {
         track: true,
         ..RestoreRequest::new(&dir)
     };
+    let server = RestoreRequest {
+        lazy: Some(LazyRequest {
+            page_server: Some(Box::new(PageServerAt {
+                address: "unix:/nowhere".parse().unwrap(),
+                tls: None,
+            })),
+            ..LazyRequest::default()
+        }),
+        ..RestoreRequest::new(&dir)
+    };
     for (request, needle) in [
-        (lazy, "missing-page faults on a guest_memfd: "),
-        (tracks, log),
+        (lazy, "--lazy: the guest's memory is a guest_memfd"),
+        (server, "--page-server: the guest's memory is a guest_memfd"),
+        (tracks, "no dirty log: restore it without it"),
     ] {
         let (_, writer) = std::io::pipe().unwrap();
         let end = std::sync::Arc::new(reference_vmm::end::EndSignal::new().unwrap());
         let Err(why) = Machine::restore(&request, &writer, &end) else {
             panic!("no {needle}");
         };
-        let why = format!("{why}: {:?}", why.source());
-        assert!(why.contains(needle), "{why}");
+        assert_eq!(why.exit_status(), 2, "{why}");
+        let why = why.to_string();
+        // What a restore cannot do is no remedy.
+        assert!(why.contains(needle) && !why.contains("take a"), "{why}");
     }
+    let info = Vmm::command(["snapshot", "info"]).arg(&dir).output();
+    assert!(info.text().contains("16.0 MiB, guest-memfd\n"), "{info}");
     // And it was not hurt by any of it.
     let (said, end) = Guest::restore(&RestoreRequest::new(&dir)).quit();
     assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{said}");

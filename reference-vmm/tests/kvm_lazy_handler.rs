@@ -279,7 +279,7 @@ fn what_cannot_be_handed_off_is_refused_before_there_is_a_guest() {
         .expect_line(&["compressed", "snapshot merge"]);
     taken(&dir, Compression::None);
     restore("/nowhere/handler")
-        .expect_status(2)
+        .expect_status(1)
         .expect_line(&["cannot connect to the page-fault handler at /nowhere/handler"]);
 }
 

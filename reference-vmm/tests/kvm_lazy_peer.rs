@@ -7,6 +7,7 @@
 mod support;
 
 use std::fs;
+use std::net::TcpListener;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -192,8 +193,18 @@ fn who_cannot_be_asked_is_an_error_before_there_is_a_guest() {
         restore.words(words).output()
     };
     restore("--page-server unix:/nowhere/s")
-        .expect_status(2)
+        .expect_status(1)
         .expect_line(&["nobody listens at unix:/nowhere/s"]);
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
+    restore(&format!("--page-server tcp:{}", nobody.unwrap()))
+        .expect_status(1)
+        .expect_line(&["nobody listens at tcp:127.0.0.1"]);
+    restore("--page-handler /nowhere/s")
+        .expect_status(2)
+        .expect_line(&["--page-server"]);
+    restore(&format!("--page-server unix:{}/state", here.display()))
+        .expect_status(2)
+        .expect_line(&["a regular file"]);
     restore("--page-server tcp:192.0.2.1:4444")
         .expect_status(2)
         .expect_line(&["tcp:192.0.2.1:4444", "--tls-cert"]);
@@ -207,9 +218,11 @@ fn who_cannot_be_asked_is_an_error_before_there_is_a_guest() {
         .expect_status(2)
         .expect_line(&["--page-server"]);
     // Without it there is no memory.
-    restore("--lazy")
-        .expect_status(2)
-        .expect_line(&["cannot read", "memory"]);
+    for words in ["--lazy", "--verify=off"] {
+        restore(words)
+            .expect_status(2)
+            .expect_line(&["the file `state` alone", "--page-server"]);
+    }
     // One who says nothing is not waited for.
     let mute = place.path("mute");
     let _listener = UnixListener::bind(&mute).unwrap();
@@ -232,10 +245,60 @@ fn what_cannot_be_served_is_refused() {
     serve("tcp:0.0.0.0:0")
         .expect_status(2)
         .expect_line(&["within reach of other hosts", "--tls-cert"]);
+    // Another has it now, and may be gone in a moment.
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    serve(&format!("tcp:{}", taken.local_addr().unwrap()))
+        .expect_status(1)
+        .expect_line(&["cannot listen at tcp:127.0.0.1"]);
+    serve(&format!("unix:{}", dir.join("state").display()))
+        .expect_status(2)
+        .expect_line(&["no socket"]);
     fs::remove_file(dir.join("memory")).unwrap();
     serve("tcp:127.0.0.1:0")
         .expect_status(2)
-        .expect_line(&["cannot read", "memory"]);
+        .expect_line(&["the file `state` alone", "--page-server"]);
+}
+
+#[test]
+fn a_directory_with_the_state_alone_is_told_for_what_it_is() {
+    let place = Place::new();
+    place.taken("s", Compression::Zstd);
+    for dir in ["s", "later"] {
+        let here = place.elsewhere(&place.path(dir));
+        let asked = |words: &str| {
+            let command = Vmm::command(["snapshot"]).words(words);
+            command.arg(&here).output()
+        };
+        let info = asked("info");
+        info.expect_status(0);
+        for needle in [
+            "memory      16.0 MiB\n",
+            "memory is not here",
+            "--page-server",
+        ] {
+            assert!(info.text().contains(needle), "{info}");
+        }
+        assert!(!info.text().contains("broken"), "{info}");
+        let json: Value = serde_json::from_str(&asked("info --json").text()).unwrap();
+        assert_eq!(json["memory_is_here"], false, "{json}");
+        assert_eq!(json["memory"], "16777216", "{json}");
+        let whole = Vmm::command(["snapshot", "info", "--json"]).arg(place.path(dir));
+        let whole: Value = serde_json::from_str(&whole.output().text()).unwrap();
+        assert_eq!(whole["memory_is_here"], true, "{whole}");
+        for field in ["id", "parent", "own_bytes", "vcpus", "compressed"] {
+            assert_eq!(whole[field], json[field], "{field}");
+        }
+        asked("verify")
+            .expect_status(2)
+            .expect_line(&["the file `state` alone", "--page-server"]);
+        asked("info --heat-map")
+            .expect_status(2)
+            .expect_line(&["no working set"]);
+        let merge = format!("merge --to {}", place.path("merged").display());
+        asked(&merge)
+            .expect_status(2)
+            .expect_line(&["the file `state` alone"]);
+    }
 }
 
 #[test]
@@ -373,9 +436,31 @@ fn both_sides_have_a_certificate_where_one_has() {
     monitor.wait().expect_status(1).expect_silence();
     let command = Vmm::command(["restore", "--page-deadline", "2", "--page-server", &address]);
     let without = command.arg("--from").arg(&here).output();
-    without.expect_status(1).expect_line(&[&address]);
+    without
+        .expect_status(1)
+        .expect_line(&[&address, "speaks TLS: give --tls-cert"]);
+    // One that is killed is no concern of the server's.
+    let command = Vmm::command(["restore", "--page-server", &address, "--from"]).arg(&here);
+    let mut killed = command.args(&flags).stdin_pipe().start();
+    killed.wait_for("5");
+    killed.signal(libc::SIGKILL);
+    killed.wait();
     server.signal(libc::SIGTERM);
-    server.wait().expect_status(0);
+    let ended = server.wait();
+    // Of all these guests there was one that did not belong here.
+    ended
+        .expect_status(0)
+        .expect_line(&["is not let in", "what came is not TLS", "--tls-cert"]);
+    let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
+    let command = Vmm::command(["restore", "--page-server", &address, "--from"]).arg(&here);
+    let with = command.args(&flags).output();
+    with.expect_status(1)
+        .expect_line(&[&address, "does it listen with TLS?"]);
+    server.signal(libc::SIGTERM);
+    let ended = server.wait();
+    ended
+        .expect_status(0)
+        .expect_line(&["speaks TLS: give --tls-cert"]);
 }
 
 #[test]

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use async_pf::peer::Wire;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
     KeyPair, date_time_ymd,
@@ -565,16 +566,79 @@ fn one_side_with_tls_and_one_without_have_no_connection() {
     let _ = peer.read_to_end(&mut heard);
     assert_eq!(heard.first(), Some(&21), "an alert: {heard:?}");
 
+    // A client of ours is told what to give, by a peer that reads a byte first as well.
+    for len in [1, 64] {
+        thread::scope(|scope| {
+            scope.spawn(|| listener.accept(soon()).unwrap_err());
+            let mut client = connect(listener.address(), None, soon()).unwrap();
+            client.write_all(b"\x89RVMW\r\n\x1a").unwrap();
+            let error = client.read(&mut vec![0; len]).unwrap_err();
+            assert!(
+                error.to_string().contains("speaks TLS: give --tls-cert"),
+                "{error}"
+            );
+        });
+    }
+
+    for duplex in [false, true] {
+        let listener = listen("tcp:127.0.0.1:0", None);
+        thread::scope(|scope| {
+            let there = scope.spawn(|| {
+                let mut peer = listener.accept(soon()).unwrap();
+                match duplex {
+                    true => Wire::read(&peer.duplex(), &mut [0; 3]).unwrap_err(),
+                    false => peer.read_exact(&mut [0; 3]).unwrap_err(),
+                }
+            });
+            let error = connect(listener.address(), Some(&tls), soon()).unwrap_err();
+            assert!(matches!(error, ConnectError::Failed { .. }), "{error}");
+            assert!(
+                error.to_string().contains("does it listen with TLS?"),
+                "{error}"
+            );
+            let error = there.join().unwrap().to_string();
+            assert!(error.contains("speaks TLS: give --tls-cert"), "{error}");
+        });
+    }
+    // What begins so and is no record is not TLS's.
     let listener = listen("tcp:127.0.0.1:0", None);
+    let (mut one, mut other) = ends(&listener, None);
+    for (bytes, got) in [(&[22, 4, 0][..], 3), (&[22, 3, 3], 3)] {
+        one.write_all(bytes).unwrap();
+        assert_eq!(other.read(&mut [0; 3]).unwrap(), got);
+    }
+}
+
+#[test]
+fn a_listener_that_takes_its_time_to_let_somebody_in_is_waited_for() {
+    let authority = Authority::new();
+    let tls = Tls::load(&authority.host("host", &["127.0.0.1"])).unwrap();
+    let own = authority.host("there", &["127.0.0.1"]);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp:{}", listener.local_addr().unwrap());
     thread::scope(|scope| {
         scope.spawn(|| {
-            let mut peer = listener.accept(soon()).unwrap();
-            let mut hello = [0; 3];
-            peer.read_exact(&mut hello).unwrap();
+            let (mut socket, _) = listener.accept().unwrap();
+            let mut peer = raw_server(&own);
+            while peer.is_handshaking() {
+                peer.complete_io(&mut socket).unwrap();
+            }
+            // Longer than who waits looks whether that is still wanted.
+            thread::sleep(Duration::from_millis(200));
+            peer.writer().write_all(b"W").unwrap();
+            peer.write_tls(&mut socket).unwrap();
         });
-        let error = connect(listener.address(), Some(&tls), soon()).unwrap_err();
-        assert!(matches!(error, ConnectError::Failed { .. }), "{error}");
+        connect(&address.parse().unwrap(), Some(&tls), soon()).unwrap();
     });
+}
+
+#[test]
+fn pages_connections_end_with_a_word_of_tls() {
+    let tls = Authority::new().tls();
+    let listener = listen("tcp:127.0.0.1:0", Some(&tls));
+    let (one, mut other) = ends(&listener, Some(&tls));
+    Wire::shutdown(&one.duplex());
+    assert_eq!(other.read(&mut [0; 8]).unwrap(), 0, "its end");
 }
 
 #[test]

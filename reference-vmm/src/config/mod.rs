@@ -125,6 +125,15 @@ impl Config {
             return Err(ConfigError::CpusWithoutApics(cpus));
         }
         self.memory.validate()?;
+        if self.memory.guest_memfd && self.dirty_log != DirtyLogKind::Bitmap {
+            return Err(ConfigError::Memory {
+                given: self.memory.size,
+                why: format!(
+                    "guest-memfd and --dirty-log {}: KVM has no dirty log for a guest_memfd, so leave one of the two out",
+                    self.dirty_log
+                ),
+            });
+        }
         if let Some(at) = self.cmdline.bytes().position(|byte| byte == 0) {
             return Err(ConfigError::CmdlineNul(at));
         }
@@ -311,6 +320,13 @@ mod tests {
             "2 vCPUs need --irqchip",
         );
         refused(|c| c.memory = 0.into(), "0 bytes of memory");
+        refused(
+            |c| {
+                c.memory = "1G,guest-memfd".parse().unwrap();
+                c.dirty_log = "ring=4096".parse().unwrap();
+            },
+            "guest-memfd and --dirty-log ring=4096",
+        );
         refused(|c| c.memory = ((256 << 20) + 1).into(), "268435457");
         refused(|c| c.memory = (1 << 52).into(), "4503599627370496");
         refused(|c| c.memory = (!4095).into(), "18446744073709547520");

@@ -13,6 +13,7 @@ use memslots::uffd::{OpenError, RegisterError};
 
 use crate::migration::address::Address;
 use crate::migration::tls::TlsError;
+use crate::migration::transport::ConnectError;
 use crate::snapshot::format::SnapshotId;
 use crate::units;
 
@@ -144,15 +145,18 @@ impl LazyError {
             | LazyError::OtherSnapshot { .. }
             | LazyError::Tls(_)
             | LazyError::Both => 2,
+            // That nobody is there is the host's state.
             LazyError::PageServer {
                 source: PeerError::Connect(source),
                 ..
-            } if source.kind() == io::ErrorKind::PermissionDenied
-                || source.kind() == io::ErrorKind::NotFound =>
-            {
-                2
+            } => {
+                let error = source.get_ref().and_then(|error| error.downcast_ref());
+                match error.is_some_and(ConnectError::is_users_fault) {
+                    true => 2,
+                    false => 1,
+                }
             }
-            LazyError::Connect { source, .. } if crate::config::is_about_the_path(source) => 2,
+            LazyError::Connect { source, .. } if source.kind() == io::ErrorKind::InvalidInput => 2,
             _ => 1,
         }
     }

@@ -81,7 +81,8 @@ impl Handler {
             path: path.to_owned(),
             source,
         })?;
-        let stream = UnixStream::connect(path).map_err(|source| LazyError::Connect {
+        let stream = unix_socket::connect_within(path, limit);
+        let stream = stream.map_err(|source| LazyError::Connect {
             path: path.to_owned(),
             source,
         })?;

@@ -87,11 +87,9 @@ impl IncomingError {
     pub fn exit_status(&self) -> u8 {
         match self {
             IncomingError::Disk(error) if !error.is_users_fault() => 1,
-            IncomingError::Tls(_)
-            | IncomingError::Disk(_)
-            | IncomingError::Bind(BindError::Exposed(_)) => 2,
+            IncomingError::Tls(_) | IncomingError::Disk(_) => 2,
             // As of every socket: who has it now may be gone in a moment.
-            IncomingError::Bind(BindError::Unix { source, .. }) if source.is_users_fault() => 2,
+            IncomingError::Bind(error) if error.is_users_fault() => 2,
             IncomingError::Bind(_) | IncomingError::Receive(_) => 1,
         }
     }

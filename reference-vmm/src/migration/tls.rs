@@ -269,7 +269,6 @@ fn of_key(error: &rustls::Error, cert: &Path) -> String {
 fn plain(error: &rustls::Error) -> String {
     use rustls::Error as E;
     match error {
-        E::InvalidMessage(_) => format!("what came is not TLS ({error})"),
         E::NoCertificatesPresented => "it has shown no certificate".into(),
         // One of the same name has another key.
         E::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
@@ -323,6 +322,10 @@ pub(super) struct Session {
     there: usize,
     /// Guest memory on its way; made when it is first needed.
     stage: Vec<u8>,
+    /// The welcome has been given to rustls, of the side that says it.
+    welcomes: bool,
+    /// Both sides have authenticated the other, and know it.
+    agreed: bool,
 }
 
 impl Session {
@@ -333,53 +336,73 @@ impl Session {
             taken: 0,
             there: 0,
             stage: Vec::new(),
+            welcomes: false,
+            agreed: false,
         }
     }
 
-    /// Until both sides have authenticated the other.
+    /// Whether one side does not know yet that the other lets it in.
+    pub(super) fn is_handshaking(&self) -> bool {
+        !self.agreed
+    }
+
+    /// Until both sides have authenticated the other. One that was late goes on where it was when it is called again.
     ///
     /// # Errors
     /// `InvalidData`, with why one side refuses the other; `UnexpectedEof`: it closed; the socket's.
-    /// Whether TLS is not agreed upon yet.
-    pub(super) fn is_handshaking(&self) -> bool {
-        self.tls.is_handshaking()
-    }
-
     pub(super) fn handshake(&mut self, socket: &mut (impl Read + Write)) -> io::Result<()> {
         self.handshaken(socket).map_err(|error| match error.kind() {
             // One that was closed by who has not understood what we said.
             io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
-                let why = format!("{error}; does it listen with TLS?");
-                io::Error::new(error.kind(), why)
+                io::Error::new(error.kind(), format!("{error}{}", self.ask()))
             }
             _ => error,
         })
+    }
+
+    /// Of who was connected to, and says nothing of why it closes.
+    fn ask(&self) -> &'static str {
+        match self.tls {
+            rustls::Connection::Client(_) => {
+                "; does it listen with TLS? (--tls-cert, --tls-key and --tls-ca are for both sides)"
+            }
+            rustls::Connection::Server(_) => "",
+        }
     }
 
     fn handshaken(&mut self, socket: &mut (impl Read + Write)) -> io::Result<()> {
         while self.tls.is_handshaking() {
             self.send(socket)?;
             if self.tls.is_handshaking() && !self.receive(socket)? {
-                let why =
-                    "it closed the connection before TLS was agreed upon; does it listen with TLS?";
+                let ask = self.ask();
+                let why = format!("it closed the connection before TLS was agreed upon{ask}");
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
             }
         }
         self.send(socket)?;
         match self.tls {
-            rustls::Connection::Server(_) => self.write_all(socket, &[WELCOME]),
+            rustls::Connection::Server(_) => {
+                if !std::mem::replace(&mut self.welcomes, true) {
+                    self.tls.writer().write_all(&[WELCOME])?;
+                }
+                self.send(socket)?;
+            }
             rustls::Connection::Client(_) => {
                 let mut welcome = [0];
                 match self.read(socket, &mut welcome) {
-                    Ok(1) if welcome == [WELCOME] => Ok(()),
-                    Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(error),
+                    Ok(1) if welcome == [WELCOME] => {}
+                    Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
+                        return Err(error);
+                    }
                     _ => {
                         let why = "it closed the connection instead of accepting us";
-                        Err(io::Error::new(io::ErrorKind::UnexpectedEof, why))
+                        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
                     }
                 }
             }
         }
+        self.agreed = true;
+        Ok(())
     }
 
     /// As `Read::read`: 0 is the end that the other side has said; one that it has not is `UnexpectedEof`.
@@ -450,13 +473,11 @@ impl Session {
         self.send(socket)
     }
 
-    fn write_all(&mut self, socket: &mut (impl Read + Write), bytes: &[u8]) -> io::Result<()> {
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let taken = self.write(socket, rest)?;
-            rest = rest.get(taken..).unwrap_or_default();
-        }
-        self.flush(socket)
+    /// Says that nothing more comes, where the socket takes that at once. What is written behind it is not sent.
+    pub(super) fn close(&mut self, socket: &mut impl Write) {
+        self.tls.send_close_notify();
+        // Who has gone need not hear it.
+        let _ = self.send(socket);
     }
 
     fn send(&mut self, socket: &mut impl Write) -> io::Result<()> {
@@ -488,7 +509,18 @@ impl Session {
         if let Err(error) = self.tls.process_new_packets() {
             // So that the other side hears why, where it can.
             let _ = self.send(socket);
-            return Err(io::Error::new(io::ErrorKind::InvalidData, plain(&error)));
+            let why = match (&error, &self.tls) {
+                (rustls::Error::InvalidMessage(_), rustls::Connection::Server(_)) => format!(
+                    "what came is not TLS, which is spoken here: who connects is to have --tls-cert, --tls-key and --tls-ca \
+                     as well ({error})"
+                ),
+                (rustls::Error::InvalidMessage(_), rustls::Connection::Client(_)) => format!(
+                    "what came is not TLS: the other side listens without it, and is to have --tls-cert, --tls-key and \
+                     --tls-ca as well ({error})"
+                ),
+                _ => plain(&error),
+            };
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
         Ok(got > 0)
     }

@@ -88,6 +88,17 @@ pub enum BindError {
     },
 }
 
+impl BindError {
+    /// Whether another address is to be given, whatever becomes of this one; that it is in use is the host's state.
+    pub fn is_users_fault(&self) -> bool {
+        match self {
+            BindError::Exposed(_) => true,
+            BindError::Unix { source, .. } => source.is_users_fault(),
+            BindError::Tcp { .. } => false,
+        }
+    }
+}
+
 /// Nobody was accepted.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -137,6 +148,19 @@ pub enum ConnectError {
         /// Why not.
         source: io::Error,
     },
+}
+
+impl ConnectError {
+    /// Whether another address, or other words for TLS, are to be given, whatever becomes of this one. That nobody listens
+    /// there, or that it cannot be reached, is the hosts' state.
+    pub fn is_users_fault(&self) -> bool {
+        match self {
+            ConnectError::Exposed(_) => true,
+            // What is there is no socket, or no certificate can be for that name.
+            ConnectError::Failed { source, .. } => source.kind() == io::ErrorKind::InvalidInput,
+            ConnectError::Refused(_) | ConnectError::Missing(_) => false,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -446,6 +470,8 @@ pub struct Connection {
     wire: Wire,
     session: Option<Session>,
     line: Option<String>,
+    /// Something has been read.
+    begun: bool,
 }
 
 impl fmt::Debug for Connection {
@@ -479,6 +505,7 @@ impl Connection {
             },
             session,
             line,
+            begun: false,
         };
         if let Some(session) = &mut connection.session {
             loop {
@@ -534,7 +561,13 @@ impl Read for Connection {
             Some(session) => session
                 .read(&mut self.wire, into)
                 .map_err(|error| of_session(error, &self.wire.peer)),
-            None => self.wire.read(into),
+            None => {
+                let got = self.wire.read(into)?;
+                if got > 0 && !std::mem::replace(&mut self.begun, true) {
+                    is_not_tls(&self.wire.socket, into.get(..got).unwrap_or_default())?;
+                }
+                Ok(got)
+            }
         }
     }
 }
@@ -580,6 +613,33 @@ impl WritePages for Connection {
             None => self.wire.write_pages(parts),
         }
     }
+}
+
+/// Refuses a side that speaks TLS where none is spoken: `first` is what it has said first. Nothing of ours begins as a TLS
+/// record does, with its kind and its version.
+fn is_not_tls(socket: &Socket, first: &[u8]) -> io::Result<()> {
+    const ALERT: u8 = 21;
+    const HANDSHAKE: u8 = 22;
+    const VERSION: u8 = 3;
+    let second = || match first.get(1) {
+        Some(second) => Some(*second),
+        None => peek(socket),
+    };
+    let is_record = matches!(first.first(), Some(&(ALERT | HANDSHAKE)));
+    if !is_record || second() != Some(VERSION) {
+        return Ok(());
+    }
+    let why = "the other side speaks TLS: give --tls-cert, --tls-key and --tls-ca here as well";
+    Err(io::Error::new(io::ErrorKind::InvalidData, why))
+}
+
+/// The next byte, if it is there; it stays to be read.
+fn peek(socket: &Socket) -> Option<u8> {
+    let mut byte = [0];
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: an open socket, and one byte that may be written.
+    let got = unsafe { libc::recv(socket.as_raw_fd(), byte.as_mut_ptr().cast(), 1, flags) };
+    (got == 1).then_some(byte[0])
 }
 
 /// With the peer, which the wire's own errors name already.

@@ -39,8 +39,8 @@ pub struct SnapshotInfo {
     /// Bytes of it that are this snapshot's own, be they zero: all of a full one.
     pub own: u64,
     /// Bytes that the file of memory takes on the host's disk, in its blocks. What was written into it was no more, and a copy
-    /// of the file may take another number.
-    pub on_disk: u64,
+    /// of the file may take another number. None: there is no such file, and memory is elsewhere.
+    pub on_disk: Option<u64>,
     /// Whether memory is compressed.
     pub compressed: bool,
     /// Bytes of memory that are the same as others of it, and not written again.
@@ -63,12 +63,15 @@ pub struct SnapshotInfo {
 
 impl SnapshotInfo {
     /// Of the snapshot in `dir`: its state and the header of its memory are checked, memory's contents are not read. A
-    /// chain that is broken is told, and no error.
+    /// chain that is broken is told, and no error; nor is it that there is no memory, of which the chain is not looked for then.
     ///
     /// # Errors
     /// [`RestoreError`].
     pub fn read(dir: &Path) -> Result<Self, RestoreError> {
-        let (link, bytes) = Link::open(dir)?;
+        let (link, bytes) = match Link::open(dir) {
+            Err(RestoreError::NoMemory { .. }) => Link::open_state(dir)?,
+            opened => opened?,
+        };
         let path = dir.join(STATE);
         let wrong = |source| RestoreError::State {
             path: path.clone(),
@@ -77,7 +80,7 @@ impl SnapshotInfo {
         let (_, state, config) = MachineState::parse(&bytes).map_err(wrong)?;
         let disks = format::parse(&bytes).map_err(|error| wrong(error.into()))?;
         let disks = disks::of(&disks).map_err(wrong)?;
-        let (chain, broken) = match link.parent().map(|_| Chain::open(dir)) {
+        let (chain, broken) = match link.parent().and(link.memory()).map(|_| Chain::open(dir)) {
             None => (Vec::new(), None),
             Some(Ok((chain, _))) => {
                 let before = chain.links().iter().rev().skip(1);
@@ -98,7 +101,7 @@ impl SnapshotInfo {
             }),
             memory: link.map().all().bytes(),
             own: link.own().bytes(),
-            on_disk: file.map_or(0, |file| file.blocks() * 512),
+            on_disk: file.map(|file| file.blocks() * 512),
             compressed: link.is_packed(),
             duplicates: link.duplicates().bytes(),
             config,
@@ -140,6 +143,8 @@ impl SnapshotInfo {
             "broken": self.broken,
             "taken": taken,
             "memory_bytes": self.memory,
+            "memory_is_here": self.on_disk.is_some(),
+            "memory": self.config.memory.to_string(),
             "own_bytes": self.own,
             "on_disk_bytes": self.on_disk,
             "compressed": self.compressed,
@@ -186,12 +191,24 @@ impl fmt::Display for SnapshotInfo {
             writeln!(f, "taken       {}", units::utc(seconds))?;
         }
         let bytes = units::bytes;
-        writeln!(f, "memory      {}", bytes(self.memory))?;
+        // As `--memory` has it, whose size may be in another unit; the rest is what kind of memory a restore makes.
+        let kind = self.config.memory.to_string();
+        let kind = kind
+            .split_once(',')
+            .map_or(String::new(), |(_, kind)| format!(", {kind}"));
+        writeln!(f, "memory      {}{kind}", bytes(self.memory))?;
         if self.parent.is_some() {
             writeln!(f, "own         {} of it", bytes(self.own))?;
         }
         let compressed = if self.compressed { ", compressed" } else { "" };
-        writeln!(f, "on disk     {}{compressed}", bytes(self.on_disk))?;
+        match self.on_disk {
+            Some(on_disk) => writeln!(f, "on disk     {}{compressed}", bytes(on_disk))?,
+            None => writeln!(
+                f,
+                "on disk     nothing{compressed}: memory is not here, and --page-server ADDRESS has a restore get it from a \
+                 `snapshot serve`"
+            )?,
+        }
         if self.duplicates > 0 {
             writeln!(f, "duplicates  {} left out", bytes(self.duplicates))?;
         }

@@ -64,7 +64,14 @@ impl Link {
     pub fn open(dir: &Path) -> Result<(Self, Vec<u8>), RestoreError> {
         let (mut link, bytes) = Self::open_state(dir)?;
         let path = dir.join(MEMORY);
-        let (memory, has) = open(&path)?;
+        let opened = open(&path).map_err(|error| match error {
+            RestoreError::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                let dir = dir.to_owned();
+                RestoreError::NoMemory { dir }
+            }
+            error => error,
+        });
+        let (memory, has) = opened?;
         let says = match &link.packed {
             Some((packed, _)) => packed.file_len(),
             None => link.map.file_len(),

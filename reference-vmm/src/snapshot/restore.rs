@@ -182,6 +182,28 @@ pub enum RestoreError {
         /// The file.
         path: PathBuf,
     },
+    /// It is the file `state` alone.
+    #[error(
+        "{dir} has the file `state` alone, and the guest's memory is not here: `restore` (and `ctl load`) with --page-server \
+         ADDRESS has it brought by a `snapshot serve` that has all of this snapshot"
+    )]
+    NoMemory {
+        /// Its directory.
+        dir: PathBuf,
+    },
+    /// Its memory is to be of a kind that has not what was asked for.
+    #[error(
+        "{flag}: the guest's memory is a guest_memfd (the snapshot keeps `guest-memfd` of --memory), for which KVM has no {what}: \
+         restore it without {without}"
+    )]
+    GuestMemfd {
+        /// What was asked for.
+        flag: &'static str,
+        /// What that takes.
+        what: &'static str,
+        /// What is to be left out.
+        without: &'static str,
+    },
     /// The file `state` is none that can be read here.
     #[error("{path}: {source}")]
     State {
@@ -382,6 +404,34 @@ impl RestoreError {
     }
 }
 
+/// Refuses what is asked for and the guest's kind of memory has not, which a restore cannot change.
+fn check_memory(request: &RestoreRequest, config: &Config) -> Result<(), RestoreError> {
+    if !config.memory.guest_memfd {
+        return Ok(());
+    }
+    if let Some(lazy) = &request.lazy {
+        let flag = match (lazy.page_server.is_some(), lazy.handler.is_some()) {
+            (true, _) => "--page-server",
+            (_, true) => "--page-handler",
+            _ => "--lazy",
+        };
+        return Err(RestoreError::GuestMemfd {
+            flag,
+            what: "userfaultfd, by which memory comes later",
+            without: "--lazy and what means it (--on-loss, --page-deadline, --record, --page-handler, --page-server), from a \
+                      directory that has all of the snapshot",
+        });
+    }
+    match request.track {
+        true => Err(RestoreError::GuestMemfd {
+            flag: "--track-dirty-pages",
+            what: "dirty log",
+            without: "it",
+        }),
+        false => Ok(()),
+    }
+}
+
 /// A snapshot that was read and found whole.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -422,6 +472,7 @@ impl Snapshot {
                 source,
             })?;
         check_layout(&path, &state, &config)?;
+        check_memory(request, &config)?;
         let container = format::parse(&bytes).map_err(StateError::from);
         let copies = container.and_then(|container| disks::of(&container));
         let copies = copies.map_err(|source| RestoreError::State { path, source })?;

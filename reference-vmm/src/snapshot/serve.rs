@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -69,11 +70,13 @@ pub enum ServeError {
 }
 
 impl ServeError {
-    /// 2 the arguments or the snapshot are wrong, 1 the snapshot cannot be read.
+    /// 2 the arguments or the snapshot are wrong, 1 the host refused.
     pub fn exit_status(&self) -> u8 {
         match self {
             ServeError::Snapshot(error) => error.exit_status(),
-            ServeError::Tls(_) | ServeError::Bind(_) => 2,
+            ServeError::Tls(_) => 2,
+            ServeError::Bind(error) if error.is_users_fault() => 2,
+            ServeError::Bind(_) => 1,
         }
     }
 }
@@ -140,8 +143,8 @@ impl Service {
     }
 
     /// Serves who connects until `stop` says that it is time, which is asked each [`TICK`], and then ends all connections.
-    /// Who breaks one off is told of by a warning, and so it is when nobody can be accepted for a while: those that there are
-    /// are served on.
+    /// Who does not keep to the protocol is told of by a warning, and so it is when nobody can be accepted for a while: those
+    /// that there are are served on. Of who is gone without a word is told where somebody wants to know (info).
     pub fn run(&self, stop: impl Fn() -> bool) -> ServeReport {
         // Relaxed: a bound and a flag, by which nothing else is told.
         let (open, over) = (AtomicUsize::new(0), AtomicBool::new(false));
@@ -187,6 +190,9 @@ impl Service {
                             let who = connection.from();
                             match self.server.serve(&connection.duplex()) {
                                 Ok(_) | Err(PeerError::Ended) => {}
+                                Err(error) if has_gone(&error) => {
+                                    log::info!("{who} is gone without a word: {}", Words(&error));
+                                }
                                 Err(error) => log::warn!("{who}: {}", Words(&error)),
                             }
                         }
@@ -208,6 +214,18 @@ impl Service {
             connections,
             served: self.server.served(),
         }
+    }
+}
+
+/// Whether the other side, its process or its host, has ended; it has done nothing wrong.
+fn has_gone(error: &PeerError) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    match error {
+        PeerError::Closed => true,
+        PeerError::Broken(error) => {
+            matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
+        }
+        _ => false,
     }
 }
 

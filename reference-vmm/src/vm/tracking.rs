@@ -61,7 +61,8 @@ pub enum TrackError {
     Log(#[from] dirty_log::Error),
     /// KVM does not log the guest's writes to such memory. Found before anything was done.
     #[error(
-        "the guest's writes cannot be tracked: {0}. It can have a whole snapshot, and no migration"
+        "the guest's writes cannot be tracked: {0}. It can have a whole snapshot (without --track and --base), and no \
+         migration: for those a guest is started with another --memory"
     )]
     Memory(memslots::Unsupported),
     /// Nobody has begun to.

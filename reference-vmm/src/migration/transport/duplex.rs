@@ -7,11 +7,11 @@
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Connection, Socket};
+use super::{Connection, Socket, is_not_tls};
 use crate::migration::tls::Session;
 use crate::no_wait::is_ready;
 
@@ -21,6 +21,8 @@ pub struct Both {
     session: Option<Mutex<Session>>,
     /// Milliseconds that a call with TLS may stand still.
     tick: AtomicU64,
+    /// Something has been read.
+    begun: AtomicBool,
 }
 
 impl Connection {
@@ -30,6 +32,7 @@ impl Connection {
             socket: self.wire.socket,
             session: self.session.map(Mutex::new),
             tick: AtomicU64::new(1),
+            begun: AtomicBool::new(self.begun),
         }
     }
 }
@@ -148,12 +151,17 @@ impl async_pf::peer::Wire for Both {
     }
 
     fn read(&self, into: &mut [u8]) -> io::Result<usize> {
-        match (&self.session, &self.socket) {
-            (Some(session), _) => self.read_tls(session, into),
-            (None, Socket::Unix(socket)) => read_by(socket, into),
-            (None, Socket::Tcp(socket)) => read_by(socket, into),
-            (None, _) => Ok(0),
+        let got = match (&self.session, &self.socket) {
+            (Some(session), _) => return self.read_tls(session, into),
+            (None, Socket::Unix(socket)) => read_by(socket, into)?,
+            (None, Socket::Tcp(socket)) => read_by(socket, into)?,
+            (None, _) => 0,
+        };
+        // Relaxed: one thread reads.
+        if got > 0 && !self.begun.swap(true, Ordering::Relaxed) {
+            is_not_tls(&self.socket, into.get(..got).unwrap_or_default())?;
         }
+        Ok(got)
     }
 
     fn write(&self, from: &[u8]) -> io::Result<usize> {
@@ -166,6 +174,10 @@ impl async_pf::peer::Wire for Both {
     }
 
     fn shutdown(&self) {
+        if let Some(session) = &self.session {
+            // So that the other side knows that it was not cut off, if there is room for a word.
+            lock(session).close(&mut NoWait(&self.socket));
+        }
         // SAFETY: an open socket; no pointers. One that is not connected any more has ended already.
         unsafe { libc::shutdown(self.socket.as_raw_fd(), libc::SHUT_RDWR) };
     }
