@@ -29,6 +29,7 @@ mod due;
 mod help;
 mod load;
 mod migrate;
+mod waits;
 
 pub use help::HELP;
 pub use load::Load;
@@ -392,6 +393,8 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
             let connected = Client::connect(&options.api_sock, options.timeout);
             let called = connected.and_then(|mut client| {
                 client.wait_for(options.timeout.saturating_sub(began.elapsed()));
+                let snapshot = matches!(options.question, Question::Snapshot(_));
+                let _watch = snapshot.then(|| waits::watch(&options.api_sock, "a snapshot"));
                 client.call(method, target, body.as_ref())
             });
             called.map_err(|error| explained(&options.question, error))?
@@ -426,7 +429,8 @@ fn explained(question: &Question, error: ClientError) -> ClientError {
         {
             let dir = request.dir.display().to_string();
             let what = format!(
-                "a snapshot that has begun goes on in the monitor, and is whole when {0}/state is there (snapshot info {0})",
+                "a snapshot that has begun goes on in the monitor, and is whole when {0}/state is there (snapshot info {0}); one \
+                 that waits for memory whose page server is away is given up",
                 dir.escape_debug()
             );
             let source = more(source, &what);
@@ -448,6 +452,10 @@ fn explained(question: &Question, error: ClientError) -> ClientError {
 fn told(options: &Ctl, body: Value) -> Option<String> {
     let (words, body) = match &options.question {
         Question::Load(load) if load.resume => ("running".into(), json!({ "state": "Running" })),
+        Question::Pause if body.is_object() => {
+            let coming = lazy::coming(&body["lazy"]);
+            ("paused".to_owned() + &coming.unwrap_or_default(), body)
+        }
         Question::Pause | Question::Load(_) => ("paused".into(), json!({ "state": "Paused" })),
         Question::Resume => ("running".into(), json!({ "state": "Running" })),
         Question::Snapshot(request) => {

@@ -336,7 +336,7 @@ fn memory_that_does_not_come_stops_the_guest_with_the_reason() {
             // Before the restore.
             file.write_all_at(&[1], at + 100).unwrap();
         }),
-        ("was written to while", true, |file, at| {
+        ("was written to, or cut off, while", true, |file, at| {
             file.write_all_at(&[1], at + 100).unwrap();
         }),
         ("memory", false, |file, at| file.set_len(at).unwrap()),

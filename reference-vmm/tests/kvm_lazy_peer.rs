@@ -373,6 +373,135 @@ fn a_server_that_stays_away_costs_the_guest_its_memory_within_the_deadline() {
     }
 }
 
+/// `ctl` of the monitor whose socket that is.
+fn ctl(socket: &Path, words: &str) -> Vmm {
+    Vmm::command(["ctl", "--api-sock"]).arg(socket).words(words)
+}
+
+/// A monitor with the paused guest of `dir`, of whose memory nothing comes but what is touched.
+fn loaded(socket: &Path, dir: &Path, words: &str) -> Running {
+    let monitor = Vmm::command(["restore", "--api-sock"]).arg(socket);
+    let monitor = monitor.stdin_pipe().start();
+    while Client::connect(socket, WATCHDOG).is_err() {
+        std::thread::yield_now();
+    }
+    let load = ctl(socket, "load --record=3600").words(words).arg(dir);
+    load.output().expect_status(0);
+    monitor
+}
+
+/// Asks until it is said that the guest's memory waits for the server.
+fn is_cut_off(socket: &Path, address: &str) -> String {
+    let begun = Instant::now();
+    loop {
+        let status = ctl(socket, "status").output();
+        let text = status.text();
+        if text.contains(&format!(
+            "and the rest waits for the page server at {address}"
+        )) {
+            return text;
+        }
+        assert!(begun.elapsed() < WATCHDOG, "{status}");
+    }
+}
+
+#[test]
+fn what_waits_for_a_server_that_is_away_says_so_and_is_given_up_by_who_asked_for_it() {
+    let place = Place::new();
+    let dir = place.taken("s", Compression::None);
+    let here = place.elsewhere(&dir);
+    let listen = format!("unix:{}", place.path("socket").display());
+    let (server, _) = serve(&dir, &listen, &[]);
+    let socket = place.path("api");
+    let words = format!("--page-deadline 3600 --page-server {listen}");
+    let mut monitor = loaded(&socket, &here, &words);
+    server.signal(libc::SIGKILL);
+    server.wait();
+    ctl(&socket, "resume").output().expect_status(0);
+    let status = is_cut_off(&socket, &listen);
+    for needle in [
+        "running, ",
+        "% of its memory is there",
+        "away for",
+        "given up after 3600 s",
+    ] {
+        assert!(status.contains(needle), "{status}");
+    }
+    let json = ctl(&socket, "status --json").output();
+    let json: Value = serde_json::from_str(&json.text()).unwrap();
+    let away = &json["lazy"]["waits-for-server"];
+    assert_eq!(
+        (&away["address"], &away["given-up-after-s"]),
+        (&json!(listen), &json!(3600))
+    );
+
+    // A snapshot says what it waits for, and ends with who asked for it: what is asked for behind it has its turn.
+    let to = place.path("to");
+    let wait = format!("waits for the page server at {listen}, away for");
+    for more in ["", "--background"] {
+        let mut snapshot = ctl(&socket, &format!("snapshot {} {more}", to.display())).start();
+        snapshot.wait_for_stderr("a snapshot waits for all of the guest's memory, ");
+        snapshot.wait_for_stderr(&wait);
+        snapshot.signal(libc::SIGINT);
+        snapshot.wait();
+        assert!(!to.exists());
+    }
+    // Whether a vCPU that waits for memory can be paused is its KVM's to say.
+    let pause = ctl(&socket, "pause").output();
+    let said = format!("{}{}", pause.text(), pause.stderr);
+    assert!(said.contains(&wait), "{pause}");
+    assert!(
+        said.contains("paused, ") || said.contains("memory that has not come"),
+        "{pause}"
+    );
+    ctl(&socket, "resume").output().expect_status(0);
+
+    // So does a migration, which can be cancelled before it has begun.
+    let mut migrate = ctl(&socket, "migrate --to unix:/nowhere").start();
+    migrate.wait_for_stderr("a migration waits for all of the guest's memory, ");
+    migrate.wait_for_stderr(&wait);
+    ctl(&socket, "migrate-status")
+        .output()
+        .expect_status(1)
+        .expect_line(&["all of the guest's memory is waited for first", &wait]);
+    ctl(&socket, "migrate-cancel").output().expect_status(0);
+    let ended = migrate.wait();
+    ended.expect_status(1);
+    for needle in ["the guest runs on here", "no migration was begun: given up"] {
+        assert!(ended.stderr.contains(needle), "{ended}");
+    }
+
+    // It comes back, and nothing was lost.
+    let (server, _) = serve(&dir, &listen, &[]);
+    let taken = ctl(&socket, &format!("snapshot {}", to.display())).output();
+    taken.expect_status(0);
+    ctl(&socket, "status").output().expect_stdout("running\n");
+    monitor.wait_for("5");
+    monitor.type_in(b"q");
+    monitor.wait().expect_status(1);
+    served(server);
+}
+
+#[test]
+fn a_snapshot_that_waits_for_a_server_ends_within_the_deadline_with_the_reason() {
+    let place = Place::new();
+    let dir = place.taken("s", Compression::None);
+    let here = place.elsewhere(&dir);
+    for on_loss in ["stop", "poison"] {
+        let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
+        let socket = place.path(on_loss);
+        let words = format!("--page-deadline 2 --on-loss {on_loss} --page-server {address}");
+        let monitor = loaded(&socket, &here, &words);
+        server.signal(libc::SIGKILL);
+        server.wait();
+        let snapshot = ctl(&socket, "snapshot").arg(place.path("to")).output();
+        snapshot.expect_status(1);
+        let why = format!("the page server at {address} ");
+        assert!(snapshot.stderr.contains(&why), "{snapshot}");
+        drop(monitor);
+    }
+}
+
 #[test]
 fn a_monitor_that_is_stopped_waits_for_no_server() {
     let place = Place::new();

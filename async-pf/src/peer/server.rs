@@ -327,7 +327,13 @@ fn refuse(id: u64, ask: Ask, error: &SourceError) -> Vec<u8> {
         error if error.is_transient() => (Refusal::MayPass, ask.first),
         _ => (Refusal::ForGood, ask.first),
     };
-    frame::refusal(kind, id, gfn, &error.to_string())
+    // Which page it is stands beside it.
+    let words = match error {
+        SourceError::Other { source, .. } => source.to_string(),
+        SourceError::Peer { source, .. } => source.to_string(),
+        other => other.to_string(),
+    };
+    frame::refusal(kind, id, gfn, &words)
 }
 
 /// Writes an answer, and says how many of its pages are zeros.

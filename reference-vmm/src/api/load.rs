@@ -264,6 +264,10 @@ impl Monitor for Waiting<'_> {
     }
 
     fn perform(&self, action: Action) -> Outcome {
+        self.perform_while(action, &|| true)
+    }
+
+    fn perform_while(&self, action: Action, wanted: &dyn Fn() -> bool) -> Outcome {
         if let (None, Source::Migration(_, landing, _)) = (self.machine.get(), &self.source) {
             landing.wait();
         }
@@ -274,7 +278,7 @@ impl Monitor for Waiting<'_> {
                 {
                     incoming(address, "arrived", coming)
                 }
-                _ => machine.perform(action),
+                _ => machine.perform_while(action, wanted),
             };
         }
         match (action, &self.source) {

@@ -13,11 +13,13 @@ use super::worker::Busy;
 use crate::config::Config;
 use crate::devices::virtio::block::{Cache, Io};
 use crate::end::{Chain, EndSignal, GuestEnd};
+use crate::lazy::LazyProgress;
 use crate::main_loop::GuestSide;
 use crate::migration::outgoing::{Outgoing, OutgoingError};
 use crate::migration::record::MigrationRecord;
 use crate::priority::step_back;
 use crate::snapshot::SnapshotReport;
+use crate::snapshot::files::HostFiles;
 use crate::vm::{ControlError, RunState, Running};
 
 /// Who does what a client asks for.
@@ -26,6 +28,12 @@ pub trait Monitor: Sync {
     /// [background](Action::is_background) on one more; others meanwhile on the server's own, where all clients wait while
     /// this blocks.
     fn perform(&self, action: Action) -> Outcome;
+
+    /// The same of something [long](Action::is_long). What it has to wait for, for somebody who is away, it waits for as long
+    /// as it is `wanted`: who asked for it may be gone.
+    fn perform_while(&self, action: Action, _wanted: &dyn Fn() -> bool) -> Outcome {
+        self.perform(action)
+    }
 
     /// Why something [long](Action::is_long) is not begun, in words. Called on the server's own thread, and does not block.
     fn busy(&self, with: Busy) -> String {
@@ -79,6 +87,25 @@ impl<'a> Machine<'a> {
         }
     }
 
+    /// Pauses the guest. Where its memory waits for somebody who is away that is said, for it is so as well when it goes on, and
+    /// may be why it cannot be paused.
+    fn pause(&self) -> Outcome {
+        let paused = self.running.pause();
+        let lazy = self.running.lazy_progress();
+        let waits = lazy.filter(LazyProgress::is_cut_off);
+        match (paused, waits) {
+            (Ok(()), None) => Outcome::Done,
+            (Ok(()), Some(lazy)) => {
+                let told = json!({ "state": state(RunState::Paused), "lazy": lazy });
+                Outcome::Report(told.to_string())
+            }
+            (Err(error), waits) => {
+                let waits = waits.and_then(|of| of.words()).unwrap_or_default();
+                Outcome::Refused(format!("{error}{waits}"))
+            }
+        }
+    }
+
     /// What asks `running`, whose end is told to `end`: it has moved, for one.
     pub fn new(running: &'a Running, end: &'a EndSignal) -> Self {
         let config = running.config();
@@ -103,6 +130,17 @@ impl<'a> Machine<'a> {
 
 impl Monitor for Machine<'_> {
     fn perform(&self, action: Action) -> Outcome {
+        self.perform_while(action, &|| true)
+    }
+
+    fn perform_while(&self, action: Action, wanted: &dyn Fn() -> bool) -> Outcome {
+        // Who is gone has lost the answer, and what he asked for is done all the same; unless it would wait for who is away.
+        let cut_off = || {
+            self.running
+                .lazy_progress()
+                .is_some_and(|of| of.is_cut_off())
+        };
+        let wanted: &dyn Fn() -> bool = &|| wanted() || !cut_off();
         let done = |result: Result<(), ControlError>| match result {
             Ok(()) => Outcome::Done,
             Err(error) => Outcome::Refused(error.to_string()),
@@ -119,7 +157,7 @@ impl Monitor for Machine<'_> {
             Action::MachineConfig => Outcome::Json(self.machine_config.to_string()),
             Action::VmConfig => Outcome::Json(self.vm_config.to_string()),
             Action::Stats => Outcome::Json(self.running.stats().json()),
-            Action::Pause => done(self.running.pause()),
+            Action::Pause => self.pause(),
             Action::Resume => match self.running.resume() {
                 Err(error @ ControlError::HandOver) => {
                     match self.outgoing.resume(self.running, self.end) {
@@ -137,7 +175,7 @@ impl Monitor for Machine<'_> {
                     alone => alone,
                 };
                 let paused = self.running.state() == RunState::Paused;
-                match self.running.snapshot(&request) {
+                match self.running.snapshot_while(&request, &HostFiles, wanted) {
                     Ok(report) => {
                         log::info!("a snapshot was taken: {report:?}");
                         let told = told(&report, paused).to_string();
@@ -174,13 +212,13 @@ impl Monitor for Machine<'_> {
                     Ok(alone) => alone,
                     Err(why) => return not_begun(&why),
                 };
-                match self.outgoing.migrate(self.running, self.end, &request) {
+                match self.outgoing.migrate_while(self.running, self.end, &request, wanted) {
                     // It says where the guest is.
                     moved @ (Ok(_) | Err(OutgoingError::Migrate(_))) => recorded(moved),
                     Err(error) => not_begun(&Chain(&error)),
                 }
             }
-            Action::Migration => recorded(self.outgoing.record()),
+            Action::Migration => recorded(self.outgoing.record_of(self.running)),
             Action::MigrateOrder(order) => match self.outgoing.order(order) {
                 Ok(()) => Outcome::Done,
                 Err(error) => Outcome::Refused(Chain(&error).to_string()),

@@ -83,6 +83,8 @@ struct Lane {
     since: Option<Instant>,
     /// It moves the machine.
     migrates: bool,
+    /// Nobody waits for it any more.
+    unwanted: bool,
     /// What is at work, until the thread has come to it.
     to_begin: Option<Action>,
     waiting: VecDeque<(Ticket, Action)>,
@@ -127,10 +129,20 @@ impl Worker {
         Ok(ticket)
     }
 
-    /// Nobody waits for this one any more. It is not begun if it has not been.
+    /// Nobody waits for this one any more. It is not begun if it has not been; one that is at work may ask, where it waits for
+    /// something, and goes on to its end otherwise.
     pub(super) fn withdraw(&self, ticket: Ticket) {
-        let waiting = &mut self.lock().foreground.waiting;
-        waiting.retain(|(of, _)| *of != ticket);
+        let mut state = self.lock();
+        state.foreground.waiting.retain(|(of, _)| *of != ticket);
+        for background in [false, true] {
+            let lane = state.lane(background);
+            lane.unwanted |= lane.at_work == Some(ticket);
+        }
+    }
+
+    /// Whether somebody waits for what a thread is at.
+    fn is_wanted(&self, background: bool) -> bool {
+        !self.lock().lane(background).unwanted
     }
 
     /// Readable when there is something to [`take`](Self::take).
@@ -186,7 +198,7 @@ impl Worker {
                 continue;
             };
             drop(state);
-            let outcome = monitor.perform(action);
+            let outcome = monitor.perform_while(action, &|| self.is_wanted(background));
             state = self.lock();
             state.outcomes.push((ticket, outcome));
             let lane = state.lane(background);
@@ -225,6 +237,7 @@ impl Lane {
         self.at_work = Some(ticket);
         self.since = Some(Instant::now());
         self.migrates = matches!(action, Action::Migrate(_));
+        self.unwanted = false;
         self.to_begin = Some(action);
     }
 
@@ -322,6 +335,38 @@ mod tests {
             worker.close();
         });
         assert_eq!(*fake.0.lock().unwrap(), [Action::Pause, Action::Resume]);
+    }
+
+    #[test]
+    fn what_is_at_work_can_ask_whether_somebody_waits_for_it() {
+        /// Waits until nobody does.
+        struct Waits;
+        impl Monitor for Waits {
+            fn perform(&self, _: Action) -> Outcome {
+                Outcome::Done
+            }
+            fn perform_while(&self, action: Action, wanted: &dyn Fn() -> bool) -> Outcome {
+                while matches!(action, Action::Snapshot(_)) && wanted() {
+                    std::thread::yield_now();
+                }
+                Outcome::Refused(wanted().to_string())
+            }
+        }
+        let worker = Worker::new().unwrap();
+        let first = worker.ask(in_pause()).unwrap();
+        let second = worker.ask(Action::Pause).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| worker.work(&Waits, false));
+            worker.withdraw(first);
+            let mut outcomes = Vec::new();
+            while outcomes.len() < 2 {
+                outcomes.extend(worker.take());
+                std::thread::yield_now();
+            }
+            let said = |wanted: bool| Outcome::Refused(wanted.to_string());
+            assert_eq!(outcomes, [(first, said(false)), (second, said(true))]);
+            worker.close();
+        });
     }
 
     #[test]

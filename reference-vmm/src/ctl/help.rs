@@ -56,7 +56,8 @@ pub(super) const COMMANDS: [(&str, &str); 14] = [
         "status",
         with_common!(
             "\
-Say whether the guest is running, paused or not started.
+Say whether the guest is running, paused or not started. Of one whose memory comes while it runs: how much is there, and
+for whom the rest waits, if it does.
 
 Usage: reference-vmm ctl --api-sock PATH status [--json] [--timeout SECS]
 
@@ -121,7 +122,9 @@ Options:
                    the guest may be paused and resumed; it is not moved, and no other snapshot is taken
 
 It is waited for without --timeout [a day]. One that is not waited for, because that ran out or this command was
-ended, is made all the same: it is whole when DIR is there (`snapshot info DIR`).
+ended, is made all the same: it is whole when DIR is there (`snapshot info DIR`). But for one that still waits for
+the guest's memory from a page server that is away (`restore --page-server`), which is said on stderr: that is given
+up then.
 "
         ),
     ),

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use lexopt::prelude::*;
 use serde_json::Value;
 
+use super::waits::Waits;
 use crate::api::Client;
 use crate::api::client::{Answer, ClientError};
 use crate::cli::restore::TlsFlags;
@@ -212,6 +213,7 @@ pub(super) fn ask(
     let manner = Manner::of_stderr(true);
     let interval = manner.interval().max(INTERVAL);
     let mut progress = Progress::new(manner);
+    let mut waits = Waits::new("a migration");
     let answer = loop {
         match answers.recv_timeout(interval) {
             Ok(answer) => break answer,
@@ -223,10 +225,10 @@ pub(super) fn ask(
                 break Err(ClientError::Gone { path, source });
             }
         }
-        if let Some(record) = record(socket, timeout)
-            && record.took.is_none()
-        {
-            progress.show(&record, began.elapsed());
+        match record(socket, timeout).filter(|record| record.took.is_none()) {
+            Some(record) => progress.show(&record, began.elapsed()),
+            // It has not begun, or has ended.
+            None => waits.look(socket),
         }
     };
     progress.end();

@@ -20,11 +20,12 @@ use vm_memory::{Bytes, GuestAddress};
 use super::bus::Parked;
 use super::events::Events;
 use super::memory::{AHEAD, From, LazyMemory, Shared, State};
-use super::{LazyError, LazyRequest, LazyState};
+use super::{LazyError, LazyRequest, LazyState, OnLoss};
 use crate::end::EndSignal;
 use crate::memory::{Memslots, SlotTable};
 use crate::migration::postcopy::Faults;
 use crate::migration::postcopy::ask::Later;
+use crate::units;
 
 /// What is brought with a page that somebody touches: what lies behind it is often wanted next, and a round trip costs more.
 pub(super) const NEAR: u64 = 64 << 10;
@@ -122,6 +123,10 @@ impl LazyMemory {
         memslots.ram().punch(&gone)?;
         let events = Arc::new(Events::new(Arc::clone(end), request.on_loss));
         let parked = Parked::new(hosts, Arc::clone(&events));
+        let (away, on_loss) = (Arc::clone(&waits), request.on_loss);
+        events.ask(Box::new(move || {
+            away().map(|since| is_gone(since, on_loss))
+        }));
         let config = PagerConfig {
             workers: request.workers,
             deadline: request.deadline,
@@ -149,6 +154,7 @@ impl LazyMemory {
             changed: Condvar::new(),
             events,
             from: From::Migration(waits, request.deadline),
+            server: None,
             pages,
             begun,
         });
@@ -156,6 +162,19 @@ impl LazyMemory {
             of.bring(None, None, &[]);
         })
     }
+}
+
+/// What it means that the source, which was heard of so long ago, does not bring a page.
+fn is_gone(since: Duration, on_loss: OnLoss) -> String {
+    let then = match on_loss {
+        OnLoss::Stop => "is stopped",
+        OnLoss::Poison => "goes on without that",
+    };
+    format!(
+        "the migration's source, which alone has what is missing, is gone or out of reach, for {} by now. The guest ran here \
+         before its memory was here (post-copy), runs nowhere else, and {then}",
+        units::time(since)
+    )
 }
 
 /// Brings these pages at once, into memory that has no pager.

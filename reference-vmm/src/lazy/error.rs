@@ -133,8 +133,11 @@ pub enum LazyError {
         why: String,
     },
     /// The guest ended before its memory was there.
-    #[error("the guest ended before all of its memory was there")]
-    Ended,
+    #[error("the guest ended before all of its memory was there{0}")]
+    Ended(String),
+    /// Who asked for what needs all of it has given that up, or is gone.
+    #[error("given up by who asked for it, before anything was done{0}")]
+    Unwanted(String),
 }
 
 impl LazyError {

@@ -92,9 +92,16 @@ impl PagerEvents for Events {
         let late = matches!(lost.reason, LostReason::Deadline(_));
         let waits_for = self.waits_for.get().filter(|_| late);
         let waits_for = waits_for.and_then(|ask| ask()).map(|of| format!("; {of}"));
+        let why = Chain(lost.reason).to_string();
+        // It stands before it already.
+        let gfn = format!("gfn {:#x}: ", lost.gfn.0);
+        let why = why.strip_prefix(&gfn).unwrap_or(&why);
+        let why = why.replace(
+            &format!("the peer cannot read {}", &gfn),
+            "its page server cannot read it: ",
+        );
         self.tell(format!(
-            "the guest's memory at {at:#x} does not come: {}{}",
-            Chain(lost.reason),
+            "the guest's memory at {at:#x} does not come: {why}{}",
             waits_for.unwrap_or_default()
         ));
     }

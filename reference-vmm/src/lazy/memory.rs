@@ -64,6 +64,8 @@ pub(super) struct Shared {
     pub(super) changed: Condvar,
     pub(super) events: Arc<Events>,
     pub(super) from: From,
+    /// Who has a snapshot's memory, if that is not here.
+    pub(super) server: Option<Arc<RemoteSource>>,
     pub(super) pages: u64,
     pub(super) begun: Instant,
 }
@@ -178,6 +180,7 @@ impl LazyMemory {
                 changed: Condvar::new(),
                 events: Arc::clone(&events),
                 from: From::Snapshot(source, sets),
+                server: remote.clone(),
                 pages: count,
                 begun: Instant::now(),
             })
@@ -237,7 +240,7 @@ impl LazyMemory {
         let paged = paged.collect::<Result<Vec<_>, _>>()?;
         let pager = Pager::start(&uffd, paged, config)?;
         let shared = shared(phase, Some(pager), registrations, source, sets);
-        if let Some(remote) = remote {
+        if let Some(remote) = remote.clone() {
             let enough = move |_: LastWord, _: Duration| remote.close();
             shared.lock().enough = Some(Box::new(enough));
         }
@@ -293,12 +296,15 @@ impl LazyMemory {
     }
 
     /// Has all of it brought, and waits for that while `go_on` says so. Of another process's nothing is known: what is read
-    /// comes then. Whether a recording ended early for it, which is told of as well: there is nothing left that the guest
-    /// could touch first.
+    /// comes then. It is waited for as long as it is `wanted`. Whether a recording ended early for it, which is told of as well: there is nothing left that the guest could touch first.
     ///
     /// # Errors
-    /// [`LazyError::Lost`], [`LazyError::Away`], [`LazyError::Ended`].
-    pub(crate) fn settle(&self, go_on: impl Fn() -> bool) -> Result<bool, LazyError> {
+    /// [`LazyError::Lost`], [`LazyError::Away`], [`LazyError::Ended`], [`LazyError::Unwanted`].
+    pub(crate) fn settle(
+        &self,
+        go_on: impl Fn() -> bool,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<bool, LazyError> {
         if self.is_external() {
             return Ok(false);
         }
@@ -318,16 +324,26 @@ impl LazyMemory {
         loop {
             match state.phase {
                 LazyState::Whole | LazyState::External => return Ok(recording),
-                LazyState::Ended => return Err(LazyError::Ended),
+                LazyState::Ended => {
+                    drop(state);
+                    return Err(self.shared.ended());
+                }
                 LazyState::Damaged => {
                     drop(state);
                     return Err(self.shared.lost());
                 }
                 LazyState::Bringing | LazyState::Recording => {}
             }
+            // Who is asked may ask how far it is.
+            drop(state);
             if !go_on() {
-                return Err(LazyError::Ended);
+                return Err(self.shared.ended());
             }
+            if !wanted() {
+                let words = self.progress().words();
+                return Err(LazyError::Unwanted(words.unwrap_or_default()));
+            }
+            state = self.shared.lock();
             if let From::Migration(waits, deadline) = &self.shared.from
                 && let Some(away) = waits().filter(|away| away >= deadline)
             {
@@ -600,6 +616,15 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// The guest has ended, for want of memory or otherwise.
+    fn ended(&self) -> LazyError {
+        let why = self.events.why();
+        LazyError::Ended(match why.is_empty() {
+            true => why,
+            false => format!(": {why}"),
+        })
+    }
+
     fn lost(&self) -> LazyError {
         let lost = self.pager().as_ref().map(|pager| pager.progress().lost);
         LazyError::Lost {
@@ -622,12 +647,15 @@ impl Shared {
             From::Migration(waits, _) if coming => waits().map(|since| since.as_secs()),
             _ => None,
         };
+        let comes = coming || state == LazyState::Recording;
+        let server = self.server.as_ref().filter(|_| comes);
         LazyProgress {
             state,
             pages,
             missing,
             lost,
             waits_for_source_s: waits,
+            waits_for_server: server.and_then(|server| server.is_away()),
         }
     }
 

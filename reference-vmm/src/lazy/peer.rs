@@ -17,7 +17,7 @@ use async_pf::peer::{PeerConfig, PeerError, PeerLanes, PeerSource, Reconnect, Wi
 use async_pf::{Fetched, Lane, PageSource, SourceError};
 use memslots::{Gfn, PAGE_SIZE};
 
-use super::LazyError;
+use super::{LazyError, ServerAway};
 use crate::end::Chain as Words;
 use crate::migration::address::Address;
 use crate::migration::tls::{Tls, TlsFiles};
@@ -152,6 +152,17 @@ impl RemoteSource {
         ))
     }
 
+    /// For how long the server has been away by now, and after how long it is given up; none where it is there.
+    pub(super) fn is_away(&self) -> Option<ServerAway> {
+        let away = self.away();
+        let since = away.iter().flatten().map(|of| of.since.elapsed()).max()?;
+        Some(ServerAway {
+            address: self.address.to_string(),
+            away_s: since.as_secs(),
+            given_up_after_s: self.limit.as_secs(),
+        })
+    }
+
     /// Notes that the server does not answer, for this reason: whether it is waited for still, or it is given up.
     fn does_not_answer(
         &self,
@@ -163,7 +174,18 @@ impl RemoteSource {
         let mut lanes = self.away();
         let is_new = lanes.iter().all(Option::is_none);
         let away = of_lane(&mut lanes, lane);
-        let since = away.as_ref().map_or_else(Instant::now, |away| away.since);
+        let since = away.as_ref().map_or_else(
+            || {
+                // One that says nothing has been away since its last word.
+                let silent = match source {
+                    PeerError::Silent(silent) => *silent,
+                    _ => Duration::ZERO,
+                };
+                let now = Instant::now();
+                now.checked_sub(silent).unwrap_or(now)
+            },
+            |away| away.since,
+        );
         if is_new {
             log::warn!(
                 "the page server at {} does not answer: {why}; it is tried again for {}",

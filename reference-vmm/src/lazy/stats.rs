@@ -9,6 +9,8 @@ use async_pf::pager;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::text::printable;
+
 /// How far memory has come. Pages are of the size that the memory has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -24,6 +26,33 @@ pub struct LazyProgress {
     /// Seconds for which a migration's source has been waited for, whose connection broke.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waits_for_source_s: Option<u64>,
+    /// The page server that is waited for, while it is away.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits_for_server: Option<ServerAway>,
+}
+
+/// A page server that is away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ServerAway {
+    /// Where it listened.
+    pub address: String,
+    /// For so many seconds.
+    pub away_s: u64,
+    /// After so many it is given up, and what is missing is lost.
+    pub given_up_after_s: u64,
+}
+
+impl LazyProgress {
+    /// Whether what is missing waits for somebody who is away.
+    pub fn is_cut_off(&self) -> bool {
+        self.waits_for_source_s.is_some() || self.waits_for_server.is_some()
+    }
+
+    /// As it is said of a guest, behind its state; nothing where memory is all there.
+    pub(crate) fn words(&self) -> Option<String> {
+        coming(&serde_json::to_value(self).ok()?)
+    }
 }
 
 /// Whether memory is still coming.
@@ -56,12 +85,23 @@ pub(crate) fn coming(lazy: &Value) -> Option<String> {
                 None | Some(0) => String::new(),
                 Some(lost) => format!(", {lost} pages are lost"),
             };
-            let percent = (pages.saturating_sub(missing)) * 100 / pages.max(1);
-            let waits = match number("waits-for-source-s") {
-                None => String::new(),
-                Some(since) => format!(
+            let lost_pages = number("lost").unwrap_or_default();
+            let there = pages.saturating_sub(missing).saturating_sub(lost_pages);
+            // In numbers that hold it, whatever they are.
+            let percent = u128::from(there) * 100 / u128::from(pages.max(1));
+            let server = &lazy["waits-for-server"];
+            let of = |name: &str| server[name].as_u64().unwrap_or_default();
+            let waits = match (number("waits-for-source-s"), server["address"].as_str()) {
+                (None, None) => String::new(),
+                (Some(since), _) => format!(
                     ", and the rest waits for the migration's source, whose connection broke {since} s ago and which makes \
                      a new one by itself"
+                ),
+                (None, Some(address)) => format!(
+                    ", and the rest waits for the page server at {}, away for {} s, given up after {} s",
+                    printable(address),
+                    of("away-s"),
+                    of("given-up-after-s")
                 ),
             };
             Some(format!(", {percent} % of its memory is there{lost}{waits}"))
@@ -222,6 +262,7 @@ mod tests {
             missing: Some(0),
             lost: Some(0),
             waits_for_source_s: None,
+            waits_for_server: None,
         };
         let stats = LazyStats::of(progress, &stats, Some(Duration::from_micros(1500)));
         let text = stats.to_string();
@@ -245,16 +286,33 @@ mod tests {
             ..stats.progress.clone()
         };
         let half = coming(&serde_json::to_value(half).unwrap()).unwrap();
-        assert_eq!(half, ", 50 % of its memory is there, 1 pages are lost");
+        assert_eq!(half, ", 41 % of its memory is there, 1 pages are lost");
         let cut_off = LazyProgress {
             state: LazyState::Bringing,
             missing: Some(6),
             lost: Some(0),
             pages: 12,
             waits_for_source_s: Some(7),
+            waits_for_server: None,
         };
         let cut_off = coming(&serde_json::to_value(cut_off).unwrap()).unwrap();
         assert!(cut_off.contains("broke 7 s ago"), "{cut_off}");
+        let away = LazyProgress {
+            state: LazyState::Bringing,
+            missing: Some(6),
+            waits_for_server: Some(ServerAway {
+                address: "unix:/s".into(),
+                away_s: 3,
+                given_up_after_s: 10,
+            }),
+            ..stats.progress.clone()
+        };
+        assert!(away.is_cut_off());
+        assert_eq!(
+            away.words().unwrap(),
+            ", 50 % of its memory is there, and the rest waits for the page server at unix:/s, away for 3 s, given up after \
+             10 s"
+        );
         assert_eq!(coming(&Value::Null), None);
         let json = serde_json::to_value(&stats).unwrap();
         assert_eq!(json["by-fault"], 4);

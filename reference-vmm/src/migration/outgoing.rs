@@ -150,6 +150,11 @@ pub enum OutgoingError {
     /// Memory that was to come later does not.
     #[error(transparent)]
     Lazy(#[from] LazyError),
+    /// It has not begun yet.
+    #[error(
+        "a migration was asked for, and all of the guest's memory is waited for first{0}; to give it up: ctl migrate-cancel"
+    )]
+    Settling(String),
     /// The guest did not go.
     #[error(transparent)]
     Migrate(#[from] MigrateError),
@@ -161,6 +166,13 @@ pub struct Outgoing {
     job: Mutex<Option<Arc<Job>>>,
     /// Called when a guest has gone, on the thread that migrates: much is left to do there.
     started: Option<fn()>,
+    settling: Mutex<Option<Settling>>,
+}
+
+/// One waits for all of the guest's memory, and has not begun.
+#[derive(Clone, Copy)]
+struct Settling {
+    cancelled: bool,
 }
 
 struct Job {
@@ -203,6 +215,20 @@ impl Outgoing {
         end: &EndSignal,
         request: &MigrateRequest,
     ) -> Result<MigrationRecord, OutgoingError> {
+        self.migrate_while(running, end, request, &|| true)
+    }
+
+    /// The same. Where the guest's memory has to come first, that is waited for as long as it is `wanted`.
+    ///
+    /// # Errors
+    /// [`OutgoingError`].
+    pub(crate) fn migrate_while(
+        &self,
+        running: &Running,
+        end: &EndSignal,
+        request: &MigrateRequest,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<MigrationRecord, OutgoingError> {
         let wrong = |why: String| OutgoingError::Request(why);
         let address: Address = request
             .destination
@@ -231,7 +257,7 @@ impl Outgoing {
             postcopy: request.postcopy,
             patience: Patience::default(),
         };
-        running.settle_memory()?;
+        self.settle(running, wanted)?;
         let given = Arc::default();
         let guest = LiveGuest::after(running, end, Arc::clone(&given));
         let pages = guest.memory() / PAGE as u64;
@@ -295,6 +321,38 @@ impl Outgoing {
         Ok(recorder.record())
     }
 
+    /// Has all of the guest's memory come.
+    fn settle(&self, running: &Running, wanted: &dyn Fn() -> bool) -> Result<(), OutgoingError> {
+        let settling = || self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        *settling() = Some(Settling { cancelled: false });
+        let cancelled = || settling().is_some_and(|of| of.cancelled);
+        let settled = running.settle_memory_while(&|| wanted() && !cancelled());
+        let was = settling().take();
+        settled?;
+        match was {
+            // At the last moment.
+            Some(Settling { cancelled: true }) => Err(LazyError::Unwanted(String::new()).into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn is_settling(&self) -> bool {
+        let settling = self.settling.lock();
+        settling.unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// What the one that is under way does, or the last one did, of the guest that `running` is.
+    ///
+    /// # Errors
+    /// [`OutgoingError::None`], [`OutgoingError::Settling`].
+    pub(crate) fn record_of(&self, running: &Running) -> Result<MigrationRecord, OutgoingError> {
+        if !self.is_settling() {
+            return self.record();
+        }
+        let words = running.lazy_progress().and_then(|of| of.words());
+        Err(OutgoingError::Settling(words.unwrap_or_default()))
+    }
+
     /// Where the last one has taken the guest, if it has.
     pub fn moved_to(&self) -> Option<String> {
         self.lock().as_ref()?.moved_to()
@@ -351,6 +409,11 @@ impl Outgoing {
             return format!("the guest has moved to {to:?}, and this monitor ends");
         }
         let Some(job) = job.filter(|job| !job.recorder.is_over()) else {
+            if self.is_settling() {
+                let text = "a migration has been asked for, and all of the guest's memory is waited for first: ask again when it \
+                            is done, or give it up (ctl migrate-cancel)";
+                return text.into();
+            }
             // It waits for what is at work, or has just come to its turn.
             let text = "a migration has been asked for, and begins: ask again when it is done";
             return text.into();
@@ -381,6 +444,12 @@ impl Outgoing {
     /// # Errors
     /// [`OutgoingError::None`], [`OutgoingError::Order`].
     pub fn order(&self, order: Order) -> Result<(), OutgoingError> {
+        let mut settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Order::Cancel, Some(of)) = (order, &mut *settling) {
+            of.cancelled = true;
+            return Ok(());
+        }
+        drop(settling);
         let job = self.lock();
         let job = job.as_ref().ok_or(OutgoingError::None)?;
         match order {

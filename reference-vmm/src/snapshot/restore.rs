@@ -245,7 +245,9 @@ pub enum RestoreError {
         what: String,
     },
     /// The file `memory` is not what it was while a guest is still being restored from it.
-    #[error("{path} was written to while a guest was restored from it")]
+    #[error(
+        "{path} was written to, or cut off, while it was read from: what was in it is not known any more"
+    )]
     Changed {
         /// The file.
         path: PathBuf,

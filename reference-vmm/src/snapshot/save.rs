@@ -316,12 +316,25 @@ impl Running {
         request: &SnapshotRequest,
         files: &impl SnapshotFiles,
     ) -> Result<SnapshotReport, SnapshotError> {
+        self.snapshot_while(request, files, &|| true)
+    }
+
+    /// The same. Where memory has to come first, that is waited for as long as it is `wanted`.
+    ///
+    /// # Errors
+    /// [`SnapshotError`]; nothing is left behind.
+    pub(crate) fn snapshot_while(
+        &self,
+        request: &SnapshotRequest,
+        files: &impl SnapshotFiles,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<SnapshotReport, SnapshotError> {
         let begun = Instant::now();
         self.check_for_snapshot()?;
         if request.background && self.lazy().is_some_and(LazyMemory::is_external) {
             return Err(LazyError::External("a background snapshot").into());
         }
-        let ended_recording = self.settle_memory()?;
+        let ended_recording = self.settle_memory_while(wanted)?;
         // One at a time: what the next one builds on is the last.
         let tip = match request.background {
             false => self.chain().lock(),

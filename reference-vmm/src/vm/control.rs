@@ -78,8 +78,8 @@ pub enum ControlError {
     Debugger,
     /// A vCPU is at an access that has no end, or writes to a page that a snapshot in the background has no room to keep.
     #[error(
-        "a vCPU has waited for a device, for the console's reader, or for the disk of a snapshot in the background, for {0:?}; \
-         the guest runs on"
+        "a vCPU has waited for a device, for the console's reader, for memory that has not come, or for the disk of a snapshot \
+         in the background, for {0:?}; the guest runs on"
     )]
     Vcpu(Duration),
     /// A device has I/O of its host's under way that does not end.

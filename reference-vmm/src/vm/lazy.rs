@@ -85,7 +85,16 @@ impl Running {
     /// # Errors
     /// [`LazyError`]: some of it does not come, or the guest has ended.
     pub fn settle_memory(&self) -> Result<bool, LazyError> {
-        self.lazy()
-            .map_or(Ok(false), |lazy| lazy.settle(|| !self.is_stopping()))
+        self.settle_memory_while(&|| true)
+    }
+
+    /// The same, for as long as it is `wanted`.
+    ///
+    /// # Errors
+    /// [`LazyError`], as above; [`LazyError::Unwanted`].
+    pub(crate) fn settle_memory_while(&self, wanted: &dyn Fn() -> bool) -> Result<bool, LazyError> {
+        self.lazy().map_or(Ok(false), |lazy| {
+            lazy.settle(|| !self.is_stopping(), wanted)
+        })
     }
 }
