@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What of snapshots needs a userfaultfd, whether this user and this kernel have one that will do, and what to do where not.
+//! What of snapshots and migrations needs a userfaultfd that hears of KVM's faults, whether this user and this kernel have one that will do, and what to do where not.
 
 use memslots::uffd::{Features, OpenError};
 
@@ -16,7 +16,7 @@ pub struct UffdUse {
 }
 
 /// All of them.
-pub const UFFD_USES: [UffdUse; 3] = [
+pub const UFFD_USES: [UffdUse; 5] = [
     UffdUse {
         command: "restore --lazy",
         needs: Features::POISON,
@@ -32,6 +32,18 @@ pub const UFFD_USES: [UffdUse; 3] = [
         command: "ctl snapshot --background, with --memory …,shared or …,hugepages=SIZE",
         needs: Features::WP_HUGETLBFS_SHMEM,
         since: "Linux 5.19",
+    },
+    // Who serves needs none.
+    UffdUse {
+        command: "restore --page-server and --page-handler (snapshot serve itself needs none, and no KVM)",
+        needs: Features::POISON,
+        since: "Linux 6.6",
+    },
+    // Who sends needs none.
+    UffdUse {
+        command: "run --incoming, of a guest that comes by post-copy (ctl migrate --postcopy, which itself needs none)",
+        needs: Features::POISON,
+        since: "Linux 6.6",
     },
 ];
 
@@ -78,7 +90,7 @@ mod tests {
 
     #[test]
     fn what_lacks_a_feature_names_it_and_who_has_it() {
-        let [lazy, background, shared] = UFFD_USES;
+        let [lazy, background, shared, server, postcopy] = UFFD_USES;
         // Linux 6.1's, and all.
         let (old, all) = (Ok(0x1fff), Ok(0x1fff | Features::POISON.bits()));
         for of in &UFFD_USES {
@@ -88,6 +100,11 @@ mod tests {
         assert_eq!(shared.problem(&old), None);
         let why = lazy.problem(&old).unwrap();
         assert!(why.contains("POISON") && why.contains("Linux 6.6"), "{why}");
+        // A guest whose source is away may have to be told so as well.
+        for (of, word) in [(server, "--page-server"), (postcopy, "post-copy")] {
+            assert!(of.command.contains(word), "{of:?}");
+            assert_eq!(of.problem(&old), Some(why.clone()));
+        }
         // Linux 5.15's: of anonymous memory alone.
         let older = Ok(0x7ff);
         assert_eq!(background.problem(&older), None);

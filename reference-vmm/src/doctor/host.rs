@@ -2,6 +2,7 @@
 
 //! Which of the three kinds of host this is, and what its user can do about it.
 
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use kvm_core::{Kvm, OpenError};
@@ -54,6 +55,8 @@ pub struct Host {
     pub kvm_path: PathBuf,
     /// Which kind it is.
     pub kind: Kind,
+    /// It is there, and this user may not open it.
+    pub is_denied: bool,
     /// The virtualization that the processor shows: `vmx`, `svm`, or nothing.
     pub cpu_flag: Option<&'static str>,
     /// KVM's modules, as far as they can be seen (those built in may not show).
@@ -91,9 +94,11 @@ pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
             problem
         }
     };
+    let is_denied = matches!(&opened, Err(error) if is_denied(error));
     let host = Host {
         kvm_path: kvm_path.to_owned(),
         kind,
+        is_denied,
         cpu_flag,
         modules,
         kernel: files
@@ -107,6 +112,54 @@ pub(super) fn examine(kvm_path: &Path) -> (Host, Option<Kvm>) {
         problem,
     };
     (host, opened.ok())
+}
+
+/// Whether what is there is a device, and this user may not open it.
+fn is_denied(error: &OpenError) -> bool {
+    match error {
+        OpenError::Open { path, errno } => {
+            let is_there = path
+                .metadata()
+                .is_ok_and(|is| is.file_type().is_char_device());
+            is_there && matches!(errno.errno(), libc::EACCES | libc::EPERM)
+        }
+        _ => false,
+    }
+}
+
+/// Who may open a device that this user may not, and what helps: by its group, where that may; by an entry of its own
+/// anyway.
+fn permission(path: &Path, errno: i32) -> String {
+    let shown = path.display();
+    let is = path.metadata().ok();
+    let group = is
+        .filter(|is| is.mode() & 0o060 == 0o060)
+        .map(|is| is.gid());
+    let name = group.and_then(|gid| group_name(&std::fs::read_to_string("/etc/group").ok()?, gid));
+    match (errno, name) {
+        // Of a container's rules for devices, or a sandbox.
+        (libc::EPERM, _) => format!(
+            "it is not its mode that forbids it: in a container, pass it in (docker run --device {shown})"
+        ),
+        (_, Some(name)) => format!(
+            "the group {name} may open it, and this user is not in that: sudo usermod -aG {name} $USER, and log in again; or, \
+             until the next boot, sudo setfacl -m u:$USER:rw {shown}"
+        ),
+        (_, None) => format!(
+            "if it is this user who may not open it: sudo usermod -aG kvm $USER, and log in again (ls -l {shown} says whose it \
+             is); or, until the next boot, sudo setfacl -m u:$USER:rw {shown}"
+        ),
+    }
+}
+
+/// The name of a group in the text of `/etc/group`.
+fn group_name(groups: &str, gid: u32) -> Option<String> {
+    groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        let number: u32 = fields.nth(1)?.parse().ok()?;
+        (number == gid).then(|| name.to_owned())
+    })
 }
 
 /// The first of the virtualization flags in the text of `/proc/cpuinfo`.
@@ -158,11 +211,7 @@ fn advice(
         return vec![format!("there is a {}: use that", usual.display())];
     }
     match errno {
-        libc::EACCES | libc::EPERM => advice.push(format!(
-            "if it is this user who may not open it: sudo usermod -aG kvm $USER, and log in again \
-             (ls -l {} says whose it is)",
-            path.display()
-        )),
+        libc::EACCES | libc::EPERM => advice.push(permission(path, errno)),
         libc::ENOENT => advice.push(match (back_end, cpu_flag) {
             (Some(module), _) => format!(
                 "{module} is loaded: in a container, pass {} in; else sudo modprobe -r {module} \
@@ -202,6 +251,23 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_is_there_and_is_refused_is_told_from_none() {
+        let denied = |path: &str, errno| {
+            is_denied(&OpenError::Open {
+                path: path.into(),
+                errno: kvm_core::Errno::new(errno),
+            })
+        };
+        assert!(denied("/dev/null", libc::EACCES));
+        assert!(!denied("/dev/null", libc::EBUSY));
+        assert!(!denied("/no/such/device", libc::EACCES));
+        assert!(!denied("/etc/group", libc::EACCES), "it is no device");
+        let groups = "root:x:0:\nbad\nkvm:x:108:me\n";
+        assert_eq!(group_name(groups, 108).as_deref(), Some("kvm"));
+        assert_eq!(group_name(groups, 7), None);
+    }
+
+    #[test]
     fn advice_fits_what_was_found_and_ends_with_the_lab_where_there_is_no_other_device() {
         let missing = Path::new("/no/such/device");
         let error = |path: &str, errno| OpenError::Open {
@@ -220,6 +286,7 @@ mod tests {
         assert!(first(absent, Some("svm"), &["kvm", "kvm_amd"]).contains("container"));
         assert!(first(absent, None, &[]).contains("firmware"));
         assert!(first(libc::EACCES, None, &[]).contains("usermod"));
+        assert!(first(libc::EPERM, None, &[]).contains("--device /no/such/device"));
         // What has nothing to do with users and modules.
         for errno in [libc::EMFILE, libc::EBUSY, libc::EIO] {
             assert!(first(errno, Some("vmx"), &[]).contains("cargo xtask lab"));

@@ -52,6 +52,7 @@ impl Report {
             "host": {
                 "kind": host.kind.name(),
                 "kvm": host.kvm_path.to_string_lossy(),
+                "kvm_is_denied": host.is_denied,
                 "cpu_flag": host.cpu_flag,
                 "modules": host.modules,
                 "kernel": host.kernel,
@@ -139,7 +140,11 @@ impl Report {
             None if unread.starts_with("/proc/cpuinfo") => "not read".into(),
             None => "neither vmx nor svm in /proc/cpuinfo".into(),
         };
-        writeln!(f, "  KVM          {} ({seen})", host.kind.name())?;
+        let is = match host.is_denied {
+            true => "there, and this user may not open it".into(),
+            false => host.kind.name().to_owned(),
+        };
+        writeln!(f, "  KVM          {is} ({seen})")?;
         writeln!(f, "               {}", host.kind.meaning())?;
         let modules = match host.modules.is_empty() {
             true => none("no module to be seen").into(),
@@ -147,7 +152,10 @@ impl Report {
         };
         writeln!(f, "  kernel       {}; {modules}", host.kernel)?;
         match &host.userfaultfd {
-            Ok(features) => writeln!(f, "  userfaultfd  yes, features {features:#x}")?,
+            Ok(features) => writeln!(
+                f,
+                "  userfaultfd  yes, one that hears of KVM's page faults, features {features:#x}"
+            )?,
             Err(why) => writeln!(f, "  userfaultfd  no: {why}")?,
         }
         for of in &UFFD_USES {
@@ -167,7 +175,11 @@ impl Report {
             writeln!(
                 f,
                 "{}{line}",
-                if index == 0 { "\nNo KVM: " } else { "  - " }
+                match (index, host.is_denied) {
+                    (0, true) => "\nKVM is there, and not to be had: ",
+                    (0, false) => "\nNo KVM: ",
+                    _ => "  - ",
+                }
             )?;
         }
         Ok(())
@@ -257,6 +269,7 @@ mod tests {
             host: Host {
                 kvm_path: "/dev/\"kvm\"\n".into(),
                 kind: Kind::Software,
+                is_denied: false,
                 cpu_flag: None,
                 modules: vec!["kvm".into()],
                 kernel: "6.1".into(),
@@ -327,6 +340,8 @@ mod tests {
             "  THP          enabled madvise, shmem_enabled none\n",
             "  NUMA nodes   3 (4.0 of 16.0 GiB free)\n",
             "               restore --lazy: no, for want of it\n",
+            "               restore --page-server and --page-handler (snapshot serve itself needs none, and no KVM): no, for want \
+             of it\n",
         ] {
             assert!(text.contains(line), "{line:?} is not in {text}");
         }
@@ -335,6 +350,23 @@ mod tests {
             "{text}"
         );
         assert!(text.ends_with("this host is well\n"));
+    }
+
+    #[test]
+    fn a_kvm_that_this_user_may_not_open_is_not_said_to_be_none() {
+        let mut report = report(Verdict::Ok { micros: 1.0 });
+        (report.host.kind, report.host.is_denied) = (Kind::None, true);
+        report.host.problem = vec!["cannot open /dev/kvm: EACCES".into(), "join it".into()];
+        let text = report.to_string();
+        for line in [
+            "  KVM          there, and this user may not open it (",
+            "\nKVM is there, and not to be had: cannot open /dev/kvm: EACCES\n  - join it\n",
+        ] {
+            assert!(text.contains(line), "{line:?} is not in {text}");
+        }
+        let json: Value = serde_json::from_str(&report.to_json()).unwrap();
+        assert_eq!(json["host"]["kvm_is_denied"], true);
+        assert_eq!(json["host"]["kind"], "none");
     }
 
     #[test]
