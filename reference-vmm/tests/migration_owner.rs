@@ -471,7 +471,7 @@ fn a_guest_that_is_slowed_in_vain_is_given_up_on_with_what_is_left_to_do_and_is_
     check(&world, &here, &there, "in vain");
     assert_eq!(steps, STEPS);
     let why = here.unwrap_err().to_string();
-    for needle in ["slowed by 99 %", "pages are left", "--postcopy auto"] {
+    for needle in ["slowed by 99 %", "pages are left", "(--postcopy)"] {
         assert!(why.contains(needle), "{why}");
     }
 }

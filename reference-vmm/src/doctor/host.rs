@@ -127,27 +127,29 @@ fn is_denied(error: &OpenError) -> bool {
     }
 }
 
-/// Who may open a device that this user may not, and what helps: by its group, where that may; by an entry of its own
-/// anyway.
+/// Who may open a device that this user may not, and what helps.
 fn permission(path: &Path, errno: i32) -> String {
     let shown = path.display();
     let is = path.metadata().ok();
-    let group = is
-        .filter(|is| is.mode() & 0o060 == 0o060)
-        .map(|is| is.gid());
-    let name = group.and_then(|gid| group_name(&std::fs::read_to_string("/etc/group").ok()?, gid));
-    match (errno, name) {
+    let mode = is.as_ref().map(|is| is.mode() & 0o777);
+    let groups = || std::fs::read_to_string("/etc/group").ok();
+    let name = is.and_then(|is| group_name(&groups()?, is.gid()));
+    let acl = format!("until the next boot, sudo setfacl -m u:$USER:rw {shown}");
+    match (errno, mode, name) {
         // Of a container's rules for devices, or a sandbox.
-        (libc::EPERM, _) => format!(
+        (libc::EPERM, _, _) => format!(
             "it is not its mode that forbids it: in a container, pass it in (docker run --device {shown})"
         ),
-        (_, Some(name)) => format!(
-            "the group {name} may open it, and this user is not in that: sudo usermod -aG {name} $USER, and log in again; or, \
-             until the next boot, sudo setfacl -m u:$USER:rw {shown}"
+        (_, Some(mode), Some(name)) if mode & 0o060 == 0o060 => format!(
+            "the group {name} may open it, and this user is not in that: sudo usermod -aG {name} $USER, and log in again; or, {acl}"
         ),
-        (_, None) => format!(
+        (_, Some(mode), _) if mode & 0o060 != 0o060 => format!(
+            "its mode is {mode:04o}, so that no group may open it: {acl}; for good, have udev give it to one (KERNEL==\"kvm\", \
+             GROUP=\"kvm\", MODE=\"0660\"), and sudo usermod -aG kvm $USER"
+        ),
+        _ => format!(
             "if it is this user who may not open it: sudo usermod -aG kvm $USER, and log in again (ls -l {shown} says whose it \
-             is); or, until the next boot, sudo setfacl -m u:$USER:rw {shown}"
+             is); or, {acl}"
         ),
     }
 }
@@ -239,6 +241,7 @@ fn advice(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_flag_is_a_word_of_the_flags_line() {
@@ -287,6 +290,17 @@ mod tests {
         assert!(first(absent, None, &[]).contains("firmware"));
         assert!(first(libc::EACCES, None, &[]).contains("usermod"));
         assert!(first(libc::EPERM, None, &[]).contains("--device /no/such/device"));
+        // Of one that is there its mode says what helps; nobody need be in a group that it is closed to.
+        let closed = tempfile::NamedTempFile::new().unwrap();
+        let said = permission(closed.path(), libc::EACCES);
+        assert!(
+            said.contains("its mode is 0600") && said.contains("setfacl"),
+            "{said}"
+        );
+        let open = std::fs::Permissions::from_mode(0o660);
+        std::fs::set_permissions(closed.path(), open).unwrap();
+        let said = permission(closed.path(), libc::EACCES);
+        assert!(said.contains("usermod -aG "), "{said}");
         // What has nothing to do with users and modules.
         for errno in [libc::EMFILE, libc::EBUSY, libc::EIO] {
             assert!(first(errno, Some("vmx"), &[]).contains("cargo xtask lab"));
