@@ -190,3 +190,53 @@ fn a_fault_on_a_page_under_way_among_what_nobody_waits_for_is_served_before_that
         drop(pager);
     }
 }
+
+#[test]
+fn of_several_connections_for_what_nobody_waits_for_each_has_its_part_and_one_that_stands_still_keeps_no_more()
+ {
+    let gates = [(); 3].map(|()| Arc::new((Mutex::new((0, false)), Condvar::new())));
+    let servers = [0, 1, 2].map(|number| {
+        Arc::new(serving(Held {
+            pages: Named { pages: 400 },
+            gate: Arc::clone(&gates[number]),
+        }))
+    });
+    let connect = |number: usize| {
+        let (connect, _) = connecting(Arc::clone(&servers[number]), |_, _, _| Ok(()));
+        PeerSource::connect(connect, patient()).unwrap()
+    };
+    let lanes = PeerLanes::new(connect(0), connect(0));
+    let lanes = lanes.and(connect(1)).and(connect(2));
+    let held = |number: usize| gates[number].0.lock().unwrap().0;
+    let open = |number: usize, open: bool| {
+        gates[number].0.lock().unwrap().1 = open;
+        gates[number].1.notify_all();
+    };
+    let fetch = |page: u64| {
+        let mut into = [0; PAGE_SIZE as usize];
+        let fetched = lanes.fetch_for(Lane::Prefetch, Gfn(page), &mut into);
+        fetched.map(drop).unwrap();
+    };
+    thread::scope(|scope| {
+        for page in 0..3 {
+            scope.spawn(move || fetch(page));
+        }
+        until("each has one", || {
+            ([0, 1, 2].map(held) == [1; 3]).then_some(())
+        });
+        // What somebody waits for comes meanwhile.
+        let mut into = [0; PAGE_SIZE as usize];
+        lanes.fetch(Gfn(9), &mut into).map(drop).unwrap();
+        open(0, true);
+        open(2, true);
+        for page in 10..30 {
+            fetch(page);
+        }
+        assert_eq!(held(1), 1);
+        assert_eq!(held(0) + held(2), 22);
+        open(1, true);
+    });
+    let stats = lanes.stats(Lane::Prefetch);
+    assert_eq!((stats.connections, stats.asks), (3, 23));
+    assert_eq!(lanes.stats(Lane::Fault).asks, 1);
+}

@@ -154,8 +154,8 @@ Commands:
            `ctl migrate` sends
   restore  Have the guest of a snapshot go on where it was
   ctl      Ask something of a monitor that runs: status, pause, resume, snapshot, load, migrate,
-           migrate-cancel, migrate-postcopy, migrate-status, migrate-settle, power-button, config,
-           stats, version
+           migrate-cancel, migrate-postcopy, migrate-status, migrate-recover, migrate-settle,
+           power-button, config, stats, version
   snapshot Say what a snapshot is (info), check it (verify), make one of a chain of them (merge), or send its
            memory to guests that go on elsewhere (serve)
   cpu      Say which processors this host can be for a guest, and what a model changes

@@ -19,6 +19,7 @@ use crate::cli::{self, UsageError};
 use crate::config::check_path;
 use crate::lazy::{self, LazySaid};
 use crate::migration::outgoing::Order;
+use crate::migration::recover::Recover;
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::packed::Compression;
 use crate::snapshot::{SnapshotKind, SnapshotRequest};
@@ -55,6 +56,8 @@ pub enum Question {
     MigrateStatus,
     /// To give it up, or where the guest is.
     MigrateOrder(Order),
+    /// To go another way, when the guest has gone and its memory follows it.
+    MigrateRecover(Recover),
     /// To press the power button.
     PowerButton,
     /// What the machine is.
@@ -164,7 +167,12 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
     let command = command.ok_or_else(|| wrong("no command"))?;
     let is = |name: &str| command == name;
     let of_load = |flag: &str| is("load") && flag.starts_with("tls-");
-    match flags.any().filter(|flag| !is("migrate") && !of_load(flag)) {
+    let of_recover = is("migrate-recover");
+    match flags
+        .any()
+        .filter(|flag| !is("migrate") && !of_recover && !of_load(flag))
+    {
+        Some("listen") => return Err(wrong("--listen is for migrate-recover")),
         Some(flag) => return Err(UsageError::Command(format!("ctl: --{flag} is for migrate"))),
         None if resume && !is("load") => {
             let text = "--resume is of `load` alone; a guest that is paused goes on by `resume`";
@@ -184,6 +192,7 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
     }
     let question = match command.as_str() {
         "migrate" => Question::Migrate(Box::new(flags.migrate(compress)?)),
+        "migrate-recover" => Question::MigrateRecover(flags.recover()?),
         "migrate-settle" => {
             let word = operands.pop_front();
             Question::MigrateOrder(match word.as_ref().and_then(|word| word.to_str()) {
@@ -382,6 +391,7 @@ fn ask(options: &Ctl) -> Result<Said, ClientError> {
         Question::Load(load) => ("PUT", "/snapshot/load", Some(load.body())),
         Question::Migrate(_) | Question::MigrateStatus => ("GET", "/migrate", None),
         Question::MigrateOrder(order) => ("PATCH", "/migrate", Some(json!({ "order": order }))),
+        Question::MigrateRecover(recover) => ("PATCH", "/migrate", Some(recover.body())),
         Question::Config => ("GET", "/vm/config", None),
         Question::Stats => ("GET", "/stats", None),
         Question::Version => ("GET", "/version", None),
@@ -437,7 +447,7 @@ fn explained(question: &Question, error: ClientError) -> ClientError {
             ClientError::Gone { path, source }
         }
         (
-            Question::MigrateStatus | Question::MigrateOrder(_),
+            Question::MigrateStatus | Question::MigrateOrder(_) | Question::MigrateRecover(_),
             ClientError::Connect { path, source },
         ) if source.kind() == io::ErrorKind::NotFound => {
             let what = "a guest that has moved takes its monitor's socket along: ask the monitor at the destination";
@@ -478,6 +488,14 @@ fn told(options: &Ctl, body: Value) -> Option<String> {
             ("cancelled".into(), json!({ "order": Order::Cancel }))
         }
         Question::MigrateOrder(order) => ("settled".into(), json!({ "order": order })),
+        Question::MigrateRecover(Recover::To { address, .. }) => {
+            let words = format!("connections go to {}", address.escape_debug());
+            (words, json!({ "to": address }))
+        }
+        Question::MigrateRecover(Recover::Listen { .. }) => (
+            format!("listens at {} too", text(&body["listen"]).escape_debug()),
+            body,
+        ),
         Question::PowerButton => ("pressed".into(), json!({ "pressed": true })),
         Question::Status => {
             let state = text(&body["state"]).to_lowercase();
@@ -615,6 +633,22 @@ mod tests {
             panic!("{asked}")
         };
         assert_eq!(snapshot_body(&request)["background"], true);
+        for (words, body) in [
+            (
+                "migrate-recover --to tcp:h:1 --tls-name n",
+                json!({ "order": "Recover", "to": "tcp:h:1", "tls_name": "n" }),
+            ),
+            (
+                "migrate-recover --listen unix:/s",
+                json!({ "order": "Recover", "listen": "unix:/s" }),
+            ),
+        ] {
+            let asked = parsed(&format!("--api-sock /s {words}")).unwrap();
+            let Question::MigrateRecover(recover) = asked.question else {
+                panic!("{words}")
+            };
+            assert_eq!(recover.body(), body);
+        }
         for (words, resume) in [
             ("load /a", false),
             ("load /a --resume", true),
@@ -639,6 +673,35 @@ mod tests {
             ("--api-sock /s migrate-settle nowhere", "not \"nowhere\""),
             ("--api-sock /s migrate-settle here there", "\"there\""),
             ("--api-sock /s pause --to unix:/s", "--to is for migrate"),
+            (
+                "--api-sock /s pause --listen unix:/s",
+                "--listen is for migrate-recover",
+            ),
+            (
+                "--api-sock /s migrate --to unix:/s --listen unix:/t",
+                "--listen is of migrate-recover",
+            ),
+            ("--api-sock /s migrate-recover", "one of the two is wanted"),
+            (
+                "--api-sock /s migrate-recover --to unix:/s --listen unix:/t",
+                "one of the two",
+            ),
+            (
+                "--api-sock /s migrate-recover --listen unix:/t --tls-name a",
+                "one of the two",
+            ),
+            (
+                "--api-sock /s migrate-recover --to s",
+                "\"s\" is no address",
+            ),
+            (
+                "--api-sock /s migrate-recover --to unix:/s --downtime 3",
+                "are all that it has",
+            ),
+            (
+                "--api-sock /s migrate-recover --to unix:/s --tls-ca a",
+                "begun with",
+            ),
             (
                 "--api-sock /s migrate --track --to unix:/s",
                 "options of snapshot",

@@ -8,17 +8,15 @@ mod support;
 
 use std::fs;
 use std::net::TcpListener;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use guests::verifier::{FIRST, verifier64};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use reference_vmm::api::Client;
 use reference_vmm::end::GuestEnd;
 use reference_vmm::lazy::{LazyRequest, LazyState, OnLoss, PageServerAt};
-use reference_vmm::migration::tls::TlsFiles;
 use reference_vmm::snapshot::link::Link;
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::{RestoreRequest, SnapshotKind, SnapshotRequest};
@@ -41,7 +39,9 @@ impl Place {
 
     /// A snapshot of that name.
     fn taken(&self, name: &str, compression: Compression) -> PathBuf {
-        let (_kernel, config) = machine(verifier64(), 4, "16M");
+        // In the lab one vCPU's pass takes seconds by itself.
+        let cpus = if support::in_lab() { 1 } else { 4 };
+        let (_kernel, config) = machine(verifier64(), cpus, "16M");
         let dir = self.path(name);
         let mut guest = Guest::boot(&config);
         guest.hear(2);
@@ -127,9 +127,8 @@ fn ended(mut guest: Guest) -> String {
 
 #[test]
 fn guests_side_by_side_find_all_of_the_memory_that_a_server_has() {
-    if support::lab_short() {
-        return;
-    }
+    // There a pass over all of memory, page by page, takes seconds.
+    let side_by_side = if support::in_lab() { 1 } else { 3 };
     let place = Place::new();
     let plain = place.taken("plain", Compression::None);
     place.taken("packed", Compression::Zstd);
@@ -140,9 +139,10 @@ fn guests_side_by_side_find_all_of_the_memory_that_a_server_has() {
         let (server, address) = serve(dir, listen, &[]);
         for how in [at(&address), touched_only(&address)] {
             let by_itself = how.record.is_some();
-            let mut guests = [(); 3].map(|()| Guest::restore(&from(&here, how.clone())));
+            let restore = || Guest::restore(&from(&here, how.clone()));
+            let mut guests: Vec<_> = (0..side_by_side).map(|_| restore()).collect();
             for guest in &mut guests {
-                guest.hear(2);
+                guest.hear(if support::in_lab() { 1 } else { 2 });
             }
             for guest in guests {
                 if !by_itself {
@@ -159,7 +159,7 @@ fn guests_side_by_side_find_all_of_the_memory_that_a_server_has() {
         guest.hear(2);
         guest.has_all();
         let said = served(server);
-        assert_eq!(said["connections"], 14, "{said}");
+        assert_eq!(said["connections"], 2 * (2 * side_by_side + 1), "{said}");
         assert!(said["pages"].as_u64().unwrap() > 1000, "{said}");
         assert!(!here.join("memory").exists());
     }
@@ -522,37 +522,12 @@ fn a_monitor_that_is_stopped_waits_for_no_server() {
     server.wait();
 }
 
-/// A host's certificate, its key, and the authority's.
-fn tls(place: &Place) -> TlsFiles {
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-    let key = KeyPair::generate().unwrap();
-    let params = CertificateParams::new(vec!["127.0.0.1".into()]).unwrap();
-    let certificate = params.signed_by(&key, &issuer).unwrap();
-    let write = |name: &str, text: String| {
-        let path = place.path(name);
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-        path
-    };
-    TlsFiles {
-        cert: write("cert", certificate.pem()),
-        key: write("key", key.serialize_pem()),
-        ca: write("ca", issuer.pem()),
-        name: None,
-    }
-}
-
 #[test]
 fn both_sides_have_a_certificate_where_one_has() {
-    if support::lab_short() {
-        return;
-    }
     let place = Place::new();
     let dir = place.taken("s", Compression::None);
     let here = place.elsewhere(&dir);
-    let tls = tls(&place);
+    let tls = support::tls::files(place.0.path(), &["127.0.0.1"]);
     let flags = [
         ("--tls-cert", &tls.cert),
         ("--tls-key", &tls.key),
@@ -563,7 +538,7 @@ fn both_sides_have_a_certificate_where_one_has() {
     let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &flags);
     let command = Vmm::command(["restore", "--page-server", &address, "--from"]).arg(&here);
     let mut monitor = command.args(&flags).stdin_pipe().start();
-    monitor.wait_for("5");
+    monitor.wait_for(if support::in_lab() { "3" } else { "5" });
     monitor.type_in(b"q");
     monitor.wait().expect_status(1).expect_silence();
     let command = Vmm::command(["restore", "--page-deadline", "2", "--page-server", &address]);

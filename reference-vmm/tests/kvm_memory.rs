@@ -10,13 +10,13 @@
 
 mod support;
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use guests::{boot, console};
 use memslots::{HugePageSize, HugePool};
 use reference_vmm::host_memory::{SYSFS, Transparent};
 use serde_json::Value;
+use support::huge::{Reserved, not_tried};
 use support::{Ended, Vmm, need_kvm};
 
 fn stats(ended: &Ended) -> Value {
@@ -228,45 +228,6 @@ fn what_the_host_has_not_is_told_with_numbers_before_anything_is_made() {
         );
     }
     refused("64M,hugepages=64K", &["not of 64 KiB", "hugepages-64kB"]);
-}
-
-/// Huge pages reserved for a test, and given back.
-struct Reserved {
-    file: PathBuf,
-    before: String,
-}
-
-impl Reserved {
-    /// `pages` more pages of this size; what stands in the way otherwise.
-    fn new(kib: u64, pages: u64) -> Result<Self, String> {
-        let folder = PathBuf::from(format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB"));
-        let file = folder.join("nr_hugepages");
-        let read = |name: &str| std::fs::read_to_string(folder.join(name));
-        let before = read("nr_hugepages").map_err(|e| format!("{}: {e}", file.display()))?;
-        let wanted = before.trim().parse::<u64>().unwrap() + pages;
-        std::fs::write(&file, wanted.to_string())
-            .map_err(|e| format!("{}: {e}", file.display()))?;
-        let reserved = Reserved { file, before };
-        let free: u64 = read("free_hugepages").unwrap().trim().parse().unwrap();
-        match free >= pages {
-            true => Ok(reserved),
-            false => Err(format!("{free} of {pages} pages of {kib} KiB")),
-        }
-    }
-}
-
-impl Drop for Reserved {
-    fn drop(&mut self) {
-        let _ = std::fs::write(&self.file, &self.before);
-    }
-}
-
-/// Says it where also a test that passes is heard.
-fn not_tried(why: &str) {
-    let _ = writeln!(
-        std::io::stderr(),
-        "NOT TRIED: no huge pages can be reserved on this host: {why}"
-    );
 }
 
 #[test]

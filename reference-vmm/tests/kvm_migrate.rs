@@ -742,6 +742,8 @@ fn a_destination_that_has_too_few_descriptors_for_anything_leaves_the_guest_wher
     // One at least for the source's first connection: without it nobody is told anything.
     for more in 1.. {
         let (there, path) = Process::incoming(folder.path(), "");
+        // What it needs by itself it has.
+        there.ctl("--timeout 30 status").expect_status(0);
         let pid = there.running.pid();
         let open = std::fs::read_dir(format!("/proc/{pid}/fd"))
             .unwrap()

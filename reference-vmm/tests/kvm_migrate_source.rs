@@ -272,7 +272,7 @@ fn a_machine_that_is_another_than_was_offered_is_refused() {
                 let came = incoming.receive(writer, &end, &|| None, Machine::start);
                 said.send(came.map(drop)).unwrap();
             });
-            let (dial, id) = (Dial { address, tls: None }, MigrationId([1; 16]));
+            let (dial, id) = (Dial::new(address, None), MigrationId([1; 16]));
             let moved = migrate(&changeling, &dial, id, &settings, &Orders::default(), &());
             let came = hears.recv().unwrap();
             assert_eq!(moved.is_err(), refused, "{moved:?} {came:?}");

@@ -7,145 +7,25 @@
 
 mod support;
 
-use std::io::{Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex};
+use std::path::Path;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use guests::image;
 use guests::scribe::scribe64;
 use guests::verifier::verifier64;
 use reference_vmm::config::{Config, Irqchip};
-use reference_vmm::end::{EndSignal, GuestEnd, StopCause};
+use reference_vmm::end::{GuestEnd, StopCause};
 use reference_vmm::lazy::LazyState;
 use reference_vmm::migration::address::Address;
-use reference_vmm::migration::incoming::{Incoming, IncomingError, IncomingRequest};
-use reference_vmm::migration::outgoing::{MigrateRequest, Order, Outgoing, OutgoingError};
-use reference_vmm::migration::record::{MigrationRecord, Outcome, Step};
+use reference_vmm::migration::incoming::{Incoming, IncomingRequest};
+use reference_vmm::migration::outgoing::{MigrateRequest, Order, OutgoingError};
+use reference_vmm::migration::record::Outcome;
 use reference_vmm::migration::source::After;
-use reference_vmm::vm::{Machine, RunState};
+use reference_vmm::vm::RunState;
 use support::keeper::{Guest, digits, keeper, machine};
+use support::moving::{Line, NOWHERE, bind, is_whole, laden, moving, place, request, slow};
 use support::{Vmm, WATCHDOG, need_kvm};
-
-fn place() -> (tempfile::TempDir, PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("incoming");
-    (folder, path)
-}
-
-/// The scribe, with 3 MiB behind it that it never touches and that are not zero: up to where it writes. What nobody waits for
-/// follows it as slowly as the limit has it.
-fn laden() -> Vec<u8> {
-    let mut code = scribe64().to_vec();
-    code.resize(3 << 20, 0xa5);
-    code
-}
-
-/// A guest on its way.
-struct Moving<'a> {
-    outgoing: &'a Outgoing,
-    there: &'a Mutex<Option<Result<Guest, IncomingError>>>,
-    came: &'a Condvar,
-}
-
-impl Moving<'_> {
-    /// Waits until it is so.
-    fn until(&self, what: impl Fn(&MigrationRecord) -> bool) {
-        let begun = Instant::now();
-        while !self.outgoing.record().is_ok_and(|record| what(&record)) {
-            assert!(begun.elapsed() < WATCHDOG, "{:?}", self.outgoing.record());
-            std::thread::yield_now();
-        }
-    }
-
-    /// The guest, when it is there, or why it does not come.
-    fn came(&self) -> Result<Guest, IncomingError> {
-        let there = self.there.lock().unwrap();
-        let none = |there: &mut Option<_>| there.is_none();
-        let waited = self.came.wait_timeout_while(there, WATCHDOG, none);
-        let came = waited.unwrap().0.take();
-        came.expect("nobody has come")
-    }
-
-    /// The guest, when it is there and the source knows that.
-    fn there(&self) -> Guest {
-        let there = self.came().unwrap();
-        self.until(|record| {
-            let stop = record.switch_over.as_ref();
-            let last = stop.and_then(|stop| stop.steps.last());
-            last.is_some_and(|taken| taken.step == Step::Start)
-        });
-        there
-    }
-}
-
-type Moved = Result<MigrationRecord, OutgoingError>;
-
-/// Moves `guest` as asked, and does something meanwhile.
-fn moving<T>(
-    guest: &Guest,
-    incoming: Incoming,
-    request: &MigrateRequest,
-    meanwhile: impl FnOnce(&Moving<'_>) -> T,
-) -> (Moved, T) {
-    let outgoing = Outgoing::default();
-    let (there, came) = (Mutex::new(None), Condvar::new());
-    let end = Arc::new(EndSignal::new().unwrap());
-    let (console, writer) = std::io::pipe().unwrap();
-    let gone = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let (there, came, gone, outgoing) = (&there, &came, &gone, &outgoing);
-        scope.spawn(move || {
-            let stop = || gone.load(SeqCst).then(|| "no source is left".to_owned());
-            let running = incoming.receive(writer, &end, &stop, Machine::start);
-            let guest = running.map(|running| Guest {
-                running,
-                end,
-                console,
-                said: Vec::new(),
-            });
-            *there.lock().unwrap() = Some(guest);
-            came.notify_all();
-        });
-        let here = scope.spawn(move || {
-            let moved = outgoing.migrate(&guest.running, &guest.end, request);
-            gone.store(moved.is_err(), SeqCst);
-            moved
-        });
-        let meanwhile = meanwhile(&Moving {
-            outgoing,
-            there,
-            came,
-        });
-        (here.join().unwrap(), meanwhile)
-    })
-}
-
-fn request(to: &Address, postcopy: &str) -> MigrateRequest {
-    MigrateRequest {
-        postcopy: postcopy.parse().unwrap(),
-        ..MigrateRequest::new(to.to_string())
-    }
-}
-
-fn bind(address: Address) -> Incoming {
-    Incoming::bind(&IncomingRequest::new(address)).unwrap()
-}
-
-fn is_whole(guest: &Guest) {
-    let begun = Instant::now();
-    while guest.running.lazy_progress().unwrap().state != LazyState::Whole {
-        assert!(
-            begun.elapsed() < WATCHDOG,
-            "{:?}",
-            guest.running.lazy_progress()
-        );
-        std::thread::yield_now();
-    }
-}
 
 /// A guest that has written all that it has, and goes on.
 fn guests() -> Vec<(&'static str, tempfile::TempPath, Config)> {
@@ -233,94 +113,6 @@ fn a_guest_that_goes_before_its_memory_has_lost_nothing() {
     }
 }
 
-/// What passes connections on to who waits at another socket. It can be cut, which ends all of them, and be closed.
-struct Line {
-    path: PathBuf,
-    /// Bytes that went to the destination, and back.
-    bytes: [AtomicUsize; 2],
-    /// It is cut once, when so many went in this direction.
-    cut_at: (usize, usize),
-    cut: AtomicBool,
-    closed: AtomicBool,
-    open: Mutex<Vec<UnixStream>>,
-}
-
-impl Line {
-    fn new(folder: &Path, to: PathBuf, cut_at: (usize, usize)) -> Arc<Self> {
-        let path = folder.join("line");
-        let listener = UnixListener::bind(&path).unwrap();
-        let line = Arc::new(Line {
-            path,
-            bytes: Default::default(),
-            cut_at,
-            cut: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
-            open: Mutex::default(),
-        });
-        let this = Arc::clone(&line);
-        // It ends with the process.
-        std::thread::spawn(move || {
-            for from in listener.incoming() {
-                let from = from.unwrap();
-                // Who connects hears its end.
-                let Ok(to) = UnixStream::connect(&to) else {
-                    continue;
-                };
-                let mut open = this.open.lock().unwrap();
-                if this.closed.load(SeqCst) {
-                    continue;
-                }
-                let ends = [&from, &to].map(|end| end.try_clone().unwrap());
-                open.extend(ends);
-                drop(open);
-                let back = (to.try_clone().unwrap(), from.try_clone().unwrap());
-                for (way, (from, to)) in [(from, to), back].into_iter().enumerate() {
-                    let this = Arc::clone(&this);
-                    std::thread::spawn(move || this.pass(way, from, to));
-                }
-            }
-        });
-        line
-    }
-
-    fn address(&self) -> Address {
-        Address::Unix(self.path.clone())
-    }
-
-    fn cut(&self) {
-        for end in self.open.lock().unwrap().drain(..) {
-            let _ = end.shutdown(Shutdown::Both);
-        }
-    }
-
-    /// Until it is open again, nobody comes through.
-    fn close(&self) {
-        self.closed.store(true, SeqCst);
-        self.cut();
-    }
-
-    fn pass(&self, way: usize, mut from: UnixStream, mut to: UnixStream) {
-        let mut chunk = vec![0; 64 << 10];
-        while let Ok(len @ 1..) = from.read(&mut chunk) {
-            let before = self.bytes[way].fetch_add(len, SeqCst);
-            let strikes = way == self.cut_at.0 && before + len > self.cut_at.1;
-            let mut pass = len;
-            if strikes && !self.cut.swap(true, SeqCst) {
-                pass = self.cut_at.1.saturating_sub(before);
-            }
-            if to.write_all(&chunk[..pass]).is_err() || pass < len {
-                if pass < len {
-                    self.cut();
-                }
-                break;
-            }
-        }
-        let _ = to.shutdown(Shutdown::Write);
-    }
-}
-
-const NOWHERE: (usize, usize) = (0, usize::MAX);
-
 #[test]
 fn a_line_that_is_cut_anywhere_is_made_again_and_the_guest_has_lost_nothing() {
     need_kvm();
@@ -378,14 +170,6 @@ fn a_line_that_is_cut_anywhere_is_made_again_and_the_guest_has_lost_nothing() {
     all += &said;
     assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{all}");
     assert_eq!(all, digits(all.len() - 1) + "!");
-}
-
-/// A guest that has gone, by a line that carries the rest of its memory slowly.
-fn slow(to: &Address) -> MigrateRequest {
-    MigrateRequest {
-        bandwidth_limit: Some(1 << 20),
-        ..request(to, "after-rounds=0")
-    }
 }
 
 #[test]
@@ -620,6 +404,60 @@ fn a_monitor_that_is_killed_while_memory_follows_takes_the_guest_along_and_the_o
     destination.wait_for("9012345678901234567890");
     destination.signal(libc::SIGTERM);
     destination.wait();
+}
+
+#[test]
+fn by_ctl_a_guest_that_has_gone_is_found_at_another_address() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (source, destination, migrate) = gone_on(folder.path(), "");
+    let ctl = |api: &str, words: &str| {
+        let ctl = Vmm::command(["ctl", "--api-sock"]).arg(folder.path().join(api));
+        ctl.words(words).output()
+    };
+    let says = |api: &str, words: &str| {
+        let said = ctl(api, words);
+        said.expect_status(0);
+        said.text()
+    };
+    let path = folder.path().join("elsewhere").display().to_string();
+    let said = says(
+        "there.api",
+        &format!("migrate-recover --listen unix:{path}"),
+    );
+    assert_eq!(said, format!("listens at unix:{path} too\n"));
+    let status = says("there.api", "migrate-status --json");
+    assert!(
+        status.contains(&format!("\"also\":\"unix:{path}\"")),
+        "{status}"
+    );
+    // Somebody has removed the first one meanwhile.
+    std::fs::remove_file(folder.path().join("incoming")).unwrap();
+    let said = says("here.api", &format!("migrate-recover --to unix:{path}"));
+    assert_eq!(said, format!("connections go to unix:{path}\n"));
+    ctl("here.api", "migrate-recover --listen unix:/s")
+        .expect_status(1)
+        .expect_line(&["nor has come by migration"]);
+    ctl("there.api", "migrate-recover --to unix:/s")
+        .expect_status(1)
+        .expect_line(&["there has been no migration"]);
+    let begun = Instant::now();
+    let follows = |status: &str| {
+        let record: serde_json::Value = serde_json::from_str(status).unwrap();
+        let followed = &record["postcopy"];
+        let there = followed["recovered-to"] == format!("unix:{path}");
+        there && followed["broken"].is_null() && followed["bulk-pages"].as_u64() > Some(0)
+    };
+    while !follows(&says("here.api", "migrate-status --json")) {
+        assert!(begun.elapsed() < WATCHDOG);
+    }
+    destination.signal(libc::SIGTERM);
+    destination.wait();
+    source.wait();
+    migrate.wait();
 }
 
 #[test]

@@ -9,7 +9,7 @@ use reference_vmm::migration::message::{
     Ending, GREETING, Greeting, HEAD, Head, Kind, MAGIC, MOST_CONNECTIONS, MOST_STATE, MOST_TEXT,
     Message, MessageError, MigrationId, Role, TAIL, VERSION,
 };
-use reference_vmm::migration::postcopy::{Faults, LastWord, ask::LANES};
+use reference_vmm::migration::postcopy::{Faults, LastWord};
 
 /// Reads what [`Message::encode`] made.
 fn read(bytes: &[u8]) -> Result<Message, MessageError> {
@@ -54,6 +54,9 @@ fn message() -> impl Strategy<Value = Message> {
             }
         ),
         Just(Message::Wanted),
+        (any::<[u8; 16]>(), any::<[u8; 32]>())
+            .prop_map(|(chance, proof)| Message::Known { chance, proof }),
+        any::<[u8; 32]>().prop_map(Message::Proof),
         (any::<u32>(), state()).prop_map(|(round, state)| Message::State { round, state }),
         any::<u32>().prop_map(Message::Taken),
         any::<u32>().prop_map(Message::Round),
@@ -72,7 +75,7 @@ fn greeting() -> impl Strategy<Value = Greeting> {
         Just(Role::Control),
         (0..MOST_CONNECTIONS).prop_map(Role::Data),
         Just(Role::Settle),
-        prop::sample::select(LANES.to_vec()).prop_map(Role::Pages)
+        (0..=MOST_CONNECTIONS).prop_map(Role::Pages)
     ];
     let id = any::<[u8; 16]>().prop_map(MigrationId);
     (id, role).prop_map(|(id, role)| Greeting { id, role })

@@ -11,12 +11,15 @@ mod both;
 #[path = "migration/world.rs"]
 mod world;
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use both::{ID, Received, both, check};
+use reference_vmm::migration::address::Address;
 use reference_vmm::migration::codec::Compression;
 use reference_vmm::migration::destination::{self, ReceiveError, receive};
 use reference_vmm::migration::dial;
@@ -666,6 +669,16 @@ fn a_destination_that_cannot_accept_for_a_while_is_not_taken_for_gone() {
 }
 
 #[test]
+fn a_destination_that_cannot_accept_for_a_while_before_any_source_has_come_waits_on() {
+    let world = World::new(None);
+    world.out_of_files_at_first(2);
+    let (here, there) = both(&world, &settings(), &Orders::default(), &(), None);
+    check(&world, &here, &there, "out of files at first");
+    here.unwrap();
+    assert_eq!(world.lacks_files(), 0);
+}
+
+#[test]
 fn what_cannot_be_taken_back_is_tried_again_and_then_told() {
     // The state is lost: the source has let go of its disk.
     let [messages, _] = messages();
@@ -754,11 +767,16 @@ fn goes_over(
     tls: [Option<&Tls>; 2],
 ) -> (Arc<World>, Result<(), MigrateError>, Received) {
     let listener = Listener::bind(&address.parse().unwrap(), tls[1]).unwrap();
+    goes_to(listener, tls[0], When::Never)
+}
+
+fn goes_to(
+    listener: Listener,
+    tls: Option<&Tls>,
+    postcopy: When,
+) -> (Arc<World>, Result<(), MigrateError>, Received) {
     let address = listener.address().clone();
-    let dial = dial::Dial {
-        address,
-        tls: tls[0].cloned(),
-    };
+    let dial = dial::Dial::new(address, tls.cloned());
     let world = World::new(None);
     let maker = Maker {
         world: Arc::clone(&world),
@@ -771,11 +789,12 @@ fn goes_over(
     };
     let patience = destination::Patience::default();
     let (here, there) = std::thread::scope(|scope| {
-        let there = scope.spawn(|| receive(dial::Ear(listener), maker, patience, &stop));
+        let there = scope.spawn(|| receive(dial::Ear::new(listener), maker, patience, &stop));
         let orders = Orders::default();
         let settings = Settings {
             connections: 3,
             compression: Compression::Zstd { level: 1 },
+            postcopy,
             ..settings()
         };
         let here = migrate(&*world, &dial, ID, &settings, &orders, &());
@@ -804,6 +823,89 @@ fn a_guest_goes_over_unix_sockets_tcp_and_tls() {
         let (world, here, there) = goes_over("tcp:127.0.0.1:0", tls);
         check(&world, &here, &there, "a stranger");
         here.unwrap_err();
+    }
+}
+
+/// Connects from this address of this host's.
+fn stranger(from: [u8; 4], to: &Address) -> std::io::Result<OwnedFd> {
+    let Address::Tcp { port, .. } = to else {
+        panic!("{to}");
+    };
+    let place = |ip: [u8; 4], port: u16| libc::sockaddr_in {
+        sin_family: libc::AF_INET as libc::sa_family_t,
+        sin_port: port.to_be(),
+        sin_addr: libc::in_addr {
+            s_addr: u32::from_ne_bytes(ip),
+        },
+        sin_zero: [0; 8],
+    };
+    // SAFETY: a new socket, which is owned from here on.
+    let socket = unsafe {
+        let socket = libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
+        assert!(socket >= 0);
+        OwnedFd::from_raw_fd(socket)
+    };
+    let fd = socket.as_raw_fd();
+    for (call, place) in [
+        (
+            libc::bind as unsafe extern "C" fn(_, _, _) -> _,
+            place(from, 0),
+        ),
+        (libc::connect, place([127, 0, 0, 1], *port)),
+    ] {
+        let len = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+        // SAFETY: an open socket, and an address as long as is said, which is only read.
+        if unsafe { call(fd, (&raw const place).cast(), len) } < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(socket)
+}
+
+#[test]
+fn a_crowd_that_connects_and_says_nothing_keeps_neither_a_source_nor_its_pages_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let tls = authority(&folder, "a");
+    for (from, pause) in [
+        // From another address, as fast as it can; and from the source's own, 200 times a second.
+        ([127, 0, 0, 2], Duration::ZERO),
+        ([127, 0, 0, 1], Duration::from_millis(5)),
+    ] {
+        let address = "tcp:127.0.0.1:0".parse().unwrap();
+        let listener = Listener::bind(&address, Some(&tls)).unwrap();
+        let to = listener.address().clone();
+        let over = AtomicBool::new(false);
+        let (came, came_before) = (AtomicU32::new(0), 70);
+        let (world, here, there) = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut crowd = VecDeque::new();
+                while !over.load(Ordering::Relaxed) {
+                    // Where no more can connect, or nobody listens any more.
+                    if let Ok(one) = stranger(from, &to) {
+                        crowd.push_back(one);
+                        came.fetch_add(1, Ordering::Relaxed);
+                    }
+                    if crowd.len() > 200 {
+                        crowd.pop_front();
+                    }
+                    if came.load(Ordering::Relaxed) > came_before {
+                        std::thread::sleep(pause);
+                    }
+                }
+            });
+            // They are there before it.
+            while came.load(Ordering::Relaxed) < came_before {
+                std::thread::yield_now();
+            }
+            let went = goes_to(listener, Some(&tls), When::AfterRounds(1));
+            over.store(true, Ordering::Relaxed);
+            went
+        });
+        let what = format!("{from:?}, {came:?} came");
+        println!("{what}");
+        check(&world, &here, &there, &what);
+        here.unwrap();
+        assert!(world.is_whole(), "{what}");
     }
 }
 

@@ -313,7 +313,7 @@ fn what_was_sent_one_way_arrives_though_the_sender_is_gone_before_it_is_read() {
 fn a_socket_whose_path_is_gone_is_not_one_that_refuses() {
     let folder = tempfile::tempdir().unwrap();
     let address = Address::Unix(folder.path().join("x.sock"));
-    let dial = Dial { address, tls: None };
+    let dial = Dial::new(address, None);
     let kind = || dial.connect(MOMENT).unwrap_err().kind();
     assert_eq!(kind(), io::ErrorKind::NotFound);
     // One whose process was killed.
@@ -340,10 +340,7 @@ fn the_ends_of_a_line_say_the_same_of_it_and_those_of_a_tunnel_do_not() {
 fn a_way_is_told_from_another_that_has_its_path() {
     let folder = tempfile::tempdir().unwrap();
     let address = Address::Unix(folder.path().join("wire"));
-    let dial = Dial {
-        address: address.clone(),
-        tls: None,
-    };
+    let dial = Dial::new(address.clone(), None);
     let first = Listener::bind(&address, None).unwrap();
     let line = dial.connect(TICK).unwrap().line().unwrap().to_owned();
     assert!(dial.is_still(&line));
@@ -352,6 +349,12 @@ fn a_way_is_told_from_another_that_has_its_path() {
     assert!(!dial.is_still(&line));
     let second = Listener::bind(&address, None).unwrap();
     assert!(!dial.is_still(&line));
+    // Where it was told to go elsewhere, who answers or refuses is no proof, also where it was before.
+    let line = dial.connect(TICK).unwrap().line().unwrap().to_owned();
+    assert!(dial.is_still(&line));
+    let (clone, way) = (dial.clone(), Connect::way(&dial));
+    clone.go(&address, None).unwrap();
+    assert!(Connect::way(&dial) != way && !dial.is_still(&line));
     drop((first, second));
 }
 

@@ -28,8 +28,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::monitor::{Machine, Monitor, describe, version};
 use super::router::{Action, Outcome};
 use super::worker::Busy;
+use crate::end::Chain;
 use crate::lazy::LazySaid;
+use crate::migration::address::Address;
 use crate::migration::coming::Coming;
+use crate::migration::dial::Also;
+use crate::migration::recover::Recover;
 use crate::snapshot::RestoreRequest;
 
 /// What a client wants to go on from.
@@ -166,7 +170,7 @@ enum Source<'a> {
     /// A client says what it goes on from.
     Loads(&'a Loads),
     /// A migration to this address brings it.
-    Migration(String, Arc<Landing>, Arc<Coming>),
+    Migration(String, Arc<Landing>, Arc<Coming>, Option<Arc<Also>>),
 }
 
 /// Between the source's word that the guest is not there any more and the first moment at which it can be asked here, a
@@ -218,16 +222,25 @@ impl<'a> Waiting<'a> {
     /// One that waits for a migration at `address`, and takes no load; what is known of the guest is in `coming`.
     pub fn for_migration(address: impl Into<String>, coming: Arc<Coming>) -> Self {
         Waiting {
-            source: Source::Migration(address.into(), Arc::default(), coming),
+            source: Source::Migration(address.into(), Arc::default(), coming, None),
             machine: OnceLock::new(),
         }
+    }
+
+    /// And can be told to listen elsewhere too.
+    #[must_use]
+    pub fn with_ear(mut self, ear: Arc<Also>) -> Self {
+        if let Source::Migration(_, _, _, also) = &mut self.source {
+            *also = Some(ear);
+        }
+        self
     }
 
     /// Where it is said that the machine of a migration comes; none of one that is loaded.
     pub fn landing(&self) -> Option<Arc<Landing>> {
         match &self.source {
             Source::Loads(_) => None,
-            Source::Migration(_, landing, _) => Some(Arc::clone(landing)),
+            Source::Migration(_, landing, ..) => Some(Arc::clone(landing)),
         }
     }
 
@@ -239,7 +252,7 @@ impl<'a> Waiting<'a> {
 
     /// No machine comes any more, if none has.
     pub fn end(&self) {
-        if let Source::Migration(_, landing, _) = &self.source {
+        if let Source::Migration(_, landing, ..) = &self.source {
             landing.is_over();
         }
     }
@@ -268,26 +281,31 @@ impl Monitor for Waiting<'_> {
     }
 
     fn perform_while(&self, action: Action, wanted: &dyn Fn() -> bool) -> Outcome {
-        if let (None, Source::Migration(_, landing, _)) = (self.machine.get(), &self.source) {
+        if let (Action::Recover(Recover::Listen { address }), Source::Migration(.., Some(ear))) =
+            (&action, &self.source)
+        {
+            return listen(ear, address);
+        }
+        if let (None, Source::Migration(_, landing, ..)) = (self.machine.get(), &self.source) {
             landing.wait();
         }
         if let Some(machine) = self.machine.get() {
             return match (&action, &self.source) {
-                (Action::Migration, Source::Migration(address, _, coming))
+                (Action::Migration, Source::Migration(address, _, coming, ear))
                     if !machine.has_migrated() =>
                 {
-                    incoming(address, "arrived", coming)
+                    incoming(address, "arrived", coming, ear.as_deref())
                 }
                 _ => machine.perform_while(action, wanted),
             };
         }
         match (action, &self.source) {
-            (Action::Migration, Source::Migration(address, _, coming)) => {
-                incoming(address, "coming", coming)
+            (Action::Migration, Source::Migration(address, _, coming, ear)) => {
+                incoming(address, "coming", coming, ear.as_deref())
             }
             (Action::Describe, _) => Outcome::Json(describe("Not started").to_string()),
             (Action::Version, _) => version(),
-            (_, Source::Migration(address, _, coming)) => {
+            (_, Source::Migration(address, _, coming, _)) => {
                 let how = match coming.came() {
                     None => "waited for",
                     Some(_) => "on its way",
@@ -311,9 +329,27 @@ impl Monitor for Waiting<'_> {
     }
 }
 
+/// Has a destination listen at one more address.
+fn listen(ear: &Also, address: &str) -> Outcome {
+    let parsed = address.parse::<Address>();
+    let listens = parsed
+        .map_err(|error| error.to_string())
+        .and_then(|address| {
+            ear.listen(&address)
+                .map_err(|error| Chain(&error).to_string())
+        });
+    match listens {
+        Ok(address) => Outcome::Json(json!({ "listen": address.to_string() }).to_string()),
+        Err(why) => Outcome::Refused(why),
+    }
+}
+
 /// What the destination of a migration says of it: `state` as soon as a guest was offered.
-fn incoming(address: &str, state: &str, coming: &Coming) -> Outcome {
+fn incoming(address: &str, state: &str, coming: &Coming, ear: Option<&Also>) -> Outcome {
     let mut said = json!({ "role": "destination", "address": address, "state": "waiting" });
+    if let Some(also) = ear.and_then(Also::address) {
+        said["also"] = also.to_string().into();
+    }
     if let Some(came) = coming.came() {
         said["state"] = state.into();
         said["guest"] = json!(came);

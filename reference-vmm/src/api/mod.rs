@@ -21,7 +21,7 @@
 //! | `PATCH /vm` | `{"state": "Paused"}` or `"Resumed"` ([`vm::control`](crate::vm::control)) |
 //! | `PUT /snapshot/create` | `{"snapshot_path": DIR}` ([`snapshot`](crate::snapshot)); to who sends `Prefer: return=representation` (RFC 7240) a 200 with what it cost the guest |
 //! | `PUT /snapshot/load` | the same, where the monitor waits for it ([`load`]) |
-//! | `PUT /migrate` | not Firecracker's: moves the guest to another process ([`migration`](crate::migration)); `GET` says how it goes (at the destination: `role`, `address`, `state`: `waiting` or `arrived`), `PATCH` with `{"order": "Cancel"}` gives it up, with `"Postcopy"` it has the guest go before its memory |
+//! | `PUT /migrate` | not Firecracker's: moves the guest to another process ([`migration`](crate::migration)); `GET` says how it goes (at the destination: `role`, `address`, `state`: `waiting` or `arrived`), `PATCH` with `{"order": "Cancel"}` gives it up, with `"Postcopy"` it has the guest go before its memory, with `"Recover"` and an address (`"to"` at the source, `"listen"` at the destination) that memory goes another way |
 //! | `PUT /actions` | `{"action_type": "SendCtrlAltDel"}` presses the power button |
 //!
 //! Success is 200 with JSON or 204 with nothing; what is refused is 400 with `{"fault_message": …}`, and has changed

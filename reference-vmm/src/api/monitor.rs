@@ -17,6 +17,7 @@ use crate::lazy::LazyProgress;
 use crate::main_loop::GuestSide;
 use crate::migration::outgoing::{Outgoing, OutgoingError};
 use crate::migration::record::MigrationRecord;
+use crate::migration::recover::Recover;
 use crate::priority::step_back;
 use crate::snapshot::SnapshotReport;
 use crate::snapshot::files::HostFiles;
@@ -223,6 +224,17 @@ impl Monitor for Machine<'_> {
                 Ok(()) => Outcome::Done,
                 Err(error) => Outcome::Refused(Chain(&error).to_string()),
             },
+            Action::Recover(Recover::To { address, tls_name }) => {
+                match self.outgoing.recover(&address, tls_name.as_deref()) {
+                    Ok(()) => Outcome::Done,
+                    Err(error) => Outcome::Refused(Chain(&error).to_string()),
+                }
+            }
+            Action::Recover(Recover::Listen { .. }) => Outcome::Refused(
+                "no guest is waited for here, nor has come by migration: listen is said to the monitor that the guest goes \
+                 to, and to the one that it comes from"
+                    .into(),
+            ),
             Action::PowerButton => match self.running.press_power_button() {
                 true => Outcome::Done,
                 false => {

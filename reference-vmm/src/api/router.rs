@@ -15,6 +15,7 @@ use super::load::LoadRequest;
 use crate::lazy::{LazySaid, OnLoss, PageServerAt};
 use crate::migration::address::Address;
 use crate::migration::outgoing::{MigrateRequest, Order};
+use crate::migration::recover::{Recover, Said};
 use crate::migration::tls::TlsFiles;
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::files::MEMORY;
@@ -58,6 +59,9 @@ pub enum Action {
     /// `PATCH /migrate` with `{"order": "Cancel"}`: to give it up. With `"Postcopy"`: the guest goes now, before its memory. With `"Here"` or `"There"`, when the destination cannot
     /// be asked: where the guest is.
     MigrateOrder(Order),
+    /// `PATCH /migrate` with `{"order": "Recover", "to": ADDRESS}` at the source, `"listen"` at the destination: another way for
+    /// the memory of a guest that has gone before it.
+    Recover(Recover),
     /// `PUT /actions` with `{"action_type": "SendCtrlAltDel"}`: the power button, by which this machine's guests are asked
     /// to power off. It has no keyboard.
     PowerButton,
@@ -81,6 +85,7 @@ impl Action {
             | Action::Start
             | Action::Migration
             | Action::MigrateOrder(_)
+            | Action::Recover(_)
             | Action::PowerButton => false,
         }
     }
@@ -309,7 +314,19 @@ fn check_memory(dir: &Path, memory: Option<&Path>) -> Result<(), Response> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct MigrateOrder {
-    order: Order,
+    order: OrderWord,
+    to: Option<String>,
+    tls_name: Option<String>,
+    listen: Option<String>,
+}
+
+#[derive(Deserialize)]
+enum OrderWord {
+    Cancel,
+    Postcopy,
+    Here,
+    There,
+    Recover,
 }
 
 #[derive(Deserialize)]
@@ -387,8 +404,32 @@ pub fn route(request: &Request) -> Result<Action, Response> {
         "/migrate" => match request.method.as_str() {
             "PUT" => Ok(Action::Migrate(Box::new(body(request, "PUT")?))),
             "PATCH" => {
-                let MigrateOrder { order } = body(request, "PATCH")?;
-                Ok(Action::MigrateOrder(order))
+                let MigrateOrder {
+                    order,
+                    to,
+                    tls_name,
+                    listen,
+                } = body(request, "PATCH")?;
+                let said = Said {
+                    to,
+                    tls_name,
+                    listen,
+                };
+                Ok(Action::MigrateOrder(match order {
+                    OrderWord::Recover => {
+                        let recover = said.recover().map_err(bad)?;
+                        return Ok(Action::Recover(recover));
+                    }
+                    _ if !said.is_none() => {
+                        return Err(bad(
+                            "to, tls_name and listen are of the order Recover".into()
+                        ));
+                    }
+                    OrderWord::Cancel => Order::Cancel,
+                    OrderWord::Postcopy => Order::Postcopy,
+                    OrderWord::Here => Order::Here,
+                    OrderWord::There => Order::There,
+                }))
             }
             _ => get(Action::Migration),
         },

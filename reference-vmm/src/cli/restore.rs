@@ -421,6 +421,17 @@ impl TlsFlags {
         self.name = Some(name);
     }
 
+    /// The name, or none, where nothing else was said.
+    ///
+    /// # Errors
+    /// Something else was.
+    pub(crate) fn name_alone(self) -> Result<Option<String>, ()> {
+        match (self.cert, self.key, self.ca) {
+            (None, None, None) => Ok(self.name),
+            _ => Err(()),
+        }
+    }
+
     /// All three or none.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::Question;
 use crate::api::client::Answer;
+use crate::migration::recover::Recover;
 
 /// Where the end of a value that is long is left out, characters.
 const SHOWN: usize = 100;
@@ -22,6 +23,11 @@ pub(super) fn wrong(question: &Question, answer: &Answer) -> Option<String> {
         | Question::Load(..)
         | Question::MigrateOrder(_)
         | Question::PowerButton => return None,
+        Question::MigrateRecover(Recover::To { .. }) => return None,
+        Question::MigrateRecover(Recover::Listen { .. }) => (
+            of("listen").is_some_and(Value::is_string),
+            "where it listens (listen)",
+        ),
         // Firecracker says no more.
         Question::Snapshot(_) => (
             came.is_none() || of("total_us").is_some_and(Value::is_u64),

@@ -36,6 +36,8 @@ Commands:
   migrate-cancel  Give that up; the guest stays where it is
   migrate-postcopy  Have the guest go now, and its memory follow it (migrate --postcopy)
   migrate-status  Say how it goes, or how the last one went
+  migrate-recover --to ADDRESS, or --listen ADDRESS
+                  Have the memory of a guest that has gone before it take another way
   migrate-settle here|there
                   Say where the guest is, when the monitor says that it cannot find that out
   power-button    Press the power button, at which a guest with ACPI powers off
@@ -51,7 +53,7 @@ Options:
 );
 
 /// Each command, and its help.
-pub(super) const COMMANDS: [(&str, &str); 14] = [
+pub(super) const COMMANDS: [(&str, &str); 15] = [
     (
         "status",
         with_common!(
@@ -233,6 +235,31 @@ Say how a migration goes, what is foretold of it, or how the last one went. At t
 Usage: reference-vmm ctl --api-sock PATH migrate-status [--json] [--timeout SECS]
 
 Options:
+"
+        ),
+    ),
+    (
+        "migrate-recover",
+        with_common!(
+            "\
+Have the connections of a guest that has gone (`migrate --postcopy`), and whose memory follows it, take another way: a
+host that has another address now, another port, another socket. What breaks is made again by itself where it was.
+
+Usage: reference-vmm ctl --api-sock PATH migrate-recover --to ADDRESS [--tls-name NAME] [--json] [--timeout SECS]
+       reference-vmm ctl --api-sock PATH migrate-recover --listen ADDRESS [--json] [--timeout SECS]
+
+The first is said to the monitor that the guest has come from, the second, where it is of use, to the one that it has
+gone to. Connections that there are are closed, and what was under way on them is asked for again: the guest waits, and
+loses nothing. Each side proves to the other that it is of this migration before a page goes: at an address that is
+another monitor's nothing is sent. Both may be said again.
+
+Options:
+  --to ADDRESS     Connect there from now on: unix:PATH or tcp:HOST:PORT, which beyond this host needs the TLS that the
+                   migration was begun with
+  --tls-name NAME  Whom the certificate there is for, if not the host in ADDRESS
+  --listen ADDRESS
+                   Listen there as well, with the same certificates; it replaces the one said before, and the first
+                   address (`run --incoming`) stays
 "
         ),
     ),

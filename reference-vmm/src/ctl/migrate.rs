@@ -25,6 +25,7 @@ use crate::migration::outgoing::MigrateRequest;
 use crate::migration::postcopy::When;
 use crate::migration::progress::{Manner, Progress};
 use crate::migration::record::MigrationRecord;
+use crate::migration::recover::{Recover, Said};
 use crate::migration::source::WhenStuck;
 use crate::migration::tls::TlsFiles;
 
@@ -44,6 +45,7 @@ pub struct Migrate {
 #[derive(Default)]
 pub(super) struct Flags {
     to: Option<Address>,
+    listen: Option<Address>,
     connections: Option<u32>,
     bandwidth: Option<u64>,
     downtime: Option<u32>,
@@ -69,6 +71,11 @@ impl Flags {
                 let text = parser.value()?.string()?;
                 let address = text.parse::<Address>();
                 self.to = Some(address.map_err(|error| wrong(flag, error.to_string()))?);
+            }
+            Long("listen") => {
+                let text = parser.value()?.string()?;
+                let address = text.parse::<Address>();
+                self.listen = Some(address.map_err(|error| wrong(flag, error.to_string()))?);
             }
             Long("connections") => {
                 let value = parser.value()?;
@@ -124,6 +131,51 @@ impl Flags {
         self.any.as_deref()
     }
 
+    /// Those of `migrate-recover`.
+    pub(super) fn recover(self) -> Result<Recover, UsageError> {
+        let wrong = |text: &str| UsageError::Command(format!("ctl migrate-recover: {text}"));
+        let Flags {
+            to,
+            listen,
+            connections: None,
+            bandwidth: None,
+            downtime: None,
+            time: None,
+            when_stuck: None,
+            postcopy: None,
+            report: None,
+            tls,
+            any: _,
+        } = self
+        else {
+            return Err(wrong("--to, --tls-name and --listen are all that it has"));
+        };
+        let Ok(tls_name) = tls.name_alone() else {
+            return Err(wrong(
+                "the certificates are those that the migration was begun with",
+            ));
+        };
+        let told = |flag: &str, address: Option<Address>| {
+            let address = match address {
+                // The monitor has another working directory.
+                Some(Address::Unix(path)) => Some(Address::Unix(super::told_path(flag, path)?)),
+                other => other,
+            };
+            Ok::<_, UsageError>(address.map(|address| address.to_string()))
+        };
+        let said = Said {
+            to: told("--to", to)?,
+            tls_name,
+            listen: told("--listen", listen)?,
+        };
+        let text = |_| {
+            wrong(
+                "--to ADDRESS, to the source, with --tls-name NAME or without; or --listen ADDRESS, to the destination: one of the two is wanted",
+            )
+        };
+        said.recover().map_err(text)
+    }
+
     /// Those of `load`: of the page server's TLS. Whose flags it takes has none but these.
     pub(super) fn load(self, lazy: &mut LazySaid) -> Result<(), UsageError> {
         let wrong = |text: &str| Err(UsageError::Command(text.into()));
@@ -160,6 +212,10 @@ impl Flags {
             Address::Unix(path) => Address::Unix(super::told_path("--to", path)?),
             other => other,
         };
+        if self.listen.is_some() {
+            let text = "ctl migrate: --listen is of migrate-recover, said to the monitor that the guest has gone to";
+            return Err(UsageError::Command(text.into()));
+        }
         let usual = MigrateRequest::new(to.to_string());
         let tls = self.tls.files()?;
         told_tls(tls.as_ref())?;

@@ -90,6 +90,7 @@ impl LazyMemory {
         let Later {
             missing,
             source,
+            bulk,
             waits,
             enough,
         } = later;
@@ -128,7 +129,8 @@ impl LazyMemory {
             away().map(|since| is_gone(since, on_loss))
         }));
         let config = PagerConfig {
-            workers: request.workers,
+            // One for each connection, and one for who waits.
+            workers: request.workers.max(bulk + 1),
             deadline: request.deadline,
             // Until the deadline it is the connection that is waited for.
             retries: u32::MAX,

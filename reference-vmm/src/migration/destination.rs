@@ -21,9 +21,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use async_pf::Lane;
 use vm_memory::VolatileSlice;
 
+use super::callers::{Callers, Place};
 use super::codec::{DecodeError, Decoder, Frame, Sink};
 use super::guest::{ArrivingMemory, Blank, DestinationGuest, Prepared, Refusal};
 use super::link::{
@@ -34,6 +34,7 @@ use super::message::{Ending, Greeting, Message, MigrationId, Role, Side};
 use super::postcopy::LastWord;
 use super::postcopy::ask::{Later, Next, PostCopySource};
 use super::postcopy::missing::{MOST_ALL, Missing};
+use super::proof::recognise;
 use super::sender::LAST;
 
 /// How long is waited for what.
@@ -68,9 +69,6 @@ impl Default for Patience {
 /// Between two tries to accept connections.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// So many who have connected are heard at once what for.
-const MOST_CALLERS: u32 = 64;
-
 /// For the source to ask a process that is to end: it does so right behind the connection's end.
 const STOPPED: Duration = Duration::from_secs(1);
 
@@ -78,7 +76,7 @@ const STOPPED: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReceiveError {
-    /// Nobody can connect any more.
+    /// There is no thread to accept connections.
     #[error("cannot accept connections: {0}")]
     Accept(#[source] io::Error),
     /// It is not waited for any more.
@@ -121,6 +119,17 @@ pub enum Decision {
     Never,
 }
 
+/// A connection for pages.
+#[derive(Default)]
+struct ForPages {
+    /// The newest, which nobody has taken yet.
+    next: Option<Duplex>,
+    /// And the newest, taken or not.
+    newest: Option<Arc<dyn async_pf::peer::Wire>>,
+    /// Since when one is waited for.
+    waits: Option<Instant>,
+}
+
 #[derive(Default)]
 struct State<W> {
     /// The migration that is under way.
@@ -143,21 +152,14 @@ struct State<W> {
     asks: bool,
     /// Where they are asked for, when there is such.
     asked: Weak<PostCopySource>,
-    /// Connections for pages, of each lane the newest that nobody has taken yet.
-    pages: [Option<Duplex>; 2],
-    /// And the newest, taken or not.
-    newest: [Option<Arc<dyn async_pf::peer::Wire>>; 2],
-    /// Since when one is waited for, of each lane.
-    waits: [Option<Instant>; 2],
+    /// Connections for pages: what somebody waits for first, and what nobody does behind it.
+    pages: Vec<ForPages>,
     /// No more pages are asked for, and what is to be said of that.
     enough: Option<LastWord>,
     /// The source knows that.
     told_enough: bool,
-    /// Those who are heard what they have connected for.
-    callers: u32,
     /// The acceptor is to end.
     over: bool,
-    deaf: Option<io::Error>,
 }
 
 impl<W> State<W> {
@@ -227,19 +229,18 @@ impl<W: Wire> Shared<W> {
         decision
     }
 
-    /// The next connection for pages of a lane.
-    fn next_for_pages(&self, lane: Lane, patience: Duration) -> Option<Duplex> {
-        let at = lane as usize;
+    /// The next connection for pages of that number.
+    fn next_for_pages(&self, number: u32, patience: Duration) -> Option<Duplex> {
+        let at = number as usize;
         self.change(|state| {
-            if let Some(since) = state.waits.get_mut(at) {
-                since.get_or_insert_with(Instant::now);
+            if let Some(pages) = state.pages.get_mut(at) {
+                pages.waits.get_or_insert_with(Instant::now);
             }
         });
         self.wait(patience, |state| {
-            let wire = state.pages.get_mut(at)?.take()?;
-            if let Some(since) = state.waits.get_mut(at) {
-                *since = None;
-            }
+            let pages = state.pages.get_mut(at)?;
+            let wire = pages.next.take()?;
+            pages.waits = None;
             Some(wire)
         })
     }
@@ -252,7 +253,7 @@ impl<W: Wire> Shared<W> {
             Decision::Started => false,
             Decision::Never => true,
             Decision::Undecided => {
-                let mut waits = state.waits.iter().flatten();
+                let mut waits = state.pages.iter().filter_map(|pages| pages.waits);
                 waits.any(|since| since.elapsed() >= limit)
             }
         }
@@ -309,14 +310,10 @@ where
             told: false,
             asks: false,
             asked: Weak::new(),
-            pages: [None, None],
-            newest: [None, None],
-            waits: [None; 2],
+            pages: Vec::new(),
             enough: None,
             told_enough: false,
-            callers: 0,
             over: false,
-            deaf: None,
         }),
         changed: Condvar::new(),
     });
@@ -358,16 +355,11 @@ impl<W: Wire + 'static> Destination<'_, W> {
             if let Some(why) = (self.stop)() {
                 return Err(ReceiveError::Stopped(why));
             }
-            let came = self.shared.wait(TICK, |state| {
-                if let Some(error) = state.deaf.take() {
-                    return Some(Err(error));
-                }
-                Some(Ok((state.id?, state.control.take()?)))
-            });
-            match came {
-                None => {}
-                Some(Ok(came)) => break came,
-                Some(Err(error)) => return Err(ReceiveError::Accept(error)),
+            let came = self
+                .shared
+                .wait(TICK, |state| Some((state.id?, state.control.take()?)));
+            if let Some(came) = came {
+                break came;
             }
         };
         let mut handed = false;
@@ -480,6 +472,10 @@ impl<W: Wire + 'static> Destination<'_, W> {
         self.shared.change(|state| {
             state.due = (0..connections).collect();
             state.marks = vec![0; connections as usize];
+            // As many carry what nobody waits for.
+            state
+                .pages
+                .resize_with(1 + connections as usize, ForPages::default);
             state.life = Some(Instant::now());
         });
         let doing = "cannot answer the source";
@@ -587,8 +583,8 @@ impl<W: Wire + 'static> Destination<'_, W> {
         let shared = Arc::clone(self.shared);
         shared.change(|state| state.asks = true);
         let limit = self.patience.pages;
-        let next: Arc<Next> = Arc::new(move |lane, patience| {
-            let next = shared.next_for_pages(lane, patience);
+        let next: Arc<Next> = Arc::new(move |number, patience| {
+            let next = shared.next_for_pages(number, patience);
             // Who waits for a page would wait for nothing, and hold what the source wants back.
             if next.is_none() && shared.is_in_vain(limit) {
                 let asked = shared.lock().asked.upgrade();
@@ -617,7 +613,9 @@ impl<W: Wire + 'static> Destination<'_, W> {
             };
             false
         };
-        let asked = PostCopySource::connect(id, &next, self.patience.quiet, go_on);
+        let bulk = self.shared.lock().pages.len().saturating_sub(1);
+        let patience = self.patience.quiet;
+        let asked = PostCopySource::connect((id, bulk as u32), &next, patience, go_on);
         let source = asked.map(Arc::new);
         let doing = "the source does not connect for pages";
         let source = source.map_err(|why| match said {
@@ -636,9 +634,11 @@ impl<W: Wire + 'static> Destination<'_, W> {
         Ok(Later {
             missing,
             source,
+            bulk,
             waits: Arc::new(move || {
-                let waits = of.lock().waits;
-                waits.iter().flatten().map(Instant::elapsed).max()
+                let state = of.lock();
+                let waits = state.pages.iter().filter_map(|pages| pages.waits);
+                waits.map(|since| since.elapsed()).max()
             }),
             enough: Box::new(move |word, patience| {
                 // In this order: the source asks why the connections end.
@@ -646,7 +646,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
                 asks.close();
                 // Where it is not to be reached it will not hear it.
                 let told = |state: &mut State<W>| {
-                    let cut_off = state.waits.iter().any(Option::is_some);
+                    let cut_off = state.pages.iter().any(|pages| pages.waits.is_some());
                     (state.told_enough || cut_off).then_some(())
                 };
                 shared.wait(patience, told);
@@ -924,24 +924,19 @@ fn take<M: ArrivingMemory, W: Wire>(
 }
 
 /// Accepts connections, and has each its place, until all is over. Each is heard on a thread of its own: who says nothing keeps
-/// nobody waiting, unless there are [`MOST_CALLERS`] of them, and then for seconds.
+/// nobody waiting, and makes room for others ([`Callers`]).
 fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
+    let callers = Callers::default();
     std::thread::scope(|scope| {
         accept_all(accept, shared, |caller| {
-            let room = |state: &mut State<A::Wire>| {
-                let room = state.callers < MOST_CALLERS;
-                state.callers += u32::from(room);
-                (room || state.over).then_some(room)
+            let entered = callers.enter(A::host(&caller), A::hang_up(&caller), AGAIN);
+            // Nobody of those who were to go is gone: their connections are closed, so it is a matter of moments.
+            let Some(place) = entered else {
+                return;
             };
-            // Some have their time soon.
-            while shared.wait(AGAIN, room).is_none() {}
-            let meet = move || {
-                meet::<A>(caller, shared, patience);
-                shared.change(|state| state.callers = state.callers.saturating_sub(1));
-            };
+            let meet = move || meet::<A>(caller, &place, shared, patience);
             let builder = std::thread::Builder::new().name("incoming".into());
             if let Err(error) = builder.spawn_scoped(scope, meet) {
-                shared.change(|state| state.callers = state.callers.saturating_sub(1));
                 log::warn!(
                     "a connection was closed, because there is no thread to hear it: {error}"
                 );
@@ -950,37 +945,29 @@ fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
     });
 }
 
+/// A host that is out of descriptors, or of memory, has some again when others have ended: it is said once, and tried again.
 fn accept_all<A: Accept>(accept: &A, shared: &Shared<A::Wire>, mut came: impl FnMut(A::Caller)) {
-    let mut again = false;
+    let mut deaf = false;
     while !shared.lock().over {
         match accept.accept() {
             Ok(None) => {}
             Ok(Some(caller)) => {
-                again = false;
+                deaf = false;
                 came(caller);
             }
             Err(error) => {
-                let told = shared.change(|state| match state.id {
-                    None => {
-                        state.deaf = Some(error);
-                        None
-                    }
-                    Some(_) => {
-                        // The source waits, and would not know what for.
-                        if again && !state.due.is_empty() {
-                            let why = format!("cannot accept the source's connections: {error}");
-                            state.failed.get_or_insert(why);
-                        }
-                        again = true;
-                        Some(error)
+                let again = std::mem::replace(&mut deaf, true);
+                if !again {
+                    // Whoever has a guest here may have to ask: who is no longer heard for good looks as if nobody were here.
+                    log::warn!("cannot accept connections, and tries again: {error}");
+                }
+                shared.change(|state| {
+                    // The source waits, and would not know what for.
+                    if again && !state.due.is_empty() {
+                        let why = format!("cannot accept the source's connections: {error}");
+                        state.failed.get_or_insert(why);
                     }
                 });
-                // Nobody has a guest here yet, and it is said why nobody can.
-                let Some(error) = told else {
-                    return;
-                };
-                // Whoever has one may have to ask: who is no longer heard for good looks as if nobody were here.
-                log::warn!("cannot accept connections, and tries again: {error}");
                 shared.wait(AGAIN, |state| state.over.then_some(()));
             }
         }
@@ -988,17 +975,33 @@ fn accept_all<A: Accept>(accept: &A, shared: &Shared<A::Wire>, mut came: impl Fn
 }
 
 /// Hears what somebody has connected for.
-fn meet<A: Accept>(caller: A::Caller, shared: &Shared<A::Wire>, patience: &Patience) {
-    let ended = || shared.lock().over.then(|| "it is over".to_owned());
+fn meet<A: Accept>(
+    caller: A::Caller,
+    place: &Place<'_>,
+    shared: &Shared<A::Wire>,
+    patience: &Patience,
+) {
+    let over = || shared.lock().over.then(|| "it is over".to_owned());
+    let ended = || over().or_else(|| place.is_lost().then(|| "another has its place".to_owned()));
     let Some(mut wire) = A::answer(caller, &|| ended().is_some()) else {
         return;
     };
-    let watch = Watch {
-        quiet: patience.greeting,
+    place.is_known();
+    let quiet = patience.greeting;
+    let stranger = Watch {
+        quiet,
         stop: &ended,
     };
-    match greeted(&mut wire, &watch) {
-        Ok(greeting) => place(wire, greeting, shared, patience, &watch),
+    // Of the migration, nobody has its place any more.
+    let watch = Watch { quiet, stop: &over };
+    let said = greeted(&mut wire, &stranger);
+    match said {
+        Ok(greeting) => {
+            let watches = [&stranger, &watch];
+            hear_out(wire, greeting, place, shared, patience, watches);
+        }
+        // Many may be.
+        Err(_) if place.is_lost() => {}
         Err(error) => {
             let waits = shared.lock().id.is_none();
             let still = if waits {
@@ -1011,18 +1014,25 @@ fn meet<A: Accept>(caller: A::Caller, shared: &Shared<A::Wire>, patience: &Patie
     }
 }
 
-fn place<W: Wire>(
+/// Hears what a connection is for. `watches`: until it is known to be one of the migration, and behind that.
+fn hear_out<W: Wire>(
     mut wire: W,
-    Greeting { id, role }: Greeting,
+    greeting: Greeting,
+    place: &Place<'_>,
     shared: &Shared<W>,
     patience: &Patience,
-    watch: &Watch<'_>,
+    watches: [&Watch<'_>; 2],
 ) {
+    let Greeting { id, role } = greeting;
+    let [stranger, watch] = watches;
     let refused = match role {
         Role::Control => {
             let mut state = shared.lock();
             match state.id {
                 None if state.decision == Decision::Undecided => {
+                    if !place.is_heard() {
+                        return;
+                    }
                     (state.id, state.control) = (Some(id), Some(wire));
                     drop(state);
                     shared.changed.notify_all();
@@ -1035,6 +1045,9 @@ fn place<W: Wire>(
             let mut state = shared.lock();
             let due = state.due.iter().position(|due| *due == number);
             if let (true, Some(at)) = (state.id == Some(id), due) {
+                if !place.is_heard() {
+                    return;
+                }
                 state.due.swap_remove(at);
                 state.data.push((number, wire));
                 drop(state);
@@ -1043,48 +1056,62 @@ fn place<W: Wire>(
             }
             "this connection was not waited for"
         }
-        Role::Settle => {
-            let known = shared.lock().id == Some(id);
-            let ending = match known.then(|| shared.decide(Decision::Never)) {
-                None => Ending::Unknown,
-                Some(Decision::Started) => Ending::Started,
-                Some(Decision::Never | Decision::Undecided) => {
-                    // The pledge is that nothing is held either.
-                    let released = |state: &mut State<W>| state.released.then_some(());
-                    match shared.wait(patience.quiet, released) {
-                        Some(()) => Ending::Never,
-                        // It will ask again.
-                        None => return,
-                    }
-                }
+        Role::Settle | Role::Pages(_) => {
+            let known = shared.lock().id;
+            let Some(known) = known else {
+                let unknown = Message::Settled(Ending::Unknown);
+                let _ = send(&mut wire, &unknown, stranger);
+                return;
             };
-            let said = send(&mut wire, &Message::Settled(ending), watch);
-            let heard = said.and_then(|()| hear(&mut wire, watch));
-            if let (Ok(Message::Done), true) = (heard, ending != Ending::Unknown) {
-                shared.change(State::is_told);
+            match recognise(&mut wire, known, greeting, stranger) {
+                Ok(true) if place.is_heard() => {}
+                Ok(true) => return,
+                Ok(false) => {
+                    log::warn!("a connection was closed that does not prove to be the source's");
+                    return;
+                }
+                // One of another migration goes without a word.
+                Err(error) => {
+                    log::debug!("a connection was closed that may be another migration's: {error}");
+                    return;
+                }
             }
-            return;
+            return match role {
+                Role::Pages(number) => for_pages(wire, number, shared, watch),
+                _ => settle(wire, shared, patience, watch),
+            };
         }
-        Role::Pages(lane) => return for_pages(wire, id, lane, shared, watch),
     };
-    let _ = send(&mut wire, &Message::GivenUp(refused.into()), watch);
+    let _ = send(&mut wire, &Message::GivenUp(refused.into()), stranger);
+}
+
+/// Says how it ended, which is decided now if it was not before.
+fn settle<W: Wire>(mut wire: W, shared: &Shared<W>, patience: &Patience, watch: &Watch<'_>) {
+    let ending = match shared.decide(Decision::Never) {
+        Decision::Started => Ending::Started,
+        Decision::Never | Decision::Undecided => {
+            // The pledge is that nothing is held either.
+            let released = |state: &mut State<W>| state.released.then_some(());
+            match shared.wait(patience.quiet, released) {
+                Some(()) => Ending::Never,
+                // It will ask again.
+                None => return,
+            }
+        }
+    };
+    let said = send(&mut wire, &Message::Settled(ending), watch);
+    if let Ok(Message::Done) = said.and_then(|()| hear(&mut wire, watch)) {
+        shared.change(State::is_told);
+    }
 }
 
 /// A connection on which pages may be asked for; or the word that no more will be.
-fn for_pages<W: Wire>(
-    mut wire: W,
-    id: MigrationId,
-    lane: Lane,
-    shared: &Shared<W>,
-    watch: &Watch<'_>,
-) {
-    let (known, enough, never) = {
+fn for_pages<W: Wire>(mut wire: W, number: u32, shared: &Shared<W>, watch: &Watch<'_>) {
+    let (enough, never) = {
         let state = shared.lock();
-        let never = state.decision == Decision::Never;
-        (state.id == Some(id), state.enough.clone(), never)
+        (state.enough.clone(), state.decision == Decision::Never)
     };
     let message = match enough {
-        _ if !known => Message::Settled(Ending::Unknown),
         Some(word) => Message::Enough(word),
         // What is held here is another connection's to say.
         None if never => Message::GivenUp("the guest does not start here".into()),
@@ -1106,10 +1133,9 @@ fn for_pages<W: Wire>(
             Ok(wire) => {
                 let wire: Arc<dyn async_pf::peer::Wire> = Arc::from(wire);
                 let before = shared.change(|state| {
-                    let lanes = state.pages.iter_mut().zip(&mut state.newest);
-                    let (place, newest) = lanes.into_iter().nth(lane as usize)?;
-                    *place = Some(Box::new(Arc::clone(&wire)));
-                    newest.replace(wire)
+                    let pages = state.pages.get_mut(number as usize)?;
+                    pages.next = Some(Box::new(Arc::clone(&wire)));
+                    pages.newest.replace(wire)
                 });
                 // The source makes a new one when that is of no use, of which nothing need be heard here.
                 if let Some(before) = before {

@@ -1,17 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The conversation over real connections.
+//! The conversation over real connections: the way to a destination, and where one listens.
+//!
+//! Both can be another one when the guest has gone and its memory follows it (`ctl migrate-recover`): [`Dial::go`] at the
+//! source, [`Also::listen`] at the destination. Who is at the other end there proves it
+//! ([`MigrationId`](super::message::MigrationId)).
 
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::address::Address;
+use super::callers::HangUp;
 use super::link::{Accept, Connect, Duplex, TICK, Wire};
-use super::tls::Tls;
+use super::tls::{Tls, TlsError};
 use super::transport::{
-    AcceptError, Caller, ConnectError, Connection, HANDSHAKE, Listener, connect, unix_line,
+    AcceptError, BindError, Caller, ConnectError, Connection, HANDSHAKE, Listener, connect,
+    may_connect, unix_line, wait_for_any,
 };
 
 impl Wire for Connection {
@@ -28,13 +36,75 @@ impl Wire for Connection {
     }
 }
 
-/// The way to a destination.
+/// How long the resolver is asked for a new address.
+const RESOLVE: Duration = Duration::from_secs(5);
+
+/// The way to a destination. Its clones go the same way.
 #[derive(Clone, Debug)]
 pub struct Dial {
-    /// Where it listens.
-    pub address: Address,
+    /// Where it listened when the guest was sent.
+    address: Address,
     /// By what the two know each other.
-    pub tls: Option<Tls>,
+    tls: Option<Tls>,
+    way: Arc<Mutex<Way>>,
+}
+
+/// Where it is now.
+#[derive(Clone, Debug, Default)]
+struct Way {
+    /// How often it has been another one.
+    number: u64,
+    other: Option<(Address, Option<Tls>)>,
+}
+
+/// There is no such way. Connections go as before.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WayError {
+    /// The address cannot be connected to.
+    #[error(transparent)]
+    Address(#[from] ConnectError),
+    /// The name is none.
+    #[error(transparent)]
+    Name(#[from] TlsError),
+    /// There is a name for a certificate, and no TLS.
+    #[error("whom a certificate is for was said, and the migration was begun without TLS")]
+    NoTls,
+}
+
+impl Dial {
+    /// To `address`, which nobody is asked for yet.
+    pub fn new(address: Address, tls: Option<Tls>) -> Self {
+        Dial {
+            address,
+            tls,
+            way: Arc::default(),
+        }
+    }
+
+    fn way(&self) -> MutexGuard<'_, Way> {
+        // What is in it is whole after each statement.
+        self.way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has connections go to another address from now on, with the same certificates; the destination's is for `name`, if that
+    /// is not the host in the address. Blocks for as long as the resolver takes, seconds at most. From then on nobody's refusal,
+    /// and no other monitor's answer, is taken for the destination's end, also not at the first address: only it says so.
+    ///
+    /// # Errors
+    /// [`WayError`]; they go as before.
+    pub fn go(&self, address: &Address, name: Option<&str>) -> Result<(), WayError> {
+        let tls = match (&self.tls, name) {
+            (Some(tls), Some(name)) => Some(tls.for_name(name)?),
+            (None, Some(_)) => return Err(WayError::NoTls),
+            (tls, None) => tls.clone(),
+        };
+        may_connect(address, tls.as_ref(), Instant::now() + RESOLVE)?;
+        let mut way = self.way();
+        way.number += 1;
+        way.other = Some((address.clone(), tls));
+        Ok(())
+    }
 }
 
 impl Connect for Dial {
@@ -42,7 +112,12 @@ impl Connect for Dial {
 
     fn connect(&self, patience: Duration) -> io::Result<Connection> {
         let deadline = Instant::now() + patience;
-        let connected = connect(&self.address, self.tls.as_ref(), deadline);
+        let other = self.way().other.clone();
+        let (address, tls) = match &other {
+            Some((address, tls)) => (address, tls),
+            None => (&self.address, &self.tls),
+        };
+        let connected = connect(address, tls.as_ref(), deadline);
         let mut connection = connected.map_err(|error| {
             let kind = match &error {
                 ConnectError::Refused(_) => io::ErrorKind::ConnectionRefused,
@@ -59,12 +134,18 @@ impl Connect for Dial {
     }
 
     fn is_still(&self, line: &str) -> bool {
-        match &self.address {
+        match (&self.way().other, &self.address) {
+            // Where it was is not where it is said to be.
+            (Some(_), _) => false,
             // The path may be another's by now, while who had it lives.
-            Address::Unix(path) => unix_line(path).as_deref() == Some(line),
+            (None, Address::Unix(path)) => unix_line(path).as_deref() == Some(line),
             // A port is its listener's as long as that lives.
-            Address::Tcp { .. } => true,
+            (None, Address::Tcp { .. }) => true,
         }
+    }
+
+    fn way(&self) -> u64 {
+        Dial::way(self).number
     }
 
     fn is_refusal_proof(&self) -> bool {
@@ -78,16 +159,132 @@ impl Connect for Dial {
     }
 }
 
-/// Where a destination listens.
+/// Where a destination listens. Dropped, it listens nowhere.
 #[derive(Debug)]
-pub struct Ear(pub Listener);
+pub struct Ear {
+    /// From the beginning on.
+    first: Arc<Listener>,
+    also: Arc<Also>,
+    /// Who was asked first the last time. Relaxed: a matter of fairness.
+    turn: AtomicBool,
+}
+
+/// Has a destination listen at one more address.
+#[derive(Debug)]
+pub struct Also {
+    listeners: Mutex<Listeners>,
+}
+
+/// The first, without which nobody accepts any more, and the other.
+type Listeners = (Option<Arc<Listener>>, Option<Arc<Listener>>);
+
+/// A destination does not listen there.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ListenError {
+    /// One cannot.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// It listens nowhere any more.
+    #[error(
+        "the guest has come with all of its memory, and no connection of its source's is waited for"
+    )]
+    Over,
+}
+
+impl Ear {
+    /// Listens there.
+    pub fn new(listener: Listener) -> Self {
+        let first = Arc::new(listener);
+        Ear {
+            also: Arc::new(Also {
+                listeners: Mutex::new((Some(Arc::clone(&first)), None)),
+            }),
+            first,
+            turn: AtomicBool::new(false),
+        }
+    }
+
+    /// What has it listen elsewhere too.
+    pub fn also(&self) -> Arc<Also> {
+        Arc::clone(&self.also)
+    }
+
+    /// The next one at either address, until `deadline`.
+    fn caller(&self, deadline: Instant) -> Result<Caller, AcceptError> {
+        let other = self.also.lock().1.clone();
+        let first = &*self.first;
+        let Some(other) = other.as_deref() else {
+            return first.caller(deadline);
+        };
+        // In turn: strangers at one keep nobody out at the other.
+        let both = match self.turn.fetch_not(Ordering::Relaxed) {
+            true => [first, other],
+            false => [other, first],
+        };
+        let now = Instant::now();
+        let at_once = || {
+            let [one, another] = both;
+            match one.caller(now) {
+                Err(AcceptError::Nobody(_)) => another.caller(now),
+                accepted => accepted,
+            }
+        };
+        match at_once() {
+            Err(AcceptError::Nobody(_)) => {}
+            accepted => return accepted,
+        }
+        wait_for_any(both, deadline)?;
+        at_once()
+    }
+}
+
+impl Drop for Ear {
+    fn drop(&mut self) {
+        *self.also.lock() = (None, None);
+    }
+}
+
+impl Also {
+    fn lock(&self) -> MutexGuard<'_, Listeners> {
+        // What is in it is whole after each statement.
+        self.listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Listens at `address` as well, with the same certificates, and no longer where this has had it listen before; at its first
+    /// address it always does. Where, with the port that the system chose. Blocks for as long as the resolver takes, seconds
+    /// at most.
+    ///
+    /// # Errors
+    /// [`ListenError`]; it listens as before.
+    pub fn listen(&self, address: &Address) -> Result<Address, ListenError> {
+        let first = self.lock().0.clone().ok_or(ListenError::Over)?;
+        let listener = Arc::new(first.another(address)?);
+        let mut listeners = self.lock();
+        if listeners.0.is_none() {
+            return Err(ListenError::Over);
+        }
+        let address = listener.address().clone();
+        listeners.1 = Some(listener);
+        Ok(address)
+    }
+
+    /// Where it listens besides.
+    pub fn address(&self) -> Option<Address> {
+        let listeners = self.lock();
+        let other = listeners.1.as_ref();
+        other.map(|listener| listener.address().clone())
+    }
+}
 
 impl Accept for Ear {
     type Wire = Connection;
     type Caller = Caller;
 
     fn accept(&self) -> io::Result<Option<Caller>> {
-        match self.0.caller(Instant::now() + TICK) {
+        match self.caller(Instant::now() + TICK) {
             Ok(caller) => Ok(Some(caller)),
             Err(AcceptError::Nobody(_)) => Ok(None),
             Err(error @ AcceptError::Peer { .. }) => {
@@ -96,6 +293,14 @@ impl Accept for Ear {
             }
             Err(error) => Err(io::Error::other(error)),
         }
+    }
+
+    fn host(caller: &Caller) -> String {
+        caller.host()
+    }
+
+    fn hang_up(caller: &Caller) -> HangUp {
+        caller.hang_up()
     }
 
     fn answer(caller: Caller, stop: &dyn Fn() -> bool) -> Option<Connection> {

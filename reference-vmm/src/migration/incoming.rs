@@ -14,7 +14,7 @@ use super::address::Address;
 use super::arriving::Arrival;
 use super::coming::{Coming, Tell};
 use super::destination::{Patience, ReceiveError, receive};
-use super::dial::Ear;
+use super::dial::{Also, Ear};
 use super::guest::Refusal;
 use super::tls::{Tls, TlsError, TlsFiles};
 use super::transport::{BindError, Listener};
@@ -97,7 +97,8 @@ impl IncomingError {
 
 /// Listens for a guest.
 pub struct Incoming {
-    listener: Listener,
+    ear: Ear,
+    address: Address,
     overrides: Overrides,
     clock: ClockRestore,
     coming: Arc<Coming>,
@@ -109,9 +110,7 @@ pub struct Incoming {
 impl std::fmt::Debug for Incoming {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut shown = f.debug_struct("Incoming");
-        shown
-            .field("listener", &self.listener)
-            .finish_non_exhaustive()
+        shown.field("ear", &self.ear).finish_non_exhaustive()
     }
 }
 
@@ -126,8 +125,10 @@ impl Incoming {
         for (_, path) in &request.overrides.disks {
             Image::is_there(path)?;
         }
+        let listener = Listener::bind(&request.address, tls.as_ref())?;
         Ok(Incoming {
-            listener: Listener::bind(&request.address, tls.as_ref())?,
+            address: listener.address().clone(),
+            ear: Ear::new(listener),
             overrides: request.overrides.clone(),
             clock: request.clock,
             coming: Arc::default(),
@@ -155,7 +156,13 @@ impl Incoming {
 
     /// Where, with the port that the system chose.
     pub fn address(&self) -> &Address {
-        self.listener.address()
+        &self.address
+    }
+
+    /// Has it listen elsewhere too, as long as a connection of the source's may come: also when the guest is here, and its
+    /// memory follows it.
+    pub fn also(&self) -> Arc<Also> {
+        self.ear.also()
     }
 
     /// Waits for a guest, and has it go on: `start` starts the machine, with its serial console's output on `console` and its
@@ -187,7 +194,7 @@ impl Incoming {
             prepared: self.prepared,
             start,
         };
-        let arrived = receive(Ear(self.listener), arrival, Patience::default(), stop)?;
+        let arrived = receive(self.ear, arrival, Patience::default(), stop)?;
         self.coming.has_arrived();
         log::info!("the guest of migration {} goes on here", arrived.id);
         Ok(arrived.running)

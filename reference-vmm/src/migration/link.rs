@@ -9,6 +9,7 @@
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
+use super::callers::HangUp;
 use super::message::{GREETING, Greeting, HEAD, Head, Kind, Message, MessageError, Side, TAIL};
 use super::pages::{Parts, ReadPages, WritePages};
 use crate::text::printable;
@@ -59,6 +60,13 @@ pub trait Connect: Sync {
         let _ = line;
         true
     }
+    /// Which way connections go now: another number, where somebody has named another address since ([`Orders`]). It stays the
+    /// same where nobody can.
+    ///
+    /// [`Orders`]: super::orders::Orders
+    fn way(&self) -> u64 {
+        0
+    }
     /// Whether a connection that is refused there proves that nobody listens. A firewall in the destination's place may refuse
     /// one while the destination lives.
     fn is_refusal_proof(&self) -> bool {
@@ -84,6 +92,17 @@ pub trait Accept: Send {
     /// Comes to know them, by TLS where that is wanted; none if they are nobody, which has been said then. Blocks for as long as
     /// they take, a few seconds at most, and no longer than `stop` lets it, which is asked a few times a second.
     fn answer(caller: Self::Caller, stop: &dyn Fn() -> bool) -> Option<Self::Wire>;
+    /// Which host they come from, as far as it can be told: those of one share its part of the places
+    /// ([`callers`](super::callers)).
+    fn host(caller: &Self::Caller) -> String {
+        let _ = caller;
+        String::new()
+    }
+    /// What ends their connection at once, whatever [`answer`](Self::answer) waits for. Without it `stop` does, a moment later.
+    fn hang_up(caller: &Self::Caller) -> HangUp {
+        let _ = caller;
+        Box::new(|| {})
+    }
 }
 
 /// A connection is of no use any more.

@@ -8,8 +8,10 @@
 //!    0   8  magic: 89 52 56 4d 57 0d 0a 1a  ("\x89RVMW\r\n\x1a")
 //!    8   4  version: 2
 //!   12   4  role: 1 control, 2 data, 3 settle, 4 pages (post-copy)
-//!   16  16  the migration's number, random
-//!   32   4  of a data connection its number, from 0 on; of one for pages 0 for what is waited for, 1 for all else; else 0
+//!   16  16  of control and data the migration's number, random, which is its secret; of the others a number of the
+//!           connection's own, by which both sides prove that they know that one (Known, Proof)
+//!   32   4  of a data connection its number, from 0 on; of one for pages 0 for what is waited for, from 1 on for all else;
+//!           else 0
 //!   36   4  checksum of bytes 0 to 35
 //! ```
 //!
@@ -34,8 +36,6 @@
 use std::fmt;
 use std::ops::Range;
 
-use async_pf::Lane;
-
 use super::postcopy::missing::MOST_RUNS;
 use super::postcopy::{Faults, LastWord};
 use crate::snapshot::format::{checksum, u32_at, u64_at};
@@ -58,6 +58,10 @@ pub const MOST_STATE: u32 = 32 << 20;
 pub const MOST_TEXT: u32 = 4096;
 /// A destination's words for the line to it are no longer.
 pub const MOST_LINE: u32 = 256;
+/// Bytes of a number by chance in a message, and of what is proven by it.
+const CHANCE: usize = 16;
+/// Bytes of a proof that the migration's number is known.
+pub const PROOF: usize = 32;
 /// Bytes of a run in a message.
 const RUN: usize = 16;
 /// Bytes of a last word before its text.
@@ -69,13 +73,15 @@ const POSTCOPY: u32 = 2;
 /// Data connections there may be.
 pub const MOST_CONNECTIONS: u32 = 64;
 
-/// A migration's own number, made by chance: who asks how it ended says which.
+/// A migration's own number, made by chance, and its secret: who knows it is one of the two. In words it is the first of its
+/// bytes, by which one is told from another.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MigrationId(pub [u8; 16]);
 
 impl fmt::Display for MigrationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        let mut shown = self.0.iter().take(4);
+        shown.try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 
@@ -94,14 +100,27 @@ pub enum Role {
     Data(u32),
     /// The question of how it ended.
     Settle,
-    /// Pages that are asked for behind the hand-over: those that somebody waits for, or the others.
-    Pages(Lane),
+    /// Pages that are asked for behind the hand-over: 0 those that somebody waits for, from 1 to [`MOST_CONNECTIONS`] the
+    /// others.
+    Pages(u32),
+}
+
+impl Role {
+    /// What stands for it in a greeting.
+    pub(super) fn numbers(self) -> (u32, u32) {
+        match self {
+            Role::Control => (1, 0),
+            Role::Data(number) => (2, number),
+            Role::Settle => (3, 0),
+            Role::Pages(number) => (4, number),
+        }
+    }
 }
 
 /// What a connection begins with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Greeting {
-    /// Which migration it belongs to.
+    /// Which migration it belongs to; of [`Role::Settle`] and [`Role::Pages`] a number of the connection's own.
     pub id: MigrationId,
     /// What it is for.
     pub role: Role,
@@ -161,13 +180,7 @@ pub enum MessageError {
 impl Greeting {
     /// Its bytes.
     pub fn encode(&self) -> [u8; GREETING] {
-        let (role, number) = match self.role {
-            Role::Control => (1_u32, 0),
-            Role::Data(number) => (2, number),
-            Role::Settle => (3, 0),
-            Role::Pages(Lane::Fault) => (4, 0),
-            Role::Pages(Lane::Prefetch) => (4, 1),
-        };
+        let (role, number) = self.role.numbers();
         let mut bytes = [0; GREETING];
         let parts: [&[u8]; 5] = [
             &MAGIC,
@@ -206,8 +219,7 @@ impl Greeting {
             (1, 0) => Role::Control,
             (2, number) if number < MOST_CONNECTIONS => Role::Data(number),
             (3, 0) => Role::Settle,
-            (4, 0) => Role::Pages(Lane::Fault),
-            (4, 1) => Role::Pages(Lane::Prefetch),
+            (4, number) if number <= MOST_CONNECTIONS => Role::Pages(number),
             (role, number) => return Err(MessageError::Role(role, number)),
         };
         let id = MigrationId(first(bytes.get(16..).unwrap_or_default()));
@@ -247,11 +259,15 @@ pub enum Kind {
     Wanted = 13,
     /// No more pages will be.
     Enough = 14,
+    /// The destination knows the migration.
+    Known = 15,
+    /// And so does the source.
+    Proof = 16,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 14] = [
+    pub const ALL: [Kind; 16] = [
         Kind::Offer,
         Kind::Ready,
         Kind::Taken,
@@ -266,21 +282,28 @@ impl Kind {
         Kind::Missing,
         Kind::Wanted,
         Kind::Enough,
+        Kind::Known,
+        Kind::Proof,
     ];
 
     /// Whether it is this side's to say.
     pub fn is_said_by(self, side: Side) -> bool {
         match self {
             Kind::GivenUp => true,
-            Kind::Offer | Kind::State | Kind::Round | Kind::Missing | Kind::Go | Kind::Done => {
-                side == Side::Source
-            }
+            Kind::Offer
+            | Kind::State
+            | Kind::Round
+            | Kind::Missing
+            | Kind::Go
+            | Kind::Done
+            | Kind::Proof => side == Side::Source,
             Kind::Ready
             | Kind::Taken
             | Kind::Prepared
             | Kind::Started
             | Kind::Settled
             | Kind::Wanted
+            | Kind::Known
             | Kind::Enough => side == Side::Destination,
         }
     }
@@ -294,6 +317,8 @@ impl Kind {
             Kind::GivenUp => (0, MOST_TEXT),
             Kind::Settled => (1, 1),
             Kind::Ready => (0, MOST_LINE),
+            Kind::Known => ((CHANCE + PROOF) as u32, (CHANCE + PROOF) as u32),
+            Kind::Proof => (PROOF as u32, PROOF as u32),
             Kind::Missing => (RUN as u32, (RUN * MOST_RUNS) as u32),
             Kind::Enough => (LAST_WORD as u32, LAST_WORD as u32 + MOST_TEXT),
             Kind::Prepared | Kind::Go | Kind::Started | Kind::Done | Kind::Wanted => (0, 0),
@@ -418,6 +443,15 @@ pub enum Message {
     Wanted,
     /// Destination, on a connection for pages: it asks for no more, and what came of it.
     Enough(LastWord),
+    /// Destination, on a connection that asks how it ended or is for pages: the migration's number is known here.
+    Known {
+        /// A number of the connection's own.
+        chance: [u8; CHANCE],
+        /// HMAC-SHA-256 by the migration's number.
+        proof: [u8; PROOF],
+    },
+    /// Source: and here.
+    Proof([u8; PROOF]),
 }
 
 impl Message {
@@ -438,6 +472,8 @@ impl Message {
             Message::Missing(_) => Kind::Missing,
             Message::Wanted => Kind::Wanted,
             Message::Enough(_) => Kind::Enough,
+            Message::Known { .. } => Kind::Known,
+            Message::Proof(_) => Kind::Proof,
         }
     }
 
@@ -483,6 +519,11 @@ impl Message {
                 bytes.extend(numbers.flat_map(u64::to_le_bytes));
                 bytes.extend(cut(&word.why).bytes());
             }
+            Message::Known { chance, proof } => {
+                bytes.extend(chance);
+                bytes.extend(proof);
+            }
+            Message::Proof(proof) => bytes.extend(proof),
             Message::Prepared
             | Message::Go
             | Message::Started
@@ -565,6 +606,11 @@ impl Message {
                 )
             }
             Kind::Wanted => Message::Wanted,
+            Kind::Known => Message::Known {
+                chance: first(&payload),
+                proof: first(payload.get(CHANCE..).unwrap_or_default()),
+            },
+            Kind::Proof => Message::Proof(first(&payload)),
             Kind::Enough => {
                 let number = |at: usize| u64_at(&payload, at * 8);
                 let faults = Faults {

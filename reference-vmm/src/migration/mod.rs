@@ -33,9 +33,9 @@
 //! | destination | `Started` | it is mine; said before its vCPUs run |
 //! | source | `Done` | heard; I shall not ask |
 //! | either | `GivenUp(why)` | before `Go`: the guest stays where it is |
-//! | source | a connection of its own | how did it end? |
+//! | source | a connection of its own | how did it end? Here and for pages both prove first that they are of this migration, whose number is not said again: `Known`, `Proof` |
 //! | destination | `Settled` | started; or never, a pledge: nothing is held here, and nothing ever starts; or unknown, of a migration that this process knows nothing of |
-//! | source | a connection of its own, two of them | of a post-copy alone: pages may be asked for here ([`postcopy`]) |
+//! | source | a connection of its own, two of them or more | of a post-copy alone: pages may be asked for here ([`postcopy`]) |
 //! | destination | `Wanted`, `Enough` | they will be, by [`async_pf::peer`]'s frames; or no more will be: all are here, the guest has ended, or what did not come in time is lost |
 //!
 //! Host differences are found before the first page: the rehearsal has the vCPUs' state, which the destination's KVM is
@@ -134,7 +134,8 @@
 //! sockets: whatever the user of this process may open. A Unix socket is its user's. TCP on this host is open to all of its
 //! users, who are to be trusted like that; TCP beyond the host needs TLS, where both sides have certificates ([`tls`]). Whatever the other side sends is bounded, and parsed as a snapshot's file is; the first who
 //! offers a guest is the one, and others are sent away. One who connects has 2 s to say all of what for, however
-//! slowly it comes, in which nobody else is heard; with TLS up to 10 s more to show who he is.
+//! slowly it comes; with TLS up to 10 s more to show who he is. 64 are heard at the same time, and behind that one who is
+//! silent makes room for who comes ([`callers`] has the promise): strangers keep neither a source nor its pages out.
 //!
 //! # Limits
 //!
@@ -145,6 +146,7 @@
 
 pub mod address;
 mod arriving;
+pub mod callers;
 pub mod codec;
 pub mod coming;
 pub mod destination;
@@ -163,7 +165,9 @@ pub mod pages;
 mod plot;
 pub mod postcopy;
 pub mod progress;
+mod proof;
 pub mod record;
+pub mod recover;
 pub mod report;
 mod sender;
 pub mod source;

@@ -34,6 +34,12 @@ pub enum OrderError {
         "the migration was begun without post-copy: say so when it is begun (--postcopy=by-hand)"
     )]
     NoPostCopy,
+    /// The guest has not been given away: what breaks now ends the migration, and the guest goes on here.
+    #[error(
+        "the guest is here still, and nothing is to be recovered: a migration that breaks now gives up, and the guest goes \
+         on here"
+    )]
+    Here,
     /// Where the guest is, is known or will be at once.
     #[error("nobody has to say where the guest is: the destination has not failed to answer")]
     NotInDoubt,
@@ -138,6 +144,19 @@ impl Orders {
                 Ok(())
             }
             Stage::Ours | Stage::Committed => Err(OrderError::NotInDoubt),
+            Stage::Over => Err(OrderError::Over),
+        }
+    }
+
+    /// Whether connections may go another way from here on: the guest has been given away, and its destination is to be asked
+    /// or served.
+    ///
+    /// # Errors
+    /// [`OrderError::Here`], [`OrderError::Over`].
+    pub fn may_recover(&self) -> Result<(), OrderError> {
+        match self.lock().stage {
+            Stage::Ours => Err(OrderError::Here),
+            Stage::Committed | Stage::InDoubt => Ok(()),
             Stage::Over => Err(OrderError::Over),
         }
     }

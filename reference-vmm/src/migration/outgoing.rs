@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::address::Address;
 use super::codec::{Compression, PAGE};
-use super::dial::Dial;
+use super::dial::{Dial, WayError};
 use super::event::{Event, Observer, Step};
 use super::guest::{Refusal, SourceGuest};
 use super::limit::{LEAST_RATE, Limiter};
@@ -147,6 +147,9 @@ pub enum OutgoingError {
     /// An order at the wrong time.
     #[error(transparent)]
     Order(#[from] OrderError),
+    /// Connections cannot go there.
+    #[error(transparent)]
+    Way(#[from] WayError),
     /// Memory that was to come later does not.
     #[error(transparent)]
     Lazy(#[from] LazyError),
@@ -181,6 +184,7 @@ struct Job {
     may_switch: bool,
     limit: Arc<Limiter>,
     given: Arc<Given>,
+    dial: Dial,
     recorder: Recorder,
 }
 
@@ -271,7 +275,9 @@ impl Outgoing {
         let now = SystemTime::now();
         let mut record = MigrationRecord::new(request.destination.clone(), pages, asked, now);
         record.paused = guest.is_paused();
+        let dial = Dial::new(address, tls);
         let job = Arc::new(Job {
+            dial: dial.clone(),
             orders: Orders::default(),
             may_switch: request.postcopy.may(),
             limit,
@@ -299,7 +305,6 @@ impl Outgoing {
         }
         let (to, recorder) = (&request.destination, &job.recorder);
         log::info!("migration {} to {to} begins", MigrationId(id));
-        let dial = Dial { address, tls };
         let moved = migrate(
             &guest,
             &dial,
@@ -466,6 +471,28 @@ impl Outgoing {
                 settled => settled?,
             },
             Order::There => job.orders.settle(Whereabouts::There)?,
+        }
+        Ok(())
+    }
+}
+
+impl Outgoing {
+    /// Has the connections of a migration go to another address from now on, when the guest has been given away: those for its
+    /// memory that there are are closed, and all are made there. `tls_name` is whom the certificate there is for, if not the
+    /// host in the address. Who does not prove to be the destination gets nothing. Blocks for as long as the resolver takes.
+    ///
+    /// # Errors
+    /// [`OutgoingError`]; connections go as before.
+    pub fn recover(&self, to: &str, tls_name: Option<&str>) -> Result<(), OutgoingError> {
+        let job = self.lock().clone().ok_or(OutgoingError::None)?;
+        job.orders.may_recover()?;
+        let address: Address = to.parse().map_err(|error: super::address::AddressError| {
+            OutgoingError::Request(error.to_string())
+        })?;
+        job.dial.go(&address, tls_name)?;
+        log::info!("the guest that has gone is asked, and served, at {to} from now on");
+        if let Some(followed) = &mut job.recorder.lock().postcopy {
+            followed.recovered_to = Some(to.to_owned());
         }
         Ok(())
     }

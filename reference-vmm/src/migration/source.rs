@@ -24,10 +24,10 @@ use super::limit::Limiter;
 use super::link::{Connect, LinkError, TICK, Watch, Wire, greet, receive, receive_now, send};
 use super::message::{Ending, Greeting, Message, MigrationId, Role, Side};
 use super::orders::{Orders, Whereabouts};
-use super::postcopy::ask::LANES;
 use super::postcopy::missing::{MOST_RUNS, Missing};
 use super::postcopy::serve::{Serving, Standing};
 use super::postcopy::{LastWord, When};
+use super::proof::introduce;
 use super::sender::{LAST, Lane, Tally, send_round};
 
 /// How long is waited for what.
@@ -346,13 +346,14 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         std::thread::scope(|scope| {
             let serve = |pages: Arc<dyn PageSource>| {
                 let how = (self.settings.compression, Arc::clone(&self.settings.limit));
-                let patience = self.settings.patience;
+                // As many as the rounds had.
+                let patience = (self.settings.patience, self.settings.connections);
                 let serving = self.serving.get_or_init(|| {
                     Serving::new((self.connect, self.direct), self.id, patience, pages, how)
                 });
-                for lane in LANES {
+                for number in serving.numbers() {
                     let thread = std::thread::Builder::new().name("pages".into());
-                    let spawned = thread.spawn_scoped(scope, move || serving.run(lane));
+                    let spawned = thread.spawn_scoped(scope, move || serving.run(number));
                     spawned.map_err(|error| Why::Link {
                         doing: "cannot start a thread that serves pages",
                         source: error.into(),
@@ -740,7 +741,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
         asked || self.orders.is_to_switch()
     }
 
-    /// Waits until pages can be asked for, on both lanes.
+    /// Waits until pages can be asked for, on all connections.
     fn see_it_connected(&self, control: &mut C::Wire) -> Result<(), Why> {
         let Some(serving) = self.serving.get() else {
             return Ok(());
@@ -779,6 +780,7 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             let ended =
                 |standing: &Standing| matches!(standing, Standing::Enough(_) | Standing::Gone(_));
             let standing = serving.wait(TICK, ended);
+            serving.follow();
             let served = serving.served();
             let broken = match &standing {
                 Standing::Broken(why) | Standing::Gone(why) => Some(why.as_str()),
@@ -896,9 +898,12 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
                 };
             }
         };
-        let (id, role) = (self.id, Role::Settle);
-        let greeted = greet(&mut wire, &Greeting { id, role }, &watch);
-        match greeted.and_then(|()| receive(&mut wire, Side::Destination, &watch)) {
+        let said = match introduce(&mut wire, self.id, Role::Settle, &watch) {
+            Ok(true) => receive(&mut wire, Side::Destination, &watch),
+            Ok(false) => return Asked::Ending(Ending::Unknown),
+            Err(error) => Err(error),
+        };
+        match said {
             Ok(Message::Settled(ending)) => {
                 // Not heard, it goes on answering.
                 let _ = send(&mut wire, &Message::Done, &watch);

@@ -177,6 +177,19 @@ impl Tls {
         })
     }
 
+    /// The same, for a destination whose certificate is for `name`.
+    ///
+    /// # Errors
+    /// [`TlsError::Name`].
+    pub fn for_name(&self, name: &str) -> Result<Self, TlsError> {
+        let server = ServerName::try_from(name.to_owned());
+        let server = server.map_err(|_| TlsError::Name(name.to_owned()))?;
+        Ok(Tls {
+            name: Some(server),
+            ..self.clone()
+        })
+    }
+
     /// The side that connects to `host`, which is none where the address has no host.
     pub(super) fn connecting(&self, host: Option<&str>) -> io::Result<Session> {
         let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidInput, why);

@@ -31,7 +31,7 @@ mod duplex;
 
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
@@ -39,9 +39,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::address::{Address, resolve};
+use super::callers::HangUp;
 use super::pages::{self, Parts, ReadPages, WritePages, is_fault};
 use super::tls::{Session, Tls};
-use crate::no_wait::is_ready;
+use crate::no_wait::{is_ready, readable};
 use crate::unix_socket;
 
 pub use duplex::Both;
@@ -235,6 +236,14 @@ impl Listener {
         &self.address
     }
 
+    /// One more, at another address, for who has the same certificates.
+    ///
+    /// # Errors
+    /// [`BindError`]; nothing was made.
+    pub(super) fn another(&self, address: &Address) -> Result<Self, BindError> {
+        Listener::bind(address, self.tls.as_ref())
+    }
+
     /// Waits until `deadline` for somebody to connect, and where there is TLS until both sides are authenticated.
     ///
     /// # Errors
@@ -310,6 +319,24 @@ impl Listener {
     }
 }
 
+/// Waits until somebody has connected to one of two, or `deadline`.
+///
+/// # Errors
+/// [`AcceptError::Listener`].
+pub(super) fn wait_for_any(
+    listeners: [&Listener; 2],
+    deadline: Instant,
+) -> Result<(), AcceptError> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let milliseconds = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
+    let fds = listeners.map(|listener| listener.socket.as_raw_fd());
+    let ready = readable(fds, milliseconds);
+    ready.map(drop).map_err(|source| AcceptError::Listener {
+        address: listeners[0].address.clone(),
+        source,
+    })
+}
+
 /// Somebody who has connected, and need not be one of the two who know each other.
 #[derive(Debug)]
 pub struct Caller {
@@ -323,6 +350,31 @@ impl Caller {
     /// Who it is, for messages.
     pub fn peer(&self) -> &str {
         &self.peer
+    }
+
+    /// The host, as far as it can be told: an address, of IPv6 its network. Who comes by a Unix socket is of this host, which
+    /// is no name.
+    pub(super) fn host(&self) -> String {
+        let Socket::Tcp(stream) = &self.socket else {
+            return String::new();
+        };
+        match stream.peer_addr().map(|peer| peer.ip().to_canonical()) {
+            Ok(IpAddr::V6(ip)) if !ip.is_loopback() => {
+                let [a, b, c, d, ..] = ip.segments();
+                format!("{a:x}:{b:x}:{c:x}:{d:x}")
+            }
+            Ok(ip) => ip.to_string(),
+            Err(_) => String::new(),
+        }
+    }
+
+    /// What ends the connection from another thread. Out of descriptors it does nothing.
+    pub(super) fn hang_up(&self) -> HangUp {
+        match &self.socket {
+            Socket::Unix(stream) => ends(stream.try_clone(), UnixStream::shutdown),
+            Socket::Tcp(stream) => ends(stream.try_clone(), TcpStream::shutdown),
+            Socket::UnixListener(_) | Socket::TcpListener(_) => Box::new(|| {}),
+        }
     }
 
     /// Waits, where there is TLS, until both sides are authenticated: until `deadline`, no longer than [`HANDSHAKE`], and no
@@ -345,6 +397,46 @@ impl Caller {
         let begun = Connection::begin(socket, peer.clone(), line, session, (deadline, stop));
         begun.map_err(|source| AcceptError::Peer { peer, source })
     }
+}
+
+fn ends<S: Send + 'static>(
+    stream: io::Result<S>,
+    shutdown: fn(&S, Shutdown) -> io::Result<()>,
+) -> HangUp {
+    match stream {
+        Ok(stream) => Box::new(move || {
+            // One that is not connected any more has ended already.
+            let _ = shutdown(&stream, Shutdown::Both);
+        }),
+        Err(_) => Box::new(|| {}),
+    }
+}
+
+/// Whether one may connect to `address` with what there is: asks the resolver, and connects to nobody.
+///
+/// # Errors
+/// [`ConnectError`]: another host without TLS, a name that has no address, or whom the certificate is for is not known.
+pub(super) fn may_connect(
+    address: &Address,
+    tls: Option<&Tls>,
+    deadline: Instant,
+) -> Result<(), ConnectError> {
+    let failed = |source| ConnectError::Failed {
+        address: address.clone(),
+        source,
+    };
+    let host = match address {
+        Address::Unix(_) => None,
+        Address::Tcp { host, port } => {
+            let places = resolve(host, *port, deadline).map_err(failed)?;
+            if tls.is_none() && !places.iter().all(|place| place.ip().is_loopback()) {
+                return Err(ConnectError::Exposed(address.clone()));
+            }
+            Some(host.as_str())
+        }
+    };
+    let session = tls.map(|tls| tls.connecting(host)).transpose();
+    session.map(drop).map_err(failed)
 }
 
 /// Connects to `address` until `deadline`, and where there is TLS until both sides are authenticated: for that it waits

@@ -32,7 +32,8 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
     ) -> Result<Ended, BuildError> {
         let guest = OnceLock::<Running>::new();
         let came = {
-            let waiting = Waiting::for_migration(incoming.address().to_string(), incoming.coming());
+            let waiting = Waiting::for_migration(incoming.address().to_string(), incoming.coming())
+                .with_ear(incoming.also());
             if let Some(landing) = waiting.landing() {
                 incoming.when_prepared(move || landing.is_near());
             }

@@ -117,6 +117,8 @@ struct State {
     pub busy: u32,
     /// Behind the fault, so many times the destination has no descriptor for who connects.
     out_of_files: u32,
+    /// And before it, from the beginning on.
+    out_of_files_at_first: u32,
     over: bool,
     /// The destination cannot make the machine whole.
     spoiled: bool,
@@ -343,6 +345,16 @@ impl World {
     /// The next so many times that the source wants its disk back somebody has it.
     pub fn out_of_files(&self, times: u32) {
         self.lock().out_of_files = times;
+    }
+
+    /// The first so many times the destination accepts nobody, for want of descriptors.
+    pub fn out_of_files_at_first(&self, times: u32) {
+        self.lock().out_of_files_at_first = times;
+    }
+
+    /// Descriptors that it will lack still.
+    pub fn lacks_files(&self) -> u32 {
+        self.lock().out_of_files_at_first
     }
 
     /// The destination had the machine, and has dropped it.
@@ -629,8 +641,13 @@ impl Accept for Ear {
         if state.processes[Destination as usize].dead {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        if state.struck && state.out_of_files > 0 {
-            state.out_of_files -= 1;
+        let lacks = if state.struck {
+            &mut state.out_of_files
+        } else {
+            &mut state.out_of_files_at_first
+        };
+        if *lacks > 0 {
+            *lacks -= 1;
             return Err(io::Error::from_raw_os_error(libc::EMFILE));
         }
         Ok(state.backlog.pop_front().map(|conn| End {

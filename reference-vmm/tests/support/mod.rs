@@ -10,11 +10,14 @@
 #![allow(dead_code)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod huge;
 pub mod keeper;
 pub mod lab;
+pub mod moving;
 pub mod mutate;
 pub mod pty;
 pub mod rsp;
+pub mod tls;
 pub mod tracer;
 pub mod tracked;
 pub mod uffd;
@@ -45,10 +48,15 @@ pub fn long() -> bool {
     std::env::var_os("LONG_TESTS").is_some_and(|value| value != "0")
 }
 
+/// Whether this is the lab, where guests are slow: what takes minutes there is made smaller.
+pub fn in_lab() -> bool {
+    std::env::var_os("REFERENCE_VMM_LAB").is_some()
+}
+
 /// Whether this is the short form in the lab, where a guest in an emulated machine is to be spared what takes minutes there:
 /// this host's own KVM has run it, and the lab does with `--long`.
 pub fn lab_short() -> bool {
-    let short = std::env::var_os("REFERENCE_VMM_LAB").is_some() && !long();
+    let short = in_lab() && !long();
     if short {
         eprintln!("left to the host, and in the lab to --long");
     }

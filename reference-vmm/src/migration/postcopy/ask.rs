@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The destination's side: pages that are asked for when the guest runs, over two connections.
+//! The destination's side: pages that are asked for when the guest runs, over two connections or more.
 //!
-//! What somebody waits for has a connection of its own: nothing of what nobody waits for is on it. Both are the source's to
+//! What somebody waits for has a connection of its own: nothing of what nobody waits for is on it. All are the source's to
 //! make, and to make again; here they are waited for, and what was asked for and not answered is asked for again
 //! ([`async_pf::peer`]).
 
@@ -21,9 +21,6 @@ use super::missing::Missing;
 use crate::migration::link::Duplex;
 use crate::migration::message::MigrationId;
 
-/// The lanes, in the order of their numbers.
-pub const LANES: [Lane; 2] = [Lane::Fault, Lane::Prefetch];
-
 /// How long one try waits for a connection of the source's.
 const TRY: Duration = Duration::from_millis(100);
 /// How long a source that lives may take for an answer: by the least bandwidth there may be, some seconds.
@@ -35,6 +32,8 @@ pub struct Later {
     pub missing: Missing,
     /// Where from.
     pub source: Arc<dyn PageSource>,
+    /// Connections that carry what nobody waits for: so much is under way at once.
+    pub bulk: usize,
     /// Since when the source is waited for, if it is.
     pub waits: Arc<dyn Fn() -> Option<Duration> + Send + Sync>,
     /// Called once, when nothing more will be asked for: all is there, or the machine is over.
@@ -44,8 +43,8 @@ pub struct Later {
 /// Told what to say to the source, and how long that may take to hear it.
 pub type Enough = Box<dyn FnOnce(LastWord, Duration) + Send>;
 
-/// Waits so long for the next connection of a lane.
-pub type Next = dyn Fn(Lane, Duration) -> Option<Duplex> + Send + Sync;
+/// Waits so long for the next connection of this number.
+pub type Next = dyn Fn(u32, Duration) -> Option<Duplex> + Send + Sync;
 
 /// Asks the source of a migration for pages.
 #[derive(Debug)]
@@ -54,22 +53,22 @@ pub struct PostCopySource {
 }
 
 impl PostCopySource {
-    /// Waits up to `patience` for the source's connections, and is asked from then on; `go_on` says whether that is still
-    /// wanted.
+    /// Waits up to `patience` for the source's connections, of which `bulk` and at least one carry what nobody waits for, and
+    /// is asked from then on; `go_on` says whether that is still wanted.
     ///
     /// # Errors
     /// [`PeerError`]: they have not come, or are of another migration.
     pub fn connect(
-        id: MigrationId,
+        (id, bulk): (MigrationId, u32),
         next: &Arc<Next>,
         patience: Duration,
         mut go_on: impl FnMut() -> bool,
     ) -> Result<Self, PeerError> {
         let until = Instant::now() + patience;
-        let mut lane = |lane: Lane| loop {
+        let mut connection = |number: u32| loop {
             let next = Arc::clone(next);
             let connect = move |patience: Duration| -> io::Result<Box<dyn Wire>> {
-                next(lane, patience).ok_or_else(|| {
+                next(number, patience).ok_or_else(|| {
                     io::Error::new(
                         io::ErrorKind::TimedOut,
                         "the source has not connected for pages",
@@ -94,10 +93,11 @@ impl PostCopySource {
                 connected => break connected,
             }
         };
-        let [first, second] = LANES;
-        Ok(PostCopySource {
-            lanes: PeerLanes::new(lane(first)?, lane(second)?),
-        })
+        let mut lanes = PeerLanes::new(connection(0)?, connection(1)?);
+        for number in 2..=bulk {
+            lanes = lanes.and(connection(number)?);
+        }
+        Ok(PostCopySource { lanes })
     }
 
     /// Nothing more is asked for.

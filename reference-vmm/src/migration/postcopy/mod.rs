@@ -10,7 +10,7 @@
 //!   State, Prepared, Go, Started ◄──────────── control ─────────► a pager over them, then the machine
 //!                                                                 the guest runs
 //!   PageServer over the memory  ◄══ pages 0: what is waited for ═  PeerSource ◄─ Lane::Fault ───┐
-//!   that stands still           ◄══ pages 1: all else, behind ═══  PeerSource ◄─ Lane::Prefetch ┴ Pager
+//!   that stands still           ◄══ pages 1 …: all else, behind ═  PeerSource ◄─ Lane::Prefetch ┴ Pager
 //!   ends                        ◄── Enough ─────────────────────  all is there, or no more is wanted
 //! ```
 //!
@@ -43,20 +43,30 @@
 //! So who wants to lose the guest under no single fault takes pre-copy.
 //!
 //! # A link that breaks
-//! Both connections for pages are made by the source, and made again, each second, as long as the destination has not said
+//! All connections for pages are made by the source, and made again, each second, as long as the destination has not said
 //! that it has all ([`serve`]). The destination keeps what was asked for and asks again on the new connection ([`ask`]). The
 //! page deadline there (`run --incoming … --page-deadline`, 5 minutes) is how long a fault waits: until then nothing is
 //! poisoned. Each side says in its status what it waits for (`ctl migrate-status` here, `ctl status` there). The source
-//! gives up only when the destination's process is known to be gone: it is refused where it was, on both lanes, and nobody
+//! gives up only when the destination's process is known to be gone: it is refused where it was, on all of them, and nobody
 //! stands between ([`Wire::line`](super::link::Wire::line)); over TCP for as long as
 //! [`Patience::refused`](super::source::Patience::refused), for a firewall may do that in the destination's place.
+//!
+//! Where it was need not be where it is: the source is told another address ([`recover`](super::recover)), and the destination
+//! to listen at one more. From then on nobody's refusal is its end. Before a page goes, on whichever connection, both sides
+//! prove that they know the migration's number (`proof`), so that who has taken an address, or was named by mistake, gets
+//! nothing.
 //!
 //! What the destination says at last ([`LastWord`]) is what the source says became of the guest: all is there; the guest ended
 //! before that, and wants no more; or pages did not come before the page deadline, which is a failure, with how many and why.
 //!
+//! # How many connections
+//! What somebody waits for has one, and all else as many as the rounds had ([`Settings::connections`]); the destination asks for
+//! that much at once. One that breaks or says nothing for five seconds is made again; the others carry on meanwhile.
+//!
+//! [`Settings::connections`]: super::source::Settings::connections
+//!
 //! # Limits
 //! - What the guest waits for is not held back by the bandwidth limit; all else is.
-//! - One connection carries what nobody waits for, however many the rounds had.
 //! - Memory that is given back to the host meanwhile would come from the source; no device of this monitor does that.
 
 pub mod ask;

@@ -31,6 +31,9 @@ pub struct Followed {
     pub bytes: u64,
     /// Why nobody can ask now, in one line: the connection is made again and again.
     pub broken: Option<String>,
+    /// Where connections go, if that was said behind the switch (`ctl migrate-recover`).
+    #[serde(default)]
+    pub recovered_to: Option<String>,
     /// When the destination wanted no more, since the migration's beginning.
     #[serde(rename = "ended-us", with = "micros::optional")]
     pub ended: Option<Duration>,
@@ -55,7 +58,10 @@ impl Followed {
         let left = units::bytes(units::pages(self.pages_left()));
         let broken = match &self.broken {
             None => String::new(),
-            Some(why) => format!(", no connection, tries again ({})", printable(why)),
+            Some(why) => format!(
+                ", no connection, tries again ({}); if it is elsewhere now: ctl migrate-recover",
+                printable(why)
+            ),
         };
         format!("the guest has gone, {left} of its memory follow{broken}")
     }
@@ -85,6 +91,9 @@ impl Followed {
                 of(faults.p99_ns),
                 of(faults.max_ns)
             );
+        }
+        if let Some(to) = &self.recovered_to {
+            text += &format!("; its connections went to {} at last", printable(to));
         }
         if let Some(why) = &self.broken {
             text += &format!("; nobody can ask now: {}", printable(why));

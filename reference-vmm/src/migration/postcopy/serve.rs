@@ -3,12 +3,12 @@
 //! The source's side: memory that stands still, served to who has the guest.
 //!
 //! ```text
-//!   dial ──► Pages(lane) ──► Wanted ──► served ──► closed ──► dial …
-//!     ▲          │                         └ broke ─┐           ├──► Enough: over
-//!     └── a second later ◄──────────────────────────┘           └──► refused where it was, on both lanes: gone
+//!   dial ──► Pages(number) ──► Known, Proof ──► Wanted ──► served ──► closed ──► dial …
+//!     ▲          │                                            └ broke ─┐           ├──► Enough: over
+//!     └── a second later, or on another way ◄──────────────────────────┘           └──► refused where it was, on all: gone
 //! ```
 //!
-//! One thread a lane. A connection that ends says nothing of why: the next one does.
+//! One thread a connection. A connection that ends says nothing of why: the next one does.
 
 #![forbid(unsafe_code)]
 
@@ -22,11 +22,12 @@ use async_pf::{Fetched, Lane, PageSource, SourceError};
 use memslots::Gfn;
 
 use super::LastWord;
-use super::ask::{LANES, image};
+use super::ask::image;
 use crate::migration::codec::{Compression, PAGE};
 use crate::migration::limit::Limiter;
-use crate::migration::link::{Connect, TICK, Watch, Wire, greet, receive, send};
-use crate::migration::message::{Ending, Greeting, Message, MigrationId, Role, Side};
+use crate::migration::link::{Connect, TICK, Watch, Wire, receive, send};
+use crate::migration::message::{Message, MigrationId, Role, Side};
+use crate::migration::proof::introduce;
 use crate::migration::source::Patience;
 use crate::text::printable;
 
@@ -52,7 +53,7 @@ pub struct Served {
 /// Where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// Pages may be asked for, on both lanes.
+    /// Pages may be asked for, on all connections.
     Connected,
     /// There is no connection, for this reason: it is tried again and again.
     Broken(String),
@@ -133,11 +134,20 @@ impl PageSource for Counted {
     }
 }
 
+/// A connection, or none.
+struct Line {
+    /// Why there is none.
+    broken: Option<String>,
+    /// Since when each try was refused where the destination was.
+    refused: Option<Instant>,
+    wire: Option<Arc<dyn async_pf::peer::Wire>>,
+}
+
 struct State {
-    /// Why a lane has no connection; none where it has one.
-    broken: [Option<String>; 2],
-    /// Since when each try of a lane was refused where the destination was.
-    refused: [Option<Instant>; 2],
+    /// By their numbers.
+    lines: Vec<Line>,
+    /// Which way they go ([`Connect::way`]).
+    way: u64,
     enough: Option<LastWord>,
     gone: Option<String>,
     stop: bool,
@@ -168,11 +178,22 @@ enum Came {
     Broke(String),
 }
 
+impl Default for Line {
+    fn default() -> Self {
+        Line {
+            broken: Some(String::new()),
+            refused: None,
+            wire: None,
+        }
+    }
+}
+
 impl<'a, C: Connect> Serving<'a, C> {
+    /// With as many connections for what nobody waits for as `bulk` says, and at least one.
     pub(in crate::migration) fn new(
         (connect, direct): (&'a C, &'a OnceLock<String>),
         id: MigrationId,
-        patience: Patience,
+        (patience, bulk): (Patience, u32),
         pages: Arc<dyn PageSource>,
         (compression, limit): (Compression, Arc<Limiter>),
     ) -> Self {
@@ -201,8 +222,8 @@ impl<'a, C: Connect> Serving<'a, C> {
             server: PageServer::new(Arc::clone(&counted) as _, config),
             counted,
             state: Mutex::new(State {
-                broken: [const { Some(String::new()) }; 2],
-                refused: [None; 2],
+                lines: (0..=bulk.max(1)).map(|_| Line::default()).collect(),
+                way: connect.way(),
                 enough: None,
                 gone: None,
                 stop: false,
@@ -249,12 +270,35 @@ impl<'a, C: Connect> Serving<'a, C> {
         self.server.stop();
     }
 
-    /// A lane's life. Returns when it is over, one way or another.
-    pub(in crate::migration) fn run(&self, lane: Lane) {
-        let connected = || self.change(|state| state.stands(lane, None, None));
+    /// The numbers of its connections.
+    pub(in crate::migration) fn numbers(&self) -> std::ops::Range<u32> {
+        0..self.lock().lines.len() as u32
+    }
+
+    /// If connections are to go another way than those that there are, those are closed, and new ones made at once. Nothing is
+    /// lost by that: what was asked for and not answered is asked for again.
+    pub(in crate::migration) fn follow(&self) {
+        let way = self.connect.way();
+        let mut state = self.lock();
+        if std::mem::replace(&mut state.way, way) == way {
+            return;
+        }
+        for line in &mut state.lines {
+            line.refused = None;
+            if let Some(wire) = line.wire.take() {
+                wire.shutdown();
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// A connection's life, and that of those behind it. Returns when it is over, one way or another.
+    pub(in crate::migration) fn run(&self, number: u32) {
         while !self.lock().is_over() {
-            let pause = match self.once(lane, &connected) {
-                // The other lane need not ask.
+            let way = self.lock().way;
+            let pause = match self.once(number) {
+                // The others need not ask.
                 Came::Enough => return self.stop(),
                 Came::Gone(why) => {
                     self.change(|state| {
@@ -270,13 +314,12 @@ impl<'a, C: Connect> Serving<'a, C> {
                         false => self.patience.refused,
                     };
                     self.change(|state| {
-                        state.stands(lane, Some(why), Some(Instant::now()));
-                        // The other lane is refused as well, or it lives.
-                        let since = state.refused.map(|since| since.map(|at| at.elapsed()));
-                        if let [Some(one), Some(other)] = since
-                            && one.min(other) >= limit
-                            && state.enough.is_none()
-                        {
+                        state.stands(number, Some(why), Some(Instant::now()));
+                        // The others are refused as well, or it lives.
+                        let since = state.lines.iter().map(|line| line.refused);
+                        let all = since.collect::<Option<Vec<_>>>();
+                        let last = all.and_then(|all| all.into_iter().max());
+                        if last.is_some_and(|at| at.elapsed() >= limit) && state.enough.is_none() {
                             let why = "nobody listens there any more".to_owned();
                             state.gone.get_or_insert(why);
                         }
@@ -285,11 +328,11 @@ impl<'a, C: Connect> Serving<'a, C> {
                 }
                 Came::Closed => SOON,
                 Came::Broke(why) => {
-                    self.change(|state| state.stands(lane, Some(why), None));
+                    self.change(|state| state.stands(number, Some(why), None));
                     self.patience.again
                 }
             };
-            let on = |state: &mut State| !state.is_over();
+            let on = |state: &mut State| !state.is_over() && state.way == way;
             let waited = self.changed.wait_timeout_while(self.lock(), pause, on);
             drop(waited.unwrap_or_else(PoisonError::into_inner));
         }
@@ -301,8 +344,13 @@ impl<'a, C: Connect> Serving<'a, C> {
     }
 
     /// One connection, from its beginning to its end.
-    fn once(&self, lane: Lane, connected: &dyn Fn()) -> Came {
-        let stop = || self.lock().is_over().then(|| "it is over".to_owned());
+    fn once(&self, number: u32) -> Came {
+        let way = self.lock().way;
+        let stop = || {
+            let state = self.lock();
+            let over = state.is_over().then(|| "it is over".to_owned());
+            over.or_else(|| (state.way != way).then(|| "another way is gone".to_owned()))
+        };
         let watch = Watch {
             quiet: self.patience.ask,
             stop: &stop,
@@ -314,9 +362,14 @@ impl<'a, C: Connect> Serving<'a, C> {
             }
             Err(error) => return Came::Broke(error.to_string()),
         };
-        let (id, role) = (self.id, Role::Pages(lane));
-        let greeted = greet(&mut wire, &Greeting { id, role }, &watch);
-        let said = greeted.and_then(|()| receive(&mut wire, Side::Destination, &watch));
+        let said = match introduce(&mut wire, self.id, Role::Pages(number), &watch) {
+            Ok(true) => receive(&mut wire, Side::Destination, &watch),
+            Ok(false) if self.is_direct() => {
+                return Came::Gone("another one listens there now".into());
+            }
+            Ok(false) => return Came::Broke(OTHER.into()),
+            Err(error) => Err(error),
+        };
         match said {
             Ok(Message::Wanted) => {}
             Ok(Message::Enough(mut word)) => {
@@ -335,32 +388,45 @@ impl<'a, C: Connect> Serving<'a, C> {
                 );
                 return Came::Enough;
             }
-            Ok(Message::Settled(Ending::Unknown)) if self.is_direct() => {
-                return Came::Gone("another one listens there now".into());
-            }
             Ok(other) => return Came::Broke(format!("it answers {:?}", other.kind())),
             Err(error) => return Came::Broke(error.to_string()),
         }
-        let wire = match wire.duplex() {
-            Ok(wire) => wire,
+        let wire: Arc<dyn async_pf::peer::Wire> = match wire.duplex() {
+            Ok(wire) => Arc::from(wire),
             Err(error) => return Came::Broke(error.to_string()),
         };
-        connected();
-        match self.server.serve(&*wire) {
+        let mut state = self.lock();
+        // Whoever finds another way from here on closes this connection.
+        if state.way != way {
+            return Came::Closed;
+        }
+        state.stands(number, None, None);
+        if let Some(line) = state.lines.get_mut(number as usize) {
+            line.wire = Some(Arc::clone(&wire));
+        }
+        drop(state);
+        self.changed.notify_all();
+        let served = self.server.serve(&*wire);
+        if let Some(line) = self.lock().lines.get_mut(number as usize) {
+            line.wire = None;
+        }
+        match served {
             Ok(_) => Came::Closed,
             Err(error) => Came::Broke(error.to_string()),
         }
     }
 }
 
+/// Why nobody is served who has not proven to be the migration's destination.
+const OTHER: &str =
+    "who listens there is not the monitor that the guest has gone to, and gets nothing";
+
 impl State {
-    /// A lane's connection is broken for that reason, or not; and was refused now, or not.
-    fn stands(&mut self, lane: Lane, broken: Option<String>, refused: Option<Instant>) {
-        let places = self.broken.iter_mut().zip(&mut self.refused);
-        let at = LANES.into_iter().zip(places).find(|(of, _)| *of == lane);
-        if let Some((_, (why, since))) = at {
-            *why = broken;
-            *since = refused.map(|now| since.unwrap_or(now));
+    /// A connection is broken for that reason, or not; and was refused now, or not.
+    fn stands(&mut self, number: u32, broken: Option<String>, refused: Option<Instant>) {
+        if let Some(line) = self.lines.get_mut(number as usize) {
+            line.broken = broken;
+            line.refused = refused.map(|now| line.refused.unwrap_or(now));
         }
     }
 
@@ -369,10 +435,11 @@ impl State {
     }
 
     fn standing(&self) -> Standing {
+        let mut broken = self.lines.iter().filter_map(|line| line.broken.as_ref());
         match (&self.enough, &self.gone) {
             (Some(word), _) => Standing::Enough(word.clone()),
             (_, Some(why)) => Standing::Gone(why.clone()),
-            _ => match self.broken.iter().flatten().next() {
+            _ => match broken.next() {
                 Some(why) => Standing::Broken(why.clone()),
                 None => Standing::Connected,
             },

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Those who have connected and have not said yet what for, of whom there are no more than [`MOST`] at once.
+//!
+//! # The promise
+//! Who says nothing keeps nobody out. When all places are taken, the one who has waited the longest makes room for who comes:
+//! of the address that has the most of them, and of these first one who has not shown who he is by TLS. So
+//! - who comes from an address of its own is heard, however many others there are and how fast they come;
+//! - who shares one with strangers (all of this host's users do) has the time until so many more have come: at 200 a second a
+//!   third of a second, where TLS takes milliseconds.
+//!
+//! Who has said what for leaves its place: a connection of the migration is never closed for another.
+//!
+//! An IPv6 address counts by its first 64 bits, which one host may have to itself.
+
+#![forbid(unsafe_code)]
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// So many are heard at once.
+pub const MOST: usize = 64;
+/// And so many threads are at it, with those of whom was closed and who are on their way out.
+const MOST_THREADS: usize = 2 * MOST;
+
+/// Ends a caller's connection at once, from another thread.
+pub type HangUp = Box<dyn Fn() + Send>;
+
+struct Entry {
+    number: u64,
+    from: String,
+    known: bool,
+    hang_up: HangUp,
+}
+
+#[derive(Default)]
+struct Room {
+    /// In the order in which they came.
+    waiting: Vec<Entry>,
+    next: u64,
+    threads: usize,
+    /// It has been said that there is no room.
+    told: bool,
+}
+
+/// The places.
+#[derive(Default)]
+pub(super) struct Callers {
+    room: Mutex<Room>,
+    left: Condvar,
+}
+
+/// A caller's, until this is dropped.
+pub(super) struct Place<'a> {
+    callers: &'a Callers,
+    number: u64,
+}
+
+impl Callers {
+    fn lock(&self) -> MutexGuard<'_, Room> {
+        // What is in it is whole after each statement.
+        self.room.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for who comes from `from`, which may cost another his. Waits up to `patience` for a thread of one who had to go;
+    /// none where there is none by then.
+    pub(super) fn enter(
+        &self,
+        from: String,
+        hang_up: HangUp,
+        patience: Duration,
+    ) -> Option<Place<'_>> {
+        let full = |room: &mut Room| room.threads >= MOST_THREADS;
+        let waited = self.left.wait_timeout_while(self.lock(), patience, full);
+        let (mut room, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return None;
+        }
+        if room.waiting.len() >= MOST
+            && let Some(at) = room.who_goes(&from)
+        {
+            let goes = room.waiting.remove(at);
+            (goes.hang_up)();
+            if !std::mem::replace(&mut room.told, true) {
+                log::warn!(
+                    "{MOST} have connected and say nothing: who has waited the longest is closed for who comes now"
+                );
+            }
+        }
+        let number = room.next;
+        room.next += 1;
+        room.threads += 1;
+        room.waiting.push(Entry {
+            number,
+            from,
+            known: false,
+            hang_up,
+        });
+        Some(Place {
+            callers: self,
+            number,
+        })
+    }
+}
+
+impl Room {
+    /// Who makes room for one of `from`.
+    fn who_goes(&self, from: &str) -> Option<usize> {
+        let of = |from: &str| {
+            self.waiting
+                .iter()
+                .filter(|other| other.from == from)
+                .count()
+        };
+        // One that would have more than any other with it makes room for itself.
+        let has = |entry: &Entry| of(&entry.from) + usize::from(entry.from == from);
+        let most = self.waiting.iter().map(has).max()?;
+        let of_most = |known: bool| {
+            let mut waiting = self.waiting.iter();
+            waiting.position(|entry| entry.known == known && has(entry) == most)
+        };
+        of_most(false).or_else(|| of_most(true))
+    }
+}
+
+impl Place<'_> {
+    fn is(&self, mut entry: impl FnMut(&mut Entry)) -> bool {
+        let mut room = self.callers.lock();
+        let mut waiting = room.waiting.iter_mut();
+        let found = waiting.find(|entry| entry.number == self.number);
+        found.map(&mut entry).is_some()
+    }
+
+    /// Another needed it.
+    pub(super) fn is_lost(&self) -> bool {
+        !self.is(|_| {})
+    }
+
+    /// Its caller has shown who he is.
+    pub(super) fn is_known(&self) {
+        self.is(|entry| entry.known = true);
+    }
+
+    /// He has said what for, and is one of the migration: his connection is closed for nobody. False: it has been.
+    pub(super) fn is_heard(&self) -> bool {
+        let mut room = self.callers.lock();
+        let before = room.waiting.len();
+        room.waiting.retain(|entry| entry.number != self.number);
+        room.waiting.len() < before
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut room = self.callers.lock();
+        room.waiting.retain(|entry| entry.number != self.number);
+        room.threads = room.threads.saturating_sub(1);
+        room.told &= room.waiting.len() > MOST / 2;
+        drop(room);
+        self.callers.left.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn enter<'a>(callers: &'a Callers, from: &str) -> Place<'a> {
+        let entered = callers.enter(from.into(), Box::new(|| {}), Duration::ZERO);
+        entered.unwrap()
+    }
+
+    #[test]
+    fn who_has_an_address_of_its_own_keeps_its_place_however_many_come_from_another() {
+        let callers = Callers::default();
+        let mut strangers: Vec<_> = (0..MOST).map(|_| enter(&callers, "a")).collect();
+        let source = enter(&callers, "b");
+        assert!(strangers[0].is_lost() && !strangers[1].is_lost());
+        for _ in 0..10 * MOST {
+            drop(strangers.remove(0));
+            strangers.push(enter(&callers, "a"));
+            strangers.push(enter(&callers, "a"));
+            drop(strangers.remove(0));
+            assert!(!source.is_lost());
+        }
+    }
+
+    #[test]
+    fn among_those_of_one_address_the_longest_silent_goes_and_one_that_is_known_last() {
+        let callers = Callers::default();
+        let first = enter(&callers, "a");
+        first.is_known();
+        let heard = enter(&callers, "a");
+        assert!(heard.is_heard());
+        let others: Vec<_> = (0..MOST - 1).map(|_| enter(&callers, "a")).collect();
+        assert!(!others[0].is_lost());
+        let _one = enter(&callers, "a");
+        assert!(others[0].is_lost() && !others[1].is_lost() && !first.is_lost());
+        // It has said all: there is nothing to close, and its connection is its own.
+        assert!(!heard.is_heard());
+        assert!(!others[0].is_heard());
+        let _known: Vec<_> = others[2..].iter().map(|place| place.is_known()).collect();
+    }
+
+    #[test]
+    fn who_is_closed_is_told_once_and_his_thread_is_counted_until_it_ends() {
+        use std::sync::Arc;
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        let callers = Callers::default();
+        let closed = Arc::new(AtomicUsize::new(0));
+        let mut places = Vec::new();
+        for _ in 0..MOST_THREADS {
+            let closed = Arc::clone(&closed);
+            let hang_up = Box::new(move || {
+                closed.fetch_add(1, Ordering::Relaxed);
+            });
+            let place = callers.enter("a".into(), hang_up, Duration::ZERO);
+            places.push(place.unwrap());
+        }
+        assert_eq!(closed.load(Ordering::Relaxed), MOST_THREADS - MOST);
+        let more = callers.enter("a".into(), Box::new(|| {}), Duration::ZERO);
+        assert!(more.is_none());
+        drop(places.remove(0));
+        enter(&callers, "a");
+    }
+}
