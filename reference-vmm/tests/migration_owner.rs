@@ -32,9 +32,11 @@ use reference_vmm::migration::message::{Greeting, Message, MigrationId, Role, Si
 use reference_vmm::migration::orders::{OrderError, Orders, Whereabouts};
 use reference_vmm::migration::pages::{ReadPages, WritePages};
 use reference_vmm::migration::postcopy::When;
-use reference_vmm::migration::source::{After, MigrateError, Settings, WhenStuck, Why, migrate};
+use reference_vmm::migration::source::{
+    self, After, MigrateError, Settings, WhenStuck, Why, migrate,
+};
 use reference_vmm::migration::tls::{Tls, TlsFiles};
-use reference_vmm::migration::transport::Listener;
+use reference_vmm::migration::transport::{HANDSHAKE, Listener};
 use world::Side::{Destination, Source};
 use world::{Arrives, Dial, Ear, Fault, Maker, Side, Strike, World};
 
@@ -770,6 +772,7 @@ fn goes_over(
     goes_to(listener, tls[0], When::Never)
 }
 
+/// Within a time in which who says nothing is not closed by itself.
 fn goes_to(
     listener: Listener,
     tls: Option<&Tls>,
@@ -795,6 +798,10 @@ fn goes_to(
             connections: 3,
             compression: Compression::Zstd { level: 1 },
             postcopy,
+            patience: source::Patience {
+                connect: HANDSHAKE / 2,
+                ..settings().patience
+            },
             ..settings()
         };
         let here = migrate(&*world, &dial, ID, &settings, &orders, &());
@@ -885,8 +892,9 @@ fn a_crowd_that_connects_and_says_nothing_keeps_neither_a_source_nor_its_pages_o
                         crowd.push_back(one);
                         came.fetch_add(1, Ordering::Relaxed);
                     }
+                    // The first ones never go by themselves.
                     if crowd.len() > 200 {
-                        crowd.pop_front();
+                        crowd.remove(came_before as usize * 2);
                     }
                     if came.load(Ordering::Relaxed) > came_before {
                         std::thread::sleep(pause);
