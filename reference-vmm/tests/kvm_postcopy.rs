@@ -344,7 +344,9 @@ fn gone_on(folder: &Path, words: &str) -> (support::Running, support::Running, s
     let ctl = |socket: &Path| Vmm::command(["ctl", "--api-sock"]).arg(socket);
     let migrate = ctl(&here).arg("migrate").arg("--to");
     let migrate = migrate.arg(format!("unix:{}", path.display()));
-    let migrate = migrate.words("--postcopy=by-hand --bandwidth 64K").start();
+    let migrate = migrate
+        .words("--postcopy=by-hand --connections 3 --bandwidth 192K")
+        .start();
     let begun = Instant::now();
     // There is none, in the beginning.
     while !ctl(&here)
