@@ -17,6 +17,8 @@ use reference_vmm::api::http::{
 use reference_vmm::api::load::LoadRequest;
 use reference_vmm::api::router::{Action, Outcome, respond, route};
 use reference_vmm::lazy::{LazySaid, OnLoss, PageServerAt};
+use reference_vmm::migration::outgoing::Order;
+use reference_vmm::migration::recover::Recover;
 use reference_vmm::migration::tls::TlsFiles;
 use serde_json::Value;
 
@@ -202,6 +204,29 @@ fn each_path_has_its_method_and_its_body() {
             Action::PowerButton,
         ),
         ("PUT", "/actions", &action("InstanceStart"), Action::Start),
+        (
+            "PATCH",
+            "/migrate",
+            r#"{"order": "Here"}"#,
+            Action::MigrateOrder(Order::Here),
+        ),
+        (
+            "PATCH",
+            "/migrate",
+            r#"{"order": "Recover", "to": "unix:/s", "tls_name": "n"}"#,
+            Action::Recover(Recover::To {
+                address: "unix:/s".into(),
+                tls_name: Some("n".into()),
+            }),
+        ),
+        (
+            "PATCH",
+            "/migrate",
+            r#"{"order": "Recover", "listen": "unix:/s"}"#,
+            Action::Recover(Recover::Listen {
+                address: "unix:/s".into(),
+            }),
+        ),
     ] {
         assert_eq!(route(&request(method, path, body)), Ok(expected), "{path}");
     }
@@ -217,6 +242,34 @@ fn each_path_has_its_method_and_its_body() {
         ("PATCH", "/vm", "x", 400, "json"),
         ("PATCH", "/vm", r#"{"state": "paused"}"#, 400, "paused"),
         ("PATCH", "/vm", r#"{"state": "Paused", "x": 1}"#, 400, "`x`"),
+        (
+            "PATCH",
+            "/migrate",
+            r#"{"order": "Recover"}"#,
+            400,
+            "is missing",
+        ),
+        (
+            "PATCH",
+            "/migrate",
+            r#"{"order": "Recover", "to": "a", "listen": "b"}"#,
+            400,
+            "not both",
+        ),
+        (
+            "PATCH",
+            "/migrate",
+            r#"{"order": "Cancel", "to": "a"}"#,
+            400,
+            "of the order Recover",
+        ),
+        (
+            "PATCH",
+            "/migrate",
+            r#"{"order": "Cancel", "x": 1}"#,
+            400,
+            "`x`",
+        ),
         ("PUT", "/actions", "", 400, "Empty PUT"),
         ("PUT", "/actions", &action("FlushMetrics"), 400, "/stats"),
         ("PUT", "/actions", &action("Explode"), 400, "Explode"),

@@ -250,6 +250,35 @@ fn another_way_is_refused_where_there_is_nothing_to_recover_or_it_is_none() {
     has_lost_nothing(guest, there);
 }
 
+#[test]
+fn a_source_in_doubt_finds_out_at_another_address_where_the_guest_is_and_serves_it_there() {
+    need_kvm();
+    if lab_short() {
+        return;
+    }
+    let (_kernel, config) = machine(&laden(), 1, "16M");
+    let mut guest = Guest::boot(&config);
+    guest.hear(2);
+    let (folder, path) = place();
+    let incoming = bind(Address::Unix(path.clone()));
+    let also = incoming.also();
+    let line = Line::new(folder.path(), path, NOWHERE);
+    // The word arrives, and what the destination says to it does not.
+    *line.closes_behind.lock().unwrap() = Some(Message::Go.encode().unwrap());
+    let (moved, there) = moving(&guest, incoming, &slow(&line.address()), |moving| {
+        moving.until(|record| matches!(record.outcome, Some(Outcome::Unsettled { .. })));
+        assert_eq!(guest.running.state(), RunState::Paused);
+        let at = also.listen(&unix(&folder, "other")).unwrap();
+        recover(moving, &at).unwrap();
+        moving.there()
+    });
+    let record = moved.unwrap();
+    assert_eq!(record.outcome, Some(Outcome::Moved));
+    assert!(record.postcopy.unwrap().recovered_to.is_some());
+    is_whole(&there);
+    has_lost_nothing(guest, there);
+}
+
 const CONNECTIONS: u32 = 3;
 
 /// Control and data before them, the connections for pages: what is waited for, and the rest.

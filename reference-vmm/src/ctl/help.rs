@@ -250,7 +250,8 @@ Usage: reference-vmm ctl --api-sock PATH migrate-recover --to ADDRESS [--tls-nam
 
 The first is said to the monitor that the guest has come from, the second, where it is of use, to the one that it has
 gone to. Connections that there are are closed, and what was under way on them is asked for again: the guest waits, and
-loses nothing. Each side proves to the other that it is of this migration before a page goes: at an address that is
+loses nothing. So does a monitor that cannot find out whether the guest is there (migrate-settle): it asks at the new
+address. Each side proves to the other that it is of this migration before a page goes: at an address that is
 another monitor's nothing is sent. Both may be said again.
 
 Options:

@@ -99,7 +99,7 @@
 //!
 //! **No way at all.** While the source is in doubt and cannot reach the destination, the guest stands still here, which is
 //! said on stderr and in `GET /migrate`, and it is asked for again each second. Who knows better says so:
-//! `ctl migrate-settle here|there`. A destination that was cut off before `Go` has ended by then, and the first question
+//! `ctl migrate-settle here|there`; or by which other way the destination can be asked (`ctl migrate-recover`, [`recover`]). A destination that was cut off before `Go` has ended by then, and the first question
 //! that gets through finds nobody there. (A Unix socket whose path is gone, or is another's, proves nothing: somebody may have
 //! removed it while the destination lives. That is no way at all, too.)
 //!

@@ -155,6 +155,8 @@ pub struct Line {
     /// The one that stands still.
     held: Mutex<Option<usize>>,
     let_go: Condvar,
+    /// It is closed behind these bytes to the destination.
+    pub closes_behind: Mutex<Option<Vec<u8>>>,
 }
 
 impl Line {
@@ -171,6 +173,7 @@ impl Line {
             each: Mutex::default(),
             held: Mutex::default(),
             let_go: Condvar::new(),
+            closes_behind: Mutex::default(),
         });
         let this = Arc::clone(&line);
         // It ends with the process.
@@ -249,6 +252,15 @@ impl Line {
             let mut pass = len;
             if strikes && !self.cut.swap(true, SeqCst) {
                 pass = self.cut_at.1.saturating_sub(before);
+            }
+            let last = self.closes_behind.lock().unwrap();
+            let closes = last
+                .as_ref()
+                .is_some_and(|last| chunk[..len].ends_with(last));
+            drop(last);
+            if way == 0 && closes {
+                let _ = to.write_all(&chunk[..len]);
+                return self.close();
             }
             if to.write_all(&chunk[..pass]).is_err() || pass < len {
                 if pass < len {
