@@ -110,6 +110,72 @@ fn a_mapped_guest_memfd_is_one_memory_for_the_guest_and_this_process() {
     }
 }
 
+/// KVM goes to the file for each of them, and so knows what it does not do for them.
+#[test]
+fn slots_that_are_cut_from_one_mapping_of_it_are_bound_to_their_bytes() {
+    let vm = vm();
+    let Some((memslots, file)) = slots_and_file(&vm) else {
+        return;
+    };
+    let half = SIZE / 2;
+    // It begins within the file, and a part of a part within that.
+    let backing = Backing::guest_memfd(&file, PAGE_SIZE, SIZE - PAGE_SIZE);
+    let whole = Arc::new(Mapping::new(&backing, GuestAddress(0)).unwrap());
+    let rest = Backing::part(&whole, PAGE_SIZE, SIZE - 2 * PAGE_SIZE);
+    let rest = Arc::new(Mapping::new(&rest, GuestAddress(0)).unwrap());
+    let cut = |start, of: &Arc<Mapping>, offset, size| NewSlot {
+        start: GuestAddress(start),
+        backing: Backing::part(of, offset, size),
+        flags: SlotFlags::NONE,
+    };
+    // Bytes from 1 page on, and from 9 pages on.
+    let low = cut(0, &whole, 0, half);
+    let high = cut(1 << 20, &rest, half - PAGE_SIZE, half - PAGE_SIZE);
+    let logged = NewSlot {
+        flags: SlotFlags::LOG_DIRTY_PAGES,
+        ..low.clone()
+    };
+    let refused = memslots.create_all([logged]).unwrap_err();
+    assert!(matches!(refused, Error::Refused(_)), "{refused}");
+    let bound = |slot: &NewSlot| {
+        let slot = memslots::LayoutSlot::from(slot.clone());
+        slot.guest_memfd()
+            .map(|(of, from)| (of.clone(), from, slot.size()))
+    };
+    assert_eq!(bound(&low), Some((file.clone(), PAGE_SIZE, half)));
+    let due = (file.clone(), half + PAGE_SIZE, half - PAGE_SIZE);
+    assert_eq!(bound(&high), Some(due));
+    let slots = memslots.create_all([low, high.clone()]).unwrap();
+    for slot in &slots {
+        assert!(slot.flags().contains(SlotFlags::GUEST_MEMFD));
+    }
+    // The other slot has these bytes, or there are none.
+    for (offset, size) in [(half, PAGE_SIZE), (0, SIZE), (u64::MAX - 4095, PAGE_SIZE)] {
+        let refused = memslots.create_all([cut(2 << 20, &whole, offset, size)]);
+        assert!(matches!(refused, Err(Error::Refused(_))), "{refused:?}");
+    }
+    // And beyond the mapping, of bytes that nobody has.
+    drop(slots);
+    let middle = Backing::part(&whole, 0, PAGE_SIZE);
+    let middle = Arc::new(Mapping::new(&middle, GuestAddress(0)).unwrap());
+    let refused = memslots.create_all([cut(0, &middle, PAGE_SIZE, PAGE_SIZE)]);
+    assert!(matches!(refused, Err(Error::Map { .. })), "{refused:?}");
+
+    let slots = memslots.create_all([high]).unwrap();
+    let memory = memslots.snapshot();
+    memory.write_obj(0x41u16, GuestAddress(1 << 20)).unwrap();
+    let other = Backing::guest_memfd(&file, half + PAGE_SIZE, PAGE_SIZE);
+    let other = Mapping::new(&other, GuestAddress(0)).unwrap();
+    // SAFETY: mapped, and nobody writes there now.
+    let word = unsafe { (other.host().0 as *const u16).read_volatile() };
+    assert_eq!(word, 0x41);
+    let all = GuestAddress(1 << 20)..GuestAddress((1 << 20) + PAGE_SIZE);
+    assert_eq!(memslots.ram().punch(&[all]).unwrap(), PAGE_SIZE);
+    let word: u16 = memory.read_obj(GuestAddress(1 << 20)).unwrap();
+    assert_eq!(word, 0);
+    drop(slots);
+}
+
 #[test]
 fn what_kvm_does_not_do_with_such_a_slot_is_refused_and_it_stays_as_it_was() {
     let vm = vm();

@@ -116,6 +116,7 @@ impl Plan {
                 .file
                 .filter(|_| self.flags & libc::MAP_SHARED != 0)
                 .map(|(file, offset)| FileOffset::from_arc(file, offset)),
+            guest_memfd: None,
             pages: Arc::default(),
             system,
         })

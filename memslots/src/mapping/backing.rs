@@ -180,7 +180,9 @@ impl Backing {
 
     /// `size` bytes of `mapping` from `offset`, both multiples of [`PAGE_SIZE`] (and not more, even of huge pages): what
     /// several slots are cut from one [`Mapping`] with, each with flags of its own. The mapping goes with the last of
-    /// them, and is of the same kind and in the same pages for each.
+    /// them, and is of the same kind and in the same pages for each. Cut from the memory of a
+    /// [`guest_memfd`](Self::guest_memfd), each slot is bound to its own bytes of the file, of which no two slots may have
+    /// any in common.
     ///
     /// So the firmware in the last 64 KiB of a page of 1 GiB is a read-only slot, and what is below it is RAM:
     /// ```
@@ -310,13 +312,19 @@ impl Backing {
 }
 
 impl Backing {
-    /// What a slot made of it is bound to.
+    /// What a slot made of it is bound to. Of a part beyond its mapping it is one that is refused.
     pub(crate) fn guest_memfd_binding(&self) -> Option<Binding> {
         match &self.source {
             Source::GuestMemfd { file, offset } => Some(Binding {
                 file: file.clone(),
                 offset: *offset,
             }),
+            Source::Part { mapping, offset } => {
+                mapping.guest_memfd().map(|(file, start)| Binding {
+                    file: file.clone(),
+                    offset: start.saturating_add(*offset),
+                })
+            }
             _ => None,
         }
     }

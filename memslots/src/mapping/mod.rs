@@ -72,6 +72,8 @@ pub struct Mapping {
     kind: MemoryKind,
     /// Where others find it: of shared mappings only, for a private one shows its file's contents no more.
     file: Option<FileOffset>,
+    /// Whose pages these are, if a guest_memfd's: `file` says from where on.
+    guest_memfd: Option<GuestMemfd>,
     /// Shared with all that is cut from the same memory.
     pages: Arc<Pages>,
     system: &'static dyn System,
@@ -131,7 +133,11 @@ impl Mapping {
                 shared,
             } => Self::plan_file(backing, file, *offset, *shared)?.map(system, guest)?,
             Source::GuestMemfd { file, offset } => {
-                Self::plan_guest_memfd(backing, file, *offset)?.map(system, guest)?
+                let plan = Self::plan_guest_memfd(backing, file, *offset)?;
+                Self {
+                    guest_memfd: Some(file.clone()),
+                    ..plan.map(system, guest)?
+                }
             }
             Source::Part { mapping, offset } => Self::part(system, backing, mapping, *offset)?,
             Source::External { start, owner } => {
@@ -153,6 +159,7 @@ impl Mapping {
                     page_size: PAGE_SIZE,
                     kind: MemoryKind::External,
                     file: None,
+                    guest_memfd: None,
                     pages: Arc::default(),
                     system,
                 }
@@ -194,6 +201,7 @@ impl Mapping {
             kind: whole.kind,
             file: file
                 .map(|file| FileOffset::from_arc(Arc::clone(file.arc()), file.start() + offset)),
+            guest_memfd: whole.guest_memfd.clone(),
             pages: Arc::clone(&whole.pages),
             system,
         })
@@ -277,6 +285,12 @@ impl Mapping {
             });
         }
         Ok(plan)
+    }
+
+    /// The guest_memfd that it is memory of, and from which byte on.
+    pub(crate) fn guest_memfd(&self) -> Option<(&GuestMemfd, u64)> {
+        let file = self.guest_memfd.as_ref()?;
+        Some((file, self.file.as_ref()?.start()))
     }
 
     /// All that is asked for beyond the mapping itself.
