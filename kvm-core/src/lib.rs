@@ -195,7 +195,8 @@
 //! - `SIGBUS` on a thread that is no vCPU's goes where it went before, as does an error that nobody has run
 //!   into and that the kernel tells another thread. Of a thread's errors eight are kept.
 //! - A machine check goes to one vCPU; Intel's guests of several expect it on all
-//!   ([`arch::x86_64::MachineCheck::for_others`], which the monitor hands to the others).
+//!   ([`arch::x86_64::MachineCheck::for_others`], which the monitor hands to the others); LMCE is not offered. It tells of
+//!   one page: of others that are lost with it the guest hears when it touches them, and its kernel may do so first.
 //! - A one-shot or periodic tick of the local APIC's timer that expired since the vCPU left the guest
 //!   is in no ioctl's answer: a periodic timer goes on, a one-shot one (which Linux uses where there is
 //!   no TSC deadline) is lost in a saved state. KVM shows no way to it.

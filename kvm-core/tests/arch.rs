@@ -73,6 +73,37 @@ fn plan(id: u32, cpus: u32) -> CpuidPlan {
         topology: Topology::flat(cpus).unwrap(),
         tsc_deadline: true,
         arat: None,
+        mca_recovery: false,
+    }
+}
+
+/// Linux asks for `succor` at each, and for `overflow_recov` where one came before another was looked at; of AMD's alone.
+#[test]
+fn a_guest_is_told_that_it_can_recover_from_machine_checks_where_it_knows_amds() {
+    for (vendor, mca_recovery, due) in [
+        (AMD, true, 0b1011),
+        (AMD, false, 0b1000),
+        (b"HygonGenuine", true, 0b1011),
+        (INTEL, true, 0b1000),
+        (b"AnotherMaker", true, 0b1000),
+    ] {
+        let mut host = host(vendor, 0);
+        let plan = CpuidPlan {
+            mca_recovery,
+            ..plan(0, 1)
+        };
+        // Without the leaf there is none to be told in.
+        let without = plan.apply(&host).unwrap();
+        assert!(
+            !without
+                .as_slice()
+                .iter()
+                .any(|leaf| leaf.function == 0x8000_0007)
+        );
+        host.push(leaf(0x8000_0007, 0, [1, 0b1000, 3, 0x100]));
+        let told = plan.apply(&host).unwrap();
+        let told = find(told.as_slice(), 0x8000_0007, 0);
+        assert_eq!([told.eax, told.ebx, told.ecx, told.edx], [1, due, 3, 0x100]);
     }
 }
 
@@ -163,7 +194,7 @@ proptest! {
             prop_assert!(cpus == 0 || cpus > 1 << 31);
             return Ok(());
         };
-        let plan = CpuidPlan { id: VcpuId(id), topology, tsc_deadline: false, arat };
+        let plan = CpuidPlan { id: VcpuId(id), topology, tsc_deadline: false, arat, mca_recovery: false };
         match plan.apply(&host) {
             Ok(cpuid) => {
                 prop_assert!(id < cpus && cpuid.as_slice().len() <= host.len() + 11);

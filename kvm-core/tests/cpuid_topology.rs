@@ -32,6 +32,7 @@ fn cpuid(topology: Topology, id: VcpuId, host: &[kvm_cpuid_entry2]) -> Vec<kvm_c
         topology,
         tsc_deadline: true,
         arat: None,
+        mca_recovery: false,
     };
     plan.apply(host).unwrap().as_slice().to_vec()
 }
@@ -221,6 +222,7 @@ fn a_number_that_no_processor_has_is_refused_with_the_topology() {
             topology,
             tsc_deadline: false,
             arat: None,
+            mca_recovery: false,
         };
         let error = plan.apply(&intel()).unwrap_err();
         let id = VcpuId(id);

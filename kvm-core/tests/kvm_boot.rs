@@ -52,6 +52,7 @@ fn a_64_bit_guest_runs_on_the_tables_and_registers_made_for_it() {
             topology: Topology::flat(1).unwrap(),
             tsc_deadline: false,
             arat: None,
+            mca_recovery: false,
         };
         vcpu.set_cpuid(
             &plan
@@ -99,6 +100,7 @@ fn kvm_takes_the_cpuid_of_every_vcpu_and_the_boot_msrs() {
             topology: Topology::flat(64).unwrap(),
             tsc_deadline,
             arat: None,
+            mca_recovery: false,
         };
         let cpuid = plan.apply(host.as_slice()).unwrap();
         vcpu.set_cpuid(&cpuid).unwrap();

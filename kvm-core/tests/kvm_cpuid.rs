@@ -21,6 +21,7 @@ fn plan(topology: Topology, id: VcpuId) -> CpuidPlan {
         topology,
         tsc_deadline: false,
         arat: None,
+        mca_recovery: false,
     }
 }
 

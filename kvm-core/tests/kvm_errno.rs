@@ -12,11 +12,12 @@ mod common;
 
 use common::Machine;
 use kvm_core::arch::x86_64::{
-    BootState, GuestDebug, InjectMachineCheck, Injection, MachineCheck, McaVendor, McgCap,
+    BootState, GuestDebug, InjectMachineCheck, Injection, MachineCheck, McaVendor, McgCap, Unheeded,
 };
 use kvm_core::{
-    DeviceAttribute, DeviceKind, DisabledExits, Errno, Exit, Flow, HaltReason, KickSignal, Kvm,
-    MemoryError, MemoryErrorKind, MemoryErrorSource, Vcpu, VcpuId, VcpuSet, VcpuView,
+    BusError, BusErrorCode, DeviceAttribute, DeviceKind, DisabledExits, During, Errno, Exit, Flow,
+    HaltReason, HostAddress, KickSignal, Kvm, MemoryError, MemoryErrorKind, MemoryErrorSource,
+    Vcpu, VcpuId, VcpuSet, VcpuView,
 };
 use kvm_ioctls::VcpuFd;
 use std::time::Duration;
@@ -258,15 +259,24 @@ fn a_vcpu_that_refuses_a_call_says_which_and_takes_it_later() {
     let error = MemoryError {
         address: Some(GuestAddress(0x1000)),
         kind: MemoryErrorKind::Poisoned,
-        source: MemoryErrorSource::Fault {
-            flags: 0,
-            size: 4096,
-            errno: None,
-        },
+        source: MemoryErrorSource::Signal(BusError {
+            address: HostAddress(0x1000),
+            code: BusErrorCode::ActionOptional,
+            bytes: 4096,
+            during: During::KvmRun,
+        }),
     };
-    // A deferred error of AMD's raises nothing.
+    // A deferred error of AMD's raises nothing, and so nobody is asked whether it would be heeded.
     let check = MachineCheck::of(&error, McaVendor::Amd).unwrap();
     ioctl(0x4040_ae9e, &[], || check.raise(vcpu.fd()));
+    for request in [0xc008_ae88, 0x8138_ae83] {
+        ioctl(request, &[], || vcpu.fd().mce_controls(9));
+    }
+    let controls = vcpu.fd().mce_controls(9).unwrap();
+    assert_eq!((controls.cap, controls.bank_control), (cap, u64::MAX));
+    assert_eq!(controls.heeds(), Err(Unheeded::Off));
+    // There is no such bank.
+    assert_eq!(vcpu.fd().mce_controls(10).unwrap().bank_control, 0);
     vcpu.fd().setup_mce(cap.0).unwrap();
 }
 

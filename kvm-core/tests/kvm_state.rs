@@ -141,6 +141,7 @@ impl Guest {
                 topology: Topology::flat(vcpus).unwrap(),
                 tsc_deadline: true,
                 arat: None,
+                mca_recovery: false,
             };
             let supported = kvm().supported_cpuid().unwrap();
             vcpu.set_cpuid(&plan.apply(supported.as_slice()).unwrap())

@@ -5,7 +5,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_x86_mce};
-use kvm_core::arch::x86_64::{InjectMachineCheck, MachineCheck, McaVendor, McgCap};
+use kvm_core::arch::x86_64::{
+    InjectMachineCheck, MachineCheck, McaVendor, MceControls, McgCap, RaiseError, Unheeded,
+};
 use kvm_core::fake::{FakeState, FakeVcpu, Step};
 use kvm_core::{
     BusError, BusErrorCode, ControlError, During, Errno, Exit, ExitHandler, Flow, Halt, HaltReason,
@@ -445,6 +447,7 @@ fn what_a_read_gets_where_memory_was_lost_is_zeros() {
 #[derive(Default)]
 struct Bank {
     errno: Option<i32>,
+    controls: MceControls,
     set: RefCell<Vec<kvm_x86_mce>>,
 }
 
@@ -459,7 +462,20 @@ impl InjectMachineCheck for Bank {
         self.set.borrow_mut().push(*mce);
         Ok(())
     }
+    fn mce_controls(&self, bank: u8) -> Result<MceControls, Errno> {
+        assert_eq!(bank, 9);
+        Ok(self.controls)
+    }
 }
+
+/// Of a guest that takes machine checks.
+const HEEDS: MceControls = MceControls {
+    cr4: 1 << 6 | 1 << 5,
+    cap: McgCap(0x0100_010a),
+    status: 0,
+    control: u64::MAX,
+    bank_control: u64::MAX,
+};
 
 fn error(source: MemoryErrorSource) -> MemoryError {
     MemoryError {
@@ -493,7 +509,10 @@ fn a_machine_check_says_what_the_manuals_say() {
         (&over, amd, 0xbe00_0000_0000_0134, 4, 0x8c),
     ] {
         let check = MachineCheck::of(case, vendor).unwrap();
-        let bank = Bank::default();
+        let bank = Bank {
+            controls: HEEDS,
+            ..Bank::default()
+        };
         check.raise(&bank).unwrap();
         let [mce] = bank.set.borrow()[..] else {
             panic!()
@@ -538,11 +557,65 @@ fn an_error_without_an_address_or_a_wish_for_private_memory_makes_no_machine_che
     assert!(MachineCheck::of(&poisoned, McaVendor::Intel).is_some());
     let bank = Bank {
         errno: Some(22),
+        controls: HEEDS,
         ..Bank::default()
     };
     let check =
         MachineCheck::of(&error(MemoryErrorSource::Signal(SIGNAL)), McaVendor::Amd).unwrap();
-    assert_eq!(check.raise(&bank), Err(Errno::new(22)));
+    let refused = check.raise(&bank);
+    assert_eq!(refused, Err(RaiseError::Kvm(Errno::new(22))));
+}
+
+/// A processor would shut down, or KVM would raise nothing and say nothing of it.
+#[test]
+fn a_guest_that_would_not_take_a_machine_check_is_given_none_and_that_is_said() {
+    let off = MceControls {
+        cr4: !(1 << 6),
+        ..HEEDS
+    };
+    let in_progress = MceControls { status: 4, ..HEEDS };
+    let no_control = MceControls {
+        control: u64::MAX - 1,
+        ..HEEDS
+    };
+    let no_bank = MceControls {
+        bank_control: 0,
+        ..HEEDS
+    };
+    // Without MCG_CTL_P nobody asks for that register.
+    let absent = MceControls {
+        cap: McgCap(0x20),
+        control: 0,
+        ..HEEDS
+    };
+    let check = MachineCheck::of(&error(MemoryErrorSource::Signal(SIGNAL)), McaVendor::Amd);
+    let early = BusError {
+        code: BusErrorCode::ActionOptional,
+        ..SIGNAL
+    };
+    let deferred = MachineCheck::of(&error(MemoryErrorSource::Signal(early)), McaVendor::Amd);
+    for (controls, due, words) in [
+        (HEEDS, None, ""),
+        (absent, None, ""),
+        (off, Some(Unheeded::Off), "CR4.MCE"),
+        (in_progress, Some(Unheeded::InProgress), "MCIP"),
+        (no_control, Some(Unheeded::Masked), "IA32_MC9_CTL"),
+        (no_bank, Some(Unheeded::Masked), "IA32_MCG_CTL"),
+    ] {
+        let bank = Bank {
+            controls,
+            ..Bank::default()
+        };
+        let raised = check.unwrap().raise(&bank);
+        assert_eq!(raised.err(), due.map(RaiseError::Unheeded));
+        assert_eq!(bank.set.borrow().len(), usize::from(due.is_none()));
+        if let Some(due) = due {
+            let text = due.to_string();
+            assert!(text.contains(words), "{text}");
+        }
+        // What interrupts nobody is stored in any case.
+        deferred.unwrap().raise(&bank).unwrap();
+    }
 }
 
 #[test]

@@ -335,6 +335,7 @@ fn a_guest_of_any_topology_is_taken_by_the_host_that_it_was_made_for() {
                 topology,
                 tsc_deadline: true,
                 arat: Some(true),
+                mca_recovery: false,
             };
             let mut state = state();
             state.xcrs.clear();

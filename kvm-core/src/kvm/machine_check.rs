@@ -5,14 +5,14 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use kvm_bindings::kvm_x86_mce;
+use kvm_bindings::{Msrs, kvm_msr_entry, kvm_x86_mce};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno::Error as Errno;
 
 use super::system::Kvm;
 use super::vcpu::Vcpu;
 use super::vm::Error;
-use crate::arch::x86_64::{InjectMachineCheck, McgCap};
+use crate::arch::x86_64::{InjectMachineCheck, MceControls, McgCap};
 use crate::capability::CheckExtension;
 
 /// `_IOW(KVMIO, 0x9c, __u64)`.
@@ -21,6 +21,12 @@ pub(super) const KVM_X86_SETUP_MCE: u64 = 0x4008_ae9c;
 const KVM_X86_GET_MCE_CAP_SUPPORTED: u64 = 0x8008_ae9d;
 /// `_IOW(KVMIO, 0x9e, struct kvm_x86_mce)`.
 const KVM_X86_SET_MCE: u64 = 0x4040_ae9e;
+
+const IA32_MCG_CAP: u32 = 0x179;
+const IA32_MCG_STATUS: u32 = 0x17a;
+const IA32_MCG_CTL: u32 = 0x17b;
+/// Of bank 0; each has four MSRs.
+const IA32_MC0_CTL: u32 = 0x400;
 const _: () = assert!(size_of::<kvm_x86_mce>() == 0x40);
 
 fn answered(ret: libc::c_int) -> Result<(), Errno> {
@@ -71,6 +77,33 @@ impl InjectMachineCheck for VcpuFd {
                 KVM_X86_SET_MCE as _,
                 std::ptr::from_ref(mce),
             )
+        })
+    }
+
+    fn mce_controls(&self, bank: u8) -> Result<MceControls, Errno> {
+        // A bank that there is not ends the list.
+        let wanted = [
+            IA32_MCG_CAP,
+            IA32_MCG_STATUS,
+            IA32_MCG_CTL,
+            IA32_MC0_CTL + 4 * u32::from(bank),
+        ];
+        let entries = wanted.map(|index| kvm_msr_entry {
+            index,
+            ..Default::default()
+        });
+        let mut msrs = Msrs::from_entries(&entries).map_err(|_| Errno::new(libc::ENOMEM))?;
+        let read = self.get_msrs(&mut msrs)?;
+        let value = |at: usize| match msrs.as_slice().get(at) {
+            Some(msr) if at < read => msr.data,
+            _ => 0,
+        };
+        Ok(MceControls {
+            cr4: self.get_sregs()?.cr4,
+            cap: McgCap(value(0)),
+            status: value(1),
+            control: value(2),
+            bank_control: value(3),
         })
     }
 }

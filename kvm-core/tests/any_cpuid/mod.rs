@@ -141,6 +141,7 @@ fn any_leaves(kind: u8, bytes: &[u8]) {
         topology,
         tsc_deadline: khz & 1 != 0,
         arat: Some(khz & 2 != 0),
+        mca_recovery: khz & 4 != 0,
     };
     let Ok(cpuid) = plan.apply(&model) else {
         return;

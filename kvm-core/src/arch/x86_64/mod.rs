@@ -24,7 +24,9 @@ pub use debug::{
 };
 pub use dump::RegisterDump;
 pub use lapic::{LocalPin, local_pin, set_virtual_wire};
-pub use machine_check::{InjectMachineCheck, MachineCheck, McaVendor, McgCap};
+pub use machine_check::{
+    InjectMachineCheck, MachineCheck, McaVendor, MceControls, McgCap, RaiseError, Unheeded,
+};
 pub use msr::{RefusedMsr, SetMsrs, boot_msrs, set_msrs};
 pub use tables::{LongModeTables, TablesError, gdt};
 pub use translate::{Translate, pages, translated};

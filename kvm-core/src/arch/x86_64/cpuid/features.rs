@@ -185,6 +185,8 @@ pub static FEATURE_WORDS: &[FeatureWord] = &[
         (23, "amd_mmx", P), (24, "amd_fxsr", P), (25, "fxsr_opt", P), (26, "pdpe1gb", P), (27, "rdtscp", P),
         (29, "lm", I), (30, "3dnowext", I), (31, "3dnow", I),
     ]),
+    // What is done with a machine check is the guest's and the monitor's; the host has no part in it.
+    word(0x8000_0007, 0, Ebx, P, &[(0, "overflow_recov", M), (1, "succor", M), (3, "smca", P)]),
     word(0x8000_0007, 0, Edx, P, &[(8, "invtsc", P)]),
     word(0x8000_0008, 0, Ebx, P, &[
         (0, "clzero", I), (1, "irperf", P), (2, "xsaveerptr", P), (4, "rdpru", I), (9, "wbnoinvd", P),

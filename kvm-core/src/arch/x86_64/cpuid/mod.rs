@@ -52,6 +52,8 @@ use leaves::set_to;
 const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF6_EAX_ARAT: u32 = 1 << 2;
+const LEAF8000_0007_EBX_OVERFLOW_RECOV: u32 = 1 << 0;
+const LEAF8000_0007_EBX_SUCCOR: u32 = 1 << 1;
 
 /// Why a CPUID cannot be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -82,6 +84,15 @@ pub struct CpuidPlan {
     pub tsc_deadline: bool,
     /// "APIC timer always running" (leaf 6): as the list has it, or set or cleared.
     pub arat: Option<bool>,
+    /// Tell a guest with AMD's (or Hygon's) CPUID that a machine check is none that all of the machine dies of: that
+    /// an uncorrectable error is contained and software can recover from it (`succor`), also where several came before
+    /// one was looked at (`overflow_recov`). AMD APM volume 3, leaf 0x80000007. To be set where the guest
+    /// [has banks](super::McgCap::for_guest) and is told of errors as [`MachineCheck`](super::MachineCheck) tells them:
+    /// Linux recovers from none without it. `KVM_GET_SUPPORTED_CPUID` leaves the bits out, for KVM has no part in it
+    /// (QEMU adds them as well, of late where the host's processor has them: but of an error that the host's processor
+    /// cannot contain the host dies, and its guests are told nothing). Not set, the list's stay as they are; others'
+    /// CPUID does not have it.
+    pub mca_recovery: bool,
 }
 
 impl CpuidPlan {
@@ -96,6 +107,7 @@ impl CpuidPlan {
             .place_of(id)
             .ok_or(CpuidError::Id { id, topology })?;
         let mut leaves = model.to_vec();
+        let mca_recovery = self.mca_recovery && Vendor::of(model) == Vendor::Amd;
         for leaf in &mut leaves {
             match leaf.function {
                 1 => {
@@ -106,6 +118,9 @@ impl CpuidPlan {
                     if let Some(arat) = self.arat {
                         set_to(&mut leaf.eax, LEAF6_EAX_ARAT, arat);
                     }
+                }
+                0x8000_0007 if mca_recovery => {
+                    leaf.ebx |= LEAF8000_0007_EBX_OVERFLOW_RECOV | LEAF8000_0007_EBX_SUCCOR;
                 }
                 _ => {}
             }
