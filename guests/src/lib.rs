@@ -40,6 +40,7 @@ pub mod console;
 pub mod cpu;
 pub mod debug;
 pub mod dirtier;
+pub mod heeder;
 pub mod image;
 pub mod io;
 pub mod irq;

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use dirty_log::DirtyRings;
 use io_bus::{Dispatcher, Interrupter, IoBus, MappedRing, Outcome};
-use kvm_core::arch::x86_64::{MachineCheck, McaVendor, RegisterDump};
+use kvm_core::arch::x86_64::RegisterDump;
 use kvm_core::{
     Exit, ExitHandler, Flow, Halt, HaltReason, HostAddress, Identity, MemoryError, Remedy, Request,
     Requests, Runner, Vcpu, VcpuId, VcpuView, vcpu_unimpl,
@@ -33,6 +33,7 @@ use crate::devices::edge::Owing;
 use crate::devices::ioapic::Ioapic;
 use crate::end::{EndSignal, GuestEnd};
 use crate::gdb::{self, VcpuSide};
+use crate::machine_checks::MachineChecks;
 use crate::mapped_file::{self, MappedFile};
 use crate::memory::{Memslots, SlotTable};
 use crate::msrs::Unserved;
@@ -66,9 +67,6 @@ pub(crate) const SHOW_REGISTERS: Option<Request> = Request::consumer(0);
 /// first that comes does it.
 pub(crate) const SEND_OWED: Option<Request> = Request::consumer(1);
 
-/// Machine checks of one page that a guest has before it is taken for one that heeds none.
-const MOST_CHECKS: u32 = 8;
-
 /// A vCPU's exits, on its thread.
 pub(crate) struct Handler<P> {
     /// Who its log lines are about.
@@ -78,8 +76,8 @@ pub(crate) struct Handler<P> {
     memory: memslots::Reader<SlotTable>,
     counters: Arc<ExitCounters>,
     entered: bool,
-    /// Where the guest was last given a machine check, and how often without one elsewhere.
-    checked: Option<(Option<GuestAddress>, u32)>,
+    /// Where the guest is told of memory that does not come.
+    checks: Option<MachineChecks>,
     /// Under a debugger.
     debug: Option<Box<VcpuSide>>,
 }
@@ -107,7 +105,7 @@ impl<P: PolledOutput + 'static> Handler<P> {
             shared: shared.clone(),
             counters,
             entered: false,
-            checked: None,
+            checks: shared.machine_checks.map(MachineChecks::new),
             debug: debug.map(Box::new),
         }
     }
@@ -264,16 +262,6 @@ impl<P: PolledOutput + 'static> Handler<P> {
         self.shared.console.sync();
         self.shared.end.tell(end);
     }
-
-    /// Whether the guest may still heed a machine check of `error`. KVM says nothing of one that it drops because the guest
-    /// has not switched its banks on: such a guest touches the same page again and again.
-    fn heeds(&mut self, error: &MemoryError) -> bool {
-        match &mut self.checked {
-            Some((address, times)) if *address == error.address => *times += 1,
-            other => *other = Some((error.address, 1)),
-        }
-        self.checked.is_some_and(|(_, times)| times <= MOST_CHECKS)
-    }
 }
 
 impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
@@ -320,19 +308,28 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
 
     /// Going on would give the guest what is not in its memory.
     fn memory_error(&mut self, vcpu: &VcpuView<'_, VcpuFd>, error: &MemoryError) -> Remedy<Stop> {
-        if let Some(vcpus) = self.shared.machine_checks
-            && error.is_restartable()
-            && self.heeds(error)
-            && raise_machine_check(vcpu, error, vcpus)
-        {
-            log::warn!("vCPU {}: {error}: the guest has a machine check", vcpu.id());
+        let told = self.checks.as_mut().map(|checks| checks.tell(vcpu, error));
+        if let Some(Ok(())) = told {
+            // Of a piece of a file it may have hundreds.
+            let level = match self.counters.count_machine_check() {
+                0 => log::Level::Warn,
+                _ => log::Level::Debug,
+            };
+            log::log!(
+                level,
+                "vCPU {}: {error}: the guest has a machine check",
+                vcpu.id()
+            );
             return Remedy::RunOn;
         }
         let lost = self.shared.mapped.as_ref().and_then(|file| {
             let at = error.address.map(|address| address.0);
             file.lost(&self.memory.enter(), at)
         });
-        let error = format!("vCPU {}: {error}", vcpu.id());
+        let mut error = format!("vCPU {}: {error}", vcpu.id());
+        if let Some(Err(why)) = told {
+            error = format!("{error}; the guest has no machine check for it: {why}");
+        }
         self.tell(GuestEnd::Failed(match lost {
             Some(lost) => format!("{lost} ({error})"),
             None => error,
@@ -346,20 +343,6 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
             timeline().mark(Event::FirstEntry);
         }
     }
-}
-
-/// Whether the vCPU has a machine check of `error` now. Not where its guest would wait for the other processors' (Intel's).
-fn raise_machine_check(vcpu: &VcpuView<'_, VcpuFd>, error: &MemoryError, vcpus: usize) -> bool {
-    let cpuid = vcpu.fd().get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
-    let vendor = cpuid.map(|cpuid| McaVendor::of(cpuid.as_slice()));
-    let check = vendor.ok().and_then(|of| MachineCheck::of(error, of));
-    let Some(check) = check.filter(|check| vcpus == 1 || check.for_others().is_none()) else {
-        return false;
-    };
-    let raised = check.raise(vcpu.fd());
-    raised
-        .inspect_err(|errno| log::warn!("vCPU {}: no machine check: {errno}", vcpu.id()))
-        .is_ok()
 }
 
 pub(crate) fn show_registers(vcpu: &VcpuView<'_, VcpuFd>) {

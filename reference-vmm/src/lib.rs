@@ -93,6 +93,7 @@ pub mod host_memory;
 pub mod kvm_stats;
 pub mod lazy;
 pub mod logger;
+mod machine_checks;
 pub mod main_loop;
 mod mapped_file;
 pub mod memory;

@@ -48,6 +48,7 @@ impl ExitKind {
 pub struct ExitCounters {
     exits: [AtomicU64; ExitKind::COUNT],
     read_only_writes: AtomicU64,
+    machine_checks: AtomicU64,
 }
 
 impl ExitCounters {
@@ -68,6 +69,18 @@ impl ExitCounters {
     /// How many such writes there were.
     pub fn read_only_writes(&self) -> u64 {
         self.read_only_writes.load(Ordering::Relaxed)
+    }
+
+    /// Counts a machine check that the guest was given; how many there were before.
+    pub fn count_machine_check(&self) -> u64 {
+        // Relaxed: a counter orders nothing.
+        self.machine_checks.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// How many machine checks there were.
+    pub fn machine_checks(&self) -> u64 {
+        // Relaxed: as above.
+        self.machine_checks.load(Ordering::Relaxed)
     }
 
     /// What has been counted.
@@ -185,6 +198,8 @@ pub struct Stats {
     pub coalesced_writes: u64,
     /// Writes to read-only memory, which were dropped.
     pub read_only_writes: u64,
+    /// Machine checks that the guest was given, each for a touch of memory that did not come.
+    pub machine_checks: u64,
     /// Each device, bus by bus in order of address; empty where accesses are not counted.
     pub devices: Vec<DeviceStats>,
     /// Each bus on which there was an access that nobody answered. Writes to read-only memory, which no
@@ -220,10 +235,11 @@ impl Stats {
         // First: of a write, the bus counts before its vCPU does, so none to read-only memory is taken for another.
         let accesses = bus.stats();
         let mut exits = Vec::new();
-        let mut read_only_writes = 0;
+        let (mut read_only_writes, mut machine_checks) = (0, 0);
         for counters in vcpus {
             exits.push(counters.exits());
             read_only_writes += counters.read_only_writes();
+            machine_checks += counters.machine_checks();
         }
         let (mut devices, mut unclaimed) = (Vec::new(), Vec::new());
         if let Some(stats) = accesses {
@@ -275,6 +291,7 @@ impl Stats {
             exits,
             coalesced_writes: bus.coalesced_writes(),
             read_only_writes,
+            machine_checks,
             devices,
             unclaimed,
             slots: slots.collect(),
@@ -304,6 +321,9 @@ impl fmt::Display for Stats {
         table(f, &exits)?;
         writeln!(f, "writes without an exit: {}", self.coalesced_writes)?;
         writeln!(f, "writes to read-only memory: {}", self.read_only_writes)?;
+        if self.machine_checks > 0 {
+            writeln!(f, "machine checks for lost memory: {}", self.machine_checks)?;
+        }
 
         let titles = ["devices", "at", "reads", "bytes", "writes", "bytes"];
         let mut devices = vec![titles.map(str::to_owned).to_vec()];
@@ -486,6 +506,7 @@ mod tests {
             exits: vec![Exits::default(); 12],
             coalesced_writes: u64::MAX,
             read_only_writes: 0,
+            machine_checks: 0,
             devices: vec![
                 device("a", 0, 0),
                 device(

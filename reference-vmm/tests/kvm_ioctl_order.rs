@@ -328,6 +328,7 @@ fn a_vcpu_more_costs_its_own_calls_alone() {
 const PER_VCPU: &[&str] = &[
     "KVM_CREATE_VCPU",
     "KVM_SET_CPUID2",
+    "KVM_X86_SETUP_MCE",
     "KVM_SET_MSRS",
     "KVM_GET_LAPIC",
     "KVM_SET_LAPIC",

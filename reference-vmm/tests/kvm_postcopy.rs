@@ -7,22 +7,27 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
+use guests::heeder::{Manner, PAGES};
 use guests::image;
 use guests::scribe::scribe64;
 use guests::verifier::verifier64;
 use reference_vmm::config::{Config, Irqchip};
 use reference_vmm::end::{GuestEnd, StopCause};
-use reference_vmm::lazy::LazyState;
+use reference_vmm::lazy::{LazyState, OnLoss};
 use reference_vmm::migration::address::Address;
 use reference_vmm::migration::incoming::{Incoming, IncomingRequest};
 use reference_vmm::migration::outgoing::{MigrateRequest, Order, OutgoingError};
 use reference_vmm::migration::record::Outcome;
 use reference_vmm::migration::source::After;
 use reference_vmm::vm::RunState;
+use support::heeder::{
+    checks, compares, expect_words, has_the_rest, heeder, host_is_amd, page, tells, told,
+};
 use support::keeper::{Guest, digits, keeper, machine};
 use support::moving::{Line, NOWHERE, bind, is_whole, laden, moving, place, request, slow};
 use support::{Vmm, WATCHDOG, need_kvm};
@@ -328,6 +333,54 @@ fn it_is_the_guests_end(comes_back: bool) {
         }
         other => panic!("{other:?}"),
     }
+}
+
+/// What it lost it is told of, page by page, when it touches it.
+#[test]
+fn a_guest_whose_source_does_not_come_back_may_go_on_without_what_it_lost() {
+    need_kvm();
+    let (_kernel, config) = heeder(Manner::Heeds, 1);
+    let mut guest = Guest::boot(&config);
+    guest.hear(3);
+    // There it begins with none.
+    compares(&guest, 0, 0);
+    guest.hear(3);
+    let (folder, path) = place();
+    let mut waits = IncomingRequest::new(Address::Unix(path.clone()));
+    waits.lazy.deadline = Duration::from_secs(1);
+    waits.lazy.on_loss = OnLoss::Poison;
+    let incoming = Incoming::bind(&waits).unwrap();
+    let line = Line::new(folder.path(), path, NOWHERE);
+    let request = MigrateRequest {
+        bandwidth_limit: Some(256 << 10),
+        ..slow(&line.address())
+    };
+    let (moved, there) = moving(&guest, incoming, &request, |moving| {
+        let mut there = moving.there();
+        // What it needs for that has come, and the last pages have not.
+        there.hear(3);
+        line.close();
+        compares(&there, PAGES as u32 - 4, PAGES as u32);
+        // Each of them twice.
+        checks(&mut there, 8);
+        // Its source's monitor ends too.
+        guest.running.stop();
+        there
+    });
+    assert!(moved.is_err(), "{moved:?}");
+    if !tells(&there) {
+        return;
+    }
+    let progress = there.running.lazy_progress().unwrap();
+    assert!(progress.lost.is_some_and(|lost| lost >= 4), "{progress:?}");
+    let told = told(&there);
+    let places: BTreeSet<_> = told.iter().map(|told| told.address).collect();
+    assert_eq!(places, (PAGES - 4..PAGES).map(page).collect());
+    for told in &told {
+        expect_words(told, host_is_amd());
+    }
+    assert!(there.running.stats().machine_checks >= 8);
+    has_the_rest(there);
 }
 
 /// Two monitors, and a guest that has gone from one to the other, without most of its memory.

@@ -129,6 +129,7 @@ pub enum OnLoss {
     #[default]
     Stop,
     /// The page is poisoned and the guest goes on. If it touches the page it has a machine check where KVM says enough of
-    /// the access, and ends otherwise.
+    /// the access and the guest takes it ([`MachineCheck`](kvm_core::arch::x86_64::MachineCheck) has who does), and ends
+    /// with the reason otherwise.
     Poison,
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use kvm_core::arch::x86_64::cpuid::{HypervisorLeaves, Template, Timing};
-use kvm_core::arch::x86_64::{CpuidPlan, Topology, boot_msrs};
+use kvm_core::arch::x86_64::{CpuidPlan, McgCap, Topology, boot_msrs};
 use kvm_core::{Kvm, Vcpu};
 use vm_memory::GuestAddress;
 
@@ -45,6 +45,9 @@ pub(super) struct CpuidBase {
     topology: Topology,
     tsc_deadline: bool,
     arat: Option<bool>,
+    /// The guest's machine-check banks, and whether it is told that it can recover.
+    machine_checks: Option<McgCap>,
+    mca_recovery: bool,
 }
 
 /// The answer, or where it is on its way.
@@ -122,6 +125,10 @@ impl CpuidBase {
             // the timer of a sleeping processor is its own. A template may do without both.
             let apic = irqchip != config::Irqchip::None;
             let wanted = |name| template.says(name) != Some(false);
+            let machine_checks = kvm
+                .machine_check_support()
+                .map_err(BuildError::MachineChecks)?;
+            let machine_checks = machine_checks.for_guest();
             Ok(CpuidBase {
                 model: template.apply(kvm.supported_cpuid()?.as_slice())?,
                 topology,
@@ -129,6 +136,10 @@ impl CpuidBase {
                     && wanted("tsc_deadline_timer")
                     && kvm.capabilities().tsc_deadline_timer(),
                 arat: apic.then(|| wanted("arat")),
+                machine_checks,
+                mca_recovery: machine_checks.is_some()
+                    && wanted("succor")
+                    && wanted("overflow_recov"),
             })
         };
         let thread = std::thread::Builder::new().name("cpuid".into()).spawn(ask);
@@ -155,9 +166,14 @@ impl CpuidBase {
             topology: self.topology,
             tsc_deadline: self.tsc_deadline,
             arat: self.arat,
+            mca_recovery: self.mca_recovery,
         };
         let cpuid = plan.apply(&self.model)?;
         vcpu.set_cpuid(&cpuid)?;
+        // It may be restored some day where memory comes later, and is lost.
+        if let Some(cap) = self.machine_checks {
+            vcpu.set_machine_check_cap(cap)?;
+        }
         for refused in vcpu.set_msrs(&boot_msrs(cpuid.as_slice()))? {
             log::debug!("vCPU {}: {refused}", vcpu.id());
         }
@@ -199,6 +215,8 @@ mod tests {
                 topology: Topology::flat(1).unwrap(),
                 tsc_deadline: false,
                 arat: None,
+                machine_checks: None,
+                mca_recovery: false,
             };
             let ram = memslots::ram_layout(size, layout::MMIO_HOLE).unwrap();
             let question = CpuidQuestion::Answered(base).early_for(&ram, false)?;

@@ -48,6 +48,9 @@ pub enum BuildError {
     /// KVM refused to make the VM or a vCPU.
     #[error(transparent)]
     Kvm(#[from] kvm_core::Error),
+    /// KVM does not say what it knows of machine checks.
+    #[error("KVM_X86_GET_MCE_CAP_SUPPORTED failed: {0}")]
+    MachineChecks(kvm_core::Errno),
     /// This host has not the memory that was asked for: no such huge pages, or not enough of them, or
     /// no such NUMA node. Found before anything was made.
     #[error("this host has no such memory for the guest")]

@@ -10,6 +10,7 @@
 #![allow(dead_code)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod heeder;
 pub mod huge;
 pub mod keeper;
 pub mod lab;

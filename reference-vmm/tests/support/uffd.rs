@@ -17,3 +17,12 @@ pub fn copy_page(uffd: &OwnedFd, page: u64, bytes: &[u8; 4096]) {
         "{error}"
     );
 }
+
+/// Has whoever touches this page, which is not there, have a memory error.
+pub fn poison_page(uffd: &OwnedFd, page: u64) {
+    // `struct uffdio_poison`, and UFFDIO_POISON.
+    let mut poison: [u64; 4] = [page, 4096, 0, 0];
+    // SAFETY: as many words as the call takes.
+    let done = unsafe { libc::ioctl(uffd.as_raw_fd(), 0xc020_aa08, poison.as_mut_ptr()) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+}
