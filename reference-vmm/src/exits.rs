@@ -322,6 +322,15 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
             );
             return Remedy::RunOn;
         }
+        if let Some(Err(why)) = &told
+            && error.is_optional()
+        {
+            log::warn!(
+                "vCPU {}: {error}: nobody has run into it yet, and the guest is not told: {why}",
+                vcpu.id()
+            );
+            return Remedy::RunOn;
+        }
         let lost = self.shared.mapped.as_ref().and_then(|file| {
             let at = error.address.map(|address| address.0);
             file.lost(&self.memory.enter(), at)

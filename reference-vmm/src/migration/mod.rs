@@ -117,7 +117,8 @@
 //! # What can be done meanwhile
 //!
 //! A cancel (`ctl migrate-cancel`) is heard within 50 ms until `Go`, and refused behind it. That `ctl migrate` ends, by
-//! Ctrl-C or with its terminal, cancels nothing: the monitor goes on, and `ctl migrate-status` says how. An end of the guest
+//! Ctrl-C or with its terminal, cancels nothing: the monitor goes on, and `ctl migrate-status` says how; but while memory that
+//! the guest itself still lacks is waited for, and who would bring it is away, nobody waits who is not asked to. An end of the guest
 //! ends the migration. While the guest stands still for the hand-over nobody pauses or resumes it. A guest that is paused
 //! goes as it is: it arrives paused, and whoever resumes it does so there.
 //!

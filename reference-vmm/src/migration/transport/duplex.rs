@@ -102,7 +102,9 @@ impl Both {
     fn write_tls(&self, session: &Mutex<Session>, from: &[u8]) -> io::Result<usize> {
         let mut socket = NoWait(&self.socket);
         let taken = loop {
-            match lock(session).write(&mut socket, from) {
+            // The lock is let go of before anything waits.
+            let taken = lock(session).write(&mut socket, from);
+            match taken {
                 Err(error) if waits(&error) && self.ready(libc::POLLOUT)? => {}
                 taken => break taken?,
             }
@@ -111,7 +113,8 @@ impl Both {
         let tick = Duration::from_millis(self.tick.load(Ordering::Relaxed));
         let until = Instant::now() + tick;
         loop {
-            match lock(session).flush(&mut socket) {
+            let flushed = lock(session).flush(&mut socket);
+            match flushed {
                 Err(error) if waits(&error) && Instant::now() < until => {
                     self.ready(libc::POLLOUT)?;
                 }
