@@ -388,10 +388,10 @@ fn the_command_line_makes_a_chain_says_what_it_is_and_merges_it() {
     std::fs::remove_file(PathBuf::from(&b).join("memory")).unwrap();
     vmm(&["snapshot", "verify", &c])
         .expect_status(2)
-        .expect_line(&[&c, &b, "No such file"]);
+        .expect_line(&[&c, &b, "the file `state` alone"]);
     vmm(&["restore", "--from", &c])
         .expect_status(2)
-        .expect_line(&[&c, &b, "No such file"]);
+        .expect_line(&[&c, &b, "the file `state` alone"]);
     let mut on = Vmm::command(["restore", "--from", &out])
         .stdin_pipe()
         .start();

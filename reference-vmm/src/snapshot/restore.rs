@@ -185,7 +185,7 @@ pub enum RestoreError {
     /// It is the file `state` alone.
     #[error(
         "{dir} has the file `state` alone, and the guest's memory is not here: `restore` (and `ctl load`) with --page-server \
-         ADDRESS has it brought by a `snapshot serve` that has all of this snapshot"
+         ADDRESS has it brought by a `snapshot serve` that has all of the snapshot"
     )]
     NoMemory {
         /// Its directory.
