@@ -18,6 +18,10 @@ const TURNS: u32 = 64;
 /// How long it sleeps then.
 const NAP: Duration = Duration::from_micros(100);
 
+/// What is placed by one call at most, in bytes: a message that pages were given back is not read meanwhile, nor a fault
+/// behind it, and a mebibyte takes half a millisecond.
+const STEP: u64 = 128 << 10;
+
 /// How long an operation is asked for again while memory is being changed: that ends when the changing thread has been
 /// scheduled, after its message was read. Until the deadline of a fault.
 struct Patience {
@@ -102,6 +106,7 @@ impl Shared {
             let (Some(role), Some(slot)) = (roles.get(job.slot), self.slots.get(job.slot)) else {
                 return; // the pager is over
             };
+            let run = run.start..run.end.min(run.start + (STEP / slot.page_size).max(1));
             let bytes = slot.bytes(&run);
             let placed = match with {
                 With::Bytes(all) => {

@@ -2,10 +2,11 @@
 
 //! What the threads of a pager share, and how they hand the reading of messages to each other.
 //!
-//! There is one reader at a time, and any thread can be it. (Two would do no harm, but that one wakes for nothing.) A worker with nothing to do becomes the reader; with a fault
-//! in hand it stops reading and serves it, itself, for that is faster than waking another thread as long as the source
-//! answers within microseconds. Where it does not, another worker is told to read meanwhile. Where nobody is left, the
-//! [guard](super::worker) reads.
+//! Any thread can be a reader. A worker with nothing to do becomes one; with a fault in hand it stops reading and serves it,
+//! itself, for that is faster than waking another thread as long as the source answers within microseconds. Two workers
+//! read at once ([`READERS`]): the kernel wakes both, and the one that runs first has the message. So two faults are served
+//! at once, and one that comes while a reader has lost its processor to somebody else does not wait for that. Others wait
+//! until they are told to read, where the source is slow. Where nobody is left, the [guard](super::worker) reads.
 //!
 //! Locks, in this order: `roles`, `state`. Neither is held across a fetch or a wait.
 
@@ -25,7 +26,10 @@ use crate::sync::{self, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 /// A source whose fetches take longer is one during which another thread should read messages: about what it costs to
 /// wake that.
 const SLOW: Duration = Duration::from_micros(50);
-/// Messages a read. More than one, so that a burst costs one call.
+/// Workers that wait for messages at once, at most: each message wakes them all, and all but one for nothing.
+pub(super) const READERS: usize = 2;
+/// Messages a read, of a worker that is alone: a burst costs one call. Where there are more, each takes one, and leaves the
+/// next to whoever has been woken for it as well.
 const BATCH: usize = 16;
 
 /// A slot, as it does not change.
@@ -56,18 +60,10 @@ impl SlotInfo {
     }
 }
 
-/// Who waits for messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reader {
-    Nobody,
-    /// Some worker, or one that is about to.
-    Worker,
-    Guard,
-}
-
 pub(super) struct State {
     pub book: Book,
-    pub reader: Reader,
+    /// Workers that wait for messages, or are about to.
+    pub readers: usize,
     /// How often a worker has read.
     pub turns: u64,
     /// Workers that wait for work.
@@ -156,7 +152,7 @@ impl Shared {
         }
         let state = State {
             book,
-            reader: Reader::Nobody,
+            readers: 0,
             turns: 0,
             idle: 0,
             fetching: 0,
@@ -216,9 +212,10 @@ impl Shared {
         let config = &self.config;
         let most = |slot: &SlotInfo| slot.page_size.max(config.window).max(config.ahead);
         let buffer = self.slots.iter().map(most).max().unwrap_or(PAGE_SIZE);
+        let batch = if config.workers > 1 { 1 } else { BATCH };
         Hands {
-            messages: Messages::with_capacity(BATCH),
-            answers: Vec::with_capacity(BATCH),
+            messages: Messages::with_capacity(batch),
+            answers: Vec::with_capacity(batch),
             buffer: vec![0; buffer as usize],
         }
     }
@@ -339,7 +336,7 @@ impl Shared {
     pub fn rouse(&self, state: &mut State) {
         if state.idle > 0 {
             self.work.notify_one();
-        } else if state.reader == Reader::Worker && !state.poked {
+        } else if state.readers > 0 && !state.poked {
             self.poke(state);
         }
     }
@@ -360,8 +357,11 @@ impl Shared {
 
     /// Before a job is served: whoever should read meanwhile is told so, and the guard that someone waits.
     pub fn leave(&self, state: &mut State) {
-        let busy = state.fetch > SLOW || state.book.has_faults();
-        if state.idle > 0 && busy {
+        let (slow, faults) = (state.fetch > SLOW, state.book.has_faults());
+        if slow && faults {
+            // A reader may have looked just before they were in line, and wait for messages now.
+            self.rouse(state);
+        } else if state.idle > 0 && (faults || slow && state.readers == 0) {
             self.work.notify_one();
         }
         if state.guard_asleep {

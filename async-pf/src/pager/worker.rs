@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use super::config::LostReason;
-use super::shared::{Hands, Reader, Shared, State};
+use super::shared::{Hands, READERS, Shared, State};
 use crate::sync::{self, MutexGuard};
 
 /// How often the guard looks whether someone reads messages, while there is something to do.
@@ -40,12 +40,13 @@ impl Shared {
             // One brings what nobody waits for; between two pieces it looks for faults, if nobody else does.
             let ahead = !state.ahead && state.book.has_ahead();
             // The guard only stands in: whoever comes back reads again, and does not wait for it to be scheduled.
-            if state.reader != Reader::Worker {
-                state.reader = Reader::Worker;
+            let most = if ahead { 1 } else { READERS };
+            if state.readers < most {
+                state.readers += 1;
                 drop(state);
                 let read = self.take_turn(!ahead, &mut hands);
                 state = self.lock();
-                state.reader = Reader::Nobody;
+                state.readers -= 1;
                 state.turns += 1;
                 self.unpoke(&mut state);
                 if read.is_err() || !hands.answers.is_empty() {
@@ -63,7 +64,7 @@ impl Shared {
                 state = self.bring_ahead(state, &mut hands);
                 continue;
             }
-            // Another one reads, and the lock was not let go of since that was seen, nor since `stop` was.
+            // Others read, and the lock was not let go of since that was seen, nor since `stop` was.
             state.idle += 1;
             state = self
                 .work
@@ -87,7 +88,7 @@ impl Shared {
             return state;
         };
         state.ahead = true;
-        if state.reader == Reader::Nobody && state.idle > 0 {
+        if state.readers == 0 && state.idle > 0 {
             self.work.notify_one();
         }
         self.leave(&mut state);
@@ -128,7 +129,7 @@ impl Shared {
                 state = self.lock();
                 continue;
             }
-            let nobody = state.reader == Reader::Nobody;
+            let nobody = state.readers == 0;
             let unmoved = nobody && state.turns == seen;
             if unmoved && state.idle > 0 {
                 self.work.notify_one();
@@ -165,10 +166,9 @@ impl Shared {
     /// Every worker is busy and none has read since the last look: reads in their place, for a moment.
     fn read_for_others<'a>(
         &'a self,
-        mut state: MutexGuard<'a, State>,
+        state: MutexGuard<'a, State>,
         hands: &mut Hands,
     ) -> MutexGuard<'a, State> {
-        state.reader = Reader::Guard;
         let due = state.book.next_due();
         drop(state);
         let limit = due.map_or(TICK, |due| {
@@ -179,9 +179,6 @@ impl Shared {
             false => Ok(()),
         });
         let mut state = self.lock();
-        if state.reader == Reader::Guard {
-            state.reader = Reader::Nobody;
-        }
         if state.idle > 0 {
             self.work.notify_one();
         }
