@@ -34,6 +34,11 @@ const LOOK: Duration = Duration::from_millis(50);
 /// What is brought at once where nobody waits: a piece of a file, which is read as a whole where it is checked. One of the
 /// threads does that, and a fault elsewhere is served by another.
 pub(super) const AHEAD: u64 = pages::PIECE as u64;
+/// How long the machine has to start before what nobody has touched is brought, at most: where processors are few its set-up
+/// would wait for that. And how long it is let go on, at most, while it touches something in each of these.
+const STARTS: Duration = Duration::from_millis(50);
+const GOES_ON: Duration = Duration::from_millis(10);
+const STILL: Duration = Duration::from_millis(1);
 /// Of a guest that has come before its memory: how long nothing is brought but what it touches, at least and at most, if it
 /// touches something in each of these.
 const LEAST: Duration = Duration::from_millis(100);
@@ -83,6 +88,8 @@ pub(super) struct State {
     /// Of a pager that has ended.
     pub(super) stats: Stats,
     pub(super) took: Option<Duration>,
+    /// The machine has started.
+    pub(super) runs: bool,
     /// The machine is over.
     pub(super) close: bool,
     /// Nobody waits for more to be recorded.
@@ -102,6 +109,7 @@ impl State {
             phase,
             stats: Stats::default(),
             took: None,
+            runs: false,
             close: false,
             recorded: false,
             hurry: false,
@@ -270,6 +278,12 @@ impl LazyMemory {
         })
     }
 
+    /// The machine has started: what it does not touch is brought as well.
+    pub(crate) fn machine_runs(&self) {
+        self.shared.lock().runs = true;
+        self.shared.changed.notify_all();
+    }
+
     /// How far it has come.
     pub(crate) fn progress(&self) -> LazyProgress {
         self.shared.progress()
@@ -427,8 +441,11 @@ impl Shared {
             self.record(recording);
             !self.keep(recording, &|| self.is_to_go_on())
         });
-        if let Some(replay) = &replay {
-            self.read_ahead(replay, slots);
+        match (&replay, &self.from) {
+            // It wants that at once.
+            (Some(replay), _) => self.read_ahead(replay, slots),
+            (None, From::Snapshot(..)) => self.let_it_start(),
+            (None, From::Migration(..)) => {}
         }
         if let From::Snapshot(Some(source), _) = &self.from {
             source.find_holes(|| self.go_on());
@@ -457,6 +474,39 @@ impl Shared {
         }
         if let Some(replay) = replay {
             replay.tell();
+        }
+    }
+
+    /// What nobody waits for is brought when the machine has started, or does not, and the guest has what it begins with.
+    fn let_it_start(&self) {
+        let mut state = self.lock();
+        while !state.runs && !state.close && !state.hurry {
+            let left = STARTS.saturating_sub(self.begun.elapsed());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(state);
+        self.let_it_touch(STILL, GOES_ON);
+    }
+
+    /// Waits until nothing was touched for `still`, but no longer than `most`.
+    fn let_it_touch(&self, still: Duration, most: Duration) {
+        let begun = Instant::now();
+        let mut seen = None;
+        let mut state = self.lock();
+        while !state.close && !state.hurry && begun.elapsed() < most {
+            drop(state);
+            let stats = self.pager().as_ref().map(Pager::stats).unwrap_or_default();
+            let faults = stats.faults + stats.joined;
+            if seen.replace(faults) == Some(faults) {
+                return;
+            }
+            state = self.lock();
+            let waited = self.changed.wait_timeout(state, still);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 

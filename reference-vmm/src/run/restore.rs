@@ -42,6 +42,8 @@ impl<S> Session<'_, S> {
             }
         };
         let signals = &self.signals;
+        // While the process has one thread: with two, the kernel waits for a grace period of its own.
+        srcu::prepare();
         std::thread::scope(|scope| {
             let watch = || watch(signals, end, &made, &sweep);
             let builder = std::thread::Builder::new().name("signals".into());

@@ -479,6 +479,9 @@ impl Machine {
                 })?;
             running.threads.push(thread);
         }
+        if let Some(lazy) = &running.parts.lazy {
+            lazy.machine_runs();
+        }
         // Last: a debugger that connects at once stops those vCPUs that are enrolled.
         if let (Some(listener), Some(link)) = (gdb, &link) {
             let (memory, kvm) = (&running.parts.memslots, &running.parts.config.kvm);
