@@ -20,6 +20,7 @@ mod host;
 mod kernel_image;
 mod lab;
 mod modules;
+mod plot;
 mod tiers;
 mod ui;
 
@@ -38,9 +39,9 @@ Commands:
   test [OPTIONS]             build and run the tests of all tiers, and say what ran where
   coverage                   measure the tests' coverage, against coverage_config.json
   fuzz [TARGET…]             run the crates' fuzz targets with libFuzzer
-  bench startup|boot|io|login|migrate|restore|async-pf
+  bench startup|boot|io|login|migrate|restore|faults|async-pf
                              measure a start, a boot, a guest's devices, a Debian's start to its login or a migration,
-                             against a floor or another monitor
+                             against a floor or another monitor; or how page faults are served
 
 `cargo xtask COMMAND --help` says more of one.";
 

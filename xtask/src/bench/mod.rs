@@ -4,6 +4,8 @@
 
 mod async_pf;
 mod boot;
+mod faults;
+mod fleet;
 mod io;
 mod login;
 mod migrate;
@@ -12,6 +14,7 @@ mod slow_pages;
 mod startup;
 
 use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 use std::process::{Child, Command};
 
 use crate::failure::{Context, Failure, Result};
@@ -32,7 +35,8 @@ Usage: cargo xtask bench startup [--runs N]   (60)
        cargo xtask bench io [--rounds N] [--wall]   (3)
        cargo xtask bench login [--rounds N]   (3)
        cargo xtask bench migrate [--rounds N] [--postcopy] (3)
-       cargo xtask bench restore [--rounds N] (9)
+       cargo xtask bench restore [--rounds N] [--plot DIR] (9)
+       cargo xtask bench faults [--rounds N] [--real-time] [--plot DIR] (25)
        cargo xtask bench async-pf [--rounds N] (5)
 
   startup   a tiny guest on this host's KVM: from exec to its first byte and to the end, against a program that makes
@@ -48,17 +52,23 @@ Usage: cargo xtask bench startup [--runs N]   (60)
             where that goes, and how long all takes, against the same QEMU's migration; with --postcopy a guest that
             writes 256 MiB without rest, which goes before its memory after two seconds, and the longest silence behind that
   restore   guests that go on from snapshots on this host's KVM: from exec to the first byte and to an answer, by size and by
-             the way in which memory comes, against a tiny guest's boot; what a recorded working set gains where the page
-             cache is cold; 100 of one snapshot: what one more takes
+            the way in which memory comes, against the boot of a tiny guest of that size; what a recorded working set gains
+            where the page cache is cold; 100 of one snapshot: what one more takes
+  faults    faults served from a file: async-pf's pager, a loop without any bookkeeping and a handler as Firecracker's
+            example is, by turns (cargo bench -p async-pf --bench pager); with --real-time, as root, undisturbed by what else
+            runs on this host
   async-pf  a guest of one vCPU in the lab with two tasks, of which one waits for late pages: how far the other comes, with
-            asynchronous page faults and without";
+            asynchronous page faults and without
+
+  --plot DIR  writes what was measured as SVG files there, too";
 
 /// `cargo xtask bench`.
 pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     use lexopt::prelude::*;
     let mut what = None;
     let mut count = None;
-    let (mut wall, mut postcopy) = (false, false);
+    let (mut wall, mut postcopy, mut real_time) = (false, false, false);
+    let mut plot: Option<PathBuf> = None;
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
@@ -69,6 +79,8 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             }
             Long("wall") => wall = true,
             Long("postcopy") => postcopy = true,
+            Long("real-time") => real_time = true,
+            Long("plot") => plot = Some(parser.value()?.into()),
             Short('h') | Long("help") => {
                 crate::ui::show(USAGE);
                 return Ok(0);
@@ -76,16 +88,22 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             other => return Err(other.unexpected().into()),
         }
     }
+    if plot.is_some() && !matches!(what.as_deref(), Some("restore" | "faults")) {
+        return Err(Failure::usage(
+            "--plot is of bench restore and bench faults",
+        ));
+    }
     match what.as_deref() {
         Some("startup") => startup::run(count.unwrap_or(60)),
         Some("boot") => boot::run(count.unwrap_or(3)),
         Some("io") => io::run(count.unwrap_or(3), !wall),
         Some("login") => login::run(count.unwrap_or(3)),
         Some("migrate") => migrate::run(count.unwrap_or(3), postcopy),
-        Some("restore") => restore::run(count.unwrap_or(9)),
+        Some("restore") => restore::run(count.unwrap_or(9), plot.as_deref()),
+        Some("faults") => faults::run(count, real_time, plot.as_deref()),
         Some("async-pf") => async_pf::run(count.unwrap_or(5)),
         _ => Err(Failure::usage(
-            "cargo xtask bench startup, boot, io, login, migrate, restore or async-pf",
+            "cargo xtask bench startup, boot, io, login, migrate, restore, faults or async-pf",
         )),
     }
 }
@@ -157,6 +175,12 @@ mod tests {
             let told = format!("--runs {value:?}: ");
             assert!(failure.to_string().starts_with(&told), "{failure}");
         }
+    }
+
+    #[test]
+    fn what_is_not_drawn_is_not_asked_to_be() {
+        let failure = command(vec!["startup".into(), "--plot=x".into()]).unwrap_err();
+        assert_eq!(failure.status(), crate::failure::STATUS_USAGE);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What a restore costs, on this host's KVM: from exec to the guest's first byte and to its answer, for guests of several
-//! sizes, against a tiny guest's boot; and what each of many guests of one snapshot takes of the host.
+//! sizes, against the boot of a tiny guest of that size in the same round; and what each of many guests of one snapshot takes
+//! of the host.
 //!
 //! The guest has filled all of its memory and waits at its serial port. The character that it waits for lies in the
 //! monitor's stdin when that starts; it says a byte at once, and another when it has looked at 8 MiB of pages here and there.
@@ -14,24 +15,19 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use guests::image;
 
-use super::{Ended, host_kvm, ranks};
+use super::{Ended, fleet, host_kvm, ranks};
 use crate::cargo;
 use crate::failure::{Context, Failure, Result};
 use crate::host;
-use crate::ui::{Step, say};
+use crate::plot::{self, Axis, Line, Panel};
+use crate::ui::Step;
 
 /// Of how much memory guests are, MiB.
 const SIZES: [u32; 3] = [256, 1024, 2048];
-/// Of how much the guests are that run side by side.
-const FLEET_SIZE: u32 = 256;
-/// How many do of whom memory is shared, and of whom it is not: all of it is in the host's memory as often.
-const FLEET: usize = 100;
-const FLEET_APART: usize = 20;
 /// The record's name in a snapshot's directory.
 const WORKING_SET: &str = "working_set";
 /// And that of its pages.
@@ -40,45 +36,45 @@ const WORKING_SET_PAGES: &str = "working_set_pages";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How memory comes.
-struct Way {
-    name: &'static str,
+pub(super) struct Way {
+    pub name: &'static str,
     flags: &'static [&'static str],
     /// Whether the file is first taken out of the page cache.
     cold: bool,
     /// Whether what an earlier guest touched is known.
     recorded: bool,
-    /// How many of its guests run side by side; 0 is no fleet of them.
-    fleet: usize,
+    /// Whether many of its guests run side by side.
+    pub fleet: bool,
 }
 
-const WAYS: [Way; 7] = [
+pub(super) const WAYS: [Way; 7] = [
     Way {
         name: "mapped",
         flags: &["--verify=off"],
         cold: false,
         recorded: false,
-        fleet: FLEET,
+        fleet: true,
     },
     Way {
         name: "mapped, cold",
         flags: &["--verify=off"],
         cold: true,
         recorded: false,
-        fleet: 0,
+        fleet: false,
     },
     Way {
         name: "lazy",
         flags: &["--lazy"],
         cold: false,
         recorded: false,
-        fleet: FLEET_APART,
+        fleet: true,
     },
     Way {
         name: "lazy, cold",
         flags: &["--lazy"],
         cold: true,
         recorded: false,
-        fleet: 0,
+        fleet: false,
     },
     UNRECORDED,
     RECORDED,
@@ -87,7 +83,7 @@ const WAYS: [Way; 7] = [
         flags: &["--map=off"],
         cold: false,
         recorded: false,
-        fleet: FLEET_APART,
+        fleet: true,
     },
 ];
 
@@ -97,7 +93,7 @@ const UNRECORDED: Way = Way {
     flags: &["--lazy", "--verify=off"],
     cold: true,
     recorded: false,
-    fleet: 0,
+    fleet: false,
 };
 const RECORDED: Way = Way {
     name: "the same, recorded",
@@ -105,18 +101,26 @@ const RECORDED: Way = Way {
     ..UNRECORDED
 };
 
-pub(super) fn run(rounds: usize) -> Result<i32> {
+pub(super) fn run(rounds: usize, plot: Option<&Path>) -> Result<i32> {
     let reason = host_kvm()?;
     let vmm = cargo::reference_vmm()?;
     let dir = host::workspace().join("target/xtask/restore");
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir).context(|| format!("{} cannot be made", dir.display()))?;
-    let done = measure(&vmm, &dir, rounds, &reason);
+    let done = measure(&vmm, &dir, rounds, &reason, plot);
     let _ = fs::remove_dir_all(&dir);
     done
 }
 
-fn measure(vmm: &Path, dir: &Path, rounds: usize, kvm: &str) -> Result<i32> {
+/// What was measured of one way and size, in milliseconds, a number a round.
+struct Starts {
+    way: &'static Way,
+    mib: u32,
+    firsts: Vec<f64>,
+    answers: Vec<f64>,
+}
+
+fn measure(vmm: &Path, dir: &Path, rounds: usize, kvm: &str, plot: Option<&Path>) -> Result<i32> {
     let program = |name: &str, code: &[u8]| -> Result<PathBuf> {
         let file = dir.join(name);
         let written = fs::write(&file, image::elf64(code));
@@ -132,57 +136,63 @@ fn measure(vmm: &Path, dir: &Path, rounds: usize, kvm: &str) -> Result<i32> {
         snapshot(vmm, &sleeper, mib, dir)?;
         record(vmm, dir, mib)?;
     }
+    snapshot(vmm, &sleeper, fleet::FLEET_SIZE, dir)?;
     step.end();
 
     let step = Step::begin(format!("{rounds} starts of each, interleaved"));
-    let mut boots = Vec::new();
-    let mut starts: Vec<_> = WAYS
-        .iter()
-        .flat_map(|way| SIZES.map(|mib| (way, mib, Vec::new(), Vec::new())))
-        .collect();
+    let mut boots = SIZES.map(|mib| (mib, Vec::new()));
+    let each = |way| {
+        SIZES.map(|mib| Starts {
+            way,
+            mib,
+            firsts: Vec::new(),
+            answers: Vec::new(),
+        })
+    };
+    let mut starts: Vec<_> = WAYS.iter().flat_map(each).collect();
     for _ in 0..rounds {
-        let argv: [&OsStr; 5] = [
-            "run".as_ref(),
-            "--kernel".as_ref(),
-            tiny.as_ref(),
-            "--memory".as_ref(),
-            "1G".as_ref(),
-        ];
-        boots.push(Guest::start(vmm, &argv)?.hears(b'*')?);
-        for (way, mib, firsts, answers) in &mut starts {
-            let (mut guest, first) = restore(vmm, dir, way, *mib)?;
-            firsts.push(first);
-            answers.push(guest.hears(b'>')?);
+        for (mib, boots) in &mut boots {
+            boots.push(boot(vmm, &tiny, *mib)?);
+        }
+        for of in &mut starts {
+            let (mut guest, first) = restore(vmm, dir, of.way, of.mib)?;
+            of.firsts.push(first);
+            of.answers.push(guest.hears(b'>')?);
         }
     }
     step.end();
-    let (_, boot, _) = ranks(&mut boots);
     println!("{kvm}");
     println!(
-        "milliseconds from exec, median of {rounds} (10th–90th percentile); `run` of a tiny guest of 1 GiB to its first \
-         byte: {}\n",
-        summary(&mut boots)
+        "milliseconds from exec, median of {rounds} (10th–90th percentile), and of the boot in the same round\n"
     );
     println!(
-        "{:<20} {:>6} {:>24} {:>8} {:>24}",
-        "memory", "MiB", "first byte", "of run", "answer"
+        "{:<20} {:>6} {:>24} {:>22} {:>28}",
+        "memory", "MiB", "first byte", "of the boot", "answer"
     );
-    for (way, mib, firsts, answers) in &mut starts {
-        let (_, first, _) = ranks(firsts);
+    for (mib, boots) in &boots {
+        let boots = summary(boots);
+        println!("{BOOTED:<20} {mib:>6} {boots:>24}");
+    }
+    for of in &starts {
+        let boots = boots.iter().find(|(mib, _)| *mib == of.mib);
+        let boots = boots.map_or(&[][..], |(_, boots)| boots);
+        let ratios = of.firsts.iter().zip(boots);
+        let ratios: Vec<f64> = ratios.map(|(first, boot)| first / boot).collect();
         println!(
-            "{:<20} {mib:>6} {:>24} {:>7.2}× {:>24}",
-            way.name,
-            summary(firsts),
-            first / boot,
-            summary(answers)
+            "{:<20} {:>6} {:>24} {:>22} {:>28}",
+            of.way.name,
+            of.mib,
+            summary(&of.firsts),
+            summary(&ratios),
+            summary(&of.answers)
         );
     }
     println!();
     for mib in SIZES {
-        let mut of = |name: &str| {
-            let mut all = starts.iter_mut();
-            let found = all.find(|(way, size, ..)| way.name == name && *size == mib);
-            found.map(|(.., answers)| ranks(answers).1)
+        let of = |name: &str| {
+            let mut all = starts.iter();
+            let found = all.find(|of| of.way.name == name && of.mib == mib);
+            found.map(|of| middle(&of.answers))
         };
         if let (Some(without), Some(with)) = (of(UNRECORDED.name), of(RECORDED.name)) {
             println!(
@@ -191,34 +201,78 @@ fn measure(vmm: &Path, dir: &Path, rounds: usize, kvm: &str) -> Result<i32> {
             );
         }
     }
-    println!(
-        "\nguests of one snapshot of {FLEET_SIZE} MiB side by side, each having answered: what one more takes\n"
-    );
-    println!(
-        "{:<20} {:>6} {:>14} {:>14} {:>24}",
-        "memory", "guests", "KiB, process", "KiB, host", "ms to its answer"
-    );
-    for way in WAYS.iter().filter(|way| way.fleet > 0) {
-        let step = Step::begin(format!("{} guests, memory {}", way.fleet, way.name));
-        let mut taken = fleet(vmm, dir, way)?;
-        step.end();
-        println!(
-            "{:<20} {:>6} {:>14} {:>14} {:>24}",
-            way.name,
-            way.fleet,
-            taken.process_kib,
-            taken.host_kib,
-            summary(&mut taken.answers)
-        );
+    fleet::measure(vmm, dir)?;
+    if let Some(dir) = plot {
+        let title =
+            "A guest goes on from its snapshot: milliseconds from exec, by the size of its memory";
+        plot::write(dir, "restore.svg", title, &panels(&boots, &starts))?;
     }
-    say(
-        "of the process: its share of resident memory and page tables; of the host: what /proc/meminfo has available less",
-    );
     Ok(0)
 }
 
-fn summary(values: &mut [f64]) -> String {
-    let (low, middle, high) = ranks(values);
+/// The tiny guest that everything is compared with.
+const BOOTED: &str = "tiny guest, booted";
+
+/// To the first byte, and to the answer.
+fn panels(boots: &[(u32, Vec<f64>)], starts: &[Starts]) -> Vec<Panel> {
+    let line = |name: &str, points| Line {
+        name: name.into(),
+        points,
+        dots: true,
+    };
+    let ways = |of: &dyn Fn(&Starts) -> f64| {
+        let lines = WAYS.iter().map(|way| {
+            let own = starts.iter().filter(|start| start.way.name == way.name);
+            line(
+                way.name,
+                own.map(|start| (f64::from(start.mib), of(start))).collect(),
+            )
+        });
+        lines.collect::<Vec<_>>()
+    };
+    let booted = boots
+        .iter()
+        .map(|(mib, all)| (f64::from(*mib), middle(all)));
+    let mut first = vec![line(BOOTED, booted.collect())];
+    first.extend(ways(&|start| middle(&start.firsts)));
+    let answer = ways(&|start| middle(&start.answers));
+    let panels = [("First byte", first), ("Answer", answer)];
+    let panels = panels.map(|(title, lines)| {
+        let values = lines.iter().flat_map(|line| &line.points);
+        Panel {
+            title: title.into(),
+            x: Axis {
+                title: "MiB".into(),
+                from: 200.0,
+                to: 2600.0,
+                ticks: SIZES.map(|mib| (f64::from(mib), mib.to_string())).into(),
+                log: true,
+            },
+            y: Axis::log("ms", values.map(|(_, y)| *y).collect::<Vec<_>>()),
+            lines,
+        }
+    });
+    panels.into()
+}
+
+fn middle(values: &[f64]) -> f64 {
+    ranks(&mut values.to_vec()).1
+}
+
+/// The milliseconds to a tiny guest's first byte.
+fn boot(vmm: &Path, tiny: &Path, mib: u32) -> Result<f64> {
+    let memory = format!("--memory={mib}M");
+    let argv: [&OsStr; 4] = [
+        "run".as_ref(),
+        "--kernel".as_ref(),
+        tiny.as_ref(),
+        memory.as_ref(),
+    ];
+    Guest::start(vmm, &argv)?.hears(b'*')
+}
+
+pub(super) fn summary(values: &[f64]) -> String {
+    let (low, middle, high) = ranks(&mut values.to_vec());
     format!("{middle:.2} ({low:.2}–{high:.2})")
 }
 
@@ -287,7 +341,14 @@ fn record(vmm: &Path, dir: &Path, mib: u32) -> Result<()> {
 }
 
 /// The guest that goes on, and the milliseconds until it said its first byte.
-fn restore(vmm: &Path, dir: &Path, way: &Way, mib: u32) -> Result<(Guest, f64)> {
+pub(super) fn restore(vmm: &Path, dir: &Path, way: &Way, mib: u32) -> Result<(Guest, f64)> {
+    let mut guest = start(vmm, dir, way, mib)?;
+    let first = guest.hears(b'<')?;
+    Ok((guest, first))
+}
+
+/// The guest that is about to go on.
+pub(super) fn start(vmm: &Path, dir: &Path, way: &Way, mib: u32) -> Result<Guest> {
     let from = snapshot_dir(dir, mib);
     let known = from.join(WORKING_SET);
     // What is kept of the record's pages is of no account without it.
@@ -309,9 +370,7 @@ fn restore(vmm: &Path, dir: &Path, way: &Way, mib: u32) -> Result<(Guest, f64)> 
     let mut argv: Vec<OsString> = vec!["restore".into(), "--from".into(), from.into()];
     argv.extend(way.flags.iter().map(OsString::from));
     let argv: Vec<&OsStr> = argv.iter().map(OsString::as_os_str).collect();
-    let mut guest = Guest::start(vmm, &argv)?;
-    let first = guest.hears(b'<')?;
-    Ok((guest, first))
+    Guest::start(vmm, &argv)
 }
 
 /// Takes a file out of the page cache.
@@ -327,7 +386,7 @@ fn forget(file: &Path) -> Result<()> {
 }
 
 /// A monitor and what its guest says.
-struct Guest {
+pub(super) struct Guest {
     begun: Instant,
     child: Ended,
     says: ChildStdout,
@@ -365,7 +424,7 @@ impl Guest {
     }
 
     /// Waits until it says this; the milliseconds from its start.
-    fn hears(&mut self, what: u8) -> Result<f64> {
+    pub fn hears(&mut self, what: u8) -> Result<f64> {
         loop {
             let mut ready = libc::pollfd {
                 fd: self.says.as_raw_fd(),
@@ -387,6 +446,11 @@ impl Guest {
         }
     }
 
+    /// Its monitor's process.
+    pub fn id(&self) -> u32 {
+        self.child.0.id()
+    }
+
     /// Ends it as a user does, and waits for that.
     fn end(mut self) -> Result<()> {
         let id = self.child.0.id() as libc::pid_t;
@@ -394,70 +458,5 @@ impl Guest {
         unsafe { libc::kill(id, libc::SIGINT) };
         let ended = self.child.0.wait();
         ended.map(drop).context(|| "a monitor does not end".into())
-    }
-
-    /// Its share of resident memory, and its page tables, KiB.
-    fn kib(&self) -> Result<u64> {
-        let id = self.child.0.id();
-        Ok(field(&format!("/proc/{id}/smaps_rollup"), "Pss:")?
-            + field(&format!("/proc/{id}/status"), "VmPTE:")?)
-    }
-}
-
-/// A number of KiB behind a word of /proc.
-fn field(file: &str, word: &str) -> Result<u64> {
-    let text = fs::read_to_string(file).context(|| format!("{file} cannot be read"))?;
-    kib(&text, word).ok_or_else(|| Failure::new(format!("{file} has no {word}")))
-}
-
-fn kib(text: &str, word: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(word))?;
-    line.split_ascii_whitespace().next()?.parse().ok()
-}
-
-struct Taken {
-    process_kib: u64,
-    host_kib: u64,
-    answers: Vec<f64>,
-}
-
-fn fleet(vmm: &Path, dir: &Path, way: &Way) -> Result<Taken> {
-    let mut guests: Vec<Guest> = Vec::with_capacity(way.fleet);
-    let mut answers = Vec::with_capacity(way.fleet);
-    let mut alone = (0, 0);
-    for _ in 0..way.fleet {
-        let (mut guest, _) = restore(vmm, dir, way, FLEET_SIZE)?;
-        answers.push(guest.hears(b'>')?);
-        guests.push(guest);
-        if let [first] = &guests[..] {
-            alone = (first.kib()?, available()?);
-        }
-    }
-    let all: u64 = guests.iter().map(Guest::kib).sum::<Result<u64>>()?;
-    let left = available()?;
-    let more = guests.len().saturating_sub(1).max(1) as u64;
-    Ok(Taken {
-        process_kib: all.saturating_sub(alone.0) / more,
-        host_kib: alone.1.saturating_sub(left) / more,
-        answers,
-    })
-}
-
-/// What the host has left, once what was freed a moment ago has come back.
-fn available() -> Result<u64> {
-    thread::sleep(Duration::from_millis(200));
-    field("/proc/meminfo", "MemAvailable:")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_field_of_proc_is_read() {
-        let text = "Rss:     12 kB\nPss:            4096 kB\nPss_Anon:       7 kB\n";
-        assert_eq!(kib(text, "Pss:"), Some(4096));
-        assert_eq!(kib(text, "Swap:"), None);
-        assert_eq!(kib("Pss: much", "Pss:"), None);
     }
 }
