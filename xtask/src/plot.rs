@@ -17,6 +17,8 @@ const PLOT: f64 = 220.0;
 const LEFT: f64 = 56.0;
 const RIGHT: f64 = 14.0;
 const TOP: f64 = 68.0;
+/// Points of a line are as far from each other, at least.
+const NEAR: f64 = 1.5;
 /// A line of the legend.
 const ENTRY: f64 = 18.0;
 const ENTRIES: usize = 3;
@@ -222,9 +224,16 @@ impl Panel {
             let style = names.iter().position(|name| *name == line.name);
             let style = style.unwrap_or_default() % STYLES.len();
             let mut path = String::new();
+            let mut before: Option<(f64, f64)> = None;
             for (number, (across, up)) in line.points.iter().enumerate() {
                 let (x, y) = (x(*across), y(*up));
-                let command = if number == 0 { 'M' } else { 'L' };
+                // What nobody could tell from the point before makes the file larger alone.
+                let near = before.is_some_and(|(a, b)| (x - a).hypot(y - b) < NEAR);
+                if near && number + 1 < line.points.len() {
+                    continue;
+                }
+                before = Some((x, y));
+                let command = if path.is_empty() { 'M' } else { 'L' };
                 // A string takes everything.
                 let _ = write!(path, "{command}{x:.1} {y:.1}");
                 if line.dots {
