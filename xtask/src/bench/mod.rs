@@ -35,7 +35,7 @@ Usage: cargo xtask bench startup [--runs N]   (60)
        cargo xtask bench io [--rounds N] [--wall]   (3)
        cargo xtask bench login [--rounds N]   (3)
        cargo xtask bench migrate [--rounds N] [--postcopy] (3)
-       cargo xtask bench restore [--rounds N] [--plot DIR] (9)
+       cargo xtask bench restore [--rounds N] [--real-time] [--plot DIR] (9)
        cargo xtask bench faults [--rounds N] [--real-time] [--plot DIR] (25)
        cargo xtask bench async-pf [--rounds N] (5)
 
@@ -55,12 +55,12 @@ Usage: cargo xtask bench startup [--runs N]   (60)
             the way in which memory comes, against the boot of a tiny guest of that size; what a recorded working set gains
             where the page cache is cold; 100 of one snapshot: what one more takes
   faults    faults served from a file: async-pf's pager, a loop without any bookkeeping and a handler as Firecracker's
-            example is, by turns (cargo bench -p async-pf --bench pager); with --real-time, as root, undisturbed by what else
-            runs on this host
+            example is, by turns (cargo bench -p async-pf --bench pager)
   async-pf  a guest of one vCPU in the lab with two tasks, of which one waits for late pages: how far the other comes, with
             asynchronous page faults and without
 
-  --plot DIR  writes what was measured as SVG files there, too";
+  --real-time  as root: what is measured has a real-time priority, and what else runs on this host does not come between
+  --plot DIR   writes what was measured as SVG files there, too";
 
 /// `cargo xtask bench`.
 pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
@@ -88,9 +88,9 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
             other => return Err(other.unexpected().into()),
         }
     }
-    if plot.is_some() && !matches!(what.as_deref(), Some("restore" | "faults")) {
+    if (plot.is_some() || real_time) && !matches!(what.as_deref(), Some("restore" | "faults")) {
         return Err(Failure::usage(
-            "--plot is of bench restore and bench faults",
+            "--plot and --real-time are of bench restore and bench faults",
         ));
     }
     match what.as_deref() {
@@ -99,7 +99,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         Some("io") => io::run(count.unwrap_or(3), !wall),
         Some("login") => login::run(count.unwrap_or(3)),
         Some("migrate") => migrate::run(count.unwrap_or(3), postcopy),
-        Some("restore") => restore::run(count.unwrap_or(9), plot.as_deref()),
+        Some("restore") => restore::run(count.unwrap_or(9), real_time, plot.as_deref()),
         Some("faults") => faults::run(count, real_time, plot.as_deref()),
         Some("async-pf") => async_pf::run(count.unwrap_or(5)),
         _ => Err(Failure::usage(

@@ -15,6 +15,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use guests::image;
@@ -101,9 +102,10 @@ const RECORDED: Way = Way {
     ..UNRECORDED
 };
 
-pub(super) fn run(rounds: usize, plot: Option<&Path>) -> Result<i32> {
+pub(super) fn run(rounds: usize, real_time: bool, plot: Option<&Path>) -> Result<i32> {
     let reason = host_kvm()?;
     let vmm = cargo::reference_vmm()?;
+    REAL_TIME.store(real_time, Ordering::Relaxed);
     let dir = host::workspace().join("target/xtask/restore");
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir).context(|| format!("{} cannot be made", dir.display()))?;
@@ -385,6 +387,27 @@ fn forget(file: &Path) -> Result<()> {
     }
 }
 
+/// Whether all that is measured has a real-time priority. Relaxed: set before there is another thread.
+static REAL_TIME: AtomicBool = AtomicBool::new(false);
+/// The monitors', and of who waits for what they say: it is heard at once, though a monitor's threads have all processors.
+const MONITOR: libc::c_int = 10;
+const LISTENER: libc::c_int = 20;
+
+/// Gives this thread a real-time priority, if that is wanted.
+fn prioritize(priority: libc::c_int) -> Result<()> {
+    if !REAL_TIME.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    let priority = libc::sched_param {
+        sched_priority: priority,
+    };
+    // SAFETY: of this thread; the priority lives as long as the call.
+    match unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &priority) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()).context(|| "--real-time".into()),
+    }
+}
+
 /// A monitor and what its guest says.
 pub(super) struct Guest {
     begun: Instant,
@@ -405,13 +428,16 @@ impl Guest {
     }
 
     fn start_silent(vmm: &Path, argv: &[&OsStr]) -> Result<Self> {
+        // The monitor has what this thread has at this moment.
+        prioritize(MONITOR)?;
         let begun = Instant::now();
-        let mut child = Command::new(vmm)
+        let child = Command::new(vmm)
             .args(argv)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .spawn()
-            .context(|| format!("{} does not start", vmm.display()))?;
+            .spawn();
+        prioritize(LISTENER)?;
+        let mut child = child.context(|| format!("{} does not start", vmm.display()))?;
         let (says, asks) = (child.stdout.take(), child.stdin.take());
         let child = Ended(child);
         let says = says.ok_or_else(|| Failure::new("a monitor without stdout"))?;
