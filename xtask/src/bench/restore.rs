@@ -205,8 +205,7 @@ fn measure(vmm: &Path, dir: &Path, rounds: usize, kvm: &str, plot: Option<&Path>
     }
     fleet::measure(vmm, dir)?;
     if let Some(dir) = plot {
-        let title =
-            "A guest goes on from its snapshot: milliseconds from exec, by the size of its memory";
+        let title = "A guest goes on from its snapshot: time from exec, by its memory";
         plot::write(dir, "restore.svg", title, &panels(&boots, &starts))?;
     }
     Ok(0)
