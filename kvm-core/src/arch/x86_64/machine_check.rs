@@ -24,7 +24,8 @@
 //! | `kvm_amd`, and others that run the guest on the processor | it can be told: `SIGBUS` (`BUS_MCEERR_AR`) while in `KVM_RUN` |
 //! | one that interprets guests (the PVM back end's emulator) | it cannot: an MMIO exit, and the instruction is over ([`MemoryError::is_restartable`]) |
 //!
-//! Measured with Debian's kernels 6.1 and 6.12 as guests of 6.12's `kvm_amd` (`reference-vmm`'s `lab_machine_check`).
+//! Measured with Debian's kernels 6.1 and 6.12 as guests of 6.12's `kvm_amd` (`reference-vmm`'s `lab_machine_check`; its README has
+//! the runs); Intel's with a bare-metal guest alone, on the same KVM.
 
 use kvm_bindings::{kvm_cpuid_entry2, kvm_x86_mce};
 use vm_memory::GuestAddress;
