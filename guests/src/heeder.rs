@@ -6,7 +6,7 @@
 pub const FIRST: u64 = 0x40_0000;
 /// How many pages of it there are: four MiB, and one page that is the only one of its MiB.
 pub const PAGES: u64 = 1025;
-/// What the machine checks said, [`Record`] after record.
+/// What the machine checks said, record after record, of [`RECORD`] bytes each.
 pub const RECORDS: u64 = 0x20_0000;
 /// How many there are of them, 32 bits: behind the 1,024th the first is written again.
 pub const COUNT: u64 = 0x7_f018;
