@@ -218,9 +218,7 @@ fn of_several_connections_for_what_nobody_waits_for_each_has_its_part_and_one_th
         fetched.map(drop).unwrap();
     };
     thread::scope(|scope| {
-        for page in 0..3 {
-            scope.spawn(move || fetch(page));
-        }
+        let first = [0, 1, 2].map(|page| scope.spawn(move || fetch(page)));
         until("each has one", || {
             ([0, 1, 2].map(held) == [1; 3]).then_some(())
         });
@@ -229,6 +227,11 @@ fn of_several_connections_for_what_nobody_waits_for_each_has_its_part_and_one_th
         lanes.fetch(Gfn(9), &mut into).map(drop).unwrap();
         open(0, true);
         open(2, true);
+        // As long as they are under way, each has as many as the one that stands still.
+        until("those of the others have ended", || {
+            let ended = first.iter().filter(|fetch| fetch.is_finished());
+            (ended.count() == 2).then_some(())
+        });
         for page in 10..30 {
             fetch(page);
         }

@@ -60,8 +60,9 @@ impl PeerLanes {
         }
     }
 
-    /// With one more connection, of the same memory, for what nobody waits for. It takes as many fetches at once as there are
-    /// connections for all of them to be of use.
+    /// With one more connection, of the same memory, for what nobody waits for. Who fetches one thing after another, as a
+    /// `pager::Pager` does what nobody waits for, has them take turns: all are at work at once only for as many
+    /// fetches at once.
     #[must_use]
     pub fn and(mut self, prefetch: PeerSource) -> Self {
         self.prefetch.push(prefetch.into());
@@ -117,14 +118,17 @@ impl PageSource for PeerLanes {
     }
 
     fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
-        match (lane, self.next()) {
-            (Lane::Prefetch, Some(bulk)) => {
-                bulk.under_way.fetch_add(1, Ordering::Relaxed);
-                let _under_way = UnderWay(&bulk.under_way);
-                bulk.peer.fetch_for(lane, first, into)
-            }
-            _ => self.fault.fetch_for(lane, first, into),
-        }
+        let bulk = match lane {
+            // Takes nobody's turn.
+            Lane::Fault => None,
+            Lane::Prefetch => self.next(),
+        };
+        let Some(bulk) = bulk else {
+            return self.fault.fetch_for(lane, first, into);
+        };
+        bulk.under_way.fetch_add(1, Ordering::Relaxed);
+        let _under_way = UnderWay(&bulk.under_way);
+        bulk.peer.fetch_for(lane, first, into)
     }
 
     fn overtakes(&self) -> bool {
