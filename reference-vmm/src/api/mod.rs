@@ -52,6 +52,7 @@
 //! else is answered meanwhile. Up to [`worker::MAX_WAITING`] requests wait for the one that is at work, and one more is
 //! refused. A connection that is closed loses its answer: what has begun is done to its end, what still waits is not begun.
 //! A snapshot in the [background](crate::snapshot::background) has a thread of its own, and others are done beside it.
+//! So has another way for a migration (`Recover`), which may wait for the resolver.
 //! What is not done beside that, or beside a migration, is refused at once, and does not wait ([`worker::Busy`]).
 //!
 //! # In a program of one's own

@@ -68,7 +68,7 @@ pub enum Action {
 }
 
 impl Action {
-    /// Whether it waits: for the guest's I/O, for files. Such a one is done on the server's worker, one after another; a
+    /// Whether it waits: for the guest's I/O, for files, for the resolver. Such a one is done on the server's worker, one after another; a
     /// short one is done at once, also while a long one is at work, and must not wait for it.
     pub fn is_long(&self) -> bool {
         match self {
@@ -76,7 +76,8 @@ impl Action {
             | Action::Resume
             | Action::Snapshot(_)
             | Action::Load(_)
-            | Action::Migrate(_) => true,
+            | Action::Migrate(_)
+            | Action::Recover(_) => true,
             Action::Describe
             | Action::Version
             | Action::MachineConfig
@@ -85,7 +86,6 @@ impl Action {
             | Action::Start
             | Action::Migration
             | Action::MigrateOrder(_)
-            | Action::Recover(_)
             | Action::PowerButton => false,
         }
     }
@@ -93,6 +93,11 @@ impl Action {
     /// Whether it is [long](Self::is_long) and the guest runs meanwhile: other long ones are done beside it.
     pub fn is_background(&self) -> bool {
         matches!(self, Action::Snapshot(request) if request.background)
+    }
+
+    /// Whether it is [long](Self::is_long) and of a migration that is at work: it waits for nothing but others of its kind.
+    pub fn is_of_migration(&self) -> bool {
+        matches!(self, Action::Recover(_))
     }
 }
 

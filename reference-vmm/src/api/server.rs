@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::http::{CONTINUE, Decoder, Incoming};
 use super::monitor::Monitor;
 use super::router::{Action, Outcome, respond, route};
-use super::worker::{Busy, Ticket, Worker};
+use super::worker::{Busy, Thread, Ticket, Worker};
 use crate::unix_socket::{BindError, Listener};
 
 /// So many connections at once. One more takes the place of the one that has been silent for longest, of those that wait for
@@ -105,7 +105,7 @@ impl Server {
     }
 
     /// Serves clients on this thread until it is told to [`stop`](Self::stop), and does what is
-    /// [long](super::router::Action::is_long) on others, `api-work` and `api-background`. Comes back when what is at work
+    /// [long](super::router::Action::is_long) on others, `api-work`, `api-background` and `api-migration`. Comes back when what is at work
     /// there is done.
     ///
     /// # Errors
@@ -121,10 +121,10 @@ impl Server {
         let worker = Worker::new()?;
         std::thread::scope(|scope| {
             let _close = CloseAtEnd(&worker);
-            for (name, background) in [("api-work", false), ("api-background", true)] {
-                let builder = std::thread::Builder::new().name(name.into());
+            for thread in Thread::ALL {
+                let builder = std::thread::Builder::new().name(thread.name().into());
                 let worker = &worker;
-                builder.spawn_scoped(scope, move || worker.work(monitor, background))?;
+                builder.spawn_scoped(scope, move || worker.work(monitor, thread))?;
             }
             self.serve_clients(monitor, &worker)
         })
@@ -490,7 +490,7 @@ impl Clients<'_> {
     }
 
     /// Closes the connections but those that wait for what is done, or for this.
-    fn close_all_but(&mut self, begun: [Option<Ticket>; 2]) {
+    fn close_all_but(&mut self, begun: [Option<Ticket>; 3]) {
         self.last_answers();
         for place in &mut self.connections {
             let waits = place.as_ref().and_then(|of| of.awaits);

@@ -16,7 +16,8 @@
 //!
 //! Nothing waits for a migration, which may take minutes, or for ever if its destination is in doubt: what comes while
 //! one is at work, or waits to be, is [refused](Busy) at once, and so is what cannot be done beside a snapshot in the
-//! background. Short actions are answered meanwhile, by which a migration is watched and cancelled.
+//! background. Short actions are answered meanwhile, by which a migration is watched and cancelled. What is long and
+//! [of the migration](Action::is_of_migration) has a thread of its own, too.
 
 use std::collections::VecDeque;
 use std::io;
@@ -53,6 +54,39 @@ pub enum Busy {
     Full,
 }
 
+/// A thread that does what is long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Thread {
+    /// What others wait for.
+    Foreground,
+    /// What is done in the [background](Action::is_background).
+    Background,
+    /// What is [of a migration](Action::is_of_migration) that is at work.
+    OfMigration,
+}
+
+impl Thread {
+    pub(super) const ALL: [Thread; 3] =
+        [Thread::Foreground, Thread::Background, Thread::OfMigration];
+
+    fn of(action: &Action) -> Self {
+        match (action.is_background(), action.is_of_migration()) {
+            (true, _) => Thread::Background,
+            (_, true) => Thread::OfMigration,
+            _ => Thread::Foreground,
+        }
+    }
+
+    /// Its name.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Thread::Foreground => "api-work",
+            Thread::Background => "api-background",
+            Thread::OfMigration => "api-migration",
+        }
+    }
+}
+
 /// An action that was taken, by which its outcome is known. None is given twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ticket(u64);
@@ -71,6 +105,7 @@ struct State {
     tickets: u64,
     foreground: Lane,
     background: Lane,
+    of_migration: Lane,
     outcomes: Vec<(Ticket, Outcome)>,
     closed: bool,
 }
@@ -116,7 +151,7 @@ impl Worker {
             return Err(busy);
         }
         let ticket = Ticket(state.tickets);
-        let lane = state.lane(action.is_background());
+        let lane = state.lane(Thread::of(&action));
         if lane.at_work.is_none() {
             lane.begin(ticket, action);
             self.handed.notify_all();
@@ -133,16 +168,16 @@ impl Worker {
     /// something, and goes on to its end otherwise.
     pub(super) fn withdraw(&self, ticket: Ticket) {
         let mut state = self.lock();
-        state.foreground.waiting.retain(|(of, _)| *of != ticket);
-        for background in [false, true] {
-            let lane = state.lane(background);
+        for thread in Thread::ALL {
+            let lane = state.lane(thread);
+            lane.waiting.retain(|(of, _)| *of != ticket);
             lane.unwanted |= lane.at_work == Some(ticket);
         }
     }
 
     /// Whether somebody waits for what a thread is at.
-    fn is_wanted(&self, background: bool) -> bool {
-        !self.lock().lane(background).unwanted
+    fn is_wanted(&self, thread: Thread) -> bool {
+        !self.lock().lane(thread).unwanted
     }
 
     /// Readable when there is something to [`take`](Self::take).
@@ -164,44 +199,39 @@ impl Worker {
     }
 
     /// What has been begun and is not done.
-    pub(super) fn begun(&self) -> [Option<Ticket>; 2] {
-        let state = self.lock();
-        [state.foreground.begun(), state.background.begun()]
+    pub(super) fn begun(&self) -> [Option<Ticket>; 3] {
+        let mut state = self.lock();
+        Thread::ALL.map(|thread| state.lane(thread).begun())
     }
 
     /// Waits for what is at work, when it is closed.
     pub(super) fn settle(&self) {
         let mut state = self.lock();
         // What has not been begun never is.
-        while state
-            .foreground
-            .begun()
-            .or(state.background.begun())
-            .is_some()
-        {
+        while Thread::ALL.map(|thread| state.lane(thread).begun()) != [None; 3] {
             let waited = self.handed.wait(state);
             state = waited.unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Does what is asked for, or all of that which is done in the background, on this thread, until it is closed.
-    pub(super) fn work(&self, monitor: &dyn Monitor, background: bool) {
+    /// Does what is asked for of one kind, on this thread, until it is closed.
+    pub(super) fn work(&self, monitor: &dyn Monitor, thread: Thread) {
         let mut state = self.lock();
         loop {
             if state.closed {
                 return;
             }
-            let lane = state.lane(background);
+            let lane = state.lane(thread);
             let (Some(ticket), Some(action)) = (lane.at_work, lane.to_begin.take()) else {
                 let waited = self.handed.wait(state);
                 state = waited.unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             drop(state);
-            let outcome = monitor.perform_while(action, &|| self.is_wanted(background));
+            let outcome = monitor.perform_while(action, &|| self.is_wanted(thread));
             state = self.lock();
             state.outcomes.push((ticket, outcome));
-            let lane = state.lane(background);
+            let lane = state.lane(thread);
             lane.end();
             if let Some((ticket, action)) = lane.waiting.pop_front() {
                 lane.begin(ticket, action);
@@ -214,15 +244,19 @@ impl Worker {
 }
 
 impl State {
-    fn lane(&mut self, background: bool) -> &mut Lane {
-        match background {
-            false => &mut self.foreground,
-            true => &mut self.background,
+    fn lane(&mut self, thread: Thread) -> &mut Lane {
+        match thread {
+            Thread::Foreground => &mut self.foreground,
+            Thread::Background => &mut self.background,
+            Thread::OfMigration => &mut self.of_migration,
         }
     }
 
     /// What `action` is not done beside, and does not wait for.
     fn in_the_way_of(&self, action: &Action) -> Option<Busy> {
+        if action.is_of_migration() {
+            return None;
+        }
         if self.foreground.is_to_migrate() {
             return Some(Busy::Migration);
         }
@@ -260,6 +294,7 @@ impl Lane {
 mod tests {
     use super::*;
     use crate::migration::outgoing::MigrateRequest;
+    use crate::migration::recover::Recover;
     use crate::snapshot::SnapshotRequest;
 
     /// Remembers what it did.
@@ -303,7 +338,7 @@ mod tests {
             }
             let fake = Fake::default();
             std::thread::scope(|scope| {
-                scope.spawn(|| worker.work(&fake, false));
+                scope.spawn(|| worker.work(&fake, Thread::Foreground));
                 while !worker.take().iter().any(|(of, _)| *of == moves) {
                     std::thread::yield_now();
                 }
@@ -325,7 +360,7 @@ mod tests {
         worker.withdraw(second);
         let fake = Fake::default();
         std::thread::scope(|scope| {
-            scope.spawn(|| worker.work(&fake, false));
+            scope.spawn(|| worker.work(&fake, Thread::Foreground));
             let mut outcomes = Vec::new();
             while outcomes.len() < 2 {
                 outcomes.extend(worker.take());
@@ -356,7 +391,7 @@ mod tests {
         let first = worker.ask(in_pause()).unwrap();
         let second = worker.ask(Action::Pause).unwrap();
         std::thread::scope(|scope| {
-            scope.spawn(|| worker.work(&Waits, false));
+            scope.spawn(|| worker.work(&Waits, Thread::Foreground));
             worker.withdraw(first);
             let mut outcomes = Vec::new();
             while outcomes.len() < 2 {
@@ -400,9 +435,9 @@ mod tests {
         let monitor = Beside(Fake::default(), Condvar::new());
         let mut outcomes = Vec::new();
         std::thread::scope(|scope| {
-            for background in [true, false] {
+            for thread in [Thread::Background, Thread::Foreground] {
                 let (worker, monitor) = (&worker, &monitor);
-                scope.spawn(move || worker.work(monitor, background));
+                scope.spawn(move || worker.work(monitor, thread));
             }
             while outcomes.len() < 2 {
                 outcomes.extend(worker.take());
@@ -419,6 +454,47 @@ mod tests {
     }
 
     #[test]
+    fn another_way_for_a_migration_that_is_at_work_is_found_beside_it() {
+        /// Is at work on a migration until there is another way.
+        #[derive(Default)]
+        struct Moves(Mutex<bool>, Condvar);
+        impl Monitor for Moves {
+            fn perform(&self, action: Action) -> Outcome {
+                let mut found = self.0.lock().unwrap();
+                *found |= action.is_of_migration();
+                self.1.notify_all();
+                drop(self.1.wait_while(found, |found| !*found).unwrap());
+                Outcome::Done
+            }
+        }
+        let worker = Worker::new().unwrap();
+        let recover = || {
+            Action::Recover(Recover::Listen {
+                address: "unix:/s".into(),
+            })
+        };
+        let moves = worker.ask(migrate()).unwrap();
+        let way = worker.ask(recover()).unwrap();
+        let monitor = Moves::default();
+        let mut outcomes = Vec::new();
+        std::thread::scope(|scope| {
+            for thread in Thread::ALL {
+                let (worker, monitor) = (&worker, &monitor);
+                scope.spawn(move || worker.work(monitor, thread));
+            }
+            while outcomes.len() < 2 {
+                outcomes.extend(worker.take());
+                std::thread::yield_now();
+            }
+            worker.close();
+        });
+        for ticket in [moves, way] {
+            assert!(outcomes.contains(&(ticket, Outcome::Done)), "{outcomes:?}");
+        }
+        assert!(recover().is_long());
+    }
+
+    #[test]
     fn one_too_many_is_refused_and_has_its_turn_when_one_of_them_is_done() {
         let worker = Worker::new().unwrap();
         for _ in 0..=MAX_WAITING {
@@ -427,7 +503,7 @@ mod tests {
         assert_eq!(worker.ask(Action::Resume), Err(Busy::Full));
         let fake = Fake::default();
         std::thread::scope(|scope| {
-            scope.spawn(|| worker.work(&fake, false));
+            scope.spawn(|| worker.work(&fake, Thread::Foreground));
             let mut done = 0;
             while done <= MAX_WAITING {
                 done += worker.take().len();
