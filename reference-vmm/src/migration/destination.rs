@@ -34,7 +34,7 @@ use super::message::{Ending, Greeting, Message, MigrationId, Role, Side};
 use super::postcopy::LastWord;
 use super::postcopy::ask::{Later, Next, PostCopySource};
 use super::postcopy::missing::{MOST_ALL, Missing};
-use super::proof::recognise;
+use super::proof::{is_same, recognise};
 use super::sender::LAST;
 
 /// How long is waited for what.
@@ -1044,7 +1044,8 @@ fn hear_out<W: Wire>(
         Role::Data(number) => {
             let mut state = shared.lock();
             let due = state.due.iter().position(|due| *due == number);
-            if let (true, Some(at)) = (state.id == Some(id), due) {
+            let is = state.id.is_some_and(|known| is_same(known, id));
+            if let (true, Some(at)) = (is, due) {
                 if !place.is_heard() {
                     return;
                 }

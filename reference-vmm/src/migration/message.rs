@@ -38,6 +38,7 @@ use std::ops::Range;
 
 use super::postcopy::missing::MOST_RUNS;
 use super::postcopy::{Faults, LastWord};
+use super::proof::image;
 use crate::snapshot::format::{checksum, u32_at, u64_at};
 
 /// What a connection begins with.
@@ -73,15 +74,14 @@ const POSTCOPY: u32 = 2;
 /// Data connections there may be.
 pub const MOST_CONNECTIONS: u32 = 64;
 
-/// A migration's own number, made by chance, and its secret: who knows it is one of the two. In words it is the first of its
-/// bytes, by which one is told from another.
+/// A migration's own number, made by chance, and its secret: who knows it is one of the two. In words it is a name that is made
+/// of it, by which one is told from another, and that tells nothing of the number.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MigrationId(pub [u8; 16]);
 
 impl fmt::Display for MigrationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut shown = self.0.iter().take(4);
-        shown.try_for_each(|byte| write!(f, "{byte:02x}"))
+        write!(f, "{:08x}", image(*self) >> 32)
     }
 }
 

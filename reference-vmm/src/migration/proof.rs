@@ -10,11 +10,13 @@
 //! ```
 //!
 //! The migration's number is the secret: it goes over the first connections alone, to where the guest was sent, and is not
-//! said again. So whoever listens in the destination's place now, or at an address that somebody named by mistake, is told
+//! said again; what names the migration elsewhere, in a log or where pages are asked for, is made of it by the same function
+//! ([`image`]). So whoever listens in the destination's place now, or at an address that somebody named by mistake, is told
 //! nothing by which he could be the destination, and is given no page; and nobody takes the source's place. Who passes on what
 //! both say is found by TLS, which without it stays on one host.
 //!
-//! HMAC-SHA-256 (RFC 2104, FIPS 180-4) over the role, the side and both numbers: none can be said again, nor said back.
+//! HMAC-SHA-256 (RFC 2104, FIPS 180-4) over the role, the side and both numbers: none can be said again, nor said back. What is
+//! said to prove something and what names the migration begin with words of their own: none is the other.
 
 #![forbid(unsafe_code)]
 
@@ -62,6 +64,20 @@ impl Said {
 
 fn key(id: MigrationId) -> hmac::Key {
     hmac::Key::new(hmac::HMAC_SHA256, &id.0)
+}
+
+/// The name of migration `id` in words and where pages are asked for, which is no secret and tells nothing of that.
+pub(super) fn image(id: MigrationId) -> u64 {
+    let tag = hmac::sign(&key(id), b"reference-vmm image\0");
+    let first = tag.as_ref().first_chunk();
+    u64::from_be_bytes(first.copied().unwrap_or_default())
+}
+
+/// Whether the two are one, in a time that tells nothing of how much of them is.
+pub(super) fn is_same(id: MigrationId, other: MigrationId) -> bool {
+    let text = b"reference-vmm number\0";
+    let tag = hmac::sign(&key(other), text);
+    hmac::verify(&key(id), text, tag.as_ref()).is_ok()
 }
 
 /// The source's side: greets, and learns whether who answers is the migration's destination, who then knows the same of this
@@ -135,6 +151,20 @@ pub(super) fn recognise(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_migrations_name_tells_nothing_of_its_number() {
+        let (id, other) = (MigrationId([0xab; 16]), MigrationId([2; 16]));
+        assert_eq!(image(id), image(id));
+        assert_ne!(image(id), image(other));
+        assert!(is_same(id, id) && !is_same(id, other));
+        // Logs have the first half of it.
+        let words = id.to_string();
+        assert_eq!(words, format!("{:08x}", image(id) >> 32));
+        for bytes in [words, format!("{:016x}", image(id))] {
+            assert!(!bytes.contains("abab"), "{bytes}");
+        }
+    }
 
     #[test]
     fn a_proof_is_of_one_migration_one_connection_one_role_and_one_side() {

@@ -20,6 +20,7 @@ use super::LastWord;
 use super::missing::Missing;
 use crate::migration::link::Duplex;
 use crate::migration::message::MigrationId;
+use crate::migration::proof::image;
 
 /// How long one try waits for a connection of the source's.
 const TRY: Duration = Duration::from_millis(100);
@@ -85,6 +86,7 @@ impl PostCopySource {
                     longest_backoff: Duration::from_millis(50),
                     patience: TRY,
                 },
+                // By what they are known to be of this migration.
                 image: Some(image(id)),
                 ..PeerConfig::default()
             };
@@ -104,12 +106,6 @@ impl PostCopySource {
     pub fn close(&self) {
         self.lanes.close();
     }
-}
-
-/// By what a connection for pages is known to be of this migration.
-pub(super) fn image(id: MigrationId) -> u64 {
-    let [a, b, c, d, e, f, g, h, ..] = id.0;
-    u64::from_le_bytes([a, b, c, d, e, f, g, h])
 }
 
 impl PageSource for PostCopySource {

@@ -22,12 +22,11 @@ use async_pf::{Fetched, Lane, PageSource, SourceError};
 use memslots::Gfn;
 
 use super::LastWord;
-use super::ask::image;
 use crate::migration::codec::{Compression, PAGE};
 use crate::migration::limit::Limiter;
 use crate::migration::link::{Connect, TICK, Watch, Wire, receive, send};
 use crate::migration::message::{Message, MigrationId, Role, Side};
-use crate::migration::proof::introduce;
+use crate::migration::proof::{image, introduce};
 use crate::migration::source::Patience;
 use crate::text::printable;
 
