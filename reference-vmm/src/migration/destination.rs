@@ -950,7 +950,8 @@ fn accept_all<A: Accept>(accept: &A, shared: &Shared<A::Wire>, mut came: impl Fn
     let mut deaf = false;
     while !shared.lock().over {
         match accept.accept() {
-            Ok(None) => {}
+            // It can again.
+            Ok(None) => deaf = false,
             Ok(Some(caller)) => {
                 deaf = false;
                 came(caller);
@@ -1146,5 +1147,80 @@ fn for_pages<W: Wire>(mut wire: W, number: u32, shared: &Shared<W>, watch: &Watc
             Err(error) => log::warn!("a connection for pages is of no use: {error}"),
         },
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::io::{Read, Write};
+
+    use super::*;
+    use crate::migration::pages::{ReadPages, WritePages};
+
+    /// Nobody connects.
+    #[derive(Default)]
+    struct Nobody;
+
+    impl Read for Nobody {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Ok(0)
+        }
+    }
+
+    impl Write for Nobody {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl ReadPages for Nobody {}
+    impl WritePages for Nobody {}
+    impl Wire for Nobody {}
+
+    /// Whether the host has a descriptor, each time; it is over behind the last.
+    struct Host<'a>(Mutex<Vec<bool>>, &'a Shared<Nobody>);
+
+    impl Accept for Host<'_> {
+        type Wire = Nobody;
+        type Caller = Nobody;
+
+        fn accept(&self) -> io::Result<Option<Nobody>> {
+            let mut has = self.0.lock().unwrap();
+            let now = has.remove(0);
+            if has.is_empty() {
+                self.1.change(|state| state.over = true);
+            }
+            match now {
+                true => Ok(None),
+                false => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+            }
+        }
+
+        fn answer(caller: Nobody, _: &dyn Fn() -> bool) -> Option<Nobody> {
+            Some(caller)
+        }
+    }
+
+    #[test]
+    fn a_host_that_lacked_a_descriptor_once_ends_no_migration_when_it_lacks_another_later() {
+        for (has, ends) in [([false, true, false], false), ([true, false, false], true)] {
+            let shared = Shared {
+                state: Mutex::new(State {
+                    due: vec![0],
+                    ..State::default()
+                }),
+                changed: Condvar::new(),
+            };
+            let host = Host(Mutex::new(has.to_vec()), &shared);
+            accept_all(&host, &shared, |_| {});
+            let failed = shared.lock().failed.clone();
+            assert_eq!(failed.is_some(), ends, "{has:?}: {failed:?}");
+        }
     }
 }
