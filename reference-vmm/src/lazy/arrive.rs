@@ -90,7 +90,6 @@ impl LazyMemory {
         let Later {
             missing,
             source,
-            bulk,
             waits,
             enough,
         } = later;
@@ -129,8 +128,8 @@ impl LazyMemory {
             away().map(|since| is_gone(since, on_loss))
         }));
         let config = PagerConfig {
-            // One for each connection, and one for who waits.
-            workers: request.workers.max(bulk + 1),
+            // One is at what nobody waits for, a piece at a time, and one at least is there for who waits.
+            workers: request.workers.max(2),
             deadline: request.deadline,
             // Until the deadline it is the connection that is waited for.
             retries: u32::MAX,

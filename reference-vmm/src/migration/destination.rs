@@ -634,7 +634,6 @@ impl<W: Wire + 'static> Destination<'_, W> {
         Ok(Later {
             missing,
             source,
-            bulk,
             waits: Arc::new(move || {
                 let state = of.lock();
                 let waits = state.pages.iter().filter_map(|pages| pages.waits);

@@ -33,8 +33,6 @@ pub struct Later {
     pub missing: Missing,
     /// Where from.
     pub source: Arc<dyn PageSource>,
-    /// Connections that carry what nobody waits for: so much is under way at once.
-    pub bulk: usize,
     /// Since when the source is waited for, if it is.
     pub waits: Arc<dyn Fn() -> Option<Duration> + Send + Sync>,
     /// Called once, when nothing more will be asked for: all is there, or the machine is over.

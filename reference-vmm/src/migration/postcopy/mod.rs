@@ -60,8 +60,9 @@
 //! before that, and wants no more; or pages did not come before the page deadline, which is a failure, with how many and why.
 //!
 //! # How many connections
-//! What somebody waits for has one, and all else as many as the rounds had ([`Settings::connections`]); the destination asks for
-//! that much at once. One that breaks or says nothing for five seconds is made again; the others carry on meanwhile.
+//! What somebody waits for has one, and all else as many as the rounds had ([`Settings::connections`]). The destination's pager
+//! asks for one piece of that at a time, and they take turns: several are no faster than one. One that breaks or says nothing
+//! for five seconds is made again, and what was asked for on it is asked for again; the others carry on meanwhile.
 //!
 //! [`Settings::connections`]: super::source::Settings::connections
 //!
