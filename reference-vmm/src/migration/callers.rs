@@ -5,21 +5,27 @@
 //! # The promise
 //! Who says nothing keeps nobody out. When all places are taken, the one who has waited the longest makes room for who comes:
 //! of the address that has the most of them, and of these first one who has not shown who he is by TLS. So
-//! - who comes from an address of its own is heard, however many others there are and how fast they come;
-//! - who shares one with strangers (all of this host's users do) has the time until so many more have come: at 200 a second a
-//!   third of a second, where TLS takes milliseconds.
+//! - who comes from an address of its own is heard, however many come from fewer than [`MOST`] other addresses, and however
+//!   fast: one of those has two places or more, and makes room;
+//! - who shares one with strangers (all of this host's users do) has the time until so many more have come: at 200 a second two
+//!   thirds of a second, where TLS takes milliseconds;
+//! - so has who has an address of its own, where strangers have as many as there are places: all of them have one place then,
+//!   and the oldest goes. Against such a crowd helps what keeps it from the port.
 //!
 //! Who has said what for leaves its place: a connection of the migration is never closed for another.
 //!
-//! An IPv6 address counts by its first 64 bits, which one host may have to itself.
+//! An IPv6 address counts by its first 64 bits, which one host may have to itself: who has more than that, as a /56, or all of
+//! 127.0.0.0/8 on this host, has many.
 
 #![forbid(unsafe_code)]
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// So many are heard at once.
-pub const MOST: usize = 64;
+use super::message::MOST_CONNECTIONS;
+
+/// So many are heard at once: twice a source's own, all of which may come together ([`MOST_CONNECTIONS`] and one more for pages).
+pub const MOST: usize = 2 * MOST_CONNECTIONS as usize;
 /// And so many threads are at it, with those of whom was closed and who are on their way out.
 const MOST_THREADS: usize = 2 * MOST;
 
@@ -185,6 +191,14 @@ mod tests {
             drop(strangers.remove(0));
             assert!(!source.is_lost());
         }
+    }
+
+    #[test]
+    fn all_of_a_sources_connections_have_a_place_at_once() {
+        let callers = Callers::default();
+        let of_source = || enter(&callers, "b");
+        let all: Vec<_> = (0..=MOST_CONNECTIONS).map(|_| of_source()).collect();
+        assert!(all.iter().all(|place| !place.is_lost()));
     }
 
     #[test]

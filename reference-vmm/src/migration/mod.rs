@@ -135,7 +135,7 @@
 //! sockets: whatever the user of this process may open. A Unix socket is its user's. TCP on this host is open to all of its
 //! users, who are to be trusted like that; TCP beyond the host needs TLS, where both sides have certificates ([`tls`]). Whatever the other side sends is bounded, and parsed as a snapshot's file is; the first who
 //! offers a guest is the one, and others are sent away. One who connects has 2 s to say all of what for, however
-//! slowly it comes; with TLS up to 10 s more to show who he is. 64 are heard at the same time, and behind that one who is
+//! slowly it comes; with TLS up to 10 s more to show who he is. 128 are heard at the same time, and behind that one who is
 //! silent makes room for who comes ([`callers`] has the promise): strangers keep neither a source nor its pages out.
 //!
 //! # Limits
