@@ -257,7 +257,8 @@ another monitor's nothing is sent. Both may be said again.
 Options:
   --to ADDRESS     Connect there from now on: unix:PATH or tcp:HOST:PORT, which beyond this host needs the TLS that the
                    migration was begun with
-  --tls-name NAME  Whom the certificate there is for, if not the host in ADDRESS
+  --tls-name NAME  Whom the certificate there is for; without it, the --tls-name that the migration was begun with, and
+                   if there was none, the host in ADDRESS
   --listen ADDRESS
                    Listen there as well, with the same certificates; it replaces the one said before, and the first
                    address (`run --incoming`) stays

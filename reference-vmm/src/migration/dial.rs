@@ -87,8 +87,8 @@ impl Dial {
         self.way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has connections go to another address from now on, with the same certificates; the destination's is for `name`, if that
-    /// is not the host in the address. Blocks for as long as the resolver takes, seconds at most. From then on nobody's refusal,
+    /// Has connections go to another address from now on, with the same certificates; the destination's is for `name`; without
+    /// it, for whom it was said to be when the migration began, and if that was nobody for the host in the address. Blocks for as long as the resolver takes, seconds at most. From then on nobody's refusal,
     /// and no other monitor's answer, is taken for the destination's end, also not at the first address: only it says so.
     ///
     /// # Errors

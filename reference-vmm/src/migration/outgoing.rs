@@ -478,8 +478,8 @@ impl Outgoing {
 
 impl Outgoing {
     /// Has the connections of a migration go to another address from now on, when the guest has been given away: those for its
-    /// memory that there are are closed, and all are made there. `tls_name` is whom the certificate there is for, if not the
-    /// host in the address. Who does not prove to be the destination gets nothing. Blocks for as long as the resolver takes.
+    /// memory that there are are closed, and all are made there. `tls_name` is whom the certificate there is for; without it, whom the
+    /// migration was begun with one for, and if nobody was said then, the host in the address. Who does not prove to be the destination gets nothing. Blocks for as long as the resolver takes.
     ///
     /// # Errors
     /// [`OutgoingError`]; connections go as before.

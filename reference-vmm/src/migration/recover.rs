@@ -18,7 +18,7 @@ pub enum Recover {
     To {
         /// `unix:PATH` or `tcp:HOST:PORT`.
         address: String,
-        /// Whom the destination's certificate is for, if that is not the host in the address.
+        /// Whom the destination's certificate is for, if not whom it was for when the migration began.
         tls_name: Option<String>,
     },
     /// At the destination: it listens there as well.
