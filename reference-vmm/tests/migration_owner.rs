@@ -119,6 +119,11 @@ fn a_way_that_is_closed_for_a_while_leaves_one_guest() {
     one_guest_runs(&[Arrives::Nothing, Arrives::All], Strike::Partition(5));
 }
 
+#[test]
+fn a_firewall_that_refuses_for_a_while_at_any_message_is_not_taken_for_the_destinations_death() {
+    one_guest_runs(&[Arrives::Nothing, Arrives::All], Strike::Firewall(5));
+}
+
 /// A wire on which a byte comes whenever it is read, which takes so long, and that counts them.
 struct Drip(Vec<u8>, usize, Duration);
 
@@ -902,7 +907,7 @@ fn a_crowd_that_connects_and_says_nothing_keeps_neither_a_source_nor_its_pages_o
                     }
                 }
             });
-            // They are there before it.
+            // They are there before it, as many as can be before any is accepted.
             while came.load(Ordering::Relaxed) < came_before {
                 std::thread::yield_now();
             }

@@ -9,8 +9,9 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::address::Address;
@@ -19,7 +20,7 @@ use super::link::{Accept, Connect, Duplex, TICK, Wire};
 use super::tls::{Tls, TlsError};
 use super::transport::{
     AcceptError, BindError, Caller, ConnectError, Connection, HANDSHAKE, Listener, connect,
-    may_connect, unix_line, wait_for_any,
+    connect_at, may_connect, unix_line, wait_for_any,
 };
 
 impl Wire for Connection {
@@ -39,7 +40,8 @@ impl Wire for Connection {
 /// How long the resolver is asked for a new address.
 const RESOLVE: Duration = Duration::from_secs(5);
 
-/// The way to a destination. Its clones go the same way.
+/// The way to a destination. Its clones go the same way. A name is asked for once: who has been connected to is connected to
+/// again, whatever host the name leads to by then.
 #[derive(Clone, Debug)]
 pub struct Dial {
     /// Where it listened when the guest was sent.
@@ -47,6 +49,8 @@ pub struct Dial {
     /// By what the two know each other.
     tls: Option<Tls>,
     way: Arc<Mutex<Way>>,
+    /// Where the first connection went, over TCP: a name may lead to another host later, which says nothing of this one.
+    place: Arc<OnceLock<SocketAddr>>,
 }
 
 /// Where it is now.
@@ -79,6 +83,7 @@ impl Dial {
             address,
             tls,
             way: Arc::default(),
+            place: Arc::default(),
         }
     }
 
@@ -113,11 +118,11 @@ impl Connect for Dial {
     fn connect(&self, patience: Duration) -> io::Result<Connection> {
         let deadline = Instant::now() + patience;
         let other = self.way().other.clone();
-        let (address, tls) = match &other {
-            Some((address, tls)) => (address, tls),
-            None => (&self.address, &self.tls),
+        let connected = match (&other, self.place.get()) {
+            (Some((address, tls)), _) => connect(address, tls.as_ref(), deadline),
+            (None, Some(place)) => connect_at(&self.address, *place, self.tls.as_ref(), deadline),
+            (None, None) => connect(&self.address, self.tls.as_ref(), deadline),
         };
-        let connected = connect(address, tls.as_ref(), deadline);
         let mut connection = connected.map_err(|error| {
             let kind = match &error {
                 ConnectError::Refused(_) => io::ErrorKind::ConnectionRefused,
@@ -129,6 +134,10 @@ impl Connect for Dial {
             };
             io::Error::new(kind, error)
         })?;
+        if let (None, Some(place)) = (&other, connection.place()) {
+            // Of the first alone.
+            self.place.get_or_init(|| place);
+        }
         connection.set_patience(TICK);
         Ok(connection)
     }
@@ -139,8 +148,8 @@ impl Connect for Dial {
             (Some(_), _) => false,
             // The path may be another's by now, while who had it lives.
             (None, Address::Unix(path)) => unix_line(path).as_deref() == Some(line),
-            // A port is its listener's as long as that lives.
-            (None, Address::Tcp { .. }) => true,
+            // All connections go to the place of the first, and a port is its listener's as long as that lives.
+            (None, Address::Tcp { .. }) => self.place.get().is_some(),
         }
     }
 
@@ -315,5 +324,37 @@ impl Accept for Ear {
                 None
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_name_that_leads_to_another_host_by_now_says_nothing_of_the_destination() {
+        let bind = || Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap(), None).unwrap();
+        let (first, other) = (bind(), bind());
+        let mut dial = Dial::new(first.address().clone(), None);
+        let line = dial.connect(TICK).unwrap().line().unwrap().to_owned();
+        first.accept(Instant::now()).unwrap();
+        assert!(dial.is_still(&line));
+        // As if the resolver said so.
+        dial.address = other.address().clone();
+        dial.connect(TICK).unwrap();
+        first.accept(Instant::now()).unwrap();
+        // A refusal is of where it was, whoever listens elsewhere.
+        drop(first);
+        let refused = dial.connect(TICK).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(other.accept(Instant::now()).is_err());
+        // Told to go there it does, and a refusal there proves nothing.
+        let to = other.address().clone();
+        dial.go(&to, None).unwrap();
+        dial.connect(TICK).unwrap();
+        other.accept(Instant::now()).unwrap();
+        assert!(!dial.is_still(&line));
     }
 }

@@ -53,7 +53,8 @@ pub trait Connect: Sync {
     ///
     /// # Errors
     /// [`io::ErrorKind::ConnectionRefused`] says that nobody listens there: who did is gone. That is the destination where the
-    /// line to it was direct ([`Wire::line`]) and the way [is still](Self::is_still) the same; else it is another.
+    /// line to it was direct ([`Wire::line`]) and the way [is still](Self::is_still) the same; else it is another. A name that
+    /// may lead to another host than the first connection's is not asked for again.
     fn connect(&self, patience: Duration) -> io::Result<Self::Wire>;
     /// Whether it still leads to where a connection had this [line](Wire::line), as far as this side can see.
     fn is_still(&self, line: &str) -> bool {

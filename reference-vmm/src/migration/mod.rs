@@ -92,7 +92,10 @@
 //! *never*, and a `Go` that arrives behind it starts nothing. The destination in turn, which has heard neither, decides for
 //! *never* when its connection breaks, and stays for a while to say so: until the source has heard it or gives up too, and no
 //! longer than a second in a process that is to end. If the destination's process dies, nobody listens
-//! where it did, and the source is told that at once, if the line was direct: before `Started` was sent the guest has not run there, because that
+//! where it did, and the source is told that, if the line was direct: at a Unix socket at once; over TCP by the host where the
+//! first connection went, when each question is refused there for as long as a firewall is given to do so in its place
+//! ([`Patience::refused`](source::Patience::refused)). A name is asked for once: what other host it leads to by then says
+//! nothing. Before `Started` was sent the guest has not run there, because that
 //! word is sent first; so it goes on here. After it the destination was the owner, and what dies with its owner is gone, as
 //! without any migration. If the source's process dies before `Go`, the guest dies with it, as without any migration; after
 //! it, it runs at the destination.
@@ -111,8 +114,8 @@
 //! **Two faults.** A wire that loses `Started`, and a destination that dies before it can be asked: the source finds nobody
 //! there, and goes on with a guest that ran elsewhere for that long. If a disk was written there meanwhile it sees that and
 //! stands still, until somebody answers for it (`ctl migrate-settle here`, then `ctl resume`); memory and sockets have no
-//! such guard. A firewall that cuts a TCP connection and then answers in the destination's place that nobody listens looks
-//! the same. Who fears it migrates over a link without such a box, or through a tunnel, behind which a refusal proves nothing.
+//! such guard. A firewall that cuts a TCP connection and then answers for that long in the destination's place that nobody
+//! listens looks the same. Who fears it migrates over a link without such a box, or through a tunnel, behind which a refusal proves nothing.
 //!
 //! # What can be done meanwhile
 //!

@@ -48,8 +48,8 @@ pub struct Patience {
     pub again: Duration,
     /// For what was let go of to be free again.
     pub take_back: Duration,
-    /// For a destination that memory still follows, and that refuses each connection, to be heard again, where a firewall might
-    /// do that in its place. Nothing is gained by haste: if it is gone, the guest is.
+    /// For a destination that refuses each connection to be heard again, where a firewall might do that in its place: when it is
+    /// not known whether it has the guest, and while memory follows that.
     pub refused: Duration,
 }
 
@@ -838,13 +838,31 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
     /// Asks where the guest is until that is known.
     fn settle(&self, broke: &str) -> Result<(), MigrateError> {
         let mut told = false;
+        // Since when each question was refused where the destination was.
+        let mut refused: Option<Instant> = None;
+        let limit = match self.connect.is_refusal_proof() {
+            true => Duration::ZERO,
+            false => self.settings.patience.refused,
+        };
         let why = loop {
-            let why = match self.ask() {
+            let asked = self.ask();
+            if !matches!(asked, Asked::Gone(_)) {
+                refused = None;
+            }
+            let why = match asked {
                 Asked::Ending(Ending::Started) => {
                     self.observer.event(Event::Step(Step::Started));
                     return Ok(());
                 }
-                Asked::Ending(Ending::Never) | Asked::Gone => break Why::NotStarted,
+                Asked::Ending(Ending::Never) => break Why::NotStarted,
+                Asked::Gone(why) => {
+                    let since = *refused.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= limit {
+                        break Why::NotStarted;
+                    }
+                    let limit = limit.as_secs();
+                    format!("{why}, which a firewall might say: it is believed after {limit} s")
+                }
                 // Who listens there now knows nothing of it: who took part is gone, if it was there.
                 Asked::Ending(Ending::Unknown) if self.is_direct() => break Why::NotStarted,
                 Asked::Ending(Ending::Unknown) => {
@@ -890,7 +908,9 @@ impl<G: SourceGuest, C: Connect> Source<'_, G, C> {
             Ok(wire) => wire,
             Err(error) => {
                 return match error.kind() {
-                    io::ErrorKind::ConnectionRefused if self.is_direct() => Asked::Gone,
+                    io::ErrorKind::ConnectionRefused if self.is_direct() => {
+                        Asked::Gone(error.to_string())
+                    }
                     io::ErrorKind::ConnectionRefused => {
                         Asked::Nothing(format!("{error}, but the destination may live ({BETWEEN})"))
                     }
@@ -956,7 +976,8 @@ const BETWEEN: &str = "a tunnel or a proxy may stand between";
 
 enum Asked {
     Ending(Ending),
-    Gone,
+    /// It was refused where the destination was.
+    Gone(String),
     Nothing(String),
 }
 

@@ -449,6 +449,28 @@ pub fn connect(
     tls: Option<&Tls>,
     deadline: Instant,
 ) -> Result<Connection, ConnectError> {
+    connect_to(address, None, tls, deadline)
+}
+
+/// The same, over TCP to `place`, which `address` led to before: nobody is asked where it leads to now.
+///
+/// # Errors
+/// [`ConnectError`]; [`Refused`](ConnectError::Refused) is of that place.
+pub(super) fn connect_at(
+    address: &Address,
+    place: SocketAddr,
+    tls: Option<&Tls>,
+    deadline: Instant,
+) -> Result<Connection, ConnectError> {
+    connect_to(address, Some(place), tls, deadline)
+}
+
+fn connect_to(
+    address: &Address,
+    place: Option<SocketAddr>,
+    tls: Option<&Tls>,
+    deadline: Instant,
+) -> Result<Connection, ConnectError> {
     let failed = |source: io::Error| match source.kind() {
         io::ErrorKind::ConnectionRefused => ConnectError::Refused(address.clone()),
         io::ErrorKind::NotFound if matches!(address, Address::Unix(_)) => {
@@ -477,7 +499,10 @@ pub fn connect(
             (Socket::Unix(stream), None, unix_line(path))
         }
         Address::Tcp { host, port } => {
-            let places = resolve(host, *port, deadline).map_err(failed)?;
+            let places = match place {
+                Some(place) => vec![place],
+                None => resolve(host, *port, deadline).map_err(failed)?,
+            };
             if tls.is_none() && !places.iter().all(|place| place.ip().is_loopback()) {
                 return Err(ConnectError::Exposed(address.clone()));
             }
@@ -639,6 +664,14 @@ impl Connection {
             || self.wire.peer.clone(),
             |process| format!("process {process} of this host"),
         )
+    }
+
+    /// Where the other end is, over TCP.
+    pub(super) fn place(&self) -> Option<SocketAddr> {
+        match &self.wire.socket {
+            Socket::Tcp(stream) => stream.peer_addr().ok(),
+            _ => None,
+        }
     }
 
     /// How long a read may wait for the first byte and a write for room, from now on; at least a millisecond.

@@ -510,11 +510,8 @@ impl End {
             }
             let number = state.said[me];
             state.said[me] += 1;
-            let fault = state
-                .fault
-                .filter(|fault| (fault.of, fault.number) == (self.side, number))
-                // What could not be told from the destination's death before.
-                .filter(|fault| state.ran_there || !matches!(fault.strike, Strike::Firewall(_)));
+            let at = (self.side, number);
+            let fault = state.fault.filter(|fault| (fault.of, fault.number) == at);
             let arrives = match fault.map(|fault| fault.arrives) {
                 Some(Arrives::Nothing) => 0,
                 Some(Arrives::Half) => bytes.len() / 2,
