@@ -99,6 +99,8 @@ pub struct EndSignal {
     end: OnceLock<GuestEnd>,
     event: EventFd,
     before: OnceLock<Before>,
+    /// What the end has cost, if that is known behind it.
+    cost: OnceLock<String>,
 }
 
 /// What is done before an end of the guest's own is told.
@@ -120,6 +122,7 @@ impl EndSignal {
             end: OnceLock::new(),
             event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             before: OnceLock::new(),
+            cost: OnceLock::new(),
         })
     }
 
@@ -155,6 +158,20 @@ impl EndSignal {
     /// Whether an end has been told. A vCPU asks after each access that it handed to a device.
     pub fn is_told(&self) -> bool {
         self.end.get().is_some()
+    }
+
+    /// Tells that the end has cost somebody a guest, which was known only when this one had ended: a stop is a failure then,
+    /// for who asks for the [last word](Self::last_word). Only the first call counts.
+    pub fn has_cost(&self, what: String) {
+        let _ = self.cost.set(what);
+    }
+
+    /// The end, once told, as it is when nobody tells more.
+    pub fn last_word(&self) -> Option<GuestEnd> {
+        match (self.end.get()?, self.cost.get()) {
+            (GuestEnd::Stopped(_), Some(what)) => Some(GuestEnd::Failed(what.clone())),
+            (end, _) => Some(end.clone()),
+        }
     }
 
     /// The end, once told.
@@ -284,6 +301,23 @@ mod tests {
         let error = io::Error::other("tcp:evil\u{202e}1.0.0.721:pct\u{2069}");
         let shown = "tcp:evil\\u{202e}1.0.0.721:pct\\u{2069}";
         assert_eq!(Chain(&error).to_string(), shown);
+    }
+
+    #[test]
+    fn a_stop_that_has_cost_a_guest_is_a_failure_in_the_end() {
+        let end = EndSignal::new().unwrap();
+        end.has_cost("the guest is lost".into());
+        assert_eq!(end.last_word(), None);
+        let stop = GuestEnd::Stopped(StopCause::Signal(15));
+        end.tell(stop.clone());
+        assert_eq!(end.get(), Some(&stop));
+        let failed = GuestEnd::Failed("the guest is lost".into());
+        assert_eq!(end.last_word(), Some(failed));
+        // What failed by itself says that.
+        let end = EndSignal::new().unwrap();
+        end.tell(GuestEnd::Panicked);
+        end.has_cost("the guest is lost".into());
+        assert_eq!(end.last_word(), Some(GuestEnd::Panicked));
     }
 
     #[test]

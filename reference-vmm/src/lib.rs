@@ -107,6 +107,7 @@ pub mod signals;
 pub mod snapshot;
 pub mod stats;
 pub mod stderr;
+mod strangers;
 pub mod text;
 pub mod timeline;
 pub mod units;

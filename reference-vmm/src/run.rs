@@ -273,6 +273,6 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
         running.leave_to_exit();
         // The wait comes back only when an end has been told, or has failed and is told just there.
         let untold = || GuestEnd::Failed("the guest stopped without a reason".into());
-        (end.get().cloned().unwrap_or_else(untold), stats)
+        (end.last_word().unwrap_or_else(untold), stats)
     }
 }

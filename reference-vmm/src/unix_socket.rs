@@ -160,24 +160,40 @@ fn connect_by(stream: UnixStream, path: &Path) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
+/// Whether somebody may listen at `path`, now or later: it leads to a socket, or to nothing.
+///
+/// # Errors
+/// What is there instead.
+pub(crate) fn may_lead_to_one(path: &Path) -> io::Result<()> {
+    let other = kind_of_other(path).map(wanted);
+    other.map_or(Ok(()), |what| {
+        Err(io::Error::new(io::ErrorKind::InvalidInput, what))
+    })
+}
+
 /// What is at `path` that nobody ever connects to: the system says of it what it says of a socket that nobody listens at.
 fn is_other(path: &Path, error: &io::Error) -> Option<String> {
-    let is = match error.raw_os_error()? {
-        libc::EPROTOTYPE => "a socket of another kind (of datagrams, or of packets)",
-        libc::ECONNREFUSED => {
-            let kind = fs::metadata(path).ok()?.file_type();
-            match () {
-                () if kind.is_socket() => return None,
-                () if kind.is_file() => "a regular file",
-                () if kind.is_dir() => "a directory",
-                () => "no socket",
-            }
-        }
-        _ => return None,
-    };
-    Some(format!(
-        "what is there is {is}, and a stream socket is wanted"
-    ))
+    match error.raw_os_error()? {
+        libc::EPROTOTYPE => Some("a socket of another kind (of datagrams, or of packets)"),
+        libc::ECONNREFUSED => kind_of_other(path),
+        _ => None,
+    }
+    .map(wanted)
+}
+
+/// What is at `path`, if that is no socket.
+fn kind_of_other(path: &Path) -> Option<&'static str> {
+    let kind = fs::metadata(path).ok()?.file_type();
+    match () {
+        () if kind.is_socket() => None,
+        () if kind.is_file() => Some("a regular file"),
+        () if kind.is_dir() => Some("a directory"),
+        () => Some("no socket"),
+    }
+}
+
+fn wanted(is: &str) -> String {
+    format!("what is there is {is}, and a stream socket is wanted")
 }
 
 /// Removes a socket that nobody listens at. Until what is given back is dropped no other process that does so too finds

@@ -463,6 +463,25 @@ fn a_monitor_that_is_killed_while_memory_follows_takes_the_guest_along_and_the_o
 }
 
 #[test]
+fn a_monitor_that_is_stopped_while_memory_follows_says_what_it_takes_along() {
+    need_kvm();
+    if support::lab_short() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (source, destination, migrate) = gone_on(folder.path(), "--page-deadline 1");
+    // Nobody waits for the answer any more.
+    migrate.signal(libc::SIGKILL);
+    migrate.wait();
+    source.signal(libc::SIGTERM);
+    let ended = source.wait();
+    ended.expect_status(1);
+    ended.expect_line(&["the guest is lost", "this monitor ends before", "SIGTERM"]);
+    destination.signal(libc::SIGTERM);
+    destination.wait();
+}
+
+#[test]
 fn by_ctl_a_guest_that_has_gone_is_found_at_another_address() {
     need_kvm();
     if support::lab_short() {

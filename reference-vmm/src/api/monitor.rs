@@ -213,7 +213,12 @@ impl Monitor for Machine<'_> {
                     Ok(alone) => alone,
                     Err(why) => return not_begun(&why),
                 };
-                match self.outgoing.migrate_while(self.running, self.end, &request, wanted) {
+                let moved = self.outgoing.migrate_while(self.running, self.end, &request, wanted);
+                // With the end of this monitor, for one, which nobody may wait for.
+                if let Some(why) = self.outgoing.lost() {
+                    self.end.has_cost(why);
+                }
+                match moved {
                     // It says where the guest is.
                     moved @ (Ok(_) | Err(OutgoingError::Migrate(_))) => recorded(moved),
                     Err(error) => not_begun(&Chain(&error)),

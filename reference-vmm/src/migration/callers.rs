@@ -109,6 +109,15 @@ impl Callers {
     }
 }
 
+impl Callers {
+    /// Closes who makes room for who comes next, where it is not places that there are too few of. Whether there was one.
+    pub(super) fn make_room(&self) -> bool {
+        let mut room = self.lock();
+        let goes = room.who_goes("").map(|at| room.waiting.remove(at));
+        goes.inspect(|goes| (goes.hang_up)()).is_some()
+    }
+}
+
 impl Room {
     /// Who makes room for one of `from`.
     fn who_goes(&self, from: &str) -> Option<usize> {

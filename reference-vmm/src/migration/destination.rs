@@ -927,25 +927,36 @@ fn take<M: ArrivingMemory, W: Wire>(
 fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
     let callers = Callers::default();
     std::thread::scope(|scope| {
-        accept_all(accept, shared, |caller| {
-            let entered = callers.enter(A::host(&caller), A::hang_up(&caller), AGAIN);
-            // Nobody of those who were to go is gone: their connections are closed, so it is a matter of moments.
-            let Some(place) = entered else {
-                return;
-            };
-            let meet = move || meet::<A>(caller, &place, shared, patience);
-            let builder = std::thread::Builder::new().name("incoming".into());
-            if let Err(error) = builder.spawn_scoped(scope, meet) {
-                log::warn!(
-                    "a connection was closed, because there is no thread to hear it: {error}"
-                );
-            }
-        });
+        accept_all(
+            accept,
+            shared,
+            || callers.make_room(),
+            |caller| {
+                let entered = callers.enter(A::host(&caller), A::hang_up(&caller), AGAIN);
+                // Nobody of those who were to go is gone: their connections are closed, so it is a matter of moments.
+                let Some(place) = entered else {
+                    return;
+                };
+                let meet = move || meet::<A>(caller, &place, shared, patience);
+                let builder = std::thread::Builder::new().name("incoming".into());
+                if let Err(error) = builder.spawn_scoped(scope, meet) {
+                    log::warn!(
+                        "a connection was closed, because there is no thread to hear it: {error}"
+                    );
+                }
+            },
+        );
     });
 }
 
-/// A host that is out of descriptors, or of memory, has some again when others have ended: it is said once, and tried again.
-fn accept_all<A: Accept>(accept: &A, shared: &Shared<A::Wire>, mut came: impl FnMut(A::Caller)) {
+/// A host that is out of descriptors, or of memory, has some again when others have ended: it is said once, and tried again, when
+/// who has been silent the longest has made `room`.
+fn accept_all<A: Accept>(
+    accept: &A,
+    shared: &Shared<A::Wire>,
+    room: impl Fn() -> bool,
+    mut came: impl FnMut(A::Caller),
+) {
     let mut deaf = false;
     while !shared.lock().over {
         match accept.accept() {
@@ -961,9 +972,11 @@ fn accept_all<A: Accept>(accept: &A, shared: &Shared<A::Wire>, mut came: impl Fn
                     // Whoever has a guest here may have to ask: who is no longer heard for good looks as if nobody were here.
                     log::warn!("cannot accept connections, and tries again: {error}");
                 }
+                // Who is no stranger has said by then what for.
+                let hopeless = again && !room();
                 shared.change(|state| {
                     // The source waits, and would not know what for.
-                    if again && !state.due.is_empty() {
+                    if hopeless && !state.due.is_empty() {
                         let why = format!("cannot accept the source's connections: {error}");
                         state.failed.get_or_insert(why);
                     }
@@ -1208,7 +1221,11 @@ mod tests {
 
     #[test]
     fn a_host_that_lacked_a_descriptor_once_ends_no_migration_when_it_lacks_another_later() {
-        for (has, ends) in [([false, true, false], false), ([true, false, false], true)] {
+        for (has, hopeless, ends) in [
+            ([false, true, false], true, false),
+            ([true, false, false], true, true),
+            ([true, false, false], false, false),
+        ] {
             let shared = Shared {
                 state: Mutex::new(State {
                     due: vec![0],
@@ -1217,9 +1234,10 @@ mod tests {
                 changed: Condvar::new(),
             };
             let host = Host(Mutex::new(has.to_vec()), &shared);
-            accept_all(&host, &shared, |_| {});
+            // As long as somebody makes room it is not hopeless.
+            accept_all(&host, &shared, || !hopeless, |_| {});
             let failed = shared.lock().failed.clone();
-            assert_eq!(failed.is_some(), ends, "{has:?}: {failed:?}");
+            assert_eq!(failed.is_some(), ends, "{has:?} {hopeless}: {failed:?}");
         }
     }
 }

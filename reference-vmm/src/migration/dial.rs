@@ -22,6 +22,7 @@ use super::transport::{
     AcceptError, BindError, Caller, ConnectError, Connection, HANDSHAKE, Listener, connect,
     connect_at, may_connect, unix_line, wait_for_any,
 };
+use crate::strangers;
 
 impl Wire for Connection {
     fn line(&self) -> Option<String> {
@@ -262,14 +263,20 @@ impl Also {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Listens at `address` as well, with the same certificates, and no longer where this has had it listen before; at its first
+    /// Listens at `address` as well, unless it does already, with the same certificates, and no longer where this has had it listen before; at its first
     /// address it always does. Where, with the port that the system chose. Blocks for as long as the resolver takes, seconds
     /// at most.
     ///
     /// # Errors
     /// [`ListenError`]; it listens as before.
     pub fn listen(&self, address: &Address) -> Result<Address, ListenError> {
-        let first = self.lock().0.clone().ok_or(ListenError::Over)?;
+        let (first, other) = self.lock().clone();
+        let first = first.ok_or(ListenError::Over)?;
+        let mut listening = [Some(&first), other.as_ref()].into_iter().flatten();
+        // Who has not heard the answer says it again.
+        if let Some(listens) = listening.find(|listener| listener.is_at(address)) {
+            return Ok(listens.address().clone());
+        }
         let listener = Arc::new(first.another(address)?);
         let mut listeners = self.lock();
         if listeners.0.is_none() {
@@ -297,7 +304,7 @@ impl Accept for Ear {
             Ok(caller) => Ok(Some(caller)),
             Err(AcceptError::Nobody(_)) => Ok(None),
             Err(error @ AcceptError::Peer { .. }) => {
-                log::warn!("{error}; others may connect still");
+                strangers::warn(format_args!("{error}; others may connect still"));
                 Ok(None)
             }
             Err(error) => Err(io::Error::other(error)),
@@ -320,10 +327,58 @@ impl Accept for Ear {
             }
             Err(_) if stop() => None,
             Err(error) => {
-                log::warn!("{error}; others may connect still");
+                strangers::warn(format_args!("{error}; others may connect still"));
                 None
             }
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod listen_tests {
+    use super::*;
+
+    #[test]
+    fn to_listen_where_it_listens_is_no_error_and_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let unix = |name: &str| Address::Unix(folder.path().join(name));
+        let ear = Ear::new(Listener::bind(&unix("first"), None).unwrap());
+        let also = ear.also();
+        assert_eq!(also.listen(&unix("first")).unwrap(), unix("first"));
+        assert_eq!(also.address(), None);
+        let tcp = "tcp:127.0.0.1:0".parse().unwrap();
+        let chosen = also.listen(&tcp).unwrap();
+        for said in [&chosen, &chosen, &unix("first")] {
+            assert_eq!(also.listen(said).unwrap(), *said);
+            assert_eq!(also.address().as_ref(), Some(&chosen));
+        }
+        // By another name it is the same.
+        let Address::Tcp { port, .. } = chosen else {
+            unreachable!()
+        };
+        let named = format!("tcp:localhost:{port}").parse().unwrap();
+        assert_eq!(also.listen(&named).unwrap(), chosen);
+    }
+
+    #[test]
+    fn what_is_there_and_is_no_socket_is_no_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let dial = Dial::new(Address::Unix(folder.path().join("s")), None);
+        let file = folder.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        for (path, needle) in [
+            (folder.path(), "a directory"),
+            (file.as_path(), "a regular file"),
+        ] {
+            let error = dial.go(&Address::Unix(path.into()), None).unwrap_err();
+            assert!(error.to_string().contains(needle), "{error}");
+        }
+        assert_eq!(Connect::way(&dial), 0);
+        // Who listens later is no other.
+        let later = Address::Unix(folder.path().join("later"));
+        dial.go(&later, None).unwrap();
+        assert_eq!(Connect::way(&dial), 1);
     }
 }
 

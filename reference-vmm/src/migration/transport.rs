@@ -236,6 +236,22 @@ impl Listener {
         &self.address
     }
 
+    /// Whether it listens at `address`, as said or as it is bound. Blocks for as long as the resolver takes, seconds at most.
+    pub(super) fn is_at(&self, address: &Address) -> bool {
+        if self.address == *address {
+            return true;
+        }
+        let (Socket::TcpListener(listener), Address::Tcp { host, port }) = (&self.socket, address)
+        else {
+            return false;
+        };
+        let deadline = Instant::now() + HANDSHAKE;
+        let places = resolve(host, *port, deadline).unwrap_or_default();
+        listener
+            .local_addr()
+            .is_ok_and(|bound| places.contains(&bound))
+    }
+
     /// One more, at another address, for who has the same certificates.
     ///
     /// # Errors
@@ -415,7 +431,7 @@ fn ends<S: Send + 'static>(
 /// Whether one may connect to `address` with what there is: asks the resolver, and connects to nobody.
 ///
 /// # Errors
-/// [`ConnectError`]: another host without TLS, a name that has no address, or whom the certificate is for is not known.
+/// [`ConnectError`]: another host without TLS, a path at which is something else than a socket, a name that has no address, or whom the certificate is for is not known.
 pub(super) fn may_connect(
     address: &Address,
     tls: Option<&Tls>,
@@ -426,7 +442,10 @@ pub(super) fn may_connect(
         source,
     };
     let host = match address {
-        Address::Unix(_) => None,
+        Address::Unix(path) => {
+            unix_socket::may_lead_to_one(path).map_err(failed)?;
+            None
+        }
         Address::Tcp { host, port } => {
             let places = resolve(host, *port, deadline).map_err(failed)?;
             if tls.is_none() && !places.iter().all(|place| place.ip().is_loopback()) {

@@ -34,7 +34,7 @@ use crate::migration::address::Address;
 use crate::migration::link::TICK;
 use crate::migration::tls::{Tls, TlsError, TlsFiles};
 use crate::migration::transport::{AcceptError, BindError, HANDSHAKE, Listener};
-use crate::units;
+use crate::{strangers, units};
 
 /// How often a page server, and who asks it, says something at least.
 pub const BEAT: Duration = Duration::from_millis(500);
@@ -162,7 +162,7 @@ impl Service {
                     Ok(caller) => caller,
                     Err(AcceptError::Nobody(_)) => continue,
                     Err(error @ AcceptError::Peer { .. }) => {
-                        log::warn!("{error}; others may connect still");
+                        strangers::warn(format_args!("{error}; others may connect still"));
                         continue;
                     }
                     Err(error) => {
@@ -177,7 +177,9 @@ impl Service {
                 deaf = false;
                 let who = caller.peer().to_owned();
                 if open.load(Ordering::Relaxed) >= MOST_CONNECTIONS {
-                    log::warn!("{who} is sent away: there are {MOST_CONNECTIONS} connections");
+                    strangers::warn(format_args!(
+                        "{who} is sent away: there are {MOST_CONNECTIONS} connections"
+                    ));
                     continue;
                 }
                 open.fetch_add(1, Ordering::Relaxed);
@@ -193,11 +195,15 @@ impl Service {
                                 Err(error) if has_gone(&error) => {
                                     log::info!("{who} is gone without a word: {}", Words(&error));
                                 }
-                                Err(error) => log::warn!("{who}: {}", Words(&error)),
+                                Err(error) => {
+                                    strangers::warn(format_args!("{who}: {}", Words(&error)))
+                                }
                             }
                         }
                         Err(_) if stop() => {}
-                        Err(error) => log::warn!("{error}; others may connect still"),
+                        Err(error) => {
+                            strangers::warn(format_args!("{error}; others may connect still"))
+                        }
                     }
                     open.fetch_sub(1, Ordering::Relaxed);
                 };
