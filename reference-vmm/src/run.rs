@@ -142,8 +142,10 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended,
         watch();
         end.is_told().then(|| "it was stopped".to_owned())
     };
+    let mut ear = None;
     let (running, seat) = if let Some(request) = &options.incoming {
         let incoming = Incoming::bind(request)?;
+        ear = Some(incoming.also());
         say(format_args!(
             "a guest is waited for at {}",
             incoming.address()
@@ -185,6 +187,9 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended,
                 end.tell(GuestEnd::Failed(what));
             }
         }
+    }
+    if let Some(ear) = ear {
+        ear.unlink();
     }
     Ok(session.finish(&end, running, terminal))
 }

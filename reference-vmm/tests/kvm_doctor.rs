@@ -105,14 +105,18 @@ fn without_descriptors_it_says_what_it_could_not_read() {
     use std::os::unix::process::CommandExt;
     let program = env!("CARGO_BIN_EXE_reference-vmm");
     let mut command = Command::new(program);
-    // KVM gets the last descriptor.
-    // SAFETY: setrlimit is async-signal-safe.
+    // KVM gets the last descriptor: what this test has inherited goes no further.
+    // SAFETY: close_range and setrlimit are async-signal-safe.
     unsafe {
         command.pre_exec(|| {
             let limit = libc::rlimit {
                 rlim_cur: 4,
                 rlim_max: 4,
             };
+            let on_exec = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
+            if libc::close_range(3, libc::c_uint::MAX, on_exec) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
             match libc::setrlimit(libc::RLIMIT_NOFILE, &limit) {
                 0 => Ok(()),
                 _ => Err(std::io::Error::last_os_error()),

@@ -460,6 +460,8 @@ fn a_monitor_that_is_killed_while_memory_follows_takes_the_guest_along_and_the_o
     destination.wait_for("9012345678901234567890");
     destination.signal(libc::SIGTERM);
     destination.wait();
+    let left = folder.path().join("incoming");
+    assert!(!left.exists(), "{left:?}");
 }
 
 #[test]

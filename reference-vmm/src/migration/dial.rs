@@ -287,6 +287,14 @@ impl Also {
         Ok(address)
     }
 
+    /// Removes the files of its Unix sockets, of a process that exits while somebody may connect still.
+    pub(crate) fn unlink(&self) {
+        let (first, other) = &*self.lock();
+        for listener in [first, other].into_iter().flatten() {
+            listener.unlink();
+        }
+    }
+
     /// Where it listens besides.
     pub fn address(&self) -> Option<Address> {
         let listeners = self.lock();

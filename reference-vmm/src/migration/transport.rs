@@ -252,6 +252,13 @@ impl Listener {
             .is_ok_and(|bound| places.contains(&bound))
     }
 
+    /// Removes the file of a Unix socket, if it is this one's still. Nobody new finds it then.
+    pub(super) fn unlink(&self) {
+        if let Socket::UnixListener(listener) = &self.socket {
+            listener.unlink();
+        }
+    }
+
     /// One more, at another address, for who has the same certificates.
     ///
     /// # Errors

@@ -31,6 +31,7 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
         stopped: Stopped<'_>,
     ) -> Result<Ended, BuildError> {
         let guest = OnceLock::<Running>::new();
+        let ear = incoming.also();
         let came = {
             let waiting = Waiting::for_migration(incoming.address().to_string(), incoming.coming())
                 .with_ear(incoming.also());
@@ -60,6 +61,8 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             })?;
             came
         };
+        // Its source may not have said that it has heard all, and is listened for.
+        ear.unlink();
         match (came, guest.into_inner()) {
             (Some(Ok(terminal)), Some(running)) => Ok(self.finish(end, running, terminal)),
             (Some(Err(error)), _) => self.not_come(end, error),
