@@ -29,7 +29,9 @@ use support::heeder::{
     checks, compares, expect_words, has_the_rest, heeder, host_is_amd, page, tells, told,
 };
 use support::keeper::{Guest, digits, keeper, machine};
-use support::moving::{Line, NOWHERE, bind, is_whole, laden, moving, place, request, slow};
+use support::moving::{
+    Line, NOWHERE, Ready, bind, is_whole, laden, moving, place, ready, request, slow,
+};
 use support::{Vmm, WATCHDOG, need_kvm};
 
 /// A guest that has written all that it has, and goes on.
@@ -183,11 +185,12 @@ fn while_there_is_no_way_both_sides_say_so_and_wait_for_each_other() {
     if support::lab_short() {
         return;
     }
-    let (_kernel, config) = machine(&laden(), 1, "16M");
-    let mut guest = Guest::boot(&config);
-    guest.hear(2);
-    let (folder, path) = place();
-    let incoming = bind(Address::Unix(path.clone()));
+    let Ready {
+        guest,
+        folder,
+        path,
+        incoming,
+    } = ready();
     let line = Line::new(folder.path(), path, NOWHERE);
     let (moved, there) = moving(&guest, incoming, &slow(&line.address()), |moving| {
         let there = moving.there();
@@ -236,11 +239,12 @@ fn a_guest_that_waits_for_a_page_is_stopped_at_once_and_its_source_hears_that_no
     }
     for cut in [true, false] {
         let stopped = || GuestEnd::Stopped(StopCause::Signal(libc::SIGTERM));
-        let (_kernel, config) = machine(&laden(), 1, "16M");
-        let mut guest = Guest::boot(&config);
-        guest.hear(2);
-        let (folder, path) = place();
-        let incoming = bind(Address::Unix(path.clone()));
+        let Ready {
+            guest,
+            folder,
+            path,
+            incoming,
+        } = ready();
         let line = Line::new(folder.path(), path, NOWHERE);
         let (moved, ()) = moving(&guest, incoming, &slow(&line.address()), |moving| {
             let there = moving.there();

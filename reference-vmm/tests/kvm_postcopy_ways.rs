@@ -22,7 +22,9 @@ use reference_vmm::migration::record::{MigrationRecord, Outcome};
 use reference_vmm::vm::{Machine, RunState};
 use support::huge::{Reserved, not_tried};
 use support::keeper::{Guest, digits, machine};
-use support::moving::{Line, Moving, NOWHERE, bind, is_whole, laden, moving, place, request, slow};
+use support::moving::{
+    Line, Moving, NOWHERE, Ready, bind, is_whole, laden, moving, place, ready, request, slow,
+};
 use support::{WATCHDOG, lab_short, need_kvm};
 
 /// Two halves of what one guest said, of which it has lost nothing.
@@ -58,11 +60,12 @@ fn a_guest_whose_way_is_gone_has_its_memory_at_another_address_and_at_a_third() 
     if lab_short() {
         return;
     }
-    let (_kernel, config) = machine(&laden(), 1, "16M");
-    let mut guest = Guest::boot(&config);
-    guest.hear(2);
-    let (folder, path) = place();
-    let incoming = bind(Address::Unix(path.clone()));
+    let Ready {
+        guest,
+        folder,
+        path,
+        incoming,
+    } = ready();
     let also = incoming.also();
     let first = Line::new(folder.path(), path, NOWHERE);
     let behind = tempfile::tempdir().unwrap();
@@ -126,11 +129,12 @@ fn at_an_address_of_somebody_else_nothing_is_said_and_the_guest_waits_for_its_ow
     if lab_short() {
         return;
     }
-    let (_kernel, config) = machine(&laden(), 1, "16M");
-    let mut guest = Guest::boot(&config);
-    guest.hear(2);
-    let (folder, path) = place();
-    let incoming = bind(Address::Unix(path.clone()));
+    let Ready {
+        guest,
+        folder,
+        path,
+        incoming,
+    } = ready();
     let also = incoming.also();
     let first = Line::new(folder.path(), path, NOWHERE);
     // A monitor that waits for another guest, and one who would like to have this one's memory.
@@ -204,11 +208,12 @@ fn another_way_is_refused_where_there_is_nothing_to_recover_or_it_is_none() {
     if lab_short() {
         return;
     }
-    let (_kernel, config) = machine(&laden(), 1, "16M");
-    let mut guest = Guest::boot(&config);
-    guest.hear(2);
-    let (folder, path) = place();
-    let incoming = bind(Address::Unix(path.clone()));
+    let Ready {
+        guest,
+        folder,
+        path,
+        incoming,
+    } = ready();
     let also = incoming.also();
     let request = MigrateRequest {
         bandwidth_limit: Some(1 << 20),
@@ -263,11 +268,12 @@ fn a_source_in_doubt_finds_out_at_another_address_where_the_guest_is_and_serves_
     if lab_short() {
         return;
     }
-    let (_kernel, config) = machine(&laden(), 1, "16M");
-    let mut guest = Guest::boot(&config);
-    guest.hear(2);
-    let (folder, path) = place();
-    let incoming = bind(Address::Unix(path.clone()));
+    let Ready {
+        guest,
+        folder,
+        path,
+        incoming,
+    } = ready();
     let also = incoming.also();
     let line = Line::new(folder.path(), path, NOWHERE);
     // The word arrives, and what the destination says to it does not.

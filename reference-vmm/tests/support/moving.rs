@@ -20,7 +20,7 @@ use reference_vmm::migration::record::{MigrationRecord, Step};
 use reference_vmm::vm::Machine;
 
 use super::WATCHDOG;
-use super::keeper::Guest;
+use super::keeper::{Guest, machine};
 
 pub fn place() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
@@ -34,6 +34,29 @@ pub fn laden() -> Vec<u8> {
     let mut code = scribe64().to_vec();
     code.resize(3 << 20, 0xa5);
     code
+}
+
+/// A guest that has begun, and who waits for it.
+pub struct Ready {
+    pub guest: Guest,
+    pub folder: tempfile::TempDir,
+    pub path: PathBuf,
+    pub incoming: Incoming,
+}
+
+/// One with memory that it never touches and that is not zero.
+pub fn ready() -> Ready {
+    let (_kernel, config) = machine(&laden(), 1, "16M");
+    let mut guest = Guest::boot(&config);
+    guest.hear(2);
+    let (folder, path) = place();
+    let incoming = bind(Address::Unix(path.clone()));
+    Ready {
+        guest,
+        folder,
+        path,
+        incoming,
+    }
 }
 
 /// A guest on its way.
