@@ -94,7 +94,10 @@ fn a_guest_whose_way_is_gone_has_its_memory_at_another_address_and_at_a_third() 
     assert_eq!(record.outcome, Some(Outcome::Moved));
     let followed = record.postcopy.unwrap();
     let to = followed.recovered_to.clone().unwrap();
-    assert!(to.ends_with("/line") && followed.broken.is_none(), "{to}");
+    assert!(
+        to.ends_with("/line") && followed.broken.is_none(),
+        "{to}: {followed:?}"
+    );
     is_whole(&there);
     // Nobody waits for connections when all is there.
     let begun = std::time::Instant::now();
