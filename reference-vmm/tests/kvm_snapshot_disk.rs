@@ -33,7 +33,7 @@ use reference_vmm::snapshot::disks::DiskCopies;
 use reference_vmm::snapshot::files::HostFiles;
 use reference_vmm::snapshot::merge::{MergeRequest, merge};
 use reference_vmm::snapshot::packed::Compression;
-use reference_vmm::snapshot::{RestoreRequest, SnapshotKind, SnapshotRequest};
+use reference_vmm::snapshot::{RestoreRequest, SnapshotError, SnapshotKind, SnapshotRequest};
 use reference_vmm::vm::tracking::TrackUser;
 use reference_vmm::vm::{BuildError, Machine, RunState, Running};
 use support::tracked::{Copy, round};
@@ -198,12 +198,13 @@ fn a_disks_requests_are_neither_lost_nor_done_twice_wherever_the_guest_is_stoppe
             if guest.ends_within(round * 7 % 23) {
                 break;
             }
-            guest.running.pause().unwrap();
             let request = SnapshotRequest::new(dir.clone());
-            guest.running.snapshot(&request).unwrap();
-            if guest.end.is_told() {
-                break;
-            }
+            let paused = guest.running.pause().map_err(SnapshotError::Control);
+            match paused.and_then(|()| guest.running.snapshot(&request)) {
+                // It was done before, or has just been.
+                _ if guest.end.is_told() => break,
+                saved => saved.unwrap(),
+            };
             // It lets go of the disk.
             drop(guest);
             let request = RestoreRequest::new(&dir);

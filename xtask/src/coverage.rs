@@ -23,6 +23,8 @@ which is installed where it is missing, and compares it with coverage_config.jso
 
 Usage: cargo xtask coverage
 
+A test that fails there is told, and is no failure of the measurement: `cargo xtask test` is what says whether tests pass.
+
 Exit status: 0 the coverage is as the file says or better, 1 it is less, 125 it could not be measured.";
 
 /// What two runs of the same code may differ by: threads take turns as they like.
@@ -186,6 +188,8 @@ fn measure(workspace: &Path, config: &Config) -> Result<Vec<(String, u64, u64)>>
         "--exclude",
         "guests",
     ]);
+    // Whether tests pass is for `cargo xtask test` to say: one that does not has covered something all the same.
+    command.arg("--no-fail-fast");
     command
         .args(["--timeout", "600", "--out", "json", "--output-dir"])
         .arg(&out)
@@ -207,13 +211,17 @@ fn measure(workspace: &Path, config: &Config) -> Result<Vec<(String, u64, u64)>>
     for path in &config.exclude {
         command.args(["--exclude-files", &format!("*{path}*")]);
     }
+    let file = out.join("tarpaulin-report.json");
+    // What is there is of another run.
+    let _ = fs::remove_file(&file);
     let step = Step::begin("measuring the coverage");
     let status = command.status().context(|| "cargo does not start".into())?;
-    if !status.success() {
-        return Err(Failure::new(format!("cargo tarpaulin failed ({status})")));
+    match (status.success(), file.exists()) {
+        (true, _) => {}
+        (false, true) => say("a test failed in the instrumented build, and what it covered counts"),
+        (false, false) => return Err(Failure::new(format!("cargo tarpaulin failed ({status})"))),
     }
     step.end();
-    let file = out.join("tarpaulin-report.json");
     let text =
         fs::read_to_string(&file).context(|| format!("{} cannot be read", file.display()))?;
     let report =
