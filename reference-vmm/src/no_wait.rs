@@ -173,7 +173,7 @@ pub(crate) fn file_type(fd: RawFd) -> io::Result<libc::mode_t> {
 /// # Errors
 /// The errno of `poll(2)`.
 pub(crate) fn is_ready(fd: RawFd, events: libc::c_short, milliseconds: i32) -> io::Result<bool> {
-    poll([fd], events, milliseconds).map(|[ready]| ready)
+    ready([(fd, events)], milliseconds).map(|[ready]| ready)
 }
 
 /// Which of `fds` have something to read or an error, within so many milliseconds: none where that time is over, and none
@@ -185,18 +185,22 @@ pub(crate) fn readable<const N: usize>(
     fds: [RawFd; N],
     milliseconds: i32,
 ) -> io::Result<[bool; N]> {
-    match poll(fds, libc::POLLIN, milliseconds) {
+    match ready(fds.map(|fd| (fd, libc::POLLIN)), milliseconds) {
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok([false; N]),
         ready => ready,
     }
 }
 
-fn poll<const N: usize>(
-    fds: [RawFd; N],
-    events: libc::c_short,
+/// Of which of `fds` one of its events, or an error, is there, within so many milliseconds: none where that time is over. A
+/// descriptor below zero is passed over. -1 waits without end.
+///
+/// # Errors
+/// The errno of `poll(2)`.
+pub(crate) fn ready<const N: usize>(
+    fds: [(RawFd, libc::c_short); N],
     milliseconds: i32,
 ) -> io::Result<[bool; N]> {
-    let mut fds = fds.map(|fd| libc::pollfd {
+    let mut fds = fds.map(|(fd, events)| libc::pollfd {
         fd,
         events,
         revents: 0,

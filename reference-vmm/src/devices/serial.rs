@@ -28,7 +28,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::coalesce::PolledOutput;
 use super::edge::{Edge, Owing, TryTrigger};
 use crate::end::EndSignal;
-use crate::no_wait::Way;
+use crate::no_wait::{Way, ready};
 use crate::timeline::{Event, timeline};
 
 /// The guest's console on a file of the host, stdout as a rule.
@@ -62,22 +62,13 @@ impl ConsoleOut {
 
 /// Waits until `out` has room, or the guest's end has been told: then false.
 fn wait_for_room(out: &File, end: &EndSignal) -> io::Result<bool> {
-    let fd = |fd, events| libc::pollfd {
-        fd,
-        events,
-        revents: 0,
-    };
-    let mut fds = [
-        fd(out.as_raw_fd(), libc::POLLOUT),
-        fd(end.as_raw_fd(), libc::POLLIN),
+    let fds = [
+        (out.as_raw_fd(), libc::POLLOUT),
+        (end.as_raw_fd(), libc::POLLIN),
     ];
-    // SAFETY: `fds` is two valid pollfds.
-    if unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
     // What there is room for is written even at the end. An error of `out` counts as room: the
     // write says which.
-    Ok(fds[0].revents != 0)
+    ready(fds, -1).map(|[room, _]| room)
 }
 
 impl Write for ConsoleOut {

@@ -9,6 +9,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 
 use super::listener::Stream;
+use crate::no_wait::ready;
 
 /// So many bytes are gathered before they are sent. gdbstub writes one at a time.
 const CHUNK: usize = 4096;
@@ -130,24 +131,14 @@ pub(super) fn wait(
     first: (RawFd, libc::c_short),
     second: Option<(RawFd, libc::c_short)>,
 ) -> io::Result<Ready> {
-    let poll = |(fd, events)| libc::pollfd {
-        fd,
-        events,
-        revents: 0,
-    };
     // poll(2) passes over a negative descriptor.
     let second = second.unwrap_or((-1, 0));
-    let mut fds = [poll((closing, libc::POLLIN)), poll(first), poll(second)];
+    let fds = [(closing, libc::POLLIN), first, second];
     loop {
-        // SAFETY: three valid pollfds.
-        if unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) } < 0 {
-            let error = io::Error::last_os_error();
-            if error.kind() == io::ErrorKind::Interrupted {
-                continue;
-            }
-            return Err(error);
-        }
-        let [closing, first, second] = fds.map(|fd| fd.revents != 0);
+        let [closing, first, second] = match ready(fds, -1) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            ready => ready?,
+        };
         match (closing, second, first) {
             (true, ..) => return Ok(Ready::Closing),
             (_, true, _) => return Ok(Ready::Second),

@@ -492,6 +492,12 @@ impl Shared {
         self.let_it_touch(STILL, GOES_ON);
     }
 
+    /// How often something was touched that was not there.
+    fn touches(&self) -> u64 {
+        let stats = self.pager().as_ref().map(Pager::stats).unwrap_or_default();
+        stats.faults + stats.joined
+    }
+
     /// Waits until nothing was touched for `still`, but no longer than `most`.
     fn let_it_touch(&self, still: Duration, most: Duration) {
         let begun = Instant::now();
@@ -499,8 +505,7 @@ impl Shared {
         let mut state = self.lock();
         while !state.close && !state.hurry && begun.elapsed() < most {
             drop(state);
-            let stats = self.pager().as_ref().map(Pager::stats).unwrap_or_default();
-            let faults = stats.faults + stats.joined;
+            let faults = self.touches();
             if seen.replace(faults) == Some(faults) {
                 return;
             }
@@ -519,9 +524,8 @@ impl Shared {
             let waited = self.changed.wait_timeout(state, TOUCHES);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
             drop(state);
-            let stats = self.pager().as_ref().map(Pager::stats).unwrap_or_default();
+            let faults = self.touches();
             state = self.lock();
-            let faults = stats.faults + stats.joined;
             if faults == seen && self.begun.elapsed() >= LEAST {
                 return;
             }
