@@ -135,7 +135,8 @@ impl Page {
 }
 
 struct Slot {
-    pages: Vec<Page>,
+    /// Bytes of [`Page`]. A page that is absent is 0, so that the kernel gives them, and as it does only those that are looked at.
+    pages: Vec<u8>,
     window: Window,
     /// A fault overtakes what its source was asked for before.
     overtakes: bool,
@@ -177,7 +178,7 @@ impl Book {
         let slots: Vec<Slot> = slots
             .into_iter()
             .map(|(pages, [least, most])| Slot {
-                pages: vec![Page::new(PageState::Absent, false, false); pages as usize],
+                pages: vec![0; pages as usize],
                 window: Window::new(least, most),
                 overtakes: false,
             })
@@ -203,13 +204,13 @@ impl Book {
         let Some(of) = self.slots.get_mut(slot) else {
             return;
         };
-        of.pages.fill(Page::new(PageState::Present, false, false));
+        of.pages.fill(Page::new(PageState::Present, false, false).0);
         self.settled += of.pages.len() as u64;
         for run in pages {
             let run = run.start as usize..(run.end as usize).min(of.pages.len());
             for page in of.pages.get_mut(run).unwrap_or_default() {
-                self.settled -= u64::from(page.settled());
-                *page = Page::new(PageState::Absent, false, false);
+                self.settled -= u64::from(Page(*page).settled());
+                *page = Page::new(PageState::Absent, false, false).0;
             }
         }
     }
@@ -224,7 +225,7 @@ impl Book {
 
     fn get(&self, place: Place) -> Option<Page> {
         let slot = self.slots.get(place.slot)?;
-        slot.pages.get(place.page as usize).copied()
+        slot.pages.get(place.page as usize).copied().map(Page)
     }
 
     /// Writes a page down, and what that changes of the totals.
@@ -233,7 +234,7 @@ impl Book {
         let Some(at) = at.and_then(|slot| slot.pages.get_mut(place.page as usize)) else {
             return;
         };
-        let before = std::mem::replace(at, page);
+        let before = Page(std::mem::replace(at, page.0));
         self.settled = self.settled + u64::from(page.settled()) - u64::from(before.settled());
         let lost = |page: Page| u64::from(page.state() == PageState::Poisoned);
         self.lost = self.lost + lost(page) - lost(before);
@@ -392,7 +393,7 @@ impl Book {
     fn absent(&self, slot: usize, pages: Range<u64>) -> Option<u64> {
         let all = &self.slots.get(slot)?.pages;
         let some = all.get(pages.start as usize..all.len().min(pages.end as usize))?;
-        let wanted = |page: &Page| page.state() == PageState::Absent && !page.zero();
+        let wanted = |page: &u8| Page(*page).state() == PageState::Absent && !Page(*page).zero();
         Some(pages.start + some.iter().position(wanted)? as u64)
     }
 
@@ -695,12 +696,12 @@ impl Book {
         self.waits.clear();
         let mut runs: Vec<(usize, Range<u64>)> = Vec::new();
         for (slot, of) in self.slots.iter_mut().enumerate() {
-            for (page, state) in of.pages.iter_mut().enumerate() {
-                let page = page as u64;
+            for (page, byte) in of.pages.iter_mut().enumerate() {
+                let (page, state) = (page as u64, Page(*byte));
                 if state.settled() {
                     continue;
                 }
-                *state = Page::new(PageState::Poisoned, state.zero(), false);
+                *byte = Page::new(PageState::Poisoned, state.zero(), false).0;
                 self.settled += 1;
                 self.lost += 1;
                 match runs.last_mut() {
