@@ -67,6 +67,16 @@ unsafe fn ioctl<T>(fd: &impl AsRawFd, request: u64, argument: *mut T) -> Result<
     }
 }
 
+impl Kvm {
+    /// [`Vm::state_host`] of the VM that has this descriptor: for who asks on a thread of its own, while the VM is being made.
+    ///
+    /// # Errors
+    /// As [`Vm::state_host`].
+    pub fn state_host(&self, vm: &VmFd) -> Result<StateHost, Error> {
+        state_host(vm, self)
+    }
+}
+
 impl VmSetup {
     /// [`Vm::state_host`] of the VM that is being made: for who refuses a state before anything else is made.
     ///

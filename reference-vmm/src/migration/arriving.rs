@@ -98,7 +98,7 @@ where
         // What can be told of them while they are the source's: before all of memory has been sent.
         let disks = Devices::look_for_disks(&config, &state.devices.virtio, &self.copies());
         disks.map_err(|error| refused(&error))?;
-        let blank = BlankVm::new(&config).map_err(|error| refused(&error))?;
+        let mut blank = BlankVm::new(&config).map_err(|error| refused(&error))?;
         let checked = blank.check(&state.vcpus);
         checked.map_err(|error| refused(&error))?;
         let framed = blank

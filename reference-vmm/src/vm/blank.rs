@@ -9,6 +9,9 @@
 //!                                               (mapped, read, received)
 //! ```
 //!
+//! What the host takes is [asked](HostQuestion) on a thread of its own, and the check waits for the answer: it may come as late
+//! as the frame is made, where nothing before that takes long.
+//!
 //! What KVM takes long to make is in the frame, which wants no state: a machine that comes from elsewhere has it before its
 //! guest is stopped there.
 //!
@@ -18,11 +21,14 @@
 //! when the machine starts, and look into their queues then: what the driver notified of before is in guest memory, and
 //! nobody tells of it again.
 
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use kvm_core::arch::x86_64::state::{ClockRestore, StateHost};
 use kvm_core::{Kvm, PreFaultMemory, Vcpu, VcpuId, VmSetup};
+use kvm_ioctls::VmFd;
 use memslots::{NewSlot, Snapshot};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -43,7 +49,7 @@ use crate::snapshot::machine::{MachineState, VcpuSection};
 pub(crate) struct Blank {
     config: Config,
     setup: VmSetup,
-    host: StateHost,
+    host: HostQuestion,
     /// Its memory is to be empty, whatever the configuration says: it comes when it is touched.
     lazy: bool,
 }
@@ -58,11 +64,73 @@ pub(crate) struct Allocated {
 /// One that has its irqchip and its vCPUs as well: all but a state.
 pub(crate) struct Framed {
     config: Config,
-    host: StateHost,
+    host: HostQuestion,
     memslots: Memslots,
     tracker: Tracker,
     frame: Frame,
     vcpus: Vec<Vcpu>,
+}
+
+/// What this host's KVM saves of a vCPU and takes, asked as [`CpuidBase`](super::cpuid::CpuidBase) is and for its reasons: of
+/// a restore in 3.4 ms, one was this.
+struct HostQuestion {
+    /// Until it is waited for.
+    asked: Option<JoinHandle<Result<StateHost, kvm_core::Error>>>,
+    answered: Option<StateHost>,
+}
+
+impl HostQuestion {
+    fn ask(kvm: Kvm, vm: &Arc<VmFd>) -> Result<Self, BuildError> {
+        let vm = vm.clone();
+        let ask = move || kvm.state_host(&vm);
+        let thread = std::thread::Builder::new().name("cpuid".into()).spawn(ask);
+        let thread = thread.map_err(|source| BuildError::Process {
+            what: "start a thread for CPUID",
+            source,
+        })?;
+        Ok(HostQuestion {
+            asked: Some(thread),
+            answered: None,
+        })
+    }
+
+    /// Waits for the answer.
+    fn answer(&mut self) -> Result<&StateHost, BuildError> {
+        let host = match self.answered.take() {
+            Some(host) => host,
+            None => {
+                let joined = self.asked.take().map(JoinHandle::join);
+                joined
+                    .and_then(Result::ok)
+                    .ok_or_else(|| BuildError::Process {
+                        what: "ask for the host's CPUID",
+                        source: io::Error::other("its thread panicked"),
+                    })??
+            }
+        };
+        Ok(self.answered.insert(host))
+    }
+
+    fn check(&mut self, vcpus: &[VcpuSection]) -> Result<(), BuildError> {
+        let host = self.answer()?;
+        for vcpu in vcpus {
+            let checked = host.check(&vcpu.state);
+            checked.map_err(|refusal| RestoreError::Vcpu {
+                id: VcpuId(vcpu.id),
+                source: refusal.into(),
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for HostQuestion {
+    /// The thread has descriptors, of which none is left behind.
+    fn drop(&mut self) {
+        if let Some(thread) = self.asked.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Blank {
@@ -79,11 +147,10 @@ impl Blank {
             return Err(BuildError::Cpus { asked, most });
         }
         let setup = kvm.create_vm()?.named("guest");
-        let host = setup.state_host(&kvm)?;
         Ok(Blank {
             config: config.clone(),
+            host: HostQuestion::ask(kvm, setup.fd())?,
             setup,
-            host,
             lazy: false,
         })
     }
@@ -97,16 +164,9 @@ impl Blank {
     /// Refuses vCPUs that this host does not take: CPUID bits, MSRs, state that its KVM does not have.
     ///
     /// # Errors
-    /// [`RestoreError::Vcpu`], the first thing that is missing.
-    pub(crate) fn check(&self, vcpus: &[VcpuSection]) -> Result<(), RestoreError> {
-        for vcpu in vcpus {
-            let checked = self.host.check(&vcpu.state);
-            checked.map_err(|refusal| RestoreError::Vcpu {
-                id: VcpuId(vcpu.id),
-                source: refusal.into(),
-            })?;
-        }
-        Ok(())
+    /// [`RestoreError::Vcpu`], the first thing that is missing; what KVM answers to who asks.
+    pub(crate) fn check(&mut self, vcpus: &[VcpuSection]) -> Result<(), BuildError> {
+        self.host.check(vcpus)
     }
 
     /// Makes its memory. `backing` may say of what, and says whether it did; else it is what the configuration says, which
@@ -156,6 +216,14 @@ impl Blank {
 }
 
 impl Allocated {
+    /// As [`Blank::check`].
+    ///
+    /// # Errors
+    /// As [`Blank::check`].
+    pub(crate) fn check(&mut self, vcpus: &[VcpuSection]) -> Result<(), BuildError> {
+        self.blank.check(vcpus)
+    }
+
     /// Its memory, without permissions: to be filled.
     pub(crate) fn memory(&self) -> Snapshot<SlotTable> {
         self.memslots.snapshot()
@@ -246,7 +314,7 @@ impl Framed {
         }
         let Framed {
             config,
-            host,
+            mut host,
             memslots,
             tracker,
             frame,
@@ -254,8 +322,10 @@ impl Framed {
         } = self;
         let passage = frame.vm.restore(&state.vm.vm, clock);
         let passage = passage.map_err(RestoreError::from)?;
+        // Which looks whether it takes the state before anything else.
+        let host = host.answer()?;
         for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
-            let restored = vcpu.restore(&host, &saved.state, &passage);
+            let restored = vcpu.restore(host, &saved.state, &passage);
             let restored = restored.map_err(|source| RestoreError::Vcpu {
                 id: vcpu.id(),
                 source,

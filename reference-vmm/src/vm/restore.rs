@@ -3,10 +3,13 @@
 //! A machine that goes on from a snapshot.
 //!
 //! ```text
-//!   Snapshot::open ──► asked of KVM ──► devices opened ──► memory ──► irqchip, vCPUs, bus ──► states
-//!   (all is read       (does this host   (disks as they     (mapped,     (as for a boot)        clock, vCPUs,
-//!    and checked)       take them?)       were? locks)       or read)                           controllers, lines
+//!   Snapshot::open ──► VM ────► devices opened ──► memory ────► irqchip, vCPUs, bus ──► states
+//!   (all is read       (KVM is   (disks as they     (mapped,      (as for a boot)        clock, vCPUs,
+//!    and checked)       asked)    were? locks)       or read)                            controllers, lines
 //! ```
+//!
+//! What KVM takes of a state is checked before memory is read, or asked for elsewhere; where it is mapped, or comes from files
+//! here, as late as the states are set, so that nothing waits for the answer.
 //!
 //! Or memory is made, and comes when it is touched ([`lazy`](crate::lazy)): from there on every access of this process and
 //! of KVM may wait for it.
@@ -17,7 +20,7 @@ use std::sync::Arc;
 use super::blank::Blank;
 use super::{BuildError, Machine};
 use crate::end::EndSignal;
-use crate::lazy::LazyMemory;
+use crate::lazy::{LazyMemory, Start};
 use crate::snapshot::{RestoreError, RestoreRequest, Snapshot};
 
 impl Machine {
@@ -40,14 +43,20 @@ impl Machine {
         let snapshot = Snapshot::open(request)?;
         let state = &snapshot.state;
         let blank = Blank::new(snapshot.config())?.lazy(request.lazy.is_some());
-        blank.check(&state.vcpus)?;
         let devices = snapshot.devices(&console)?;
         devices.check()?;
         let mut mapped = false;
-        let allocated = blank.allocate(end, |slots| {
+        let mut allocated = blank.allocate(end, |slots| {
             mapped = request.map && request.lazy.is_none() && snapshot.map(slots);
             mapped
         })?;
+        let is_quick = match &request.lazy {
+            Some(lazy) => lazy.page_server.is_none() && lazy.handler.is_none(),
+            None => mapped,
+        };
+        if !is_quick {
+            allocated.check(&state.vcpus)?;
+        }
         let lazy = match &request.lazy {
             None => {
                 snapshot.load(&allocated.memory(), mapped)?;
@@ -55,7 +64,9 @@ impl Machine {
             }
             // From here on whoever touches guest memory waits for it.
             Some(lazy) => {
-                let begun = LazyMemory::begin(lazy, snapshot.chain(), &allocated.memory(), end);
+                let starts = state.vcpus.iter().map(Start::of).collect();
+                let memory = allocated.memory();
+                let begun = LazyMemory::begin(lazy, snapshot.chain(), &memory, starts, end);
                 Some(begun.map_err(RestoreError::from)?)
             }
         };
