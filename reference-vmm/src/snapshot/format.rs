@@ -229,6 +229,9 @@ pub fn checksum(bytes: &[u8]) -> u32 {
     crc32fast::hash(bytes)
 }
 
+/// [`checksum`], of bytes that come part by part.
+pub type Checksum = crc32fast::Hasher;
+
 /// The bytes of a file `state` with these sections, in this order.
 pub fn encode(id: SnapshotId, sections: &[(Kind, Vec<u8>)]) -> Vec<u8> {
     let table_len = ENTRY * sections.len();

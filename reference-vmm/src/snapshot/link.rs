@@ -12,11 +12,11 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use super::files::{MEMORY, STATE};
-use super::format::{self, Kind, SnapshotId};
+use super::format::{self, Checksum, Kind, SnapshotId};
 use super::machine::StateError;
 use super::packed::{Duplicates, FIRST, Packed, Stored};
 use super::pages::{self, PageMap, Piece, Region};
@@ -26,6 +26,8 @@ use super::restore::{NoSnapshot, RestoreError};
 
 /// Bytes of pieces that have been taken out of a compressed file and are kept, in case that they are asked for again.
 const KEPT: u64 = 64 << 20;
+/// What is read at a time of a piece that is compared with its checksum, bytes: less than a processor's nearest caches have.
+const PART: usize = 32 << 10;
 
 /// A snapshot whose files are open. What is opened stays what it is, though the name be another snapshot's then.
 #[derive(Debug)]
@@ -48,11 +50,45 @@ pub struct Link {
 struct AsRead {
     /// Of each piece, whether it has been compared with its checksum; none where nobody wants that.
     checked: Option<Vec<AtomicBool>>,
+    /// Those that are being compared: who wants one of them waits for that, and does not read it as well.
+    under_way: Mutex<Vec<usize>>,
+    /// Of [`under_way`](Self::under_way).
+    done: Condvar,
     /// What the file was when it began.
     modified: Option<SystemTime>,
     len: u64,
     /// Where in the guest the file has something, once somebody has looked.
     data: OnceLock<Ranges>,
+}
+
+/// A piece that is being compared with its checksum, by who has this.
+struct Turn<'a>(&'a AsRead, usize);
+
+impl AsRead {
+    /// Waits while another compares this piece.
+    fn turn(&self, number: usize) -> Turn<'_> {
+        // What is in it is whole after each statement.
+        let mut under_way = self
+            .under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        while under_way.contains(&number) {
+            let waited = self.done.wait(under_way);
+            under_way = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        under_way.push(number);
+        Turn(self, number)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let under_way = self.0.under_way.lock();
+        let mut under_way = under_way.unwrap_or_else(PoisonError::into_inner);
+        under_way.retain(|number| *number != self.1);
+        drop(under_way);
+        self.0.done.notify_all();
+    }
 }
 
 impl Link {
@@ -143,6 +179,8 @@ impl Link {
         let pieces = self.map.pieces.iter();
         self.as_read = Some(AsRead {
             checked: verify.then(|| pieces.map(|_| AtomicBool::new(false)).collect()),
+            under_way: Mutex::default(),
+            done: Condvar::new(),
             modified: is.modified().ok(),
             len: is.len(),
             data: OnceLock::new(),
@@ -227,10 +265,7 @@ impl Link {
             && let Some((number, place)) = self.map.locate(at)
         {
             if self.packed.is_none() && self.is_unchecked(number) && !self.is_zero_piece(number) {
-                let mut piece = vec![0; place.len as usize];
-                let read = self.read_at(&mut piece, place.offset);
-                read.map_err(|source| self.unreadable(source))?;
-                self.check_piece(number, place, &piece)?;
+                self.read_checked(number, place, 0, &mut [])?;
             }
             at = place.guest + place.len;
         }
@@ -327,28 +362,17 @@ impl Link {
             let skip = at - place.guest;
             let len = (place.len - skip).min(rest.len() as u64);
             let (now, later) = rest.split_at_mut(len as usize);
-            let part = skip as usize..(skip + len) as usize;
             match &self.packed {
                 // The state says so, whatever the file has.
                 None if self.as_read.is_some() && self.is_zero_piece(number) => now.fill(0),
-                None if self.is_unchecked(number) && len == place.len => {
-                    let read = self.read_at(now, place.offset);
-                    read.map_err(|source| self.unreadable(source))?;
-                    self.check_piece(number, place, now)?;
-                }
-                None if self.is_unchecked(number) => {
-                    let mut piece = vec![0; place.len as usize];
-                    let read = self.read_at(&mut piece, place.offset);
-                    read.map_err(|source| self.unreadable(source))?;
-                    self.check_piece(number, place, &piece)?;
-                    now.copy_from_slice(piece.get(part).unwrap_or_default());
-                }
+                None if self.is_unchecked(number) => self.read_checked(number, place, skip, now)?,
                 None => {
                     let read = self.read_at(now, place.offset + skip);
                     read.map_err(|source| self.unreadable(source))?;
                 }
                 Some(_) => {
                     let piece = self.piece(number, place)?;
+                    let part = skip as usize..(skip + len) as usize;
                     now.copy_from_slice(piece.get(part).unwrap_or_default());
                 }
             }
@@ -370,18 +394,76 @@ impl Link {
         checked.is_some_and(|checked| !checked.load(Ordering::Relaxed))
     }
 
+    /// Reads a piece part by part, compares it with its checksum, and gives what begins at `skip` in it. Memory that nobody
+    /// has had before costs more than the reading: no more is taken than a part. What was checked by another meanwhile is read.
+    fn read_checked(
+        &self,
+        number: usize,
+        place: Region,
+        skip: u64,
+        out: &mut [u8],
+    ) -> Result<(), RestoreError> {
+        let _turn = self.as_read.as_ref().map(|of| of.turn(number));
+        if !self.is_unchecked(number) {
+            let read = self.read_at(out, place.offset + skip);
+            return read.map_err(|source| self.unreadable(source));
+        }
+        self.will_need(place);
+        let wanted = skip as usize..skip as usize + out.len();
+        let mut sum = Checksum::new();
+        let mut part = vec![0; PART.min(place.len as usize)];
+        let mut at = 0;
+        while at < place.len as usize {
+            let len = part.len().min(place.len as usize - at);
+            let now = part.get_mut(..len).unwrap_or_default();
+            let read = self.read_at(now, place.offset + at as u64);
+            read.map_err(|source| self.unreadable(source))?;
+            sum.update(now);
+            let both = wanted.start.max(at)..wanted.end.min(at + len);
+            if !both.is_empty()
+                && let Some(to) = out.get_mut(both.start - skip as usize..both.end - skip as usize)
+            {
+                to.copy_from_slice(now.get(both.start - at..both.end - at).unwrap_or_default());
+            }
+            at += len;
+        }
+        let piece = self.map.pieces.get(number).copied().unwrap_or_default();
+        let written = piece.checksum.unwrap_or_default();
+        match differs_from(written, sum.finalize()) {
+            Some(what) => Err(self.damaged(place, what)),
+            None => {
+                self.is_checked_now(number);
+                Ok(())
+            }
+        }
+    }
+
+    /// Has the kernel read a piece as a whole, as it would not if it were read part by part.
+    fn will_need(&self, place: Region) {
+        use std::os::fd::AsRawFd;
+        let Ok(file) = self.file() else { return };
+        let (from, len) = (place.offset as libc::off_t, place.len as libc::off_t);
+        // SAFETY: an open descriptor, and no pointer. Where that cannot be done, nothing is lost.
+        let _ =
+            unsafe { libc::posix_fadvise(file.as_raw_fd(), from, len, libc::POSIX_FADV_WILLNEED) };
+    }
+
     /// Compares a piece with its checksum.
     fn check_piece(&self, number: usize, place: Region, bytes: &[u8]) -> Result<(), RestoreError> {
         let piece = self.map.pieces.get(number).copied().unwrap_or_default();
         if let Some(what) = differs(piece, bytes) {
             return Err(self.damaged(place, what));
         }
+        self.is_checked_now(number);
+        Ok(())
+    }
+
+    fn is_checked_now(&self, number: usize) {
         let checked = self.as_read.as_ref().and_then(|of| of.checked.as_ref());
         if let Some(checked) = checked.and_then(|of| of.get(number)) {
             // Relaxed: see above.
             checked.store(true, Ordering::Relaxed);
         }
-        Ok(())
     }
 
     /// Refuses a file that was written to since [`check_as_read`](Self::check_as_read).
@@ -674,12 +756,13 @@ fn differs(piece: Piece, bytes: &[u8]) -> Option<String> {
     match piece.checksum {
         None if pages::is_zero(bytes) => None,
         None => Some("it was zero, and is not".into()),
-        Some(written) => {
-            let found = format::checksum(bytes);
-            (found != written)
-                .then(|| format!("the checksum is {found:#010x}, and {written:#010x} was written"))
-        }
+        Some(written) => differs_from(written, format::checksum(bytes)),
     }
+}
+
+fn differs_from(written: u32, found: u32) -> Option<String> {
+    (found != written)
+        .then(|| format!("the checksum is {found:#010x}, and {written:#010x} was written"))
 }
 
 /// `lseek`: where data, or a hole, is next.
