@@ -12,14 +12,15 @@
 //! ours goes where it went before.
 //!
 //! # Why it is sound
-//! What is called in the handler does nothing but loads of atomics and system calls that are safe there (`write` to an
-//! eventfd and to stderr, `nanosleep`, `tcsetattr`, `_exit`), takes no lock that it would wait for, and allocates nothing. It
-//! comes back only where the address is none of a guest's.
+//! What is called in the handler does nothing but loads and stores of atomics and system calls that are safe there (`write` to
+//! an eventfd, which is never closed, and to stderr, `nanosleep`, `tcsetattr`, `_exit`), takes no lock that it would wait for,
+//! and allocates nothing. It comes back only where the address is none of a guest's.
 
+use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_core::{BusErrors, BusErrorsError, HostAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
@@ -32,23 +33,46 @@ const PARKED_SECONDS: u32 = 12;
 /// Machines whose memory may be looked for, and ranges of each.
 const RANGES: usize = 64;
 
-/// A range of guest memory; none where the end is 0. Written under [`WRITER`]: the others, then the end with release, which
+/// A range of guest memory; none where the end is 0. Written under [`KNOWN`]: the others, then the end with release, which
 /// pairs with the handler's acquire.
 struct Place {
     start: AtomicUsize,
     end: AtomicUsize,
-    /// The eventfd of its machine, or -1.
-    tell: AtomicI32,
+    /// A thread is parked there, and its machine has not been told.
+    parked: AtomicBool,
 }
 
 static PLACES: [Place; RANGES] = [const {
     Place {
         start: AtomicUsize::new(0),
         end: AtomicUsize::new(0),
-        tell: AtomicI32::new(-1),
+        parked: AtomicBool::new(false),
     }
 }; RANGES];
-static WRITER: Mutex<()> = Mutex::new(());
+
+/// The descriptor of the process's eventfd, which is written to when a thread is parked; -1 before there is one. Written under
+/// [`KNOWN`], before any place is.
+static BELL: AtomicI32 = AtomicI32::new(-1);
+
+/// Whose the places are.
+static KNOWN: Mutex<Known> = Mutex::new(Known {
+    machines: Vec::new(),
+    bell: None,
+    hears: false,
+});
+
+struct Known {
+    machines: Vec<(Vec<usize>, Arc<Events>)>,
+    /// For the process's life.
+    bell: Option<Arc<EventFd>>,
+    /// A thread waits at it.
+    hears: bool,
+}
+
+fn known() -> MutexGuard<'static, Known> {
+    // What is in it is whole after each statement.
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 const LAST_WORDS: &[u8] = b"reference-vmm: a thread that needs guest memory which did not come keeps the guest from being stopped: the monitor ends\n";
 
@@ -72,10 +96,12 @@ fn park(HostAddress(address): HostAddress) -> bool {
     let Some(place) = place else {
         return false;
     };
-    let tell = place.tell.load(Ordering::Relaxed);
+    // Release: who hears the bell finds it.
+    place.parked.store(true, Ordering::Release);
+    let bell = BELL.load(Ordering::Relaxed);
     let one = 1u64.to_ne_bytes();
-    // SAFETY: eight bytes; a descriptor that is none, or another's by now, is refused or is a machine's that is over.
-    unsafe { libc::write(tell, one.as_ptr().cast(), one.len()) };
+    // SAFETY: eight bytes; the descriptor is -1, which is refused, or the eventfd's, which is never closed. It cannot be full.
+    unsafe { libc::write(bell, one.as_ptr().cast(), one.len()) };
     for _ in 0..PARKED_SECONDS {
         let second = libc::timespec {
             tv_sec: 1,
@@ -93,17 +119,23 @@ fn park(HostAddress(address): HostAddress) -> bool {
 }
 
 /// The memory of a machine, while some of it may not come.
-pub(super) struct Parked {
-    places: Vec<usize>,
-    tell: Option<Arc<EventFd>>,
-}
+pub(super) struct Parked(Arc<Events>);
 
 impl Parked {
-    /// These addresses are guest memory until this is dropped. A thread that is parked there is told to `events`.
+    /// These addresses are guest memory until this is dropped. A thread that is parked there is told to `events`, when
+    /// [somebody hears](hear) of it.
     pub(super) fn new(hosts: Vec<Range<usize>>, events: Arc<Events>) -> Self {
-        let _alone = WRITER.lock().unwrap_or_else(PoisonError::into_inner);
-        let tell = told(events);
-        let fd = tell.as_ref().map_or(-1, |tell| tell.as_raw_fd());
+        let mut known = known();
+        if known.bell.is_none() {
+            match EventFd::new(EFD_CLOEXEC) {
+                // Relaxed: published with the places.
+                Ok(bell) => {
+                    BELL.store(bell.as_raw_fd(), Ordering::Relaxed);
+                    known.bell = Some(Arc::new(bell));
+                }
+                Err(error) => log::warn!("{NOBODY}: {error}"),
+            }
+        }
         let mut places = Vec::new();
         for host in hosts {
             let free = |place: &Place| place.end.load(Ordering::Relaxed) == 0;
@@ -113,40 +145,71 @@ impl Parked {
             };
             if let Some(place) = PLACES.get(at) {
                 place.start.store(host.start, Ordering::Relaxed);
-                place.tell.store(fd, Ordering::Relaxed);
+                place.parked.store(false, Ordering::Relaxed);
                 place.end.store(host.end, Ordering::Release);
             }
             places.push(at);
         }
-        Parked { places, tell }
+        known.machines.push((places, Arc::clone(&events)));
+        Parked(events)
     }
-}
-
-/// Tells `events` of a thread that was parked: from a thread of its own, for a signal's handler cannot. It ends with the
-/// eventfd's first word.
-fn told(events: Arc<Events>) -> Option<Arc<EventFd>> {
-    let tell = Arc::new(EventFd::new(EFD_CLOEXEC).ok()?);
-    let of = Arc::clone(&tell);
-    let thread = std::thread::Builder::new().name("lazy-bus".into());
-    let run = move || {
-        // A word of two is the machine's end.
-        if let Ok(1) = of.read() {
-            events.parked();
-        }
-    };
-    thread.spawn(run).ok().map(|_| tell)
 }
 
 impl Drop for Parked {
     fn drop(&mut self) {
-        let _alone = WRITER.lock().unwrap_or_else(PoisonError::into_inner);
-        for place in self.places.iter().filter_map(|at| PLACES.get(*at)) {
-            place.end.store(0, Ordering::Relaxed);
+        let mut known = known();
+        let own = |(_, events): &(_, Arc<Events>)| Arc::ptr_eq(events, &self.0);
+        while let Some(at) = known.machines.iter().position(own) {
+            let (places, _) = known.machines.swap_remove(at);
+            for place in places.iter().filter_map(|at| PLACES.get(*at)) {
+                place.end.store(0, Ordering::Relaxed);
+            }
         }
-        if let Some(tell) = &self.tell {
-            // The thread holds the descriptor until then. It cannot be full.
-            let _ = tell.write(2);
+    }
+}
+
+const NOBODY: &str =
+    "nobody is told of a thread that needs memory which did not come, and the process ends with it";
+
+/// From now on machines are told of threads that are parked, and of those that have been: by a thread of the process's, which a
+/// signal's handler cannot start. It costs a tenth of a millisecond, which a guest's beginning need not wait for.
+pub(super) fn hear() {
+    let mut known = known();
+    let Some(bell) = known.bell.clone().filter(|_| !known.hears) else {
+        return;
+    };
+    let thread = std::thread::Builder::new().name("lazy-bus".into());
+    match thread.spawn(move || listen(&bell)) {
+        Ok(_) => known.hears = true,
+        Err(error) => log::warn!("{NOBODY}: {error}"),
+    }
+}
+
+fn listen(bell: &EventFd) {
+    loop {
+        match bell.read() {
+            Ok(_) => tell(),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                log::error!("{NOBODY}: {error}");
+                return;
+            }
         }
+    }
+}
+
+/// Tells the machines at whose memory a thread is parked.
+fn tell() {
+    let known = known();
+    let machines = known.machines.iter().filter(|(places, _)| {
+        let mut places = places.iter().filter_map(|at| PLACES.get(*at));
+        // Acquire: pairs with the handler's. One is enough: a machine has one end.
+        places.any(|place| place.parked.swap(false, Ordering::Acquire))
+    });
+    let told: Vec<_> = machines.map(|(_, events)| Arc::clone(events)).collect();
+    drop(known);
+    for events in told {
+        events.parked();
     }
 }
 
@@ -163,7 +226,7 @@ mod tests {
 
     const CHILD: &str = "LAZY_BUS_CHILD";
 
-    /// In a process of its own, for the handler is a process's: a thread touches a page that was poisoned, another waits for
+    /// In a process of its own, for the handler is a process's: a thread (or two) touches a page that was poisoned, another waits for
     /// the end, and all of it ends with status 42.
     #[test]
     fn child() {
@@ -191,11 +254,24 @@ mod tests {
         };
         let _parked = Parked::new(ranges, events);
         let at = memory.host().0;
-        std::thread::spawn(move || {
+        let touch = move || {
             // SAFETY: mapped for as long as the process lives.
             let byte = unsafe { (at as *const u8).read_volatile() };
             panic!("it went on with {byte}");
-        });
+        };
+        let late = what == "ours, two before anybody hears";
+        if !late {
+            hear();
+        }
+        std::thread::spawn(touch);
+        if late {
+            std::thread::spawn(touch);
+            let bell = BELL.load(Ordering::Relaxed);
+            while count_of(bell) < 2 {
+                std::thread::yield_now();
+            }
+            hear();
+        }
         while !end.is_told() {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -204,6 +280,15 @@ mod tests {
         };
         assert_eq!(why, "a device needs what is lost: the reason");
         std::process::exit(42);
+    }
+
+    /// What an eventfd has counted.
+    fn count_of(eventfd: i32) -> u64 {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{eventfd}")).unwrap();
+        let line = info
+            .lines()
+            .find_map(|line| line.strip_prefix("eventfd-count:"));
+        u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
     }
 
     fn run(what: &str) -> std::process::ExitStatus {
@@ -216,6 +301,7 @@ mod tests {
     fn who_touches_what_did_not_come_is_parked_and_the_end_is_told() {
         assert_eq!(run("ours").code(), Some(42));
         assert_eq!(run("ours, after one that was sent").code(), Some(42));
+        assert_eq!(run("ours, two before anybody hears").code(), Some(42));
     }
 
     #[test]

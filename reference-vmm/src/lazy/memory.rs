@@ -13,8 +13,9 @@ use memslots::uffd::{Features, Modes, Registration, Uffd};
 use memslots::{Gfn, PAGE_SIZE};
 
 use super::arrive::{Enough, NEAR, Waits, faults};
-use super::bus::Parked;
+use super::bus::{self, Parked};
 use super::events::Events;
+use super::first::{self, Start};
 use super::handler::Handler;
 use super::kept::KeptFirst;
 use super::peer::RemoteSource;
@@ -120,8 +121,8 @@ impl State {
 }
 
 impl LazyMemory {
-    /// Has the memory of `table`, which is empty, come from `chain` as `request` says. A page that does not come is told to
-    /// `end`. When this returns faults are served.
+    /// Has the memory of `table`, which is empty, come from `chain` as `request` says, and first what vCPUs touch that go on at
+    /// `starts`. A page that does not come is told to `end`. When this returns faults are served.
     ///
     /// # Errors
     /// [`LazyError`]; nothing is left behind.
@@ -129,6 +130,7 @@ impl LazyMemory {
         request: &LazyRequest,
         chain: &Arc<Chain>,
         table: &SlotTable,
+        starts: Vec<Start>,
         end: &Arc<EndSignal>,
     ) -> Result<Self, LazyError> {
         if request.handler.is_some() && request.page_server.is_some() {
@@ -199,6 +201,7 @@ impl LazyMemory {
             let told = Arc::clone(&events);
             let handler =
                 Handler::hand_off(path, request.deadline, uffd, registrations, regions, told)?;
+            bus::hear();
             return Ok(LazyMemory {
                 shared: shared(LazyState::External, None, Vec::new(), source, sets),
                 thread: None,
@@ -234,6 +237,7 @@ impl LazyMemory {
         } else if let Some(replay) = &replay {
             config.record = Some(Arc::clone(replay.recorder()));
         }
+        let source_of = Arc::clone(&of);
         let of = match replay.as_mut().and_then(Replay::take_kept) {
             Some(kept) => Arc::new(KeptFirst::new(kept, of)),
             None => of,
@@ -252,7 +256,12 @@ impl LazyMemory {
             let enough = move |_: LastWord, _: Duration| remote.close();
             shared.lock().enough = Some(Box::new(enough));
         }
-        let bring = move |of: &Shared| of.bring(recording, replay, &slots);
+        let bring = move |of: &Shared| {
+            if recording.is_none() {
+                of.bring_first(&first::pages(&starts, &*source_of), &slots);
+            }
+            of.bring(recording, replay, &slots);
+        };
         LazyMemory::with_thread(shared, request.on_loss, parked, bring)
     }
 
@@ -436,6 +445,7 @@ impl Shared {
         replay: Option<Replay>,
         slots: &[Range<u64>],
     ) {
+        bus::hear();
         // Where all is wanted at once its pages are kept behind that.
         let left = recording.filter(|recording| {
             self.record(recording);
@@ -569,6 +579,19 @@ impl Shared {
         state.recorded = true;
         self.changed.notify_all();
         state.phase == LazyState::Recording
+    }
+
+    /// What vCPUs touch first: a few pages, for which there is room.
+    fn bring_first(&self, pages: &[Gfn], slots: &[Range<u64>]) {
+        let pager = self.pager();
+        for gfn in pages {
+            let at = gfn.0.saturating_mul(PAGE_SIZE);
+            let slot = slots.iter().position(|range| range.contains(&at));
+            if let (Some(slot), Some(pager)) = (slot, &*pager) {
+                // A hint: who touches it has it brought.
+                let _ = pager.prefetch(slot, *gfn..Gfn(gfn.0 + 1));
+            }
+        }
     }
 
     fn read_ahead(&self, replay: &Replay, slots: &[Range<u64>]) {

@@ -68,6 +68,7 @@ mod arrive;
 pub(crate) mod bus;
 mod error;
 mod events;
+mod first;
 mod handler;
 pub mod kept;
 mod memory;
@@ -82,6 +83,7 @@ use std::time::Duration;
 
 pub(crate) use arrive::check;
 pub use error::LazyError;
+pub(crate) use first::Start;
 pub(crate) use memory::LazyMemory;
 pub use peer::PageServerAt;
 pub use said::LazySaid;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! A machine out of a snapshot, and signals while it is made: whoever makes it may wait for memory that is brought by another
-//! process, for as long as a page may take.
+//! process, for as long as a page may take. Of files here a page takes no longer than their disk.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -30,7 +30,8 @@ impl<S> Session<'_, S> {
         end: &Arc<EndSignal>,
         sweep: impl Fn() + Sync,
     ) -> Result<Machine, BuildError> {
-        if request.lazy.is_none() {
+        let lazy = request.lazy.as_ref();
+        if lazy.is_none_or(|lazy| lazy.page_server.is_none() && lazy.handler.is_none()) {
             return Machine::restore(request, io::stdout(), end);
         }
         // Written once the machine is made: the guest waits for the thread's end, and so for nothing.
