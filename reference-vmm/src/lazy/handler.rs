@@ -8,6 +8,7 @@
 //! which pages of memory are there.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -194,27 +195,51 @@ fn waiting(fdinfo: &str) -> Option<u64> {
     line.trim().parse().ok()
 }
 
+/// Shows which pages of this memory are there, some at a time: the first one's number, and a byte for each, whose lowest bit
+/// says so.
+fn residence(range: Range<usize>, mut see: impl FnMut(u64, &[u8])) -> io::Result<()> {
+    const CHUNK: usize = 1 << 20;
+    let each = PAGE_SIZE as usize;
+    let mut pages = vec![0u8; CHUNK.min(range.len() / each)];
+    let mut at = range.start;
+    while at < range.end {
+        let len = (range.end - at).min(pages.len() * each);
+        // SAFETY: mapped for as long as the registration is there, in whole pages, with a byte of room for each.
+        let asked = unsafe { libc::mincore(at as *mut _, len, pages.as_mut_ptr()) };
+        if asked != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let first = ((at - range.start) / each) as u64;
+        see(first, pages.get(..len / each).unwrap_or_default());
+        at += len;
+    }
+    Ok(())
+}
+
 /// Pages of registered memory that are there.
 fn present(registrations: &[Registration]) -> io::Result<u64> {
-    const CHUNK: usize = 1 << 20;
-    let mut pages = vec![0u8; CHUNK];
-    let each = PAGE_SIZE as usize;
     let mut count = 0;
     for range in registrations.iter().map(Registration::host_range) {
-        let mut at = range.start;
-        while at < range.end {
-            let len = (range.end - at).min(CHUNK * each);
-            // SAFETY: mapped for as long as the registration is there, in whole pages, with a byte of room for each.
-            let asked = unsafe { libc::mincore(at as *mut _, len, pages.as_mut_ptr()) };
-            if asked != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            let there = pages.iter().take(len / each).filter(|page| **page & 1 != 0);
-            count += there.count() as u64;
-            at += len;
-        }
+        residence(range, |_, pages| {
+            count += pages.iter().filter(|page| **page & 1 != 0).count() as u64;
+        })?;
     }
     Ok(count)
+}
+
+/// The runs of a registration's pages that are not there, from 0 on.
+fn missing(registration: &Registration) -> io::Result<Vec<Range<Gfn>>> {
+    let mut runs: Vec<Range<Gfn>> = Vec::new();
+    residence(registration.host_range(), |first, pages| {
+        let absent = (first..).zip(pages).filter(|(_, page)| **page & 1 == 0);
+        for (number, _) in absent {
+            match runs.last_mut() {
+                Some(run) if run.end.0 == number => run.end.0 += 1,
+                _ => runs.push(Gfn(number)..Gfn(number + 1)),
+            }
+        }
+    })?;
+    Ok(runs)
 }
 
 impl Given {
@@ -270,12 +295,17 @@ impl Given {
         self.poison();
     }
 
-    /// Poisons what is not there, and wakes who waits for it.
+    /// Poisons what is not there, and wakes who waits for it. To try it with each page that is costs as much time as memory is
+    /// large: a second for 4 GiB.
     fn poison(&self) {
-        let slots = self
-            .registrations
-            .iter()
-            .map(|of| PagedSlot::new(of, Gfn(0), Arc::new(Nothing)));
+        let slots = self.registrations.iter().map(|of| {
+            let slot = PagedSlot::new(of, Gfn(0), Arc::new(Nothing))?;
+            Ok(match missing(of) {
+                Ok(runs) => slot.only(runs),
+                // Each is tried.
+                Err(_) => slot,
+            })
+        });
         let config = PagerConfig {
             give_up: GiveUp::Poison,
             ..PagerConfig::default()
