@@ -180,6 +180,15 @@ proptest! {
     }
 
     #[test]
+    fn a_part_of_a_record_has_what_was_touched_by_then(record in some_record(), millis in 0u64..2000) {
+        let until = Duration::from_millis(millis);
+        let part = record.until(until);
+        let runs: Vec<_> = record.runs().iter().filter(|run| run.after <= until).copied().collect();
+        prop_assert_eq!(part.runs(), &runs);
+        prop_assert_eq!(WorkingSet::decode(&part.encode()).unwrap(), part);
+    }
+
+    #[test]
     fn a_heat_map_has_each_cell_once(record in some_record(), columns in 0usize..70, rows in 0usize..40) {
         let map = HeatMap::new(&record, columns, rows);
         let (text, svg) = (map.to_text(), map.to_svg());

@@ -12,7 +12,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use async_pf::working_set::{Recorder, WorkingSet};
 use guests::verifier::{FIRST, PAGES, PASSES, key, verifier64};
+use memslots::Gfn;
 use reference_vmm::config::Irqchip;
 use reference_vmm::end::GuestEnd;
 use reference_vmm::lazy::{LazyRequest, LazyState, OnLoss, WORKING_SET, WORKING_SET_PAGES};
@@ -227,7 +229,7 @@ fn what_is_recorded_at_one_restore_is_read_ahead_at_the_next() {
     // One pass is all that it touches.
     guest.hear(2);
     guest.running.settle_memory().unwrap();
-    let recorded = async_pf::working_set::WorkingSet::load(&record).unwrap();
+    let recorded = WorkingSet::load(&record).unwrap();
     let first = FIRST / 4096;
     let touched: Vec<_> = recorded.order().map(|gfn| gfn.0).collect();
     let all = (first..first + PAGES).all(|gfn| touched.contains(&gfn));
@@ -309,6 +311,71 @@ fn what_is_recorded_at_one_restore_is_read_ahead_at_the_next() {
     guest.snapshot(&SnapshotRequest::new(&other));
     assert!(!other.join(WORKING_SET).exists());
     guest.has_all();
+}
+
+/// A record of these pages of `dir`'s guest, all of them touched within the first millisecond but the last.
+fn record_of(dir: &Path, pages: impl Iterator<Item = u64>, last: Duration) {
+    let id = info::SnapshotInfo::read(dir).unwrap().id.0;
+    let recorder = Recorder::new(Gfn(0), 16_384, 16_384, id).unwrap();
+    let pages: Vec<_> = pages.map(Gfn).collect();
+    let (end, others) = pages.split_last().unwrap();
+    for page in others {
+        recorder.touch_at(*page, Duration::ZERO);
+    }
+    recorder.touch_at(*end, last);
+    recorder.finish().save(&dir.join(WORKING_SET)).unwrap();
+}
+
+/// Until all of it is there, without anybody's asking for that.
+fn comes_by_itself(guest: &Guest) {
+    let begun = Instant::now();
+    while state(&guest.running) != LazyState::Whole {
+        assert!(begun.elapsed() < WATCHDOG);
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_record_that_misses_much_is_extended_and_one_that_is_right_or_of_no_use_stays() {
+    need_kvm();
+    let (_folder, dir) = place();
+    taken(1, "64M", &SnapshotRequest::new(&dir));
+    let path = dir.join(WORKING_SET);
+    let first = FIRST / 4096;
+    // The guest is through with its pages in less, and is not there yet in a moment.
+    let long = Duration::from_secs(3);
+    let begun = Instant::now();
+
+    // Few, so that it has missed much within a second on a slow host as well.
+    record_of(&dir, first..first + 32, long);
+    let had = WorkingSet::load(&path).unwrap();
+    let mut guest = Guest::restore(&lazy(&dir));
+    guest.hear(2);
+    comes_by_itself(&guest);
+    while WorkingSet::load(&path).unwrap() == had {
+        assert!(begun.elapsed() < WATCHDOG);
+        std::thread::yield_now();
+    }
+    let now = WorkingSet::load(&path).unwrap();
+    assert_eq!(now.runs()[..had.runs().len()], *had.runs());
+    assert!(
+        now.touched() > had.touched() + PAGES / 4,
+        "{}",
+        now.touched()
+    );
+    guest.has_all();
+
+    // What it touches, and what it does not: the one is kept, of the other it is only told.
+    for from in [first, 8192] {
+        record_of(&dir, from..from + PAGES, long);
+        let had = WorkingSet::load(&path).unwrap();
+        let mut guest = Guest::restore(&lazy(&dir));
+        guest.hear(2);
+        comes_by_itself(&guest);
+        // The machine's end is behind the thread's that would save it.
+        guest.has_all();
+        assert_eq!(WorkingSet::load(&path).unwrap(), had);
+    }
 }
 
 /// The offset of a page in the plain file `memory` of a guest with 16 MiB.

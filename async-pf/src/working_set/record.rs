@@ -105,6 +105,15 @@ impl WorkingSet {
         self.runs.iter().flat_map(pages)
     }
 
+    /// What of it was touched no later than so long after the recording began.
+    pub fn until(&self, after: Duration) -> Self {
+        let in_time = self.runs.iter().take_while(|run| run.after <= after);
+        Self {
+            runs: in_time.copied().collect(),
+            ..self.clone()
+        }
+    }
+
     /// This record with what another of the same memory has beside it, behind it: the cheap way to keep one up to date
     /// whose guest has begun to use more.
     ///

@@ -442,7 +442,7 @@ impl Shared {
     pub(super) fn bring(
         &self,
         recording: Option<Recording>,
-        replay: Option<Replay>,
+        mut replay: Option<Replay>,
         slots: &[Range<u64>],
     ) {
         bus::hear();
@@ -451,9 +451,12 @@ impl Shared {
             self.record(recording);
             !self.keep(recording, &|| self.is_to_go_on())
         });
-        match (&replay, &self.from) {
+        match (&mut replay, &self.from) {
             // It wants that at once.
-            (Some(replay), _) => self.read_ahead(replay, slots),
+            (Some(replay), _) => {
+                self.read_ahead(replay, slots);
+                self.let_it_use(replay);
+            }
             (None, From::Snapshot(..)) => self.let_it_start(),
             (None, From::Migration(..)) => {}
         }
@@ -482,8 +485,25 @@ impl Shared {
         if let Some(recording) = left {
             self.keep(&recording, &|| self.go_on());
         }
-        if let Some(replay) = replay {
-            replay.tell();
+        if let (Some(replay), From::Snapshot(_, sets)) = (replay, &self.from) {
+            sets.refresh(&replay);
+        }
+    }
+
+    /// Compares what was recorded with what is touched, before the rest is brought: of what is there nobody sees whether it is
+    /// touched. Unless that is wanted at once.
+    fn let_it_use(&self, replay: &mut Replay) {
+        let lasts = replay.lasts();
+        let mut state = self.lock();
+        while !state.close && !state.hurry {
+            let elapsed = self.begun.elapsed();
+            let left = lasts.saturating_sub(elapsed);
+            if left.is_zero() {
+                drop(state);
+                return replay.judge(elapsed);
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 

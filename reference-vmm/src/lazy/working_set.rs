@@ -4,13 +4,13 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_pf::PageSource;
 use async_pf::working_set::{
-    FileError, PlanLimits, Recorder, RefreshPolicy, ReplayPlan, Usage, WorkingSet,
+    FileError, PlanLimits, Recorder, Refresh, RefreshPolicy, ReplayPlan, Usage, WorkingSet,
 };
 use memslots::Gfn;
 
@@ -29,6 +29,8 @@ pub const WORKING_SET_PAGES: &str = "working_set_pages";
 
 /// The most pages that are recorded.
 const MOST: usize = 1 << 20;
+/// How long a record is compared with what is touched, at most.
+const COMPARED: Duration = Duration::from_secs(1);
 
 /// The records of a snapshot.
 pub(super) struct WorkingSets {
@@ -51,6 +53,16 @@ pub(super) struct Replay {
     recorder: Arc<Recorder>,
     /// Its first pages, until they are taken.
     kept: Option<Kept>,
+    /// How right it was, once that is known.
+    judged: Option<Judged>,
+}
+
+/// What a restore showed of the record that it read ahead by.
+struct Judged {
+    usage: Usage,
+    refresh: Refresh,
+    /// What was touched, and was not there.
+    touched: WorkingSet,
 }
 
 impl WorkingSets {
@@ -123,6 +135,7 @@ impl WorkingSets {
             plan,
             recorder,
             kept,
+            judged: None,
         });
         (None, replay)
     }
@@ -131,11 +144,39 @@ impl WorkingSets {
     /// saved is told of: the guest has lost nothing.
     pub(super) fn save(&self, recording: &Recording) {
         let record = recording.recorder.so_far();
+        self.put(&self.dir.join(WORKING_SET), &record);
+    }
+
+    /// Saves a record that has aged with what was touched beside it, or says that it is to be made anew. Blocks for the disk.
+    pub(super) fn refresh(&self, replay: &Replay) {
+        let Some(judged) = &replay.judged else {
+            return;
+        };
         let path = self.dir.join(WORKING_SET);
+        match judged.refresh {
+            Refresh::Extend => {
+                let record = replay.record.with_missed(&judged.touched);
+                if record.touched() <= MOST as u64 {
+                    self.put(&path, &record);
+                }
+            }
+            Refresh::Record => {
+                let share = judged.usage.used_share().unwrap_or_default() * 100.0;
+                log::warn!(
+                    "the guest uses {share:.0} % of the working set that is read ahead ({}): record it anew, by a restore with \
+                     --record, or remove it",
+                    path.display()
+                );
+            }
+            _ => {}
+        }
+    }
+
+    fn put(&self, path: &Path, record: &WorkingSet) {
         let Some(_lock) = self.lock("working set is saved") else {
             return;
         };
-        match record.save(&path) {
+        match record.save(path) {
             Ok(()) => log::info!(
                 "the working set has {} pages: {}",
                 record.touched(),
@@ -221,10 +262,23 @@ impl Replay {
         reads.map(|read| read.first..Gfn(read.first.0 + read.pages))
     }
 
-    /// Says how right it was.
-    pub(super) fn tell(&self) {
-        let usage = Usage::compare(&self.record, &self.plan, &self.recorder.so_far());
-        let judged = RefreshPolicy::default().judge(&usage);
-        log::info!("the working set was used: {usage:?}, so {judged:?}");
+    /// How long it is compared with what is touched: as long as it was recorded, and no longer than a second, for what nobody
+    /// has touched is brought behind that.
+    pub(super) fn lasts(&self) -> Duration {
+        let last = self.record.runs().last();
+        last.map_or(Duration::ZERO, |run| run.after).min(COMPARED)
+    }
+
+    /// Compares it with what was touched until now, which is so long after the restore began.
+    pub(super) fn judge(&mut self, elapsed: Duration) {
+        let touched = self.recorder.so_far();
+        let usage = Usage::compare(&self.record.until(elapsed), &self.plan, &touched);
+        let refresh = RefreshPolicy::default().judge(&usage);
+        log::info!("the working set was used: {usage:?}, so {refresh:?}");
+        self.judged = Some(Judged {
+            usage,
+            refresh,
+            touched,
+        });
     }
 }
