@@ -413,6 +413,14 @@ fn a_load_is_taken_in_each_of_firecrackers_forms_that_says_the_same_here() {
             "record 4294967297",
         ),
         (
+            r#"{"snapshot_path": "/s", "lazy": false, "record": 3}"#,
+            "lazy is false, and",
+        ),
+        (
+            r#"{"snapshot_path": "/s", "lazy": false, "mem_backend": {"backend_type": "Uffd", "backend_path": "/h"}}"#,
+            "lazy is false, and",
+        ),
+        (
             r#"{"snapshot_path": "/s", "huge_pages": "2M"}"#,
             "huge_pages",
         ),

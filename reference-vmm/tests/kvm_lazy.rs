@@ -313,6 +313,36 @@ fn what_is_recorded_at_one_restore_is_read_ahead_at_the_next() {
     guest.has_all();
 }
 
+#[test]
+fn what_is_recorded_is_so_much_of_the_time_in_which_the_guest_runs() {
+    need_kvm();
+    let (_folder, dir) = place();
+    taken(1, "64M", &SnapshotRequest::new(&dir));
+    let second = Duration::from_secs(1);
+    let request = with(
+        &dir,
+        LazyRequest {
+            record: Some(second),
+            ..LazyRequest::default()
+        },
+    );
+    let mut guest = Guest::restore_paused(&request);
+    let record = dir.join(WORKING_SET);
+    // Longer than it is recorded; paused by now, and again before the second is over.
+    std::thread::sleep(second * 3 / 2);
+    assert_eq!(state(&guest.running), LazyState::Recording);
+    guest.running.resume().unwrap();
+    guest.running.pause().unwrap();
+    std::thread::sleep(second);
+    assert_eq!(state(&guest.running), LazyState::Recording);
+    assert!(!record.exists());
+    guest.running.resume().unwrap();
+    guest.hear(1);
+    comes_by_itself(&guest);
+    assert!(WorkingSet::load(&record).unwrap().touched() > 16);
+    guest.has_all();
+}
+
 /// A record of these pages of `dir`'s guest, all of them touched within the first millisecond but the last.
 fn record_of(dir: &Path, pages: impl Iterator<Item = u64>, last: Duration) {
     let id = info::SnapshotInfo::read(dir).unwrap().id.0;

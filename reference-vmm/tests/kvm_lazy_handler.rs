@@ -281,6 +281,18 @@ fn what_cannot_be_handed_off_is_refused_before_there_is_a_guest() {
     restore("/nowhere/handler")
         .expect_status(1)
         .expect_line(&["cannot connect to the page-fault handler at /nowhere/handler"]);
+    // What it brings first nobody here sees.
+    Vmm::command([
+        "restore",
+        "--page-handler=/nowhere/handler",
+        "--record",
+        "--from",
+    ])
+    .arg(&dir)
+    .limit(Duration::from_secs(60))
+    .output()
+    .expect_status(2)
+    .expect_line(&["--record and --page-handler"]);
 }
 
 #[test]

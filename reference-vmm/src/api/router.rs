@@ -168,8 +168,7 @@ struct Load {
     vsock_override: Option<VsockOverride>,
     clock_realtime: Option<bool>,
     /// Not Firecracker's.
-    #[serde(default)]
-    lazy: bool,
+    lazy: Option<bool>,
     on_loss: Option<Loss>,
     /// Seconds, and the next one.
     page_deadline: Option<u64>,
@@ -278,6 +277,24 @@ impl Load {
                 ))),
             }
         });
+        let lazy = LazySaid {
+            lazy: self.lazy == Some(true),
+            on_loss: self.on_loss.map(|on_loss| match on_loss {
+                Loss::Stop => OnLoss::Stop,
+                Loss::Poison => OnLoss::Poison,
+            }),
+            deadline: seconds("page_deadline", self.page_deadline)?,
+            record: seconds("record", self.record)?,
+            handler,
+            page_server,
+        };
+        if self.lazy == Some(false) && lazy.any() {
+            return Err(bad(
+                "lazy is false, and on_loss, page_deadline, record and a mem_backend of Uffd or PageServer each mean that it is \
+                 true: leave out the one or the other."
+                    .into(),
+            ));
+        }
         Ok(LoadRequest {
             nets: nets.collect::<Result<_, _>>()?,
             dir: self.snapshot_path,
@@ -285,17 +302,7 @@ impl Load {
             // The second is the first's older name.
             track: self.track_dirty_pages || self.enable_diff_snapshots,
             uds: self.vsock_override.map(|of| of.uds_path),
-            lazy: LazySaid {
-                lazy: self.lazy,
-                on_loss: self.on_loss.map(|on_loss| match on_loss {
-                    Loss::Stop => OnLoss::Stop,
-                    Loss::Poison => OnLoss::Poison,
-                }),
-                deadline: seconds("page_deadline", self.page_deadline)?,
-                record: seconds("record", self.record)?,
-                handler,
-                page_server,
-            },
+            lazy,
             clock: self.clock_realtime.map(|advanced| match advanced {
                 true => ClockRestore::Advanced,
                 false => ClockRestore::AsSaved,

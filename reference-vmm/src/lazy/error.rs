@@ -97,6 +97,12 @@ pub enum LazyError {
     /// Two are to bring memory.
     #[error("--page-server and --page-handler: one of the two brings the guest's memory")]
     Both,
+    /// What is to be recorded is not seen here.
+    #[error(
+        "--record and --page-handler: what the guest touches first, the page-fault handler in another process is told, and this \
+         monitor is not; record it without one"
+    )]
+    Unseen,
     /// Its protocol has words for a plain file alone.
     #[error(
         "a page-fault handler is told where each page is in the file `memory`, and that of {0} is {1}: restore it without \
@@ -147,6 +153,7 @@ impl LazyError {
             LazyError::Form(..)
             | LazyError::OtherSnapshot { .. }
             | LazyError::Tls(_)
+            | LazyError::Unseen
             | LazyError::Both => 2,
             // That nobody is there is the host's state.
             LazyError::PageServer {

@@ -29,6 +29,7 @@ use crate::migration::postcopy::LastWord;
 use crate::snapshot::chain::Chain;
 use crate::snapshot::pages;
 use crate::units;
+use crate::vm::RunState;
 
 /// How long who waits for all of it sleeps before it looks whether the guest has ended.
 const LOOK: Duration = Duration::from_millis(50);
@@ -90,6 +91,8 @@ pub(super) struct State {
     pub(super) stats: Stats,
     pub(super) took: Option<Duration>,
     /// The machine has started.
+    pub(super) started: bool,
+    /// Its guest does not stand still.
     pub(super) runs: bool,
     /// The machine is over.
     pub(super) close: bool,
@@ -110,6 +113,7 @@ impl State {
             phase,
             stats: Stats::default(),
             took: None,
+            started: false,
             runs: false,
             close: false,
             recorded: false,
@@ -135,6 +139,9 @@ impl LazyMemory {
     ) -> Result<Self, LazyError> {
         if request.handler.is_some() && request.page_server.is_some() {
             return Err(LazyError::Both);
+        }
+        if request.handler.is_some() && request.record.is_some() {
+            return Err(LazyError::Unseen);
         }
         if let (Some(_), Some(link)) = (&request.handler, chain.newest()) {
             let form = match (link.parent(), link.is_packed()) {
@@ -287,9 +294,10 @@ impl LazyMemory {
         })
     }
 
-    /// The machine has started: what it does not touch is brought as well.
-    pub(crate) fn machine_runs(&self) {
-        self.shared.lock().runs = true;
+    /// The machine has started, or was paused or resumed: what it does not touch is brought as well.
+    pub(crate) fn machine_is(&self, is: RunState) {
+        let mut state = self.shared.lock();
+        (state.started, state.runs) = (true, is == RunState::Running);
         self.shared.changed.notify_all();
     }
 
@@ -510,7 +518,7 @@ impl Shared {
     /// What nobody waits for is brought when the machine has started, or does not, and the guest has what it begins with.
     fn let_it_start(&self) {
         let mut state = self.lock();
-        while !state.runs && !state.close && !state.hurry {
+        while !state.started && !state.close && !state.hurry {
             let left = STARTS.saturating_sub(self.begun.elapsed());
             if left.is_zero() {
                 return;
@@ -564,15 +572,19 @@ impl Shared {
     }
 
     fn record(&self, recording: &Recording) {
-        let until = recording.until();
+        // A guest that stands still touches nothing.
+        let mut left = recording.time();
         let mut state = self.lock();
-        while !state.recorded {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
+        while !state.recorded && !left.is_zero() {
+            if !state.runs {
+                let waited = self.changed.wait(state);
+                state = waited.unwrap_or_else(PoisonError::into_inner);
+                continue;
             }
+            let begun = Instant::now();
             let waited = self.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            left = left.saturating_sub(begun.elapsed());
         }
         drop(state);
         if let From::Snapshot(_, sets) = &self.from {

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_pf::PageSource;
 use async_pf::working_set::{
@@ -43,7 +43,8 @@ pub(super) struct WorkingSets {
 /// One that is made.
 pub(super) struct Recording {
     recorder: Arc<Recorder>,
-    until: Instant,
+    /// For so long, of the time in which the guest runs.
+    time: Duration,
 }
 
 /// One that is read ahead by.
@@ -91,9 +92,7 @@ impl WorkingSets {
         };
         if let Some(time) = record {
             let recorder = recorder();
-            let until = Instant::now().checked_add(time);
-            let until = until.unwrap_or_else(Instant::now);
-            return (recorder.map(|recorder| Recording { recorder, until }), None);
+            return (recorder.map(|recorder| Recording { recorder, time }), None);
         }
         let path = self.dir.join(WORKING_SET);
         let record = match WorkingSet::load_of(&path, self.id.0) {
@@ -241,8 +240,8 @@ impl Recording {
         &self.recorder
     }
 
-    pub(super) fn until(&self) -> Instant {
-        self.until
+    pub(super) fn time(&self) -> Duration {
+        self.time
     }
 }
 

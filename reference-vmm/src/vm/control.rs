@@ -277,6 +277,7 @@ impl Running {
             let mut whom = For::default();
             by(&mut whom);
             *hold = Hold::Paused(pause, whom);
+            self.tell_memory(RunState::Paused);
         });
         drop(hold);
         if paused.is_err() {
@@ -295,6 +296,13 @@ impl Running {
         self.resume_for(|by| by.user = false)
     }
 
+    /// Memory that comes later is recorded by the time in which the guest runs.
+    fn tell_memory(&self, is: RunState) {
+        if let Some(lazy) = self.lazy() {
+            lazy.machine_is(is);
+        }
+    }
+
     fn resume_for(&self, by: impl FnOnce(&mut For)) -> Result<(), ControlError> {
         let mut hold = self.control.lock();
         match std::mem::take(&mut *hold) {
@@ -307,6 +315,7 @@ impl Running {
                 }
                 self.parts.virtio.iter().for_each(|device| device.resume());
                 drop(pause);
+                self.tell_memory(RunState::Running);
             }
             held @ Hold::HandedOver(..) => {
                 *hold = held;

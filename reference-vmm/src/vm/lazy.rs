@@ -11,14 +11,16 @@ use crate::end::EndSignal;
 use crate::file_pages;
 use crate::lazy::{self, LazyError, LazyMemory, LazyProgress, LazyRequest, LazyStats};
 use crate::migration::postcopy::ask::Later;
+use crate::snapshot::RestoreError;
 
 impl Framed {
     /// Waits for the one page that the restore itself writes by hand. Written before it is there and lost, it would be a
     /// `SIGBUS`; so it is an error.
     ///
     /// # Errors
-    /// [`BuildError::Ended`]: why it does not come has been told.
-    pub(super) fn await_generation(&self) -> Result<(), BuildError> {
+    /// [`BuildError::Ended`]: why it does not come has been told to `end`. [`RestoreError::Memory`]: the guest was to go on
+    /// without what is lost.
+    pub(super) fn await_generation(&self, end: &EndSignal) -> Result<(), BuildError> {
         let memory = self.memory();
         let Some(region) = memory.find(layout::GENERATION_ID) else {
             return Ok(());
@@ -27,7 +29,15 @@ impl Framed {
         let came = file_pages::find_in(region, at..at + 1);
         came.map_err(|error| {
             log::debug!("the generation id's page: {error}");
-            BuildError::Ended
+            match end.is_told() {
+                true => BuildError::Ended,
+                false => BuildError::from(RestoreError::Memory {
+                    address: at,
+                    why: "it does not come, and the machine needs it before there is a guest, which alone could go on without \
+                          (--on-loss poison)"
+                        .into(),
+                }),
+            }
         })
     }
 }

@@ -480,7 +480,7 @@ impl Machine {
             running.threads.push(thread);
         }
         if let Some(lazy) = &running.parts.lazy {
-            lazy.machine_runs();
+            lazy.machine_is(state);
         }
         // Last: a debugger that connects at once stops those vCPUs that are enrolled.
         if let (Some(listener), Some(link)) = (gdb, &link) {

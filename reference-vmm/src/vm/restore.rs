@@ -75,7 +75,7 @@ impl Machine {
         }
         let framed = allocated.frame(&state.vcpus)?;
         if lazy.is_some() {
-            framed.await_generation()?;
+            framed.await_generation(end)?;
         }
         let finished = framed.finish(state, devices, (snapshot.clock, false), console, end);
         let mut machine = finished.map_err(|error| match end.is_told() {

@@ -17,7 +17,7 @@ use reference_vmm::main_loop::GuestSide;
 use reference_vmm::memory::Memory;
 use reference_vmm::snapshot::chain::Chain;
 use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
-use reference_vmm::vm::{Machine, Running};
+use reference_vmm::vm::{Machine, RunState, Running};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{WATCHDOG, file};
@@ -39,12 +39,25 @@ impl Guest {
         Self::start(|console, end| Machine::restore(request, console, end).unwrap())
     }
 
+    /// One that is paused before it goes on.
+    pub fn restore_paused(request: &RestoreRequest) -> Self {
+        let make = |console: &_, end: &_| Machine::restore(request, console, end).unwrap();
+        Self::start_as(RunState::Paused, make)
+    }
+
     pub fn start(make: impl FnOnce(&PipeWriter, &Arc<EndSignal>) -> Machine) -> Self {
+        Self::start_as(RunState::Running, make)
+    }
+
+    fn start_as(
+        state: RunState,
+        make: impl FnOnce(&PipeWriter, &Arc<EndSignal>) -> Machine,
+    ) -> Self {
         // As the program does it: where KVM does as hardware does, a vCPU's thread is told by SIGBUS of memory that did not come.
         BusErrors::install().unwrap();
         let end = Arc::new(EndSignal::new().unwrap());
         let (console, writer) = std::io::pipe().unwrap();
-        let running = make(&writer, &end).start().unwrap();
+        let running = make(&writer, &end).start_as(state).unwrap();
         Guest {
             running,
             end,
