@@ -79,7 +79,7 @@ struct Subscriber<'a> {
     input: ConsoleInput,
     waiting: Waiting,
     shutdown_timeout: Duration,
-    deadline: Option<TimerFd>,
+    deadline: TimerFd,
     /// The signal that began a shutdown by the power button.
     stopping: Option<i32>,
 }
@@ -88,6 +88,8 @@ struct Subscriber<'a> {
 pub struct MainLoop<'a> {
     manager: EventManager<Subscriber<'a>>,
     stdin: Reader,
+    /// Of a shutdown, when that has begun.
+    deadline: TimerFd,
     /// Stdin is a terminal, on which the console's escapes are taken out.
     terminal: bool,
 }
@@ -100,11 +102,12 @@ impl<'a> MainLoop<'a> {
     /// `terminal` says that stdin is a terminal, on which the console's escapes are taken out.
     ///
     /// # Errors
-    /// There is no epoll, or no other descriptor of stdin.
+    /// There is no epoll, no timer, or no other descriptor of stdin.
     pub fn new(terminal: bool) -> io::Result<Self> {
         Ok(MainLoop {
             manager: EventManager::new_with_capacity(8).map_err(failed)?,
             stdin: Reader::new(io::stdin().as_fd().try_clone_to_owned()?.into()),
+            deadline: TimerFd::new()?,
             terminal,
         })
     }
@@ -133,7 +136,7 @@ impl<'a> MainLoop<'a> {
             input: ConsoleInput::new(self.terminal, guest.input_chunk()),
             waiting: Waiting::Readable,
             shutdown_timeout,
-            deadline: None,
+            deadline: self.deadline,
             stopping: None,
         });
         while !end.is_told() {
@@ -209,15 +212,15 @@ impl Subscriber<'_> {
     }
 
     /// The stop signals that have come: a second one is the end, so they are few.
-    fn stops(&mut self, ops: &mut EventOps<'_>) {
+    fn stops(&mut self) {
         while !self.end.is_told()
             && let Some(signal) = self.signals.next_stop()
         {
-            self.stop(signal, ops);
+            self.stop(signal);
         }
     }
 
-    fn stop(&mut self, signal: i32, ops: &mut EventOps<'_>) {
+    fn stop(&mut self, signal: i32) {
         let name = signals::name(signal);
         let end = self.end.clone();
         let stop = || end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
@@ -232,7 +235,7 @@ impl Subscriber<'_> {
             return log::info!("{name} stops the guest, which is paused");
         }
         // Before the button: a guest that is told must have a deadline.
-        self.set_deadline(ops);
+        self.set_deadline();
         self.stopping = Some(signal);
         if !self.guest.press_power_button() {
             stop();
@@ -244,19 +247,11 @@ impl Subscriber<'_> {
         );
     }
 
-    fn set_deadline(&mut self, ops: &mut EventOps<'_>) {
-        let deadline = TimerFd::new().and_then(|mut timer| {
-            timer.reset(self.shutdown_timeout, None)?;
-            Ok(timer)
-        });
-        match deadline {
-            Ok(timer) => {
-                if let Err(error) = ops.add(Events::with_data(&timer, DEADLINE, EventSet::IN)) {
-                    self.fail("cannot wait for the shutdown's deadline", error);
-                }
-                self.deadline = Some(timer);
-            }
-            Err(error) => self.fail("cannot set the shutdown's deadline", error),
+    fn set_deadline(&mut self) {
+        // It is at once where there is no time.
+        let timeout = self.shutdown_timeout.max(Duration::from_nanos(1));
+        if let Err(error) = self.deadline.reset(timeout, None) {
+            self.fail("cannot set the shutdown's deadline", error);
         }
     }
 }
@@ -270,6 +265,7 @@ impl MutEventSubscriber for Subscriber<'_> {
             (self.signals.shows(), SHOWS),
             (self.signals.resizes(), RESIZES),
             (drained, DRAINED),
+            (self.deadline.as_raw_fd(), DEADLINE),
         ] {
             if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
                 self.fail("cannot set up the event loop", error);
@@ -283,10 +279,10 @@ impl MutEventSubscriber for Subscriber<'_> {
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         match events.data() {
-            STOPS => self.stops(ops),
+            STOPS => self.stops(),
             SHOWS => {
                 // First, and one of the others a turn: they may come without rest.
-                self.stops(ops);
+                self.stops();
                 if !self.end.is_told() && self.signals.next_show() {
                     self.guest.show_registers();
                     (self.show_more)();

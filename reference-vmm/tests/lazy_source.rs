@@ -9,7 +9,7 @@ mod chain_files;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -203,6 +203,45 @@ fn a_file_that_is_written_to_or_cut_off_meanwhile_is_found_out_at_the_next_read(
             assert!(!refused.is_transient(), "{refused}");
         }
     }
+}
+
+#[test]
+fn a_file_whose_time_was_put_back_is_compared_anew_and_one_that_was_renamed_is_as_right_as_before()
+{
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, file) = plain(folder.path());
+    let source = source(&dir, true);
+    let before = file.metadata().unwrap();
+    let changes = |what: &dyn Fn()| {
+        // The file system's clock has ticks.
+        let was = file.metadata().unwrap();
+        let was = (was.ctime(), was.ctime_nsec());
+        loop {
+            what();
+            let is = file.metadata().unwrap();
+            if (is.ctime(), is.ctime_nsec()) != was {
+                break;
+            }
+        }
+    };
+    let (mut bytes, mut again) = ([0; 4096], [0; 4096]);
+    let _ = source.fetch(Gfn(1), &mut bytes).unwrap();
+    let other = dir.join("other");
+    changes(&|| {
+        std::fs::rename(dir.join("memory"), &other).unwrap();
+        std::fs::rename(&other, dir.join("memory")).unwrap();
+    });
+    let _ = source.fetch(Gfn(1), &mut again).unwrap();
+    assert_eq!(bytes, again);
+    changes(&|| {
+        file.write_all_at(&[0xee], (2 << 20) + 4096).unwrap();
+        let times = std::fs::FileTimes::new();
+        let modified = before.modified().unwrap();
+        file.set_times(times.set_modified(modified)).unwrap();
+    });
+    let error = source.fetch(Gfn(1), &mut again).unwrap_err();
+    let text = reference_vmm::end::Chain(&error).to_string();
+    assert!(text.contains("is damaged between byte"), "{text}");
 }
 
 #[test]

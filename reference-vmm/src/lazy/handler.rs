@@ -12,8 +12,8 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,8 @@ struct Given {
     events: Arc<Events>,
     /// It has been said that who waits is not known. Relaxed: it is said once, about.
     blind: AtomicBool,
+    /// One at a time lends the registrations.
+    poisoning: Mutex<()>,
 }
 
 impl Handler {
@@ -106,6 +108,7 @@ impl Handler {
                 _stream: stream,
                 events,
                 blind: AtomicBool::new(false),
+                poisoning: Mutex::new(()),
             }),
         );
         let lives = lives.inspect_err(|error| {
@@ -129,9 +132,18 @@ impl Handler {
     }
 }
 
+impl Handler {
+    /// The machine is to stop: who waits for memory waits no longer, but goes on with memory that is poisoned.
+    pub(super) fn leave(&self) {
+        // It cannot be full.
+        let _ = self.stop.write(1);
+        self.given.poison();
+    }
+}
+
 impl Drop for Handler {
     fn drop(&mut self) {
-        // It cannot be full.
+        // As above.
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -257,11 +269,12 @@ impl Given {
                 }
                 Came::Time => {}
             }
+            // Who waits may be kicked out of it, and back again: a moment at which nobody waits says nothing.
+            if self.waiting() == 0 {
+                continue;
+            }
             // What cannot be known is not counted.
-            let there = match self.waiting() {
-                0 => None,
-                _ => present(&self.registrations).ok(),
-            };
+            let there = present(&self.registrations).ok();
             looks = match there.is_some() && there == before {
                 true => looks + 1,
                 false => 0,
@@ -298,6 +311,10 @@ impl Given {
     /// Poisons what is not there, and wakes who waits for it. To try it with each page that is costs as much time as memory is
     /// large: a second for 4 GiB.
     fn poison(&self) {
+        let _alone = self
+            .poisoning
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let slots = self.registrations.iter().map(|of| {
             let slot = PagedSlot::new(of, Gfn(0), Arc::new(Nothing))?;
             Ok(match missing(of) {

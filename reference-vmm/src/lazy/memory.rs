@@ -385,9 +385,14 @@ impl LazyMemory {
         }
     }
 
-    /// The machine is to stop for good: of a migration's source, or a page server, nothing more is asked, and who waits for it
-    /// waits no longer, but goes on with memory that is poisoned. Blocks for a moment, in which the source is told.
+    /// The machine is to stop for good: of a migration's source, a page server, or a page-fault handler, nothing more is asked,
+    /// and who waits for it waits no longer, but goes on with memory that is poisoned. Blocks for a moment, in which the source
+    /// is told.
     pub(crate) fn leave(&self) {
+        if let Some(handler) = &self.handler {
+            self.shared.events.machine_is_over();
+            handler.leave();
+        }
         if self.shared.lock().enough.is_some() {
             self.shared.events.machine_is_over();
             self.shared.is_enough(LEAVE);

@@ -9,9 +9,9 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
@@ -48,8 +48,9 @@ pub struct Link {
 /// How what is read is checked.
 #[derive(Debug)]
 struct AsRead {
-    /// Of each piece, whether it has been compared with its checksum; none where nobody wants that.
-    checked: Option<Vec<AtomicBool>>,
+    /// Of each piece, in which [`Look`] it was compared with its checksum, or 0; none where nobody wants that.
+    checked: Option<Vec<AtomicU32>>,
+    look: Mutex<Look>,
     /// Those that are being compared: who wants one of them waits for that, and does not read it as well.
     under_way: Mutex<Vec<usize>>,
     /// Of [`under_way`](Self::under_way).
@@ -90,6 +91,19 @@ impl Drop for Turn<'_> {
         self.0.done.notify_all();
     }
 }
+
+/// What the file was when it was last looked at. One that is written to and has its time put back (`cp -p`) has another change
+/// time, which nobody can put back, and so has one that is merely removed, or renamed: what was compared with its checksum
+/// before is compared anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Look {
+    /// From 1 on, another with each change.
+    number: u32,
+    changed: (i64, i64),
+}
+
+/// How often a read is begun anew because the file has changed meanwhile.
+const MOST_LOOKS: u32 = 16;
 
 impl Link {
     /// Opens the snapshot in `dir` and checks all of it but the contents of guest memory. The bytes of its file `state`
@@ -178,7 +192,11 @@ impl Link {
         let is = is.map_err(|source| self.unreadable(source))?;
         let pieces = self.map.pieces.iter();
         self.as_read = Some(AsRead {
-            checked: verify.then(|| pieces.map(|_| AtomicBool::new(false)).collect()),
+            checked: verify.then(|| pieces.map(|_| AtomicU32::new(0)).collect()),
+            look: Mutex::new(Look {
+                number: 1,
+                changed: (is.ctime(), is.ctime_nsec()),
+            }),
             under_way: Mutex::default(),
             done: Condvar::new(),
             modified: is.modified().ok(),
@@ -260,16 +278,19 @@ impl Link {
     /// # Errors
     /// [`RestoreError::Read`], [`RestoreError::MemoryDamaged`], [`RestoreError::Changed`].
     pub fn check_zeros(&self, range: Range<u64>) -> Result<(), RestoreError> {
-        let mut at = range.start;
-        while at < range.end
-            && let Some((number, place)) = self.map.locate(at)
-        {
-            if self.packed.is_none() && self.is_unchecked(number) && !self.is_zero_piece(number) {
-                self.read_checked(number, place, 0, &mut [])?;
+        self.read_unchanged(|look| {
+            let mut at = range.start;
+            while at < range.end
+                && let Some((number, place)) = self.map.locate(at)
+            {
+                let is_zero = self.is_zero_piece(number);
+                if self.packed.is_none() && self.is_unchecked(number, look) && !is_zero {
+                    self.read_checked(number, place, 0, &mut [], look)?;
+                }
+                at = place.guest + place.len;
             }
-            at = place.guest + place.len;
-        }
-        self.check_unchanged()
+            Ok(())
+        })
     }
 
     /// Its number.
@@ -353,6 +374,10 @@ impl Link {
 
     /// What is stored for the pages from `at` on.
     fn read_stored(&self, at: u64, out: &mut [u8]) -> Result<(), RestoreError> {
+        self.read_unchanged(|look| self.read_as(at, out, look))
+    }
+
+    fn read_as(&self, at: u64, out: &mut [u8], look: u32) -> Result<(), RestoreError> {
         let (mut at, mut rest) = (at, out);
         while !rest.is_empty() {
             let found = self.map.locate(at);
@@ -365,20 +390,22 @@ impl Link {
             match &self.packed {
                 // The state says so, whatever the file has.
                 None if self.as_read.is_some() && self.is_zero_piece(number) => now.fill(0),
-                None if self.is_unchecked(number) => self.read_checked(number, place, skip, now)?,
+                None if self.is_unchecked(number, look) => {
+                    self.read_checked(number, place, skip, now, look)?;
+                }
                 None => {
                     let read = self.read_at(now, place.offset + skip);
                     read.map_err(|source| self.unreadable(source))?;
                 }
                 Some(_) => {
-                    let piece = self.piece(number, place)?;
+                    let piece = self.piece(number, place, look)?;
                     let part = skip as usize..(skip + len) as usize;
                     now.copy_from_slice(piece.get(part).unwrap_or_default());
                 }
             }
             (at, rest) = (at + len, later);
         }
-        self.check_unchanged()
+        Ok(())
     }
 
     fn is_zero_piece(&self, number: usize) -> bool {
@@ -387,11 +414,11 @@ impl Link {
     }
 
     /// Whether a piece is to be compared with its checksum still.
-    fn is_unchecked(&self, number: usize) -> bool {
+    fn is_unchecked(&self, number: usize, look: u32) -> bool {
         let checked = self.as_read.as_ref().and_then(|of| of.checked.as_ref());
         let checked = checked.and_then(|of| of.get(number));
         // Relaxed: that it was found right is true whoever reads it, and of what was found nothing is handed over.
-        checked.is_some_and(|checked| !checked.load(Ordering::Relaxed))
+        checked.is_some_and(|checked| checked.load(Ordering::Relaxed) != look)
     }
 
     /// Reads a piece part by part, compares it with its checksum, and gives what begins at `skip` in it. Memory that nobody
@@ -402,9 +429,10 @@ impl Link {
         place: Region,
         skip: u64,
         out: &mut [u8],
+        look: u32,
     ) -> Result<(), RestoreError> {
         let _turn = self.as_read.as_ref().map(|of| of.turn(number));
-        if !self.is_unchecked(number) {
+        if !self.is_unchecked(number, look) {
             let read = self.read_at(out, place.offset + skip);
             return read.map_err(|source| self.unreadable(source));
         }
@@ -432,7 +460,7 @@ impl Link {
         match differs_from(written, sum.finalize()) {
             Some(what) => Err(self.damaged(place, what)),
             None => {
-                self.is_checked_now(number);
+                self.is_checked_now(number, look);
                 Ok(())
             }
         }
@@ -449,40 +477,69 @@ impl Link {
     }
 
     /// Compares a piece with its checksum.
-    fn check_piece(&self, number: usize, place: Region, bytes: &[u8]) -> Result<(), RestoreError> {
+    fn check_piece(
+        &self,
+        number: usize,
+        place: Region,
+        bytes: &[u8],
+        look: u32,
+    ) -> Result<(), RestoreError> {
         let piece = self.map.pieces.get(number).copied().unwrap_or_default();
         if let Some(what) = differs(piece, bytes) {
             return Err(self.damaged(place, what));
         }
-        self.is_checked_now(number);
+        self.is_checked_now(number, look);
         Ok(())
     }
 
-    fn is_checked_now(&self, number: usize) {
+    fn is_checked_now(&self, number: usize, look: u32) {
         let checked = self.as_read.as_ref().and_then(|of| of.checked.as_ref());
         if let Some(checked) = checked.and_then(|of| of.get(number)) {
             // Relaxed: see above.
-            checked.store(true, Ordering::Relaxed);
+            checked.store(look, Ordering::Relaxed);
         }
     }
 
-    /// Refuses a file that was written to since [`check_as_read`](Self::check_as_read).
-    fn check_unchanged(&self) -> Result<(), RestoreError> {
+    /// Reads, and refuses what was read from a file that was written to since [`check_as_read`](Self::check_as_read). Where it
+    /// may have been, the read is done once more, and what it has to do with is compared with the checksums. The reader is
+    /// told in which look it is.
+    fn read_unchanged(
+        &self,
+        mut read: impl FnMut(u32) -> Result<(), RestoreError>,
+    ) -> Result<(), RestoreError> {
         let Some(was) = &self.as_read else {
-            return Ok(());
+            return read(0);
         };
-        let is = self.file().and_then(File::metadata);
-        let is = is.map_err(|source| self.unreadable(source))?;
-        match (is.modified().ok(), is.len()) == (was.modified, was.len) {
-            true => Ok(()),
-            false => Err(RestoreError::Changed {
-                path: self.dir.join(MEMORY),
-            }),
+        let changed = || RestoreError::Changed {
+            path: self.dir.join(MEMORY),
+        };
+        for _ in 0..MOST_LOOKS {
+            // What is in it is whole after each statement.
+            let before = *was.look.lock().unwrap_or_else(PoisonError::into_inner);
+            read(before.number)?;
+            let is = self.file().and_then(File::metadata);
+            let is = is.map_err(|source| self.unreadable(source))?;
+            if (is.modified().ok(), is.len()) != (was.modified, was.len) {
+                return Err(changed());
+            }
+            let now = (is.ctime(), is.ctime_nsec());
+            // Nobody compares with anything: it may as well have been renamed.
+            if now == before.changed || was.checked.is_none() {
+                return Ok(());
+            }
+            let mut look = was.look.lock().unwrap_or_else(PoisonError::into_inner);
+            if *look == before {
+                *look = Look {
+                    number: before.number.wrapping_add(1).max(1),
+                    changed: now,
+                };
+            }
         }
+        Err(changed())
     }
 
     /// A piece of a compressed file.
-    fn piece(&self, number: usize, place: Region) -> Result<Arc<Vec<u8>>, RestoreError> {
+    fn piece(&self, number: usize, place: Region, look: u32) -> Result<Arc<Vec<u8>>, RestoreError> {
         // What is in it is whole after each statement.
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(at) = kept.iter().position(|(of, _)| *of == number)
@@ -494,8 +551,8 @@ impl Link {
         }
         let mut piece = vec![0; place.len as usize];
         self.unpack(number, place, &mut piece)?;
-        if self.is_unchecked(number) {
-            self.check_piece(number, place, &piece)?;
+        if self.is_unchecked(number, look) {
+            self.check_piece(number, place, &piece, look)?;
         }
         let piece = Arc::new(piece);
         if kept.len() as u64 >= KEPT / u64::from(self.map.piece) {
