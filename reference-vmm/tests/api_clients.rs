@@ -282,14 +282,21 @@ fn a_server_that_is_stopped_answers_what_is_at_work_and_begins_nothing_more() {
     second.write_all(&both).unwrap();
     second.read_exact(&mut [0; 15]).unwrap();
     served.server.stop();
-    // It closes the others first, and is there still.
-    to_the_end(&mut second);
+    // It tells the others why and closes them first, and is there still.
+    let told = to_the_end(&mut second);
     assert!(!served.thread.as_ref().unwrap().is_finished());
     go.send(()).unwrap();
     assert!(to_the_end(&mut first).starts_with("HTTP/1.1 204"));
     served.thread.take().unwrap().join().unwrap();
     assert_eq!(*served.fake.order.lock().unwrap(), [Action::Pause]);
     assert!(begins.try_recv().is_err());
+    for needle in [
+        "HTTP/1.1 400",
+        "Connection: close",
+        "not begun: the monitor ends",
+    ] {
+        assert!(told.contains(needle), "{told}");
+    }
 }
 
 #[test]

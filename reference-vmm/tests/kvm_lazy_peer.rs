@@ -506,6 +506,41 @@ fn a_snapshot_that_waits_for_a_server_ends_within_the_deadline_with_the_reason()
 }
 
 #[test]
+fn what_waits_behind_a_snapshot_of_a_guest_that_ends_hears_how_it_ended() {
+    let place = Place::new();
+    let dir = place.taken("s", Compression::None);
+    let here = place.elsewhere(&dir);
+    let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
+    let socket = place.path("api");
+    let words = format!("--page-deadline 3600 --page-server {address}");
+    let monitor = loaded(&socket, &here, &words);
+    server.signal(libc::SIGKILL);
+    server.wait();
+    let snapshots = ["first", "second", "third"].map(|to| {
+        let mut snapshot = ctl(&socket, "snapshot").arg(place.path(to)).start();
+        snapshot.wait_for_stderr("a snapshot waits for all of the guest's memory, ");
+        snapshot
+    });
+    let [first, second, third] = snapshots;
+    // Given up by its client, it takes nobody with it.
+    first.signal(libc::SIGINT);
+    first.wait();
+    monitor.signal(libc::SIGINT);
+    for (of, why) in [
+        (second, "the guest has ended"),
+        (
+            third,
+            "not begun, for the guest has ended: SIGINT stopped it",
+        ),
+    ] {
+        let ended = of.wait();
+        ended.expect_status(1);
+        assert!(ended.stderr.contains(why), "{ended}");
+    }
+    monitor.wait().expect_status(0);
+}
+
+#[test]
 fn a_monitor_that_is_stopped_waits_for_no_server() {
     let place = Place::new();
     let dir = place.taken("s", Compression::None);

@@ -270,6 +270,13 @@ impl Monitor for Waiting<'_> {
         self.machine.get().is_some_and(Monitor::runs)
     }
 
+    fn ends(&self) -> String {
+        match self.machine.get() {
+            Some(machine) => machine.ends(),
+            None => "this was not begun: the monitor ends, and has no guest".into(),
+        }
+    }
+
     fn answered(&self) {
         if let Some(machine) = self.machine.get() {
             machine.answered();

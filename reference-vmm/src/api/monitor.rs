@@ -47,6 +47,12 @@ pub trait Monitor: Sync {
         false
     }
 
+    /// Why what waits is never begun, in words, when the server is stopped. Called on the server's own thread, and does not
+    /// block.
+    fn ends(&self) -> String {
+        "this was not begun: the monitor ends".into()
+    }
+
     /// Called on the server's thread when who asked for something long has been given its outcome, or is gone.
     fn answered(&self) {}
 }
@@ -260,6 +266,14 @@ impl Monitor for Machine<'_> {
 
     fn runs(&self) -> bool {
         !self.running.stays_paused() && !self.running.is_stopping()
+    }
+
+    fn ends(&self) -> String {
+        let end = self.end.get().map(ToString::to_string);
+        // A crash has registers behind its first line.
+        let how = end.as_deref().and_then(|end| end.lines().next());
+        let how = how.unwrap_or("the monitor ends");
+        format!("this was not begun, for the guest has ended: {how}")
     }
 
     fn answered(&self) {

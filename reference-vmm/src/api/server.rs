@@ -489,14 +489,21 @@ impl Clients<'_> {
         }
     }
 
-    /// Closes the connections but those that wait for what is done, or for this.
+    /// Closes the connections but those that wait for what is done, or for this. Who waits for what is never begun hears why.
     fn close_all_but(&mut self, begun: [Option<Ticket>; 3]) {
         self.last_answers();
         for place in &mut self.connections {
-            let waits = place.as_ref().and_then(|of| of.awaits);
-            if waits.is_none() || !begun.contains(&waits) {
-                *place = None;
+            match place {
+                Some(of) if of.awaits.is_some() && begun.contains(&of.awaits) => continue,
+                Some(of) if of.awaits.is_some() => {
+                    of.closing = true;
+                    of.answer(Outcome::Refused(self.monitor.ends()));
+                    // A client that is gone misses nothing.
+                    let _ = of.send();
+                }
+                _ => {}
             }
+            *place = None;
         }
     }
 
