@@ -449,6 +449,10 @@ fn what_waits_for_a_server_that_is_away_says_so_and_is_given_up_by_who_asked_for
         snapshot.wait();
         assert!(!to.exists());
     }
+    // Nothing was brought for it that the guest has not touched: that is recorded still.
+    let json = ctl(&socket, "status --json").output();
+    let json: Value = serde_json::from_str(&json.text()).unwrap();
+    assert_eq!(json["lazy"]["state"], "recording", "{json}");
     // Whether a vCPU that waits for memory can be paused is its KVM's to say.
     let pause = ctl(&socket, "pause").output();
     let said = format!("{}{}", pause.text(), pause.stderr);
@@ -478,6 +482,8 @@ fn what_waits_for_a_server_that_is_away_says_so_and_is_given_up_by_who_asked_for
     let (server, _) = serve(&dir, &listen, &[]);
     let taken = ctl(&socket, &format!("snapshot {}", to.display())).output();
     taken.expect_status(0);
+    let said = format!("{}{}", taken.text(), taken.stderr);
+    assert!(said.contains("(--record) ended with it"), "{taken}");
     ctl(&socket, "status").output().expect_stdout("running\n");
     monitor.wait_for("5");
     monitor.type_in(b"q");

@@ -64,7 +64,8 @@ Options:
   --record[=SECS]          For so long [10] only what the guest touches is brought, and is recorded in the
                            snapshot's directory (`working_set`; and, with --verify, its first pages, up to 256 MiB of
                            guest memory, `working_set_pages`): the next --lazy reads it ahead. A snapshot or a
-                           migration meanwhile has all of memory brought, and so ends it, which is said
+                           migration meanwhile has all of memory brought, and so ends it, which is said; one that is
+                           given up before its page server is back (--page-server) does not
   --page-handler SOCKET    A page-fault handler of Firecracker's listens there, in another process, and brings
                            memory. If it ends, or brings nothing for --page-deadline while somebody waits, memory
                            does not come

@@ -328,6 +328,7 @@ impl LazyMemory {
 
     /// Has all of it brought, and waits for that while `go_on` says so. Of another process's nothing is known: what is read
     /// comes then. It is waited for as long as it is `wanted`. Whether a recording ended early for it, which is told of as well: there is nothing left that the guest could touch first.
+    /// As long as a page server is away nothing could be brought, and a recording goes on: who asked may give up until then.
     ///
     /// # Errors
     /// [`LazyError::Lost`], [`LazyError::Away`], [`LazyError::Ended`], [`LazyError::Unwanted`].
@@ -338,6 +339,19 @@ impl LazyMemory {
     ) -> Result<bool, LazyError> {
         if self.is_external() {
             return Ok(false);
+        }
+        let goes_on = || match (go_on(), wanted()) {
+            (false, _) => Err(self.shared.ended()),
+            (_, false) => {
+                let words = self.progress().words();
+                Err(LazyError::Unwanted(words.unwrap_or_default()))
+            }
+            (true, true) => Ok(()),
+        };
+        while self.shared.records_alone() {
+            goes_on()?;
+            let state = self.shared.lock();
+            drop(self.shared.changed.wait_timeout(state, LOOK));
         }
         self.shared.lock().hurry = true;
         let recording = self.shared.stop_recording();
@@ -367,13 +381,7 @@ impl LazyMemory {
             }
             // Who is asked may ask how far it is.
             drop(state);
-            if !go_on() {
-                return Err(self.shared.ended());
-            }
-            if !wanted() {
-                let words = self.progress().words();
-                return Err(LazyError::Unwanted(words.unwrap_or_default()));
-            }
+            goes_on()?;
             state = self.shared.lock();
             if let From::Migration(waits, deadline) = &self.shared.from
                 && let Some(away) = waits().filter(|away| away >= deadline)
@@ -608,6 +616,13 @@ impl Shared {
             self.turn(LazyState::Bringing);
         }
         kept
+    }
+
+    /// Whether there is a recording, and nothing else could come meanwhile, for the page server is away.
+    fn records_alone(&self) -> bool {
+        let server = self.server.as_ref();
+        let away = server.is_some_and(|server| server.is_away_for_now());
+        away && self.lock().phase == LazyState::Recording
     }
 
     /// Ends the recording, if there is one; whether there was.

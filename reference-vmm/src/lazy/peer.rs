@@ -163,6 +163,11 @@ impl RemoteSource {
         })
     }
 
+    /// Whether the server is away and not given up: somebody is asking it, and what else is asked would wait behind that.
+    pub(super) fn is_away_for_now(&self) -> bool {
+        self.given_up.get().is_none() && self.away().iter().any(Option::is_some)
+    }
+
     /// Notes that the server does not answer, for this reason: whether it is waited for still, or it is given up.
     fn does_not_answer(
         &self,
@@ -290,6 +295,7 @@ impl PageSource for RemoteSource {
                 Err(SourceError::Peer { source, .. })
                     if matches!(*source, PeerError::Image { .. }) =>
                 {
+                    self.answers(lane);
                     return Err(SourceError::Other {
                         gfn: first,
                         transient: false,
@@ -297,7 +303,8 @@ impl PageSource for RemoteSource {
                     });
                 }
                 fetched => {
-                    if fetched.is_ok() && self.answers(lane) {
+                    // Also where it is an error: nobody is waited for any more.
+                    if self.answers(lane) && fetched.is_ok() {
                         log::warn!("the page server at {} answers again", self.address);
                     }
                     return fetched;
