@@ -458,6 +458,39 @@ fn a_client_that_takes_no_answers_is_given_up() {
 }
 
 #[test]
+fn who_has_not_greeted_is_given_up_or_leaves_with_the_server_and_who_has_is_told_of() {
+    let config = async_pf::peer::ServerConfig {
+        beat: Duration::from_millis(20),
+        silence: Duration::from_millis(200),
+        ..Default::default()
+    };
+    let with =
+        |config| async_pf::peer::PageServer::new(Arc::new(peers::Named { pages: 4 }), config);
+    let short = with(config);
+    let whole = greeting(1, 0, 50, 0);
+    for said in [&whole[..0], &whole[..whole.len() - 1], &whole[..]] {
+        let (ours, theirs) = fake::pair();
+        write(&ours, said);
+        let mut told = false;
+        let end = short.serve_when(&theirs, || told = true).unwrap_err();
+        assert!(matches!(end, PeerError::Silent(_)), "{end}");
+        assert_eq!(told, said == whole, "{} bytes", said.len());
+    }
+    // One that would be waited for much longer.
+    let long = with(async_pf::peer::ServerConfig {
+        silence: Duration::from_secs(3600),
+        ..Default::default()
+    });
+    let (_ours, theirs) = fake::pair();
+    thread::scope(|scope| {
+        let served = scope.spawn(|| long.serve(&theirs));
+        long.stop();
+        let end = served.join().unwrap().unwrap_err();
+        assert!(matches!(end, PeerError::Ended), "{end}");
+    });
+}
+
+#[test]
 fn the_words_of_a_refusal_move_no_cursor() {
     let mut body = 5u64.to_le_bytes().to_vec();
     body.extend(b"\x1b[2Jgone\n\xff");

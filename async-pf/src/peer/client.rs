@@ -361,7 +361,9 @@ impl Shared {
             beat: u32::try_from(config.beat.as_millis()).unwrap_or(u32::MAX),
             image: 0,
         };
-        let theirs = link.greet(greeting).and_then(|()| link.greeted());
+        let theirs = link
+            .greet(greeting)
+            .and_then(|()| link.greeted(&mut || Ok(())));
         let theirs = theirs.inspect_err(|_| link.shutdown())?;
         let mut state = self.lock();
         let expected = *state.image.get_or_insert(theirs.image);

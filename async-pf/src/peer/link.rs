@@ -50,9 +50,9 @@ impl<W: Wire> Link<W> {
         self.write_all(&greeting.to_bytes())
     }
 
-    pub fn greeted(&self) -> Result<Greeting, PeerError> {
+    pub fn greeted(&self, meanwhile: Meanwhile<'_>) -> Result<Greeting, PeerError> {
         let mut bytes = [0; GREETING];
-        self.read_exact(&mut bytes, Instant::now(), &mut || Ok(()))?;
+        self.read_exact(&mut bytes, Instant::now(), meanwhile)?;
         let theirs = Greeting::parse(&bytes)?;
         let beat = Duration::from_millis(u64::from(theirs.beat));
         match beat.saturating_mul(2) <= self.silence {

@@ -133,7 +133,17 @@ impl PageServer {
     /// # Errors
     /// [`PeerError`], which says what the other side did, or that the link broke; it is closed then.
     pub fn serve(&self, wire: &dyn Wire) -> Result<Served, PeerError> {
-        let desk = self.open(wire);
+        self.serve_when(wire, || {})
+    }
+
+    /// The same, and calls `greeted` when the other side has greeted. Until then it may be anybody, who says nothing: it has
+    /// [`ServerConfig::silence`] to begin and as long again to end, and whose it is to bound how many there are knows by
+    /// this that it is none of those.
+    ///
+    /// # Errors
+    /// As of [`serve`](Self::serve).
+    pub fn serve_when(&self, wire: &dyn Wire, greeted: impl FnOnce()) -> Result<Served, PeerError> {
+        let desk = self.open(wire, greeted);
         let served = desk.and_then(|desk| self.run(&desk));
         wire.shutdown();
         served
@@ -145,10 +155,14 @@ impl PageServer {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    fn open<'a>(&self, wire: &'a dyn Wire) -> Result<Desk<'a>, PeerError> {
+    fn open<'a>(&self, wire: &'a dyn Wire, greeted: impl FnOnce()) -> Result<Desk<'a>, PeerError> {
         let config = &self.config;
         let link = Link::new(wire, config.beat, config.silence)?;
-        let theirs = link.greeted()?;
+        let theirs = link.greeted(&mut || match self.stop.load(Ordering::Relaxed) {
+            true => Err(PeerError::Ended),
+            false => Ok(()),
+        })?;
+        greeted();
         let level = config.level().filter(|_| theirs.flags & COMPRESSED != 0);
         link.greet(Greeting {
             flags: if level.is_some() { COMPRESSED } else { 0 },

@@ -51,13 +51,13 @@ struct Room {
 
 /// The places.
 #[derive(Default)]
-pub(super) struct Callers {
+pub(crate) struct Callers {
     room: Mutex<Room>,
     left: Condvar,
 }
 
 /// A caller's, until this is dropped.
-pub(super) struct Place<'a> {
+pub(crate) struct Place<'a> {
     callers: &'a Callers,
     number: u64,
 }
@@ -70,7 +70,7 @@ impl Callers {
 
     /// A place for who comes from `from`, which may cost another his. Waits up to `patience` for a thread of one who had to go;
     /// none where there is none by then.
-    pub(super) fn enter(
+    pub(crate) fn enter(
         &self,
         from: String,
         hang_up: HangUp,
@@ -111,7 +111,7 @@ impl Callers {
 
 impl Callers {
     /// Closes who makes room for who comes next, where it is not places that there are too few of. Whether there was one.
-    pub(super) fn make_room(&self) -> bool {
+    pub(crate) fn make_room(&self) -> bool {
         let mut room = self.lock();
         let goes = room.who_goes("").map(|at| room.waiting.remove(at));
         goes.inspect(|goes| (goes.hang_up)()).is_some()
@@ -147,17 +147,17 @@ impl Place<'_> {
     }
 
     /// Another needed it.
-    pub(super) fn is_lost(&self) -> bool {
+    pub(crate) fn is_lost(&self) -> bool {
         !self.is(|_| {})
     }
 
     /// Its caller has shown who he is.
-    pub(super) fn is_known(&self) {
+    pub(crate) fn is_known(&self) {
         self.is(|entry| entry.known = true);
     }
 
-    /// He has said what for, and is one of the migration: his connection is closed for nobody. False: it has been.
-    pub(super) fn is_heard(&self) -> bool {
+    /// He has said what for, and is one of those that are waited for: his connection is closed for nobody. False: it has been.
+    pub(crate) fn is_heard(&self) -> bool {
         let mut room = self.callers.lock();
         let before = room.waiting.len();
         room.waiting.retain(|entry| entry.number != self.number);

@@ -377,7 +377,7 @@ impl Caller {
 
     /// The host, as far as it can be told: an address, of IPv6 its network. Who comes by a Unix socket is of this host, which
     /// is no name.
-    pub(super) fn host(&self) -> String {
+    pub(crate) fn host(&self) -> String {
         let Socket::Tcp(stream) = &self.socket else {
             return String::new();
         };
@@ -392,7 +392,7 @@ impl Caller {
     }
 
     /// What ends the connection from another thread. Out of descriptors it does nothing.
-    pub(super) fn hang_up(&self) -> HangUp {
+    pub(crate) fn hang_up(&self) -> HangUp {
         match &self.socket {
             Socket::Unix(stream) => ends(stream.try_clone(), UnixStream::shutdown),
             Socket::Tcp(stream) => ends(stream.try_clone(), TcpStream::shutdown),

@@ -10,9 +10,14 @@
 //! Nothing is written. Who may connect is as of a migration ([`transport`](crate::migration::transport)): a Unix socket is its
 //! user's alone; TCP without TLS has no authentication, and is for this host alone; with TLS both sides have a certificate of
 //! the same authority.
+//!
+//! Who connects has some seconds to say what it is, and who is silent until then keeps nobody out
+//! ([`callers`](crate::migration::callers)). Who has said it says by beats that it lives, and may ask for nothing for as long as
+//! it will.
 
 #![forbid(unsafe_code)]
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -31,6 +36,7 @@ use super::restore::RestoreError;
 use crate::end::Chain as Words;
 use crate::lazy::SnapshotSource;
 use crate::migration::address::Address;
+use crate::migration::callers::{Callers, Place};
 use crate::migration::link::TICK;
 use crate::migration::tls::{Tls, TlsError, TlsFiles};
 use crate::migration::transport::{AcceptError, BindError, HANDSHAKE, Listener};
@@ -38,7 +44,7 @@ use crate::{strangers, units};
 
 /// How often a page server, and who asks it, says something at least.
 pub const BEAT: Duration = Duration::from_millis(500);
-/// Connections at once, at most: each has three threads. A guest has two.
+/// Connections at once, at most, of those who have said what they are: each has three threads. A guest has two.
 pub const MOST_CONNECTIONS: usize = 1024;
 
 /// What is served, and where.
@@ -149,6 +155,7 @@ impl Service {
         // Relaxed: a bound and a flag, by which nothing else is told.
         let (open, over) = (AtomicUsize::new(0), AtomicBool::new(false));
         let (mut connections, mut deaf) = (0, false);
+        let callers = Callers::default();
         thread::scope(|scope| {
             let begun = thread::Builder::new().name("holes".into());
             // Without it zeros are found as they are read.
@@ -167,8 +174,11 @@ impl Service {
                     }
                     Err(error) => {
                         // Guests need those that there are: out of descriptors, for one, is over when some have gone.
-                        if !std::mem::replace(&mut deaf, true) {
-                            log::warn!("{error}; it is tried again");
+                        match std::mem::replace(&mut deaf, true) {
+                            false => log::warn!("{error}; it is tried again"),
+                            true => {
+                                callers.make_room();
+                            }
                         }
                         thread::sleep(TICK);
                         continue;
@@ -182,16 +192,29 @@ impl Service {
                     ));
                     continue;
                 }
-                open.fetch_add(1, Ordering::Relaxed);
+                // None is there where those who are to go are about to: a matter of moments.
+                let Some(place) = callers.enter(caller.host(), caller.hang_up(), TICK) else {
+                    continue;
+                };
                 connections += 1;
                 let (open, over) = (&open, &over);
                 let serve = move || {
-                    let stop = || over.load(Ordering::Relaxed);
+                    let place = RefCell::new(Some(place));
+                    let is_lost = || place.borrow().as_ref().is_some_and(Place::is_lost);
+                    let stop = || over.load(Ordering::Relaxed) || is_lost();
                     match caller.answer(Instant::now() + HANDSHAKE, &stop) {
                         Ok(connection) => {
+                            place.borrow().as_ref().inspect(|place| place.is_known());
                             let who = connection.from();
-                            match self.server.serve(&connection.duplex()) {
+                            let mut heard = None;
+                            let served = self.server.serve_when(&connection.duplex(), || {
+                                // One that has lost it is closed, and finds that.
+                                drop(place.take());
+                                heard = Some(Heard::new(open));
+                            });
+                            match served {
                                 Ok(_) | Err(PeerError::Ended) => {}
+                                Err(_) if heard.is_none() && stop() => {}
                                 Err(error) if has_gone(&error) => {
                                     log::info!("{who} is gone without a word: {}", Words(&error));
                                 }
@@ -205,11 +228,9 @@ impl Service {
                             strangers::warn(format_args!("{error}; others may connect still"))
                         }
                     }
-                    open.fetch_sub(1, Ordering::Relaxed);
                 };
                 let thread = thread::Builder::new().name("serve".into());
                 if let Err(error) = thread.spawn_scoped(scope, serve) {
-                    open.fetch_sub(1, Ordering::Relaxed);
                     log::warn!("a connection is not served: {error}");
                 }
             }
@@ -220,6 +241,22 @@ impl Service {
             connections,
             served: self.server.served(),
         }
+    }
+}
+
+/// One of those that are counted, until it is dropped.
+struct Heard<'a>(&'a AtomicUsize);
+
+impl<'a> Heard<'a> {
+    fn new(open: &'a AtomicUsize) -> Self {
+        open.fetch_add(1, Ordering::Relaxed);
+        Heard(open)
+    }
+}
+
+impl Drop for Heard<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
