@@ -23,7 +23,7 @@ use crate::migration::recover::Recover;
 use crate::snapshot::disks::DiskCopies;
 use crate::snapshot::packed::Compression;
 use crate::snapshot::{SnapshotKind, SnapshotRequest};
-use crate::text::json_line;
+use crate::text::{json_line, printable};
 use crate::units;
 
 mod due;
@@ -441,7 +441,7 @@ fn explained(question: &Question, error: ClientError) -> ClientError {
             let what = format!(
                 "a snapshot that has begun goes on in the monitor, and is whole when {0}/state is there (snapshot info {0}); one \
                  that waits for memory whose page server is away is given up",
-                dir.escape_debug()
+                printable(&dir)
             );
             let source = more(source, &what);
             ClientError::Gone { path, source }
@@ -470,7 +470,7 @@ fn told(options: &Ctl, body: Value) -> Option<String> {
         Question::Resume => ("running".into(), json!({ "state": "Running" })),
         Question::Snapshot(request) => {
             let dir = request.dir.display().to_string();
-            let shown = dir.escape_debug().to_string();
+            let shown = printable(&dir);
             match body {
                 Value::Object(mut cost) => {
                     let words = snapshot_words(&shown, &cost);
@@ -489,13 +489,12 @@ fn told(options: &Ctl, body: Value) -> Option<String> {
         }
         Question::MigrateOrder(order) => ("settled".into(), json!({ "order": order })),
         Question::MigrateRecover(Recover::To { address, .. }) => {
-            let words = format!("connections go to {}", address.escape_debug());
+            let words = format!("connections go to {}", printable(address));
             (words, json!({ "to": address }))
         }
-        Question::MigrateRecover(Recover::Listen { .. }) => (
-            format!("listens at {} too", text(&body["listen"]).escape_debug()),
-            body,
-        ),
+        Question::MigrateRecover(Recover::Listen { .. }) => {
+            (format!("listens at {} too", text(&body["listen"])), body)
+        }
         Question::PowerButton => ("pressed".into(), json!({ "pressed": true })),
         Question::Status => {
             let state = text(&body["state"]).to_lowercase();
@@ -562,7 +561,7 @@ fn time(micros: &Value) -> String {
 fn text(value: &Value) -> String {
     match value {
         // A terminal obeys control characters.
-        Value::String(text) => text.escape_debug().to_string(),
+        Value::String(text) => printable(text),
         other => other.to_string(),
     }
 }
@@ -570,8 +569,8 @@ fn text(value: &Value) -> String {
 /// A line for each number and word: where it is, and what it is. False where that comes to be more than [`MOST_WORDS`].
 fn flat(path: &str, value: &Value, lines: &mut String) -> bool {
     let below = |name: &str| match path {
-        "" => name.escape_debug().to_string(),
-        path => format!("{path}.{}", name.escape_debug()),
+        "" => printable(name),
+        path => format!("{path}.{}", printable(name)),
     };
     match value {
         Value::Object(fields) if !fields.is_empty() => fields
@@ -878,6 +877,13 @@ mod tests {
         }
         let status = json!({ "state": "Paused" });
         assert_eq!(told(&options(Question::Status, false), status), "paused\n");
+        // Escaped once.
+        let address = "unix:/a\u{9b}b";
+        let listen = Question::MigrateRecover(Recover::Listen {
+            address: address.into(),
+        });
+        let words = told(&options(listen, false), json!({ "listen": address }));
+        assert_eq!(words, "listens at unix:/a\\u{9b}b too\n");
     }
     #[test]
     fn a_long_name_over_many_numbers_is_refused_in_words_and_told_as_json() {

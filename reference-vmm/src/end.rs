@@ -86,7 +86,7 @@ impl fmt::Display for GuestEnd {
             }
             GuestEnd::Stopped(StopCause::Console) => f.write_str("the console's escape stopped it"),
             GuestEnd::Stopped(StopCause::Debugger) => f.write_str("the debugger stopped it"),
-            GuestEnd::Migrated(to) => write!(f, "it has moved to {}", to.escape_debug()),
+            GuestEnd::Migrated(to) => write!(f, "it has moved to {}", printable(to)),
             GuestEnd::Failed(what) => f.write_str(what),
         }
     }

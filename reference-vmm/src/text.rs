@@ -18,11 +18,28 @@ pub fn is_plain(c: char) -> bool {
     if c.is_ascii() {
         return !c.is_ascii_control();
     }
+    if is_invisible(c) {
+        return false;
+    }
     // What std would escape in a literal. Behind another character: at the beginning of a text it escapes as well what
     // combines with the one before, an accent for one.
     let mut pair = String::from("x");
     pair.push(c);
     pair.escape_debug().eq(pair.chars())
+}
+
+/// Letters and marks that have no picture, or are there to change their neighbour's: std prints them. By them two names are
+/// told apart that look the same.
+fn is_invisible(c: char) -> bool {
+    matches!(
+        c,
+        // Fillers of Hangul, vowels of Khmer that are not written, the joiner of graphemes, the empty pattern of Braille.
+        '\u{115f}' | '\u{1160}' | '\u{3164}' | '\u{ffa0}' | '\u{17b4}' | '\u{17b5}' | '\u{34f}' | '\u{2800}'
+        // Variation selectors, Mongolian's first.
+        | '\u{180b}'..='\u{180d}' | '\u{180f}' | '\u{fe00}'..='\u{fe0f}' | '\u{e0100}'..='\u{e01ef}'
+        // Tags.
+        | '\u{e0000}'..='\u{e007f}'
+    )
 }
 
 /// A text that may be shown: nothing in it moves a cursor, begins a line or turns its direction.
@@ -39,21 +56,24 @@ pub fn printable(text: &str) -> String {
 
 /// `value` as one line of JSON, its end included, which reads as the same and may be shown.
 pub fn json_line(value: &Value) -> String {
-    let text = value.to_string();
-    let mut line = String::with_capacity(text.len() + 1);
-    for c in text.chars() {
-        // It can only be in a string, for all else is ASCII; and of that nothing is a control there.
-        if is_plain(c) {
-            line.push(c);
+    json_plain(&value.to_string()) + "\n"
+}
+
+/// JSON that reads as `json`, and may be shown as far as that has no line ends.
+pub fn json_plain(json: &str) -> String {
+    let mut plain = String::with_capacity(json.len());
+    for c in json.chars() {
+        // What is not ASCII can only be in a string; and there no control is.
+        if c.is_ascii_whitespace() || is_plain(c) {
+            plain.push(c);
             continue;
         }
         for unit in c.encode_utf16(&mut [0; 2]) {
             // A string takes everything.
-            let _ = write!(line, "\\u{unit:04x}");
+            let _ = write!(plain, "\\u{unit:04x}");
         }
     }
-    line.push('\n');
-    line
+    plain
 }
 
 #[cfg(test)]
@@ -62,9 +82,18 @@ mod tests {
 
     #[test]
     fn what_turns_text_round_or_has_no_picture_is_escaped_and_the_rest_is_left() {
-        let ranges = [0x202a..=0x202e_u32, 0x2066..=0x2069, 0x200b..=0x200f];
+        let ranges = [
+            0x202a..=0x202e_u32,
+            0x2066..=0x2069,
+            0x200b..=0x200f,
+            0x80..=0x9f,
+            0xfe00..=0xfe0f,
+            0xe0000..=0xe007f,
+            0xe0100..=0xe01ef,
+        ];
         let lone = [
-            0x61c, 0xad, 0xfeff, 0x2028, 0x2029, 0x7f, 0x85, 0x9b, 0xe0041,
+            0x61c, 0xad, 0xfeff, 0x2028, 0x2029, 0x7f, 0x115f, 0x1160, 0x3164, 0xffa0, 0x2800,
+            0x34f, 0x17b4, 0x180b,
         ];
         for code in ranges.into_iter().flatten().chain(lone).chain(0..0x20) {
             let c = char::from_u32(code).unwrap();
@@ -78,6 +107,9 @@ mod tests {
         ] {
             assert_eq!(printable(text), text);
         }
+        // Said twice it is escaped once.
+        let once = printable("a\u{9b}\\b");
+        assert_eq!((printable(&once), &*once), (once.clone(), "a\\u{9b}\\b"));
     }
 
     #[test]

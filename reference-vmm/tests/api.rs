@@ -20,6 +20,7 @@ use reference_vmm::lazy::{LazySaid, OnLoss, PageServerAt};
 use reference_vmm::migration::outgoing::Order;
 use reference_vmm::migration::recover::Recover;
 use reference_vmm::migration::tls::TlsFiles;
+use reference_vmm::text::is_plain;
 use serde_json::Value;
 
 fn request(method: &str, path: &str, body: &str) -> Request {
@@ -181,6 +182,25 @@ fn a_response_says_how_long_it_is_and_what_becomes_of_the_connection() {
         "HTTP/1.1 200 OK\r\nServer: reference-vmm\r\nConnection: close\r\nContent-Type: application/json\r\n\
          Content-Length: 2\r\n\r\n{}"
     );
+}
+
+#[test]
+fn a_response_has_no_character_that_a_terminal_obeys_or_does_not_show_and_reads_as_the_same() {
+    let why = "a\u{2028}b\u{9b}31m\u{202e}c\u{3164}, Grüße";
+    let mut bytes = Vec::new();
+    Response::fault(Status::BadRequest, why.into()).encode(true, &mut bytes);
+    let said = String::from_utf8(bytes).unwrap();
+    let (head, body) = said.split_once("\r\n\r\n").unwrap();
+    assert!(
+        head.contains(&format!("Content-Length: {}", body.len())),
+        "{head}"
+    );
+    assert!(
+        body.chars().all(is_plain) && body.contains("Grüße"),
+        "{body}"
+    );
+    let body: serde_json::Value = serde_json::from_str(body).unwrap();
+    assert_eq!(body["fault_message"], why);
 }
 
 // ---- Routes

@@ -6,6 +6,8 @@
 //! same bytes are possible (RFC 9112, 6.3): lengths that differ, or a length that is no plain number, are refused, and
 //! behind a refusal nothing more of the connection is read.
 
+use crate::text::json_plain;
+
 /// The longest head of a request, its request line and headers, bytes.
 pub const MAX_HEAD: usize = 8 << 10;
 /// The most headers of a request.
@@ -325,7 +327,8 @@ impl Response {
         if let Some(allow) = self.allow {
             head += &format!("Allow: {allow}\r\n");
         }
-        let body = self.body.as_deref().unwrap_or_default();
+        // Whoever shows it to a terminal as it came shows no character that moves others.
+        let body = json_plain(self.body.as_deref().unwrap_or_default());
         // A 204 has neither (RFC 9110, 8.6).
         if self.status != Status::NoContent {
             let length = body.len();

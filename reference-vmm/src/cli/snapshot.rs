@@ -18,7 +18,7 @@ use crate::snapshot::files::HostFiles;
 use crate::snapshot::info::{self, SnapshotInfo};
 use crate::snapshot::merge::{self, MergeRequest};
 use crate::snapshot::serve::{ServeError, ServeRequest, Service};
-use crate::text::json_line;
+use crate::text::{json_line, printable};
 use crate::units;
 
 /// `reference-vmm snapshot --help`.
@@ -356,7 +356,7 @@ fn heat_map(dir: &Path, info: &SnapshotInfo) -> Result<(serde_json::Value, Strin
 
 fn shown(path: &Path) -> String {
     // A terminal obeys control characters.
-    path.to_string_lossy().escape_debug().to_string()
+    printable(&path.to_string_lossy())
 }
 
 fn verified(dir: &Path, links: usize) -> (serde_json::Value, String) {

@@ -28,6 +28,7 @@ use crate::migration::record::MigrationRecord;
 use crate::migration::recover::{Recover, Said};
 use crate::migration::source::WhenStuck;
 use crate::migration::tls::TlsFiles;
+use crate::text::printable;
 
 /// Its answer comes when the guest is there. The monitor's end ends the wait in any case.
 const PATIENCE: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -297,7 +298,7 @@ pub(super) fn ask(
         let report = record.and_then(|record: MigrationRecord| record.report);
         let report = report.filter(|report| Some(report.path.as_str()) == path.to_str());
         if let Some(why) = report.and_then(|report| report.failed) {
-            let text = format!("reference-vmm: no report: {}\n", why.escape_debug());
+            let text = format!("reference-vmm: no report: {}\n", printable(&why));
             crate::stderr::write(text.as_bytes());
         }
     }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::VolatileSlice;
 
 use super::guest::{ArrivingMemory, Refusal};
+use crate::text::printable;
 use crate::units;
 
 /// What is known of a guest that comes, for whoever asks meanwhile.
@@ -88,7 +89,7 @@ impl Came {
         format!(
             "a guest is on its way here, to {address}, from {}, for {} by now: {} of contents and {} of zeros have come, \
              its memory is {}; how long it will take its source knows (migrate-status there)",
-            self.from.escape_debug(),
+            printable(&self.from),
             units::time(self.elapsed()),
             units::bytes(self.received_bytes),
             units::bytes(self.zero_bytes),
@@ -100,7 +101,7 @@ impl Came {
     pub fn arrived(&self) -> String {
         format!(
             "from {} in {}",
-            self.from.escape_debug(),
+            printable(&self.from),
             units::time(self.elapsed())
         )
     }

@@ -28,6 +28,7 @@ use super::{progress, report};
 use crate::devices::virtio::rng::random_id;
 use crate::end::{Chain, EndSignal};
 use crate::lazy::LazyError;
+use crate::text::printable;
 use crate::vm::{ControlError, Running};
 
 /// How to migrate, as it is asked for: the body of `PUT /migrate`.
@@ -425,7 +426,7 @@ impl Outgoing {
         };
         let record = job.recorder.record();
         if record.outcome.is_some() {
-            let to = record.to.escape_debug();
+            let to = printable(&record.to);
             return format!(
                 "a migration is in doubt, and whether the guest runs at {to} is not known: who knows says so first (ctl \
                  migrate-settle here|there)"
@@ -433,7 +434,7 @@ impl Outgoing {
         }
         let far = progress::far(&record, job.recorder.began.elapsed());
         if record.postcopy.is_some() {
-            let to = record.to.escape_debug();
+            let to = printable(&record.to);
             return format!(
                 "the guest is at {to} now, and its memory follows ({far}): ask its monitor there"
             );

@@ -627,7 +627,7 @@ impl MigrationRecord {
     /// In words, for people: some lines, each with its end. Control characters are escaped.
     pub fn summary(&self) -> String {
         let mut text = String::new();
-        let (to, took) = (self.to.escape_debug(), self.took.unwrap_or_default());
+        let (to, took) = (printable(&self.to), self.took.unwrap_or_default());
         // A string takes everything.
         let _ = match &self.outcome {
             None => {
@@ -733,7 +733,7 @@ impl MigrationRecord {
         match &self.report {
             None => {}
             Some(Report { path, failed: None }) => {
-                let _ = writeln!(text, "report in {}", path.escape_debug());
+                let _ = writeln!(text, "report in {}", printable(path));
             }
             Some(Report {
                 failed: Some(why), ..

@@ -12,6 +12,7 @@ use crate::api::{self, Server};
 use crate::end::EndSignal;
 use crate::gdb::Listener;
 use crate::migration::incoming::Incoming;
+use crate::text::printable;
 use crate::vm::{BuildError, Machine, RunState, Running};
 
 /// Why a guest is not waited for any more, if so.
@@ -89,7 +90,7 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
         let coming = incoming.coming();
         incoming.when_offered(|coming| {
             let from = coming.came().map(|came| came.from).unwrap_or_default();
-            let from = from.escape_debug();
+            let from = printable(&from);
             let text = format!(
                 "reference-vmm: a guest comes from {from}; it runs there until it is here\n"
             );

@@ -20,6 +20,7 @@ use super::machine::MachineState;
 use super::parent::Parent;
 use super::restore::RestoreError;
 use crate::config::Config;
+use crate::text::printable;
 use crate::units;
 
 /// What a snapshot is.
@@ -164,7 +165,7 @@ impl SnapshotInfo {
 impl fmt::Display for SnapshotInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // A terminal obeys control characters.
-        let path = |path: &Path| path.to_string_lossy().escape_debug().to_string();
+        let path = |path: &Path| printable(&path.to_string_lossy());
         writeln!(f, "id          {}", self.id)?;
         match &self.parent {
             None => writeln!(f, "type        full")?,
@@ -214,7 +215,7 @@ impl fmt::Display for SnapshotInfo {
         }
         writeln!(f, "vcpus       {}", self.config.cpus.count)?;
         for device in &self.devices {
-            writeln!(f, "device      {}", device.escape_debug())?;
+            writeln!(f, "device      {}", printable(device))?;
         }
         for (number, disk) in self.config.disks.iter().enumerate() {
             let is = match (disk.readonly, self.copy(number)) {
