@@ -30,7 +30,8 @@ use support::heeder::{
 };
 use support::keeper::{Guest, digits, keeper, machine};
 use support::moving::{
-    Line, NOWHERE, Ready, bind, is_whole, laden, moving, place, ready, request, slow,
+    Line, NOWHERE, Ready, bind, ends_whole, has_lost_nothing, is_whole, laden, moving, place,
+    ready, request, slow,
 };
 use support::{Vmm, WATCHDOG, need_kvm};
 
@@ -173,10 +174,7 @@ fn a_line_that_is_cut_anywhere_is_made_again_and_the_guest_has_lost_nothing() {
     println!("{sizes:?} bytes: moved {moved}, stayed {stayed}");
     assert!(moved >= 3 && stayed >= 1, "{moved} {stayed}");
     guest.hear(2);
-    let (said, end) = guest.quit();
-    all += &said;
-    assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{all}");
-    assert_eq!(all, digits(all.len() - 1) + "!");
+    ends_whole(all, guest);
 }
 
 #[test]
@@ -222,12 +220,7 @@ fn while_there_is_no_way_both_sides_say_so_and_wait_for_each_other() {
     );
     let mut there = there;
     there.hear(2);
-    let (mut all, end) = guest.leave();
-    assert_eq!(end, None);
-    let (said, end) = there.quit();
-    all += &said;
-    assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{all}");
-    assert_eq!(all, digits(all.len() - 1) + "!");
+    has_lost_nothing(guest, there);
 }
 
 #[test]

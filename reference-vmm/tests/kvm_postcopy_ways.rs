@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use guests::verifier::verifier64;
-use reference_vmm::end::{EndSignal, GuestEnd};
+use reference_vmm::end::EndSignal;
 use reference_vmm::migration::address::Address;
 use reference_vmm::migration::incoming::{Incoming, IncomingRequest};
 use reference_vmm::migration::message::{GREETING, Message};
@@ -21,21 +21,12 @@ use reference_vmm::migration::outgoing::{MigrateRequest, Outgoing, OutgoingError
 use reference_vmm::migration::record::{MigrationRecord, Outcome};
 use reference_vmm::vm::{Machine, RunState};
 use support::huge::{Reserved, not_tried};
-use support::keeper::{Guest, digits, machine};
+use support::keeper::{Guest, machine};
 use support::moving::{
-    Line, Moving, NOWHERE, Ready, bind, is_whole, laden, moving, place, ready, request, slow,
+    Line, Moving, NOWHERE, Ready, bind, has_lost_nothing, is_whole, laden, moving, ready,
+    ready_with, request, slow,
 };
 use support::{WATCHDOG, lab_short, need_kvm};
-
-/// Two halves of what one guest said, of which it has lost nothing.
-fn has_lost_nothing(here: Guest, there: Guest) {
-    let (mut all, end) = here.leave();
-    assert_eq!(end, None, "{all}");
-    let (said, end) = there.quit();
-    all += &said;
-    assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{all}");
-    assert_eq!(all, digits(all.len() - 1) + "!");
-}
 
 fn broken(record: &MigrationRecord) -> Option<&str> {
     record.postcopy.as_ref()?.broken.as_deref()
@@ -314,11 +305,12 @@ fn what_nobody_waits_for_follows_over_all_connections_and_one_that_ends_or_stand
         ("cut", verifier64().to_vec(), 2),
         ("hold", verifier64().to_vec(), 2),
     ] {
-        let (_kernel, config) = machine(&code, cpus, "32M");
-        let mut guest = Guest::boot(&config);
-        guest.hear(1);
-        let (folder, path) = place();
-        let incoming = bind(Address::Unix(path.clone()));
+        let Ready {
+            guest,
+            folder,
+            path,
+            incoming,
+        } = ready_with(&code, cpus, "32M");
         let line = Line::new(folder.path(), path, NOWHERE);
         let request = MigrateRequest {
             connections: CONNECTIONS,
@@ -423,11 +415,12 @@ fn memory_of_huge_pages_follows_whole_pages_and_where_there_are_none_the_guest_s
         Err(why) => return not_tried(&why),
     };
     for kind in ["32M,hugepages", "32M,hugepages=2M,shared"] {
-        let (_kernel, config) = machine(verifier64(), 2, kind);
-        let mut guest = Guest::boot(&config);
-        guest.hear(1);
-        let (_folder, path) = place();
-        let incoming = bind(Address::Unix(path));
+        let Ready {
+            guest,
+            incoming,
+            folder: _folder,
+            ..
+        } = ready_with(verifier64(), 2, kind);
         let request = MigrateRequest {
             connections: 2,
             ..request(incoming.address(), "after-rounds=0")
@@ -444,11 +437,12 @@ fn memory_of_huge_pages_follows_whole_pages_and_where_there_are_none_the_guest_s
     // As many as one machine has.
     drop(reserved);
     let _reserved = Reserved::new(2048, 16).unwrap();
-    let (_kernel, config) = machine(verifier64(), 2, "32M,hugepages");
-    let mut guest = Guest::boot(&config);
-    guest.hear(1);
-    let (_folder, path) = place();
-    let incoming = bind(Address::Unix(path));
+    let Ready {
+        mut guest,
+        incoming,
+        folder: _folder,
+        ..
+    } = ready_with(verifier64(), 2, "32M,hugepages");
     let request = request(incoming.address(), "after-rounds=0");
     let (moved, came) = moving(&guest, incoming, &request, |moving| moving.came());
     let why = moved.unwrap_err().to_string();

@@ -16,6 +16,7 @@ pub mod keeper;
 pub mod lab;
 pub mod moving;
 pub mod mutate;
+pub mod page_server;
 pub mod pty;
 pub mod rsp;
 pub mod tls;

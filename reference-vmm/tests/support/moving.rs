@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 use guests::scribe::scribe64;
-use reference_vmm::end::EndSignal;
+use reference_vmm::end::{EndSignal, GuestEnd};
 use reference_vmm::lazy::LazyState;
 use reference_vmm::migration::address::Address;
 use reference_vmm::migration::incoming::{Incoming, IncomingError, IncomingRequest};
@@ -20,7 +20,7 @@ use reference_vmm::migration::record::{MigrationRecord, Step};
 use reference_vmm::vm::Machine;
 
 use super::WATCHDOG;
-use super::keeper::{Guest, machine};
+use super::keeper::{Guest, digits, machine};
 
 pub fn place() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
@@ -46,7 +46,12 @@ pub struct Ready {
 
 /// One with memory that it never touches and that is not zero.
 pub fn ready() -> Ready {
-    let (_kernel, config) = machine(&laden(), 1, "16M");
+    ready_with(&laden(), 1, "16M")
+}
+
+/// One of another machine.
+pub fn ready_with(code: &[u8], cpus: u32, memory: &str) -> Ready {
+    let (_kernel, config) = machine(code, cpus, memory);
     let mut guest = Guest::boot(&config);
     guest.hear(2);
     let (folder, path) = place();
@@ -57,6 +62,21 @@ pub fn ready() -> Ready {
         path,
         incoming,
     }
+}
+
+/// One guest's halves: what it said here, where it is no more, and there is all that it was to say.
+pub fn has_lost_nothing(here: Guest, there: Guest) {
+    let (said, end) = here.leave();
+    assert_eq!(end, None, "{said}");
+    ends_whole(said, there);
+}
+
+/// `said` before is the beginning of what the guest says until it ends.
+pub fn ends_whole(said: String, there: Guest) {
+    let (rest, end) = there.quit();
+    let all = said + &rest;
+    assert_eq!(end, Some(GuestEnd::DebugExit(0)), "{all}");
+    assert_eq!(all, digits(all.len() - 1) + "!");
 }
 
 /// A guest on its way.
