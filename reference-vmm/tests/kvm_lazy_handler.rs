@@ -296,6 +296,50 @@ fn what_cannot_be_handed_off_is_refused_before_there_is_a_guest() {
 }
 
 #[test]
+fn what_is_lost_with_a_handler_is_in_no_snapshot_of_a_guest_that_goes_on_without() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    let handler = Handler::start(folder.path(), &dir, 1);
+    let socket = folder.path().join("api");
+    let monitor = Vmm::command(["restore", "--api-sock"])
+        .arg(&socket)
+        .stdin_pipe()
+        .start();
+    let mut client = loop {
+        match Client::connect(&socket, WATCHDOG) {
+            Ok(client) => break client,
+            Err(_) => std::thread::yield_now(),
+        }
+    };
+    // Paused, so that it touches nothing of what is lost.
+    let load = json!({
+        "snapshot_path": dir, "on_loss": "poison",
+        "mem_backend": { "backend_type": "Uffd", "backend_path": handler.socket },
+    });
+    let answer = client.call("PUT", "/snapshot/load", Some(&load)).unwrap();
+    assert_eq!(answer.status, 204, "{answer:?}");
+    drop(handler);
+    let begun = Instant::now();
+    while client.call("GET", "/", None).unwrap().body.unwrap()["lazy"]["lost"].is_null() {
+        assert!(begun.elapsed() < WATCHDOG);
+        std::thread::yield_now();
+    }
+    let other = folder.path().join("other");
+    Vmm::command(["ctl", "--api-sock"])
+        .arg(&socket)
+        .arg("snapshot")
+        .arg(&other)
+        .output()
+        .expect_status(1)
+        .expect_line(&["have not come", "the page-fault handler at", "has ended"]);
+    assert!(!other.exists());
+    monitor.signal(libc::SIGTERM);
+    monitor.wait().expect_status(0);
+}
+
+#[test]
 fn a_client_of_firecrackers_api_says_where_the_handler_is() {
     need_kvm();
     let folder = tempfile::tempdir().unwrap();

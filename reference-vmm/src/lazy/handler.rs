@@ -51,6 +51,8 @@ struct Given {
     events: Arc<Events>,
     /// It has been said that who waits is not known. Relaxed: it is said once, about.
     blind: AtomicBool,
+    /// It has been given up. Release, before anything is poisoned.
+    lost: AtomicBool,
     /// One at a time lends the registrations.
     poisoning: Mutex<()>,
 }
@@ -108,6 +110,7 @@ impl Handler {
                 _stream: stream,
                 events,
                 blind: AtomicBool::new(false),
+                lost: AtomicBool::new(false),
                 poisoning: Mutex::new(()),
             }),
         );
@@ -133,6 +136,18 @@ impl Handler {
 }
 
 impl Handler {
+    /// How many pages are lost with it, once it has been given up: none where all had come.
+    pub(super) fn lost(&self) -> Option<u64> {
+        if !self.given.lost.load(Ordering::Acquire) {
+            return None;
+        }
+        let registrations = &self.given.registrations;
+        let sizes = registrations.iter().map(|of| of.mapping().size());
+        let all = sizes.sum::<u64>() / PAGE_SIZE;
+        // Where it cannot be known none is relied on.
+        Some(all - present(registrations).unwrap_or(0).min(all))
+    }
+
     /// The machine is to stop: who waits for memory waits no longer, but goes on with memory that is poisoned.
     pub(super) fn leave(&self) {
         // It cannot be full.
@@ -304,6 +319,7 @@ impl Given {
     }
 
     fn give_up(&self, why: String) {
+        self.lost.store(true, Ordering::Release);
         self.events.tell(why);
         self.poison();
     }

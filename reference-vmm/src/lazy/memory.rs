@@ -47,7 +47,7 @@ const LEAST: Duration = Duration::from_millis(100);
 const BEGINS: Duration = Duration::from_secs(1);
 const TOUCHES: Duration = Duration::from_millis(50);
 /// How long a machine that stops waits for a migration's source to hear that it wants no more memory.
-const LEAVE: Duration = Duration::from_millis(300);
+const LEAVE: Duration = Duration::from_secs(2);
 /// How long what is to be read ahead waits for room among what is.
 const ROOM: Duration = Duration::from_millis(2);
 
@@ -303,7 +303,11 @@ impl LazyMemory {
 
     /// How far it has come.
     pub(crate) fn progress(&self) -> LazyProgress {
-        self.shared.progress()
+        let mut progress = self.shared.progress();
+        if let Some(handler) = &self.handler {
+            progress.lost = handler.lost();
+        }
+        progress
     }
 
     /// What it took.
@@ -326,8 +330,8 @@ impl LazyMemory {
         self.handler.is_some()
     }
 
-    /// Has all of it brought, and waits for that while `go_on` says so. Of another process's nothing is known: what is read
-    /// comes then. It is waited for as long as it is `wanted`. Whether a recording ended early for it, which is told of as well: there is nothing left that the guest could touch first.
+    /// Has all of it brought, and waits for that while `go_on` says so. Of another process's nothing is known, as long as that
+    /// lives: what is read comes then. It is waited for as long as it is `wanted`. Whether a recording ended early for it, which is told of as well: there is nothing left that the guest could touch first.
     /// As long as a page server is away nothing could be brought, and a recording goes on: who asked may give up until then.
     ///
     /// # Errors
@@ -337,8 +341,14 @@ impl LazyMemory {
         go_on: impl Fn() -> bool,
         wanted: &dyn Fn() -> bool,
     ) -> Result<bool, LazyError> {
-        if self.is_external() {
-            return Ok(false);
+        if let Some(handler) = &self.handler {
+            return match handler.lost() {
+                Some(pages @ 1..) => Err(LazyError::Lost {
+                    pages,
+                    why: self.shared.events.why(),
+                }),
+                _ => Ok(false),
+            };
         }
         let goes_on = || match (go_on(), wanted()) {
             (false, _) => Err(self.shared.ended()),
