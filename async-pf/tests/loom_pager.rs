@@ -4,7 +4,8 @@
 //! `RUSTFLAGS="--cfg loom" cargo test --release --target-dir target/loom -p async-pf --test loom_pager`
 //!
 //! The kernel is a model too. Its clock stands still: a fault that nobody serves, or a thread that nobody wakes, waits for
-//! ever, and loom says so. A wait with a limit may end at once.
+//! ever, and loom says so. A wait with a limit may end at once. A deadline or a delay of nothing is over as soon as someone
+//! looks: so who has to look is modelled, and how long it takes is not.
 
 #![cfg(loom)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -190,12 +191,16 @@ impl PageSource for Counted {
 
 /// A pager of two pages, and its threads.
 fn start(kernel: &Arc<Kernel>, source: Arc<dyn PageSource>, workers: usize) -> Pager {
+    let config = PagerConfig::default();
+    start_with(kernel, source, PagerConfig { workers, ..config })
+}
+
+fn start_with(kernel: &Arc<Kernel>, source: Arc<dyn PageSource>, config: PagerConfig) -> Pager {
     let host = Box::new(Host(Arc::clone(kernel)));
     let uffd = Uffd::foreign(host, Features::POISON);
     let range = ForeignRange::new(&uffd, BASE..BASE + 2 * P, PAGE_SIZE, Modes::MISSING).unwrap();
     let slot = PagedSlot::foreign(&range, Gfn(0), source).unwrap();
     let config = PagerConfig {
-        workers,
         window: PAGE_SIZE,
         ahead: PAGE_SIZE,
         give_up: GiveUp::Poison,
@@ -203,7 +208,7 @@ fn start(kernel: &Arc<Kernel>, source: Arc<dyn PageSource>, workers: usize) -> P
             thread::spawn(run);
             Ok(())
         }),
-        ..PagerConfig::default()
+        ..config
     };
     Pager::start(&uffd, vec![slot], config).unwrap()
 }
@@ -323,5 +328,90 @@ fn a_drop_beside_a_fault_leaves_nobody_asleep() {
         drop(pager);
         let came = vcpu.join().unwrap();
         assert_eq!(kernel.placed(0).is_some(), came);
+    });
+}
+
+/// Fails once, but not for good, as soon as whoever is to be asleep may be.
+#[derive(Default)]
+struct Falters(Mutex<u32>);
+
+impl PageSource for Falters {
+    fn fetch(&self, first: Gfn, _: &mut [u8]) -> Result<Fetched, SourceError> {
+        let mut asked = self.0.lock().unwrap();
+        *asked += 1;
+        if *asked > 1 {
+            return Ok(Fetched::Bytes);
+        }
+        drop(asked);
+        // Each lets all others go on to where they wait.
+        for _ in 0..4 {
+            thread::yield_now();
+        }
+        Err(SourceError::Other {
+            gfn: first,
+            transient: true,
+            source: "it was away".into(),
+        })
+    }
+}
+
+#[test]
+fn a_page_that_is_to_be_tried_again_wakes_the_guard() {
+    model(0, || {
+        let kernel = Arc::new(Kernel::default());
+        let config = PagerConfig {
+            workers: 2,
+            deadline: Duration::MAX,
+            backoff: Duration::ZERO,
+            ..PagerConfig::default()
+        };
+        let pager = start_with(&kernel, Arc::new(Falters::default()), config);
+        assert!(kernel.touch(0));
+        drop(pager);
+    });
+}
+
+/// Answers when it is let go.
+#[derive(Default)]
+struct Stuck {
+    inside: Mutex<bool>,
+    let_go: Mutex<bool>,
+    told: Condvar,
+}
+
+impl PageSource for Stuck {
+    fn fetch(&self, _: Gfn, _: &mut [u8]) -> Result<Fetched, SourceError> {
+        *self.inside.lock().unwrap() = true;
+        let mut let_go = self.let_go.lock().unwrap();
+        while !*let_go {
+            let_go = self.told.wait(let_go).unwrap();
+        }
+        Ok(Fetched::Bytes)
+    }
+}
+
+#[test]
+fn a_fault_on_what_is_under_way_for_nobody_wakes_the_guard_which_keeps_its_deadline() {
+    model(0, || {
+        let kernel = Arc::new(Kernel::default());
+        let config = PagerConfig {
+            workers: 2,
+            deadline: Duration::ZERO,
+            ..PagerConfig::default()
+        };
+        let source = Arc::new(Stuck::default());
+        let pager = start_with(&kernel, source.clone(), config);
+        pager.prefetch(0, Gfn(0)..Gfn(1)).unwrap();
+        while !*source.inside.lock().unwrap() {
+            thread::yield_now();
+        }
+        // The guard may sleep by now.
+        for _ in 0..4 {
+            thread::yield_now();
+        }
+        assert!(!kernel.touch(0), "its source has not answered");
+        *source.let_go.lock().unwrap() = true;
+        source.told.notify_all();
+        drop(pager);
     });
 }

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -505,6 +505,127 @@ fn a_page_that_is_late_is_given_up_at_its_deadline_while_every_worker_is_stuck()
         drop(pager);
         world.wakes_all();
     }
+}
+
+/// The guard's thread, to be looked at from outside.
+#[derive(Clone, Default)]
+struct Guard(Arc<AtomicI32>);
+
+impl Guard {
+    /// Threads of this pager say which is the guard's.
+    fn of(&self, config: PagerConfig) -> PagerConfig {
+        let tid = Arc::clone(&self.0);
+        PagerConfig {
+            spawn: Arc::new(move |name, run| {
+                let (tid, guard) = (Arc::clone(&tid), name == "pager-guard");
+                let run = move || {
+                    if guard {
+                        // SAFETY: a number of the caller's own thread.
+                        tid.store(unsafe { libc::gettid() }, Ordering::Release);
+                    }
+                    run();
+                };
+                thread::Builder::new().name(name).spawn(run).map(drop)
+            }),
+            ..config
+        }
+    }
+
+    /// Waits until it has not gone to sleep anew for longer than it takes between two looks (2 ms), by much.
+    fn sleeps(&self) {
+        let switches = || {
+            let tid = self.0.load(Ordering::Acquire);
+            let status = std::fs::read_to_string(format!("/proc/self/task/{tid}/status")).ok()?;
+            let line = status.lines().find(|l| l.starts_with("voluntary_ctxt"))?;
+            line.rsplit('\t').next()?.parse::<u64>().ok()
+        };
+        let mut last = (switches(), Instant::now());
+        until("the guard sleeps", || {
+            let now = switches();
+            if now.is_none() || now != last.0 {
+                last = (now, Instant::now());
+            }
+            (last.1.elapsed() > Duration::from_millis(60)).then_some(())
+        });
+    }
+}
+
+/// Stops at the first fetch of one page until it is let go, and fails then, but not for good.
+struct Falters(Arc<Gate>, u64);
+
+impl PageSource for Falters {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        // Relaxed: a number that orders nothing else.
+        if first.0 == self.1 && self.0.times.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.0.inside.wait();
+            self.0.open.wait();
+            return Err(SourceError::Other {
+                gfn: first,
+                transient: true,
+                source: "it was away".into(),
+            });
+        }
+        into.fill(9);
+        Ok(Fetched::Bytes)
+    }
+}
+
+#[test]
+fn a_page_under_way_that_is_touched_while_the_guard_sleeps_is_given_up_at_its_deadline() {
+    for workers in [1, 2] {
+        let (world, gate, guard) = (World::new(), Gate::new(), Guard::default());
+        let config = PagerConfig {
+            workers,
+            deadline: Duration::from_millis(30),
+            ..quick()
+        };
+        let pager = world.start(Gated(gate.clone()), guard.of(config));
+        pager.prefetch(0, Gfn(0x104)..Gfn(0x105)).unwrap();
+        gate.inside.wait();
+        if workers == 2 {
+            guard.sleeps();
+        }
+        assert_eq!(world.fake.touch(world.at(4), false), Touch::Sleeps);
+        world.wakes_all();
+        assert_eq!(world.touch(4), Touch::Poisoned);
+        assert_eq!((pager.stats().joined, pager.stats().lost), (1, 1));
+        gate.open.wait();
+    }
+}
+
+#[test]
+fn a_fetch_that_fails_while_the_guard_sleeps_is_tried_again_long_before_its_deadline() {
+    let (world, gate, guard) = (World::new(), Gate::new(), Guard::default());
+    let config = PagerConfig {
+        workers: 2,
+        deadline: Duration::MAX,
+        ..quick()
+    };
+    let pager = world.start(Falters(gate.clone(), 0x104), guard.of(config));
+    assert_eq!(world.fake.touch(world.at(4), false), Touch::Sleeps);
+    gate.inside.wait();
+    guard.sleeps();
+    gate.open.wait();
+    world.wakes_all();
+    assert_eq!((world.touch(4), world.byte(4)), (Touch::Done, 9));
+    assert_eq!((pager.stats().retries, pager.stats().lost), (1, 0));
+}
+
+#[test]
+fn the_last_of_the_rest_that_fails_while_the_guard_sleeps_is_tried_again() {
+    let (world, gate, guard) = (World::new(), Gate::new(), Guard::default());
+    let config = PagerConfig {
+        workers: 2,
+        ahead: P,
+        ..quick()
+    };
+    let pager = world.start(Falters(gate.clone(), 0x100 + PAGES - 1), guard.of(config));
+    pager.prefetch_rest();
+    gate.inside.wait();
+    guard.sleeps();
+    gate.open.wait();
+    assert!(pager.wait(LONG), "{:?}", pager.progress());
+    assert_eq!(pager.progress().lost, 0);
 }
 
 #[test]

@@ -667,6 +667,11 @@ impl Book {
         self.get(place).is_some_and(Page::zero)
     }
 
+    /// How many pages someone waits for.
+    pub fn waiting(&self) -> usize {
+        self.waits.len()
+    }
+
     /// Whether someone waits for a page that no worker has begun.
     pub fn has_faults(&self) -> bool {
         !self.faults.is_empty()

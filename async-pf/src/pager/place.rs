@@ -210,6 +210,7 @@ impl Shared {
         let mut state = self.lock();
         let lost = state.book.failed(job, from, transient, sync::now());
         self.rouse(&mut state);
+        self.stir(&mut state);
         drop(state);
         for place in lost {
             self.give_up(place, reason, hands);

@@ -74,7 +74,7 @@ pub(super) struct State {
     pub ahead: bool,
     /// The mean of what a fetch takes.
     pub fetch: Duration,
-    /// The guard sleeps until someone waits.
+    /// The guard sleeps until what it knew to be due, or until it is [stirred](Shared::stir).
     pub guard_asleep: bool,
     /// There is a byte in the pipe.
     pub poked: bool,
@@ -252,8 +252,12 @@ impl Shared {
         }
         let now = sync::now();
         let mut state = self.lock();
+        let waited = state.book.waiting();
         for event in &mut hands.messages {
             hands.answers.extend(self.note(&mut state.book, event, now));
+        }
+        if state.book.waiting() > waited {
+            self.stir(&mut state);
         }
         drop(state);
         drop(exclusive);
@@ -364,8 +368,13 @@ impl Shared {
         } else if state.idle > 0 && (faults || slow && state.readers == 0) {
             self.work.notify_one();
         }
-        if state.guard_asleep {
-            state.guard_asleep = false;
+        self.stir(state);
+    }
+
+    /// The guard looks again. For whoever begins to wait, puts off a page, or is about to be busy: what it sleeps until was
+    /// computed before that.
+    pub fn stir(&self, state: &mut State) {
+        if std::mem::take(&mut state.guard_asleep) {
             self.watch.notify_one();
         }
     }

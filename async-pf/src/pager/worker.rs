@@ -155,7 +155,7 @@ impl Shared {
                 }
             };
             if std::mem::take(&mut state.guard_asleep) {
-                // It was time, and not someone who begins to wait.
+                // It was time, and nobody who [stirs](Shared::stir) it.
                 quiet = QUIET;
             } else if quiet >= QUIET {
                 quiet = 0;
