@@ -138,6 +138,32 @@ fn what_is_touched_comes_and_the_rest_behind_it() {
     }
 }
 
+#[test]
+fn a_mapping_that_madvise_has_split_comes_and_is_poisoned_on_both_sides() {
+    for drops in [false, true] {
+        let world = World::new(&Backing::anonymous(64 * P), Modes::MISSING);
+        let pager = world.start(Keyed, PagerConfig::default());
+        let at = (world.memory.host().0 + (8 * P) as usize) as *mut libc::c_void;
+        // SAFETY: whole pages of the mapping; advice about core dumps changes no contents.
+        let split = unsafe { libc::madvise(at, (8 * P) as usize, libc::MADV_DONTDUMP) };
+        assert_eq!(split, 0);
+        if drops && world.uffd.available().contains(Features::POISON) {
+            drop(pager);
+            for page in [0, 7, 8, 15, 16, 63] {
+                assert!(!readable(world.memory.host(), page), "page {page}");
+            }
+            continue;
+        }
+        pager.prefetch(0, Gfn(4)..Gfn(20)).unwrap();
+        pager.prefetch_rest();
+        assert!(pager.wait(LONG));
+        assert_eq!((pager.stats().placed, pager.progress().lost), (64, 0));
+        for page in 0..64 {
+            assert_eq!(world.read(page), expected(page), "page {page}");
+        }
+    }
+}
+
 /// Has a page wherever it is asked, and notes where.
 struct Noted(Mutex<Vec<u64>>);
 

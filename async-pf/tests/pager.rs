@@ -209,18 +209,77 @@ fn whatever_an_ioctl_answers_once_everybody_goes_on_and_everything_comes() {
                     world.fake.touch(world.at(page), false);
                 }
                 pager.prefetch_rest();
-                assert!(pager.wait(LONG), "{errno} after {after}");
-                // These two say that there is nobody any more who could sleep.
-                if ![libc::ENOENT, libc::ESRCH].contains(&errno) {
-                    world.wakes_all();
-                }
+                let what = format!("{errno} after {after} with {workers}");
+                assert!(pager.wait(LONG), "{what}");
                 let progress = pager.progress();
                 assert_eq!((progress.missing, progress.failed), (0, None));
-                assert!(progress.lost <= PAGES);
                 assert_eq!(pager.finish().unwrap().len(), 1);
+                // Then there is nobody any more who could sleep or read.
+                if errno == libc::ESRCH {
+                    continue;
+                }
+                world.wakes_all();
+                let lost = (0..PAGES).filter(|page| {
+                    match world.fake.touch(world.at(*page), false) {
+                        Touch::Done => {
+                            assert_eq!(world.byte(*page), *page as u8, "page {page}: {what}");
+                        }
+                        // The kernel said that there was one, and is taken at its word.
+                        Touch::Sleeps if errno == libc::EEXIST => {}
+                        other => assert_eq!(other, Touch::Poisoned, "page {page}: {what}"),
+                    }
+                    world.fake.touch(world.at(*page), false) == Touch::Poisoned
+                });
+                assert_eq!(lost.count() as u64, progress.lost, "{what}");
             }
         }
     }
+}
+
+#[test]
+fn what_lies_in_two_mappings_of_the_kernel_comes_and_is_poisoned_on_both_sides() {
+    let world = World::new();
+    let config = PagerConfig {
+        window: P,
+        ..quick()
+    };
+    let pager = world.start(Scripted::default(), config);
+    world.fake.split(world.at(8));
+    world.fake.split(world.at(9));
+    pager.prefetch(0, Gfn(0x104)..Gfn(0x10c)).unwrap();
+    until("they are settled", || {
+        (pager.progress().missing == PAGES - 8).then_some(())
+    });
+    assert_eq!((pager.stats().placed, pager.progress().lost), (8, 0));
+    for page in 4..12 {
+        assert_eq!(world.touch(page), Touch::Done, "page {page}");
+        assert_eq!(world.byte(page), page as u8);
+    }
+    for page in [20, 33, 50] {
+        world.fake.split(world.at(page));
+    }
+    drop(pager);
+    for page in (0..4).chain(12..PAGES) {
+        assert_eq!(world.touch(page), Touch::Poisoned, "page {page}");
+    }
+}
+
+#[test]
+fn a_page_that_is_not_registered_any_more_is_lost_alone_and_never_there() {
+    let world = World::new();
+    let told = Arc::new(Told::default());
+    let config = PagerConfig {
+        events: told.clone(),
+        ..quick()
+    };
+    let pager = world.start(Scripted::default(), config);
+    world.fake.fail(0, Errno(libc::ENOENT));
+    assert_eq!(world.touch(4), Touch::Poisoned);
+    assert_eq!((world.touch(5), world.byte(5)), (Touch::Done, 5));
+    let lost = told.lost.lock().unwrap().clone();
+    assert_eq!((lost.len(), lost[0].0), (1, 0x104));
+    assert!(lost[0].1.contains("not registered any more"), "{lost:?}");
+    assert_eq!(pager.progress().lost, 1);
 }
 
 #[test]

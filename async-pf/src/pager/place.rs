@@ -97,6 +97,8 @@ impl Shared {
     /// Places the pages of a job that are still its own.
     fn put(&self, job: &Job, with: With<'_>, hands: &mut Hands) {
         let (mut at, mut patience) = (job.pages.start, self.patience());
+        // Up to here one page at a time: the kernel refuses all of what lies in two of its mappings.
+        let mut singly = at;
         while at < job.pages.end {
             let roles = self.roles();
             // Asked under `roles`: until it is let go of, nobody notes that a page was given back.
@@ -106,7 +108,12 @@ impl Shared {
             let (Some(role), Some(slot)) = (roles.get(job.slot), self.slots.get(job.slot)) else {
                 return; // the pager is over
             };
-            let run = run.start..run.end.min(run.start + (STEP / slot.page_size).max(1));
+            let most = if run.start < singly {
+                1
+            } else {
+                (STEP / slot.page_size).max(1)
+            };
+            let run = run.start..run.end.min(run.start + most);
             let bytes = slot.bytes(&run);
             let placed = match with {
                 With::Bytes(all) => {
@@ -140,8 +147,18 @@ impl Shared {
                     at += 1;
                 }
                 Cause::Changing if self.let_change(&mut patience, hands) => {}
+                Cause::NotRegistered if run.end - run.start > 1 => singly = run.end,
+                // It will not come, which is no word about its neighbours.
+                Cause::NotRegistered => {
+                    let alone = Job {
+                        pages: at..at + 1,
+                        ..job.clone()
+                    };
+                    self.failed(&alone, at, false, &error.into(), hands);
+                    at += 1;
+                }
                 // Nobody can wait for these any more.
-                Cause::NotRegistered | Cause::ProcessGone => {
+                Cause::ProcessGone => {
                     self.arrived(job, at..job.pages.end, false);
                     return;
                 }
@@ -357,13 +374,21 @@ impl Shared {
             let (Some(role), Some(slot)) = (roles.get(slot), self.slots.get(slot)) else {
                 continue;
             };
-            let mut patience = self.patience();
+            let (mut patience, mut most) = (self.patience(), u64::MAX);
             while !run.is_empty() {
-                let Err(error) = role.poison(slot.bytes(&run), Wake::Now) else {
-                    break;
+                let part = run.start..run.end.min(run.start.saturating_add(most));
+                let Err(error) = role.poison(slot.bytes(&part), Wake::Now) else {
+                    run.start = part.end;
+                    most = most.saturating_mul(2);
+                    continue;
                 };
                 run.start += error.done / slot.page_size;
                 match error.cause {
+                    // It lies in two of the kernel's mappings, or in none.
+                    Cause::NotRegistered if part.end - part.start > 1 => {
+                        most = (part.end - part.start) / 2;
+                    }
+                    Cause::NotRegistered => run.start += 1,
                     // A worker was first; whoever waits for it is woken below.
                     Cause::AlreadyThere => run.start += 1,
                     Cause::Changing if self.drain(&mut patience) => {}

@@ -80,6 +80,8 @@ struct State {
     messages: VecDeque<RawMessage>,
     /// Pages that someone sleeps on.
     asleep: BTreeSet<u64>,
+    /// Where one of the kernel's mappings ends and the next begins.
+    splits: BTreeSet<u64>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -223,6 +225,12 @@ impl FakeUffd {
         self.lock().cached.insert(page);
     }
 
+    /// A mapping ends at this address and another begins, as `madvise` or `mlock` of a part makes it: what fills pages on
+    /// both sides at once is refused.
+    pub fn split(&self, address: Hva) {
+        self.lock().splits.insert(address.0 as u64);
+    }
+
     /// Queues a message as it is.
     pub fn tell(&self, message: RawMessage) {
         self.shared.queue(&mut self.lock(), message);
@@ -344,6 +352,16 @@ impl State {
         mode: u64,
         limit: u64,
     ) -> (u64, Result<(), Errno>) {
+        let fills = !matches!(call, Call::WriteProtect);
+        if fills
+            && self
+                .splits
+                .range(range.start + 1..range.end)
+                .next()
+                .is_some()
+        {
+            return (0, Err(Errno(libc::ENOENT)));
+        }
         let mut done = 0;
         for page in range.clone().step_by(PAGE_SIZE as usize) {
             if done >= limit {
