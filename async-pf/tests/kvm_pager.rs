@@ -487,6 +487,40 @@ fn minor_faults_map_what_the_page_cache_has() {
 }
 
 #[test]
+fn of_missing_and_minor_faults_each_page_is_what_the_page_cache_has_or_else_the_source() {
+    const PAGES: u64 = 256;
+    let cached = |page: u64| page % 16 < 5;
+    for workers in [1, 2] {
+        let world = World::new(&Backing::memfd(PAGES * P), Modes::MISSING | Modes::MINOR);
+        let of = world.memory.file().unwrap();
+        for page in (0..PAGES).filter(|page| cached(*page)) {
+            let at = of.start() + page * P;
+            std::os::unix::fs::FileExt::write_all_at(of.file(), &[0xee; P as usize], at).unwrap();
+        }
+        let config = PagerConfig {
+            workers,
+            ..PagerConfig::default()
+        };
+        let pager = world.start(Keyed, config);
+        let expected = |page| match cached(page) {
+            true => [0xeeee_eeee_eeee_eeee; 2],
+            false => expected(page),
+        };
+        // In a row, so that the windows of minor faults reach beyond what is cached.
+        for page in 0..PAGES / 2 {
+            assert_eq!(world.read(page), expected(page), "page {page}");
+        }
+        assert!(pager.stats().minor > 0);
+        pager.prefetch_rest();
+        assert!(pager.wait(LONG));
+        for page in 0..PAGES {
+            assert_eq!(world.read(page), expected(page), "page {page}");
+        }
+        assert_eq!(pager.progress().lost, 0);
+    }
+}
+
+#[test]
 fn what_is_touched_comes_from_a_peer_whose_connections_break_again_and_again() {
     let server = PageServer::new(Arc::new(Keyed), ServerConfig::default());
     let (server, count) = (Arc::new(server), AtomicU64::new(0));

@@ -504,6 +504,25 @@ impl Book {
         }
     }
 
+    /// A page that was to be mapped from the page cache is not in it: who waits for it waits for its source, and a neighbour
+    /// is nobody's.
+    pub fn not_cached(&mut self, job: &Job, page: u64) {
+        let place = Place {
+            slot: job.slot,
+            page,
+        };
+        let mine = |page: &Page| page.state() == PageState::Fetching && page.zero() == job.zero;
+        let Some(page) = self.get(place).filter(mine) else {
+            return;
+        };
+        if page.awaited() {
+            self.step(place, PageEvent::Retry);
+            self.faults.push_back(place);
+        } else {
+            self.step(place, PageEvent::Forget);
+        }
+    }
+
     fn waited(&mut self, place: Place) -> Option<Instant> {
         let at = self.waits.iter().position(|wait| wait.place == place)?;
         Some(self.waits.swap_remove(at).since)

@@ -162,7 +162,14 @@ impl Shared {
                     self.arrived(job, at..job.pages.end, false);
                     return;
                 }
-                // It has left the page cache, or never was in it: then it is the kernel's to bring.
+                // It has left the page cache, or never was in it: the source has it.
+                Cause::NoSource if matches!(with, With::Cache) && slot.missing => {
+                    let mut state = self.lock();
+                    state.book.not_cached(job, at);
+                    self.rouse(&mut state);
+                    at += 1;
+                }
+                // And then, it is the kernel's to bring.
                 Cause::NoSource if matches!(with, With::Cache) => {
                     self.wake(Place {
                         slot: job.slot,
