@@ -103,9 +103,8 @@
 //!   the process (`mremap`) or forked.
 //! * A schedule covers one slot, and its pages are of 4 KiB.
 //! * [`FileSource`] reads holes of a sparse file as zeros and says [`Fetched::Bytes`] to them.
-//! * A page that was write-protected before it came (`WP_UNPOPULATED`) cannot be poisoned: the kernel refuses to
-//!   overwrite the mark. If it is lost, who waits for it waits on. Protect what has come, or stop the guest
-//!   when [`PagerEvents::lost`](pager::PagerEvents::lost) tells of it.
+//! * A page of another process ([`external`]) that was write-protected there before it came cannot be poisoned: if it is lost, who
+//!   waits for it waits on. Stop the guest when [`PagerEvents::lost`](pager::PagerEvents::lost) tells of it.
 //! * [`external`]'s pager does not hear that the monitor has ended: its caller watches that.
 //! * [`peer`] neither encrypts nor authenticates: give it connections that do. A prefetch that a peer
 //!   has been asked for does not become a demand when its page is touched.

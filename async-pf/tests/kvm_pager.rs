@@ -363,6 +363,61 @@ fn dropped_before_everything_is_there_it_poisons_the_rest() {
     );
 }
 
+/// Has page 9 and no other.
+struct Alone;
+
+impl PageSource for Alone {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        match first.0 {
+            9 if into.len() as u64 == P => Keyed.fetch(first, into),
+            _ => Err(SourceError::NoSuchPage { gfn: first }),
+        }
+    }
+}
+
+#[test]
+fn a_lost_page_that_was_protected_before_it_came_is_an_error_and_what_came_stays_protected() {
+    for backing in [Backing::anonymous(2048 * P), Backing::memfd(2048 * P)] {
+        let world = World::new(&backing, Modes::MISSING | Modes::WRITE_PROTECT);
+        if !world.uffd.available().contains(Features::POISON) {
+            return;
+        }
+        let events = Arc::new(Unprotect {
+            start: world.memory.host().0,
+            ..Unprotect::default()
+        });
+        let role = world.registration.lend_protect().unwrap();
+        role.protect(0..2048 * P).unwrap();
+        assert!(events.role.set(role).is_ok());
+        let config = PagerConfig {
+            events: events.clone(),
+            ..PagerConfig::default()
+        };
+        let pager = world.start(Alone, config);
+        assert!(!readable(world.memory.host(), 3));
+        assert_eq!(world.read(9), expected(9));
+        assert_eq!(*events.lost.lock().unwrap(), [3]);
+        drop(pager);
+        for page in [0, 3, 8, 10, 600, 2047] {
+            assert!(!readable(world.memory.host(), page), "page {page}");
+        }
+        let role = events.role.get().unwrap();
+        let at = (world.memory.host().0 + 9 * P as usize) as *mut u64;
+        let (at, told) = (at as usize, AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // SAFETY: within the mapping, and nobody else has a reference to it.
+                unsafe { (at as *mut u64).write_volatile(1) };
+                assert!(told.load(Ordering::SeqCst), "it was written untold");
+            });
+            // Its message, now that no pager reads them.
+            assert!(world.uffd.wait(Some(LONG)).unwrap());
+            told.store(true, Ordering::SeqCst);
+            role.unprotect(9 * P..10 * P, Wake::Now).unwrap();
+        });
+    }
+}
+
 #[derive(Default)]
 struct Unprotect {
     role: OnceLock<ProtectRole>,

@@ -653,6 +653,32 @@ fn a_minor_fault_is_continued_and_comes_protected_too() {
 }
 
 #[test]
+fn a_page_that_was_protected_before_there_was_one_is_poisoned_and_one_that_there_is_keeps_its_protection()
+ {
+    let world = World::new();
+    let registration = world.register(Modes::MISSING | Modes::WRITE_PROTECT);
+    let fill = registration.lend_fill().unwrap();
+    let protect = registration.lend_protect().unwrap();
+    protect.protect(0..PAGES * P).unwrap();
+    fill.copy(5 * P, &[7; P as usize], Wake::Now).unwrap();
+    assert_eq!(world.fake.touch(world.at(2), false), Touch::Sleeps);
+    fill.poison(2 * P..3 * P, Wake::Now).unwrap();
+    assert_eq!(world.fake.asleep(), []);
+    assert_eq!(world.fake.touch(world.at(2), false), Touch::Poisoned);
+    let error = fill.poison(3 * P..8 * P, Wake::Now).unwrap_err();
+    assert_eq!((error.cause, error.done), (Cause::AlreadyThere, 2 * P));
+    assert_eq!((error.at, error.size), (world.at(3), 5 * P));
+    assert_eq!(world.fake.page(world.at(5)), Some(true), "as it was");
+    assert_eq!(world.byte(5), 7);
+    assert_eq!(world.fake.page(world.at(6)), None);
+    fill.poison(6 * P..PAGES * P, Wake::Now).unwrap();
+    assert_eq!(
+        world.fake.touch(world.at(PAGES - 1), false),
+        Touch::Poisoned
+    );
+}
+
+#[test]
 fn who_sleeps_wakes_when_it_is_said() {
     let world = World::new();
     let registration = world.register(Modes::MISSING);

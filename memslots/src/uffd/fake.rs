@@ -80,6 +80,8 @@ struct State {
     messages: VecDeque<RawMessage>,
     /// Pages that someone sleeps on.
     asleep: BTreeSet<u64>,
+    /// Pages that are not there, and are to come protected.
+    marks: BTreeSet<u64>,
     /// Where one of the kernel's mappings ends and the next begins.
     splits: BTreeSet<u64>,
 }
@@ -320,17 +322,22 @@ impl State {
             _ if modes == 0 => Err(Errno(libc::ENOENT)),
             Call::WriteProtect if modes & 2 == 0 => Err(Errno(libc::ENOENT)),
             Call::WriteProtect => {
-                if let Some(there) = self.pages.get_mut(&page) {
-                    there.protected = mode & abi::PROTECT != 0;
+                let protect = mode & abi::PROTECT != 0;
+                match self.pages.get_mut(&page) {
+                    Some(there) => there.protected = protect && !there.poisoned,
+                    None if protect => drop(self.marks.insert(page)),
+                    None => drop(self.marks.remove(&page)),
                 }
                 Ok(())
             }
             _ if self.pages.contains_key(&page) => Err(Errno(libc::EEXIST)),
+            Call::ZeroPage | Call::Poison if self.marks.contains(&page) => Err(Errno(libc::EEXIST)),
             Call::Copy | Call::Continue if protected && modes & 2 == 0 => Err(Errno(libc::EINVAL)),
             Call::Continue if !self.cached.contains(&page) => Err(Errno(libc::EFAULT)),
             Call::Copy | Call::Continue | Call::ZeroPage | Call::Move | Call::Poison => {
                 let protected = protected && matches!(call, Call::Copy | Call::Continue);
                 let poisoned = call == Call::Poison;
+                self.marks.remove(&page);
                 self.pages.insert(
                     page,
                     Page {
@@ -453,6 +460,7 @@ impl Descriptor {
                 for (_, page) in state.pages.range_mut(range.clone()) {
                     page.protected = false;
                 }
+                state.marks.retain(|page| !range.contains(page));
                 state.wake(range);
                 Ok(())
             }
@@ -548,5 +556,13 @@ impl UffdHost for Descriptor {
 
     unsafe fn claim(&self, _descriptor: u32) -> Option<OwnedFd> {
         None
+    }
+
+    fn present(&self, at: usize, pages: &mut [u8]) -> Result<(), Errno> {
+        let state = self.shared.lock();
+        for (page, present) in (at as u64..).step_by(PAGE_SIZE as usize).zip(pages) {
+            *present = u8::from(state.pages.contains_key(&page));
+        }
+        Ok(())
     }
 }

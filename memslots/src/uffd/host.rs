@@ -48,4 +48,13 @@ pub trait UffdHost: Send + Sync {
     /// # Safety
     /// The number came in such a message of this host, and was not claimed before.
     unsafe fn claim(&self, descriptor: u32) -> Option<OwnedFd>;
+
+    /// Of the pages of 4 KiB from an address of this process on, as many as there are bytes: 1 in the byte of one that
+    /// there is, 0 of one that there is not (a mark is none).
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    fn present(&self, at: usize, pages: &mut [u8]) -> Result<(), Errno> {
+        super::sys::mincore(at, pages)
+    }
 }

@@ -10,7 +10,7 @@ use crate::{Backing, Errno, Hva, MapError, Mapping, Mechanism, Support};
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use thiserror::Error;
 use vm_memory::GuestAddress;
 
@@ -18,6 +18,9 @@ use vm_memory::GuestAddress;
 pub(super) const FILL: u8 = 1;
 /// The role of protecting is lent.
 pub(super) const PROTECT: u8 = 2;
+
+/// Pages of 4 KiB that are looked at at once.
+const BATCH: usize = 512;
 
 /// A registered range. Dropped, it is unregistered, as soon as no role of it is lent any more; and its memory is
 /// unmapped after that at the earliest.
@@ -311,6 +314,32 @@ impl Registered {
         self.protecting
             .read()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether pages come write-protected; and nothing is filled for as long as the answer is held.
+    pub fn nothing_is_filled(&self) -> RwLockWriteGuard<'_, bool> {
+        self.protecting
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a page that there is not may have a mark that says how it is to come: of another process's, nobody knows.
+    pub fn has_marks(&self) -> bool {
+        let protects = Modes::WRITE_PROTECT | Modes::ASYNC_WRITE_PROTECT;
+        matches!(self.memory, Memory::Ours(_)) && self.modes().intersects(protects)
+    }
+
+    /// How many bytes of pages from an address on there are not, up to the first that there is, of `size` at most.
+    pub fn absent(&self, at: usize, size: u64) -> Result<u64, Errno> {
+        let each = (self.page_size() / crate::PAGE_SIZE) as usize;
+        let pages = (size / crate::PAGE_SIZE) as usize;
+        let mut present = vec![0; pages.min(each.max(BATCH))];
+        self.uffd.host.present(at, &mut present)?;
+        let absent = present.chunks(each).take_while(|page| {
+            let there = |page: &u8| *page != 0;
+            !page.iter().any(there)
+        });
+        Ok(absent.count() as u64 * self.page_size())
     }
 
     /// Changes it, after whatever is being filled.

@@ -13,6 +13,9 @@ use std::sync::Arc;
 use std::thread;
 use thiserror::Error;
 
+/// `UFFDIO_WRITEPROTECT_MODE_DONTWAKE`.
+const UNPROTECT_LATER: u64 = 2;
+
 /// Whether an operation wakes who sleeps on its pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Wake {
@@ -176,7 +179,8 @@ impl FillRole {
     /// source of pages that is gone for good.
     ///
     /// A page that was write-protected before there was one ([`Features::WP_UNPOPULATED`]) has a mark that the kernel does
-    /// not overwrite: it is [`Cause::AlreadyThere`](super::Cause::AlreadyThere), and who waits for it waits on.
+    /// not overwrite; it is taken away first, while nothing is filled. Of another process's memory it cannot be told from a
+    /// page: there it is [`Cause::AlreadyThere`], and who waits for it waits on.
     ///
     /// # Errors
     /// [`OpError`], which says how much is poisoned.
@@ -186,10 +190,62 @@ impl FillRole {
         if !self.registered.has(Features::POISON) {
             return Err(self.refused(Call::Poison, at, size));
         }
-        // SAFETY: checked to be whole pages of the registration, which are the guest's, error or not.
-        unsafe {
-            self.registered
-                .operate(Call::Poison, at, size, 0, wake.bits(DONTWAKE))
+        let stopped = |done, cause| OpError {
+            cause,
+            done,
+            ..self.out_of_range(Call::Poison, at, size)
+        };
+        let mut done = 0;
+        while done < size {
+            let (at, left) = (at + done as usize, size - done);
+            // SAFETY: checked to be whole pages of the registration, which are the guest's, error or not.
+            let poisoned = unsafe {
+                self.registered
+                    .operate(Call::Poison, at, left, 0, wake.bits(DONTWAKE))
+            };
+            let Err(error) = poisoned else { break };
+            done += error.done;
+            if error.cause != Cause::AlreadyThere || !self.registered.has_marks() {
+                return Err(stopped(done, error.cause));
+            }
+            let (at, left) = (at + error.done as usize, left - error.done);
+            match self.poison_marked(at, left, wake) {
+                Ok(0) => return Err(stopped(done, Cause::AlreadyThere)),
+                Ok(marked) => done += marked,
+                Err(cause) => return Err(stopped(done, cause)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Poisons pages that there are not, and that have a mark, from an address on: how much, up to the first page that there
+    /// is. A mark alone is taken away, so that no page that there is loses its protection; that is sure as long as nothing is
+    /// filled, for who touches one waits, with a mark or without.
+    fn poison_marked(&self, at: usize, size: u64, wake: Wake) -> Result<u64, Cause> {
+        let protecting = self.registered.nothing_is_filled();
+        let absent = self.registered.absent(at, size).map_err(Cause::Refused)?;
+        if absent == 0 {
+            return Ok(0);
+        }
+        let of = &self.registered;
+        // SAFETY: whole pages of the registration, as the caller has checked; nobody has them.
+        unsafe { of.operate(Call::WriteProtect, at, absent, 0, UNPROTECT_LATER) }
+            .map_err(|error| error.cause)?;
+        // SAFETY: as above.
+        let poisoned = unsafe { of.operate(Call::Poison, at, absent, 0, wake.bits(DONTWAKE)) };
+        let Err(error) = poisoned else {
+            return Ok(absent);
+        };
+        if *protecting {
+            let (at, size) = (at + error.done as usize, absent - error.done);
+            // SAFETY: as above. That it is refused leaves no more unprotected than it was: nothing, of memory that is not there.
+            let _ = unsafe { of.operate(Call::WriteProtect, at, size, 0, MODE_PROTECT) };
+        }
+        match (error.done, error.cause) {
+            // Protected again meanwhile, or in swap.
+            (0, Cause::AlreadyThere) => Err(Cause::Changing),
+            (0, cause) => Err(cause),
+            (done, _) => Ok(done),
         }
     }
 
@@ -350,8 +406,6 @@ impl ProtectRole {
     /// # Errors
     /// [`OpError`].
     pub fn unprotect(&self, range: Range<u64>, wake: Wake) -> Result<(), OpError> {
-        /// `UFFDIO_WRITEPROTECT_MODE_DONTWAKE`.
-        const LATER: u64 = 2;
         let size = range.end.saturating_sub(range.start);
         let at = self
             .registered
@@ -359,7 +413,7 @@ impl ProtectRole {
         // SAFETY: checked to be whole pages of the registration.
         unsafe {
             self.registered
-                .operate(Call::WriteProtect, at, size, 0, wake.bits(LATER))
+                .operate(Call::WriteProtect, at, size, 0, wake.bits(UNPROTECT_LATER))
         }
     }
 }

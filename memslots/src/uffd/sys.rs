@@ -4,7 +4,7 @@
 
 use super::abi::USERFAULTFD_IOC_NEW;
 use super::{Call, OpenError, RawMessage, UffdHost};
-use crate::Errno;
+use crate::{Errno, PAGE_SIZE};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -120,6 +120,18 @@ pub(super) fn poll<const N: usize>(
         -1 => Err(last_errno()),
         _ => Ok(polled.map(|polled| polled.revents != 0)),
     }
+}
+
+/// [`UffdHost::present`], of a kernel's memory.
+pub(super) fn mincore(at: usize, pages: &mut [u8]) -> Result<(), Errno> {
+    let length = pages.len() * PAGE_SIZE as usize;
+    // SAFETY: it looks at no memory, mapped or not, and writes a byte for each page.
+    if unsafe { libc::mincore(at as *mut _, length, pages.as_mut_ptr()) } != 0 {
+        return Err(last_errno());
+    }
+    // The other bits mean nothing yet.
+    pages.iter_mut().for_each(|page| *page &= 1);
+    Ok(())
 }
 
 impl UffdHost for Kernel {
