@@ -308,6 +308,8 @@ fn a_failure_that_passes_is_tried_again_and_one_that_stays_poisons_its_page_alon
         source,
         PagerConfig {
             events: told.clone(),
+            retries: Some(5),
+            longest_backoff: Duration::from_millis(1),
             ..quick()
         },
     );
@@ -331,6 +333,44 @@ fn a_failure_that_passes_is_tried_again_and_one_that_stays_poisons_its_page_alon
     assert_eq!(lost.len(), 2);
     assert!(lost[0].1.contains("gfn 0x105: reading"), "{lost:?}");
     assert_eq!(lost[1], (0x109, "no source has gfn 0x109".into()));
+}
+
+/// Away for its first so many fetches.
+struct Away(AtomicUsize);
+
+impl PageSource for Away {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        // Relaxed: a number that orders nothing else.
+        let left = |left: usize| left.checked_sub(1);
+        let order = Ordering::Relaxed;
+        if self.0.fetch_update(order, order, left).is_ok() {
+            return Err(SourceError::Other {
+                gfn: first,
+                transient: true,
+                source: "it is away".into(),
+            });
+        }
+        into.fill(9);
+        Ok(Fetched::Bytes)
+    }
+}
+
+#[test]
+fn a_source_that_is_away_for_a_while_costs_no_page_as_long_as_the_deadline_lets_it() {
+    let world = World::new();
+    let told = Arc::new(Told::default());
+    let config = PagerConfig {
+        events: told.clone(),
+        longest_backoff: Duration::from_millis(1),
+        ..quick()
+    };
+    // Each page far more often than a handful of times.
+    let pager = world.start(Away(AtomicUsize::new(20 * PAGES as usize)), config);
+    pager.prefetch_rest();
+    assert_eq!((world.touch(7), world.byte(7)), (Touch::Done, 9));
+    assert!(pager.wait(LONG));
+    assert_eq!((pager.progress().lost, pager.progress().missing), (0, 0));
+    assert!(told.lost.lock().unwrap().is_empty());
 }
 
 #[test]
@@ -676,6 +716,7 @@ fn the_last_of_the_rest_that_fails_while_the_guard_sleeps_is_tried_again() {
     let config = PagerConfig {
         workers: 2,
         ahead: P,
+        longest_backoff: Duration::from_millis(1),
         ..quick()
     };
     let pager = world.start(Falters(gate.clone(), 0x100 + PAGES - 1), guard.of(config));

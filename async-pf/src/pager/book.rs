@@ -56,7 +56,8 @@ pub(super) enum Told {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     pub deadline: Duration,
-    pub retries: u32,
+    /// None: as often as there is time for.
+    pub retries: Option<u32>,
     pub backoff: Duration,
     pub longest_backoff: Duration,
     pub backlog: usize,
@@ -149,6 +150,13 @@ struct Stretch {
     why: Why,
 }
 
+/// Of a page.
+struct Failures {
+    /// How often by itself.
+    alone: u32,
+    first: Instant,
+}
+
 struct Wait {
     place: Place,
     since: Instant,
@@ -163,8 +171,8 @@ pub(super) struct Book {
     rest: Option<Place>,
     /// One for each page that someone waits for: as many as there are threads, so it is searched from end to end.
     waits: Vec<Wait>,
-    /// Pages that failed, and how often by themselves. Those are brought alone.
-    failures: HashMap<Place, u32>,
+    /// Pages that failed. Those are brought alone.
+    failures: HashMap<Place, Failures>,
     delayed: Vec<(Instant, Place)>,
     total: u64,
     settled: u64,
@@ -556,10 +564,19 @@ impl Book {
                 continue;
             }
             // A neighbour may be to blame: each by itself, at once, and this does not count.
-            let failures = self.failures.entry(place).or_insert(0);
-            *failures += u32::from(alone);
-            let failures = *failures;
-            if alone && (!transient || failures > self.limits.retries) {
+            let failures = self.failures.entry(place).or_insert(Failures {
+                alone: 0,
+                first: now,
+            });
+            failures.alone = failures.alone.saturating_add(u32::from(alone));
+            let (failures, since) = (failures.alone, failures.first);
+            let often = match self.limits.retries {
+                Some(retries) => failures > retries,
+                // Who waits for a page of a source has a deadline of their own.
+                None if awaited && !before.zero() => false,
+                None => now.saturating_duration_since(since) >= self.limits.deadline,
+            };
+            if alone && (!transient || often) {
                 self.step(place, PageEvent::GaveUp);
                 self.forget(place);
                 self.stats.lost += 1;
@@ -574,7 +591,13 @@ impl Book {
             self.step(place, event);
             self.stats.retries += 1;
             match (alone, awaited) {
-                (true, _) => self.delayed.push((now + self.backoff(failures), place)),
+                (true, _) => {
+                    let backoff = match awaited {
+                        true => self.backoff(failures),
+                        false => self.limits.longest_backoff,
+                    };
+                    self.delayed.push((now + backoff, place));
+                }
                 (false, true) => self.faults.push_back(place),
                 (false, false) => self.again(place),
             }

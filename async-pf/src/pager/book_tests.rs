@@ -14,7 +14,7 @@ const SIZES: [u64; 2] = [24, 9];
 const OVERTAKES: usize = 0;
 const LIMITS: Limits = Limits {
     deadline: Duration::from_millis(100),
-    retries: 2,
+    retries: Some(2),
     backoff: Duration::from_millis(1),
     longest_backoff: Duration::from_millis(5),
     backlog: 4,
@@ -326,4 +326,48 @@ fn of_two_fetches_of_a_page_one_may_fail() {
         assert!(book.waits.is_empty());
         assert_eq!(book.get(place).map(Page::state), Some(PageState::Present));
     }
+}
+
+#[test]
+fn without_a_number_a_page_is_tried_again_for_as_long_as_its_deadline_says() {
+    let limits = Limits {
+        retries: None,
+        ..LIMITS
+    };
+    let (begun, ms) = (Instant::now(), Duration::from_millis);
+    let place = Place { slot: 0, page: 0 };
+    let mut book = Book::new([(1, [1, 1])], limits);
+    book.want_rest();
+    let (mut now, mut tries) = (begun, 0);
+    let lost = loop {
+        let job = book.start_ahead(|_| 1, |_, most| most).unwrap();
+        tries += 1;
+        let lost = book.failed(&job, 0, true, now);
+        if !lost.is_empty() {
+            break lost;
+        }
+        let due = book.next_due().unwrap();
+        assert_eq!(due - now, limits.longest_backoff, "nobody waits");
+        now = due;
+        book.put_due_in_line(now);
+    };
+    assert_eq!((lost, now - begun), (vec![place], limits.deadline));
+    assert_eq!(tries, 21);
+
+    // Someone begins to wait late: it is their time that counts then.
+    let mut book = Book::new([(1, [1, 1])], limits);
+    book.want_rest();
+    let job = book.start_ahead(|_| 1, |_, most| most).unwrap();
+    assert_eq!(book.failed(&job, 0, true, begun), []);
+    let touched = begun + ms(90);
+    book.fault(place, touched);
+    let mut now = touched;
+    while book.expire(now).is_empty() {
+        if let Some(job) = book.start_fault(|_, most| most) {
+            assert_eq!(book.failed(&job, 0, true, now), []);
+        }
+        now = book.next_due().unwrap();
+        book.put_due_in_line(now);
+    }
+    assert_eq!(now - touched, limits.deadline);
 }

@@ -114,7 +114,7 @@ pub type Spawn = dyn Fn(String, Box<dyn FnOnce() + Send>) -> io::Result<()> + Se
 ///     give_up: GiveUp::Tell,
 ///     ..PagerConfig::default()
 /// };
-/// assert_eq!(config.retries, 5);
+/// assert_eq!(config.retries, None);
 /// ```
 #[derive(Clone)]
 pub struct PagerConfig {
@@ -122,11 +122,13 @@ pub struct PagerConfig {
     pub workers: usize,
     /// How long who touched a page waits for it at most, from the moment that the fault was read.
     pub deadline: Duration,
-    /// How often a page is tried again after a [transient](SourceError::is_transient) failure of its source.
-    pub retries: u32,
-    /// How long a page waits for its second try; each further wait is twice as long.
+    /// How often a page is tried again after a [transient](SourceError::is_transient) failure of its source. None: until its
+    /// time is over, which is the deadline of who waits for it; of a page that nobody waits for, so long after its first
+    /// failure.
+    pub retries: Option<u32>,
+    /// How long a page that someone waits for waits for its second try; each further wait is twice as long.
     pub backoff: Duration,
-    /// The longest of these waits.
+    /// The longest of these waits, and each of a page that nobody waits for.
     pub longest_backoff: Duration,
     /// What a fault brings at most where faults follow each other, in bytes. At least a page.
     pub window: u64,
@@ -150,12 +152,12 @@ pub struct PagerConfig {
 }
 
 impl Default for PagerConfig {
-    /// One worker, ten seconds, five retries from 2 ms on, windows of 128 KiB, poison.
+    /// One worker, ten seconds, retries until then from 2 ms on, windows of 128 KiB, poison.
     fn default() -> Self {
         Self {
             workers: 1,
             deadline: Duration::from_secs(10),
-            retries: 5,
+            retries: None,
             backoff: Duration::from_millis(2),
             longest_backoff: Duration::from_millis(500),
             window: 128 << 10,

@@ -132,7 +132,7 @@ impl LazyMemory {
             workers: request.workers.max(2),
             deadline: request.deadline,
             // Until the deadline it is the connection that is waited for.
-            retries: u32::MAX,
+            retries: Some(u32::MAX),
             give_up: GiveUp::Poison,
             ahead: AHEAD,
             least_window: NEAR,
