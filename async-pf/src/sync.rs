@@ -10,7 +10,11 @@ use std::time::{Duration, Instant};
 #[cfg(not(loom))]
 mod imp {
     pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
-    pub(crate) use std::thread::{sleep, yield_now};
+    pub(crate) use std::thread::{ThreadId, sleep, yield_now};
+
+    pub(crate) fn thread_id() -> ThreadId {
+        std::thread::current().id()
+    }
 
     pub(crate) fn now() -> super::Instant {
         super::Instant::now()
@@ -22,7 +26,11 @@ mod imp {
     use std::sync::OnceLock;
 
     pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
-    pub(crate) use loom::thread::yield_now;
+    pub(crate) use loom::thread::{ThreadId, yield_now};
+
+    pub(crate) fn thread_id() -> ThreadId {
+        loom::thread::current().id()
+    }
 
     pub(crate) fn sleep(_: super::Duration) {
         yield_now();

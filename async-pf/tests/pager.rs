@@ -914,6 +914,170 @@ fn a_pager_that_is_closed_by_one_owner_poisons_what_is_missing_and_waits_no_more
     pager.close();
 }
 
+/// Ends its pager as soon as two pages are lost.
+#[derive(Default)]
+struct Ends {
+    pager: Mutex<Option<Arc<Pager>>>,
+    lost: AtomicUsize,
+    ended: AtomicUsize,
+}
+
+impl PagerEvents for Ends {
+    fn lost(&self, _: &Lost<'_>) {
+        // SeqCst: a test's counters.
+        self.lost.fetch_add(1, Ordering::SeqCst);
+        until("both are lost, and the pager is known", || {
+            let known = self.pager.lock().unwrap().is_some();
+            (known && self.lost.load(Ordering::SeqCst) >= 2).then_some(())
+        });
+        let pager = self.pager.lock().unwrap().clone();
+        if let Some(pager) = pager {
+            pager.close();
+        }
+        self.ended.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn calls_of_a_pagers_own_threads_may_end_it_two_at_once_too() {
+    let world = World::new();
+    let events = Arc::new(Ends::default());
+    let source = Scripted::default()
+        .fail(0x103, 1, false)
+        .fail(0x120, 1, false);
+    let config = PagerConfig {
+        workers: 2,
+        events: events.clone(),
+        ..quick()
+    };
+    let pager = Arc::new(world.start(source, config));
+    *events.pager.lock().unwrap() = Some(Arc::clone(&pager));
+    for page in [3, 0x20] {
+        assert_eq!(world.fake.touch(world.at(page), false), Touch::Sleeps);
+    }
+    until("both calls have returned", || {
+        (events.ended.load(Ordering::SeqCst) == 2).then_some(())
+    });
+    world.wakes_all();
+    assert_eq!(world.touch(40), Touch::Poisoned);
+    assert!(world.registration.lend_fill().is_ok(), "its role is free");
+    // From outside it waits for the threads, which end.
+    events.pager.lock().unwrap().take();
+    pager.close();
+}
+
+/// Drops its pager when a page is lost.
+#[derive(Default)]
+struct Drops(Mutex<Option<Pager>>, AtomicUsize);
+
+impl PagerEvents for Drops {
+    fn lost(&self, _: &Lost<'_>) {
+        let pager = until("the pager is known", || self.0.lock().unwrap().take());
+        drop(pager);
+        // SeqCst: a test's counter.
+        self.1.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn the_guards_call_may_drop_the_pager_while_a_worker_is_inside_its_source() {
+    let (world, gate) = (World::new(), Gate::new());
+    let events = Arc::new(Drops::default());
+    let config = PagerConfig {
+        deadline: Duration::from_millis(30),
+        events: events.clone(),
+        ..quick()
+    };
+    let pager = world.start(Gated(gate.clone()), config);
+    *events.0.lock().unwrap() = Some(pager);
+    assert_eq!(world.fake.touch(world.at(3), false), Touch::Sleeps);
+    gate.inside.wait();
+    until("it is dropped", || {
+        (events.1.load(Ordering::SeqCst) == 1).then_some(())
+    });
+    assert_eq!(world.touch(40), Touch::Poisoned);
+    gate.open.wait();
+}
+
+/// Panics at everything.
+struct Panics;
+
+impl PagerEvents for Panics {
+    fn lost(&self, _: &Lost<'_>) {
+        panic!("this panic is a test's");
+    }
+
+    fn removed(&self, _: std::ops::Range<usize>) {
+        panic!("this panic is a test's");
+    }
+
+    fn write_protected(&self, _: &Fault) -> bool {
+        panic!("this panic is a test's");
+    }
+}
+
+#[test]
+fn a_panic_of_who_is_told_costs_no_worker_and_not_the_guard() {
+    let world = World::new();
+    let config = || PagerConfig {
+        events: Arc::new(Panics),
+        deadline: Duration::from_millis(30),
+        ..quick()
+    };
+    // Its one worker's.
+    let pager = world.start(Scripted::default().fail(0x103, 1, false), config());
+    assert_eq!(world.touch(3), Touch::Poisoned);
+    let range = world.at(8).0..world.at(9).0;
+    world.fake.tell(encode(&Message::Remove(range)));
+    let role = world.registration.lend_protect().unwrap();
+    assert_eq!((world.touch(4), world.byte(4)), (Touch::Done, 4));
+    role.protect(0..PAGES * P).unwrap();
+    assert_eq!(world.fake.touch(world.at(4), true), Touch::Sleeps);
+    until("all three have been told", || {
+        (pager.stats().unanswered == 3).then_some(())
+    });
+    drop(role);
+    world.wakes_all();
+    assert_eq!((world.touch(20), world.byte(20)), (Touch::Done, 20));
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    drop(pager);
+
+    // The guard's, one after the other: its worker is inside the source.
+    let (world, gate) = (World::new(), Gate::new());
+    let _pager = world.start(Gated(gate.clone()), config());
+    for page in [3, 30] {
+        assert_eq!(world.touch(page), Touch::Poisoned);
+    }
+    gate.inside.wait();
+    gate.open.wait();
+    assert_eq!((world.touch(50), world.byte(50)), (Touch::Done, 9));
+}
+
+/// Panics when it is asked what lies together.
+struct Undecided;
+
+impl PageSource for Undecided {
+    fn fetch(&self, _: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        into.fill(9);
+        Ok(Fetched::Bytes)
+    }
+
+    fn run(&self, _: Gfn, _: u64) -> u64 {
+        panic!("this panic is a test's");
+    }
+}
+
+#[test]
+fn a_source_that_panics_when_asked_how_much_to_ask_for_is_asked_for_a_page() {
+    let world = World::new();
+    let pager = world.start(Undecided, quick());
+    assert_eq!((world.touch(3), world.byte(3)), (Touch::Done, 9));
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    assert_eq!(pager.stats().fetches, PAGES);
+}
+
 #[test]
 fn a_source_of_ones_own_says_itself_whether_to_ask_again() {
     let of = |transient| SourceError::Other {

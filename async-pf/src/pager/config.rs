@@ -63,7 +63,10 @@ pub struct Lost<'a> {
 /// # Contract
 /// Called on the pager's threads, with no lock held. Whoever faults waits meanwhile, so a call is short; and it follows
 /// the rules of [who may block on whom](memslots::uffd#who-may-block-on-whom): above all it touches no memory that the
-/// pager serves.
+/// pager serves. It may end the pager ([`Pager::close`](super::Pager::close), or its drop), and waits for nothing else of it.
+///
+/// A panic is caught where panics unwind, and counted in [`Stats::unanswered`](super::Stats::unanswered): of
+/// [`write_protected`](Self::write_protected), who writes sleeps on until the protection is taken away.
 pub trait PagerEvents: Send + Sync {
     /// Someone writes to a write-protected page, and waits for whoever has the
     /// [`ProtectRole`](memslots::uffd::ProtectRole). Returns whether it is answered: where the role said

@@ -63,6 +63,8 @@
 //!   was brought comes from the source.
 //! * A [`ProtectRole`](memslots::uffd::ProtectRole) of the same registration may be at work: pages come protected, and
 //!   write-protect faults go to [`PagerEvents::write_protected`].
+//! * What panics in a source or in [`PagerEvents`] costs the page or the call that it was about, and no thread: where panics
+//!   unwind. With `panic = "abort"` (a profile's choice) any panic ends the process.
 //! * Dropped before everything is there, it poisons what is missing ([`GiveUp::Poison`]): nobody hangs, and nobody reads
 //!   zeros in place of what should have come.
 //!
@@ -238,7 +240,10 @@ impl Pager {
         let run = |name: String, run: fn(&Shared)| {
             pager.shared.lock().alive += 1;
             let living = Living(Arc::clone(&pager.shared));
-            let run = Box::new(move || run(&living.0));
+            let run = Box::new(move || {
+                living.begin();
+                run(&living.0);
+            });
             spawn(name.clone(), run).map_err(|source| StartError::Thread { name, source })
         };
         let started = run("pager-guard".into(), Shared::guard).and_then(|()| {
@@ -349,7 +354,7 @@ impl Pager {
         Ok(self.end())
     }
 
-    /// Ends it for all who share it, as its drop does for one: see there.
+    /// Ends it for all who share it, as its drop does for one: see there. Out of a call of [`PagerEvents`] too.
     pub fn close(&self) {
         self.shared.stop();
         self.shared.abandon();
@@ -372,7 +377,8 @@ impl Pager {
 
 impl Drop for Pager {
     /// Ends the threads; a worker inside its source is not waited for, and ends when that answers. What is missing is
-    /// poisoned, or left to whoever fills next ([`GiveUp`]).
+    /// poisoned, or left to whoever fills next ([`GiveUp`]). On a thread of the pager's own, inside a call of
+    /// [`PagerEvents`], that thread ends when the call returns.
     fn drop(&mut self) {
         self.close();
     }

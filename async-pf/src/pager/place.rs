@@ -244,11 +244,12 @@ impl Shared {
     /// Tells of a page that will not come, and poisons it.
     pub fn give_up(&self, place: Place, reason: &LostReason, hands: &mut Hands) {
         if let Some(slot) = self.slots.get(place.slot) {
-            self.config.events.lost(&Lost {
+            let lost = Lost {
                 slot: place.slot,
                 gfn: slot.gfn(place.page),
                 reason,
-            });
+            };
+            self.tell(|events| events.lost(&lost));
         }
         if self.config.give_up == GiveUp::Poison {
             self.poison(place, hands);
@@ -304,8 +305,10 @@ impl Shared {
                 Answer::Map(job) => self.put(&job, With::Cache, hands),
                 Answer::Continue(place) => self.map_again(place, hands),
                 Answer::Protected(fault) => self.protected(&fault, hands),
-                Answer::Removed(range) => self.config.events.removed(range),
-                Answer::Remapped(from, to, size) => self.config.events.remapped(from, to, size),
+                Answer::Removed(range) => drop(self.tell(|events| events.removed(range))),
+                Answer::Remapped(from, to, size) => {
+                    self.tell(|events| events.remapped(from, to, size));
+                }
             }
         }
     }
@@ -325,7 +328,7 @@ impl Shared {
 
     fn protected(&self, fault: &Fault, hands: &mut Hands) {
         let mut patience = self.patience();
-        while !self.config.events.write_protected(fault) {
+        while self.tell(|events| events.write_protected(fault)) == Some(false) {
             if !self.let_change(&mut patience, hands) {
                 // Then it is told of again.
                 if let Some(place) = self.place(fault.address) {
@@ -359,7 +362,7 @@ impl Shared {
         drop(state);
         if first {
             self.abandon();
-            self.config.events.failed(errno);
+            self.tell(|events| events.failed(errno));
         }
     }
 
@@ -370,6 +373,7 @@ impl Shared {
         if roles.is_empty() {
             return;
         }
+        let mut protected = Vec::new();
         let mut state = self.lock();
         let runs = state.book.give_all_up();
         state.abandoned |= !runs.is_empty();
@@ -398,12 +402,16 @@ impl Shared {
                     Cause::NotRegistered => run.start += 1,
                     // A worker was first; whoever waits for it is woken below.
                     Cause::AlreadyThere => run.start += 1,
-                    Cause::Changing if self.drain(&mut patience) => {}
+                    Cause::Changing if self.drain(&mut patience, &mut protected) => {}
                     _ => break,
                 }
             }
         }
         self.wake_all(&roles);
+        drop(roles);
+        for fault in protected {
+            self.tell(|events| events.write_protected(&fault));
+        }
     }
 
     /// Who waits looks again. That memory is not registered any more is no failure: nobody waits there.
@@ -414,8 +422,8 @@ impl Shared {
     }
 
     /// Reads messages, for nobody else does: a change of memory waits for that. Faults of missing pages need no answer,
-    /// for all of these are given up at this moment.
-    fn drain(&self, patience: &mut Patience) -> bool {
+    /// for all of these are given up at this moment; those of protected ones are left in `protected`.
+    fn drain(&self, patience: &mut Patience, protected: &mut Vec<Fault>) -> bool {
         let mut messages = Messages::with_capacity(16);
         // What cannot be read is not waited for either.
         let read = self.uffd.read(&mut messages);
@@ -423,7 +431,7 @@ impl Shared {
             if let Event::Fault(fault) = event
                 && fault.kind == FaultKind::WriteProtect
             {
-                self.config.events.write_protected(&fault);
+                protected.push(fault);
             }
         }
         patience.turns = patience.turns.saturating_add(1);

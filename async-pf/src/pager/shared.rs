@@ -12,6 +12,7 @@
 
 use std::io::{self, Read, Write};
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,9 +20,9 @@ use memslots::uffd::{Event, Fault, FaultKind, Features, FillRole, Messages, Uffd
 use memslots::{Errno, Gfn, Hva, PAGE_SIZE};
 
 use super::book::{Book, Job, Place, Told};
-use super::config::PagerConfig;
+use super::config::{PagerConfig, PagerEvents};
 use crate::PageSource;
-use crate::sync::{self, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use crate::sync::{self, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, ThreadId};
 
 /// A source whose fetches take longer is one during which another thread should read messages: about what it costs to
 /// wake that.
@@ -85,6 +86,10 @@ pub(super) struct State {
     pub abandoned: bool,
     /// Threads that have not ended.
     pub alive: usize,
+    /// Which they are, as far as they have begun.
+    pub threads: Vec<ThreadId>,
+    /// Those of them that end the pager themselves, out of a call to whoever is told: nobody waits for them.
+    pub ending: usize,
     /// Why it cannot go on.
     pub failed: Option<Errno>,
 }
@@ -164,6 +169,8 @@ impl Shared {
             stop: false,
             abandoned: false,
             alive: 0,
+            threads: Vec::new(),
+            ending: 0,
             failed: None,
         };
         Ok(Self {
@@ -205,7 +212,18 @@ impl Shared {
             return most;
         };
         let each = slot.page_size / PAGE_SIZE;
-        slot.source.run(slot.gfn(place.page), most * each) / each
+        // A panic of a source costs read-ahead here, and no more.
+        let run = AssertUnwindSafe(|| slot.source.run(slot.gfn(place.page), most * each));
+        catch_unwind(run).map_or(1, |run| run / each)
+    }
+
+    /// Tells whoever is to be told, whose panic is theirs: `None`, and an answer that is missing.
+    pub fn tell<R>(&self, what: impl FnOnce(&dyn PagerEvents) -> R) -> Option<R> {
+        let told = catch_unwind(AssertUnwindSafe(|| what(&*self.config.events)));
+        if told.is_err() {
+            self.lock().book.stats.unanswered += 1;
+        }
+        told.ok()
     }
 
     pub fn hands(&self) -> Hands {
@@ -379,20 +397,24 @@ impl Shared {
         }
     }
 
-    /// Ends all threads but those inside a source, which end when it answers.
+    /// Ends all threads but those inside a source, which end when it answers; and but the caller, if it is one of them, which
+    /// ends when its call returns.
     pub fn stop(&self) {
         let mut state = self.lock();
+        let own = usize::from(state.threads.contains(&sync::thread_id()));
+        state.ending += own;
         state.stop = true;
         state.poke = None;
         self.work.notify_all();
         self.watch.notify_all();
         self.done.notify_all();
-        while state.alive > state.fetching {
+        while state.alive > state.fetching + state.ending {
             state = self
                 .done
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        state.ending -= own;
     }
 }
 

@@ -17,10 +17,32 @@ const QUIET: u32 = if cfg!(loom) { 1 } else { 50 };
 /// Counts a thread out when it ends, however that comes.
 pub(super) struct Living(pub Arc<Shared>);
 
+impl Living {
+    /// Its thread has begun.
+    pub fn begin(&self) {
+        self.0.lock().threads.push(sync::thread_id());
+    }
+}
+
 impl Drop for Living {
     fn drop(&mut self) {
-        self.0.lock().alive -= 1;
+        let mut state = self.0.lock();
+        state.alive -= 1;
+        let own = sync::thread_id();
+        state.threads.retain(|thread| *thread != own);
+        drop(state);
         self.0.done.notify_all();
+    }
+}
+
+/// Takes back what a thread has said of itself, if it unwinds.
+struct Unwinds<'a>(&'a Shared, fn(&mut State));
+
+impl Drop for Unwinds<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            (self.1)(&mut self.0.lock());
+        }
     }
 }
 
@@ -44,7 +66,9 @@ impl Shared {
             if state.readers < most {
                 state.readers += 1;
                 drop(state);
+                let unwinds = Unwinds(self, |state| state.readers -= 1);
                 let read = self.take_turn(!ahead, &mut hands);
+                drop(unwinds);
                 state = self.lock();
                 state.readers -= 1;
                 state.turns += 1;
@@ -93,7 +117,9 @@ impl Shared {
         }
         self.leave(&mut state);
         drop(state);
+        let unwinds = Unwinds(self, |state| state.ahead = false);
         self.serve(&job, hands);
+        drop(unwinds);
         state = self.lock();
         state.ahead = false;
         state
