@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 #[cfg(not(loom))]
 mod imp {
-    pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
+    pub(crate) use std::sync::{
+        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    };
     pub(crate) use std::thread::{ThreadId, sleep, yield_now};
 
     pub(crate) fn thread_id() -> ThreadId {
@@ -25,7 +27,9 @@ mod imp {
 mod imp {
     use std::sync::OnceLock;
 
-    pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
+    pub(crate) use loom::sync::{
+        Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    };
     pub(crate) use loom::thread::{ThreadId, yield_now};
 
     pub(crate) fn thread_id() -> ThreadId {

@@ -670,6 +670,63 @@ impl PageSource for Falters {
 }
 
 #[test]
+fn a_page_that_is_being_placed_at_its_deadline_has_come_and_nobody_is_told_that_it_is_lost() {
+    for give_up in [GiveUp::Poison, GiveUp::Tell] {
+        let world = World::new();
+        let told = Arc::new(Told::default());
+        let deadline = Duration::from_millis(20);
+        let config = PagerConfig {
+            deadline,
+            give_up,
+            events: told.clone(),
+            ..quick()
+        };
+        let events = told.clone();
+        // Inside the kernel until long after the deadline: whoever would tell has had the time to.
+        world.fake.before(Call::Copy, move || {
+            let begun = Instant::now();
+            while events.lost.lock().unwrap().is_empty() && begun.elapsed() < 5 * deadline {
+                thread::yield_now();
+            }
+        });
+        let pager = world.start(Scripted::default(), config);
+        assert_eq!(world.fake.touch(world.at(4), false), Touch::Sleeps);
+        world.wakes_all();
+        until("it is noted", || (pager.stats().placed == 1).then_some(()));
+        assert_eq!((world.touch(4), world.byte(4)), (Touch::Done, 4));
+        assert_eq!(
+            (pager.stats().lost, told.lost.lock().unwrap().len()),
+            (0, 0)
+        );
+        assert_eq!((world.touch(5), world.byte(5)), (Touch::Done, 5));
+    }
+}
+
+#[test]
+fn a_late_page_that_there_is_has_come() {
+    let (world, gate) = (World::with(ALL, Modes::MISSING), Gate::new());
+    let told = Arc::new(Told::default());
+    let config = PagerConfig {
+        deadline: Duration::from_millis(20),
+        events: told.clone(),
+        ..quick()
+    };
+    let pager = world.start(Gated(gate.clone()), config);
+    world.fake.fail_next(Call::Poison, Errno(libc::EEXIST));
+    assert_eq!(world.fake.touch(world.at(4), false), Touch::Sleeps);
+    gate.inside.wait();
+    world.wakes_all();
+    until("it counts", || {
+        (pager.progress().missing == PAGES - 1).then_some(())
+    });
+    assert_eq!(
+        (pager.progress().lost, told.lost.lock().unwrap().len()),
+        (0, 0)
+    );
+    gate.open.wait();
+}
+
+#[test]
 fn a_page_under_way_that_is_touched_while_the_guard_sleeps_is_given_up_at_its_deadline() {
     for workers in [1, 2] {
         let (world, gate, guard) = (World::new(), Gate::new(), Guard::default());

@@ -645,23 +645,36 @@ impl Book {
         }
     }
 
-    /// Gives up what has taken too long, and says what: it is to be poisoned. Zeros are never late, for they need no
-    /// source.
-    pub fn expire(&mut self, now: Instant) -> Vec<Place> {
+    /// What someone has waited for for too long. Zeros are never late, for they need no source.
+    pub fn late(&self, now: Instant) -> Vec<Place> {
         let deadline = self.limits.deadline;
-        let is_late = |wait: &Wait| now.saturating_duration_since(wait.since) >= deadline;
-        if !self.waits.iter().any(is_late) {
-            return Vec::new();
+        let is_late = |wait: &&Wait| {
+            now.saturating_duration_since(wait.since) >= deadline && !self.is_zero(wait.place)
+        };
+        let late = self.waits.iter().filter(is_late);
+        late.map(|wait| wait.place).collect()
+    }
+
+    /// Whether someone waits for a page of a source.
+    pub fn is_awaited(&self, place: Place) -> bool {
+        self.waits.iter().any(|wait| wait.place == place) && !self.is_zero(place)
+    }
+
+    /// Gives up a page that someone waits for. Says whether it was still to come.
+    pub fn lose(&mut self, place: Place) -> bool {
+        if self.is_zero(place) || self.step(place, PageEvent::GaveUp).is_none() {
+            return false;
         }
-        let late = self.waits.iter().filter(|wait| is_late(wait));
-        let mut late: Vec<Place> = late.map(|wait| wait.place).collect();
-        late.retain(|place| !self.is_zero(*place));
-        for place in &late {
-            self.step(*place, PageEvent::GaveUp);
-            self.forget(*place);
-            self.stats.lost += 1;
-        }
-        late
+        self.forget(place);
+        self.stats.lost += 1;
+        true
+    }
+
+    /// A page that was to be given up is there.
+    pub fn found(&mut self, place: Place) {
+        self.step(place, PageEvent::Start); // of one under way, changes nothing
+        self.step(place, PageEvent::Arrived);
+        self.forget(place);
     }
 
     /// A page for which someone waits and which was given back: it can be served without a source.
@@ -675,7 +688,7 @@ impl Book {
         Some(self.take(place, 1, Why::Fault))
     }
 
-    /// When [`expire`](Self::expire) or [`put_due_in_line`](Self::put_due_in_line) has something to do next.
+    /// When something is [late](Self::late) next, or to be [put in line](Self::put_due_in_line).
     pub fn next_due(&self) -> Option<Instant> {
         let is_late = |wait: &&Wait| !self.is_zero(wait.place);
         let late = self.waits.iter().filter(is_late);

@@ -194,7 +194,9 @@ impl Story {
             Step::Wait(millis) => {
                 self.now += Duration::from_millis(millis);
                 self.book.put_due_in_line(self.now);
-                let late = self.book.expire(self.now);
+                let late = self.book.late(self.now);
+                assert!(late.iter().all(|place| self.book.is_awaited(*place)));
+                assert!(late.iter().all(|place| self.book.lose(*place)));
                 self.lose(late);
             }
         }
@@ -362,7 +364,7 @@ fn without_a_number_a_page_is_tried_again_for_as_long_as_its_deadline_says() {
     let touched = begun + ms(90);
     book.fault(place, touched);
     let mut now = touched;
-    while book.expire(now).is_empty() {
+    while book.late(now).is_empty() {
         if let Some(job) = book.start_fault(|_, most| most) {
             assert_eq!(book.failed(&job, 0, true, now), []);
         }

@@ -77,7 +77,7 @@ pub trait PagerEvents: Send + Sync {
         true
     }
 
-    /// A page will not come. It is poisoned after this, or not ([`GiveUp`]).
+    /// A page will not come. Who waits for it is woken after this, or not ([`GiveUp`]).
     fn lost(&self, lost: &Lost<'_>) {
         let _ = lost;
     }

@@ -89,7 +89,7 @@ pub use stats::{Histogram, Stats};
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use memslots::uffd::{Features, FillRole, ForeignRange, Modes, Registration, Uffd};
@@ -364,11 +364,7 @@ impl Pager {
     /// Ends the threads and takes the roles.
     fn end(&self) -> Vec<FillRole> {
         self.shared.stop();
-        let mut roles = self
-            .shared
-            .roles
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut roles = self.shared.roles_alone();
         // A fault whose message was read is told again to whoever comes next.
         self.shared.wake_all(&roles);
         std::mem::take(&mut *roles)

@@ -38,6 +38,16 @@ enum With<'a> {
     Cache,
 }
 
+/// What becomes of a late page.
+enum Decided {
+    /// It is given up.
+    Lost,
+    /// It has come.
+    There,
+    /// Memory is being changed: later.
+    Changing,
+}
+
 impl Shared {
     /// Brings the pages of a job, and does what else is to be done.
     pub fn serve(&self, job: &Job, hands: &mut Hands) {
@@ -241,8 +251,58 @@ impl Shared {
         }
     }
 
-    /// Tells of a page that will not come, and poisons it.
-    pub fn give_up(&self, place: Place, reason: &LostReason, hands: &mut Hands) {
+    /// Gives up a page that is late, unless it is there at this very moment.
+    pub fn expire(&self, place: Place, reason: &LostReason, hands: &mut Hands) {
+        let (mut patience, mut last) = (self.patience(), false);
+        let lost = loop {
+            match self.decide(place, last) {
+                Some(Decided::Changing) => last = !self.let_change(&mut patience, hands),
+                Some(Decided::Lost) => break true,
+                Some(Decided::There) => break false,
+                None => return,
+            }
+        };
+        if lost {
+            self.tell_lost(place, reason);
+        }
+        if self.config.give_up == GiveUp::Poison {
+            self.wake(place);
+        }
+    }
+
+    /// What becomes of a late page. Nothing is placed meanwhile, so what is poisoned here and what is noted are one; who waits
+    /// is not woken yet. None: nobody waits for it any more.
+    fn decide(&self, place: Place, last: bool) -> Option<Decided> {
+        let roles = self.roles_alone();
+        if !self.lock().book.is_awaited(place) {
+            return None;
+        }
+        let (role, slot) = (roles.get(place.slot)?, self.slots.get(place.slot)?);
+        let bytes = slot.bytes(&(place.page..place.page + 1));
+        let answer = match self.config.give_up {
+            GiveUp::Poison => role.poison(bytes, Wake::Later),
+            GiveUp::Tell => Ok(()),
+        };
+        let cause = answer.err().map(|error| error.cause);
+        if cause == Some(Cause::Changing) && !last {
+            return Some(Decided::Changing);
+        }
+        let mut state = self.lock();
+        let there = cause == Some(Cause::AlreadyThere);
+        if there {
+            state.book.found(place);
+        } else if !state.book.lose(place) {
+            return None;
+        } else if cause.is_some() {
+            state.book.stats.unanswered += 1;
+        }
+        if state.book.is_complete() {
+            self.done.notify_all();
+        }
+        Some(if there { Decided::There } else { Decided::Lost })
+    }
+
+    fn tell_lost(&self, place: Place, reason: &LostReason) {
         if let Some(slot) = self.slots.get(place.slot) {
             let lost = Lost {
                 slot: place.slot,
@@ -251,6 +311,11 @@ impl Shared {
             };
             self.tell(|events| events.lost(&lost));
         }
+    }
+
+    /// Tells of a page that will not come, and poisons it.
+    pub fn give_up(&self, place: Place, reason: &LostReason, hands: &mut Hands) {
+        self.tell_lost(place, reason);
         if self.config.give_up == GiveUp::Poison {
             self.poison(place, hands);
         }

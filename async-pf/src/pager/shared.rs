@@ -22,7 +22,9 @@ use memslots::{Errno, Gfn, Hva, PAGE_SIZE};
 use super::book::{Book, Job, Place, Told};
 use super::config::{PagerConfig, PagerEvents};
 use crate::PageSource;
-use crate::sync::{self, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, ThreadId};
+use crate::sync::{
+    self, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, ThreadId,
+};
 
 /// A source whose fetches take longer is one during which another thread should read messages: about what it costs to
 /// wake that.
@@ -97,8 +99,8 @@ pub(super) struct State {
 pub(super) struct Shared {
     pub uffd: Uffd,
     pub slots: Vec<SlotInfo>,
-    /// Of each slot; none when the pager is over. Held for reading while a page is placed, for writing while a message
-    /// that pages were given back is taken: so nothing is placed between the moment that the giver goes on and the
+    /// Of each slot; none when the pager is over. Held for reading while a page is placed, for writing while a page is given
+    /// up for its deadline, or a message that pages were given back is taken: so nothing is placed between the moment that the giver goes on and the
     /// moment that it is noted. (The kernel lets it go on when the message is read.)
     pub roles: RwLock<Vec<FillRole>>,
     state: Mutex<State>,
@@ -206,6 +208,11 @@ impl Shared {
         self.roles.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// As [`roles`](Self::roles), and nothing is placed meanwhile.
+    pub fn roles_alone(&self) -> RwLockWriteGuard<'_, Vec<FillRole>> {
+        self.roles.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// How many of so many pages from one are fetched at once, as its source likes it. Blocks for nothing.
     pub fn cut(&self, place: Place, most: u64) -> u64 {
         let Some(slot) = self.slots.get(place.slot).filter(|slot| slot.missing) else {
@@ -258,9 +265,7 @@ impl Shared {
 
     /// Takes the messages that there are, as the reader: notes them, and leaves what is to be done in `hands`.
     pub fn read(&self, hands: &mut Hands) -> Result<(), Errno> {
-        let exclusive = self
-            .removes
-            .then(|| self.roles.write().unwrap_or_else(PoisonError::into_inner));
+        let exclusive = self.removes.then(|| self.roles_alone());
         let count = match self.uffd.read(&mut hands.messages) {
             Err(Errno(EINTR)) => 0,
             read => read?,

@@ -141,7 +141,7 @@ impl Shared {
         while !state.stop {
             let now = sync::now();
             state.book.put_due_in_line(now);
-            let late = state.book.expire(now);
+            let late = state.book.late(now);
             if state.book.has_faults() || state.book.has_ahead() && !state.ahead {
                 self.rouse(&mut state);
             }
@@ -149,7 +149,7 @@ impl Shared {
                 drop(state);
                 let reason = LostReason::Deadline(self.config.deadline);
                 for place in late {
-                    self.give_up(place, &reason, &mut hands);
+                    self.expire(place, &reason, &mut hands);
                 }
                 self.answer(&mut hands);
                 state = self.lock();

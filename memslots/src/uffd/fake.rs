@@ -72,6 +72,8 @@ impl fmt::Debug for Meanwhile {
 struct State {
     calls: Vec<(Call, Vec<u64>)>,
     failures: BTreeMap<usize, Failure>,
+    refusals: Vec<(Call, Errno)>,
+    unreadable: Option<Errno>,
     /// Registered ranges, by start: end and the ioctl's modes.
     ranges: BTreeMap<u64, (u64, u64)>,
     pages: BTreeMap<u64, Page>,
@@ -156,6 +158,16 @@ impl FakeUffd {
         state.failures.insert(call, Failure::Errno(errno));
     }
 
+    /// The next call of this kind fails with `errno`, and does nothing.
+    pub fn fail_next(&self, call: Call, errno: Errno) {
+        self.lock().refusals.push((call, errno));
+    }
+
+    /// Messages cannot be read from now on.
+    pub fn fail_reads(&self, errno: Errno) {
+        self.lock().unreadable = Some(errno);
+    }
+
     /// The call that comes after `after` others from now does `bytes` of what it is asked, and says "again".
     pub fn do_partly(&self, after: usize, bytes: u64) {
         let mut state = self.lock();
@@ -163,9 +175,11 @@ impl FakeUffd {
         state.failures.insert(call, Failure::Partly(bytes));
     }
 
-    /// Takes back what `fail` and `do_partly` arranged and has not come to pass.
+    /// Takes back what `fail`, `fail_next` and `do_partly` arranged and has not come to pass.
     pub fn fail_no_more(&self) {
-        self.lock().failures.clear();
+        let mut state = self.lock();
+        state.failures.clear();
+        state.refusals.clear();
     }
 
     /// What `action` does happens while the next `call` is on its way, before it has done anything: another thread's
@@ -417,7 +431,9 @@ impl Descriptor {
         let mut state = self.shared.lock();
         let number = state.calls.len();
         state.calls.push((call, argument.to_vec()));
-        let failure = state.failures.remove(&number);
+        let refused = state.refusals.iter().position(|(of, _)| *of == call);
+        let refused = refused.map(|at| Failure::Errno(state.refusals.remove(at).1));
+        let failure = state.failures.remove(&number).or(refused);
         if let Some(Failure::Errno(errno)) = failure {
             if let (
                 Call::Copy | Call::Move | Call::ZeroPage | Call::Continue | Call::Poison,
@@ -509,6 +525,9 @@ impl UffdHost for Descriptor {
 
     fn read(&self, messages: &mut [RawMessage]) -> Result<usize, Errno> {
         let mut state = self.shared.lock();
+        if let Some(errno) = state.unreadable {
+            return Err(errno);
+        }
         let count = state.messages.len().min(messages.len());
         if count == 0 {
             return Err(Errno(libc::EAGAIN));
