@@ -357,20 +357,25 @@ impl PageSource for Away {
 
 #[test]
 fn a_source_that_is_away_for_a_while_costs_no_page_as_long_as_the_deadline_lets_it() {
-    let world = World::new();
-    let told = Arc::new(Told::default());
-    let config = PagerConfig {
-        events: told.clone(),
-        longest_backoff: Duration::from_millis(1),
-        ..quick()
-    };
-    // Each page far more often than a handful of times.
-    let pager = world.start(Away(AtomicUsize::new(20 * PAGES as usize)), config);
-    pager.prefetch_rest();
-    assert_eq!((world.touch(7), world.byte(7)), (Touch::Done, 9));
-    assert!(pager.wait(LONG));
-    assert_eq!((pager.progress().lost, pager.progress().missing), (0, 0));
-    assert!(told.lost.lock().unwrap().is_empty());
+    for (workers, backlog) in [(1, 1024), (1, 2), (2, 2)] {
+        let world = World::new();
+        let told = Arc::new(Told::default());
+        let config = PagerConfig {
+            workers,
+            backlog,
+            events: told.clone(),
+            ahead: 8 * P,
+            longest_backoff: Duration::from_millis(1),
+            ..quick()
+        };
+        // The page that is touched, and each of a piece, far more often than a handful of times.
+        let pager = world.start(Away(AtomicUsize::new(20 * 9)), config);
+        pager.prefetch_rest();
+        assert_eq!((world.touch(7), world.byte(7)), (Touch::Done, 9));
+        assert!(pager.wait(LONG));
+        assert_eq!((pager.progress().lost, pager.progress().missing), (0, 0));
+        assert!(told.lost.lock().unwrap().is_empty());
+    }
 }
 
 #[test]

@@ -3,7 +3,8 @@
 //! Which page is where, who waits how long, and what is done next: the pager's head. Plain data, with no thread, clock
 //! or call in it: the threads of [`shared`](super::shared) hold it behind one mutex, for as long as a look takes.
 
-use std::collections::{HashMap, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -11,8 +12,11 @@ use super::stats::Stats;
 use super::window::Window;
 use crate::{PageEvent, PageState};
 
+/// A page is put off for so long at most.
+const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// A page of a slot, counted in pages of the slot's size from its start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Place {
     pub slot: usize,
     pub page: u64,
@@ -147,7 +151,6 @@ struct Slot {
 struct Stretch {
     slot: usize,
     pages: Range<u64>,
-    why: Why,
 }
 
 /// Of a page.
@@ -167,13 +170,17 @@ pub(super) struct Book {
     limits: Limits,
     faults: VecDeque<Place>,
     guesses: VecDeque<Stretch>,
+    /// Pages that nobody waits for and that failed, to be tried again now, each by itself. Before the guesses.
+    again: VecDeque<Place>,
     /// Where bringing everything has come to.
     rest: Option<Place>,
     /// One for each page that someone waits for: as many as there are threads, so it is searched from end to end.
     waits: Vec<Wait>,
     /// Pages that failed. Those are brought alone.
     failures: HashMap<Place, Failures>,
-    delayed: Vec<(Instant, Place)>,
+    /// To be tried again, and when. Those that nobody waits for are few more than `backlog`: while there are so many, no other
+    /// page is begun for nobody.
+    delayed: BinaryHeap<Reverse<(Instant, Place)>>,
     total: u64,
     settled: u64,
     lost: u64,
@@ -197,10 +204,11 @@ impl Book {
             limits,
             faults: VecDeque::with_capacity(256),
             guesses: VecDeque::new(),
+            again: VecDeque::new(),
             rest: None,
             waits: Vec::with_capacity(256),
             failures: HashMap::new(),
-            delayed: Vec::new(),
+            delayed: BinaryHeap::new(),
             settled: 0,
             lost: 0,
             stats: Stats::default(),
@@ -319,8 +327,7 @@ impl Book {
         if self.guesses.len() >= self.limits.backlog {
             return false;
         }
-        let why = Why::Guess;
-        self.guesses.push_back(Stretch { slot, pages, why });
+        self.guesses.push_back(Stretch { slot, pages });
         true
     }
 
@@ -360,6 +367,15 @@ impl Book {
         most: impl Fn(usize) -> u64,
         cut: impl Fn(Place, u64) -> u64,
     ) -> Option<Job> {
+        while let Some(place) = self.again.pop_front() {
+            let only = place.page..place.page + 1;
+            if self.absent(place.slot, only).is_some() {
+                return Some(self.take_cut(place, 1, Why::Rest, cut));
+            }
+        }
+        if self.is_held() {
+            return None;
+        }
         while let Some(mut stretch) = self.guesses.pop_front() {
             let Some(page) = self.absent(stretch.slot, stretch.pages.clone()) else {
                 continue;
@@ -369,7 +385,7 @@ impl Book {
                 page,
             };
             let most = most(place.slot).min(stretch.pages.end - page);
-            let job = self.take_cut(place, most, stretch.why, cut);
+            let job = self.take_cut(place, most, Why::Guess, cut);
             stretch.pages.start = job.pages.end;
             if !stretch.pages.is_empty() {
                 self.guesses.push_front(stretch);
@@ -596,10 +612,12 @@ impl Book {
                         true => self.backoff(failures),
                         false => self.limits.longest_backoff,
                     };
-                    self.delayed.push((now + backoff, place));
+                    // However long is meant.
+                    let due = now + backoff.min(LONGEST);
+                    self.delayed.push(Reverse((due, place)));
                 }
                 (false, true) => self.faults.push_back(place),
-                (false, false) => self.again(place),
+                (false, false) => self.again.push_back(place),
             }
         }
         given_up
@@ -608,15 +626,6 @@ impl Book {
     fn forget(&mut self, place: Place) {
         self.waited(place);
         self.failures.remove(&place);
-    }
-
-    /// A page that nobody waits for is tried again by itself.
-    fn again(&mut self, Place { slot, page }: Place) {
-        self.guesses.push_back(Stretch {
-            slot,
-            pages: page..page + 1,
-            why: Why::Rest,
-        });
     }
 
     /// Twice as long after each failure.
@@ -630,19 +639,22 @@ impl Book {
 
     /// Puts in line again what has been put off until now.
     pub fn put_due_in_line(&mut self, now: Instant) {
-        let mut next = 0;
-        while let Some((due, place)) = self.delayed.get(next).copied() {
+        while let Some(Reverse((due, place))) = self.delayed.peek().copied() {
             if due > now {
-                next += 1;
-                continue;
+                break;
             }
-            self.delayed.swap_remove(next);
+            self.delayed.pop();
             match self.get(place).map(Page::state) {
                 Some(PageState::Wanted) => self.faults.push_back(place),
-                Some(PageState::Absent) => self.again(place),
+                Some(PageState::Absent) => self.again.push_back(place),
                 _ => {}
             }
         }
+    }
+
+    /// So many pages are to be tried again that what serves them is away: others have time.
+    fn is_held(&self) -> bool {
+        self.delayed.len() > self.limits.backlog
     }
 
     /// What someone has waited for for too long. Zeros are never late, for they need no source.
@@ -693,7 +705,7 @@ impl Book {
         let is_late = |wait: &&Wait| !self.is_zero(wait.place);
         let late = self.waits.iter().filter(is_late);
         let late = late.filter_map(|wait| wait.since.checked_add(self.limits.deadline));
-        let due = self.delayed.iter().map(|(due, _)| *due);
+        let due = self.delayed.peek().map(|Reverse((due, _))| *due);
         late.chain(due).min()
     }
 
@@ -708,6 +720,9 @@ impl Book {
                 continue;
             };
             self.stats.removed += 1;
+            if !self.failures.is_empty() {
+                self.failures.remove(&place);
+            }
             let waits = before.awaited() && after == PageState::Absent;
             let after = if waits { PageState::Wanted } else { after };
             self.set(place, Page::new(after, true, after == PageState::Wanted));
@@ -735,7 +750,8 @@ impl Book {
     /// Whether there is something to bring that nobody waits for; may be wrong about pages that have come meanwhile.
     pub fn has_ahead(&self) -> bool {
         let behind = |at: Place| at.slot < self.slots.len();
-        !self.guesses.is_empty() || self.rest.is_some_and(behind)
+        let more = || !self.guesses.is_empty() || self.rest.is_some_and(behind);
+        !self.again.is_empty() || !self.is_held() && more()
     }
 
     /// Whether every page is here, lost, or given back.
@@ -752,6 +768,7 @@ impl Book {
     pub fn give_all_up(&mut self) -> Vec<(usize, Range<u64>)> {
         (self.guesses, self.rest) = (VecDeque::new(), None);
         self.faults.clear();
+        self.again.clear();
         self.delayed.clear();
         self.waits.clear();
         let mut runs: Vec<(usize, Range<u64>)> = Vec::new();

@@ -373,3 +373,53 @@ fn without_a_number_a_page_is_tried_again_for_as_long_as_its_deadline_says() {
     }
     assert_eq!(now - touched, limits.deadline);
 }
+
+#[test]
+fn while_many_pages_are_to_be_tried_again_no_others_are_begun_for_nobody_and_guesses_have_their_line()
+ {
+    let limits = Limits {
+        retries: None,
+        deadline: Duration::MAX,
+        ..LIMITS
+    };
+    let mut now = Instant::now();
+    let mut book = Book::new([(1000, [1, 4])], limits);
+    book.want_rest();
+    let fail_all = |book: &mut Book, now| {
+        while let Some(job) = book.start_ahead(|_| 8, |_, most| most) {
+            assert_eq!(book.failed(&job, job.pages.start, true, now), []);
+        }
+        assert!(!book.has_ahead(), "a worker would ask for ever");
+        // A piece of 8, and what was there before it.
+        let bound = limits.backlog + 8;
+        assert!(book.delayed.len() <= bound, "{}", book.delayed.len());
+        assert!(book.failures.len() <= bound, "{}", book.failures.len());
+        assert!(book.again.is_empty());
+    };
+    for _ in 0..20 {
+        fail_all(&mut book, now);
+        now = book.next_due().unwrap();
+        book.put_due_in_line(now);
+        assert!(book.has_ahead());
+    }
+    fail_all(&mut book, now);
+    for page in 0..limits.backlog as u64 {
+        let begin = 900 + 2 * page;
+        assert!(book.guess(0, begin..begin + 1), "there is room in its line");
+    }
+    assert!(!book.guess(0, 950..951));
+    // Who touches one has it before all that.
+    assert_eq!(book.fault(Place { slot: 0, page: 500 }, now), Told::InLine);
+    let job = book.start_fault(|_, most| most).unwrap();
+    assert_eq!(job.pages.start, 500);
+    book.arrived(&job, job.pages.clone(), now);
+    // It is back: everything comes.
+    while !book.is_complete() {
+        while let Some(job) = book.start_ahead(|_| 8, |_, most| most) {
+            book.arrived(&job, job.pages.clone(), now);
+        }
+        now = book.next_due().unwrap_or(now);
+        book.put_due_in_line(now);
+    }
+    assert!(book.failures.is_empty());
+}

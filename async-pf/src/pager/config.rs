@@ -141,7 +141,8 @@ pub struct PagerConfig {
     /// What is fetched at once where nobody waits, in bytes: a fault may have to wait for it if all workers do this. At
     /// least a page.
     pub ahead: u64,
-    /// How many ranges may be in line that nobody waits for.
+    /// How many ranges may be in line that nobody waits for. While more pages than that have failed and are to be tried again,
+    /// nothing else is begun for nobody: its source is away.
     pub backlog: usize,
     /// What becomes of a page that will not come.
     pub give_up: GiveUp,
