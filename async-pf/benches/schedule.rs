@@ -25,7 +25,7 @@ fn faults(c: &mut Criterion) {
     group.throughput(Throughput::Elements(PAGES));
     group.bench_function("Schedule", |b| {
         b.iter_batched(
-            || Schedule::<u32>::new(Gfn(0), PAGES, 64),
+            || Schedule::<u32>::new(Gfn(0), PAGES, 64).unwrap(),
             |mut pages| {
                 for page in order() {
                     let _ = black_box(pages.fault(Gfn(page), 1));

@@ -26,6 +26,22 @@ pub enum Error {
         /// The largest there is.
         max: u16,
     },
+    /// A vCPU waits for so few pages at most that a queue of so many is a mistake, and one that there is no memory for.
+    #[error("a bound of {bound} pages is beyond {max}")]
+    Bound {
+        /// The bound given.
+        bound: usize,
+        /// The largest there is.
+        max: usize,
+    },
+    /// So many pages are no slot's: their bookkeeping is beyond memory.
+    #[error("{pages} pages are beyond {max}, the most that a schedule has")]
+    TooManyPages {
+        /// How many were given.
+        pages: u64,
+        /// The most there are.
+        max: u64,
+    },
     /// Nothing waits under this token: it was cleared, or told already.
     #[error("no page is awaited under token {:#x}", token.get())]
     StaleToken {

@@ -42,7 +42,7 @@
 //! use memslots::Gfn;
 //!
 //! let source = ZeroSource;
-//! let mut pages: Schedule<Token> = Schedule::new(Gfn(0), 1024, 32);
+//! let mut pages: Schedule<Token> = Schedule::new(Gfn(0), 1024, 32)?;
 //! let mut vcpu = VcpuQueue::new(0)?;
 //!
 //! // A vCPU touches a page that is not there.

@@ -120,13 +120,17 @@ impl VcpuQueue {
     /// later call allocates.
     ///
     /// # Errors
-    /// [`Error::VcpuTooLarge`] from vCPU 4096 on.
+    /// [`Error::VcpuTooLarge`] from vCPU 4096 on; [`Error::Bound`] of more pages than tokens can name.
     pub fn with_bound(vcpu: u16, bound: usize) -> Result<Self, Error> {
         if vcpu > MAX_VCPU {
             return Err(Error::VcpuTooLarge {
                 vcpu,
                 max: MAX_VCPU,
             });
+        }
+        let max = MAX_SERIAL as usize - 1;
+        if bound > max {
+            return Err(Error::Bound { bound, max });
         }
         Ok(Self {
             vcpu,

@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use memslots::{Gfn, SlotExtent};
+use memslots::{Gfn, MAX_PAGES, SlotExtent};
 
 use crate::{Error, PageEvent, PageState};
 
@@ -75,7 +75,7 @@ struct Entry<W> {
 /// use async_pf::{FaultAnswer, Lane, Outcome, Schedule};
 /// use memslots::Gfn;
 ///
-/// let mut pages = Schedule::new(Gfn(0x100), 16, 8);
+/// let mut pages = Schedule::new(Gfn(0x100), 16, 8)?;
 /// pages.prefetch(Gfn(0x101))?;
 /// pages.prefetch(Gfn(0x102))?;
 /// assert_eq!(pages.fault(Gfn(0x105), "vcpu 0")?, FaultAnswer::Waiting { fetch: true });
@@ -107,9 +107,15 @@ pub struct Schedule<W> {
 impl<W> Schedule<W> {
     /// A schedule for `pages` pages from `first`, all absent, with at most `backlog` guesses in
     /// line. Allocates two bits a page; pages beyond the last frame number are cut off.
-    pub fn new(first: Gfn, pages: u64, backlog: usize) -> Self {
-        let pages = pages.min(u64::MAX - first.0);
-        Self {
+    ///
+    /// # Errors
+    /// [`Error::TooManyPages`] of more than a slot can have ([`MAX_PAGES`]).
+    pub fn new(first: Gfn, pages: u64, backlog: usize) -> Result<Self, Error> {
+        let (pages, max) = (pages.min(u64::MAX - first.0), MAX_PAGES);
+        if pages > max {
+            return Err(Error::TooManyPages { pages, max });
+        }
+        Ok(Self {
             first: first.0,
             pages,
             active: HashMap::new(),
@@ -120,11 +126,14 @@ impl<W> Schedule<W> {
             tickets: 0,
             guessed: 0,
             backlog,
-        }
+        })
     }
 
     /// A schedule for the pages of one slot.
-    pub fn for_slot(slot: &SlotExtent, backlog: usize) -> Self {
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn for_slot(slot: &SlotExtent, backlog: usize) -> Result<Self, Error> {
         Self::new(slot.first_gfn(), slot.pages(), backlog)
     }
 

@@ -140,3 +140,20 @@ fn an_arrival_after_a_reset_is_told_to_no_one() {
     assert_eq!(queue.check_completion(), None);
     assert!(queue.arrived(again).is_ok());
 }
+
+#[test]
+fn a_bound_beyond_what_tokens_can_name_is_refused_with_its_number() {
+    let refused = |bound| VcpuQueue::with_bound(0, bound).unwrap_err();
+    let Error::Bound { bound, max } = refused(usize::MAX) else {
+        panic!("another refusal");
+    };
+    assert_eq!(bound, usize::MAX);
+    assert_eq!(
+        refused(max + 1),
+        Error::Bound {
+            bound: max + 1,
+            max
+        }
+    );
+    assert!(VcpuQueue::with_bound(0, max).is_ok());
+}

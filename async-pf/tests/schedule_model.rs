@@ -66,7 +66,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn the_lanes_and_waiters_agree_with_a_model(calls in calls()) {
-        let mut pages = Schedule::<u32>::new(Gfn(FIRST), PAGES, BACKLOG);
+        let mut pages = Schedule::<u32>::new(Gfn(FIRST), PAGES, BACKLOG).unwrap();
         let mut model = Model::default();
         let mut next_waiter = 0;
         for call in calls {
@@ -158,7 +158,7 @@ proptest! {
 
 #[test]
 fn a_page_that_keeps_failing_says_how_often() {
-    let mut pages = Schedule::new(Gfn(0), 4, 4);
+    let mut pages = Schedule::new(Gfn(0), 4, 4).unwrap();
     assert_eq!(
         pages.fault(Gfn(1), ()),
         Ok(FaultAnswer::Waiting { fetch: true })
@@ -181,7 +181,7 @@ fn a_page_that_keeps_failing_says_how_often() {
 
 #[test]
 fn a_page_elsewhere_is_an_error_and_changes_nothing() {
-    let mut pages = Schedule::<()>::new(Gfn(10), 5, 4);
+    let mut pages = Schedule::<()>::new(Gfn(10), 5, 4).unwrap();
     for gfn in [Gfn(9), Gfn(15), Gfn(0), Gfn(u64::MAX)] {
         let refused = Error::OutOfRange {
             gfn,
@@ -199,7 +199,7 @@ fn a_page_elsewhere_is_an_error_and_changes_nothing() {
 #[test]
 fn guesses_that_were_overtaken_do_not_pile_up() {
     // A guest that faults on each guess: the prefetch lane must not keep their corpses.
-    let mut pages = Schedule::new(Gfn(0), 100_000, 8);
+    let mut pages = Schedule::new(Gfn(0), 100_000, 8).unwrap();
     for gfn in (0..100_000).map(Gfn) {
         assert_eq!(pages.prefetch(gfn), Ok(true));
         assert_eq!(
@@ -214,8 +214,18 @@ fn guesses_that_were_overtaken_do_not_pile_up() {
 }
 
 #[test]
+fn more_pages_than_a_slot_can_have_are_refused_with_their_number() {
+    let max = memslots::MAX_PAGES;
+    for pages in [max + 1, u64::MAX] {
+        let refused = Schedule::<()>::new(Gfn(0), pages, 1).unwrap_err();
+        assert_eq!(refused, Error::TooManyPages { pages, max });
+    }
+    assert!(Schedule::<()>::new(Gfn(0), max, 1).is_ok());
+}
+
+#[test]
 fn pages_beyond_the_last_frame_number_are_cut_off_and_cost_nothing() {
-    let mut pages: Schedule<()> = Schedule::new(Gfn(u64::MAX - 3), u64::MAX, 1);
+    let mut pages: Schedule<()> = Schedule::new(Gfn(u64::MAX - 3), u64::MAX, 1).unwrap();
     assert!(pages.fault(Gfn(u64::MAX), ()).is_err());
     for gfn in u64::MAX - 3..u64::MAX {
         assert!(!pages.is_complete());

@@ -79,7 +79,9 @@ pub enum PrefetchError {
     },
 }
 
-/// Not everything is there: here is the pager again, which goes on.
+/// Not everything is there: here is the pager again, which goes on. Dropped, it takes the pager with it, and what is missing is
+/// poisoned: see [`Pager::finish`].
+#[must_use = "dropping it drops the pager, which poisons what is missing"]
 #[derive(Debug, thiserror::Error)]
 #[error("{missing} pages are still to come")]
 pub struct FinishError {

@@ -46,7 +46,11 @@
 //!
 //! pager.prefetch_rest();
 //! assert!(pager.wait(Duration::from_secs(60)));
-//! let roles = pager.finish()?; // everything is there
+//! // Not by `?`: the error has the pager, and to drop it poisons what is missing.
+//! let roles = match pager.finish() {
+//!     Ok(roles) => roles, // everything is there
+//!     Err(unfinished) => panic!("{unfinished}, and were waited for"),
+//! };
 //! # drop(roles);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -342,7 +346,26 @@ impl Pager {
     /// then: a balloon needs one who does ([`FillRole::zero`]), or the pager simply stays.
     ///
     /// # Errors
-    /// [`FinishError`], with the pager, which goes on: pages are missing.
+    /// [`FinishError`], with the pager, which goes on: pages are missing. **Not for `?`:** where the error is dropped, so is the
+    /// pager, and that poisons what is missing ([`GiveUp::Poison`]). Keep it, or finish behind a [`wait`](Self::wait) that says yes:
+    ///
+    /// ```
+    /// # use async_pf::pager::Pager;
+    /// # use memslots::uffd::FillRole;
+    /// # use std::time::Duration;
+    /// fn finish_at_last(mut pager: Pager) -> Option<Vec<FillRole>> {
+    ///     loop {
+    ///         pager = match pager.finish() {
+    ///             Ok(roles) => return Some(roles),
+    ///             Err(unfinished) => unfinished.pager, // it has gone on all the time
+    ///         };
+    ///         pager.prefetch_rest();
+    ///         if !pager.wait(Duration::from_secs(1)) && pager.progress().failed.is_some() {
+    ///             return None; // it has ended by itself
+    ///         }
+    ///     }
+    /// }
+    /// ```
     pub fn finish(self) -> Result<Vec<FillRole>, Box<FinishError>> {
         let (missing, ..) = self.shared.lock().book.totals();
         if missing > 0 {

@@ -489,7 +489,7 @@ fn page_fault(kvm_path: &Path) -> Checked {
 
 /// A pager: serves faults of the slot until all of it is there. Returns how many pages it served.
 fn serve(uffd: &Uffd, role: &FillRole, slot: &SlotExtent) -> io::Result<u64> {
-    let mut schedule: Schedule<()> = Schedule::for_slot(slot, 8);
+    let mut schedule: Schedule<()> = Schedule::for_slot(slot, 8).map_err(io::Error::other)?;
     let mut messages = Messages::with_capacity(8);
     let mut page = [0; PAGE_SIZE as usize];
     let kernel = |errno: memslots::Errno| io::Error::from_raw_os_error(errno.0);
