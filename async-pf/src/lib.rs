@@ -124,6 +124,7 @@ mod source;
 mod state;
 #[cfg(feature = "uffd")]
 mod sync;
+#[cfg(any(test, feature = "test-utilities"))]
 pub mod trouble;
 pub mod working_set;
 

@@ -14,6 +14,7 @@ use crate::{Error, PageEvent, PageState};
 
 /// Why a page is fetched, which decides when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Lane {
     /// Someone waits. Always before any prefetch.
     Fault,
@@ -35,6 +36,7 @@ pub struct Job {
 /// What a fault is answered with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
+#[non_exhaustive]
 pub enum FaultAnswer {
     /// The waiter is kept. `fetch` says that this fault put a page in line (wake a worker); where
     /// it is false, the page was in the fault lane or being read already.
@@ -50,6 +52,7 @@ pub enum FaultAnswer {
 
 /// How a fetch went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Outcome {
     /// The page is in guest memory.
     Arrived,

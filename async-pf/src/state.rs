@@ -23,6 +23,7 @@
 
 /// Where a page is between the guest that wants it and the source that has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum PageState {
     /// Not here, and nobody asks.
     Absent,
@@ -40,6 +41,7 @@ pub enum PageState {
 
 /// What happens to a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum PageEvent {
     /// A guess asks for it.
     Prefetch,
@@ -102,6 +104,7 @@ impl PageState {
 
 /// Where one vCPU's wait for one page is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum RequestState {
     /// No request.
     Free,
@@ -115,6 +118,7 @@ pub enum RequestState {
 
 /// What happens to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum RequestEvent {
     /// A vCPU begins to wait.
     Setup,

@@ -125,7 +125,7 @@ proptest! {
                         Outcome::Arrived => { model.present.insert(page); }
                         Outcome::GaveUp => { model.poisoned.insert(page); }
                         Outcome::Retry if waiting => model.faults.push(page),
-                        Outcome::Retry => {}
+                        _ => {}
                     }
                     let expected = match outcome {
                         Outcome::Retry => Vec::new(),

@@ -230,6 +230,7 @@ proptest! {
                         prop_assert!(page.iter().all(|b| b == byte));
                     }
                 }
+                other => prop_assert!(false, "{other:?}"),
             }
             let run = source.run(Gfn(first), pages);
             prop_assert!((1..=pages).contains(&run));

@@ -18,6 +18,7 @@ use crate::working_set::Recorder;
 
 /// What becomes of a page that will not come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum GiveUp {
     /// It is poisoned: who touches it has a memory error (of a guest, what its monitor makes of it). Needs the userfaultfd
     /// feature `POISON` (Linux 6.6).
@@ -106,6 +107,9 @@ impl PagerEvents for () {}
 pub type Spawn = dyn Fn(String, Box<dyn FnOnce() + Send>) -> io::Result<()> + Send + Sync;
 
 /// How a [`Pager`](super::Pager) works.
+///
+/// More fields come with any version, and features add some: say what you want of it and end with `..PagerConfig::default()`. (It is not
+/// `non_exhaustive`, which would forbid that as well.)
 ///
 /// ```
 /// use async_pf::pager::{GiveUp, PagerConfig};

@@ -35,6 +35,9 @@ pub struct Reconnect {
 }
 
 /// How a [`PeerSource`] works.
+///
+/// More fields come with any version, and features add some: say what you want of it and end with `..PeerConfig::default()`. (It is not
+/// `non_exhaustive`, which would forbid that as well.)
 #[derive(Clone, Debug)]
 pub struct PeerConfig {
     /// How often something is said at least.

@@ -100,6 +100,7 @@
 mod calls;
 mod client;
 mod error;
+#[cfg(any(test, feature = "test-utilities"))]
 pub mod fake;
 mod frame;
 mod lanes;

@@ -17,6 +17,9 @@ use super::{PeerError, Wire};
 use crate::{Fetched, Lane, PageSource, SourceError};
 
 /// How a [`PageServer`] works.
+///
+/// More fields come with any version, and features add some: say what you want of it and end with `..ServerConfig::default()`. (It is not
+/// `non_exhaustive`, which would forbid that as well.)
 #[derive(Clone, Debug)]
 pub struct ServerConfig {
     /// Threads that fetch and answer, of each connection; at least one. One more, the caller's, reads.

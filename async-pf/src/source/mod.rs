@@ -21,6 +21,7 @@ use crate::peer::PeerError;
 /// What a source found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
+#[non_exhaustive]
 pub enum Fetched {
     /// The buffer holds the pages.
     Bytes,

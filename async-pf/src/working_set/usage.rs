@@ -92,6 +92,7 @@ impl Default for RefreshPolicy {
 
 /// What to do with a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Refresh {
     /// It is right.
     Keep,

@@ -55,6 +55,7 @@ pub fn assert_pages(source: &dyn PageSource, first: u64, count: usize) {
                 assert_eq!(page, contents(gfn), "gfn {gfn:#x}");
             }
         }
+        other => panic!("{other:?}"),
     }
 }
 

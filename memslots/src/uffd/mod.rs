@@ -122,6 +122,7 @@ mod abi;
 #[forbid(unsafe_code)]
 mod copy_book;
 mod error;
+#[cfg(any(test, feature = "test-utilities"))]
 pub mod fake;
 #[forbid(unsafe_code)]
 mod features;

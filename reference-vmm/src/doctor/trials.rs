@@ -535,6 +535,7 @@ fn place_all(
         let placed: Result<(), OpError> = match fetched {
             Fetched::Bytes => role.copy(offset, page, Wake::Now),
             Fetched::Zero => role.zero(offset..offset + PAGE_SIZE, Wake::Now),
+            other => return Err(io::Error::other(format!("the source says {other:?}"))),
         };
         placed.map_err(io::Error::other)?;
         let _woken = schedule

@@ -238,7 +238,7 @@ impl RemoteSource {
 fn of_lane<T>([fault, prefetch]: &mut [T; 2], lane: Lane) -> &mut T {
     match lane {
         Lane::Fault => fault,
-        Lane::Prefetch => prefetch,
+        _ => prefetch,
     }
 }
 

@@ -101,7 +101,7 @@ impl PageSource for Counted {
     fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
         match lane {
             Lane::Fault => self.waited.store(self.now(), Ordering::Relaxed),
-            Lane::Prefetch => self.stand_back(),
+            _ => self.stand_back(),
         }
         let fetched = self.pages.fetch_for(lane, first, into)?;
         if fetched == Fetched::Bytes {
