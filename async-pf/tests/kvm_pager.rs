@@ -164,6 +164,60 @@ fn a_mapping_that_madvise_has_split_comes_and_is_poisoned_on_both_sides() {
     }
 }
 
+#[test]
+fn a_mapping_of_transparent_huge_pages_comes_in_its_own_pages_beside_what_is_there_of_it() {
+    const PAGES: u64 = 2048;
+    let uffd = uffd();
+    let memory = Arc::new(Mapping::new(&Backing::anonymous(PAGES * P), GuestAddress(0)).unwrap());
+    let start = memory.host();
+    // SAFETY: all of the mapping; advice changes no contents.
+    let advised =
+        unsafe { libc::madvise(start.0 as *mut _, (PAGES * P) as usize, libc::MADV_HUGEPAGE) };
+    assert_eq!(
+        advised, 0,
+        "this test needs a kernel with transparent huge pages"
+    );
+    // A huge page, of the first 2 MiB; the rest is to come.
+    for page in 0..512 {
+        let at = (start.0 + (page * P) as usize) as *mut u64;
+        // SAFETY: within the mapping, which nobody else has yet.
+        unsafe { at.write_volatile(7) };
+    }
+    let modes = Modes::MISSING | Modes::WRITE_PROTECT;
+    let registration = uffd.register_all(&memory, modes).unwrap();
+    let slot = PagedSlot::new(&registration, Gfn(0), Arc::new(Keyed)).unwrap();
+    let slot = slot.only([Gfn(512)..Gfn(PAGES)]);
+    let config = PagerConfig {
+        workers: 2,
+        give_up: GiveUp::Tell,
+        ..PagerConfig::default()
+    };
+    let pager = Pager::start(&uffd, vec![slot], config).unwrap();
+    // Protection cuts the huge page at its end.
+    let role = registration.lend_protect().unwrap();
+    role.protect(500 * P..600 * P).unwrap();
+    for page in [512, 600, 1023, 1024, 2047] {
+        assert_eq!(read(start, page), expected(page), "page {page}");
+    }
+    role.end().unwrap();
+    // Given back in one, as a balloon does it.
+    let at = (start.0 + (1536 * P) as usize) as *mut libc::c_void;
+    // SAFETY: whole pages of the mapping, which nobody has a reference to.
+    let given = unsafe { libc::madvise(at, (512 * P) as usize, libc::MADV_DONTNEED) };
+    assert_eq!(given, 0);
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    for page in 0..PAGES {
+        let wanted = match page {
+            0..512 => [7, 0],
+            512..1536 => expected(page),
+            _ => [0, 0],
+        };
+        assert_eq!(read(start, page), wanted, "page {page}");
+    }
+    assert_eq!((pager.progress().lost, pager.stats().unanswered), (0, 0));
+}
+
 /// Has a page wherever it is asked, and notes where.
 struct Noted(Mutex<Vec<u64>>);
 

@@ -200,10 +200,8 @@ fn round(trouble: Trouble, mut draw: Draw) {
     };
     let pager = Mutex::new(Some(Pager::start(&uffd, vec![slot], config).unwrap()));
     let role = registration.lend_protect().unwrap();
-    // The kernel poisons no page that was protected before it came.
-    if trouble.is_harmless() {
-        role.protect(0..PAGES / 2 * P).unwrap();
-    }
+    // What is lost of it was protected before it came.
+    role.protect(0..PAGES / 2 * P).unwrap();
     assert!(events.role.set(role).is_ok());
     let seen = |page: u64| {
         let has = peek(start, page);

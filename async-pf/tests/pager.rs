@@ -165,12 +165,27 @@ impl PageSource for Scripted {
 struct Told {
     lost: Mutex<Vec<(u64, String)>>,
     protected: AtomicUsize,
+    removed: Mutex<Vec<std::ops::Range<usize>>>,
+    remapped: Mutex<Vec<(Hva, Hva, u64)>>,
+    failed: Mutex<Vec<Errno>>,
 }
 
 impl PagerEvents for Told {
     fn lost(&self, lost: &Lost<'_>) {
         let told = (lost.gfn.0, lost.reason.to_string());
         self.lost.lock().unwrap().push(told);
+    }
+
+    fn removed(&self, addresses: std::ops::Range<usize>) {
+        self.removed.lock().unwrap().push(addresses);
+    }
+
+    fn remapped(&self, from: Hva, to: Hva, size: u64) {
+        self.remapped.lock().unwrap().push((from, to, size));
+    }
+
+    fn failed(&self, errno: Errno) {
+        self.failed.lock().unwrap().push(errno);
     }
 
     fn write_protected(&self, _: &Fault) -> bool {
@@ -838,6 +853,94 @@ fn what_is_given_back_comes_as_zeros_and_is_not_fetched() {
         |(first, pages): &(u64, u64)| (*first..first + pages).any(|g| (0x108..0x110).contains(&g));
     assert!(!source.asked().iter().any(brought), "{:?}", source.asked());
     assert_eq!(pager.stats().zeros, 1);
+}
+
+#[test]
+fn what_is_given_back_moved_away_or_unmapped_is_asked_of_no_source_and_its_owner_is_told_of_two_of_these()
+ {
+    for workers in [1, 2] {
+        let world = World::new();
+        let (source, told) = (Scripted::default(), Arc::new(Told::default()));
+        let config = PagerConfig {
+            workers,
+            events: told.clone(),
+            ..quick()
+        };
+        let pager = world.start(source.clone(), config);
+        let at = |page| world.at(page).0;
+        let (to, size) = (Hva(0x7000_0000), 4 * P);
+        world.fake.tell(encode(&Message::Remove(at(4)..at(8))));
+        let from = world.at(12);
+        world.fake.tell(encode(&Message::Remap { from, to, size }));
+        world.fake.tell(encode(&Message::Unmap(at(20)..at(24))));
+        until("they are noted", || {
+            (pager.stats().removed == 12).then_some(())
+        });
+        until("its owner is told", || {
+            let removed = told.removed.lock().unwrap().clone();
+            let remapped = told.remapped.lock().unwrap().clone();
+            (removed.first() == Some(&(at(4)..at(8))) && remapped == [(from, to, size)])
+                .then_some(())
+        });
+        pager.prefetch_rest();
+        assert!(pager.wait(LONG));
+        let gone = |gfn: u64| matches!(gfn - 0x100, 4..8 | 12..16 | 20..24);
+        let asked = source.asked();
+        assert!(
+            !asked
+                .iter()
+                .any(|(first, pages)| (*first..first + pages).any(gone)),
+            "{asked:?}"
+        );
+        assert_eq!((world.touch(8), world.byte(8)), (Touch::Done, 8));
+        assert_eq!(pager.progress().lost, 0);
+        pager.finish().unwrap();
+    }
+}
+
+#[test]
+fn a_childs_memory_is_none_of_its_pagers_and_faults_go_on() {
+    let world = World::new();
+    let pager = world.start(Scripted::default(), quick());
+    world.fake.tell(encode(&Message::Fork { descriptor: 99 }));
+    assert_eq!((world.touch(3), world.byte(3)), (Touch::Done, 3));
+    assert_eq!(pager.progress().failed, None);
+}
+
+#[test]
+fn a_kernel_that_cannot_be_read_ends_the_pager_its_owner_is_told_once_and_nobody_sleeps() {
+    for (workers, give_up) in [(1, GiveUp::Poison), (2, GiveUp::Poison), (2, GiveUp::Tell)] {
+        let world = World::new();
+        let told = Arc::new(Told::default());
+        let config = PagerConfig {
+            workers,
+            give_up,
+            events: told.clone(),
+            ..quick()
+        };
+        let pager = world.start(Scripted::default(), config);
+        assert_eq!((world.touch(3), world.byte(3)), (Touch::Done, 3));
+        let errno = Errno(libc::EIO);
+        world.fake.fail_reads(errno);
+        assert_eq!(world.fake.touch(world.at(40), false), Touch::Sleeps);
+        world.wakes_all();
+        until("its owner is told", || {
+            (*told.failed.lock().unwrap() == [errno]).then_some(())
+        });
+        assert_eq!(pager.progress().failed, Some(errno));
+        assert!(!pager.wait(LONG), "nothing more comes");
+        // What is not poisoned is for whoever reads next.
+        let expected = match give_up {
+            GiveUp::Poison => Touch::Poisoned,
+            _ => Touch::Sleeps,
+        };
+        for page in [0, 40, 63] {
+            assert_eq!(world.fake.touch(world.at(page), false), expected);
+        }
+        assert_eq!(world.fake.touch(world.at(3), false), Touch::Done);
+        drop(pager);
+        assert_eq!(*told.failed.lock().unwrap(), [errno]);
+    }
 }
 
 #[test]
