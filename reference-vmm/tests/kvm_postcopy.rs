@@ -514,7 +514,7 @@ fn by_ctl_a_guest_that_has_gone_is_found_at_another_address() {
     assert_eq!(said, format!("connections go to unix:{path}\n"));
     ctl("here.api", "migrate-recover --listen unix:/s")
         .expect_status(1)
-        .expect_line(&["nor has come by migration"]);
+        .expect_line(&["nor has come by migration: --listen", "and --to"]);
     ctl("there.api", "migrate-recover --to unix:/s")
         .expect_status(1)
         .expect_line(&["there has been no migration"]);

@@ -242,8 +242,8 @@ impl Monitor for Machine<'_> {
                 }
             }
             Action::Recover(Recover::Listen { .. }) => Outcome::Refused(
-                "no guest is waited for here, nor has come by migration: listen is said to the monitor that the guest goes \
-                 to, and to the one that it comes from"
+                "no guest is waited for here, nor has come by migration: --listen (of the API: listen) is for the monitor \
+                 that the guest goes to, and --to (to) for the one that it comes from"
                     .into(),
             ),
             Action::PowerButton => match self.running.press_power_button() {

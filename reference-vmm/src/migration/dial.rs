@@ -75,6 +75,12 @@ pub enum WayError {
     /// There is a name for a certificate, and no TLS.
     #[error("whom a certificate is for was said, and the migration was begun without TLS")]
     NoTls,
+    /// Other hosts are on the way, and there is no TLS.
+    #[error(
+        "{0} is another host, and this migration was begun without TLS, for good: only an address of this host can be the \
+         other way, unix:PATH or tcp:127.0.0.1:PORT"
+    )]
+    Exposed(Address),
 }
 
 impl Dial {
@@ -105,7 +111,12 @@ impl Dial {
             (None, Some(_)) => return Err(WayError::NoTls),
             (tls, None) => tls.clone(),
         };
-        may_connect(address, tls.as_ref(), Instant::now() + RESOLVE)?;
+        let may = may_connect(address, tls.as_ref(), Instant::now() + RESOLVE);
+        may.map_err(|error| match error {
+            // Certificates are of the migration's beginning.
+            ConnectError::Exposed(address) => WayError::Exposed(address),
+            error => WayError::Address(error),
+        })?;
         let mut way = self.way();
         way.number += 1;
         way.other = Some((address.clone(), tls));
@@ -194,7 +205,13 @@ type Listeners = (Option<Arc<Listener>>, Option<Arc<Listener>>);
 pub enum ListenError {
     /// One cannot.
     #[error(transparent)]
-    Bind(#[from] BindError),
+    Bind(BindError),
+    /// Other hosts reach it, and there is no TLS.
+    #[error(
+        "{0} is within reach of other hosts, and this monitor listens without TLS, for good: only an address of this host can \
+         be another one, unix:PATH or tcp:127.0.0.1:PORT"
+    )]
+    Exposed(Address),
     /// It listens nowhere any more.
     #[error(
         "the guest has come with all of its memory, and no connection of its source's is waited for"
@@ -277,7 +294,12 @@ impl Also {
         if let Some(listens) = listening.find(|listener| listener.is_at(address)) {
             return Ok(listens.address().clone());
         }
-        let listener = Arc::new(first.another(address)?);
+        let another = first.another(address).map_err(|error| match error {
+            // Certificates are of the first one's beginning.
+            BindError::Exposed(address) => ListenError::Exposed(address),
+            error => ListenError::Bind(error),
+        });
+        let listener = Arc::new(another?);
         let mut listeners = self.lock();
         if listeners.0.is_none() {
             return Err(ListenError::Over);
