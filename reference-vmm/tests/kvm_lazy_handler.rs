@@ -280,7 +280,7 @@ fn what_cannot_be_handed_off_is_refused_before_there_is_a_guest() {
     taken(&dir, Compression::None);
     restore("/nowhere/handler")
         .expect_status(1)
-        .expect_line(&["cannot connect to the page-fault handler at /nowhere/handler"]);
+        .expect_line(&["nobody listens at /nowhere/handler: there is no such socket"]);
     // What it brings first nobody here sees.
     Vmm::command([
         "restore",

@@ -21,10 +21,10 @@ pub enum PeerError {
     #[error("the peer closed the connection")]
     Closed,
     /// Nothing whole came from it, or it took nothing, for so long.
-    #[error("the peer has been silent for {0:?}")]
+    #[error("the peer has been silent for {:.1} s", .0.as_secs_f64())]
     Silent(Duration),
     /// It lives and does not answer.
-    #[error("ask {id} (gfn {:#x}) has had no answer for {after:?}", gfn.0)]
+    #[error("ask {id} (gfn {:#x}) has had no answer for {:.1} s", gfn.0, after.as_secs_f64())]
     NoAnswer {
         /// The ask.
         id: u64,

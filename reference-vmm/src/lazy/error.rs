@@ -3,7 +3,7 @@
 //! Why memory cannot come later, or has not come.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_pf::external::{HandOffError, MappingsError};
@@ -45,7 +45,7 @@ pub enum LazyError {
         source: io::Error,
     },
     /// The page-fault handler's socket cannot be connected to.
-    #[error("cannot connect to the page-fault handler at {path}: {source}")]
+    #[error("{}", no_handler(path, source))]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -67,6 +67,18 @@ pub enum LazyError {
         path: PathBuf,
         /// Why not.
         source: MappingsError,
+    },
+    /// The page server has said nothing since it was connected to, or too little.
+    #[error(
+        "the page server at {address} has said nothing for {}, which is as long as it may, and a first connection is not tried \
+         again: look whether it is a `snapshot serve`, and whether that is at work",
+        units::time(*.limit)
+    )]
+    Silent {
+        /// Where.
+        address: Address,
+        /// For so long it may be silent.
+        limit: Duration,
     },
     /// The page server cannot be asked.
     #[error("the page server at {address}: {source}")]
@@ -144,6 +156,20 @@ pub enum LazyError {
     /// Who asked for what needs all of it has given that up, or is gone.
     #[error("given up by who asked for it, before anything was done{0}")]
     Unwanted(String),
+}
+
+/// Why the page-fault handler's socket cannot be connected to, in words.
+fn no_handler(path: &Path, source: &io::Error) -> String {
+    let path = path.display();
+    match source.kind() {
+        io::ErrorKind::NotFound => format!(
+            "nobody listens at {path}: there is no such socket; start the page-fault handler first"
+        ),
+        io::ErrorKind::ConnectionRefused => {
+            format!("nobody listens at {path}: start the page-fault handler first")
+        }
+        _ => format!("cannot connect to the page-fault handler at {path}: {source}"),
+    }
 }
 
 impl LazyError {

@@ -83,7 +83,7 @@ impl RemoteSource {
     /// `limit`. Blocks for seconds at most.
     ///
     /// # Errors
-    /// [`LazyError::PageServer`], [`LazyError::OtherSnapshot`], [`LazyError::Tls`].
+    /// [`LazyError::PageServer`], [`LazyError::Silent`], [`LazyError::OtherSnapshot`], [`LazyError::Tls`].
     pub(super) fn connect(
         at: &PageServerAt,
         chain: &Arc<Chain>,
@@ -116,6 +116,10 @@ impl RemoteSource {
                 theirs,
                 dir: link.dir().to_owned(),
                 id: link.id(),
+            },
+            (PeerError::Silent(_), _) => LazyError::Silent {
+                address: at.address.clone(),
+                limit: silence(limit),
             },
             (source, _) => LazyError::PageServer {
                 address: at.address.clone(),
@@ -250,10 +254,15 @@ fn lost(gfn: Gfn, given_up: &Arc<GivenUp>) -> SourceError {
     }
 }
 
+/// How long a server may say nothing that is given up after `limit`.
+fn silence(limit: Duration) -> Duration {
+    SILENCE.min(limit / 2).max(BEAT * 2)
+}
+
 fn config(limit: Duration, image: u64) -> PeerConfig {
     PeerConfig {
         beat: BEAT,
-        silence: SILENCE.min(limit / 2).max(BEAT * 2),
+        silence: silence(limit),
         answer: limit,
         // Asked again it is here, where it is counted how long that has been so.
         tries: 1,
