@@ -41,13 +41,14 @@ impl PagerEvents for Say {
 }
 
 fn handle(socket: &str, memory: &str) -> Result<(), Box<dyn Error>> {
+    // Before a monitor finds the socket: a file that cannot be read is nobody's guest's trouble.
+    let file = File::open(memory).map_err(|error| format!("{memory}: {error}"))?;
     let listener = UnixListener::bind(socket).map_err(|error| format!("{socket}: {error}"))?;
     let (mut monitor, _) = listener.accept()?;
     // Nobody else finds it, and a later handler can be there while this one is still at work.
     fs::remove_file(socket)?;
 
     let hand_off = receive(&monitor, PATIENCE)?;
-    let file = File::open(memory).map_err(|error| format!("{memory}: {error}"))?;
     // In the file, as the monitor counts: a file that is too short is refused now, and not when a guest waits.
     let pieces = hand_off
         .mappings
