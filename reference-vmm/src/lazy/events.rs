@@ -75,8 +75,14 @@ impl Events {
         // Before the end is told: who hears of it asks why.
         let is_first = self.first.set(why.clone()).is_ok();
         match (self.on_loss, is_first) {
-            (OnLoss::Stop, _) => self.end.tell(GuestEnd::Failed(why)),
-            (OnLoss::Poison, true) => log::error!("{why}"),
+            (OnLoss::Stop, _) => {
+                let remedy = "with --on-loss poison a guest goes on without what is lost";
+                self.end.tell(GuestEnd::Failed(format!("{why}; {remedy}")));
+            }
+            (OnLoss::Poison, true) => log::error!(
+                "{why}; the guest goes on: where it touches what is lost, which may be more than this page (`ctl status` has \
+                 the count), it has a machine check, or ends if KVM tells too little for one"
+            ),
             // A piece of a file has many pages.
             (OnLoss::Poison, false) => log::debug!("{why}"),
         }
