@@ -517,6 +517,7 @@ fn run(mut parser: lexopt::Parser) -> Result<Command, UsageError> {
                 changes.push(Box::new(move |config| config.debug_exit = Some(port)));
             }
             Long("track-dirty-pages") => run.track_dirty_pages = true,
+            Long(flag) if restore::is_lazy(flag) => return Err(restore::comes_later(flag)),
             Long("kvm") => {
                 let path = PathBuf::from(parser.value()?);
                 changes.push(Box::new(move |config| config.kvm = path));

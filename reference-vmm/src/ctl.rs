@@ -199,8 +199,9 @@ pub(crate) fn parse(mut parser: lexopt::Parser) -> Result<Parsed, UsageError> {
                 Some("here") => Order::Here,
                 Some("there") => Order::There,
                 other => {
-                    let found = other.map_or("nothing".into(), |word| format!("{word:?}"));
-                    let text = format!("migrate-settle: here or there is wanted, and not {found}");
+                    let found = other.map_or(String::new(), |word| format!(", and not {word:?}"));
+                    let text =
+                        format!("migrate-settle: say where the guest is, here or there{found}");
                     return Err(wrong(&text));
                 }
             })
@@ -668,7 +669,10 @@ mod tests {
             ("--api-sock /s snapshot --json", "directory"),
             ("--api-sock /s pause resume", "resume"),
             ("--api-sock /s snapshot /a /b", "\"/b\""),
-            ("--api-sock /s migrate-settle", "here or there is wanted"),
+            (
+                "--api-sock /s migrate-settle",
+                "say where the guest is, here or there",
+            ),
             ("--api-sock /s migrate-settle nowhere", "not \"nowhere\""),
             ("--api-sock /s migrate-settle here there", "\"there\""),
             ("--api-sock /s pause --to unix:/s", "--to is for migrate"),

@@ -56,7 +56,8 @@ Options:
                            with --lazy it never is, so that this changes nothing
   --lazy                   The guest runs before its memory is read: what it touches comes first, the rest behind
                            it. With --verify each MiB of a file is checked before it is used. Leave the files
-                           alone until all is there (`ctl status`)
+                           alone until all is there (`ctl status`). Each of --on-loss, --page-deadline, --record,
+                           --page-handler and --page-server means --lazy
   --on-loss stop|poison    If memory does not come (an I/O error, a file that was damaged, cut off or changed):
                            the guest is stopped with the reason and status 1, or it goes on, and has a machine
                            check where it touches that memory if KVM tells enough of it [stop]
@@ -76,7 +77,6 @@ Options:
   --tls-key FILE           Its key, PEM
   --tls-ca FILE            The certificate of the authority that both hosts' certificates are of, PEM
   --tls-name NAME          Whom the server's certificate is for, if not the host that the address names
-                           (--on-loss, --page-deadline, --record, --page-handler and --page-server mean --lazy)
   --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
   --track-dirty-pages      Track what the guest writes from the snapshot on, so that `ctl snapshot --base DIR` may
                            build on it
@@ -249,11 +249,12 @@ fn read(mut parser: lexopt::Parser, incoming: bool) -> Result<Command, UsageErro
                 request.disks_to = Some(folder);
             }
             Long("track-dirty-pages") if !incoming => request.track = true,
-            Long(flag) if incoming && matches!(flag, "on-loss" | "page-deadline") => {
+            Long(flag) if incoming && is_of_who_comes(flag) => {
                 let flag = flag.to_owned();
                 take_lazy(&flag, &mut lazy, &mut parser)?;
             }
-            Long(flag) if !incoming && is_lazy(flag) => {
+            Long(flag) if incoming && is_lazy(flag) => return Err(comes_later(flag)),
+            Long(flag) if is_lazy(flag) => {
                 let flag = flag.to_owned();
                 take_lazy(&flag, &mut lazy, &mut parser)?;
             }
@@ -336,6 +337,22 @@ pub(crate) fn is_lazy(flag: &str) -> bool {
         flag,
         "lazy" | "on-loss" | "page-deadline" | "page-handler" | "page-server" | "record"
     )
+}
+
+/// Whether it is so of a guest that comes by migration as well.
+fn is_of_who_comes(flag: &str) -> bool {
+    matches!(flag, "on-loss" | "page-deadline")
+}
+
+/// One of them where memory does not come later.
+pub(super) fn comes_later(flag: &str) -> UsageError {
+    let of = match is_of_who_comes(flag) {
+        true => "`restore` and of `run --incoming`",
+        false => "`restore`",
+    };
+    UsageError::Command(format!(
+        "--{flag} is an option of {of}, for memory that comes later: leave it out here"
+    ))
 }
 
 /// Takes one of them.
@@ -579,6 +596,31 @@ mod tests {
         let load = run.load.unwrap();
         assert_eq!(load.overrides.nets, [(0, Some("t".to_owned()), None)]);
         assert_eq!((load.dir, load.clock), ("".into(), ClockRestore::AsSaved));
+    }
+
+    #[test]
+    fn what_is_of_memory_that_comes_later_says_where_it_does() {
+        for (words, needle) in [
+            (
+                "run --kernel k --page-deadline 3",
+                "--page-deadline is an option of `restore` and of `run --incoming`",
+            ),
+            (
+                "run --on-loss poison",
+                "--on-loss is an option of `restore` and of `run --incoming`",
+            ),
+            ("run --lazy", "--lazy is an option of `restore`,"),
+            (
+                "run --incoming unix:/i --record",
+                "--record is an option of `restore`,",
+            ),
+        ] {
+            let words = ["reference-vmm"]
+                .into_iter()
+                .chain(words.split_whitespace());
+            let error = super::super::parse(words).unwrap_err().to_string();
+            assert!(error.contains(needle), "{error}");
+        }
     }
 
     #[test]
