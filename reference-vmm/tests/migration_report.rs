@@ -6,9 +6,10 @@
 use std::time::{Duration, SystemTime};
 
 use dirty_log::estimate::{Forecast, Outcome as ForecastOutcome, Span};
-use reference_vmm::migration::postcopy::{Faults, LastWord, serve::Served};
+use reference_vmm::migration::postcopy::{Faults, LastWord, When, serve::Served};
 use reference_vmm::migration::record::{MigrationRecord, Outcome, Settings, Step};
 use reference_vmm::migration::report::{self, ReportError};
+use reference_vmm::migration::source::WhenStuck;
 
 const EXPECTED: &str = concat!(
     env!("CARGO_MANIFEST_DIR"),
@@ -26,6 +27,8 @@ fn settings() -> Settings {
         connections: 2,
         compression: "zstd".into(),
         tls: true,
+        when_stuck: WhenStuck::Throttle,
+        postcopy: When::Never,
     }
 }
 
@@ -106,11 +109,18 @@ fn what_followed_a_guest_that_went_before_its_memory_is_marked_and_said() {
         "1,000 pages",
         "12 faults",
         "switch to post-copy",
-        "waited for",
+        "pages that were waited for",
+        "Bytes a second in each round, and behind the switch",
+        "--when-stuck",
+        "--postcopy",
     ] {
         assert!(html.contains(needle), "{needle}");
     }
-    assert!(!report::html(&self::record()).contains("post-copy"));
+    let without = report::html(&self::record());
+    assert!(!without.contains("post-copy"));
+    // The rate behind the switch is a line of its own.
+    let lines = |html: &str| html.matches(r#"<path class="sent""#).count();
+    assert_eq!(lines(&html), lines(&without) + 1);
 }
 
 fn span<T>(low: T, mean: T, high: T) -> Span<T> {

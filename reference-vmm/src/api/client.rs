@@ -316,6 +316,8 @@ fn content_length(value: &str) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migration::postcopy::When;
+    use crate::migration::source::WhenStuck;
 
     #[test]
     fn a_head_is_known_when_it_is_whole_and_says_how_long_the_body_is() {
@@ -423,6 +425,8 @@ mod tests {
             connections: u32::MAX,
             compression: "zstd".into(),
             tls: true,
+            when_stuck: WhenStuck::default(),
+            postcopy: When::default(),
         };
         let mut record = MigrationRecord::new(
             "unix:/s".into(),

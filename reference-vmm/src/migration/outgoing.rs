@@ -272,6 +272,8 @@ impl Outgoing {
             connections: settings.connections,
             compression: compression.to_string(),
             tls: tls.is_some(),
+            when_stuck: settings.when_stuck,
+            postcopy: settings.postcopy,
         };
         let now = SystemTime::now();
         let mut record = MigrationRecord::new(request.destination.clone(), pages, asked, now);

@@ -22,6 +22,9 @@ const TICKS: f64 = 5.0;
 /// A round that is narrower has no number on it.
 const NUMBERED: f64 = 14.0;
 
+/// Steps of the rate behind a switch to post-copy, at most: the more there are, the more each is of what came about by chance.
+const STEPS: usize = 48;
+
 /// Where values are: from 0 to `end`, with a tick each `step`, named in units of `unit`.
 #[derive(Clone, Debug, PartialEq)]
 struct Axis {
@@ -309,18 +312,48 @@ pub(super) fn sent(record: &MigrationRecord) -> String {
         let points = behind.map(|sample| (sample.at, sample.demand_pages as f64));
         line(&mut svg, &frame, "dirty", points);
         entries.pop();
-        entries.extend([("stop", "switch to post-copy"), ("dirty", "waited for")]);
+        entries.extend([
+            ("stop", "switch to post-copy"),
+            ("dirty", "pages that were waited for"),
+        ]);
     }
     legend(&mut svg, 14.0, &entries);
     svg + "</svg>\n"
+}
+
+/// Bytes a second on the wire behind a switch to post-copy, which has no rounds: as many steps at most as can be told apart.
+fn behind(record: &MigrationRecord) -> Vec<(Duration, f64)> {
+    let Some(followed) = &record.postcopy else {
+        return Vec::new();
+    };
+    let ended = followed.ended.unwrap_or(Duration::MAX);
+    let samples = record.samples.iter();
+    let samples = samples.filter(|sample| (followed.began..=ended).contains(&sample.at));
+    let samples: Vec<_> = samples.collect();
+    let each = samples.len().div_ceil(STEPS).max(1);
+    let ends: Vec<_> = samples
+        .iter()
+        .step_by(each)
+        .chain(samples.last().filter(|_| (samples.len() - 1) % each > 0))
+        .collect();
+    let steps = ends.windows(2).filter_map(|two| {
+        let [from, to] = two else { return None };
+        let took = to.at.saturating_sub(from.at).as_secs_f64();
+        let bytes = to.wire_bytes.saturating_sub(from.wire_bytes) as f64;
+        let rate = bytes / took;
+        rate.is_finite().then_some([(from.at, rate), (to.at, rate)])
+    });
+    steps.flatten().collect()
 }
 
 /// Bytes a second of each round: on the wire, and what the guest wrote.
 pub(super) fn rates(record: &MigrationRecord) -> String {
     let wire = |round: &Round| round.throughput();
     let dirtied = |round: &Round| round.dirty_rate() * units::pages(1) as f64;
+    let behind = behind(record);
     let most = rounds(record)
         .map(|round| wire(round).max(dirtied(round)))
+        .chain(behind.iter().map(|(_, rate)| *rate))
         .fold(0.0, f64::max);
     let limit = record.settings.limit_bytes_per_s.map(|limit| limit as f64);
     // A limit far above says nothing of where it is.
@@ -331,10 +364,13 @@ pub(super) fn rates(record: &MigrationRecord) -> String {
         top: 36.0,
         height: 180.0,
     };
-    let mut svg = open(
-        "Bytes a second in each round: on the wire, and dirtied by the guest",
-        262.0,
-    );
+    let title = match record.postcopy {
+        None => "Bytes a second in each round: on the wire, and dirtied by the guest",
+        Some(_) => {
+            "Bytes a second in each round, and behind the switch to post-copy: on the wire, and dirtied by the guest"
+        }
+    };
+    let mut svg = open(title, 262.0);
     frame.rounds(&mut svg, record);
     frame.axes(&mut svg);
     let mut entries = vec![("sent", "on the wire"), ("dirty", "dirtied by the guest")];
@@ -349,7 +385,10 @@ pub(super) fn rates(record: &MigrationRecord) -> String {
         );
         entries.push(("limit", "limit"));
     }
-    entries.push(("stop", "guest stopped"));
+    entries.push(match record.postcopy {
+        None => ("stop", "guest stopped"),
+        Some(_) => ("stop", "switch to post-copy"),
+    });
     let steps = |of: &dyn Fn(&Round) -> f64, stopped: bool| -> Vec<(Duration, f64)> {
         rounds(record)
             .filter(|round| !round.took.is_zero() && (stopped || !round.stopped))
@@ -357,6 +396,7 @@ pub(super) fn rates(record: &MigrationRecord) -> String {
             .collect()
     };
     line(&mut svg, &frame, "sent", steps(&wire, true));
+    line(&mut svg, &frame, "sent", behind);
     line(&mut svg, &frame, "dirty", steps(&dirtied, false));
     legend(&mut svg, 14.0, &entries);
     svg + "</svg>\n"

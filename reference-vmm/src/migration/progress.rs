@@ -195,7 +195,7 @@ pub(super) fn at_work(record: &MigrationRecord, now: Duration) -> String {
 }
 
 /// What follows a guest that has gone.
-fn gone_before(record: &MigrationRecord) -> Option<&Followed> {
+pub(super) fn gone_before(record: &MigrationRecord) -> Option<&Followed> {
     let steps = record.switch_over.iter().flat_map(|stop| &stop.steps);
     let gone = steps.last().is_some_and(|taken| taken.step == Step::Start);
     record.postcopy.as_ref().filter(|_| gone)
@@ -264,7 +264,9 @@ fn columns() -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::postcopy::When;
     use super::super::record::{Settings, Step};
+    use super::super::source::WhenStuck;
     use super::*;
     use std::time::SystemTime;
 
@@ -279,6 +281,8 @@ mod tests {
             connections: 1,
             compression: "none".into(),
             tls: false,
+            when_stuck: WhenStuck::default(),
+            postcopy: When::default(),
         };
         MigrationRecord::new("unix:/x".into(), 1 << 18, settings, SystemTime::UNIX_EPOCH)
     }

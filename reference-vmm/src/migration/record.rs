@@ -24,8 +24,10 @@ use dirty_log::estimate::{Forecast, Outcome as ForecastOutcome};
 use serde::{Deserialize, Serialize};
 
 use super::codec::MOST_CONTENTS;
+use super::postcopy::When;
 use super::postcopy::record::Followed;
 use super::progress;
+use super::source::WhenStuck;
 use crate::text::printable;
 use crate::units;
 
@@ -125,6 +127,12 @@ pub struct Settings {
     pub compression: String,
     /// Whether the connections are encrypted.
     pub tls: bool,
+    /// What is done with a guest that writes faster than its pages go.
+    #[serde(default)]
+    pub when_stuck: WhenStuck,
+    /// When the guest goes before its memory.
+    #[serde(default)]
+    pub postcopy: When,
 }
 
 /// A pass over the pages that were dirty when it began.
@@ -641,10 +649,17 @@ impl MigrationRecord {
                     format!(", {sent} % of its pages sent")
                 });
                 let so_far = units::time(self.elapsed);
-                writeln!(
-                    text,
-                    "on its way to {to} for {so_far} by now\nnow: {now}{sent}"
-                )
+                let way = match progress::gone_before(self) {
+                    None => format!("on its way to {to}"),
+                    Some(followed) => {
+                        let other = followed.recovered_to.as_deref();
+                        let other = other.map_or(String::new(), |other| {
+                            format!(", by way of {}", printable(other))
+                        });
+                        format!("gone to {to}, and its memory follows{other}; under way")
+                    }
+                };
+                writeln!(text, "{way} for {so_far} by now\nnow: {now}{sent}")
             }
             Some(Outcome::Moved) => writeln!(
                 text,
@@ -856,6 +871,8 @@ mod tests {
             connections: 2,
             compression: "none".into(),
             tls: false,
+            when_stuck: WhenStuck::default(),
+            postcopy: When::default(),
         };
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000);
         MigrationRecord::new("unix:/x".into(), 1000, settings, now)
@@ -1001,6 +1018,27 @@ mod tests {
             "{last}"
         );
         assert!(!last.contains('%'), "{last}");
+    }
+
+    #[test]
+    fn of_a_guest_that_has_gone_it_says_so_and_where_its_memory_goes_now() {
+        let mut record = record();
+        record.stop_begins(ms(100));
+        record.goes_before(ms(100), 1000);
+        record.step_ends(Step::Start, ms(110));
+        let first = |record: &MigrationRecord| {
+            let summary = record.clone().as_of(ms(300)).summary();
+            summary.lines().next().unwrap().to_owned()
+        };
+        assert_eq!(
+            first(&record),
+            "gone to unix:/x, and its memory follows; under way for 300 ms by now"
+        );
+        record.postcopy.as_mut().unwrap().recovered_to = Some("unix:/y".into());
+        assert_eq!(
+            first(&record),
+            "gone to unix:/x, and its memory follows, by way of unix:/y; under way for 300 ms by now"
+        );
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::time::Duration;
 use super::plot;
 use super::progress;
 use super::record::{MigrationRecord, Outcome, Round, SwitchOver, Total, per_second};
+use super::source::WhenStuck;
 use crate::text::is_plain;
 use crate::units;
 
@@ -382,6 +383,11 @@ fn settings(page: &mut Page, record: &MigrationRecord) {
     let limit = settings.limit_bytes_per_s;
     let limit = limit.map_or("none".into(), |limit| units::rate(limit as f64));
     let tls = if settings.tls { "yes" } else { "no" };
+    let stuck = match settings.when_stuck {
+        WhenStuck::Cancel => "cancel",
+        WhenStuck::Throttle => "throttle",
+        WhenStuck::Stop => "stop",
+    };
     page.line(format_args!(
         "<section>\n<h2>Settings</h2>\n<table>\n<tbody>"
     ));
@@ -392,6 +398,8 @@ fn settings(page: &mut Page, record: &MigrationRecord) {
         ("connections", settings.connections.to_string()),
         ("compression", settings.compression.clone()),
         ("TLS", tls.into()),
+        ("--when-stuck", stuck.into()),
+        ("--postcopy", settings.postcopy.to_string()),
     ] {
         page.line(format_args!(
             "<tr><th scope=\"row\">{name}</th><td class=\"text\">{}</td></tr>",

@@ -69,7 +69,7 @@ impl Followed {
     /// A line in words.
     pub(in crate::migration) fn words(&self) -> String {
         let mut text = format!(
-            "post-copy: {} pages were missing; {} were asked for by who waited, {} before",
+            "post-copy: {} pages were missing; {} were sent because somebody waited, {} before anybody asked",
             units::count(self.missing_pages),
             units::count(self.demand_pages),
             units::count(self.bulk_pages)
@@ -173,7 +173,7 @@ mod tests {
         assert!(words.contains("all there after"), "{words}");
         for needle in [
             "1,000 pages were missing",
-            "40 were asked for",
+            "40 were sent because somebody waited, 460 before anybody asked",
             "after 2.00 s",
             "7 faults",
         ] {
