@@ -169,8 +169,10 @@ const SERVERS: [Server; 5] = [
 impl Server {
     fn name(self) -> String {
         match self {
-            Self::Bare(threads) => format!("bare loop, {threads}"),
-            Self::Pager(workers) => format!("Pager, {workers}"),
+            Self::Bare(1) => "bare loop, 1 thread".into(),
+            Self::Bare(threads) => format!("bare loop, {threads} threads"),
+            Self::Pager(1) => "pager, 1 worker".into(),
+            Self::Pager(workers) => format!("pager, {workers} workers"),
             Self::Firecracker => "as Firecracker's example".into(),
         }
     }

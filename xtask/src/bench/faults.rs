@@ -96,7 +96,7 @@ mod tests {
         let of = |random: bool, threads: u64| {
             let waited: Vec<u64> = (0..=1000).map(|share| 10_000 + share).collect();
             json!({ "random": random, "threads": threads, "servers": [
-                { "name": "Pager, 1", "nanoseconds_by_permille": waited },
+                { "name": "pager, 1 worker", "nanoseconds_by_permille": waited },
             ]})
         };
         let panels = panels(&json!([of(true, 1), of(true, 2), of(false, 1)]));

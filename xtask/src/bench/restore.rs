@@ -50,14 +50,14 @@ pub(super) struct Way {
 
 pub(super) const WAYS: [Way; 7] = [
     Way {
-        name: "mapped",
+        name: "mapped, unchecked",
         flags: &["--verify=off"],
         cold: false,
         recorded: false,
         fleet: true,
     },
     Way {
-        name: "mapped, cold",
+        name: "mapped, unchecked, cold",
         flags: &["--verify=off"],
         cold: true,
         recorded: false,
@@ -90,14 +90,14 @@ pub(super) const WAYS: [Way; 7] = [
 
 /// What is compared of a record: both restores read nothing but what is wanted, for a MiB that is checked is read as a whole.
 const UNRECORDED: Way = Way {
-    name: "unchecked, cold",
+    name: "lazy, unchecked, cold",
     flags: &["--lazy", "--verify=off"],
     cold: true,
     recorded: false,
     fleet: false,
 };
 const RECORDED: Way = Way {
-    name: "the same, recorded",
+    name: "lazy, unchecked, cold, recorded",
     recorded: true,
     ..UNRECORDED
 };
@@ -168,12 +168,12 @@ fn measure(vmm: &Path, dir: &Path, rounds: usize, kvm: &str, plot: Option<&Path>
         "milliseconds from exec, median of {rounds} (10th–90th percentile), and of the boot in the same round\n"
     );
     println!(
-        "{:<20} {:>6} {:>24} {:>22} {:>28}",
+        "{:<32} {:>6} {:>24} {:>22} {:>28}",
         "memory", "MiB", "first byte", "of the boot", "answer"
     );
     for (mib, boots) in &boots {
         let boots = summary(boots);
-        println!("{BOOTED:<20} {mib:>6} {boots:>24}");
+        println!("{BOOTED:<32} {mib:>6} {boots:>24}");
     }
     for of in &starts {
         let boots = boots.iter().find(|(mib, _)| *mib == of.mib);
@@ -181,7 +181,7 @@ fn measure(vmm: &Path, dir: &Path, rounds: usize, kvm: &str, plot: Option<&Path>
         let ratios = of.firsts.iter().zip(boots);
         let ratios: Vec<f64> = ratios.map(|(first, boot)| first / boot).collect();
         println!(
-            "{:<20} {:>6} {:>24} {:>22} {:>28}",
+            "{:<32} {:>6} {:>24} {:>22} {:>28}",
             of.way.name,
             of.mib,
             summary(&of.firsts),
