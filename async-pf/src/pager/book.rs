@@ -667,6 +667,13 @@ impl Book {
         late.map(|wait| wait.place).collect()
     }
 
+    /// Nobody could be served for so long: the deadlines of all who wait are so much later.
+    pub fn excuse(&mut self, over: Duration) {
+        for wait in &mut self.waits {
+            wait.since = wait.since.checked_add(over).unwrap_or(wait.since);
+        }
+    }
+
     /// Whether someone waits for a page of a source.
     pub fn is_awaited(&self, place: Place) -> bool {
         self.waits.iter().any(|wait| wait.place == place) && !self.is_zero(place)

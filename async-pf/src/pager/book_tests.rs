@@ -423,3 +423,19 @@ fn while_many_pages_are_to_be_tried_again_no_others_are_begun_for_nobody_and_gue
     }
     assert!(book.failures.is_empty());
 }
+
+#[test]
+fn who_waits_waits_so_much_longer_as_nobody_could_be_served() {
+    let mut book = Book::new([(8, [0, 1])], LIMITS);
+    let place = Place { slot: 0, page: 3 };
+    let begun = Instant::now();
+    assert_eq!(book.fault(place, begun), Told::InLine);
+    let over = Duration::from_secs(12);
+    book.excuse(over);
+    assert!(book.late(begun + over).is_empty());
+    assert!(
+        book.late(begun + over + LIMITS.deadline - Duration::from_millis(1))
+            .is_empty()
+    );
+    assert_eq!(book.late(begun + over + LIMITS.deadline), [place]);
+}

@@ -3,7 +3,7 @@
 //! The threads: workers, which read messages, fetch and place; and the guard, which has the clock.
 
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::config::LostReason;
 use super::shared::{Hands, READERS, Shared, State};
@@ -13,6 +13,16 @@ use crate::sync::{self, MutexGuard};
 const TICK: Duration = Duration::from_millis(2);
 /// After so many looks at which nothing was done, it sleeps until something is. In a model, soon.
 const QUIET: u32 = if cfg!(loom) { 1 } else { 50 };
+
+/// A guard that sleeps so much longer than it would was stopped, and the process with it (SIGSTOP, a terminal's Ctrl-Z, a virtual
+/// machine that was paused): nobody was served meanwhile, and nobody waits any longer for that.
+const STOPPED: Duration = Duration::from_secs(1);
+
+/// How much longer than `limit` it was since `begun`, if that is no chance.
+fn overslept(begun: Instant, limit: Duration) -> Option<Duration> {
+    let slept = sync::now().saturating_duration_since(begun);
+    slept.checked_sub(limit).filter(|over| *over >= STOPPED)
+}
 
 /// Counts a thread out when it ends, however that comes.
 pub(super) struct Living(pub Arc<Shared>);
@@ -173,8 +183,15 @@ impl Shared {
                 (true, due) => due,
                 (false, due) => Some(due.unwrap_or(TICK).min(TICK)),
             };
+            let begun = sync::now();
             state = match limit {
-                Some(limit) => self.wait_for(&self.watch, state, limit),
+                Some(limit) => {
+                    let mut state = self.wait_for(&self.watch, state, limit);
+                    if let Some(over) = overslept(begun, limit) {
+                        state.book.excuse(over);
+                    }
+                    state
+                }
                 None => {
                     let waited = self.watch.wait(state);
                     waited.unwrap_or_else(PoisonError::into_inner)
@@ -200,11 +217,17 @@ impl Shared {
         let limit = due.map_or(TICK, |due| {
             due.saturating_duration_since(sync::now()).min(TICK)
         });
-        let read = self.wait(Some(limit)).and_then(|told| match told {
+        let begun = sync::now();
+        let waited = self.wait(Some(limit));
+        let over = overslept(begun, limit);
+        let read = waited.and_then(|told| match told {
             true => self.read(hands),
             false => Ok(()),
         });
         let mut state = self.lock();
+        if let Some(over) = over {
+            state.book.excuse(over);
+        }
         if state.idle > 0 {
             self.work.notify_one();
         }

@@ -185,9 +185,10 @@ impl RemoteSource {
         let away = of_lane(&mut lanes, lane);
         let since = away.as_ref().map_or_else(
             || {
-                // One that says nothing has been away since its last word.
+                // One that says nothing has been away since its last word; longer than it may be silent only if this
+                // process was stopped meanwhile, which is no fault of the server's.
                 let silent = match source {
-                    PeerError::Silent(silent) => *silent,
+                    PeerError::Silent(silent) => (*silent).min(silence(self.limit)),
                     _ => Duration::ZERO,
                 };
                 let now = Instant::now();
