@@ -295,6 +295,20 @@ fn what_cannot_be_handed_off_is_refused_before_there_is_a_guest() {
     .expect_line(&["--record and --page-handler"]);
 }
 
+/// A monitor that waits for a load, and who asks for it.
+fn waiting(socket: &Path) -> (support::Running, Client) {
+    let monitor = Vmm::command(["restore", "--api-sock"])
+        .arg(socket)
+        .stdin_pipe()
+        .start();
+    loop {
+        match Client::connect(socket, WATCHDOG) {
+            Ok(client) => return (monitor, client),
+            Err(_) => std::thread::yield_now(),
+        }
+    }
+}
+
 #[test]
 fn what_is_lost_with_a_handler_is_in_no_snapshot_of_a_guest_that_goes_on_without() {
     need_kvm();
@@ -303,16 +317,7 @@ fn what_is_lost_with_a_handler_is_in_no_snapshot_of_a_guest_that_goes_on_without
     taken(&dir, Compression::None);
     let handler = Handler::start(folder.path(), &dir, 1);
     let socket = folder.path().join("api");
-    let monitor = Vmm::command(["restore", "--api-sock"])
-        .arg(&socket)
-        .stdin_pipe()
-        .start();
-    let mut client = loop {
-        match Client::connect(&socket, WATCHDOG) {
-            Ok(client) => break client,
-            Err(_) => std::thread::yield_now(),
-        }
-    };
+    let (monitor, mut client) = waiting(&socket);
     // Paused, so that it touches nothing of what is lost.
     let load = json!({
         "snapshot_path": dir, "on_loss": "poison",
@@ -347,16 +352,7 @@ fn a_client_of_firecrackers_api_says_where_the_handler_is() {
     taken(&dir, Compression::None);
     let handler = Handler::start(folder.path(), &dir, usize::MAX);
     let socket = folder.path().join("api");
-    let mut monitor = Vmm::command(["restore", "--api-sock"])
-        .arg(&socket)
-        .stdin_pipe()
-        .start();
-    let mut client = loop {
-        match Client::connect(&socket, WATCHDOG) {
-            Ok(client) => break client,
-            Err(_) => std::thread::yield_now(),
-        }
-    };
+    let (mut monitor, mut client) = waiting(&socket);
     let load = |path: &Path| {
         json!({
             "snapshot_path": dir, "resume_vm": true,
