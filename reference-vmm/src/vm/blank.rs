@@ -21,7 +21,6 @@
 //! when the machine starts, and look into their queues then: what the driver notified of before is in guest memory, and
 //! nobody tells of it again.
 
-use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -33,6 +32,7 @@ use memslots::{NewSlot, Snapshot};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::compose::{Composition, Frame};
+use super::cpuid::{answer_of, ask_aside};
 use super::tracking::{TrackError, TrackUser, Tracker};
 use super::{BuildError, Machine};
 use crate::arch::layout;
@@ -83,30 +83,19 @@ impl HostQuestion {
     fn ask(kvm: Kvm, vm: &Arc<VmFd>) -> Result<Self, BuildError> {
         let vm = vm.clone();
         let ask = move || kvm.state_host(&vm);
-        let thread = std::thread::Builder::new().name("cpuid".into()).spawn(ask);
-        let thread = thread.map_err(|source| BuildError::Process {
-            what: "start a thread for CPUID",
-            source,
-        })?;
         Ok(HostQuestion {
-            asked: Some(thread),
+            asked: Some(ask_aside(ask)?),
             answered: None,
         })
     }
 
     /// Waits for the answer.
     fn answer(&mut self) -> Result<&StateHost, BuildError> {
-        let host = match self.answered.take() {
-            Some(host) => host,
-            None => {
-                let joined = self.asked.take().map(JoinHandle::join);
-                joined
-                    .and_then(Result::ok)
-                    .ok_or_else(|| BuildError::Process {
-                        what: "ask for the host's CPUID",
-                        source: io::Error::other("its thread panicked"),
-                    })??
-            }
+        let host = match (self.answered.take(), self.asked.take()) {
+            (Some(host), _) => host,
+            (None, Some(thread)) => answer_of(thread)?,
+            // The answer was no, and is so still.
+            (None, None) => return Err(BuildError::Ended),
         };
         Ok(self.answered.insert(host))
     }

@@ -71,12 +71,7 @@ impl CpuidQuestion {
     pub(super) fn answer(self, ram: &[(GuestAddress, u64)]) -> Result<CpuidBase, BuildError> {
         let cpuid = match self {
             CpuidQuestion::Answered(cpuid) => cpuid,
-            CpuidQuestion::Asked(thread) => thread.join().unwrap_or_else(|_| {
-                Err(BuildError::Process {
-                    what: "ask for the host's CPUID",
-                    source: io::Error::other("its thread panicked"),
-                })
-            })?,
+            CpuidQuestion::Asked(thread) => answer_of(thread)?,
         };
         let (end, bits) = (end_of(ram), address_bits(&cpuid.model));
         if bits < u64::BITS && end > 1 << bits {
@@ -85,6 +80,29 @@ impl CpuidQuestion {
         }
         Ok(cpuid)
     }
+}
+
+/// Asks KVM something about CPUID on a thread of its own.
+pub(super) fn ask_aside<T: Send + 'static, E: Send + 'static>(
+    ask: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<JoinHandle<Result<T, E>>, BuildError> {
+    let thread = std::thread::Builder::new().name("cpuid".into()).spawn(ask);
+    thread.map_err(|source| BuildError::Process {
+        what: "start a thread for CPUID",
+        source,
+    })
+}
+
+/// Waits for what [was asked](ask_aside).
+pub(super) fn answer_of<T, E>(thread: JoinHandle<Result<T, E>>) -> Result<T, BuildError>
+where
+    BuildError: From<E>,
+{
+    let answer = thread.join().map_err(|_| BuildError::Process {
+        what: "ask for the host's CPUID",
+        source: io::Error::other("its thread panicked"),
+    });
+    Ok(answer??)
 }
 
 /// Where RAM ends.
@@ -142,12 +160,7 @@ impl CpuidBase {
                     && wanted("overflow_recov"),
             })
         };
-        let thread = std::thread::Builder::new().name("cpuid".into()).spawn(ask);
-        let thread = thread.map_err(|source| BuildError::Process {
-            what: "start a thread for CPUID",
-            source,
-        })?;
-        Ok(CpuidQuestion::Asked(thread))
+        Ok(CpuidQuestion::Asked(ask_aside(ask)?))
     }
 
     /// Tells the guest how fast its TSC is, where KVM does: a host whose own is unstable has no answer.
