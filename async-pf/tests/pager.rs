@@ -234,18 +234,24 @@ fn whatever_an_ioctl_answers_once_everybody_goes_on_and_everything_comes() {
                     continue;
                 }
                 world.wakes_all();
-                let lost = (0..PAGES).filter(|page| {
-                    match world.fake.touch(world.at(*page), false) {
-                        Touch::Done => {
-                            assert_eq!(world.byte(*page), *page as u8, "page {page}: {what}");
+                let (mut lost, mut believed) = (0, 0);
+                for page in 0..PAGES {
+                    match world.fake.touch(world.at(page), false) {
+                        Touch::Done if world.byte(page) == page as u8 => {}
+                        Touch::Poisoned => lost += 1,
+                        // The kernel said that there was one, and is taken at its word. A fault whose message was read behind
+                        // that is one on a page that was given back since, for all that the pager knows, and has zeros.
+                        Touch::Sleeps if errno == libc::EEXIST => believed += 1,
+                        Touch::Done if errno == libc::EEXIST && world.byte(page) == 0 => {
+                            believed += 1;
                         }
-                        // The kernel said that there was one, and is taken at its word.
-                        Touch::Sleeps if errno == libc::EEXIST => {}
-                        other => assert_eq!(other, Touch::Poisoned, "page {page}: {what}"),
+                        other => {
+                            panic!("page {page} is {other:?} with {}: {what}", world.byte(page))
+                        }
                     }
-                    world.fake.touch(world.at(*page), false) == Touch::Poisoned
-                });
-                assert_eq!(lost.count() as u64, progress.lost, "{what}");
+                }
+                assert_eq!(lost, progress.lost, "{what}");
+                assert!(believed <= 1, "{believed} pages for one answer: {what}");
             }
         }
     }

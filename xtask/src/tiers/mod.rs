@@ -235,7 +235,7 @@ fn run(wanted: &Wanted, kvm: KvmKind) -> Result<Vec<Outcome>> {
             args: Vec::new(),
             env: monitor.clone(),
         };
-        outcomes.extend(suite.run(&of_tier(Tier::Pure)));
+        outcomes.extend(run_here(&suite, kvm, &of_tier(Tier::Pure)));
         if wanted.tests.is_empty() {
             outcomes.push(run::documentation(&wanted.package_args())?);
         }
@@ -252,17 +252,22 @@ fn run(wanted: &Wanted, kvm: KvmKind) -> Result<Vec<Outcome>> {
             args: Vec::new(),
             env: monitor.clone(),
         };
-        // Where guest code is interpreted, the tests' vCPUs, devices and peers share what CPUs there are with all else that the
-        // host does, and a wait that is long enough everywhere else is too short once in some thousand tests.
-        outcomes.extend(match kvm {
-            KvmKind::Hardware => suite.run(&kvm_tests),
-            _ => suite.run_and_again(&kvm_tests),
-        });
+        outcomes.extend(run_here(&suite, kvm, &kvm_tests));
     }
     if wanted.has(Tier::Lab) && !(lab.is_empty() && kvm_tests.is_empty()) {
         outcomes.extend(in_lab(wanted, &kvm_tests, &lab, monitor)?);
     }
     Ok(outcomes)
+}
+
+/// Programs on this host. Where guest code is interpreted, the host is somebody's virtual machine: the tests' vCPUs, devices, peers
+/// and threads share what CPUs there are with all else that runs there, and a wait that is long enough everywhere else, or an order
+/// of two threads that is seen nowhere else, comes once in some thousand tests. So what failed is run again, and told.
+fn run_here(suite: &Suite, kvm: KvmKind, programs: &[Program]) -> Vec<Outcome> {
+    match kvm {
+        KvmKind::Hardware => suite.run(programs),
+        _ => suite.run_and_again(programs),
+    }
 }
 
 /// The loom models: built with `--cfg loom` in a target folder of their own, or all else would be built again.
