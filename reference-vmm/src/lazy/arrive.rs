@@ -146,6 +146,7 @@ impl LazyMemory {
         let paged = paged.collect::<Result<Vec<_>, _>>()?;
         let pager = Pager::start(&uffd, paged, config)?;
         let shared = Arc::new(Shared {
+            at_once: 0,
             pager: RwLock::new(Some(pager)),
             state: Mutex::new(State {
                 recorded: true,

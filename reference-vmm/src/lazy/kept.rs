@@ -33,8 +33,8 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use async_pf::working_set::{HoldOut, PlanLimits, ReplayPlan, WorkingSet};
 use async_pf::{Fetched, Lane, PageSource, SourceError};
@@ -345,15 +345,15 @@ impl Kept {
     }
 }
 
-/// Pages out of what is kept, and of another source where they are not.
+/// Pages out of what is kept, once that is known, and of another source where they are not.
 pub(super) struct KeptFirst {
-    kept: Kept,
+    kept: Arc<OnceLock<Kept>>,
     source: Arc<dyn PageSource>,
     broken: AtomicBool,
 }
 
 impl KeptFirst {
-    pub(super) fn new(kept: Kept, source: Arc<dyn PageSource>) -> Self {
+    pub(super) fn new(kept: Arc<OnceLock<Kept>>, source: Arc<dyn PageSource>) -> Self {
         KeptFirst {
             kept,
             source,
@@ -361,9 +361,11 @@ impl KeptFirst {
         }
     }
 
-    fn is_broken(&self) -> bool {
+    /// What is kept, and of use.
+    fn kept(&self) -> Option<&Kept> {
         // Relaxed: who misses it finds the same.
-        self.broken.load(Ordering::Relaxed)
+        let of_use = !self.broken.load(Ordering::Relaxed);
+        self.kept.get().filter(|_| of_use)
     }
 }
 
@@ -373,8 +375,8 @@ impl PageSource for KeptFirst {
     }
 
     fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
-        if !self.is_broken() {
-            match self.kept.read(first, into) {
+        if let Some(kept) = self.kept() {
+            match kept.read(first, into) {
                 Ok(true) => return Ok(Fetched::Bytes),
                 Ok(false) => {}
                 Err(why) => {
@@ -392,8 +394,10 @@ impl PageSource for KeptFirst {
     }
 
     fn run(&self, first: Gfn, pages: u64) -> u64 {
-        match self.kept.find(first.0) {
-            _ if self.is_broken() => self.source.run(first, pages),
+        let Some(kept) = self.kept() else {
+            return self.source.run(first, pages);
+        };
+        match kept.find(first.0) {
             Ok(run) => (run.end() - first.0).min(pages).max(1),
             Err(next) => {
                 let before = next.map_or(pages, |next| pages.min(next - first.0));
@@ -414,6 +418,10 @@ mod tests {
     use super::*;
 
     const ID: SnapshotId = SnapshotId([7; 16]);
+
+    fn known(kept: Kept) -> Arc<OnceLock<Kept>> {
+        Arc::new(OnceLock::from(kept))
+    }
 
     /// Each page has its number in it, each third is zero; counts what was asked for.
     #[derive(Default)]
@@ -463,7 +471,7 @@ mod tests {
         let (_folder, path) = saved(TOUCHED);
         let numbers = Arc::new(Numbers::default());
         let kept = Kept::load(&path, ID).unwrap().unwrap();
-        let source = KeptFirst::new(kept, Arc::clone(&numbers) as _);
+        let source = KeptFirst::new(known(kept), Arc::clone(&numbers) as _);
         for gfn in TOUCHED {
             assert_eq!(fetched(&source, gfn, 1), page(gfn), "{gfn}");
         }
@@ -575,7 +583,10 @@ mod tests {
         for line in [true, false] {
             let (_folder, path) = saved(TOUCHED);
             let kept = Kept::load(&path, ID).unwrap().unwrap();
-            assert_eq!(KeptFirst::new(kept, Arc::new(Line(line))).overtakes(), line);
+            assert_eq!(
+                KeptFirst::new(known(kept), Arc::new(Line(line))).overtakes(),
+                line
+            );
         }
     }
 
@@ -588,7 +599,7 @@ mod tests {
         let offset = kept.begin + (at + 800 - first) * PAGE_SIZE;
         let file = File::options().write(true).open(&path).unwrap();
         file.write_all_at(&[0xaa], offset + 17).unwrap();
-        let source = KeptFirst::new(kept, Arc::clone(&numbers) as _);
+        let source = KeptFirst::new(known(kept), Arc::clone(&numbers) as _);
         assert_eq!(fetched(&source, 500, 1), page(500));
         assert_eq!(numbers.0.load(Ordering::Relaxed), 0);
         assert_eq!(fetched(&source, 800, 1), page(800));

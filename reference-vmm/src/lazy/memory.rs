@@ -2,32 +2,35 @@
 
 //! A machine's memory while it comes.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use async_pf::PageSource;
-use async_pf::pager::{GiveUp, PagedSlot, Pager, PagerConfig, PrefetchError, Stats};
-use memslots::uffd::{Features, Modes, Registration, Uffd};
+use async_pf::pager::{GiveUp, PagedSlot, Pager, PagerConfig, PrefetchError, StartError, Stats};
+use async_pf::{Fetched, PageSource};
+use memslots::uffd::{Features, Modes, Registration, Uffd, Wake};
 use memslots::{Gfn, PAGE_SIZE};
 
 use super::arrive::{Enough, NEAR, Waits, faults};
 use super::bus::{self, Parked};
 use super::events::Events;
-use super::first::{self, Start};
 use super::handler::Handler;
 use super::kept::KeptFirst;
 use super::peer::RemoteSource;
 use super::source::SnapshotSource;
 use super::stats::{LazyProgress, LazyState, LazyStats};
-use super::working_set::{Recording, Replay, WorkingSets};
+use super::working_set::{Recording, Replay, Unread, WorkingSets};
 use super::{LazyError, LazyRequest, OnLoss};
 use crate::end::EndSignal;
 use crate::memory::SlotTable;
 use crate::migration::postcopy::LastWord;
 use crate::snapshot::chain::Chain;
-use crate::snapshot::pages;
+use crate::snapshot::first::FirstPages;
+use crate::snapshot::link::Link;
+use crate::snapshot::machine::VcpuSection;
+use crate::snapshot::{first, pages};
 use crate::units;
 use crate::vm::RunState;
 
@@ -74,6 +77,8 @@ pub(super) struct Shared {
     /// Who has a snapshot's memory, if that is not here.
     pub(super) server: Option<Arc<RemoteSource>>,
     pub(super) pages: u64,
+    /// How many of them were there before the pager, out of the snapshot's state.
+    pub(super) at_once: u64,
     pub(super) begun: Instant,
 }
 
@@ -125,8 +130,8 @@ impl State {
 }
 
 impl LazyMemory {
-    /// Has the memory of `table`, which is empty, come from `chain` as `request` says, and first what vCPUs touch that go on at
-    /// `starts`. A page that does not come is told to `end`. When this returns faults are served.
+    /// Has the memory of `table`, which is empty, come from `chain` as `request` says, and first what these vCPUs touch when they
+    /// go on. A page that does not come is told to `end`. When this returns faults are served.
     ///
     /// # Errors
     /// [`LazyError`]; nothing is left behind.
@@ -134,7 +139,7 @@ impl LazyMemory {
         request: &LazyRequest,
         chain: &Arc<Chain>,
         table: &SlotTable,
-        starts: Vec<Start>,
+        vcpus: &[VcpuSection],
         end: &Arc<EndSignal>,
     ) -> Result<Self, LazyError> {
         if request.handler.is_some() && request.page_server.is_some() {
@@ -190,7 +195,7 @@ impl LazyMemory {
             }
         };
         let sets = WorkingSets::new(chain);
-        let shared = |phase, pager, registrations, source, sets| {
+        let shared = |phase, pager, at_once, registrations, source, sets| {
             Arc::new(Shared {
                 pager: RwLock::new(pager),
                 state: Mutex::new(State::new(phase, registrations)),
@@ -199,6 +204,7 @@ impl LazyMemory {
                 from: From::Snapshot(source, sets),
                 server: remote.clone(),
                 pages: count,
+                at_once,
                 begun: Instant::now(),
             })
         };
@@ -210,7 +216,7 @@ impl LazyMemory {
                 Handler::hand_off(path, request.deadline, uffd, registrations, regions, told)?;
             bus::hear();
             return Ok(LazyMemory {
-                shared: shared(LazyState::External, None, Vec::new(), source, sets),
+                shared: shared(LazyState::External, None, 0, Vec::new(), source, sets),
                 thread: None,
                 handler: Some(handler),
                 on_loss: request.on_loss,
@@ -223,7 +229,7 @@ impl LazyMemory {
             let remote = Arc::clone(remote);
             events.ask(Box::new(move || remote.waits_for()));
         }
-        let (recording, mut replay) = sets.prepare(request.record, span);
+        let (recording, unread) = sets.prepare(request.record, span);
         let mut phase = LazyState::Bringing;
         let mut config = PagerConfig {
             workers: request.workers,
@@ -241,33 +247,48 @@ impl LazyMemory {
             config.record = Some(Arc::clone(recording.recorder()));
             config.window = PAGE_SIZE;
             phase = LazyState::Recording;
-        } else if let Some(replay) = &replay {
-            config.record = Some(Arc::clone(replay.recorder()));
+        } else if let Some(unread) = &unread {
+            config.record = Some(Arc::clone(unread.recorder()));
         }
-        let source_of = Arc::clone(&of);
-        let of = match replay.as_mut().and_then(Replay::take_kept) {
-            Some(kept) => Arc::new(KeptFirst::new(kept, of)),
+        let of = match &unread {
+            Some(unread) => Arc::new(KeptFirst::new(unread.kept(), of)),
             None => of,
         };
-        let paged = registrations
-            .iter()
-            .zip(&slots)
-            .map(|(registration, range)| {
-                let first = Gfn(range.start / PAGE_SIZE);
-                PagedSlot::new(registration, first, Arc::clone(&of))
+        // What is recorded is touched.
+        let known = chain.newest().and_then(Link::first_pages);
+        let known = known.filter(|_| recording.is_none());
+        let starts: Vec<_> = match known {
+            None if recording.is_none() => vcpus.iter().map(first::Start::of).collect(),
+            _ => Vec::new(),
+        };
+        let source_of = Arc::clone(&of);
+        let (mut paged, mut at_once) = (Vec::new(), 0);
+        for (registration, range) in registrations.iter().zip(&slots) {
+            let first = Gfn(range.start / PAGE_SIZE);
+            let there = match known {
+                Some(known) => place_first(registration, range, known)?,
+                None => BTreeSet::new(),
+            };
+            at_once += there.len() as u64;
+            let slot = PagedSlot::new(registration, first, Arc::clone(&of))?;
+            paged.push(match there.is_empty() {
+                true => slot,
+                false => slot.only(all_but(first..Gfn(range.end / PAGE_SIZE), &there)),
             });
-        let paged = paged.collect::<Result<Vec<_>, _>>()?;
+        }
         let pager = Pager::start(&uffd, paged, config)?;
-        let shared = shared(phase, Some(pager), registrations, source, sets);
+        let shared = shared(phase, Some(pager), at_once, registrations, source, sets);
         if let Some(remote) = remote.clone() {
             let enough = move |_: LastWord, _: Duration| remote.close();
             shared.lock().enough = Some(Box::new(enough));
         }
         let bring = move |of: &Shared| {
-            if recording.is_none() {
-                of.bring_first(&first::pages(&starts, &*source_of), &slots);
-            }
-            of.bring(recording, replay, &slots);
+            let mut read = |gfn: Gfn, into: &mut [u8]| {
+                // A page of zeros is a table without an entry.
+                matches!(source_of.fetch(gfn, into), Ok(Fetched::Bytes))
+            };
+            of.bring_first(&first::pages(&starts, &mut read), &slots);
+            of.bring(recording, unread, &slots);
         };
         LazyMemory::with_thread(shared, request.on_loss, parked, bring)
     }
@@ -430,6 +451,43 @@ impl LazyMemory {
     }
 }
 
+/// Places what the snapshot's state has of a region, which is at `range` in the guest; the pages that are there then. Of larger
+/// pages none is.
+fn place_first(
+    registration: &Registration,
+    range: &Range<u64>,
+    first: &FirstPages,
+) -> Result<BTreeSet<u64>, LazyError> {
+    let mut there = BTreeSet::new();
+    let role = registration.lend_fill().map_err(StartError::from)?;
+    if role.page_size() != PAGE_SIZE {
+        return Ok(there);
+    }
+    for gfn in first.order() {
+        let at = gfn.0.saturating_mul(PAGE_SIZE);
+        if let (true, Some(page)) = (range.contains(&at), first.get(*gfn)) {
+            // Refused, it comes as any other.
+            if role.copy(at - range.start, page, Wake::Now).is_ok() {
+                there.insert(gfn.0);
+            }
+        }
+    }
+    Ok(there)
+}
+
+/// The runs of pages of `all` that are none of `there`.
+fn all_but(all: Range<Gfn>, there: &BTreeSet<u64>) -> Vec<Range<Gfn>> {
+    let mut runs = Vec::new();
+    let mut next = all.start.0;
+    for page in there.iter().copied().chain([all.end.0]) {
+        if next < page {
+            runs.push(Gfn(next)..Gfn(page));
+        }
+        next = page + 1;
+    }
+    runs
+}
+
 impl Drop for LazyMemory {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
@@ -473,9 +531,16 @@ impl Shared {
     pub(super) fn bring(
         &self,
         recording: Option<Recording>,
-        mut replay: Option<Replay>,
+        unread: Option<Unread>,
         slots: &[Range<u64>],
     ) {
+        let mut replay = None;
+        if let From::Snapshot(_, sets) = &self.from {
+            // The disk has a head start.
+            replay = unread.and_then(|unread| sets.read(unread));
+            // Until then what this process does is the machine's.
+            self.let_it_be_made();
+        }
         bus::hear();
         // Where all is wanted at once its pages are kept behind that.
         let left = recording.filter(|recording| {
@@ -488,7 +553,7 @@ impl Shared {
                 self.read_ahead(replay, slots);
                 self.let_it_use(replay);
             }
-            (None, From::Snapshot(..)) => self.let_it_start(),
+            (None, From::Snapshot(..)) => self.let_it_touch(STILL, GOES_ON),
             (None, From::Migration(..)) => {}
         }
         if let From::Snapshot(Some(source), _) = &self.from {
@@ -538,8 +603,8 @@ impl Shared {
         }
     }
 
-    /// What nobody waits for is brought when the machine has started, or does not, and the guest has what it begins with.
-    fn let_it_start(&self) {
+    /// Until the machine has started, or does not.
+    fn let_it_be_made(&self) {
         let mut state = self.lock();
         while !state.started && !state.close && !state.hurry {
             let left = STARTS.saturating_sub(self.begun.elapsed());
@@ -549,8 +614,6 @@ impl Shared {
             let waited = self.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        drop(state);
-        self.let_it_touch(STILL, GOES_ON);
     }
 
     /// How often something was touched that was not there.
@@ -559,7 +622,8 @@ impl Shared {
         stats.faults + stats.joined
     }
 
-    /// Waits until nothing was touched for `still`, but no longer than `most`.
+    /// What nobody waits for is brought when the guest has what it begins with: waits until nothing was touched for `still`, but
+    /// no longer than `most`.
     fn let_it_touch(&self, still: Duration, most: Duration) {
         let begun = Instant::now();
         let mut seen = None;
@@ -802,6 +866,34 @@ impl Shared {
         let progress = self.progress();
         let live = self.pager().as_ref().map(Pager::stats);
         let state = self.lock();
-        LazyStats::of(progress, &live.unwrap_or(state.stats), state.took)
+        let mut stats = live.unwrap_or(state.stats);
+        stats.placed += self.at_once;
+        stats.ahead += self.at_once;
+        LazyStats::of(progress, &stats, state.took)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_pages_are_there_or_in_a_run_of_those_that_come() {
+        let runs = |there: &[u64]| {
+            let there = there.iter().copied().collect();
+            let runs = all_but(Gfn(4)..Gfn(9), &there);
+            runs.into_iter().map(|run| run.start.0..run.end.0).collect()
+        };
+        let all: [(&[u64], Vec<Range<u64>>); 5] = [
+            (&[], vec![4..9]),
+            (&[4], vec![5..9]),
+            (&[8], vec![4..8]),
+            (&[5, 7], vec![4..5, 6..7, 8..9]),
+            (&[4, 5, 6, 7, 8], vec![]),
+        ];
+        for (there, expected) in all {
+            let found: Vec<Range<u64>> = runs(there);
+            assert_eq!(found, expected, "{there:?}");
+        }
     }
 }

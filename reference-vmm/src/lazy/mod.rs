@@ -14,8 +14,9 @@
 //!
 //! [`Machine::restore`](crate::vm::Machine::restore) with [`RestoreRequest::lazy`](crate::snapshot::RestoreRequest::lazy):
 //! memory is made as for a boot, registered, and the pager runs before any state of the VM or of a vCPU is set, for KVM
-//! touches guest memory there (its clock, stolen time, asynchronous page faults). So the time to the guest's first
-//! instruction does not grow with its memory.
+//! touches guest memory there (its clock, stolen time, asynchronous page faults). Before that the pages are placed that the
+//! snapshot has in its state ([`first`](crate::snapshot::first)). So the time to the guest's first instruction does not grow with
+//! its memory, and waits for nothing that is not in the state.
 //!
 //! # What is right when
 //! - **What the guest reads** is what the snapshot has. A piece of a file (1 MiB) is compared with its checksum before the
@@ -68,7 +69,6 @@ mod arrive;
 pub(crate) mod bus;
 mod error;
 mod events;
-mod first;
 mod handler;
 pub mod kept;
 mod memory;
@@ -83,7 +83,6 @@ use std::time::Duration;
 
 pub(crate) use arrive::check;
 pub use error::LazyError;
-pub(crate) use first::Start;
 pub(crate) use memory::LazyMemory;
 pub use peer::PageServerAt;
 pub use said::LazySaid;

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_pf::PageSource;
@@ -47,13 +47,20 @@ pub(super) struct Recording {
     time: Duration,
 }
 
+/// One that is there, and has not been looked at.
+pub(super) struct Unread {
+    recorder: Arc<Recorder>,
+    /// Its first pages, once they are known.
+    kept: Arc<OnceLock<Kept>>,
+    /// What the guest has.
+    pages: u64,
+}
+
 /// One that is read ahead by.
 pub(super) struct Replay {
     record: WorkingSet,
     plan: ReplayPlan,
     recorder: Arc<Recorder>,
-    /// Its first pages, until they are taken.
-    kept: Option<Kept>,
     /// How right it was, once that is known.
     judged: Option<Judged>,
 }
@@ -77,12 +84,12 @@ impl WorkingSets {
     }
 
     /// What is done at this restore: `record`, or read ahead what was recorded. Of a guest whose last page is before
-    /// `pages`. A record that cannot be used is told of, and not used.
+    /// `pages`. Reads nothing: the machine waits for this.
     pub(super) fn prepare(
         &self,
         record: Option<Duration>,
         pages: u64,
-    ) -> (Option<Recording>, Option<Replay>) {
+    ) -> (Option<Recording>, Option<Unread>) {
         let recorder = || match Recorder::new(Gfn(0), pages, MOST, self.id.0) {
             Ok(recorder) => Some(Arc::new(recorder)),
             Err(error) => {
@@ -94,17 +101,38 @@ impl WorkingSets {
             let recorder = recorder();
             return (recorder.map(|recorder| Recording { recorder, time }), None);
         }
+        match std::fs::symlink_metadata(self.dir.join(WORKING_SET)) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return (None, None),
+            _ => {}
+        }
+        let unread = recorder().map(|recorder| Unread {
+            recorder,
+            kept: Arc::default(),
+            pages,
+        });
+        (None, unread)
+    }
+
+    /// Reads one, and has the disk begin with its first pages. Blocks for the disk. One that cannot be used is told of, and not
+    /// used.
+    pub(super) fn read(&self, unread: Unread) -> Option<Replay> {
+        let Unread {
+            recorder,
+            kept,
+            pages,
+        } = unread;
         let path = self.dir.join(WORKING_SET);
         let record = match WorkingSet::load_of(&path, self.id.0) {
             Ok(record) => record,
+            // It has just been removed.
             Err(FileError::Call { source, .. })
                 if source.kind() == std::io::ErrorKind::NotFound =>
             {
-                return (None, None);
+                return None;
             }
             Err(error) => {
                 log::warn!("no working set is read ahead: {}", Words(&error));
-                return (None, None);
+                return None;
             }
         };
         let end = record
@@ -120,23 +148,25 @@ impl WorkingSets {
                 path.display(),
                 record.touched()
             );
-            return (None, None);
+            return None;
         }
         let plan = ReplayPlan::new(&record, PlanLimits::default());
         let path = self.dir.join(WORKING_SET_PAGES);
-        let kept = Kept::load(&path, self.id).unwrap_or_else(|error| {
-            let path = path.display();
-            log::warn!("{path} is of no use, and the snapshot is read in its place: {error}");
-            None
-        });
-        let replay = recorder().map(|recorder| Replay {
+        match Kept::load(&path, self.id) {
+            // Nobody else sets it.
+            Ok(Some(pages)) => drop(kept.set(pages)),
+            Ok(None) => {}
+            Err(error) => {
+                let path = path.display();
+                log::warn!("{path} is of no use, and the snapshot is read in its place: {error}");
+            }
+        }
+        Some(Replay {
             record,
             plan,
             recorder,
-            kept,
             judged: None,
-        });
-        (None, replay)
+        })
     }
 
     /// Saves what was recorded, unless the directory is another snapshot's by now. Blocks for the disk. That it cannot be
@@ -245,16 +275,18 @@ impl Recording {
     }
 }
 
-impl Replay {
+impl Unread {
     pub(super) fn recorder(&self) -> &Arc<Recorder> {
         &self.recorder
     }
 
-    /// Its first pages, once.
-    pub(super) fn take_kept(&mut self) -> Option<Kept> {
-        self.kept.take()
+    /// Where its first pages will be.
+    pub(super) fn kept(&self) -> Arc<OnceLock<Kept>> {
+        Arc::clone(&self.kept)
     }
+}
 
+impl Replay {
     /// What is read ahead, in order.
     pub(super) fn reads(&self) -> impl Iterator<Item = Range<Gfn>> {
         let reads = self.plan.reads().iter();

@@ -215,10 +215,11 @@ impl Running {
             let wanted = own.as_ref().map(|own| areas.whole(own));
             let frozen = kept.freeze(&wanted.unwrap_or_default())?;
             let state = self.capture(pause, config, host)?;
+            let first = self.first_pages(&state.vcpus);
             let disks = self.copy_disks(&draft, request.disks, &state.devices.virtio)?;
-            Ok((frozen, own, state, disks))
+            Ok((frozen, own, state, disks, first))
         })?;
-        let (Frozen { pages, took }, own, mut state, disks) = in_pause;
+        let (Frozen { pages, took }, own, mut state, disks, first) = in_pause;
 
         let steps = areas.steps(&state.memory);
         let out = MemoryOut::new(&draft, &memory, &mut state.memory).only(own.as_ref());
@@ -244,6 +245,7 @@ impl Running {
                 written,
                 packed,
                 disks,
+                first,
             },
             paused,
             background,

@@ -98,11 +98,13 @@ pub enum Kind {
     Duplicates = 9,
     /// Which disks are in the snapshot's directory: JSON, [`disks`](super::disks).
     Disks = 10,
+    /// Pages that the machine touches first when it goes on: binary, [`first`](super::first). Who does not know it may pass over it.
+    FirstPages = 11,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 10] = [
+    pub const ALL: [Kind; 11] = [
         Kind::Config,
         Kind::Vm,
         Kind::Vcpus,
@@ -113,7 +115,15 @@ impl Kind {
         Kind::Packed,
         Kind::Duplicates,
         Kind::Disks,
+        Kind::FirstPages,
     ];
+
+    fn flags(self) -> u32 {
+        match self {
+            Kind::FirstPages => OPTIONAL,
+            _ => 0,
+        }
+    }
 
     fn of(number: u32) -> Option<Self> {
         Kind::ALL.into_iter().find(|kind| *kind as u32 == number)
@@ -133,6 +143,7 @@ impl fmt::Display for Kind {
             Kind::Packed => "packed",
             Kind::Duplicates => "duplicates",
             Kind::Disks => "disks",
+            Kind::FirstPages => "first-pages",
         })
     }
 }
@@ -239,7 +250,7 @@ pub fn encode(id: SnapshotId, sections: &[(Kind, Vec<u8>)]) -> Vec<u8> {
     let mut table = Vec::with_capacity(table_len);
     for (kind, bytes) in sections {
         table.extend((*kind as u32).to_le_bytes());
-        table.extend(0_u32.to_le_bytes());
+        table.extend(kind.flags().to_le_bytes());
         table.extend(offset.to_le_bytes());
         table.extend((bytes.len() as u64).to_le_bytes());
         table.extend(checksum(bytes).to_le_bytes());

@@ -16,6 +16,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use super::files::{MEMORY, STATE};
+use super::first::FirstPages;
 use super::format::{self, Checksum, Kind, SnapshotId};
 use super::machine::StateError;
 use super::packed::{Duplicates, FIRST, Packed, Stored};
@@ -39,6 +40,7 @@ pub struct Link {
     map: PageMap,
     packed: Option<(Packed, Vec<u64>)>,
     duplicates: Duplicates,
+    first: Option<Arc<FirstPages>>,
     /// None where memory is elsewhere.
     memory: Option<Arc<File>>,
     kept: Mutex<VecDeque<(usize, Arc<Vec<u8>>)>>,
@@ -157,6 +159,7 @@ impl Link {
             map,
             packed,
             duplicates,
+            first,
         } = sections;
         let packed = packed.map(|packed| {
             let offsets = packed.offsets().collect();
@@ -170,6 +173,7 @@ impl Link {
             map,
             packed,
             duplicates,
+            first: first.map(Arc::new),
             memory: None,
             kept: Mutex::default(),
             as_read: None,
@@ -326,6 +330,11 @@ impl Link {
     /// Its pages that are there once for many.
     pub fn duplicates(&self) -> &Duplicates {
         &self.duplicates
+    }
+
+    /// Its pages that are in its state as well; none of a snapshot that has not the section.
+    pub fn first_pages(&self) -> Option<&Arc<FirstPages>> {
+        self.first.as_ref()
     }
 
     /// Whether its memory is compressed, and so cannot be mapped.
@@ -687,6 +696,7 @@ struct Sections {
     map: PageMap,
     packed: Option<Packed>,
     duplicates: Duplicates,
+    first: Option<FirstPages>,
 }
 
 impl Sections {
@@ -721,7 +731,10 @@ impl Sections {
             (Some(bytes), Some(_)) => Duplicates::parse(bytes, &own)?,
             (Some(_), None) => return Err(format::FormatError::Missing(Kind::Packed).into()),
         };
+        let first = of(Kind::FirstPages);
+        let first = first.map(|bytes| FirstPages::parse(bytes, &map));
         Ok(Sections {
+            first: first.transpose()?,
             id: container.id,
             parent,
             own,

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::first::FirstPagesError;
 use super::format::{self, Container, FormatError, Kind, SnapshotId};
 use super::packed::PackedError;
 use super::pages::{PageMap, PagesError};
@@ -101,6 +102,9 @@ pub enum StateError {
     /// The section of the pages that it has is none.
     #[error(transparent)]
     Ranges(#[from] RangesError),
+    /// The section of the pages that are touched first is none.
+    #[error(transparent)]
+    FirstPages(#[from] FirstPagesError),
     /// A section of compressed memory is none.
     #[error(transparent)]
     Packed(#[from] PackedError),

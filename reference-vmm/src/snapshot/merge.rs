@@ -159,6 +159,9 @@ pub fn merge(
     }
     sections.push((Kind::Memory, map.encode()));
     sections.extend(packed);
+    if let Ok(first) = container.section(Kind::FirstPages) {
+        sections.push((Kind::FirstPages, first.to_vec()));
+    }
     sections.extend(disks::section(&copies).map_err(SnapshotError::from)?);
     let bytes = format::encode(id, &sections);
     let file = draft.create(STATE, bytes.len() as u64)?;

@@ -32,6 +32,7 @@
 //! | 7 page-sources | of an incremental one: the pages that it has | binary ([`ranges`]) |
 //! | 8 packed, 9 duplicates | of compressed memory: where each piece is, and pages that are there once | binary ([`packed`]) |
 //! | 10 disks | which disks are in the directory, as `disk0`, … | JSON ([`disks`]) |
+//! | 11 first-pages | pages of `memory` that the machine touches first when it goes on, once more; may be passed over | binary ([`first`]) |
 //!
 //! The state of KVM's parts has versions of its own
 //! ([`kvm_core::state::StateVersion`](kvm_core::arch::x86_64::state::StateVersion) has the policy), and a field that a build
@@ -96,6 +97,7 @@ pub mod config_form;
 mod contents;
 pub mod disks;
 pub mod files;
+pub mod first;
 pub mod format;
 pub mod info;
 pub mod link;

@@ -13,6 +13,7 @@
 //! The order of reading: devices (they rest), the interrupt controllers, the vCPUs, the VM's clock. What a controller still
 //! sends then is in the vCPUs' local APICs as well at worst, never in neither.
 
+use std::cell::OnceCell;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use kvm_core::arch::x86_64::state::{ClockError, SaveError, StateHost};
 use kvm_core::{Kvm, Pause, VcpuId, VcpuView};
 use kvm_ioctls::VcpuFd;
 use memslots::uffd::point_in_time::PointInTimeError;
+use memslots::{Gfn, PAGE_SIZE};
 
 use super::background::{BackgroundCost, ROOM};
 use super::chain::Chain;
@@ -32,6 +34,7 @@ use super::files::{
     Draft, DraftFile, HostFiles, MEMORY, STATE, SnapshotFiles, WriteError, absolute, hold_parent,
     same,
 };
+use super::first::FirstPages;
 use super::format::{Kind, SnapshotId};
 use super::link::Link;
 use super::machine::{DevicesSection, MachineState, StateError, VcpuSection, VmSection};
@@ -44,8 +47,11 @@ use super::restore::RestoreError;
 use super::tick::wait_for_a_tick;
 use super::tip::Tip;
 use super::written::Tracking;
+use crate::arch::layout;
+use crate::config::Irqchip;
 use crate::devices::virtio::list::DeviceState;
 use crate::devices::virtio::rng::random_id;
+use crate::file_pages;
 use crate::lazy::{LazyError, LazyMemory};
 use crate::vm::control::PATIENCE;
 use crate::vm::tracking::{TrackError, TrackUser};
@@ -372,12 +378,14 @@ impl Running {
             written,
             packed: mut more,
             disks,
+            first,
         } = captured;
         let depth = parent.as_ref().map_or(0, |parent| parent.depth);
         if let (Some(parent), Some(own)) = (&parent, &own) {
             more.push((Kind::Parent, parent.encode()));
             more.push((Kind::PageSources, own.encode()));
         }
+        more.push((Kind::FirstPages, first.encode()));
         let copies: Vec<_> = disks.iter().map(|(copy, _)| *copy).collect();
         more.extend(super::disks::section(&copies)?);
         let bytes = state.encode_with(id, more)?;
@@ -423,6 +431,7 @@ impl Running {
         let draft = Draft::begin(files, &request.dir)?;
         let (captured, paused) = self.standing_still(|pause| {
             let mut state = self.capture(pause, config, host)?;
+            let first = self.first_pages(&state.vcpus);
             let tracking = Tracking::of(self, request)?;
             let own = is_link.then(|| tracking.written());
             let memory = create_memory(&draft, request, &state.memory, id)?;
@@ -443,6 +452,7 @@ impl Running {
                 written,
                 packed,
                 disks,
+                first,
             })
         })?;
         Ok(Taken {
@@ -567,6 +577,19 @@ impl Running {
         host.map_err(|error| kvm(&error))
     }
 
+    /// The pages that these vCPUs touch first, read while the guest stands still.
+    pub(super) fn first_pages(&self, vcpus: &[VcpuSection]) -> FirstPages {
+        let table = self.memory();
+        let renewed = self.config().irqchip != Irqchip::None;
+        let also = renewed.then_some(Gfn(layout::GENERATION_ID.0 / PAGE_SIZE));
+        let holes = OnceCell::new();
+        let mut read = |gfn: Gfn, into: &mut [u8]| {
+            let at = gfn.0.checked_mul(PAGE_SIZE);
+            at.is_some_and(|at| file_pages::read_present(&table, &holes, at, into).is_ok())
+        };
+        FirstPages::take(vcpus, also, &mut read)
+    }
+
     /// All of the machine but its memory, of which there are the places alone.
     pub(crate) fn capture(
         &self,
@@ -662,6 +685,7 @@ pub(super) struct Captured<'a> {
     pub(super) written: u64,
     pub(super) packed: Vec<(Kind, Vec<u8>)>,
     pub(super) disks: Vec<(DiskCopy, DraftFile)>,
+    pub(super) first: FirstPages,
 }
 
 /// The file of memory, with its header.

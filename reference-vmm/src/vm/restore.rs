@@ -20,7 +20,7 @@ use std::sync::Arc;
 use super::blank::Blank;
 use super::{BuildError, Machine};
 use crate::end::EndSignal;
-use crate::lazy::{LazyMemory, Start};
+use crate::lazy::LazyMemory;
 use crate::snapshot::{RestoreError, RestoreRequest, Snapshot};
 
 impl Machine {
@@ -64,9 +64,8 @@ impl Machine {
             }
             // From here on whoever touches guest memory waits for it.
             Some(lazy) => {
-                let starts = state.vcpus.iter().map(Start::of).collect();
-                let memory = allocated.memory();
-                let begun = LazyMemory::begin(lazy, snapshot.chain(), &memory, starts, end);
+                let (chain, memory) = (snapshot.chain(), allocated.memory());
+                let begun = LazyMemory::begin(lazy, chain, &memory, &state.vcpus, end);
                 Some(begun.map_err(RestoreError::from)?)
             }
         };
