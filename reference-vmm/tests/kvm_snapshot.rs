@@ -222,7 +222,7 @@ fn what_is_damaged_is_refused_with_what_is_wrong_and_status_2() {
     let mut damaged = good.clone();
     *damaged.last_mut().unwrap() ^= 1;
     std::fs::write(&state, damaged).unwrap();
-    refused(&[name, "section memory", "0x"]);
+    refused(&[name, "section first-pages", "0x"]);
     std::fs::remove_file(&state).unwrap();
     refused(&[dir.to_str().unwrap(), "has no file `state`"]);
     std::fs::create_dir(&state).unwrap();
