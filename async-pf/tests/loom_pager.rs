@@ -21,7 +21,7 @@ use loom::sync::{Condvar, Mutex};
 use loom::thread;
 use memslots::uffd::{
     Call, Fault, FaultKind, Features, ForeignRange, Message, Modes, RawMessage, Uffd, UffdHost,
-    encode,
+    decode, encode,
 };
 use memslots::{Errno, Gfn, Hva, PAGE_SIZE};
 
@@ -35,13 +35,24 @@ fn model(preemptions: usize, test: impl Fn() + Send + Sync + 'static) {
     builder.check(test);
 }
 
+/// A page that there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Page {
+    /// What its source has.
+    Bytes,
+    Zeros,
+    Poisoned,
+}
+
 /// What the kernel knows.
 #[derive(Default)]
 struct Memory {
     messages: VecDeque<RawMessage>,
-    /// The pages that are there, and how often each was placed; poisoned ones are `None`.
-    pages: BTreeMap<usize, Option<u32>>,
+    pages: BTreeMap<usize, Page>,
     asleep: BTreeSet<usize>,
+    /// A page is being given back, and its message has not been read; nothing is placed from the one to the other.
+    changing: bool,
+    unread: bool,
 }
 
 #[derive(Default)]
@@ -57,11 +68,16 @@ impl Kernel {
 
     /// A thread touches a page, and goes on when it is there: whether it is, or is poisoned.
     fn touch(&self, page: usize) -> bool {
+        self.read(page) != Page::Poisoned
+    }
+
+    /// As [`touch`](Self::touch): what it finds.
+    fn read(&self, page: usize) -> Page {
         let address = Self::address(page);
         let mut memory = self.memory.lock().unwrap();
         loop {
-            if let Some(placed) = memory.pages.get(&address) {
-                return placed.is_some();
+            if let Some(page) = memory.pages.get(&address) {
+                return *page;
             }
             memory.messages.push_back(encode(&Message::Fault(Fault {
                 address: Hva(address),
@@ -76,9 +92,26 @@ impl Kernel {
         }
     }
 
-    fn placed(&self, page: usize) -> Option<u32> {
+    /// Gives a page back, as `MADV_DONTNEED` does: it goes some time after its message has been read, and what is placed
+    /// between the two goes with it.
+    fn give_back(&self, page: usize) {
+        let address = Self::address(page);
+        let mut memory = self.memory.lock().unwrap();
+        let gone = Message::Remove(address..address + P);
+        memory.messages.push_back(encode(&gone));
+        (memory.changing, memory.unread) = (true, true);
+        while memory.unread {
+            memory = self.woken.wait(memory).unwrap();
+        }
+        memory.changing = false;
+        drop(memory);
+        self.memory.lock().unwrap().pages.remove(&address);
+    }
+
+    fn placed(&self, page: usize) -> Option<Page> {
         let memory = self.memory.lock().unwrap();
-        memory.pages.get(&Self::address(page)).copied().flatten()
+        let page = memory.pages.get(&Self::address(page)).copied();
+        page.filter(|page| *page != Page::Poisoned)
     }
 }
 
@@ -102,16 +135,24 @@ impl UffdHost for Host {
             (_, &[start, size, ..]) => (start as usize, size as usize),
             _ => return Err(Errno(libc::EINVAL)),
         };
+        let placed = match call {
+            Call::Copy => Some(Page::Bytes),
+            Call::ZeroPage => Some(Page::Zeros),
+            Call::Poison => Some(Page::Poisoned),
+            _ => None,
+        };
         let mut memory = self.0.memory.lock().unwrap();
         let mut done = 0;
-        let mut there = false;
+        let mut refusal = None;
         for page in (start..start + size).step_by(P) {
-            if call != Call::Wake {
-                there = memory.pages.contains_key(&page);
-                if there {
+            if let Some(placed) = placed {
+                refusal = match memory.changing {
+                    true => Some(libc::EAGAIN),
+                    false => memory.pages.contains_key(&page).then_some(libc::EEXIST),
+                };
+                if refusal.is_some() {
                     break;
                 }
-                let placed = (call != Call::Poison).then_some(1);
                 memory.pages.insert(page, placed);
             }
             memory.asleep.remove(&page);
@@ -119,10 +160,10 @@ impl UffdHost for Host {
         }
         self.0.woken.notify_all();
         drop(memory);
-        let errno = match there {
-            false => return Ok(()),
-            true if done > 0 => libc::EAGAIN,
-            true => libc::EEXIST,
+        let errno = match refusal {
+            None => return Ok(()),
+            Some(_) if done > 0 => libc::EAGAIN,
+            Some(errno) => errno,
         };
         if let Some(field) = argument.last_mut() {
             *field = if done > 0 {
@@ -142,6 +183,12 @@ impl UffdHost for Host {
         }
         for (to, from) in messages.iter_mut().zip(memory.messages.drain(..count)) {
             *to = from;
+        }
+        // One thread gives back at a time. It goes on when its message is read.
+        let removes = |message| matches!(decode(message), Ok(Message::Remove(_)));
+        if messages.iter().take(count).any(removes) {
+            memory.unread = false;
+            self.0.woken.notify_all();
         }
         Ok(count)
     }
@@ -228,7 +275,7 @@ fn a_fault_is_served_once_and_finish_ends_all() {
         assert!(kernel.touch(0));
         drop(pager);
         assert_eq!(source.0.lock().unwrap().get(&0), Some(&1));
-        assert_eq!(kernel.placed(0), Some(1));
+        assert_eq!(kernel.placed(0), Some(Page::Bytes));
         assert_eq!(kernel.placed(1), None, "poisoned by the drop");
     });
 }
@@ -264,7 +311,10 @@ fn two_workers_serve_two_faults_and_neither_is_fetched_twice() {
         vcpu.join().unwrap();
         finish(pager);
         assert_eq!(*source.0.lock().unwrap(), BTreeMap::from([(0, 1), (1, 1)]));
-        assert_eq!((kernel.placed(0), kernel.placed(1)), (Some(1), Some(1)));
+        assert_eq!(
+            (kernel.placed(0), kernel.placed(1)),
+            (Some(Page::Bytes), Some(Page::Bytes))
+        );
     });
 }
 
@@ -328,6 +378,50 @@ fn a_drop_beside_a_fault_leaves_nobody_asleep() {
         drop(pager);
         let came = vcpu.join().unwrap();
         assert_eq!(kernel.placed(0).is_some(), came);
+    });
+}
+
+#[test]
+fn what_is_given_back_while_it_is_brought_is_zeros_from_then_on() {
+    model(2, || {
+        let kernel = Arc::new(Kernel::default());
+        let pager = start(&kernel, Arc::new(Counted::default()), 1);
+        pager.prefetch(0, Gfn(0)..Gfn(1)).unwrap();
+        kernel.give_back(0);
+        assert_eq!(kernel.read(0), Page::Zeros);
+        drop(pager);
+    });
+}
+
+#[test]
+fn what_is_given_back_beside_a_fault_on_it_is_zeros_from_then_on_and_nobody_sleeps() {
+    for workers in [1, 2] {
+        model(0, move || {
+            let kernel = Arc::new(Kernel::default());
+            let pager = start(&kernel, Arc::new(Counted::default()), workers);
+            let vcpu = {
+                let kernel = Arc::clone(&kernel);
+                // Before that or behind it.
+                thread::spawn(move || assert!(kernel.touch(0)))
+            };
+            kernel.give_back(0);
+            assert_eq!(kernel.read(0), Page::Zeros);
+            vcpu.join().unwrap();
+            drop(pager);
+        });
+    }
+}
+
+#[test]
+fn what_is_given_back_while_everything_is_brought_is_waited_for_by_nobody() {
+    model(0, || {
+        let kernel = Arc::new(Kernel::default());
+        let pager = start(&kernel, Arc::new(Counted::default()), 1);
+        pager.prefetch_rest();
+        kernel.give_back(0);
+        finish(pager);
+        assert_ne!(kernel.placed(0), Some(Page::Bytes));
+        assert_eq!(kernel.placed(1), Some(Page::Bytes));
     });
 }
 
