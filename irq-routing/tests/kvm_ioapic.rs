@@ -34,7 +34,7 @@ const TAKEN: Arrival = Arrival::Delivered { to: 1 };
 /// None, and the reason on stderr, where KVM has no split irqchip.
 fn machine() -> Option<Machine> {
     if !common::kvm().create_vm().unwrap().has_split_irqchip() {
-        eprintln!("skipped: this host's KVM has no split irqchip (KVM_CAP_SPLIT_IRQCHIP)");
+        eprintln!("NOT TRIED: this host's KVM has no split irqchip (KVM_CAP_SPLIT_IRQCHIP)");
         return None;
     }
     let mut machine = Machine::new(SPLIT, Mode::Protected, guests::irq::ioapic());

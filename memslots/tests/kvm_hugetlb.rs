@@ -29,7 +29,7 @@ const SIZE: u64 = 2 * PAGE.bytes();
 fn has_pages(pages: u64) -> bool {
     let has = HugePool::of_host(PAGE).is_some_and(|pool| pool.available() >= pages);
     if !has {
-        eprintln!("this host has no pool of 2 MiB pages, and lends none");
+        eprintln!("NOT TRIED: this host has no pool of 2 MiB pages, and lends none");
     }
     has
 }
@@ -85,7 +85,7 @@ fn pages_are_reserved_when_mapped_and_given_back_when_unmapped() {
 fn a_pool_of_gigantic_pages_that_is_empty_is_shown() {
     let page = HugePageSize::GIB_1;
     let Some(pool) = HugePool::of_host(page) else {
-        eprintln!("this host has no pages of 1 GiB");
+        eprintln!("NOT TRIED: this host has no pages of 1 GiB");
         return;
     };
     let wanted = pool.available() + 1;

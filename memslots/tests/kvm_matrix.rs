@@ -292,14 +292,16 @@ fn files_have_what_the_table_says() {
     .unwrap()
     .kind();
     if kind == MemoryKind::ShmemPrivate {
-        eprintln!("the target directory is on a tmpfs: no file with a page cache to ask of");
+        eprintln!(
+            "NOT TRIED: the target directory is on a tmpfs: no file with a page cache to ask of"
+        );
         return;
     }
     if is_on_overlay(&disk_file()) {
         // A new file is in the upper layer, whose memory management is the mapping's: in the lab that is a tmpfs, and
         // nobody tells. This program's own file is in the lower one.
         eprintln!(
-            "the target directory is on an overlay: no shared file with a page cache to ask of"
+            "NOT TRIED: the target directory is on an overlay: no shared file with a page cache to ask of"
         );
         let program = || File::open(std::env::current_exe().unwrap()).unwrap();
         return compare(MemoryKind::FilePrivate, || {
@@ -319,7 +321,9 @@ fn hugetlb_pages_have_what_the_table_says() {
     let _pool = pool::Overcommit::raise(4);
     let page = HugePageSize::MIB_2;
     if HugePool::of_host(page).is_none_or(|pool| pool.available() < 4) {
-        eprintln!("this host has no pool of 2 MiB pages, and lends none: nothing to ask of");
+        eprintln!(
+            "NOT TRIED: this host has no pool of 2 MiB pages, and lends none: nothing to ask of"
+        );
         return;
     }
     compare(MemoryKind::Hugetlb, || Backing::hugetlb(HUGE, page));
@@ -383,7 +387,7 @@ fn guest_memfd_slot(vm: &VmFd, flags: SlotFlags, to: u64) -> Result<(), i32> {
 #[test]
 fn a_guest_memfd_has_what_the_table_says() {
     let Some(vm) = vm_with_guest_memfd() else {
-        eprintln!("this host makes no VM with guest_memfd slots: nothing to ask of");
+        eprintln!("NOT TRIED: this host makes no VM with guest_memfd slots: nothing to ask of");
         return;
     };
     let kind = MemoryKind::GuestMemfd;

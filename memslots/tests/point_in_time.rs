@@ -43,7 +43,7 @@ fn mappings() -> Vec<Arc<Mapping>> {
 fn begin(mappings: &[Arc<Mapping>], room: u64) -> Option<PointInTime> {
     match PointInTime::begin(mappings.iter().cloned(), room) {
         Err(PointInTimeError::Open(error @ OpenError::Denied { .. })) => {
-            eprintln!("left out: {error}");
+            eprintln!("NOT TRIED: {error}");
             None
         }
         begun => Some(begun.unwrap()),
@@ -230,11 +230,13 @@ fn memory_whose_pages_are_merged_is_not_kept() {
     let plain = map(&Backing::anonymous(PAGES * PAGE)).unwrap();
     match map(&Backing::anonymous(PAGES * PAGE).mergeable()) {
         // A kernel without KSM.
-        Err(MapError::Call { .. }) => return,
+        Err(error @ MapError::Call { .. }) => return eprintln!("NOT TRIED: {error}"),
         merged => {
             let mappings = [plain.clone(), merged.unwrap()];
             match PointInTime::begin(mappings, 0) {
-                Err(PointInTimeError::Open(OpenError::Denied { .. })) => return,
+                Err(PointInTimeError::Open(error @ OpenError::Denied { .. })) => {
+                    return eprintln!("NOT TRIED: {error}");
+                }
                 refused => {
                     let refused = refused.unwrap_err();
                     let mergeable = matches!(refused, PointInTimeError::Mergeable { area: 1 });
@@ -259,7 +261,7 @@ fn large_pages_are_copied_whole_and_read_in_parts() {
     let (large, page) = (HugePageSize::MIB_2.bytes(), HugePageSize::MIB_2);
     let _pool = pool::Overcommit::raise(2);
     if HugePool::of_host(page).is_none_or(|pool| pool.available() < 2) {
-        return eprintln!("this host has no pool of 2 MiB pages, and lends none");
+        return eprintln!("NOT TRIED: this host has no pool of 2 MiB pages, and lends none");
     }
     for backing in [
         Backing::hugetlb(2 * large, page),
