@@ -1171,6 +1171,75 @@ fn the_guards_call_may_drop_the_pager_while_a_worker_is_inside_its_source() {
     gate.open.wait();
 }
 
+/// Its source ends its pager while another thread is inside a call of this.
+#[derive(Default)]
+struct EndsInside {
+    pager: Mutex<Option<Arc<Pager>>>,
+    /// The other thread is in its call.
+    called: AtomicUsize,
+    /// How many threads have ended, of three.
+    over: AtomicUsize,
+    order: Mutex<Vec<&'static str>>,
+}
+
+struct EndsInsideSource(Arc<EndsInside>);
+
+impl PageSource for EndsInsideSource {
+    fn fetch(&self, _: Gfn, _: &mut [u8]) -> Result<Fetched, SourceError> {
+        let pager = until("the pager is known, and the other is in its call", || {
+            // SeqCst: a test's counters.
+            let called = self.0.called.load(Ordering::SeqCst) == 1;
+            self.0.pager.lock().unwrap().clone().filter(|_| called)
+        });
+        pager.close();
+        self.0.order.lock().unwrap().push("closed");
+        Ok(Fetched::Zero)
+    }
+}
+
+impl PagerEvents for EndsInside {
+    fn removed(&self, _: std::ops::Range<usize>) {
+        self.called.store(1, Ordering::SeqCst);
+        until("the third thread has ended", || {
+            (self.over.load(Ordering::SeqCst) >= 1).then_some(())
+        });
+        // Time for who would not wait for this call; who does, waits longer.
+        thread::sleep(Duration::from_millis(50));
+        self.order.lock().unwrap().push("told");
+    }
+}
+
+#[test]
+fn a_source_that_ends_its_pager_waits_for_all_other_threads() {
+    let world = World::new();
+    let ends = Arc::new(EndsInside::default());
+    let notes = Arc::clone(&ends);
+    let config = PagerConfig {
+        workers: 2,
+        events: ends.clone(),
+        spawn: Arc::new(move |name, run| {
+            let notes = Arc::clone(&notes);
+            thread::Builder::new().name(name).spawn(move || {
+                run();
+                notes.over.fetch_add(1, Ordering::SeqCst);
+            })?;
+            Ok(())
+        }),
+        ..quick()
+    };
+    let pager = Arc::new(world.start(EndsInsideSource(ends.clone()), config));
+    *ends.pager.lock().unwrap() = Some(pager);
+    assert_eq!(world.fake.touch(world.at(3), false), Touch::Sleeps);
+    let range = world.at(8).0..world.at(9).0;
+    world.fake.tell(encode(&Message::Remove(range)));
+    until("it is closed", || {
+        (ends.order.lock().unwrap().len() == 2).then_some(())
+    });
+    assert_eq!(*ends.order.lock().unwrap(), ["told", "closed"]);
+    assert_eq!(world.touch(3), Touch::Poisoned);
+    ends.pager.lock().unwrap().take();
+}
+
 /// Panics at everything.
 struct Panics;
 

@@ -377,7 +377,8 @@ impl Pager {
         Ok(self.end())
     }
 
-    /// Ends it for all who share it, as its drop does for one: see there. Out of a call of [`PagerEvents`] too.
+    /// Ends it for all who share it, as its drop does for one: see there. Out of a call of [`PagerEvents`] too, or of a source's
+    /// [`fetch`](PageSource::fetch).
     pub fn close(&self) {
         self.shared.stop();
         self.shared.abandon();
@@ -397,7 +398,7 @@ impl Pager {
 impl Drop for Pager {
     /// Ends the threads; a worker inside its source is not waited for, and ends when that answers. What is missing is
     /// poisoned, or left to whoever fills next ([`GiveUp`]). On a thread of the pager's own, inside a call of
-    /// [`PagerEvents`], that thread ends when the call returns.
+    /// [`PagerEvents`] or of a source, that thread ends when the call returns.
     fn drop(&mut self) {
         self.close();
     }

@@ -76,7 +76,7 @@ impl Shared {
         if state.stop {
             return; // whoever ends the pager does not wait for a source
         }
-        state.fetching += 1;
+        state.fetching.push(hands.thread);
         drop(state);
         let begun = sync::now();
         let lane = match job.why {
@@ -89,7 +89,7 @@ impl Shared {
         }));
         let took = begun.elapsed();
         let mut state = self.lock();
-        state.fetching -= 1;
+        state.fetching.retain(|thread| *thread != hands.thread);
         state.fetch = (state.fetch * 7 + took) / 8;
         drop(state);
         match fetched {

@@ -71,8 +71,8 @@ pub(super) struct State {
     pub turns: u64,
     /// Workers that wait for work.
     pub idle: usize,
-    /// Workers that are inside a source.
-    pub fetching: usize,
+    /// Workers that are inside a source, at most once each.
+    pub fetching: Vec<ThreadId>,
     /// A worker brings what nobody waits for: one at a time does.
     pub ahead: bool,
     /// The mean of what a fetch takes.
@@ -90,7 +90,8 @@ pub(super) struct State {
     pub alive: usize,
     /// Which they are, as far as they have begun.
     pub threads: Vec<ThreadId>,
-    /// Those of them that end the pager themselves, out of a call to whoever is told: nobody waits for them.
+    /// Those of them that end the pager themselves, out of a call to whoever is told: nobody waits for them. (Nor for who
+    /// does so out of its source, which is counted there.)
     pub ending: usize,
     /// Why it cannot go on.
     pub failed: Option<Errno>,
@@ -118,6 +119,8 @@ pub(super) struct Shared {
 
 /// What a thread of the pager has for itself.
 pub(super) struct Hands {
+    /// Which it is.
+    pub thread: ThreadId,
     messages: Messages,
     pub answers: Vec<Answer>,
     pub buffer: Vec<u8>,
@@ -162,7 +165,7 @@ impl Shared {
             readers: 0,
             turns: 0,
             idle: 0,
-            fetching: 0,
+            fetching: Vec::with_capacity(config.workers),
             ahead: false,
             fetch: Duration::ZERO,
             guard_asleep: false,
@@ -239,6 +242,7 @@ impl Shared {
         let buffer = self.slots.iter().map(most).max().unwrap_or(PAGE_SIZE);
         let batch = if config.workers > 1 { 1 } else { BATCH };
         Hands {
+            thread: sync::thread_id(),
             messages: Messages::with_capacity(batch),
             answers: Vec::with_capacity(batch),
             buffer: vec![0; buffer as usize],
@@ -406,14 +410,16 @@ impl Shared {
     /// ends when its call returns.
     pub fn stop(&self) {
         let mut state = self.lock();
-        let own = usize::from(state.threads.contains(&sync::thread_id()));
+        let own = sync::thread_id();
+        let own = state.threads.contains(&own) && !state.fetching.contains(&own);
+        let own = usize::from(own);
         state.ending += own;
         state.stop = true;
         state.poke = None;
         self.work.notify_all();
         self.watch.notify_all();
         self.done.notify_all();
-        while state.alive > state.fetching + state.ending {
+        while state.alive > state.fetching.len() + state.ending {
             state = self
                 .done
                 .wait(state)
