@@ -182,6 +182,10 @@ impl FillRole {
     /// not overwrite; it is taken away first, while nothing is filled. Of another process's memory it cannot be told from a
     /// page: there it is [`Cause::AlreadyThere`], and who waits for it waits on.
     ///
+    /// Nor can a page in swap be told from a mark: `mincore` has neither, `/proc/self/pagemap` calls both swapped, and the
+    /// field that differs is for the privileged alone. It keeps its contents, is without its protection for a moment, and the
+    /// answer is [`Cause::Changing`]. Who alone fills, and notes what, never poisons a page that there is.
+    ///
     /// # Errors
     /// [`OpError`], which says how much is poisoned.
     pub fn poison(&self, range: Range<u64>, wake: Wake) -> Result<(), OpError> {
