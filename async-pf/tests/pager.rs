@@ -1171,6 +1171,80 @@ fn the_guards_call_may_drop_the_pager_while_a_worker_is_inside_its_source() {
     gate.open.wait();
 }
 
+/// Holds what nobody waits for until it is let go, and of faults each until there are as many as are to come at once.
+#[derive(Default)]
+struct Crowd {
+    faults_at_once: usize,
+    /// Inside now, and at most.
+    ahead: AtomicUsize,
+    most_ahead: AtomicUsize,
+    faults: AtomicUsize,
+    let_go: AtomicUsize,
+}
+
+struct Crowded(Arc<Crowd>);
+
+impl PageSource for Crowded {
+    fn fetch(&self, gfn: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        self.fetch_for(Lane::Fault, gfn, into)
+    }
+
+    // SeqCst: a test's counters.
+    fn fetch_for(&self, lane: Lane, _: Gfn, _: &mut [u8]) -> Result<Fetched, SourceError> {
+        let crowd = &self.0;
+        if lane == Lane::Prefetch {
+            let inside = crowd.ahead.fetch_add(1, Ordering::SeqCst) + 1;
+            crowd.most_ahead.fetch_max(inside, Ordering::SeqCst);
+            until("it is let go", || {
+                (crowd.let_go.load(Ordering::SeqCst) == 1).then_some(())
+            });
+            crowd.ahead.fetch_sub(1, Ordering::SeqCst);
+        } else {
+            crowd.faults.fetch_add(1, Ordering::SeqCst);
+            until("the other faults are under way too", || {
+                (crowd.faults.load(Ordering::SeqCst) >= crowd.faults_at_once).then_some(())
+            });
+        }
+        Ok(Fetched::Zero)
+    }
+}
+
+#[test]
+fn all_workers_but_two_bring_at_once_what_nobody_waits_for_and_two_faults_are_served_meanwhile() {
+    for (workers, ahead, faults_at_once) in [(2, 1, 1), (3, 1, 2), (4, 2, 2), (6, 4, 2)] {
+        let world = World::new();
+        let crowd = Arc::new(Crowd {
+            faults_at_once,
+            ..Crowd::default()
+        });
+        let config = PagerConfig {
+            workers,
+            ahead: P,
+            deadline: LONG,
+            ..quick()
+        };
+        let pager = world.start(Crowded(crowd.clone()), config);
+        pager.prefetch_rest();
+        until("as many as may are under way", || {
+            (crowd.ahead.load(Ordering::SeqCst) == ahead).then_some(())
+        });
+        // Apart, so that neither comes with the other.
+        for page in [20, 60].into_iter().take(faults_at_once) {
+            assert_eq!(world.fake.touch(world.at(page), false), Touch::Sleeps);
+        }
+        world.wakes_all();
+        assert_eq!(
+            crowd.ahead.load(Ordering::SeqCst),
+            ahead,
+            "{workers} workers"
+        );
+        crowd.let_go.store(1, Ordering::SeqCst);
+        assert!(pager.wait(LONG));
+        assert_eq!(crowd.most_ahead.load(Ordering::SeqCst), ahead);
+        assert_eq!(pager.stats().lost, 0);
+    }
+}
+
 /// Its source ends its pager while another thread is inside a call of this.
 #[derive(Default)]
 struct EndsInside {

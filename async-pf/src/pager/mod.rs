@@ -291,9 +291,9 @@ impl Pager {
         Ok(())
     }
 
-    /// Brings everything, slot after slot, while nothing else is to be done. One worker does that, a piece
-    /// ([`PagerConfig::ahead`]) at a time, and serves what faults in between; a page that does not come is given up as if
-    /// someone waited for it. Blocks for nothing; once is enough.
+    /// Brings everything, slot after slot, while nothing else is to be done. One worker does that
+    /// ([or several](PagerConfig::workers)), a piece ([`PagerConfig::ahead`]) at a time, and serves what faults in between; a
+    /// page that does not come is given up as if someone waited for it. Blocks for nothing; once is enough.
     pub fn prefetch_rest(&self) {
         let mut state = self.shared.lock();
         state.book.want_rest();
@@ -377,8 +377,8 @@ impl Pager {
         Ok(self.end())
     }
 
-    /// Ends it for all who share it, as its drop does for one: see there. Out of a call of [`PagerEvents`] too, or of a source's
-    /// [`fetch`](PageSource::fetch).
+    /// Ends it for all who share it, as its drop does for one: see there. Out of a call of [`PagerEvents`] too, or of a
+    /// source's [`fetch`](PageSource::fetch).
     pub fn close(&self) {
         self.shared.stop();
         self.shared.abandon();

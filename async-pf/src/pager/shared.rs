@@ -73,8 +73,8 @@ pub(super) struct State {
     pub idle: usize,
     /// Workers that are inside a source, at most once each.
     pub fetching: Vec<ThreadId>,
-    /// A worker brings what nobody waits for: one at a time does.
-    pub ahead: bool,
+    /// Workers that bring what nobody waits for: [so many](Shared::most_ahead) at once do.
+    pub ahead: usize,
     /// The mean of what a fetch takes.
     pub fetch: Duration,
     /// The guard sleeps until what it knew to be due, or until it is [stirred](Shared::stir).
@@ -166,7 +166,7 @@ impl Shared {
             turns: 0,
             idle: 0,
             fetching: Vec::with_capacity(config.workers),
-            ahead: false,
+            ahead: 0,
             fetch: Duration::ZERO,
             guard_asleep: false,
             poked: false,
@@ -225,6 +225,12 @@ impl Shared {
         // A panic of a source costs read-ahead here, and no more.
         let run = AssertUnwindSafe(|| slot.source.run(slot.gfn(place.page), most * each));
         catch_unwind(run).map_or(1, |run| run / each)
+    }
+
+    /// How many workers bring at once what nobody waits for: all but the two that wait for faults, and one in any case. So
+    /// two faults are served at once, however long a piece of that takes.
+    pub fn most_ahead(&self) -> usize {
+        self.config.workers.saturating_sub(READERS).max(1)
     }
 
     /// Tells whoever is to be told, whose panic is theirs: `None`, and an answer that is missing.

@@ -11,6 +11,8 @@ use crate::sync::{self, MutexGuard};
 
 /// How often the guard looks whether someone reads messages, while there is something to do.
 const TICK: Duration = Duration::from_millis(2);
+/// A source whose fetches take longer is one of which several bring more at once than one: it is far away, and they wait.
+const FAR: Duration = Duration::from_micros(500);
 /// After so many looks at which nothing was done, it sleeps until something is. In a model, soon.
 const QUIET: u32 = if cfg!(loom) { 1 } else { 50 };
 
@@ -69,8 +71,8 @@ impl Shared {
                 state = self.lock();
                 continue;
             }
-            // One brings what nobody waits for; between two pieces it looks for faults, if nobody else does.
-            let ahead = !state.ahead && state.book.has_ahead();
+            // Some bring what nobody waits for; between two pieces they look for faults, if nobody else does.
+            let ahead = self.wants_ahead(&state);
             // The guard only stands in: whoever comes back reads again, and does not wait for it to be scheduled.
             let most = if ahead { 1 } else { READERS };
             if state.readers < most {
@@ -89,7 +91,7 @@ impl Shared {
                     self.answer(&mut hands);
                     state = self.lock();
                 }
-                if ahead && !state.ahead && !state.stop && !state.book.has_faults() {
+                if ahead && self.wants_ahead(&state) && !state.stop && !state.book.has_faults() {
                     state = self.bring_ahead(state, &mut hands);
                 }
                 continue; // from the top: whatever it had seen may have changed meanwhile
@@ -121,18 +123,29 @@ impl Shared {
         else {
             return state;
         };
-        state.ahead = true;
+        state.ahead += 1;
         if state.readers == 0 && state.idle > 0 {
             self.work.notify_one();
         }
         self.leave(&mut state);
         drop(state);
-        let unwinds = Unwinds(self, |state| state.ahead = false);
+        let unwinds = Unwinds(self, |state| state.ahead -= 1);
         self.serve(&job, hands);
         drop(unwinds);
         state = self.lock();
-        state.ahead = false;
+        state.ahead -= 1;
         state
+    }
+
+    /// Whether one more worker may bring what nobody waits for, and there is some. Of a source that is near, one brings as
+    /// much as several would, and those would take the processors from who serves faults.
+    fn wants_ahead(&self, state: &State) -> bool {
+        let most = if state.fetch > FAR {
+            self.most_ahead()
+        } else {
+            1
+        };
+        state.ahead < most && state.book.has_ahead()
     }
 
     fn take_turn(&self, wait: bool, hands: &mut Hands) -> Result<(), memslots::Errno> {
@@ -152,7 +165,7 @@ impl Shared {
             let now = sync::now();
             state.book.put_due_in_line(now);
             let late = state.book.late(now);
-            if state.book.has_faults() || state.book.has_ahead() && !state.ahead {
+            if state.book.has_faults() || self.wants_ahead(&state) {
                 self.rouse(&mut state);
             }
             if !late.is_empty() {
@@ -183,7 +196,7 @@ impl Shared {
                 (true, due) => due,
                 (false, due) => Some(due.unwrap_or(TICK).min(TICK)),
             };
-            let begun = sync::now();
+            let (begun, fetches) = (sync::now(), state.book.stats.fetches);
             state = match limit {
                 Some(limit) => {
                     let mut state = self.wait_for(&self.watch, state, limit);
@@ -197,6 +210,11 @@ impl Shared {
                     waited.unwrap_or_else(PoisonError::into_inner)
                 }
             };
+            // What has been under way all the time takes that long, and may have been the first.
+            let same = state.ahead > 0 && state.book.stats.fetches == fetches;
+            if same && self.most_ahead() > 1 {
+                state.fetch = state.fetch.max(begun.elapsed().min(TICK));
+            }
             if std::mem::take(&mut state.guard_asleep) {
                 // It was time, and nobody who [stirs](Shared::stir) it.
                 quiet = QUIET;
