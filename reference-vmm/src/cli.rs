@@ -76,7 +76,8 @@ pub struct Run {
     pub stats: Option<StatsForm>,
     /// What the monitor logs to stderr.
     pub log: log::LevelFilter,
-    /// How long a guest has to power off after SIGTERM pressed its power button, in seconds.
+    /// How long a guest has to power off after SIGTERM pressed its power button, in seconds. With 0 that stops it at once, and
+    /// no button is pressed.
     pub shutdown_timeout: u32,
     /// Where a debugger is waited for.
     pub gdb: Option<gdb::Address>,
@@ -242,7 +243,7 @@ Options:
   --config FILE            Read the above from a JSON file first: {\"kernel\": \"bzImage\",
                            \"memory\": \"1G\", \"cpus\": 2}. What is on the command line as well counts there
                            alone, wherever it stands; the kernel may be on either
-  --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
+  --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]; with 0 it is stopped at once
   --kvm PATH               KVM device [/dev/kvm]
   --stats[=json]           Say on stderr at the end, and at each SIGUSR1, what the guest did: exits,
                            accesses to each device and to none, coalesced writes, memory, and what

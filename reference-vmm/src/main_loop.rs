@@ -114,7 +114,8 @@ impl<'a> MainLoop<'a> {
 
     /// Runs until `end` has been told. Signals: SIGUSR1 shows the vCPUs' registers, and `show_more`; SIGWINCH tells the
     /// guest that the terminal has another size; the first SIGTERM stops a guest that is paused, and else presses the power
-    /// button and gives the guest `shutdown_timeout` to react; any other stop signal, or a second one, ends at once.
+    /// button and gives the guest `shutdown_timeout` to react; any other stop signal, a second one, or the first where
+    /// `shutdown_timeout` is zero, ends at once.
     ///
     /// # Errors
     /// epoll fails.
@@ -248,9 +249,8 @@ impl Subscriber<'_> {
     }
 
     fn set_deadline(&mut self) {
-        // It is at once where there is no time.
-        let timeout = self.shutdown_timeout.max(Duration::from_nanos(1));
-        if let Err(error) = self.deadline.reset(timeout, None) {
+        // There is some time: with none it was stopped before this.
+        if let Err(error) = self.deadline.reset(self.shutdown_timeout, None) {
             self.fail("cannot set the shutdown's deadline", error);
         }
     }

@@ -77,7 +77,7 @@ Options:
   --tls-key FILE           Its key, PEM
   --tls-ca FILE            The certificate of the authority that both hosts' certificates are of, PEM
   --tls-name NAME          Whom the server's certificate is for, if not the host that the address names
-  --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
+  --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]; with 0 it is stopped at once
   --track-dirty-pages      Track what the guest writes from the snapshot on, so that `ctl snapshot --base DIR` may
                            build on it
   --kvm PATH               KVM device [the snapshot's]
@@ -125,7 +125,7 @@ Options:
                            for memory, while the other monitor makes a connection that broke again [300]
   --on-loss stop|poison    If memory has not come by then: the guest is stopped with the reason, or goes on with what
                            is lost poisoned [stop]
-  --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]
+  --shutdown-timeout SECS  Time for the guest to power off after SIGTERM [10]; with 0 it is stopped at once
   --kvm PATH               KVM device [the other monitor's]
   --api-sock PATH          As of `run`. Before the guest is here it answers `ctl status` and `migrate-status`,
                            and refuses the rest
