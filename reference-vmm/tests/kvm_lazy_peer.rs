@@ -61,9 +61,7 @@ fn guests_side_by_side_find_all_of_the_memory_that_a_server_has() {
 
 #[test]
 fn a_server_whose_file_is_damaged_says_so_and_the_guest_is_stopped_with_its_words() {
-    let place = Place::new();
-    let dir = place.taken("s", Compression::None);
-    let here = place.elsewhere(&dir);
+    let (_place, dir, here) = Place::with_snapshot();
     let (link, _) = Link::open(&dir).unwrap();
     let (_, piece) = link.map().locate(FIRST).unwrap();
     let memory = fs::File::options().write(true).open(dir.join("memory"));
@@ -80,9 +78,7 @@ fn a_server_whose_file_is_damaged_says_so_and_the_guest_is_stopped_with_its_word
 
 #[test]
 fn a_client_of_the_api_says_where_the_server_is() {
-    let place = Place::new();
-    let dir = place.taken("s", Compression::None);
-    let here = place.elsewhere(&dir);
+    let (place, dir, here) = Place::with_snapshot();
     let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
     let socket = place.path("api");
     let command = Vmm::command(["restore", "--api-sock"]).arg(&socket);

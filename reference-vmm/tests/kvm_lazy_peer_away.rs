@@ -9,19 +9,16 @@ mod support;
 use std::time::{Duration, Instant};
 
 use reference_vmm::lazy::{LazyRequest, OnLoss};
-use reference_vmm::snapshot::packed::Compression;
 use serde_json::{Value, json};
 use support::keeper::Guest;
 use support::page_server::{
-    Place, ctl, ended, from, is_cut_off, loaded, serve, served, touched_only,
+    Place, ctl, ended, from, is_cut_off, killed, loaded, serve, served, touched_only,
 };
 use support::{Vmm, WATCHDOG};
 
 #[test]
 fn a_server_that_dies_and_comes_back_is_gone_on_with() {
-    let place = Place::new();
-    let dir = place.taken("s", Compression::None);
-    let here = place.elsewhere(&dir);
+    let (place, dir, here) = Place::with_snapshot();
     let listen = format!("unix:{}", place.path("socket").display());
     let (server, _) = serve(&dir, &listen, &[]);
     let lazy = LazyRequest {
@@ -29,8 +26,7 @@ fn a_server_that_dies_and_comes_back_is_gone_on_with() {
         ..touched_only(&listen)
     };
     let mut guest = Guest::restore(&from(&here, lazy));
-    server.signal(libc::SIGKILL);
-    server.wait();
+    killed(server);
     // It waits for a page that nobody has.
     let begun = Instant::now();
     while guest.running.lazy_stats().unwrap().faults == 0 {
@@ -45,9 +41,7 @@ fn a_server_that_dies_and_comes_back_is_gone_on_with() {
 
 #[test]
 fn a_server_that_stays_away_costs_the_guest_its_memory_within_the_deadline() {
-    let place = Place::new();
-    let dir = place.taken("s", Compression::None);
-    let here = place.elsewhere(&dir);
+    let (_place, dir, here) = Place::with_snapshot();
     for on_loss in [OnLoss::Stop, OnLoss::Poison] {
         let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
         let lazy = LazyRequest {
@@ -56,8 +50,7 @@ fn a_server_that_stays_away_costs_the_guest_its_memory_within_the_deadline() {
             ..touched_only(&address)
         };
         let guest = Guest::restore(&from(&here, lazy));
-        server.signal(libc::SIGKILL);
-        server.wait();
+        killed(server);
         let why = ended(guest);
         // Poisoned, it is the vCPU that tells of it.
         let needles: &[&str] = match on_loss {
@@ -75,16 +68,13 @@ fn what_waits_for_a_server_that_is_away_says_so_and_is_given_up_by_who_asked_for
     if support::lab_short() {
         return;
     }
-    let place = Place::new();
-    let dir = place.taken("s", Compression::None);
-    let here = place.elsewhere(&dir);
+    let (place, dir, here) = Place::with_snapshot();
     let listen = format!("unix:{}", place.path("socket").display());
     let (server, _) = serve(&dir, &listen, &[]);
     let socket = place.path("api");
     let words = format!("--page-deadline 3600 --page-server {listen}");
     let mut monitor = loaded(&socket, &here, &words);
-    server.signal(libc::SIGKILL);
-    server.wait();
+    killed(server);
     ctl(&socket, "resume").output().expect_status(0);
     let status = is_cut_off(&socket, &listen);
     for needle in [
@@ -158,16 +148,13 @@ fn what_waits_for_a_server_that_is_away_says_so_and_is_given_up_by_who_asked_for
 
 #[test]
 fn a_snapshot_that_waits_for_a_server_ends_within_the_deadline_with_the_reason() {
-    let place = Place::new();
-    let dir = place.taken("s", Compression::None);
-    let here = place.elsewhere(&dir);
+    let (place, dir, here) = Place::with_snapshot();
     for on_loss in ["stop", "poison"] {
         let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
         let socket = place.path(on_loss);
         let words = format!("--page-deadline 2 --on-loss {on_loss} --page-server {address}");
         let monitor = loaded(&socket, &here, &words);
-        server.signal(libc::SIGKILL);
-        server.wait();
+        killed(server);
         let snapshot = ctl(&socket, "snapshot").arg(place.path("to")).output();
         snapshot.expect_status(1);
         let why = format!("the page server at {address} ");
@@ -178,15 +165,12 @@ fn a_snapshot_that_waits_for_a_server_ends_within_the_deadline_with_the_reason()
 
 #[test]
 fn what_waits_behind_a_snapshot_of_a_guest_that_ends_hears_how_it_ended() {
-    let place = Place::new();
-    let dir = place.taken("s", Compression::None);
-    let here = place.elsewhere(&dir);
+    let (place, dir, here) = Place::with_snapshot();
     let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
     let socket = place.path("api");
     let words = format!("--page-deadline 3600 --page-server {address}");
     let monitor = loaded(&socket, &here, &words);
-    server.signal(libc::SIGKILL);
-    server.wait();
+    killed(server);
     let snapshots = ["first", "second", "third"].map(|to| {
         let mut snapshot = ctl(&socket, "snapshot").arg(place.path(to)).start();
         snapshot.wait_for_stderr("a snapshot waits for all of the guest's memory, ");
@@ -211,9 +195,7 @@ fn what_waits_behind_a_snapshot_of_a_guest_that_ends_hears_how_it_ended() {
 
 #[test]
 fn a_monitor_that_is_stopped_waits_for_no_server() {
-    let place = Place::new();
-    let dir = place.taken("s", Compression::None);
-    let here = place.elsewhere(&dir);
+    let (_place, dir, here) = Place::with_snapshot();
     let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
     let words = format!("--record=3600 --page-deadline 86400 --page-server {address}");
     let monitor = Vmm::command(["restore", "--from"]).arg(&here);
@@ -222,6 +204,5 @@ fn a_monitor_that_is_stopped_waits_for_no_server() {
     server.signal(libc::SIGSTOP);
     monitor.signal(libc::SIGINT);
     monitor.wait().expect_status(0);
-    server.signal(libc::SIGKILL);
-    server.wait();
+    killed(server);
 }

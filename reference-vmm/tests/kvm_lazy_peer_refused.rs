@@ -132,9 +132,7 @@ fn what_cannot_be_served_is_refused() {
 
 #[test]
 fn who_connects_and_says_nothing_is_given_up_and_keeps_no_guest_out() {
-    let place = Place::new();
-    let dir = place.taken("s", Compression::None);
-    let here = place.elsewhere(&dir);
+    let (_place, dir, here) = Place::with_snapshot();
     let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
     let connect = || {
         let stream = TcpStream::connect(address.strip_prefix("tcp:").unwrap()).unwrap();
@@ -213,9 +211,7 @@ fn a_directory_with_the_state_alone_is_told_for_what_it_is() {
 
 #[test]
 fn both_sides_have_a_certificate_where_one_has() {
-    let place = Place::new();
-    let dir = place.taken("s", Compression::None);
-    let here = place.elsewhere(&dir);
+    let (place, dir, here) = Place::with_snapshot();
     let tls = support::tls::files(place.0.path(), &["127.0.0.1"]);
     let flags = [
         ("--tls-cert", &tls.cert),

@@ -26,6 +26,14 @@ impl Place {
         Place(tempfile::tempdir().unwrap())
     }
 
+    /// With a snapshot, which has its memory, and that as another host has it.
+    pub fn with_snapshot() -> (Self, PathBuf, PathBuf) {
+        let place = Place::new();
+        let dir = place.taken("s", Compression::None);
+        let here = place.elsewhere(&dir);
+        (place, dir, here)
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
@@ -80,6 +88,12 @@ pub fn served(server: Running) -> Value {
     let ended = server.wait();
     ended.expect_status(0);
     serde_json::from_str(ended.text().lines().last().unwrap()).unwrap()
+}
+
+/// Ends it as nobody expects it.
+pub fn killed(server: Running) {
+    server.signal(libc::SIGKILL);
+    server.wait();
 }
 
 pub fn at(address: &str) -> LazyRequest {
