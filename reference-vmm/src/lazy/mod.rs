@@ -21,8 +21,8 @@
 //! # What is right when
 //! - **What the guest reads** is what the snapshot has. A piece of a file (1 MiB) is compared with its checksum before the
 //!   first byte of it is used, unless [`RestoreRequest::verify`](crate::snapshot::RestoreRequest::verify) is off, and a file
-//!   that has been written to since is refused at each read. A hole of the file is taken for zeros only where the checksum
-//!   of its MiB says so too. Without `verify` it is taken for zeros as it is.
+//!   that has been written to since is refused at each read ([but for one way](#limits)). A hole of the file is taken for
+//!   zeros only where the checksum of its MiB says so too. Without `verify` it is taken for zeros as it is.
 //! - **When it is whole** the pager ends and the userfaultfd with it: the guest is as any other then.
 //! - **A page that does not come** (an I/O error that stays, a file that is damaged, cut off or changed, a source that does
 //!   not answer within the [deadline](LazyRequest::deadline)) ends the guest with the reason and status 1 ([`OnLoss::Stop`]),
@@ -64,6 +64,15 @@
 //! The kernel's userfaultfd has to have `POISON` (Linux 6.6). Memory of the lazy guest is its own from the first touch on
 //! (a snapshot that is mapped shares the page cache with others). Of compressed memory, and of pieces in which something is
 //! not zero while the file's holes are looked for, pages of zeros take memory as others do.
+//!
+//! That a file was written to is seen by its times, which the kernel sets at each `write`; of a shared mapping only at the
+//! first write to a page since that was last written back, and on a tmpfs not even then where the page was read through the
+//! mapping before. So who has mapped the file and written to a page before the restore began may do so again unseen: before
+//! a MiB is first read the checksum finds it out (with `verify`), and behind that nothing does. To write the file back first
+//! (`fsync`) would make such a write seen but for a tmpfs, and takes as long as the disk does, for all of a file that was
+//! just copied there; `mincore` and `msync` of a mapping of one's own say nothing of another's. A lease of the file
+//! (`F_SETLEASE`) is refused while anybody has it open for writing, a mapping included; it is the owner's alone to take, and
+//! who opens the file in that moment is made to wait.
 
 mod arrive;
 pub(crate) mod bus;
