@@ -287,6 +287,44 @@ fn a_source_in_doubt_finds_out_at_another_address_where_the_guest_is_and_serves_
     has_lost_nothing(guest, there);
 }
 
+/// Else the test that looks would wait for a source that asks, or serves, for ever.
+#[test]
+fn a_look_that_fails_ends_the_migration_and_says_why() {
+    need_kvm();
+    if lab_short() {
+        return;
+    }
+    for in_doubt in [true, false] {
+        let Ready {
+            guest,
+            folder,
+            path,
+            incoming,
+        } = ready();
+        let line = Line::new(folder.path(), path, NOWHERE);
+        if in_doubt {
+            *line.closes_behind.lock().unwrap() = Some(Message::Go.encode().unwrap());
+        }
+        let looks = || {
+            moving(&guest, incoming, &slow(&line.address()), |moving| {
+                match in_doubt {
+                    true => moving.until(|record| record.outcome.is_some()),
+                    false => {
+                        let _there = moving.there();
+                        line.close();
+                        is_broken(moving, "");
+                    }
+                }
+                panic!("what was looked for is not there");
+            })
+        };
+        let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(looks));
+        let why = failed.map(drop).unwrap_err();
+        let why = why.downcast_ref::<&str>().unwrap();
+        assert_eq!(*why, "what was looked for is not there");
+    }
+}
+
 const CONNECTIONS: u32 = 3;
 
 /// Control and data before them, the connections for pages: what is waited for, and the rest.

@@ -119,7 +119,19 @@ impl Moving<'_> {
 
 pub type Moved = Result<MigrationRecord, OutgoingError>;
 
-/// Moves `guest` as asked, and does something meanwhile.
+/// Ends the source with a look that fails: else it may ask, or serve, for ever, and the test would wait for that and not say
+/// what it has found.
+struct EndsWithIt<'a>(&'a Guest);
+
+impl Drop for EndsWithIt<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.running.stop();
+        }
+    }
+}
+
+/// Moves `guest` as asked, and does something meanwhile. If that panics the migration ends, and so does this.
 pub fn moving<T>(
     guest: &Guest,
     incoming: Incoming,
@@ -133,6 +145,7 @@ pub fn moving<T>(
     let gone = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let (there, came, gone, outgoing) = (&there, &came, &gone, &outgoing);
+        let _ends = EndsWithIt(guest);
         scope.spawn(move || {
             let stop = || gone.load(SeqCst).then(|| "no source is left".to_owned());
             let running = incoming.receive(writer, &end, &stop, Machine::start);
@@ -198,7 +211,7 @@ pub struct Line {
     /// The one that stands still.
     held: Mutex<Option<usize>>,
     let_go: Condvar,
-    /// It is closed behind these bytes to the destination.
+    /// It is closed behind these bytes to the destination, whose answer to them does not come through.
     pub closes_behind: Mutex<Option<Vec<u8>>>,
 }
 
@@ -302,6 +315,10 @@ impl Line {
                 .is_some_and(|last| chunk[..len].ends_with(last));
             drop(last);
             if way == 0 && closes {
+                // Before the destination has them, or it may answer before this thread goes on. Nor may who hears that the line
+                // is cut come back by another connection.
+                self.closed.store(true, SeqCst);
+                let _ = from.shutdown(Shutdown::Both);
                 let _ = to.write_all(&chunk[..len]);
                 return self.close();
             }
