@@ -175,6 +175,16 @@ impl<W> State<W> {
         let all = self.told && (self.told_enough || !self.asks);
         self.over |= all && self.decision == Decision::Started;
     }
+
+    /// The source has been away for as long as it would be waited for: it does not hear a last word. One that was there until
+    /// a moment ago connects again within a second, and one that has connected need not have been noticed yet.
+    fn is_cut_off(&self, patience: Duration) -> bool {
+        let away = |pages: &ForPages| {
+            let since = pages.waits.filter(|_| pages.next.is_none());
+            since.is_some_and(|since| since.elapsed() >= patience)
+        };
+        self.pages.iter().any(away)
+    }
 }
 
 struct Shared<W> {
@@ -645,8 +655,8 @@ impl<W: Wire + 'static> Destination<'_, W> {
                 asks.close();
                 // Where it is not to be reached it will not hear it.
                 let told = |state: &mut State<W>| {
-                    let cut_off = state.pages.iter().any(|pages| pages.waits.is_some());
-                    (state.told_enough || cut_off).then_some(())
+                    let heard = state.told_enough || state.is_cut_off(patience);
+                    heard.then_some(())
                 };
                 shared.wait(patience, told);
             }),
@@ -949,8 +959,8 @@ fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
     });
 }
 
-/// A host that is out of descriptors, or of memory, has some again when others have ended: it is said once, and tried again, when
-/// who has been silent the longest has made `room`.
+/// A host that is out of descriptors, or of memory, has some again when others have ended: it is said once, and tried again. Who
+/// has been silent the longest makes `room` from the first time on: the source of a guest that is here already may be behind it.
 fn accept_all<A: Accept>(
     accept: &A,
     shared: &Shared<A::Wire>,
@@ -972,8 +982,9 @@ fn accept_all<A: Accept>(
                     // Whoever has a guest here may have to ask: who is no longer heard for good looks as if nobody were here.
                     log::warn!("cannot accept connections, and tries again: {error}");
                 }
+                let made = room();
                 // Who is no stranger has said by then what for.
-                let hopeless = again && !room();
+                let hopeless = again && !made;
                 shared.change(|state| {
                     // The source waits, and would not know what for.
                     if hopeless && !state.due.is_empty() {
@@ -981,7 +992,9 @@ fn accept_all<A: Accept>(
                         state.failed.get_or_insert(why);
                     }
                 });
-                shared.wait(AGAIN, |state| state.over.then_some(()));
+                // Whose connection was closed is gone in a moment.
+                let pause = if made { TICK } else { AGAIN };
+                shared.wait(pause, |state| state.over.then_some(()));
             }
         }
     }
@@ -1147,6 +1160,10 @@ fn for_pages<W: Wire>(mut wire: W, number: u32, shared: &Shared<W>, watch: &Watc
             Ok(wire) => {
                 let wire: Arc<dyn async_pf::peer::Wire> = Arc::from(wire);
                 let before = shared.change(|state| {
+                    // Nobody asks on it any more: the source comes again, and hears that.
+                    if state.enough.is_some() {
+                        return Some(wire);
+                    }
                     let pages = state.pages.get_mut(number as usize)?;
                     pages.next = Some(Box::new(Arc::clone(&wire)));
                     pages.newest.replace(wire)
@@ -1217,6 +1234,48 @@ mod tests {
         fn answer(caller: Nobody, _: &dyn Fn() -> bool) -> Option<Nobody> {
             Some(caller)
         }
+    }
+
+    #[test]
+    fn who_says_nothing_makes_room_as_soon_as_the_host_lacks_a_descriptor() {
+        let shared = Shared {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        };
+        let host = Host(Mutex::new(vec![false, true]), &shared);
+        let made = std::cell::Cell::new(0);
+        let room = || {
+            made.set(made.get() + 1);
+            true
+        };
+        accept_all(&host, &shared, room, |_| {});
+        assert_eq!(made.get(), 1);
+    }
+
+    #[test]
+    fn a_source_that_connects_again_hears_the_last_word_and_one_that_is_away_does_not() {
+        let patience = Duration::from_secs(60);
+        let long_ago = Instant::now().checked_sub(patience);
+        let cut_off = |waits, next| {
+            let pages = ForPages {
+                waits,
+                next,
+                newest: None,
+            };
+            let state = State::<Nobody> {
+                pages: vec![ForPages::default(), pages],
+                ..State::default()
+            };
+            state.is_cut_off(patience)
+        };
+        let wire = || {
+            let (wire, _) = std::os::unix::net::UnixStream::pair().unwrap();
+            Some(Box::new(wire) as Duplex)
+        };
+        assert!(long_ago.is_some() && cut_off(long_ago, None));
+        // It comes back within a second, or has, and its connection has not been taken.
+        assert!(!cut_off(Some(Instant::now()), None) && !cut_off(None, None));
+        assert!(!cut_off(long_ago, wire()));
     }
 
     #[test]
