@@ -13,7 +13,7 @@
 //!
 //! | request | what it does |
 //! | --- | --- |
-//! | `GET /` | `id`, `state` (`Running`, `Paused`, `Not started`), `vmm_version`, `app_name` |
+//! | `GET /` | `id`, `state` (`Running`, `Paused`, `Not started`), `vmm_version`, `app_name`; of a guest whose memory comes later `lazy` ([`LazyProgress`](crate::lazy::LazyProgress)) |
 //! | `GET /version` | this program's version, as `firecracker_version`: the name that clients read |
 //! | `GET /machine-config` | vCPUs, memory, threads, huge pages |
 //! | `GET /vm/config` | the same, kernel, disks, cards, vsock, entropy: as far as Firecracker has words for it |

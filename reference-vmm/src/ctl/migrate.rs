@@ -309,7 +309,9 @@ pub(super) fn ask(
 fn in_doubt(error: ClientError) -> ClientError {
     let told = |what: &dyn std::fmt::Display| {
         format!(
-            "in doubt: the guest may be here or at the destination, or have ended; ask both (ctl migrate-status): {what}"
+            "in doubt: the guest may be here or at the destination, or have ended. Ask both (ctl migrate-status): where this monitor \
+             answers, the guest is where it says, and a migration that is under way goes on; where it is gone, the guest is at the \
+             destination if that says that it has come, and has ended if not: {what}"
         )
     };
     match error {

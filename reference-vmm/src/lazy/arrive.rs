@@ -179,6 +179,20 @@ fn is_gone(since: Duration, on_loss: OnLoss) -> String {
     )
 }
 
+/// What it means that the source is away, and until when it is waited for.
+pub(super) fn is_away(deadline: Duration, on_loss: OnLoss) -> String {
+    let then = match on_loss {
+        OnLoss::Stop => "the guest is stopped then",
+        OnLoss::Poison => "what it touches then is lost, and it goes on without that",
+    };
+    format!(
+        "the connection to the migration's source, which has what is missing of the guest's memory, is broken: the source makes a \
+         new one by itself if it lives, and where the guest touches what is missing it is waited for up to {} (--page-deadline): \
+         {then}. If this monitor is to be reached elsewhere now: ctl migrate-recover",
+        units::time(deadline)
+    )
+}
+
 /// Brings these pages at once, into memory that has no pager.
 fn fetch(
     source: &dyn PageSource,

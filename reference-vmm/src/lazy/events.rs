@@ -36,6 +36,11 @@ impl Events {
         }
     }
 
+    /// What becomes of the guest.
+    pub(super) fn on_loss(&self) -> OnLoss {
+        self.on_loss
+    }
+
     /// Asked when a page is late. Once.
     pub(super) fn ask(&self, waits_for: Box<WaitsFor>) {
         let _ = self.waits_for.set(waits_for);

@@ -13,7 +13,7 @@ use async_pf::{Fetched, PageSource};
 use memslots::uffd::{Features, Modes, Registration, Uffd, Wake};
 use memslots::{Gfn, PAGE_SIZE};
 
-use super::arrive::{Enough, NEAR, Waits, faults};
+use super::arrive::{Enough, NEAR, Waits, faults, is_away};
 use super::bus::{self, Parked};
 use super::events::Events;
 use super::handler::Handler;
@@ -51,6 +51,8 @@ const BEGINS: Duration = Duration::from_secs(1);
 const TOUCHES: Duration = Duration::from_millis(50);
 /// How long a machine that stops waits for a migration's source to hear that it wants no more memory.
 const LEAVE: Duration = Duration::from_secs(2);
+/// How long a migration's source is away before that is said: it connects again within a second where it can.
+const AWAY: Duration = Duration::from_secs(1);
 /// How long what is to be read ahead waits for room among what is.
 const ROOM: Duration = Duration::from_millis(2);
 
@@ -566,8 +568,7 @@ impl Shared {
             None => return,
             Some(pager) => {
                 pager.prefetch_rest();
-                // Ends when the pager does as well.
-                pager.wait(Duration::MAX)
+                self.see_it_there(pager)
             }
         };
         if whole {
@@ -583,6 +584,34 @@ impl Shared {
         }
         if let (Some(replay), From::Snapshot(_, sets)) = (replay, &self.from) {
             sets.refresh(&replay);
+        }
+    }
+
+    /// Waits until all of it is there, or lost, and says whether it is; meanwhile who reads the log hears of a migration's
+    /// source that is away. Ends when the pager does as well.
+    fn see_it_there(&self, pager: &Pager) -> bool {
+        let From::Migration(waits, deadline) = &self.from else {
+            return pager.wait(Duration::MAX);
+        };
+        let mut told = false;
+        loop {
+            let since = Instant::now();
+            match pager.wait(AWAY) {
+                true => return true,
+                // Before it was time, it has ended.
+                false if since.elapsed() < AWAY => return false,
+                false => {}
+            }
+            match (waits().is_some_and(|away| away >= AWAY), told) {
+                (true, false) => log::warn!("{}", is_away(*deadline, self.events.on_loss())),
+                (false, true) => {
+                    log::warn!(
+                        "the migration's source is there again, and the guest's memory comes"
+                    );
+                }
+                (true, true) | (false, false) => continue,
+            }
+            told = !told;
         }
     }
 
@@ -846,8 +875,8 @@ impl Shared {
             (None, _) => (Some(0), Some(0)),
         };
         let coming = matches!(state, LazyState::Bringing);
-        let waits = match &self.from {
-            From::Migration(waits, _) if coming => waits().map(|since| since.as_secs()),
+        let source = match &self.from {
+            From::Migration(waits, limit) if coming => waits().map(|since| (since, *limit)),
             _ => None,
         };
         let comes = coming || state == LazyState::Recording;
@@ -857,7 +886,8 @@ impl Shared {
             pages,
             missing,
             lost,
-            waits_for_source_s: waits,
+            waits_for_source_s: source.map(|(since, _)| since.as_secs()),
+            source_given_up_after_s: source.map(|(_, limit)| limit.as_secs()),
             waits_for_server: server.and_then(|server| server.is_away()),
         }
     }

@@ -26,6 +26,10 @@ pub struct LazyProgress {
     /// Seconds for which a migration's source has been waited for, whose connection broke.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waits_for_source_s: Option<u64>,
+    /// While that is so: for so many seconds, from its touch on, who touches what is missing waits for it, and then it is lost
+    /// (the page deadline). What nobody touches is waited for without an end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source_given_up_after_s: Option<u64>,
     /// The page server that is waited for, while it is away.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waits_for_server: Option<ServerAway>,
@@ -93,10 +97,16 @@ pub(crate) fn coming(lazy: &Value) -> Option<String> {
             let of = |name: &str| server[name].as_u64().unwrap_or_default();
             let waits = match (number("waits-for-source-s"), server["address"].as_str()) {
                 (None, None) => String::new(),
-                (Some(since), _) => format!(
-                    ", and the rest waits for the migration's source, whose connection broke {since} s ago and which makes \
-                     a new one by itself"
-                ),
+                (Some(since), _) => {
+                    let until = number("source-given-up-after-s")
+                        .map_or_else(String::new, |after| {
+                            format!("; who touches that waits for {after} s at most")
+                        });
+                    format!(
+                        ", and the rest waits for the migration's source, whose connection broke {since} s ago and which \
+                         makes a new one by itself{until}"
+                    )
+                }
                 (None, Some(address)) => format!(
                     ", and the rest waits for the page server at {}, away for {} s, given up after {} s",
                     printable(address),
@@ -262,6 +272,7 @@ mod tests {
             missing: Some(0),
             lost: Some(0),
             waits_for_source_s: None,
+            source_given_up_after_s: None,
             waits_for_server: None,
         };
         let stats = LazyStats::of(progress, &stats, Some(Duration::from_micros(1500)));
@@ -293,10 +304,16 @@ mod tests {
             lost: Some(0),
             pages: 12,
             waits_for_source_s: Some(7),
+            source_given_up_after_s: Some(300),
             waits_for_server: None,
         };
         let cut_off = coming(&serde_json::to_value(cut_off).unwrap()).unwrap();
-        assert!(cut_off.contains("broke 7 s ago"), "{cut_off}");
+        for needle in [
+            "broke 7 s ago",
+            "; who touches that waits for 300 s at most",
+        ] {
+            assert!(cut_off.contains(needle), "{cut_off}");
+        }
         let away = LazyProgress {
             state: LazyState::Bringing,
             missing: Some(6),

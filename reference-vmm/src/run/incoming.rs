@@ -102,9 +102,18 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             RunState::Running => "runs here now",
             RunState::Paused => "is paused here, as it was there",
         };
+        // Of one that came before its memory.
+        let follows = running.lazy_progress().and_then(|of| of.words());
+        let follows = follows.map(|words| {
+            format!(
+                "{words}, and what is missing follows from there: the monitor there has to live until then (ctl status says how far \
+                 it is)"
+            )
+        });
         (self.say)(format_args!(
-            "the guest has come {}, and {state}",
-            how.unwrap_or_default()
+            "the guest has come {}, and {state}{}",
+            how.unwrap_or_default(),
+            follows.unwrap_or_default()
         ));
         // It was started, or has not come.
         let seat = seat.ok_or(BuildError::Ended)?;

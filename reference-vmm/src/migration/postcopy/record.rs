@@ -63,7 +63,7 @@ impl Followed {
                 printable(why)
             ),
         };
-        format!("the guest has gone, {left} of its memory follow{broken}")
+        format!("the guest has gone, and {left} of its memory are to follow it still{broken}")
     }
 
     /// A line in words.
@@ -153,7 +153,10 @@ mod tests {
         };
         assert_eq!(followed.pages_left(), 500);
         let far = followed.far();
-        assert!(far.contains("1.95 MiB of its memory follow"), "{far}");
+        assert!(
+            far.contains("and 1.95 MiB of its memory are to follow it still"),
+            "{far}"
+        );
         assert!(far.contains(r"the line\nis cut"), "{far}");
         followed.ended = Some(Duration::from_secs(3));
         followed.broken = None;
