@@ -98,6 +98,11 @@ fn a_guest_that_goes_before_its_memory_has_lost_nothing() {
                 assert!(followed.ended.is_some() && followed.broken.is_none());
                 let pages = followed.demand_pages + followed.bulk_pages;
                 assert_eq!(pages, followed.missing_pages, "{name} {when}: once each");
+                let zeros = (followed.zero_pages, record.total.zero_pages);
+                assert!(followed.zero_pages <= pages && zeros.0 <= zeros.1);
+                // Of 16 MiB there is little that is anything else.
+                let untouched = name == "writes without rest" && at_once;
+                assert!(!untouched || zeros.0 > pages / 2, "{zeros:?} of {pages}");
             }
             if when == "after-rounds=0" {
                 let (sent, of) = (record.total.pages_sent, record.memory_pages);

@@ -83,10 +83,12 @@ fn what_followed_a_guest_that_went_before_its_memory_is_marked_and_said() {
     let at = record.took.unwrap();
     (record.took, record.outcome) = (None, None);
     record.goes_before(at, 1000);
+    let zeros_before = record.total.zero_pages;
     for (step, demand) in [(1, 100), (2, 150)] {
         let served = Served {
             demand,
             bulk: step * 425 - demand / 3,
+            zero: step * 10,
             bytes: step << 20,
         };
         record.served(at + us(step * 100_000), served, None);
@@ -103,10 +105,12 @@ fn what_followed_a_guest_that_went_before_its_memory_is_marked_and_said() {
     };
     record.no_more_is_wanted(at + us(300_000), &word);
     record.ends(at + us(300_000), Outcome::Moved);
+    assert_eq!(record.total.zero_pages, zeros_before + 20);
     let html = report::html(&record);
     for needle in [
         "Followed the guest",
         "1,000 pages",
+        "(20 of both were zeros)",
         "12 faults",
         "switch to post-copy",
         "pages that were waited for",

@@ -27,6 +27,9 @@ pub struct Followed {
     pub demand_pages: u64,
     /// Pages that were asked for before.
     pub bulk_pages: u64,
+    /// Of both, those that were nothing but zeros, of which only that was told.
+    #[serde(default)]
+    pub zero_pages: u64,
     /// Bytes of both; pieces of zeros have none.
     pub bytes: u64,
     /// Why nobody can ask now, in one line: the connection is made again and again.
@@ -69,10 +72,12 @@ impl Followed {
     /// A line in words.
     pub(in crate::migration) fn words(&self) -> String {
         let mut text = format!(
-            "post-copy: {} pages were missing; {} were sent because somebody waited, {} before anybody asked",
+            "post-copy: {} pages were missing; {} were sent because somebody waited, {} before anybody asked ({} of both were \
+             zeros)",
             units::count(self.missing_pages),
             units::count(self.demand_pages),
-            units::count(self.bulk_pages)
+            units::count(self.bulk_pages),
+            units::count(self.zero_pages)
         );
         if let Some(ended) = self.ended {
             let took = ended.saturating_sub(self.began);
@@ -118,14 +123,15 @@ impl MigrationRecord {
             return;
         };
         let before = of.demand_pages + of.bulk_pages;
-        let (pages, bytes) = (
+        let (pages, zero, bytes) = (
             (served.demand + served.bulk).saturating_sub(before),
+            served.zero.saturating_sub(of.zero_pages),
             served.bytes.saturating_sub(of.bytes),
         );
         (of.demand_pages, of.bulk_pages) = (served.demand, served.bulk);
-        of.bytes = served.bytes;
+        (of.zero_pages, of.bytes) = (served.zero, served.bytes);
         of.broken = broken.map(str::to_owned);
-        self.sent(at, pages, 0, bytes);
+        self.sent(at, pages, zero, bytes);
     }
 
     /// All of it is there, or no more of it is wanted.
@@ -148,6 +154,7 @@ mod tests {
             missing_pages: 1000,
             demand_pages: 40,
             bulk_pages: 460,
+            zero_pages: 12,
             broken: Some("the line\nis cut".into()),
             ..Followed::default()
         };
@@ -176,7 +183,7 @@ mod tests {
         assert!(words.contains("all there after"), "{words}");
         for needle in [
             "1,000 pages were missing",
-            "40 were sent because somebody waited, 460 before anybody asked",
+            "40 were sent because somebody waited, 460 before anybody asked (12 of both were zeros)",
             "after 2.00 s",
             "7 faults",
         ] {

@@ -45,6 +45,8 @@ pub struct Served {
     pub demand: u64,
     /// Those that nobody waited for.
     pub bulk: u64,
+    /// Of both, those that were nothing but zeros, of which only that is told.
+    pub zero: u64,
     /// Bytes of both, but for those of pieces that were nothing but zeros.
     pub bytes: u64,
 }
@@ -244,7 +246,10 @@ impl<'a, C: Connect> Serving<'a, C> {
     /// What has been served.
     pub(in crate::migration) fn served(&self) -> Served {
         let [fault, prefetch] = &self.counted.lanes;
+        // Before those of which they are a part, which are counted first.
+        let zero = self.server.served().zeros;
         Served {
+            zero,
             demand: fault.load(Ordering::Relaxed),
             bulk: prefetch.load(Ordering::Relaxed),
             bytes: self.counted.bytes.load(Ordering::Relaxed),
