@@ -29,7 +29,7 @@ pub enum BindError {
     Occupied,
     /// Another process listens there, or has a socket of another kind there.
     #[error(
-        "another process listens there, or has a socket of another kind there; name another path"
+        "another process listens there, or this one for something else, or has a socket of another kind there; name another path"
     )]
     InUse,
     /// The system refused.

@@ -310,6 +310,23 @@ fn waiting(socket: &Path) -> (support::Running, Client) {
 }
 
 #[test]
+fn a_handler_that_has_as_many_as_it_takes_is_said_to_accept_nobody() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    let path = folder.path().join("full");
+    let _listener = reference_vmm::unix_socket::Listener::bind(&path, 1).unwrap();
+    let mut full = Vec::new();
+    while let Ok(stream) = reference_vmm::unix_socket::connect(&path) {
+        full.push(stream);
+    }
+    let restore = Vmm::command(["restore", "--page-deadline", "1", "--page-handler"]).arg(&path);
+    let restore = restore.arg("--from").arg(&dir).output();
+    restore.expect_status(1).expect_line(&["accepts nobody"]);
+}
+
+#[test]
 fn what_is_lost_with_a_handler_is_in_no_snapshot_of_a_guest_that_goes_on_without() {
     need_kvm();
     let folder = tempfile::tempdir().unwrap();

@@ -168,6 +168,10 @@ fn no_handler(path: &Path, source: &io::Error) -> String {
         io::ErrorKind::ConnectionRefused => {
             format!("nobody listens at {path}: start the page-fault handler first")
         }
+        // unix(7) says it of one that has as many as it takes, once the limit is over.
+        io::ErrorKind::WouldBlock => format!(
+            "the page-fault handler at {path} accepts nobody: as many as it takes wait there already; look whether it is at work"
+        ),
         _ => format!("cannot connect to the page-fault handler at {path}: {source}"),
     }
 }

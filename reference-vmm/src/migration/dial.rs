@@ -392,6 +392,26 @@ mod listen_tests {
     }
 
     #[test]
+    fn by_whichever_name_its_own_address_is_one_and_a_path_that_somebody_removed_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let unix = |name: &str| Address::Unix(folder.path().join(name));
+        let ear = Ear::new(Listener::bind(&unix("first"), None).unwrap());
+        let also = ear.also();
+        let dotted = Address::Unix(folder.path().join("./first"));
+        assert_eq!(also.listen(&dotted).unwrap(), unix("first"));
+        assert_eq!(also.address(), None);
+        // Somebody else's, or this process's own for something else.
+        let _other = crate::unix_socket::Listener::bind(&folder.path().join("other"), 1).unwrap();
+        let why = also.listen(&unix("other")).unwrap_err().to_string();
+        assert!(why.contains("or this one for something else"), "{why}");
+        std::fs::remove_file(folder.path().join("first")).unwrap();
+        assert_eq!(also.listen(&unix("first")).unwrap(), unix("first"));
+        assert_eq!(also.address(), Some(unix("first")));
+        std::os::unix::net::UnixStream::connect(folder.path().join("first")).unwrap();
+        assert!(ear.accept().unwrap().is_some());
+    }
+
+    #[test]
     fn what_is_there_and_is_no_socket_is_no_way() {
         let folder = tempfile::tempdir().unwrap();
         let dial = Dial::new(Address::Unix(folder.path().join("s")), None);

@@ -236,20 +236,27 @@ impl Listener {
         &self.address
     }
 
-    /// Whether it listens at `address`, as said or as it is bound. Blocks for as long as the resolver takes, seconds at most.
+    /// Whether it listens at `address`, by whichever name: of a Unix socket the file there is this one's still. Blocks for as
+    /// long as the resolver takes, seconds at most.
     pub(super) fn is_at(&self, address: &Address) -> bool {
-        if self.address == *address {
-            return true;
+        match (&self.socket, address) {
+            (Socket::UnixListener(listener), Address::Unix(path)) => match listener.file() {
+                Some(file) => {
+                    std::fs::metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == file)
+                }
+                None => self.address == *address,
+            },
+            (Socket::TcpListener(listener), Address::Tcp { host, port }) => {
+                if self.address == *address {
+                    return true;
+                }
+                let deadline = Instant::now() + HANDSHAKE;
+                let places = resolve(host, *port, deadline).unwrap_or_default();
+                let bound = listener.local_addr();
+                bound.is_ok_and(|bound| places.iter().any(|place| takes_in(bound, *place)))
+            }
+            _ => false,
         }
-        let (Socket::TcpListener(listener), Address::Tcp { host, port }) = (&self.socket, address)
-        else {
-            return false;
-        };
-        let deadline = Instant::now() + HANDSHAKE;
-        let places = resolve(host, *port, deadline).unwrap_or_default();
-        listener
-            .local_addr()
-            .is_ok_and(|bound| places.contains(&bound))
     }
 
     /// Removes the file of a Unix socket, if it is this one's still. Nobody new finds it then.
@@ -340,6 +347,15 @@ impl Listener {
             Socket::Unix(_) | Socket::Tcp(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
+}
+
+/// Whether who listens at `bound` does so at `place`: all of the host's addresses are one.
+fn takes_in(bound: SocketAddr, place: SocketAddr) -> bool {
+    let (all, wanted) = (bound.ip(), place.ip().to_canonical());
+    // `::` has those of IPv4 as well.
+    let of_all = all.is_unspecified() && (all.is_ipv6() || wanted.is_ipv4());
+    let is_ours = || std::net::UdpSocket::bind((wanted, 0)).is_ok();
+    bound == place || of_all && bound.port() == place.port() && is_ours()
 }
 
 /// Waits until somebody has connected to one of two, or `deadline`.
@@ -966,4 +982,26 @@ fn keep_alive(stream: &TcpStream) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_listens_at_all_addresses_of_a_host_does_so_at_each_and_at_no_other_hosts() {
+        let place = |text: &str| text.parse::<SocketAddr>().unwrap();
+        for (bound, at, takes) in [
+            ("127.0.0.1:9", "127.0.0.1:9", true),
+            ("127.0.0.1:9", "127.0.0.2:9", false),
+            ("0.0.0.0:9", "127.0.0.1:9", true),
+            ("0.0.0.0:9", "127.0.0.1:8", false),
+            ("0.0.0.0:9", "[::1]:9", false),
+            ("[::]:9", "127.0.0.1:9", true),
+            // Of documentation (RFC 5737): no host's.
+            ("0.0.0.0:9", "192.0.2.1:9", false),
+        ] {
+            assert_eq!(takes_in(place(bound), place(at)), takes, "{bound} {at}");
+        }
+    }
 }
