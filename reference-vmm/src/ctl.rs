@@ -500,7 +500,9 @@ fn told(options: &Ctl, body: Value) -> Option<String> {
         Question::Status => {
             let state = text(&body["state"]).to_lowercase();
             let coming = lazy::coming(&body["lazy"]);
-            (state + &coming.unwrap_or_default(), body)
+            let waits = body["waits-for"].as_str();
+            let waits = waits.map(|what| format!(", waits for {}", printable(what)));
+            (state + &coming.or(waits).unwrap_or_default(), body)
         }
         Question::Version => (text(&body["firecracker_version"]), body),
         Question::Config | Question::Stats => {

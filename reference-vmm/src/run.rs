@@ -142,6 +142,10 @@ fn run_to_end(options: &Run, say: &impl Fn(fmt::Arguments<'_>)) -> Result<Ended,
         watch();
         end.is_told().then(|| "it was stopped".to_owned())
     };
+    let lazily = |request: &&_| restore::waits_for_others(request);
+    if let (Some(request), Some(server)) = (options.restore.as_ref().filter(lazily), &api) {
+        return session.run_restored(request, server, debugger, &end);
+    }
     let mut ear = None;
     let (running, seat) = if let Some(request) = &options.incoming {
         let incoming = Incoming::bind(request)?;

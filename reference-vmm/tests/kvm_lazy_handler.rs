@@ -310,6 +310,60 @@ fn waiting(socket: &Path) -> (support::Running, Client) {
 }
 
 #[test]
+fn a_load_that_waits_for_memory_is_given_up_when_who_asked_for_it_is_gone_and_another_has_its_turn()
+{
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    let [socket, deaf] = ["api", "deaf"].map(|name| folder.path().join(name));
+    let listener = UnixListener::bind(&deaf).unwrap();
+    let (monitor, _client) = waiting(&socket);
+    let ctl = |words: &str| {
+        let ctl = Vmm::command(["ctl", "--api-sock"]).arg(&socket);
+        ctl.arg("load").arg(&dir).words(words)
+    };
+    // Nobody brings the first page that the machine needs, for a day.
+    let load = ctl("--page-deadline 86400 --page-handler").arg(&deaf);
+    let load = load.start();
+    let (stream, _) = listener.accept().unwrap();
+    let _given = receive(&stream, WATCHDOG).unwrap();
+    load.signal(libc::SIGKILL);
+    load.wait();
+    ctl("").output().expect_status(0);
+    monitor.signal(libc::SIGTERM);
+    monitor.wait().expect_status(0);
+}
+
+#[test]
+fn while_the_first_memory_is_waited_for_the_control_socket_says_so_and_a_signal_ends_that() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    let [socket, deaf] = ["api", "deaf"].map(|name| folder.path().join(name));
+    let listener = UnixListener::bind(&deaf).unwrap();
+    let restore = Vmm::command(["restore", "--page-deadline", "86400", "--page-handler"]);
+    let restore = restore.arg(&deaf).arg("--from").arg(&dir);
+    let monitor = restore.arg("--api-sock").arg(&socket).start();
+    let (stream, _) = listener.accept().unwrap();
+    let _given = receive(&stream, WATCHDOG).unwrap();
+    let ctl = |words: &str| {
+        let ctl = Vmm::command(["ctl", "--api-sock"]).arg(&socket);
+        ctl.words(words).output()
+    };
+    ctl("status").expect_status(0).expect_stdout(
+        "not started, waits for memory that the machine needs first (of the page server or the page-fault handler)\n",
+    );
+    ctl("config")
+        .expect_status(1)
+        .expect_line(&["There is no guest here yet"]);
+    monitor.signal(libc::SIGTERM);
+    monitor.wait().expect_status(0);
+    assert!(!socket.exists());
+}
+
+#[test]
 fn a_handler_that_has_as_many_as_it_takes_is_said_to_accept_nobody() {
     need_kvm();
     let folder = tempfile::tempdir().unwrap();

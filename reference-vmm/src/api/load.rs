@@ -17,9 +17,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_core::arch::x86_64::state::ClockRestore;
 use serde_json::json;
@@ -28,7 +28,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::monitor::{Machine, Monitor, describe, version};
 use super::router::{Action, Outcome};
 use super::worker::Busy;
-use crate::end::Chain;
+use crate::end::{Chain, EndSignal, GuestEnd};
 use crate::lazy::LazySaid;
 use crate::migration::address::Address;
 use crate::migration::coming::Coming;
@@ -80,15 +80,66 @@ pub struct Load {
     /// What it asked for.
     pub request: LoadRequest,
     answer: Sender<Outcome>,
+    wish: Arc<Wish>,
 }
 
+/// Whether a load is wanted still.
+#[derive(Debug, Default)]
+struct Wish(Mutex<Wished>);
+
+#[derive(Debug, Default)]
+struct Wished {
+    /// Whoever asked for it is gone.
+    gone: bool,
+    /// Whom it is told while a machine is made of it.
+    end: Option<Arc<EndSignal>>,
+}
+
+impl Wish {
+    fn lock(&self) -> MutexGuard<'_, Wished> {
+        // What is in it is whole after each statement.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_gone(&self) {
+        let mut wished = self.lock();
+        wished.gone = true;
+        if let Some(end) = wished.end.take() {
+            end.tell(GuestEnd::Failed(GONE.into()));
+        }
+    }
+}
+
+/// Why a load has come to nothing that nobody waits for.
+const GONE: &str = "who asked for the load is gone, and it was given up: no guest has run";
+
 impl Load {
+    /// A machine is made of it, by who looks at `end` while it waits: that is told if the client goes before the machine
+    /// [begins](Self::begins).
+    pub fn is_made(&self, end: &Arc<EndSignal>) {
+        let mut wished = self.wish.lock();
+        match wished.gone {
+            true => end.tell(GuestEnd::Failed(GONE.into())),
+            false => wished.end = Some(Arc::clone(end)),
+        }
+    }
+
+    /// The machine is there and may begin, for the client waits still; it may go from now on. False: nobody wants it.
+    pub fn begins(&self) -> bool {
+        let mut wished = self.wish.lock();
+        wished.end = None;
+        !wished.gone
+    }
+
     /// Tells the client what came of it.
     pub fn answer(self, outcome: Outcome) {
         // One who has gone hears nothing.
         let _ = self.answer.send(outcome);
     }
 }
+
+/// How often it is looked whether a load is wanted still.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Where loads are handed over from the server to who makes machines.
 #[derive(Debug)]
@@ -118,19 +169,33 @@ impl Loads {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hands `request` over, and waits for what comes of it.
-    fn hand_over(&self, request: LoadRequest) -> Outcome {
+    /// Hands `request` over, and waits for what comes of it. It is given up where it is not `wanted` any more before the machine
+    /// is there.
+    fn hand_over(&self, request: LoadRequest, wanted: &dyn Fn() -> bool) -> Outcome {
         let (answer, answers) = channel();
+        let wish = Arc::<Wish>::default();
         let ends = || Outcome::Refused("the monitor ends".into());
         let mut state = self.lock();
         if state.closed {
             return ends();
         }
-        state.loads.push_back(Load { request, answer });
+        state.loads.push_back(Load {
+            request,
+            answer,
+            wish: Arc::clone(&wish),
+        });
         drop(state);
         // EAGAIN: it is readable as it is.
         let _ = self.asked.write(1);
-        answers.recv().unwrap_or_else(|_| ends())
+        loop {
+            match answers.recv_timeout(LOOK) {
+                Ok(outcome) => return outcome,
+                Err(RecvTimeoutError::Disconnected) => return ends(),
+                Err(RecvTimeoutError::Timeout) if wanted() => {}
+                // Its answer comes all the same, when nothing of it is left.
+                Err(RecvTimeoutError::Timeout) => wish.is_gone(),
+            }
+        }
     }
 
     /// A load that was handed over, if there is one. Does not block; what is polled is readable when there is one.
@@ -169,6 +234,8 @@ pub struct Waiting<'a> {
 enum Source<'a> {
     /// A client says what it goes on from.
     Loads(&'a Loads),
+    /// A snapshot, since when: another process brings memory that it needs first.
+    Restore(Landing, Instant),
     /// A migration to this address brings it.
     Migration(String, Arc<Landing>, Arc<Coming>, Option<Arc<Also>>),
 }
@@ -184,6 +251,8 @@ pub struct Landing {
 /// How long a client waits for that: the machine is whole by then, and it takes milliseconds. That the source says no
 /// more is heard of elsewhere.
 const NEAR: Duration = Duration::from_secs(5);
+/// How long, from the beginning on, who asks for something short waits for a machine whose memory another process brings.
+const SOON: Duration = Duration::from_secs(1);
 
 impl Landing {
     fn lock(&self) -> MutexGuard<'_, bool> {
@@ -201,12 +270,12 @@ impl Landing {
         self.over.notify_all();
     }
 
-    /// Blocks while it is near.
-    fn wait(&self) {
+    /// Blocks while it is near, for so long at most; whether it is near still.
+    fn wait(&self, limit: Duration) -> bool {
         let waited = self
             .over
-            .wait_timeout_while(self.lock(), NEAR, |near| *near);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+            .wait_timeout_while(self.lock(), limit, |near| *near);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
@@ -227,6 +296,17 @@ impl<'a> Waiting<'a> {
         }
     }
 
+    /// One whose machine goes on from a snapshot, of whose memory another process brings what the machine needs first. Who asks
+    /// for something long waits for it.
+    pub fn for_restore() -> Self {
+        let landing = Landing::default();
+        landing.is_near();
+        Waiting {
+            source: Source::Restore(landing, Instant::now()),
+            machine: OnceLock::new(),
+        }
+    }
+
     /// And can be told to listen elsewhere too.
     #[must_use]
     pub fn with_ear(mut self, ear: Arc<Also>) -> Self {
@@ -239,7 +319,7 @@ impl<'a> Waiting<'a> {
     /// Where it is said that the machine of a migration comes; none of one that is loaded.
     pub fn landing(&self) -> Option<Arc<Landing>> {
         match &self.source {
-            Source::Loads(_) => None,
+            Source::Loads(_) | Source::Restore(..) => None,
             Source::Migration(_, landing, ..) => Some(Arc::clone(landing)),
         }
     }
@@ -252,8 +332,10 @@ impl<'a> Waiting<'a> {
 
     /// No machine comes any more, if none has.
     pub fn end(&self) {
-        if let Source::Migration(_, landing, ..) = &self.source {
-            landing.is_over();
+        match &self.source {
+            Source::Loads(_) => {}
+            Source::Restore(landing, _) => landing.is_over(),
+            Source::Migration(_, landing, ..) => landing.is_over(),
         }
     }
 }
@@ -293,8 +375,17 @@ impl Monitor for Waiting<'_> {
         {
             return listen(ear, address);
         }
-        if let (None, Source::Migration(_, landing, ..)) = (self.machine.get(), &self.source) {
-            landing.wait();
+        match (self.machine.get(), &self.source) {
+            (None, Source::Migration(_, landing, ..)) => {
+                landing.wait(NEAR);
+            }
+            (None, Source::Restore(landing, _)) if action.is_long() => {
+                while landing.wait(LOOK) && wanted() {}
+            }
+            (None, Source::Restore(landing, since)) => {
+                landing.wait(SOON.saturating_sub(since.elapsed()));
+            }
+            _ => {}
         }
         if let Some(machine) = self.machine.get() {
             return match (&action, &self.source) {
@@ -310,7 +401,13 @@ impl Monitor for Waiting<'_> {
             (Action::Migration, Source::Migration(address, _, coming, ear)) => {
                 incoming(address, "coming", coming, ear.as_deref())
             }
-            (Action::Describe, _) => Outcome::Json(describe("Not started").to_string()),
+            (Action::Describe, source) => {
+                let mut who = describe("Not started");
+                if let Source::Restore(..) = source {
+                    who["waits-for"] = MEMORY.into();
+                }
+                Outcome::Json(who.to_string())
+            }
             (Action::Version, _) => version(),
             (_, Source::Migration(address, _, coming, _)) => {
                 let how = match coming.came() {
@@ -322,7 +419,10 @@ impl Monitor for Waiting<'_> {
                      To give that up, cancel it at the source (ctl migrate-cancel there), or stop this monitor by SIGTERM."
                 ))
             }
-            (Action::Load(request), Source::Loads(loads)) => loads.hand_over(request),
+            (_, Source::Restore(..)) => Outcome::Refused(format!(
+                "There is no guest here yet: {MEMORY} is waited for. Ask again, or stop this monitor by SIGTERM."
+            )),
+            (Action::Load(request), Source::Loads(loads)) => loads.hand_over(request, wanted),
             (Action::Start, _) => Outcome::Refused(
                 "This monitor waits for a snapshot, and has no kernel to boot: PUT /snapshot/load."
                     .into(),
@@ -335,6 +435,10 @@ impl Monitor for Waiting<'_> {
         }
     }
 }
+
+/// What a machine of [`Waiting::for_restore`] waits for.
+const MEMORY: &str =
+    "memory that the machine needs first (of the page server or the page-fault handler)";
 
 /// Has a destination listen at one more address.
 fn listen(ear: &Also, address: &str) -> Outcome {
@@ -366,6 +470,8 @@ fn incoming(address: &str, state: &str, coming: &Coming, ear: Option<&Also>) -> 
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
     use super::*;
     use crate::snapshot::SnapshotRequest;
 
@@ -482,6 +588,71 @@ mod tests {
             };
             assert!(who.contains("\"Not started\""), "{who}");
         });
+    }
+
+    #[test]
+    fn while_memory_is_waited_for_it_is_said_and_what_is_long_waits_for_the_guest_as_long_as_it_is_wanted()
+     {
+        let waiting = Waiting::for_restore();
+        let Outcome::Json(who) = waiting.perform(Action::Describe) else {
+            panic!("not described");
+        };
+        assert!(who.contains("\"Not started\""), "{who}");
+        assert!(who.contains("memory that the machine needs"), "{who}");
+        for action in [
+            Action::MachineConfig,
+            Action::Migration,
+            Action::PowerButton,
+        ] {
+            let Outcome::Refused(why) = waiting.perform(action) else {
+                panic!("not refused");
+            };
+            assert!(why.contains("no guest here yet"), "{why}");
+        }
+        let gone = waiting.perform_while(Action::Pause, &|| false);
+        assert!(matches!(gone, Outcome::Refused(_)));
+        std::thread::scope(|scope| {
+            let (said, hears) = channel();
+            let waiting = &waiting;
+            scope.spawn(move || said.send(waiting.perform(Action::Pause)).unwrap());
+            assert!(hears.recv_timeout(Duration::from_millis(20)).is_err());
+            waiting.end();
+            assert!(matches!(hears.recv().unwrap(), Outcome::Refused(_)));
+        });
+    }
+
+    #[test]
+    fn a_load_whose_client_is_gone_is_told_to_who_makes_the_machine_unless_that_has_begun() {
+        let loads = Loads::new().unwrap();
+        let waiting = &Waiting::new(&loads);
+        let next = || loop {
+            match loads.next() {
+                Some(load) => break load,
+                None => std::thread::yield_now(),
+            }
+        };
+        for before in [true, false] {
+            let wanted = AtomicBool::new(!before);
+            let end = Arc::new(EndSignal::new().unwrap());
+            std::thread::scope(|scope| {
+                let client = scope.spawn(|| {
+                    let load = Action::Load(request());
+                    waiting.perform_while(load, &|| wanted.load(SeqCst))
+                });
+                let load = next();
+                load.is_made(&end);
+                if before {
+                    while !end.is_told() {
+                        std::thread::yield_now();
+                    }
+                }
+                assert_eq!(load.begins(), !before);
+                wanted.store(false, SeqCst);
+                load.answer(Outcome::Done);
+                assert_eq!(client.join().unwrap(), Outcome::Done);
+                assert_eq!(end.is_told(), before);
+            });
+        }
     }
 
     #[test]

@@ -43,14 +43,15 @@
 //! [`client`] in turn bounds what it takes for an answer, and how long it waits for all of it.
 //!
 //! The socket is there as soon as the configuration is known to be good, and answers when the guest has started, or is
-//! waited for: to be loaded, or to come by migration. It goes with the guest: what is under way then gets no answer.
+//! waited for: to be loaded, to come by migration, or to have memory that another process brings. It goes with the guest: what is under way then gets no answer.
 //!
 //! # One after another, and meanwhile
 //!
 //! What takes its time ([`Action::is_long`](router::Action::is_long): a pause, a resume, a snapshot, a load) is done in the
 //! order in which it came, one after another, on a thread of its own; its answer goes to the connection that asked. All
 //! else is answered meanwhile. Up to [`worker::MAX_WAITING`] requests wait for the one that is at work, and one more is
-//! refused. A connection that is closed loses its answer: what has begun is done to its end, what still waits is not begun.
+//! refused. A connection that is closed loses its answer: what has begun is done to its end, what still waits is not begun, and
+//! what waits for memory is given up ([`Monitor::perform_while`]), a load whose guest has not begun among that.
 //! A snapshot in the [background](crate::snapshot::background) has a thread of its own, and others are done beside it.
 //! So has another way for a migration (`Recover`), which may wait for the resolver.
 //! What is not done beside that, or beside a migration, is refused at once, and does not wait ([`worker::Busy`]).

@@ -105,6 +105,7 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
                 source,
             })?);
             let request = load.request.over(base);
+            load.is_made(&end);
             let made = self.restore(&request, &end, || server.unlink());
             let machine = match (made, end.get()) {
                 (Err(BuildError::Ended), Some(GuestEnd::Stopped(StopCause::Signal(signal)))) => {
@@ -122,6 +123,11 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
                 }
                 (Ok(machine), _) => machine,
             };
+            if !load.begins() {
+                drop(machine);
+                load.answer(Outcome::Refused("nobody waits for it".into()));
+                continue;
+            }
             let state = match load.request.resume {
                 true => RunState::Running,
                 false => RunState::Paused,

@@ -1,21 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! A machine out of a snapshot, and signals while it is made: whoever makes it may wait for memory that is brought by another
-//! process, for as long as a page may take. Of files here a page takes no longer than their disk.
+//! process, for as long as a page may take, and clients of its control socket are answered meanwhile. Of files here a page takes
+//! no longer than their disk.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::Session;
+use super::{Ended, Session, with_api};
+use crate::api::load::Waiting;
+use crate::api::{self, Server};
 use crate::end::{EndSignal, GuestEnd, StopCause};
+use crate::gdb::Listener;
 use crate::no_wait::readable;
 use crate::signals::{self, Signals};
 use crate::snapshot::RestoreRequest;
-use crate::vm::{BuildError, Machine};
+use crate::vm::{BuildError, Machine, RunState, Running};
 
 /// How long a machine that is stopped while it is made may take to notice.
 const GRACE: Duration = Duration::from_secs(1);
@@ -30,8 +35,7 @@ impl<S> Session<'_, S> {
         end: &Arc<EndSignal>,
         sweep: impl Fn() + Sync,
     ) -> Result<Machine, BuildError> {
-        let lazy = request.lazy.as_ref();
-        if lazy.is_none_or(|lazy| lazy.page_server.is_none() && lazy.handler.is_none()) {
+        if !waits_for_others(request) {
             return Machine::restore(request, io::stdout(), end);
         }
         // Written once the machine is made: the guest waits for the thread's end, and so for nothing.
@@ -60,6 +64,65 @@ impl<S> Session<'_, S> {
             }
         })
     }
+}
+
+impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
+    /// Makes the machine of a snapshot whose memory [others bring](waits_for_others), and waits for its end; clients are answered
+    /// all the while.
+    ///
+    /// # Errors
+    /// [`BuildError`]: there was no guest.
+    pub(super) fn run_restored(
+        &self,
+        request: &RestoreRequest,
+        server: &Server,
+        debugger: Option<Listener>,
+        end: &Arc<EndSignal>,
+    ) -> Result<Ended, BuildError> {
+        // As in `restore`, before there are threads.
+        srcu::prepare();
+        let guest = OnceLock::<Running>::new();
+        let made = {
+            let waiting = Waiting::for_restore();
+            let stop = || {
+                if let Some(running) = guest.get() {
+                    running.stop();
+                }
+            };
+            let mut made = None;
+            let served = with_api(server, &waiting, stop, || {
+                let started = self
+                    .restore(request, end, || server.unlink())
+                    .and_then(|machine| self.start(machine, debugger, RunState::Running));
+                made = Some(started.map(|(running, seat)| {
+                    let running = guest.get_or_init(|| running);
+                    waiting.begin(api::Machine::new(running, end));
+                    self.wait(end, running, seat.main_loop);
+                    seat.terminal
+                }));
+                // Who waits for a guest that is not to be waits no more.
+                waiting.end();
+            });
+            served.map_err(|source| BuildError::Process {
+                what: "start the control socket's thread",
+                source,
+            })?;
+            made
+        };
+        match (made, guest.into_inner(), end.get()) {
+            (Some(Ok(terminal)), Some(running), _) => Ok(self.finish(end, running, terminal)),
+            (Some(Err(BuildError::Ended)), _, Some(end)) => Ok((end.clone(), self.no_stats())),
+            (Some(Err(error)), _, _) => Err(error),
+            // Neither can be: who has waited says how, and a guest that has ended is there.
+            (_, _, _) => Err(BuildError::Ended),
+        }
+    }
+}
+
+/// Whether another process brings memory that the machine needs before there is a guest.
+pub(super) fn waits_for_others(request: &RestoreRequest) -> bool {
+    let lazy = request.lazy.as_ref();
+    lazy.is_some_and(|lazy| lazy.page_server.is_some() || lazy.handler.is_some())
 }
 
 fn watch(signals: &Signals, end: &EndSignal, made: &EventFd, sweep: &(impl Fn() + Sync)) {

@@ -14,13 +14,16 @@
 //! Or memory is made, and comes when it is touched ([`lazy`](crate::lazy)): from there on every access of this process and
 //! of KVM may wait for it.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::blank::Blank;
 use super::{BuildError, Machine};
 use crate::end::EndSignal;
 use crate::lazy::LazyMemory;
+use crate::no_wait::readable;
 use crate::snapshot::{RestoreError, RestoreRequest, Snapshot};
 
 impl Machine {
@@ -73,10 +76,16 @@ impl Machine {
             allocated.track().map_err(RestoreError::from)?;
         }
         let framed = allocated.frame(&state.vcpus)?;
-        if lazy.is_some() {
-            framed.await_generation(end)?;
-        }
-        let finished = framed.finish(state, devices, (snapshot.clock, false), console, end);
+        let finish = || {
+            if lazy.is_some() {
+                framed.await_generation(end)?;
+            }
+            framed.finish(state, devices, (snapshot.clock, false), console, end)
+        };
+        let finished = match lazy.as_ref().filter(|_| !is_quick) {
+            Some(lazy) => waiting_no_longer_than(end, lazy, finish),
+            None => finish(),
+        };
         let mut machine = finished.map_err(|error| match end.is_told() {
             // A page that did not come is the reason of whatever KVM says.
             true => BuildError::Ended,
@@ -94,4 +103,30 @@ impl Machine {
         snapshot.keep_disks();
         Ok(machine)
     }
+}
+
+/// What `make` makes. It may wait in the kernel for memory that another process brings: once an end is told nobody brings it
+/// any more, and the wait ends with an error.
+fn waiting_no_longer_than<T>(
+    end: &EndSignal,
+    lazy: &LazyMemory,
+    make: impl FnOnce() -> Result<T, BuildError>,
+) -> Result<T, BuildError> {
+    let made = EventFd::new(EFD_CLOEXEC);
+    let process = |what| move |source| BuildError::Process { what, source };
+    let made = made.map_err(process("make an eventfd"))?;
+    std::thread::scope(|scope| {
+        let watch = || {
+            if let Ok([false, true]) = readable([made.as_raw_fd(), end.as_raw_fd()], -1) {
+                lazy.leave();
+            }
+        };
+        let watches = std::thread::Builder::new().name("lazy-end".into());
+        let watches = watches.spawn_scoped(scope, watch);
+        watches.map_err(process("start a thread"))?;
+        let result = make();
+        // Of a counter that stands at zero a write of one does not fail.
+        let _ = made.write(1);
+        result
+    })
 }
