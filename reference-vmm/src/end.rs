@@ -72,6 +72,19 @@ impl GuestEnd {
     }
 }
 
+impl GuestEnd {
+    /// What the user is told of it, besides the log; nothing where an end is as it should be.
+    pub(crate) fn words(&self) -> Option<String> {
+        match self {
+            GuestEnd::Crashed(what) => Some(format!("the guest crashed: {what}")),
+            GuestEnd::Failed(what) => Some(what.clone()),
+            GuestEnd::Panicked => Some("the guest's kernel panicked (told by pvpanic)".into()),
+            GuestEnd::Migrated(to) => Some(format!("the guest has moved to {to:?}")),
+            _ => None,
+        }
+    }
+}
+
 impl fmt::Display for GuestEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -33,6 +33,7 @@ use crate::devices::edge::Owing;
 use crate::devices::ioapic::Ioapic;
 use crate::end::{EndSignal, GuestEnd};
 use crate::gdb::{self, VcpuSide};
+use crate::lazy::Loss;
 use crate::machine_checks::MachineChecks;
 use crate::mapped_file::{self, MappedFile};
 use crate::memory::{Memslots, SlotTable};
@@ -56,6 +57,8 @@ pub(crate) struct Shared<P> {
     pub(crate) machine_checks: Option<usize>,
     /// The file that guest memory is mapped from, which may be cut off.
     pub(crate) mapped: Option<MappedFile>,
+    /// Where memory comes later.
+    pub(crate) loss: Option<Loss>,
     /// The vCPUs are being stopped: nobody waits for a deferred answer any more.
     pub(crate) stopping: Arc<AtomicBool>,
 }
@@ -335,6 +338,7 @@ impl<P: PolledOutput + 'static> ExitHandler<VcpuFd> for Handler<P> {
             let at = error.address.map(|address| address.0);
             file.lost(&self.memory.enter(), at)
         });
+        let lost = lost.or_else(|| self.shared.loss.as_ref().and_then(|loss| loss.why(true)));
         let mut error = format!("vCPU {}: {error}", vcpu.id());
         if let Some(Err(why)) = told {
             error = format!("{error}; the guest has no machine check for it: {why}");
@@ -448,7 +452,21 @@ pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
             | HaltReason::FailEntry { .. }
             | HaltReason::Unknown { .. }
     );
-    if is_crash && let Some(lost) = lost(&shared, &vcpu) {
+    let later = || {
+        let certain = match &reason {
+            HaltReason::RunFailed(errno) => {
+                [libc::EFAULT, libc::EHWPOISON].contains(&errno.errno())
+            }
+            HaltReason::MemoryError(_) => true,
+            _ => false,
+        };
+        // One that goes on without what is lost may crash of that by itself.
+        let stops = is_crash && shared.machine_checks.is_none();
+        let loss = shared.loss.as_ref().filter(|_| certain || stops);
+        loss.and_then(|loss| loss.why(certain))
+    };
+    let lost = is_crash.then(|| lost(&shared, &vcpu)).flatten();
+    if let Some(lost) = lost.or_else(later) {
         let what = Describe(&reason);
         return end.tell(GuestEnd::Failed(format!("{lost} (vCPU {id}: {what})")));
     }

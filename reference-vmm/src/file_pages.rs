@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Guest memory that is a file's pages, which may be gone by the time that somebody reads them: the file was cut off, or its
-//! disk cannot read any more. An access would be a `SIGBUS`, and only a vCPU's thread survives that
-//! ([`kvm_core::BusErrors`]). So whoever else reads much of it has the host find it first.
+//! disk cannot read any more. Or that [comes later](crate::lazy), or never. An access would be a `SIGBUS`, and only a vCPU's
+//! thread survives that ([`kvm_core::BusErrors`]). So whoever else reads much of it has the host find it first.
 
 #![forbid(unsafe_code)]
 
@@ -14,6 +14,7 @@ use dirty_log::HostWrites;
 use memslots::{Holes, MapError, MemoryKind, Region};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use crate::lazy::bus::{self, Lost};
 use crate::memory::SlotTable;
 
 /// Why guest memory cannot be read.
@@ -22,6 +23,9 @@ pub(crate) enum ReadError {
     /// A page of its file cannot be had.
     #[error(transparent)]
     Find(#[from] MapError),
+    /// A page does not come.
+    #[error(transparent)]
+    Lost(#[from] Lost),
     /// There is no such memory.
     #[error(transparent)]
     Read(#[from] GuestMemoryError),
@@ -79,12 +83,12 @@ pub(crate) fn read_present(
     Ok(())
 }
 
-/// Has the host find the pages in a range of guest memory, those of them that are a file's, which blocks until they are
-/// read. Memory that nobody has is not looked for. On Linux before 5.14, which cannot be asked, they are touched.
+/// Has the host find the pages in a range of guest memory, those of them that are a file's or come later, which blocks until
+/// they are read. Memory that nobody has is not looked for. On Linux before 5.14, which cannot be asked, they are touched.
 ///
 /// # Errors
-/// [`MapError::Prefault`]: a page cannot be had.
-pub(crate) fn find(table: &SlotTable, range: Range<u64>) -> Result<(), MapError> {
+/// [`ReadError::Find`], [`ReadError::Lost`]: a page cannot be had.
+pub(crate) fn find(table: &SlotTable, range: Range<u64>) -> Result<(), ReadError> {
     let mut at = range.start;
     while at < range.end {
         let Some(region) = table.find(GuestAddress(at)) else {
@@ -93,6 +97,10 @@ pub(crate) fn find(table: &SlotTable, range: Range<u64>) -> Result<(), MapError>
         let end = range.end.min(region.extent().guest_range().end);
         if region.mapping().kind() == MemoryKind::FilePrivate {
             find_in(region, at..end)?;
+        } else {
+            let start = region.extent().guest_range().start;
+            let host = |at: u64| region.mapping().host().0 + (at - start) as usize;
+            bus::find(host(at)..host(end))?;
         }
         at = end;
     }

@@ -38,17 +38,18 @@ pub fn run(options: &Run, say: impl Fn(fmt::Arguments<'_>)) -> u8 {
             return error.exit_status();
         }
     };
-    match &end {
-        GuestEnd::Crashed(what) => say(format_args!("the guest crashed: {what}")),
-        GuestEnd::Failed(what) => say(format_args!("{what}")),
-        GuestEnd::Panicked => say(format_args!(
-            "the guest's kernel panicked (told by pvpanic)"
-        )),
-        GuestEnd::Stopped(StopCause::Signal(signal)) => {
+    if !crate::lazy::bus::may_say() {
+        // Who says it ends the process.
+        loop {
+            std::thread::park();
+        }
+    }
+    match (&end, end.words()) {
+        (_, Some(words)) => say(format_args!("{words}")),
+        (GuestEnd::Stopped(StopCause::Signal(signal)), None) => {
             log::info!("{} stopped the guest", signals::name(*signal));
         }
-        GuestEnd::Migrated(to) => say(format_args!("the guest has moved to {to:?}")),
-        other => log::info!("the guest has ended: {other:?}"),
+        (other, None) => log::info!("the guest has ended: {other:?}"),
     }
     if options.timeline {
         print(&timeline().to_string());

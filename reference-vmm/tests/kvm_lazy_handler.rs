@@ -6,7 +6,7 @@
 
 mod support;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -16,6 +16,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use async_pf::external::receive;
+use guests::image;
 use guests::verifier::verifier64;
 use reference_vmm::api::Client;
 use reference_vmm::end::GuestEnd;
@@ -25,6 +26,7 @@ use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::{RestoreRequest, SnapshotRequest};
 use serde_json::json;
 use support::keeper::{Guest, machine};
+use support::rsp::{Gdb, packet};
 use support::uffd::copy_page;
 use support::{Vmm, WATCHDOG, need_kvm};
 
@@ -33,6 +35,8 @@ const FILE: &str = "LAZY_HANDLER_FILE";
 const PAGES: &str = "LAZY_HANDLER_PAGES";
 /// Behind them it hangs instead: it reads messages no more, or reads them and answers none.
 const HANGS: &str = "LAZY_HANDLER_HANGS";
+/// It dies of the first page that lies there in the file, or behind.
+const DIES_AT: &str = "LAZY_HANDLER_DIES_AT";
 
 /// Not a test but the handler, in a process of its own: serves the pages of a file, and dies behind so many.
 #[test]
@@ -48,6 +52,7 @@ fn a_handler() {
     // It is non-blocking, and polled as handlers do.
     let uffd = given.userfaultfd;
     let mut served = 0;
+    let dies_at = std::env::var(DIES_AT).map_or(u64::MAX, |at| at.parse().unwrap());
     loop {
         let hangs = std::env::var(HANGS).ok().filter(|_| served >= most);
         let told = match hangs.as_deref() {
@@ -81,6 +86,9 @@ fn a_handler() {
         served += 1;
         let address = u64::from_ne_bytes(message[16..24].try_into().unwrap());
         let (_, offset, page) = given.mappings.locate(address).unwrap();
+        if offset >= dies_at {
+            std::process::exit(0);
+        }
         let mut bytes = [0; 4096];
         memory.read_exact_at(&mut bytes, offset).unwrap();
         copy_page(&uffd, page, &bytes);
@@ -413,6 +421,103 @@ fn what_is_lost_with_a_handler_is_in_no_snapshot_of_a_guest_that_goes_on_without
     assert!(!other.exists());
     monitor.signal(libc::SIGTERM);
     monitor.wait().expect_status(0);
+}
+
+/// In the file: behind all that a guest that stands still needs.
+const FAR: u64 = 8 << 20;
+
+/// A handler that dies when somebody touches what is far behind.
+fn dying(folder: &Path, dir: &Path) -> Handler {
+    Handler::start_as(folder, dir, usize::MAX, &[(DIES_AT, &FAR.to_string())])
+}
+
+/// It ended with the handler's reason, and by its own way.
+fn ended_for_it(ended: &support::Ended) {
+    ended.expect_status(1);
+    let why = "has ended, and the guest's memory with it; with --on-loss poison";
+    assert!(ended.stderr.contains(why), "{ended}");
+    let parked = "keeps the guest from being stopped";
+    assert!(!ended.stderr.contains(parked), "{ended}");
+}
+
+#[test]
+fn a_snapshot_under_which_the_handler_dies_is_refused_with_the_reason() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    for on_loss in ["poison", "stop"] {
+        let handler = dying(folder.path(), &dir);
+        let socket = folder.path().join(on_loss);
+        let (monitor, mut client) = waiting(&socket);
+        let load = json!({
+            "snapshot_path": dir, "on_loss": on_loss,
+            "mem_backend": { "backend_type": "Uffd", "backend_path": handler.socket },
+        });
+        let answer = client.call("PUT", "/snapshot/load", Some(&load)).unwrap();
+        assert_eq!(answer.status, 204, "{answer:?}");
+        let other = folder.path().join("other");
+        let taken = Vmm::command(["ctl", "--api-sock"])
+            .arg(&socket)
+            .arg("snapshot")
+            .arg(&other)
+            .output();
+        assert!(!other.exists());
+        fs::remove_file(&handler.socket).unwrap();
+        if on_loss == "stop" {
+            // Whether it was answered still is a matter of moments.
+            taken.expect_status(1);
+            ended_for_it(&monitor.wait());
+            continue;
+        }
+        taken.expect_status(1).expect_line(&[
+            "the page-fault handler at",
+            "has ended, and the guest's memory",
+        ]);
+        // It has touched nothing of that, and is there.
+        let state = client.call("GET", "/", None).unwrap().body.unwrap();
+        assert_eq!(state["state"], "Paused", "{state}");
+        monitor.signal(libc::SIGTERM);
+        monitor.wait().expect_status(0);
+    }
+}
+
+#[test]
+fn a_debugger_that_reads_what_is_lost_has_an_error() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    for on_loss in ["poison", "stop"] {
+        let handler = dying(folder.path(), &dir);
+        let socket = folder.path().join(on_loss);
+        let mut monitor = Vmm::command(["restore", "--from"])
+            .arg(&dir)
+            .args(["--on-loss", on_loss, "--page-handler"])
+            .arg(&handler.socket)
+            .arg("--gdb")
+            .arg(format!("unix:{}", socket.display()))
+            .stdin_pipe()
+            .start();
+        monitor.wait_for_stderr("waits for a debugger");
+        let mut gdb = Gdb::unix(&socket);
+        gdb.hello();
+        let there = gdb.memory(image::LOAD_ADDR as u64, 8);
+        assert_eq!(there.len(), 16, "{there}");
+        let far = 12 << 20;
+        if on_loss == "stop" {
+            gdb.send(&format!("m{far:x},8"));
+            ended_for_it(&monitor.wait());
+        } else {
+            assert_eq!(gdb.memory(far, 8), "E0e");
+            assert_eq!(gdb.set_memory(far, &[1]), "E0e");
+            // What is there it can have.
+            assert_eq!(gdb.memory(image::LOAD_ADDR as u64, 8), there);
+            gdb.raw(&packet(b"k"));
+            monitor.wait().expect_status(0);
+        }
+        fs::remove_file(&handler.socket).unwrap();
+    }
 }
 
 #[test]

@@ -20,6 +20,8 @@ use super::fpu;
 use super::link::{Armed, DEBUG, Event, Job, Link};
 use super::registers::State;
 use super::trial;
+use crate::end::Chain;
+use crate::file_pages::{self, ReadError};
 use crate::memory::Memslots;
 
 const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
@@ -248,12 +250,14 @@ impl Vcpus for Live {
 
     fn read(&self, at: GuestAddress, into: &mut [u8]) -> Result<(), Trouble> {
         let memory = self.memory.snapshot();
-        let read = memory.read_slice(into, at);
-        read.map_err(|_| Trouble::NoMemory(at.0))
+        let read = file_pages::read(&memory, at.0, into);
+        read.map_err(|error| no_memory(at, &error))
     }
 
     fn write(&self, at: GuestAddress, bytes: &[u8]) -> Result<(), Trouble> {
         let memory = self.memory.snapshot();
+        let found = file_pages::find(&memory, at.0..at.0.saturating_add(bytes.len() as u64));
+        found.map_err(|error| no_memory(at, &error))?;
         let written = memory.write_slice(bytes, at);
         written.map_err(|_| Trouble::NoMemory(at.0))
     }
@@ -284,6 +288,19 @@ impl Vcpus for Live {
             kvm.is_ok_and(|kvm| kvm.capabilities().guest_debug_block_interrupts())
         })
     }
+}
+
+/// None is there, or it cannot be had.
+fn no_memory(at: GuestAddress, error: &ReadError) -> Trouble {
+    if !matches!(error, ReadError::Read(_)) {
+        // Why has been told, and it may be asked for again and again.
+        log::debug!(
+            "the debugger cannot have guest memory at {:#x}: {}",
+            at.0,
+            Chain(error)
+        );
+    }
+    Trouble::NoMemory(at.0)
 }
 
 fn read_state(id: VcpuId, fd: &VcpuFd) -> Result<State, Trouble> {

@@ -5,8 +5,11 @@
 //! The page is poisoned and the guest's end has been told, or is told now: the main thread stops the guest and says why. The
 //! thread that touched the page must not go on meanwhile, for there is nothing that it could go on with, and need not die,
 //! for with it the process would, without a word. So it is parked. A device that is left so does not come to rest, which
-//! the machine's end waits for and then leaves ([`Running::leave_to_exit`](crate::vm::Running::leave_to_exit)). Where the
-//! parked thread is one that the end has to wait for, the process ends by itself, with status 1 and a word.
+//! the machine's end waits for, for a moment, and then leaves ([`Running::leave_to_exit`](crate::vm::Running::leave_to_exit)).
+//! Where the parked thread is one that the end has to wait for, who heard of it ends the process, with the reason and the end's
+//! status; and the parked thread itself does if nobody has, with status 1 and a word.
+//!
+//! Who can be told by an error has the memory [found](find) first, which is no signal: a snapshot, a migration, the debugger.
 //!
 //! The signal's handler is kvm-core's ([`BusErrors`]): it keeps what is a vCPU's, asks here about the rest, and what is not
 //! ours goes where it went before.
@@ -21,14 +24,19 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use kvm_core::{BusErrors, BusErrorsError, HostAddress};
+use memslots::PAGE_SIZE;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::events::Events;
 
 /// How long a parked thread waits for the process to end before it ends it: longer than the end waits for devices.
 const PARKED_SECONDS: u32 = 12;
+/// How long who heard of a parked thread waits for that: longer than the end waits for a device that is parked.
+const HEARD: Duration = Duration::from_secs(3);
 
 /// Machines whose memory may be looked for, and ranges of each.
 const RANGES: usize = 64;
@@ -53,6 +61,11 @@ static PLACES: [Place; RANGES] = [const {
 /// The descriptor of the process's eventfd, which is written to when a thread is parked; -1 before there is one. Written under
 /// [`KNOWN`], before any place is.
 static BELL: AtomicI32 = AtomicI32::new(-1);
+
+/// A thread is parked.
+static ANY: AtomicBool = AtomicBool::new(false);
+/// Somebody says how it ended.
+static SAID: AtomicBool = AtomicBool::new(false);
 
 /// Whose the places are.
 static KNOWN: Mutex<Known> = Mutex::new(Known {
@@ -96,6 +109,8 @@ fn park(HostAddress(address): HostAddress) -> bool {
     let Some(place) = place else {
         return false;
     };
+    // Relaxed: who misses it waits for as long as for a device that is at work.
+    ANY.store(true, Ordering::Relaxed);
     // Release: who hears the bell finds it.
     place.parked.store(true, Ordering::Release);
     let bell = BELL.load(Ordering::Relaxed);
@@ -157,15 +172,77 @@ impl Parked {
 
 impl Drop for Parked {
     fn drop(&mut self) {
-        let mut known = known();
-        let own = |(_, events): &(_, Arc<Events>)| Arc::ptr_eq(events, &self.0);
-        while let Some(at) = known.machines.iter().position(own) {
-            let (places, _) = known.machines.swap_remove(at);
-            for place in places.iter().filter_map(|at| PLACES.get(*at)) {
-                place.end.store(0, Ordering::Relaxed);
-            }
+        forget(&self.0);
+    }
+}
+
+/// All of the memory is there whose loss would be told to `events`, or nobody uses it.
+pub(super) fn forget(events: &Arc<Events>) {
+    let mut known = known();
+    let own = |(_, of): &(_, Arc<Events>)| Arc::ptr_eq(of, events);
+    while let Some(at) = known.machines.iter().position(own) {
+        let (places, _) = known.machines.swap_remove(at);
+        for place in places.iter().filter_map(|at| PLACES.get(*at)) {
+            place.end.store(0, Ordering::Relaxed);
         }
     }
+}
+
+/// Some guest memory will not come.
+#[derive(Debug, thiserror::Error)]
+#[error("it does not come: {0}")]
+pub(crate) struct Lost(String);
+
+/// Waits for guest memory that may not come, at these addresses, if there is such there: who reads it behind this has no signal.
+/// It is read and not touched by this process: a system call says that there is none.
+///
+/// # Errors
+/// [`Lost`], with the reason.
+pub(crate) fn find(host: Range<usize>) -> Result<(), Lost> {
+    let is_there = |place: &Place| {
+        let end = place.end.load(Ordering::Acquire);
+        host.start < end && place.start.load(Ordering::Relaxed) < host.end
+    };
+    if host.is_empty() || !PLACES.iter().any(is_there) {
+        return Ok(());
+    }
+    let each = PAGE_SIZE as usize;
+    let start = host.start / each * each;
+    let len = host.end.next_multiple_of(each) - start;
+    loop {
+        // SAFETY: the advice makes pages present that are not, and changes none; memory of this process's that may be shared
+        // with others is no matter to it, nor that there may be none.
+        let asked = unsafe { libc::madvise(start as *mut _, len, libc::MADV_POPULATE_READ) };
+        if asked == 0 {
+            return Ok(());
+        }
+        match io::Error::last_os_error().raw_os_error() {
+            Some(libc::EINTR | libc::EAGAIN) => {}
+            // What memory that was poisoned is told by, in one or another kernel.
+            Some(libc::EFAULT | libc::EHWPOISON) => break,
+            // A kernel that does not know of it has no poison either.
+            _ => return Ok(()),
+        }
+    }
+    let known = known();
+    let machines = known.machines.iter();
+    let mut of = machines.filter(|(places, _)| {
+        let mut places = places.iter().filter_map(|at| PLACES.get(*at));
+        places.any(is_there)
+    });
+    let events = of.next().map(|(_, events)| Arc::clone(events));
+    drop(known);
+    Err(Lost(events.map_or_else(String::new, |of| of.reason())))
+}
+
+/// Whether a thread is parked: what it is at does not come to its end.
+pub(crate) fn is_any_parked() -> bool {
+    ANY.load(Ordering::Relaxed)
+}
+
+/// Whether it is the caller's to say how it ended: where a thread is parked somebody else may end the process for it.
+pub(crate) fn may_say() -> bool {
+    !is_any_parked() || !SAID.swap(true, Ordering::Relaxed)
 }
 
 const NOBODY: &str =
@@ -188,7 +265,13 @@ pub(super) fn hear() {
 fn listen(bell: &EventFd) {
     loop {
         match bell.read() {
-            Ok(_) => tell(),
+            Ok(_) => {
+                let told = tell();
+                // Otherwise it is one whose machine is gone.
+                if !told.is_empty() {
+                    end_for(&told);
+                }
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => {
                 log::error!("{NOBODY}: {error}");
@@ -198,8 +281,27 @@ fn listen(bell: &EventFd) {
     }
 }
 
+/// Ends the process with the word of these machines' end, if it does not end by itself.
+fn end_for(told: &[Arc<Events>]) {
+    thread::sleep(HEARD);
+    if !may_say() {
+        return;
+    }
+    let ends = told.iter().filter_map(|events| events.last_word());
+    let mut status = 1;
+    for end in ends {
+        status = end.exit_status();
+        if let Some(words) = end.words() {
+            crate::stderr::write(format!("reference-vmm: {words}\n").as_bytes());
+        }
+    }
+    crate::console::restore();
+    // SAFETY: the process ends, whatever is held.
+    unsafe { libc::_exit(status.into()) };
+}
+
 /// Tells the machines at whose memory a thread is parked.
-fn tell() {
+fn tell() -> Vec<Arc<Events>> {
     let known = known();
     let machines = known.machines.iter().filter(|(places, _)| {
         let mut places = places.iter().filter_map(|at| PLACES.get(*at));
@@ -208,9 +310,8 @@ fn tell() {
     });
     let told: Vec<_> = machines.map(|(_, events)| Arc::clone(events)).collect();
     drop(known);
-    for events in told {
-        events.parked();
-    }
+    told.iter().for_each(|events| events.parked());
+    told
 }
 
 #[cfg(test)]
@@ -272,6 +373,9 @@ mod tests {
             }
             hear();
         }
+        while what == "ours, and nobody ends" {
+            std::thread::park();
+        }
         while !end.is_told() {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -302,6 +406,43 @@ mod tests {
         assert_eq!(run("ours").code(), Some(42));
         assert_eq!(run("ours, after one that was sent").code(), Some(42));
         assert_eq!(run("ours, two before anybody hears").code(), Some(42));
+    }
+
+    #[test]
+    fn a_process_that_does_not_end_for_it_is_ended_with_the_reason() {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "lazy::bus::tests::child", "--nocapture"]);
+        let ended = child.env(CHILD, "ours, and nobody ends").output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(1), "{said}");
+        let reason = "reference-vmm: a device needs what is lost: the reason\n";
+        assert!(said.contains(reason), "{said}");
+    }
+
+    #[test]
+    fn what_is_found_lost_is_told_with_the_reason_and_no_signal() {
+        let uffd = Uffd::open(Features::POISON, Features::NONE).unwrap();
+        let memory = Mapping::new(&Backing::anonymous(0x3000), GuestAddress(0)).unwrap();
+        let memory = Arc::new(memory);
+        let registration = uffd.register_all(&memory, Modes::MISSING).unwrap();
+        let role = registration.lend_fill().unwrap();
+        role.zero(0..0x1000, Wake::Now).unwrap();
+        role.poison(0x1000..0x2000, Wake::Now).unwrap();
+        let end = Arc::new(EndSignal::new().unwrap());
+        let events = Arc::new(Events::new(end, OnLoss::Poison));
+        let start = memory.host().0;
+        let at = |from: usize, to: usize| find(start + from..start + to);
+        let parked = Parked::new(vec![memory.host_range()], Arc::clone(&events));
+        at(8, 16).unwrap();
+        at(0xfff, 0xfff).unwrap();
+        let lost = at(0xff8, 0x1001).unwrap_err().to_string();
+        assert_eq!(lost, "it does not come: memory of the guest's did not come");
+        events.tell("the reason".into());
+        let lost = at(0x1ff8, 0x2000).unwrap_err().to_string();
+        assert_eq!(lost, "it does not come: the reason");
+        // Of another's memory nothing is asked.
+        drop(parked);
+        at(0x1000, 0x3000).unwrap();
     }
 
     #[test]

@@ -57,6 +57,24 @@ impl Events {
         self.first.get().cloned().unwrap_or_default()
     }
 
+    /// The same, in any case in words.
+    pub(super) fn reason(&self) -> String {
+        match self.why() {
+            why if why.is_empty() => "memory of the guest's did not come".into(),
+            why => why,
+        }
+    }
+
+    /// Whether who heard of the first page that did not come has told the end for it, if that is to be so.
+    pub(super) fn is_dealt_with(&self) -> bool {
+        self.on_loss == OnLoss::Poison || self.end.is_told()
+    }
+
+    /// The end, once told.
+    pub(super) fn last_word(&self) -> Option<GuestEnd> {
+        self.end.last_word()
+    }
+
     /// Why the machine is over.
     pub(super) fn ended(&self) -> String {
         match self.end.get() {
@@ -67,11 +85,7 @@ impl Events {
 
     /// A thread of this process waits at a page that did not come, and cannot go on, whatever is to become of the guest.
     pub(super) fn parked(&self) {
-        let mut why = self.why();
-        if why.is_empty() {
-            why = "memory of the guest's did not come".into();
-        }
-        let why = format!("a device needs what is lost: {why}");
+        let why = format!("a device needs what is lost: {}", self.reason());
         self.end.tell(GuestEnd::Failed(why));
     }
 
@@ -120,6 +134,8 @@ impl PagerEvents for Events {
     fn failed(&self, errno: Errno) {
         // Nobody can be served any more, whatever is to become of single pages.
         let why = format!("the guest's page faults cannot be read any more: {errno}");
+        // As above.
+        let _ = self.first.set(why.clone());
         self.end.tell(GuestEnd::Failed(why));
     }
 }

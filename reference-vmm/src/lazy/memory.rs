@@ -53,6 +53,10 @@ const TOUCHES: Duration = Duration::from_millis(50);
 const LEAVE: Duration = Duration::from_secs(2);
 /// How long a migration's source is away before that is said: it connects again within a second where it can.
 const AWAY: Duration = Duration::from_secs(1);
+/// How long who runs into memory that is lost waits for the reason, at most, which is told a moment after that; and where
+/// it may be another error of KVM's as well, and no page is known to be lost.
+const REASON: Duration = Duration::from_secs(2);
+const PERHAPS: Duration = Duration::from_millis(100);
 /// How long what is to be read ahead waits for room among what is.
 const ROOM: Duration = Duration::from_millis(2);
 
@@ -333,6 +337,11 @@ impl LazyMemory {
         progress
     }
 
+    /// Who knows why some of it has not come.
+    pub(crate) fn loss(&self) -> Loss {
+        Loss(Arc::clone(&self.shared))
+    }
+
     /// What it took.
     pub(crate) fn stats(&self) -> LazyStats {
         self.shared.stats()
@@ -354,7 +363,8 @@ impl LazyMemory {
     }
 
     /// Has all of it brought, and waits for that while `go_on` says so. Of another process's nothing is known, as long as that
-    /// lives: what is read comes then. It is waited for as long as it is `wanted`. Whether a recording ended early for it, which is told of as well: there is nothing left that the guest could touch first.
+    /// lives: what is read comes then. It is waited for as long as it is `wanted`. Whether a recording ended early for it,
+    /// which is told of as well: there is nothing left that the guest could touch first.
     /// As long as a page server is away nothing could be brought, and a recording goes on: who asked may give up until then.
     ///
     /// # Errors
@@ -509,7 +519,36 @@ impl Drop for LazyMemory {
     }
 }
 
+/// Why memory has not come, for who finds that out by an error of KVM's.
+pub(crate) struct Loss(Arc<Shared>);
+
+impl Loss {
+    /// The reason; none where nothing is lost. It is waited for, for it may come behind the error: for a moment unless it is
+    /// `certain` that the error is about memory.
+    pub(crate) fn why(&self, certain: bool) -> Option<String> {
+        let begun = Instant::now();
+        loop {
+            let why = self.0.events.why();
+            if !why.is_empty() && self.0.events.is_dealt_with() {
+                return Some(why);
+            }
+            let waited = begun.elapsed();
+            let over = self.0.lock().close || self.0.progress().state == LazyState::Whole;
+            if over || waited >= REASON || !certain && waited >= PERHAPS && !self.0.loses() {
+                return None;
+            }
+            std::thread::sleep(STILL);
+        }
+    }
+}
+
 impl Shared {
+    /// Whether a page is lost.
+    fn loses(&self) -> bool {
+        let pager = self.pager();
+        pager.as_ref().is_some_and(|of| of.progress().lost > 0)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // What is in it is whole after each statement.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -810,6 +849,8 @@ impl Shared {
                 log::warn!("{error}");
             }
         }
+        // Nobody has an error for memory that comes later any more.
+        bus::forget(&self.events);
         self.turn(LazyState::Whole);
         log::info!("{}", self.stats());
     }
@@ -906,6 +947,7 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::end::GuestEnd;
 
     #[test]
     fn all_pages_are_there_or_in_a_run_of_those_that_come() {
@@ -924,6 +966,43 @@ mod tests {
         for (there, expected) in all {
             let found: Vec<Range<u64>> = runs(there);
             assert_eq!(found, expected, "{there:?}");
+        }
+    }
+
+    fn shared(phase: LazyState, on_loss: OnLoss) -> (Arc<Shared>, Arc<EndSignal>) {
+        let end = Arc::new(EndSignal::new().unwrap());
+        let shared = Shared {
+            pager: RwLock::new(None),
+            state: Mutex::new(State::new(phase, Vec::new())),
+            changed: Condvar::new(),
+            events: Arc::new(Events::new(Arc::clone(&end), on_loss)),
+            from: From::Migration(Arc::new(|| None), Duration::ZERO),
+            server: None,
+            pages: 1,
+            at_once: 0,
+            begun: Instant::now(),
+        };
+        (Arc::new(shared), end)
+    }
+
+    #[test]
+    fn who_runs_into_lost_memory_first_has_the_reason_that_is_told_behind_that() {
+        for on_loss in [OnLoss::Stop, OnLoss::Poison] {
+            let (of, end) = shared(LazyState::Bringing, on_loss);
+            let events = Arc::clone(&of.events);
+            let asked = std::thread::spawn(move || Loss(of).why(true));
+            events.tell("the reason".into());
+            assert_eq!(asked.join().unwrap().as_deref(), Some("the reason"));
+            let told = matches!(end.get(), Some(GuestEnd::Failed(_)));
+            assert_eq!(told, on_loss == OnLoss::Stop);
+        }
+    }
+
+    #[test]
+    fn an_error_of_kvms_is_its_own_where_nothing_is_lost() {
+        for (phase, certain) in [(LazyState::Whole, true), (LazyState::Bringing, false)] {
+            let (of, _end) = shared(phase, OnLoss::Stop);
+            assert_eq!(Loss(of).why(certain), None);
         }
     }
 }

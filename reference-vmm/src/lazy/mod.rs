@@ -40,7 +40,10 @@
 //! | --- | --- | --- |
 //! | a vCPU in the guest | a memory error of kvm-core's | the guest stops, or has a machine check (`poison`) |
 //! | a system call (a disk's read into guest memory) | `EFAULT` | the request fails |
-//! | a device's or another thread, itself | `SIGBUS` | it is parked while the guest is stopped (`bus`) |
+//! | a snapshot, a migration, the debugger | an error, with the reason | it is refused |
+//! | a device's thread, itself | `SIGBUS` | it is parked while the guest is stopped (`bus`) |
+//!
+//! The end has the pager's reason, whoever comes upon the page first.
 //!
 //! # Post-copy
 //! A guest that migrates may come before its memory ([`postcopy`](crate::migration::postcopy)): its pages are asked for over
@@ -92,7 +95,7 @@ use std::time::Duration;
 
 pub(crate) use arrive::check;
 pub use error::LazyError;
-pub(crate) use memory::LazyMemory;
+pub(crate) use memory::{LazyMemory, Loss};
 pub use peer::PageServerAt;
 pub use said::LazySaid;
 pub use source::SnapshotSource;

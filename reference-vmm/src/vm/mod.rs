@@ -428,6 +428,7 @@ impl Machine {
             machine_checks: (parts.lazy.as_ref())
                 .and_then(|lazy| lazy.poisons().then_some(vcpus.len())),
             mapped: parts.mapped.clone(),
+            loss: parts.lazy.as_ref().map(LazyMemory::loss),
             stopping: stopping.clone(),
         });
         let mut running = Running {

@@ -86,10 +86,13 @@ impl Machine {
             Some(lazy) => waiting_no_longer_than(end, lazy, finish),
             None => finish(),
         };
-        let mut machine = finished.map_err(|error| match end.is_told() {
-            // A page that did not come is the reason of whatever KVM says.
-            true => BuildError::Ended,
-            false => error,
+        let mut machine = finished.map_err(|error| {
+            // A page that did not come is the reason of whatever KVM says, and may be told behind that.
+            let _ = lazy.as_ref().and_then(|lazy| lazy.loss().why(false));
+            match end.is_told() {
+                true => BuildError::Ended,
+                false => error,
+            }
         })?;
         machine.parts.lazy = lazy;
         machine.parts.mapped = mapped.then(|| snapshot.mapped_file()).flatten();

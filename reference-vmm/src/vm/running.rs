@@ -21,11 +21,14 @@ use crate::devices::virtio::console::config::terminal_size;
 use crate::exits::{SEND_OWED, SHOW_REGISTERS};
 use crate::gdb;
 use crate::kvm_stats::{KvmReaders, KvmStats};
+use crate::lazy;
 use crate::main_loop::GuestSide;
 use crate::stats::{ExitCounters, Stats};
 
 /// How long the end of a machine waits for a device's I/O that is under way.
 const DEVICE_PATIENCE: Duration = control::PATIENCE;
+/// And where one is known not to come to an end, for it needs memory that did not come.
+const PARKED_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A machine whose vCPUs run.
 pub struct Running {
@@ -82,6 +85,7 @@ impl Running {
         // Waited for once: this is asked again on the way to the end.
         let patience = match self.left_behind.load(Ordering::Relaxed) {
             true => Duration::ZERO,
+            false if lazy::bus::is_any_parked() => PARKED_PATIENCE,
             false => DEVICE_PATIENCE,
         };
         for device in &self.parts.virtio {
@@ -90,7 +94,7 @@ impl Running {
                     return false;
                 }
                 log::error!(
-                    "{}: I/O of its host's has not ended in {DEVICE_PATIENCE:?}, and is left behind",
+                    "{}: I/O of its host's has not ended in {patience:?}, and is left behind",
                     device.name()
                 );
                 rested = false;
