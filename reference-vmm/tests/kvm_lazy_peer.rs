@@ -8,6 +8,7 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::time::Instant;
 
 use guests::verifier::FIRST;
 use reference_vmm::api::Client;
@@ -16,7 +17,7 @@ use reference_vmm::snapshot::link::Link;
 use reference_vmm::snapshot::packed::Compression;
 use serde_json::json;
 use support::keeper::Guest;
-use support::page_server::{Place, at, ended, from, serve, served, touched_only};
+use support::page_server::{Place, at, ctl, ended, from, serve, served, touched_only};
 use support::{Vmm, WATCHDOG};
 
 #[test]
@@ -73,7 +74,66 @@ fn a_server_whose_file_is_damaged_says_so_and_the_guest_is_stopped_with_its_word
     let guest = Guest::restore(&from(&here, at(&address)));
     let why = ended(guest);
     assert!(why.contains("is damaged between byte"), "{why}");
+    // However many ask for it, it is one line there.
+    let guest = Guest::restore(&from(&here, at(&address)));
+    ended(guest);
+    server.signal(libc::SIGTERM);
+    let server = server.wait();
+    let memory = dir.join("memory");
+    let said = server.expect_status(0).one_line();
+    for needle in [
+        "guests do not get their memory from 0x",
+        memory.to_str().unwrap(),
+        "is damaged between byte",
+    ] {
+        assert!(said.contains(needle), "{server}");
+    }
+}
+
+#[test]
+fn when_all_memory_is_there_nothing_of_where_it_came_from_is_held() {
+    let place = Place::new();
+    let dir = place.taken("s", Compression::None);
+    let here = place.elsewhere(&dir);
+    let (server, address) = serve(&dir, "tcp:127.0.0.1:0", &[]);
+    let socket = place.path("api");
+    for (from, words) in [
+        (&here, format!("--page-server {address}")),
+        (&dir, "--lazy".to_owned()),
+    ] {
+        let command = Vmm::command(["restore", "--api-sock"]).arg(&socket);
+        let monitor = command.arg("--from").arg(from).words(&words);
+        let mut monitor = monitor.stdin_pipe().start();
+        let begun = Instant::now();
+        // The last word of a connection comes behind the guest's memory.
+        loop {
+            let status = ctl(&socket, "status").output();
+            let whole = status.status.success() && status.text() == "running\n";
+            let open = open_files(monitor.pid());
+            let held = |of: &&String| of.contains("/memory") || of.contains("working_set");
+            let sockets = open.iter().filter(|of| of.starts_with("socket:")).count();
+            // The control socket's own, and no other.
+            if whole && sockets <= 1 && open.iter().filter(held).count() == 0 {
+                break;
+            }
+            assert!(begun.elapsed() < WATCHDOG, "{status} {open:?}");
+            std::thread::yield_now();
+        }
+        monitor.wait_for("5");
+        monitor.type_in(b"q");
+        monitor.wait().expect_status(1);
+    }
     served(server);
+}
+
+/// What a process has open, by name.
+fn open_files(pid: libc::pid_t) -> Vec<String> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    // One that is closed meanwhile has none.
+    let names = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    names
+        .map(|name| name.to_string_lossy().into_owned())
+        .collect()
 }
 
 #[test]

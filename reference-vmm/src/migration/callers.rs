@@ -118,6 +118,16 @@ impl Callers {
     }
 }
 
+impl Callers {
+    /// Closes all of them: nobody is heard any more.
+    pub(crate) fn close(&self) {
+        self.lock()
+            .waiting
+            .drain(..)
+            .for_each(|goes| (goes.hang_up)());
+    }
+}
+
 impl Room {
     /// Who makes room for one of `from`.
     fn who_goes(&self, from: &str) -> Option<usize> {
@@ -225,6 +235,25 @@ mod tests {
         assert!(!heard.is_heard());
         assert!(!others[0].is_heard());
         let _known: Vec<_> = others[2..].iter().map(|place| place.is_known()).collect();
+    }
+
+    #[test]
+    fn at_the_end_all_are_closed_who_have_not_been_heard() {
+        use std::sync::Mutex;
+        let closed = Mutex::new(Vec::new());
+        let closed: &'static _ = Box::leak(Box::new(closed));
+        let callers = Callers::default();
+        let enter = |name: &'static str| {
+            let hang_up = Box::new(move || closed.lock().unwrap().push(name));
+            let entered = callers.enter("a".into(), hang_up, Duration::ZERO);
+            entered.unwrap()
+        };
+        let (_silent, heard, known) = (enter("silent"), enter("heard"), enter("known"));
+        heard.is_heard();
+        known.is_known();
+        callers.close();
+        assert_eq!(*closed.lock().unwrap(), ["silent", "known"]);
+        assert!(known.is_lost());
     }
 
     #[test]

@@ -18,20 +18,24 @@
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use async_pf::peer::{PageServer, PeerError, Served, ServerConfig};
+use async_pf::{Fetched, Lane, PageSource, SourceError};
+use memslots::{Gfn, PAGE_SIZE};
 use serde_json::{Value, json};
 
 use super::chain::Chain;
 use super::format::SnapshotId;
 use super::link::Link;
+use super::pages::PIECE;
 use super::restore::RestoreError;
 use crate::end::Chain as Words;
 use crate::lazy::SnapshotSource;
@@ -46,6 +50,9 @@ use crate::{strangers, units};
 pub const BEAT: Duration = Duration::from_millis(500);
 /// Connections at once, at most, of those who have said what they are: each has three threads. A guest has two.
 pub const MOST_CONNECTIONS: usize = 1024;
+
+/// So many pieces that cannot be read are told of: of a disk that fails they may be all.
+const MOST_TOLD: usize = 256;
 
 /// What is served, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +91,65 @@ impl ServeError {
             ServeError::Bind(error) if error.is_users_fault() => 2,
             ServeError::Bind(_) => 1,
         }
+    }
+}
+
+/// The pages of a snapshot. What cannot be read of it is told of here as well, and not only to the guests: once a piece.
+struct Telling {
+    source: SnapshotSource,
+    /// The pieces that were told of, and why.
+    told: Mutex<BTreeSet<(u64, String)>>,
+}
+
+impl Telling {
+    fn new(source: SnapshotSource) -> Self {
+        Telling {
+            source,
+            told: Mutex::default(),
+        }
+    }
+
+    fn tell(&self, first: Gfn, error: &SourceError) {
+        // All else is what somebody asked for that is none of the guest's memory.
+        let SourceError::Other { source: why, .. } = error else {
+            return;
+        };
+        let piece = first.0.saturating_mul(PAGE_SIZE) / u64::from(PIECE);
+        let words = Words(&**why).to_string();
+        let key = match why.downcast_ref() {
+            // It is all of the file.
+            Some(RestoreError::Changed { .. }) => (0, words.clone()),
+            _ => (piece, words.clone()),
+        };
+        // What is in it is whole after each statement.
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.len() < MOST_TOLD && told.insert(key) {
+            let more = match told.len() {
+                MOST_TOLD => ". What else cannot be sent is not told of here, but to the guests",
+                _ => "",
+            };
+            let (from, to) = (piece * u64::from(PIECE), (piece + 1) * u64::from(PIECE));
+            log::warn!("guests do not get their memory from {from:#x} to {to:#x}: {words}{more}");
+        }
+    }
+}
+
+impl PageSource for Telling {
+    fn fetch(&self, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        self.fetch_for(Lane::Fault, first, into)
+    }
+
+    fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
+        let fetched = self.source.fetch_for(lane, first, into);
+        fetched.inspect_err(|error| self.tell(first, error))
+    }
+
+    fn overtakes(&self) -> bool {
+        self.source.overtakes()
+    }
+
+    fn run(&self, first: Gfn, pages: u64) -> u64 {
+        self.source.run(first, pages)
     }
 }
 
@@ -126,7 +192,7 @@ impl Service {
         };
         Ok(Service {
             listener,
-            server: PageServer::new(Arc::new(source.clone()), config),
+            server: PageServer::new(Arc::new(Telling::new(source.clone())), config),
             source,
             id,
             memory,
@@ -236,6 +302,8 @@ impl Service {
             }
             over.store(true, Ordering::Relaxed);
             self.server.stop();
+            // Who has not said what it wants would hear of it at its next tick.
+            callers.close();
         });
         ServeReport {
             connections,
