@@ -90,8 +90,8 @@ pub(super) struct Shared {
 
 /// Where memory comes from.
 pub(super) enum From {
-    /// A snapshot's files; none where a page server has them.
-    Snapshot(Option<SnapshotSource>, WorkingSets),
+    /// A snapshot's files; none where a page server has them, or all has been read.
+    Snapshot(Mutex<Option<SnapshotSource>>, WorkingSets),
     /// A migration's source: since when it is waited for, if it is; and for how long that is done where all of it is wanted.
     Migration(Arc<Waits>, Duration),
 }
@@ -190,6 +190,7 @@ impl LazyMemory {
                 at,
                 chain,
                 request.deadline,
+                end,
             )?)),
             None => None,
         };
@@ -207,7 +208,7 @@ impl LazyMemory {
                 state: Mutex::new(State::new(phase, registrations)),
                 changed: Condvar::new(),
                 events: Arc::clone(&events),
-                from: From::Snapshot(source, sets),
+                from: From::Snapshot(Mutex::new(source), sets),
                 server: remote.clone(),
                 pages: count,
                 at_once,
@@ -558,6 +559,17 @@ impl Shared {
         self.pager.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The snapshot's files, where they are here and something may be read of them still.
+    fn files(&self) -> Option<SnapshotSource> {
+        match &self.from {
+            From::Snapshot(source, _) => {
+                let source = source.lock().unwrap_or_else(PoisonError::into_inner);
+                source.clone()
+            }
+            From::Migration(..) => None,
+        }
+    }
+
     fn go_on(&self) -> bool {
         !self.lock().close
     }
@@ -597,7 +609,7 @@ impl Shared {
             (None, From::Snapshot(..)) => self.let_it_touch(STILL, GOES_ON),
             (None, From::Migration(..)) => {}
         }
-        if let From::Snapshot(Some(source), _) = &self.from {
+        if let Some(source) = self.files() {
             source.find_holes(|| self.go_on());
         }
         if let From::Migration(..) = self.from {
@@ -620,6 +632,11 @@ impl Shared {
         }
         if let Some(recording) = left {
             self.keep(&recording, &|| self.go_on());
+        }
+        if whole && let From::Snapshot(source, _) = &self.from {
+            // The guest needs them no more: a file that was removed goes with this.
+            let source = source.lock().unwrap_or_else(PoisonError::into_inner).take();
+            drop(source);
         }
         if let (Some(replay), From::Snapshot(_, sets)) = (replay, &self.from) {
             sets.refresh(&replay);
@@ -749,8 +766,8 @@ impl Shared {
 
     /// Keeps the first pages of what was recorded; whether there is no more to do.
     fn keep(&self, recording: &Recording, go_on: &dyn Fn() -> bool) -> bool {
-        let kept = match &self.from {
-            From::Snapshot(Some(source), sets) => sets.keep(recording, source, go_on),
+        let kept = match (&self.from, self.files()) {
+            (From::Snapshot(_, sets), Some(source)) => sets.keep(recording, &source, go_on),
             // Another host's disk is no matter of where they lie here.
             _ => true,
         };

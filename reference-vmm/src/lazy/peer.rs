@@ -10,7 +10,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_pf::peer::{PeerConfig, PeerError, PeerLanes, PeerSource, Reconnect, Wire};
@@ -18,7 +18,7 @@ use async_pf::{Fetched, Lane, PageSource, SourceError};
 use memslots::{Gfn, PAGE_SIZE};
 
 use super::{LazyError, ServerAway};
-use crate::end::Chain as Words;
+use crate::end::{Chain as Words, EndSignal};
 use crate::migration::address::Address;
 use crate::migration::tls::{Tls, TlsFiles};
 use crate::migration::transport::{ConnectError, connect};
@@ -30,6 +30,12 @@ use crate::units;
 const SILENCE: Duration = Duration::from_secs(5);
 /// How long making a connection may take, at most.
 const CONNECT: Duration = Duration::from_secs(2);
+
+/// How long is waited between tries with a server that is there and breaks off, at first and at most. One that has worked for so
+/// long is as one that never did.
+const AGAIN: Duration = Duration::from_millis(50);
+const LONGEST: Duration = Duration::from_secs(1);
+const FORGIVEN: Duration = Duration::from_secs(10);
 
 /// Where a page server listens, and by what the two know each other.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +57,10 @@ pub(super) struct RemoteSource {
     limit: Duration,
     /// Of each lane.
     away: Mutex<[Option<Away>; 2]>,
+    /// How those are asked again who answer, and not as they should.
+    pace: Pace,
+    /// Of what is missing when the guest has ended nobody is told.
+    end: Arc<EndSignal>,
     /// Why nobody is asked any more.
     given_up: OnceLock<Arc<GivenUp>>,
 }
@@ -60,6 +70,53 @@ pub(super) struct RemoteSource {
 struct Away {
     since: Instant,
     why: String,
+}
+
+/// Makes room between one try and the next with a server that is there, and breaks off again and again.
+#[derive(Debug, Default)]
+struct Pace {
+    state: Mutex<Paced>,
+    closed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Paced {
+    /// The last try that failed, and what was waited for behind it.
+    last: Option<(Instant, Duration)>,
+    closed: bool,
+}
+
+impl Pace {
+    fn lock(&self) -> MutexGuard<'_, Paced> {
+        // What is in it is whole after each statement.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A try has failed: waits before the next, the longer the more of them failed in a row, and `longest` at most. The first is
+    /// made again at once.
+    fn wait(&self, longest: Duration) {
+        let mut state = self.lock();
+        let now = Instant::now();
+        let wait = match state.last {
+            Some((at, wait)) if now.saturating_duration_since(at) < FORGIVEN => {
+                (wait * 2).clamp(AGAIN, longest.max(AGAIN))
+            }
+            _ => Duration::ZERO,
+        };
+        // Who comes meanwhile finds that as the last.
+        state.last = Some((now + wait, wait));
+        let waited = (self.closed).wait_timeout_while(state, wait, |state| !state.closed);
+        drop(waited);
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.closed.notify_all();
+    }
+
+    fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
 }
 
 /// Another one has taken the server's place.
@@ -88,6 +145,7 @@ impl RemoteSource {
         at: &PageServerAt,
         chain: &Arc<Chain>,
         limit: Duration,
+        end: &Arc<EndSignal>,
     ) -> Result<Self, LazyError> {
         let tls = at.tls.as_ref().map(Tls::load).transpose()?;
         let newest = chain.newest();
@@ -132,13 +190,22 @@ impl RemoteSource {
             chain: Arc::clone(chain),
             limit,
             away: Mutex::default(),
+            pace: Pace::default(),
+            end: Arc::clone(end),
             given_up: OnceLock::new(),
         })
     }
 
     /// Nothing more is asked for.
     pub(super) fn close(&self) {
+        // First: who has no answer for it is not to say that the server is away.
+        self.pace.close();
         self.lanes.close();
+    }
+
+    /// Whether it matters to nobody that the server does not answer.
+    fn is_over(&self) -> bool {
+        self.pace.is_closed() || self.end.is_told()
     }
 
     fn away(&self) -> MutexGuard<'_, [Option<Away>; 2]> {
@@ -196,7 +263,10 @@ impl RemoteSource {
             },
             |away| away.since,
         );
-        if is_new {
+        if self.pace.is_closed() {
+            return Err(ended(first));
+        }
+        if is_new && !self.is_over() {
             log::warn!(
                 "the page server at {} does not answer: {why}; it is tried again for {}",
                 self.address,
@@ -209,7 +279,14 @@ impl RemoteSource {
             why: why.clone(),
         });
         match after < self.limit {
-            true => Ok(()),
+            true => {
+                drop(lanes);
+                // Where nobody is, trying has its own pace.
+                if !matches!(source, PeerError::Connect(_)) {
+                    self.pace.wait(LONGEST.min(self.limit / 8));
+                }
+                Ok(())
+            }
             false => {
                 let given_up = GivenUp {
                     address: self.address.clone(),
@@ -244,6 +321,13 @@ fn of_lane<T>([fault, prefetch]: &mut [T; 2], lane: Lane) -> &mut T {
     match lane {
         Lane::Fault => fault,
         _ => prefetch,
+    }
+}
+
+fn ended(gfn: Gfn) -> SourceError {
+    SourceError::Peer {
+        gfn,
+        source: Arc::new(PeerError::Ended),
     }
 }
 
@@ -314,7 +398,7 @@ impl PageSource for RemoteSource {
                 }
                 fetched => {
                     // Also where it is an error: nobody is waited for any more.
-                    if self.answers(lane) && fetched.is_ok() {
+                    if self.answers(lane) && fetched.is_ok() && !self.is_over() {
                         log::warn!("the page server at {} answers again", self.address);
                     }
                     return fetched;
@@ -336,5 +420,36 @@ impl PageSource for RemoteSource {
             zeros => zeros,
         };
         (until.saturating_sub(at) / PAGE_SIZE).clamp(1, pages.max(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_breaks_off_again_and_again_is_asked_less_and_less_often_and_nobody_waits_behind_the_end()
+    {
+        let pace = Pace::default();
+        let longest = AGAIN * 3;
+        let mut waits = Vec::new();
+        for _ in 0..5 {
+            let begun = Instant::now();
+            pace.wait(longest);
+            let waited = pace.lock().last.unwrap().1;
+            assert!(begun.elapsed() >= waited);
+            waits.push(waited);
+        }
+        // A host on which that took ten seconds has forgiven it.
+        if !waits[1..].contains(&Duration::ZERO) {
+            assert_eq!(waits, [0, 1, 2, 3, 3].map(|times| AGAIN * times));
+        }
+        let far = Duration::from_secs(3600);
+        pace.lock().last = Some((Instant::now(), far));
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| pace.wait(far));
+            pace.close();
+            waiting.join().unwrap();
+        });
     }
 }
