@@ -250,6 +250,10 @@ fn what_is_recorded_at_one_restore_is_read_ahead_at_the_next() {
     becomes_whole(&guest.running);
     let stats = guest.running.lazy_stats().unwrap();
     assert!(stats.ahead > stats.by_fault, "{stats:?}");
+    let help = stats.progress.working_set.unwrap();
+    assert!(help.read_ahead > PAGES / 2, "{help:?}");
+    // Where all was wanted at once it is not known what of it the guest has touched.
+    assert!(help.had <= help.touched, "{help:?}");
     guest.has_all();
     // What it touches first is kept, and read from there: in the snapshot it is lost by now.
     let whole = std::fs::read(dir.join("memory")).unwrap();

@@ -89,11 +89,26 @@ fn the_command_line_has_a_guest_go_on_before_its_memory_is_read_and_says_what_th
     // 4096 pages are 1024 characters.
     let legend = "\na character is 16 KiB of guest memory, a line 1 MiB";
     assert!(picture.contains(legend), "{picture}");
-    let mut on = place.restore("--lazy --log info").start();
+    let mut on = place.restore("--lazy --log info --stats").start();
     on.wait_for("5");
     on.wait_for_stderr("the working set was used");
     on.type_in(b"q");
-    on.wait().expect_status(1);
+    let ended = on.wait();
+    ended.expect_status(1);
+    let needle = "a recorded working set: ";
+    assert!(ended.stderr.contains(needle), "{ended}");
+    // One that is damaged is not said to be none.
+    std::fs::write(place.dir.join("working_set"), b"no record").unwrap();
+    let picture = Vmm::command(["snapshot", "info", "--heat-map"]);
+    picture
+        .arg(&place.dir)
+        .output()
+        .expect_status(2)
+        .expect_line(&[
+            "no working set: ",
+            "/working_set: ",
+            "--record makes another",
+        ]);
     let verify = Vmm::command(["snapshot", "verify"])
         .arg(&place.dir)
         .output();

@@ -2,9 +2,10 @@
 
 //! `reference-vmm snapshot`: what is done with snapshots where no guest runs.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
-use async_pf::working_set::HeatMap;
+use async_pf::working_set::{FileError, HeatMap, WorkingSet};
 use lexopt::prelude::*;
 use serde_json::json;
 
@@ -12,6 +13,7 @@ use super::restore::TlsFlags;
 use super::{Command, UsageError, compression};
 use crate::config::check_path;
 use crate::end::Chain;
+use crate::lazy::WORKING_SET;
 use crate::migration::address::Address;
 use crate::signals::Signals;
 use crate::snapshot::files::HostFiles;
@@ -344,12 +346,23 @@ fn serve(
 
 /// A character for so many pages that all of memory is 16 lines of 64.
 fn heat_map(dir: &Path, info: &SnapshotInfo) -> Result<(serde_json::Value, String), (u8, String)> {
-    let Some(record) = &info.working_set else {
-        let dir = shown(dir);
-        let why = format!("{dir} has no working set: restore --from {dir} --record makes one");
-        return Err((2, why));
-    };
-    let map = HeatMap::new(record, 64, 16);
+    let record = WorkingSet::load_of(&dir.join(WORKING_SET), info.id.0);
+    let record = record.map_err(|error| {
+        let shown = shown(dir);
+        let makes = format!("restore --from {shown} --record makes");
+        match &error {
+            FileError::Call { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                (2, format!("{shown} has no working set: {makes} one"))
+            }
+            // The host's doing, and no fault of the record's.
+            FileError::Call { .. } => (1, format!("no working set: {}", Chain(&error))),
+            _ => (
+                2,
+                format!("no working set: {}; {makes} another", Chain(&error)),
+            ),
+        }
+    })?;
+    let map = HeatMap::new(&record, 64, 16);
     let words = format!("{}{}", map.to_text(), map.legend());
     Ok((serde_json::Value::Null, words))
 }

@@ -20,7 +20,7 @@ use super::handler::Handler;
 use super::kept::KeptFirst;
 use super::peer::RemoteSource;
 use super::source::SnapshotSource;
-use super::stats::{LazyProgress, LazyState, LazyStats};
+use super::stats::{LazyProgress, LazyState, LazyStats, WorkingSetHelp};
 use super::working_set::{Recording, Replay, Unread, WorkingSets};
 use super::{LazyError, LazyRequest, OnLoss};
 use crate::end::EndSignal;
@@ -115,6 +115,8 @@ pub(super) struct State {
     pub(super) registrations: Vec<Registration>,
     /// To be called when nothing more is asked for.
     pub(super) enough: Option<Enough>,
+    /// Where a record was read ahead by.
+    pub(super) help: Option<WorkingSetHelp>,
 }
 
 impl State {
@@ -131,6 +133,7 @@ impl State {
             hurry: false,
             registrations,
             enough: None,
+            help: None,
         }
     }
 }
@@ -534,7 +537,10 @@ impl Loss {
                 return Some(why);
             }
             let waited = begun.elapsed();
-            let over = self.0.lock().close || self.0.progress().state == LazyState::Whole;
+            let over = {
+                let state = self.0.lock();
+                state.close || state.phase == LazyState::Whole
+            };
             if over || waited >= REASON || !certain && waited >= PERHAPS && !self.0.loses() {
                 return None;
             }
@@ -603,8 +609,10 @@ impl Shared {
         match (&mut replay, &self.from) {
             // It wants that at once.
             (Some(replay), _) => {
+                self.lock().help = Some(replay.help());
                 self.read_ahead(replay, slots);
                 self.let_it_use(replay);
+                self.lock().help = Some(replay.help());
             }
             (None, From::Snapshot(..)) => self.let_it_touch(STILL, GOES_ON),
             (None, From::Migration(..)) => {}
@@ -924,7 +932,10 @@ impl Shared {
     }
 
     fn progress(&self) -> LazyProgress {
-        let state = self.lock().phase;
+        let (state, help) = {
+            let state = self.lock();
+            (state.phase, state.help)
+        };
         let progress = self.pager().as_ref().map(Pager::progress);
         let pages = self.pages;
         let (missing, lost) = match (progress, state) {
@@ -947,6 +958,7 @@ impl Shared {
             waits_for_source_s: source.map(|(since, _)| since.as_secs()),
             source_given_up_after_s: source.map(|(_, limit)| limit.as_secs()),
             waits_for_server: server.and_then(|server| server.is_away()),
+            working_set: help,
         }
     }
 

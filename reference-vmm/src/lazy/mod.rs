@@ -100,7 +100,7 @@ pub use peer::PageServerAt;
 pub use said::LazySaid;
 pub use source::SnapshotSource;
 pub(crate) use stats::coming;
-pub use stats::{LazyProgress, LazyState, LazyStats, ServerAway};
+pub use stats::{LazyProgress, LazyState, LazyStats, ServerAway, WorkingSetHelp};
 pub use working_set::{WORKING_SET, WORKING_SET_PAGES};
 
 /// How memory comes.

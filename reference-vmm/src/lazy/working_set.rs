@@ -15,6 +15,7 @@ use async_pf::working_set::{
 use memslots::Gfn;
 
 use super::kept::{self, Kept};
+use super::stats::WorkingSetHelp;
 use crate::end::Chain as Words;
 use crate::snapshot::chain::Chain;
 use crate::snapshot::files::{STATE, lock};
@@ -202,7 +203,7 @@ impl WorkingSets {
     }
 
     fn put(&self, path: &Path, record: &WorkingSet) {
-        let Some(_lock) = self.lock("working set is saved") else {
+        let Some(_lock) = self.lock_or_say("working set is saved") else {
             return;
         };
         match record.save(path) {
@@ -229,7 +230,7 @@ impl WorkingSets {
             );
             return true;
         }
-        let Some(_lock) = self.lock("page of the working set is kept") else {
+        let Some(_lock) = self.lock_or_say("page of the working set is kept") else {
             return true;
         };
         let path = self.dir.join(WORKING_SET_PAGES);
@@ -242,25 +243,33 @@ impl WorkingSets {
         true
     }
 
-    /// Several guests may record at once: one saves, if the directory is the snapshot's still. The lock goes with the file.
-    fn lock(&self, what: &str) -> Option<File> {
+    fn lock_or_say(&self, what: &str) -> Option<File> {
+        match self.lock() {
+            Ok(Some(file)) => return Some(file),
+            Ok(None) => log::info!("no {what}: another guest's is at this moment"),
+            Err(why) => log::warn!("no {what}: {why}"),
+        }
+        None
+    }
+
+    /// Several guests may record at once: one saves, if the directory is the snapshot's still. The lock goes with the file;
+    /// none where another has it.
+    fn lock(&self) -> Result<Option<File>, String> {
         let state = self.dir.join(STATE);
         let locked = File::open(&state).and_then(|file| lock(&file, libc::LOCK_EX).map(|()| file));
-        match (locked, link::id_of(&self.dir)) {
-            (Ok(file), Ok(id)) if id == self.id => Some(file),
-            (Err(error), _) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                log::info!("no {what}: another guest's is at this moment");
-                None
-            }
-            (Err(error), _) => {
-                log::warn!("no {what}: {}: {error}", state.display());
-                None
-            }
-            _ => {
+        let file = match locked {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(None),
+            Err(error) => return Err(format!("{}: {error}", state.display())),
+        };
+        match link::id_of(&self.dir) {
+            Ok(id) if id == self.id => Ok(Some(file)),
+            Ok(id) => {
                 let dir = self.dir.display();
-                log::warn!("no {what}: {dir} is not that snapshot any more");
-                None
+                Err(format!("{dir} is not that snapshot any more, but {id}"))
             }
+            // Whose it is is not known: it may be this host that has no descriptor left.
+            Err(error) => Err(Words(&error).to_string()),
         }
     }
 }
@@ -311,5 +320,81 @@ impl Replay {
             refresh,
             touched,
         });
+    }
+
+    /// What is known of whether it helps.
+    pub(super) fn help(&self) -> WorkingSetHelp {
+        let read_ahead = self.plan.reads().iter().map(|read| read.pages).sum();
+        // Where the sample is empty nothing is known.
+        let judged = self.judged.as_ref();
+        let found = judged.and_then(|judged| {
+            let (usage, share) = (&judged.usage, judged.usage.used_share()?);
+            let had = (share * usage.recorded as f64).round() as u64;
+            Some((had + usage.missed, had))
+        });
+        let (touched, had) = found.unzip();
+        WorkingSetHelp {
+            read_ahead,
+            touched,
+            had,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_record_is_not_saved_for_is_said_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let sets = WorkingSets {
+            dir: folder.path().to_owned(),
+            id: SnapshotId([7; 16]),
+            checked: true,
+        };
+        let state = folder.path().join(STATE);
+        let said = sets.lock().unwrap_err();
+        assert!(said.starts_with(state.to_str().unwrap()), "{said}");
+        assert!(said.contains("os error 2"), "{said}");
+        // One that cannot be read is not said to be another's.
+        std::fs::write(&state, b"no state").unwrap();
+        let said = sets.lock().unwrap_err();
+        assert!(said.starts_with(state.to_str().unwrap()), "{said}");
+        assert!(!said.contains("not that snapshot"), "{said}");
+        let held = File::open(&state).unwrap();
+        held.lock().unwrap();
+        assert!(matches!(sets.lock(), Ok(None)));
+    }
+
+    #[test]
+    fn what_a_record_was_good_for_is_what_the_sample_says_and_what_it_missed() {
+        let pages = 4096;
+        let recorder = || Arc::new(Recorder::new(Gfn(0), pages, MOST, [7; 16]).unwrap());
+        let recorded = recorder();
+        assert!((0..1024).all(|gfn| recorded.touch(Gfn(gfn))));
+        let record = recorded.so_far();
+        let plan = ReplayPlan::new(&record, PlanLimits::default());
+        let held_out = |gfn: &u64| plan.hold_out().has(Gfn(*gfn));
+        let sample: Vec<_> = (0..1024).filter(held_out).collect();
+        assert!(sample.len() > 8, "{}", sample.len());
+        let mut replay = Replay {
+            plan: plan.clone(),
+            record,
+            recorder: recorder(),
+            judged: None,
+        };
+        let read_ahead = 1024 - sample.len() as u64;
+        let help = replay.help();
+        assert_eq!((help.touched, help.had), (None, None));
+        assert!((read_ahead..=1024).contains(&help.read_ahead), "{help:?}");
+        // Half of the sample, and a hundred that are none of it.
+        let used = sample.len() / 2;
+        let mut touched = sample.iter().take(used).copied().chain(2000..2100);
+        assert!(touched.all(|gfn| replay.recorder.touch(Gfn(gfn))));
+        replay.judge(Duration::from_secs(1));
+        let had = (1024.0 * used as f64 / sample.len() as f64).round() as u64;
+        let help = replay.help();
+        assert_eq!((help.touched, help.had), (Some(had + 100), Some(had)));
     }
 }
