@@ -452,21 +452,23 @@ pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
             | HaltReason::FailEntry { .. }
             | HaltReason::Unknown { .. }
     );
-    let later = || {
-        let certain = match &reason {
-            HaltReason::RunFailed(errno) => {
-                [libc::EFAULT, libc::EHWPOISON].contains(&errno.errno())
-            }
-            HaltReason::MemoryError(_) => true,
-            _ => false,
-        };
-        // One that goes on without what is lost may crash of that by itself.
-        let stops = is_crash && shared.machine_checks.is_none();
-        let loss = shared.loss.as_ref().filter(|_| certain || stops);
-        loss.and_then(|loss| loss.why(certain))
+    let certain = match &reason {
+        HaltReason::RunFailed(errno) => [libc::EFAULT, libc::EHWPOISON].contains(&errno.errno()),
+        HaltReason::MemoryError(_) => true,
+        _ => false,
     };
+    let later = shared.loss.as_ref().filter(|_| certain || is_crash);
+    let later = later.and_then(|loss| loss.why(certain));
+    // One that goes on without what is lost may crash of that, or by itself.
+    let (later, before) = match shared.machine_checks {
+        Some(_) if is_crash => (None, later),
+        _ => (later, None),
+    };
+    let before = before.map_or_else(String::new, |why| {
+        format!("\nsome of the guest's memory was lost before: {why}")
+    });
     let lost = is_crash.then(|| lost(&shared, &vcpu)).flatten();
-    if let Some(lost) = lost.or_else(later) {
+    if let Some(lost) = lost.or(later) {
         let what = Describe(&reason);
         return end.tell(GuestEnd::Failed(format!("{lost} (vCPU {id}: {what})")));
     }
@@ -480,7 +482,8 @@ pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
             Ok(registers) => registers.to_string(),
             Err(error) => format!("its registers cannot be read: {error}"),
         };
-        end.tell(GuestEnd::Crashed(format!("vCPU {id}: {what}\n{registers}")));
+        let what = format!("vCPU {id}: {what}\n{registers}{before}");
+        end.tell(GuestEnd::Crashed(what));
     };
     match reason {
         HaltReason::Stopped | HaltReason::Handler(Stop::Ended) => {}
@@ -495,7 +498,7 @@ pub(crate) fn run_vcpu<P: PolledOutput + 'static>(
             // A triple fault ends otherwise, so it is no state that KVM has reset.
             Ok(registers) if is_reset(&registers) => {
                 end.tell(GuestEnd::Crashed(format!(
-                    "vCPU {id}: {}",
+                    "vCPU {id}: {}{before}",
                     initialised(&error)
                 )));
             }

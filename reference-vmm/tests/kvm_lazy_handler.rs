@@ -502,7 +502,7 @@ fn a_debugger_that_reads_what_is_lost_has_an_error() {
         monitor.wait_for_stderr("waits for a debugger");
         let mut gdb = Gdb::unix(&socket);
         gdb.hello();
-        let there = gdb.memory(image::LOAD_ADDR as u64, 8);
+        let there = gdb.memory(image::LOAD_ADDR.into(), 8);
         assert_eq!(there.len(), 16, "{there}");
         let far = 12 << 20;
         if on_loss == "stop" {
@@ -512,7 +512,7 @@ fn a_debugger_that_reads_what_is_lost_has_an_error() {
             assert_eq!(gdb.memory(far, 8), "E0e");
             assert_eq!(gdb.set_memory(far, &[1]), "E0e");
             // What is there it can have.
-            assert_eq!(gdb.memory(image::LOAD_ADDR as u64, 8), there);
+            assert_eq!(gdb.memory(image::LOAD_ADDR.into(), 8), there);
             gdb.raw(&packet(b"k"));
             monitor.wait().expect_status(0);
         }

@@ -31,13 +31,14 @@ use reference_vmm::migration::outgoing::{MigrateRequest, Outgoing};
 use reference_vmm::snapshot::chain::Chain;
 use reference_vmm::snapshot::disks::DiskCopies;
 use reference_vmm::snapshot::files::HostFiles;
+use reference_vmm::snapshot::link::Link;
 use reference_vmm::snapshot::merge::{MergeRequest, merge};
 use reference_vmm::snapshot::packed::Compression;
 use reference_vmm::snapshot::{RestoreRequest, SnapshotError, SnapshotKind, SnapshotRequest};
 use reference_vmm::vm::tracking::TrackUser;
 use reference_vmm::vm::{BuildError, Machine, RunState, Running};
 use support::tracked::{Copy, round};
-use support::{WATCHDOG, file, long, need_kvm};
+use support::{Vmm, WATCHDOG, file, long, need_kvm};
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -604,6 +605,50 @@ fn what_a_disk_wrote_to_guest_memory_is_in_the_link_of_a_chain_that_follows() {
         std::fs::remove_file(to.join("disk0")).unwrap();
         refused(&elsewhere, &["disk0", "cut off"]);
         assert_eq!(std::fs::read_dir(&to).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn a_disk_that_needs_memory_which_does_not_come_has_the_monitor_end_with_the_reason() {
+    need_kvm();
+    let kernel = file(&writer_of(200));
+    let image = disk(u64::from(SECTORS));
+    let config = config(&kernel, Irqchip::Split, DiskConfig::new(&*image));
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    let guest = Guest::of(|console, end| Machine::build(&config, console, end));
+    until_written(&guest, &image, 0);
+    let request = SnapshotRequest::new(&dir);
+    guest.running.pause().unwrap();
+    guest.running.snapshot(&request).unwrap();
+    drop(guest);
+    let (link, _) = Link::open(&dir).unwrap();
+    let memory = File::options().write(true).open(dir.join("memory"));
+    let memory = memory.unwrap();
+    // Where it finds requests, and where it says that they are done: neither is zeros by now, which would not be read.
+    for lost in [AVAILABLE, USED] {
+        let (_, piece) = link.map().locate(lost.into()).unwrap();
+        let at = piece.offset + (u64::from(lost) - piece.guest);
+        let mut before = [0; 8];
+        let file = File::open(dir.join("memory")).unwrap();
+        file.read_exact_at(&mut before, at).unwrap();
+        memory.write_all_at(&[0xee; 8], at).unwrap();
+        for on_loss in ["stop", "poison"] {
+            let ended = Vmm::command(["restore", "--record=3600", "--from"])
+                .arg(&dir)
+                .args(["--on-loss", on_loss])
+                .output();
+            let last = ended.stderr.lines().last().unwrap();
+            assert!(last.contains("is damaged between byte"), "{ended}");
+            match (on_loss, ended.status.code()) {
+                // Without its page tables it has crashed, as far as KVM says.
+                ("poison", Some(3)) => {}
+                _ => {
+                    ended.expect_status(1);
+                }
+            }
+        }
+        memory.write_all_at(&before, at).unwrap();
     }
 }
 

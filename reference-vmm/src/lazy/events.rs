@@ -4,12 +4,18 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use async_pf::pager::{Lost, LostReason, PagerEvents};
 use memslots::{Errno, PAGE_SIZE};
 
 use super::OnLoss;
 use crate::end::{Chain, EndSignal, GuestEnd};
+
+/// How long who runs into memory that is lost waits for the reason, at most, which is told a moment behind that.
+pub(super) const REASON: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(1);
 
 /// Tells the guest's end if a page does not come and that is to be so. Blocks for nothing.
 pub(super) struct Events {
@@ -57,11 +63,17 @@ impl Events {
         self.first.get().cloned().unwrap_or_default()
     }
 
-    /// The same, in any case in words.
+    /// The same, in any case in words. It is waited for: who comes upon the page as it is poisoned is before who tells of it.
     pub(super) fn reason(&self) -> String {
-        match self.why() {
-            why if why.is_empty() => "memory of the guest's did not come".into(),
-            why => why,
+        let begun = Instant::now();
+        loop {
+            match self.why() {
+                why if !why.is_empty() => return why,
+                _ if self.end.is_told() || begun.elapsed() >= REASON => {
+                    return "memory of the guest's did not come".into();
+                }
+                _ => thread::sleep(LOOK),
+            }
         }
     }
 

@@ -15,7 +15,7 @@ use memslots::{Gfn, PAGE_SIZE};
 
 use super::arrive::{Enough, NEAR, Waits, faults, is_away};
 use super::bus::{self, Parked};
-use super::events::Events;
+use super::events::{Events, REASON};
 use super::handler::Handler;
 use super::kept::KeptFirst;
 use super::peer::RemoteSource;
@@ -53,9 +53,7 @@ const TOUCHES: Duration = Duration::from_millis(50);
 const LEAVE: Duration = Duration::from_secs(2);
 /// How long a migration's source is away before that is said: it connects again within a second where it can.
 const AWAY: Duration = Duration::from_secs(1);
-/// How long who runs into memory that is lost waits for the reason, at most, which is told a moment after that; and where
-/// it may be another error of KVM's as well, and no page is known to be lost.
-const REASON: Duration = Duration::from_secs(2);
+/// The same as [`REASON`], of what may be another error of KVM's as well, where no page is known to be lost.
 const PERHAPS: Duration = Duration::from_millis(100);
 /// How long what is to be read ahead waits for room among what is.
 const ROOM: Duration = Duration::from_millis(2);

@@ -93,10 +93,14 @@ impl Running {
                 if patience.is_zero() {
                     return false;
                 }
-                log::error!(
-                    "{}: I/O of its host's has not ended in {patience:?}, and is left behind",
-                    device.name()
-                );
+                match patience {
+                    // Why has been told.
+                    PARKED_PATIENCE => log::debug!("{} waits for memory", device.name()),
+                    _ => log::error!(
+                        "{}: I/O of its host's has not ended in {patience:?}, and is left behind",
+                        device.name()
+                    ),
+                }
                 rested = false;
                 self.left_behind.store(true, Ordering::Relaxed);
             }
