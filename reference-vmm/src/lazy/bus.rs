@@ -193,8 +193,8 @@ pub(super) fn forget(events: &Arc<Events>) {
 #[error("it does not come: {0}")]
 pub(crate) struct Lost(String);
 
-/// Waits for guest memory that may not come, at these addresses, if there is such there: who reads it behind this has no signal.
-/// It is read and not touched by this process: a system call says that there is none.
+/// Waits for guest memory that may not come, at these addresses, if there is such there: who reads it behind this has no
+/// signal. It is read and not touched by this process: a system call says that there is none.
 ///
 /// # Errors
 /// [`Lost`], with the reason.

@@ -31,8 +31,8 @@ const SILENCE: Duration = Duration::from_secs(5);
 /// How long making a connection may take, at most.
 const CONNECT: Duration = Duration::from_secs(2);
 
-/// How long is waited between tries with a server that is there and breaks off, at first and at most. One that has worked for so
-/// long is as one that never did.
+/// How long is waited between tries with a server that is there and breaks off, at first and at most. One that has worked for
+/// so long is as one that never did.
 const AGAIN: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_secs(1);
 const FORGIVEN: Duration = Duration::from_secs(10);
@@ -92,8 +92,8 @@ impl Pace {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A try has failed: waits before the next, the longer the more of them failed in a row, and `longest` at most. The first is
-    /// made again at once.
+    /// A try has failed: waits before the next, the longer the more of them failed in a row, and `longest` at most. The first
+    /// is made again at once.
     fn wait(&self, longest: Duration) {
         let mut state = self.lock();
         let now = Instant::now();

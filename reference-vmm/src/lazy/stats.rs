@@ -45,7 +45,8 @@ pub struct LazyProgress {
 pub struct WorkingSetHelp {
     /// Pages that were read ahead for it.
     pub read_ahead: u64,
-    /// About so many the guest has touched while that was looked at, for a second at most; none where that is not known, or not yet.
+    /// About so many the guest has touched while that was looked at, for a second at most; none where that is not known, or
+    /// not yet.
     pub touched: Option<u64>,
     /// Of them, about so many were recorded.
     pub had: Option<u64>,
