@@ -20,7 +20,7 @@
 #![forbid(unsafe_code)]
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::message::MOST_CONNECTIONS;
 
@@ -34,6 +34,7 @@ pub type HangUp = Box<dyn Fn() + Send>;
 
 struct Entry {
     number: u64,
+    since: Instant,
     from: String,
     known: bool,
     hang_up: HangUp,
@@ -98,6 +99,7 @@ impl Callers {
         room.threads += 1;
         room.waiting.push(Entry {
             number,
+            since: Instant::now(),
             from,
             known: false,
             hang_up,
@@ -109,12 +111,33 @@ impl Callers {
     }
 }
 
+/// Who could make room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Silent {
+    /// Somebody, who has been closed for it.
+    Closed,
+    /// They have but come, and may say what for in a moment.
+    New,
+    /// Nobody: all have said what for.
+    None,
+}
+
 impl Callers {
-    /// Closes who makes room for who comes next, where it is not places that there are too few of. Whether there was one.
-    pub(crate) fn make_room(&self) -> bool {
+    /// Closes who makes room for who comes next, where it is not places that there are too few of: nobody who has been here for
+    /// less than `silent`.
+    pub(crate) fn make_room(&self, silent: Duration) -> Silent {
         let mut room = self.lock();
-        let goes = room.who_goes("").map(|at| room.waiting.remove(at));
-        goes.inspect(|goes| (goes.hang_up)()).is_some()
+        let Some(at) = room.who_goes("") else {
+            return Silent::None;
+        };
+        let is_old = |entry: &Entry| entry.since.elapsed() >= silent;
+        match room.waiting.get(at).is_some_and(is_old) {
+            true => {
+                (room.waiting.remove(at).hang_up)();
+                Silent::Closed
+            }
+            false => Silent::New,
+        }
     }
 }
 
@@ -254,6 +277,20 @@ mod tests {
         callers.close();
         assert_eq!(*closed.lock().unwrap(), ["silent", "known"]);
         assert!(known.is_lost());
+    }
+
+    #[test]
+    fn who_has_but_come_makes_no_room_for_want_of_descriptors_and_who_has_said_what_for_never() {
+        let callers = Callers::default();
+        assert_eq!(callers.make_room(Duration::ZERO), Silent::None);
+        let source = enter(&callers, "a");
+        assert_eq!(callers.make_room(Duration::from_secs(60)), Silent::New);
+        assert!(!source.is_lost());
+        let silent = enter(&callers, "a");
+        assert!(source.is_heard());
+        assert_eq!(callers.make_room(Duration::ZERO), Silent::Closed);
+        assert!(silent.is_lost());
+        assert_eq!(callers.make_room(Duration::ZERO), Silent::None);
     }
 
     #[test]

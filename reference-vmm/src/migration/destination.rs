@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
-use super::callers::{Callers, Place};
+use super::callers::{Callers, Place, Silent};
 use super::codec::{DecodeError, Decoder, Frame, Sink};
 use super::guest::{ArrivingMemory, Blank, DestinationGuest, Prepared, Refusal};
 use super::link::{
@@ -65,6 +65,9 @@ impl Default for Patience {
         }
     }
 }
+
+/// Who has said nothing for so long makes room on a host that is out of descriptors: a source says at once what for.
+const SILENT: Duration = Duration::from_millis(500);
 
 /// Between two tries to accept connections.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -940,7 +943,7 @@ fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
         accept_all(
             accept,
             shared,
-            || callers.make_room(),
+            || callers.make_room(SILENT),
             |caller| {
                 let entered = callers.enter(A::host(&caller), A::hang_up(&caller), AGAIN);
                 // Nobody of those who were to go is gone: their connections are closed, so it is a matter of moments.
@@ -961,30 +964,36 @@ fn serve<A: Accept>(accept: &A, shared: &Shared<A::Wire>, patience: &Patience) {
 
 /// A host that is out of descriptors, or of memory, has some again when others have ended: it is said once, and tried again. Who
 /// has been silent the longest makes `room` from the first time on: the source of a guest that is here already may be behind it.
+/// (It is said also where nobody has come: the kernel looks for a descriptor before it looks for a connection.)
 fn accept_all<A: Accept>(
     accept: &A,
     shared: &Shared<A::Wire>,
-    room: impl Fn() -> bool,
+    room: impl Fn() -> Silent,
     mut came: impl FnMut(A::Caller),
 ) {
-    let mut deaf = false;
+    // Since when it cannot, and nobody has made room.
+    let mut deaf: Option<Instant> = None;
     while !shared.lock().over {
         match accept.accept() {
             // It can again.
-            Ok(None) => deaf = false,
+            Ok(None) => deaf = None,
             Ok(Some(caller)) => {
-                deaf = false;
+                deaf = None;
                 came(caller);
             }
             Err(error) => {
-                let again = std::mem::replace(&mut deaf, true);
-                if !again {
+                if deaf.is_none() {
                     // Whoever has a guest here may have to ask: who is no longer heard for good looks as if nobody were here.
                     log::warn!("cannot accept connections, and tries again: {error}");
                 }
-                let made = room();
+                let silent = room();
+                let now = Instant::now();
+                let since = match silent {
+                    Silent::Closed => *deaf.insert(now),
+                    Silent::New | Silent::None => *deaf.get_or_insert(now),
+                };
                 // Who is no stranger has said by then what for.
-                let hopeless = again && !made;
+                let hopeless = silent == Silent::None && now.duration_since(since) >= AGAIN;
                 shared.change(|state| {
                     // The source waits, and would not know what for.
                     if hopeless && !state.due.is_empty() {
@@ -992,8 +1001,11 @@ fn accept_all<A: Accept>(
                         state.failed.get_or_insert(why);
                     }
                 });
-                // Whose connection was closed is gone in a moment.
-                let pause = if made { TICK } else { AGAIN };
+                // Whose connection was closed is gone in a moment, and who has come has said what for, or is silent.
+                let pause = match silent {
+                    Silent::Closed | Silent::New => TICK,
+                    Silent::None => AGAIN,
+                };
                 shared.wait(pause, |state| state.over.then_some(()));
             }
         }
@@ -1246,7 +1258,7 @@ mod tests {
         let made = std::cell::Cell::new(0);
         let room = || {
             made.set(made.get() + 1);
-            true
+            Silent::Closed
         };
         accept_all(&host, &shared, room, |_| {});
         assert_eq!(made.get(), 1);
@@ -1294,7 +1306,11 @@ mod tests {
             };
             let host = Host(Mutex::new(has.to_vec()), &shared);
             // As long as somebody makes room it is not hopeless.
-            accept_all(&host, &shared, || !hopeless, |_| {});
+            let room = || match hopeless {
+                true => Silent::None,
+                false => Silent::Closed,
+            };
+            accept_all(&host, &shared, room, |_| {});
             let failed = shared.lock().failed.clone();
             assert_eq!(failed.is_some(), ends, "{has:?} {hopeless}: {failed:?}");
         }

@@ -243,7 +243,7 @@ impl Service {
                         match std::mem::replace(&mut deaf, true) {
                             false => log::warn!("{error}; it is tried again"),
                             true => {
-                                callers.make_room();
+                                callers.make_room(Duration::ZERO);
                             }
                         }
                         thread::sleep(TICK);
