@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What the layer needs of a kernel's userfaultfd, as a trait, so that a test can be the kernel
-//! ([`fake`](super::fake)).
+//! (`fake`).
 
 use super::{Call, RawMessage};
 use crate::Errno;

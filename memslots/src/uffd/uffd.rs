@@ -113,7 +113,7 @@ impl Uffd {
         ))
     }
 
-    /// As [`receive`](Self::receive), of another kernel: a [fake](super::fake), whose descriptor has answered `UFFDIO_API`
+    /// As [`receive`](Self::receive), of another kernel: a fake (`uffd::fake`), whose descriptor has answered `UFFDIO_API`
     /// with these features.
     pub fn foreign(host: Box<dyn UffdHost>, available: Features) -> Self {
         let events = Features::EVENT_FORK
@@ -132,7 +132,7 @@ impl Uffd {
         }
     }
 
-    /// As [`open`](Self::open), of another kernel: a [fake](super::fake). `open` is called once or three times, for
+    /// As [`open`](Self::open), of another kernel: a fake (`uffd::fake`). `open` is called once or three times, for
     /// what a descriptor can do is found by asking, and one that has answered that cannot be asked again.
     ///
     /// # Errors
