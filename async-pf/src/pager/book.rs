@@ -220,14 +220,19 @@ impl Book {
         let Some(of) = self.slots.get_mut(slot) else {
             return;
         };
-        of.pages.fill(Page::new(PageState::Present, false, false).0);
-        self.settled += of.pages.len() as u64;
-        for run in pages {
-            let run = run.start as usize..(run.end as usize).min(of.pages.len());
-            for page in of.pages.get_mut(run).unwrap_or_default() {
-                self.settled -= u64::from(Page(*page).settled());
-                *page = Page::new(PageState::Absent, false, false).0;
+        let mut runs = pages.to_vec();
+        runs.retain(|run| !run.is_empty());
+        runs.sort_unstable_by_key(|run| run.start);
+        // Those that are to come are not looked at, or all of the book would be memory.
+        let end = of.pages.len() as u64;
+        let mut next = 0;
+        for run in runs.into_iter().chain([end..end]) {
+            let there = next as usize..run.start.clamp(next, end) as usize;
+            if let Some(there) = of.pages.get_mut(there) {
+                there.fill(Page::new(PageState::Present, false, false).0);
+                self.settled += there.len() as u64;
             }
+            next = run.end.clamp(next, end);
         }
     }
 

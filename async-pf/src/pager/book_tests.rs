@@ -230,6 +230,26 @@ impl Story {
 }
 
 proptest! {
+    /// However the runs of what is to come lie: over each other, in any order, past the end.
+    #[test]
+    fn only_what_is_to_come_is_missing(
+        runs in proptest::collection::vec((0..30u64, 0..30u64), 0..6),
+    ) {
+        let runs: Vec<_> = runs.iter().map(|(start, end)| *start..*end).collect();
+        let windows = SIZES.map(|pages| (pages, [1, 4]));
+        let mut book = Book::new(windows, LIMITS);
+        book.only(0, &runs);
+        let comes = |page: u64| runs.iter().any(|run| run.contains(&page));
+        let mut missing = SIZES[1];
+        for page in 0..SIZES[0] {
+            let of = book.get(Place { slot: 0, page }).unwrap();
+            let state = if comes(page) { PageState::Absent } else { PageState::Present };
+            prop_assert_eq!(of.state(), state, "page {}", page);
+            missing += u64::from(comes(page));
+        }
+        prop_assert_eq!(book.total - book.settled, missing);
+    }
+
     #[test]
     fn whatever_happens_nothing_is_forgotten_placed_twice_or_wrong(steps in steps()) {
         let sizes = SIZES.map(|pages| (pages, [1, 4]));
