@@ -30,7 +30,6 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,6 +40,7 @@ use async_pf::{Fetched, Lane, PageSource, SourceError};
 use memslots::{Gfn, PAGE_SIZE};
 
 use crate::snapshot::format::{SnapshotId, checksum, u32_at, u64_at};
+use crate::snapshot::link;
 use crate::snapshot::pages::is_zero;
 
 /// What the file begins with.
@@ -186,17 +186,6 @@ fn table(id: SnapshotId, runs: &[Run], sums: &[u32], begin: u64) -> Vec<u8> {
     bytes
 }
 
-/// Has the kernel begin to read so much of the file, and does not wait for it. Best effort.
-fn will_need(file: &File, offset: u64, len: u64) {
-    let (offset, len) = (offset.cast_signed(), len.cast_signed());
-    // SAFETY: an open descriptor, and numbers; no memory is given.
-    let errno =
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), offset, len, libc::POSIX_FADV_WILLNEED) };
-    if errno != 0 {
-        log::debug!("posix_fadvise: {}", io::Error::from_raw_os_error(errno));
-    }
-}
-
 /// Why there are none.
 #[derive(Debug, thiserror::Error)]
 pub enum KeptError {
@@ -303,7 +292,7 @@ impl Kept {
         }
         let sums = of_sums.chunks_exact(4).map(|sum| u32_at(sum, 0));
         // Best effort: what is not there yet is waited for.
-        will_need(&file, begin, (end - begin).min(AHEAD));
+        link::begin_to_read(&file, begin, (end - begin).min(AHEAD));
         Ok(Some(Kept {
             sums: sums.collect(),
             file,

@@ -15,6 +15,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
+use memslots::PAGE_SIZE;
+
 use super::files::{MEMORY, STATE};
 use super::first::FirstPages;
 use super::format::{self, Checksum, Kind, SnapshotId};
@@ -114,9 +116,14 @@ impl Link {
     /// # Errors
     /// [`RestoreError`], with the file's name in it.
     pub fn open(dir: &Path) -> Result<(Self, Vec<u8>), RestoreError> {
-        let (mut link, bytes) = Self::open_state(dir)?;
         let path = dir.join(MEMORY);
-        let opened = open(&path).map_err(|error| match error {
+        let opened = open(&path);
+        if let Ok((memory, _)) = &opened {
+            // The disk reads the header while the state is looked at.
+            begin_to_read(memory, 0, PAGE_SIZE);
+        }
+        let (mut link, bytes) = Self::open_state(dir)?;
+        let opened = opened.map_err(|error| match error {
             RestoreError::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 let dir = dir.to_owned();
                 RestoreError::NoMemory { dir }
@@ -477,12 +484,9 @@ impl Link {
 
     /// Has the kernel read a piece as a whole, as it would not if it were read part by part.
     fn will_need(&self, place: Region) {
-        use std::os::fd::AsRawFd;
-        let Ok(file) = self.file() else { return };
-        let (from, len) = (place.offset as libc::off_t, place.len as libc::off_t);
-        // SAFETY: an open descriptor, and no pointer. Where that cannot be done, nothing is lost.
-        let _ =
-            unsafe { libc::posix_fadvise(file.as_raw_fd(), from, len, libc::POSIX_FADV_WILLNEED) };
+        if let Ok(file) = self.file() {
+            begin_to_read(file, place.offset, place.len);
+        }
     }
 
     /// Compares a piece with its checksum.
@@ -833,6 +837,14 @@ fn differs(piece: Piece, bytes: &[u8]) -> Option<String> {
 fn differs_from(written: u32, found: u32) -> Option<String> {
     (found != written)
         .then(|| format!("the checksum is {found:#010x}, and {written:#010x} was written"))
+}
+
+/// Has the kernel begin to read so much of a file, and does not wait for it. Where that cannot be done, nothing is lost.
+pub(crate) fn begin_to_read(file: &File, from: u64, len: u64) {
+    use std::os::fd::AsRawFd;
+    let (from, len) = (from as libc::off_t, len as libc::off_t);
+    // SAFETY: an open descriptor, and no pointer.
+    let _ = unsafe { libc::posix_fadvise(file.as_raw_fd(), from, len, libc::POSIX_FADV_WILLNEED) };
 }
 
 /// `lseek`: where data, or a hole, is next.
