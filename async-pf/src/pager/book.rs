@@ -226,7 +226,7 @@ impl Book {
         // Those that are to come are not looked at, or all of the book would be memory.
         let end = of.pages.len() as u64;
         let mut next = 0;
-        for run in runs.into_iter().chain([end..end]) {
+        for run in runs.into_iter().chain(std::iter::once(end..end)) {
             let there = next as usize..run.start.clamp(next, end) as usize;
             if let Some(there) = of.pages.get_mut(there) {
                 there.fill(Page::new(PageState::Present, false, false).0);
