@@ -15,7 +15,8 @@
 //! ```
 //!
 //! They are the snapshot's pages: the same bytes are in the file `memory` (of it, or of one that it builds on), and who reads that
-//! alone misses nothing. What is not found when the snapshot is taken is touched later, and comes as any other page.
+//! alone misses nothing. (Of memory that another process writes while the guest stands still no snapshot has one moment.) What is not
+//! found when the snapshot is taken is touched later, and comes as any other page.
 
 #![forbid(unsafe_code)]
 
@@ -25,7 +26,7 @@ use memslots::{Gfn, PAGE_SIZE};
 
 use super::format::{u32_at, u64_at};
 use super::machine::VcpuSection;
-use super::pages::PageMap;
+use super::pages::{PageMap, Region};
 
 /// Of so many vCPUs. Of a larger machine the others wait at least as long for their turn.
 const MOST_VCPUS: usize = 8;
@@ -263,7 +264,8 @@ impl FirstPages {
             let at = gfn.0.checked_mul(PAGE_SIZE);
             let mut regions = map.regions.iter();
             let is_there = at.is_some_and(|at| {
-                regions.any(|of| of.guest <= at && at + PAGE_SIZE <= of.guest + of.len)
+                let left = |of: &Region| of.len.checked_sub(at.checked_sub(of.guest)?);
+                regions.any(|of| left(of).is_some_and(|left| left >= PAGE_SIZE))
             });
             if !is_there || numbers.insert(gfn, number).is_some() {
                 return Err(FirstPagesError::Page(gfn.0));
@@ -441,7 +443,7 @@ mod tests {
         assert_eq!(with(0, &[0xff; 4]), length(u32::MAX));
         assert_eq!(with(4, &[1]), length(3));
         // Behind each region, far away, and one that is there.
-        for page in [8, 0x102, u64::MAX, 1 << 52, 7] {
+        for page in [8, 0x102, u64::MAX, 1 << 52, (1 << 52) - 1, 7] {
             assert_eq!(
                 with(HEADER, &page.to_le_bytes()),
                 FirstPagesError::Page(page)

@@ -109,12 +109,17 @@ impl Telling {
         }
     }
 
-    fn tell(&self, first: Gfn, error: &SourceError) {
+    fn tell(&self, first: Gfn, bytes: usize, error: &SourceError) {
         // All else is what somebody asked for that is none of the guest's memory.
         let SourceError::Other { source: why, .. } = error else {
             return;
         };
-        let piece = first.0.saturating_mul(PAGE_SIZE) / u64::from(PIECE);
+        let at = first.0.saturating_mul(PAGE_SIZE);
+        let piece = at / u64::from(PIECE);
+        // Of two pieces it may be either: each of their pages is asked for by itself then.
+        if at.saturating_add(bytes as u64).saturating_sub(1) / u64::from(PIECE) != piece {
+            return;
+        }
         let words = Words(&**why).to_string();
         let key = match why.downcast_ref() {
             // It is all of the file.
@@ -141,7 +146,7 @@ impl PageSource for Telling {
 
     fn fetch_for(&self, lane: Lane, first: Gfn, into: &mut [u8]) -> Result<Fetched, SourceError> {
         let fetched = self.source.fetch_for(lane, first, into);
-        fetched.inspect_err(|error| self.tell(first, error))
+        fetched.inspect_err(|error| self.tell(first, into.len(), error))
     }
 
     fn overtakes(&self) -> bool {
