@@ -26,6 +26,12 @@ pub struct Signals {
     resizes: OwnedFd,
 }
 
+/// Has a stop signal come once more that was taken, for who looks next.
+pub(crate) fn again(signal: i32) {
+    // SAFETY: numbers; of this process's own signals none is refused.
+    unsafe { libc::kill(libc::getpid(), signal) };
+}
+
 impl Signals {
     /// Blocks the signals in this thread and those that it starts from now on, and takes them over.
     /// A signal that was ignored when the process began (`nohup` ignores SIGHUP) stays ignored.

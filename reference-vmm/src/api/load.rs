@@ -419,6 +419,10 @@ impl Monitor for Waiting<'_> {
                      To give that up, cancel it at the source (ctl migrate-cancel there), or stop this monitor by SIGTERM."
                 ))
             }
+            // It was waited for, and there will be none.
+            (_, Source::Restore(landing, _)) if !landing.wait(Duration::ZERO) => {
+                Outcome::Refused(self.ends())
+            }
             (_, Source::Restore(..)) => Outcome::Refused(format!(
                 "There is no guest here yet: {MEMORY} is waited for. Ask again, or stop this monitor by SIGTERM."
             )),

@@ -67,14 +67,21 @@ impl Events {
     pub(super) fn reason(&self) -> String {
         let begun = Instant::now();
         loop {
+            // Asked first: the reason stands before the end is told for it.
+            let is_over = self.is_over();
             match self.why() {
                 why if !why.is_empty() => return why,
-                _ if self.end.is_told() || begun.elapsed() >= REASON => {
+                _ if is_over || begun.elapsed() >= REASON => {
                     return "memory of the guest's did not come".into();
                 }
                 _ => thread::sleep(LOOK),
             }
         }
+    }
+
+    /// Whether the end has been told, for want of memory or otherwise.
+    pub(super) fn is_over(&self) -> bool {
+        self.end.is_told()
     }
 
     /// Whether who heard of the first page that did not come has told the end for it, if that is to be so.

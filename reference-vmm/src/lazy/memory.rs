@@ -271,6 +271,7 @@ impl LazyMemory {
         };
         let source_of = Arc::clone(&of);
         let (mut paged, mut at_once) = (Vec::new(), 0);
+        let mut wanted: Vec<Gfn> = known.map_or_else(Vec::new, |known| known.order().to_vec());
         for (registration, range) in registrations.iter().zip(&slots) {
             let first = Gfn(range.start / PAGE_SIZE);
             let there = match known {
@@ -278,6 +279,7 @@ impl LazyMemory {
                 None => BTreeSet::new(),
             };
             at_once += there.len() as u64;
+            wanted.retain(|gfn| !there.contains(&gfn.0));
             let slot = PagedSlot::new(registration, first, Arc::clone(&of))?;
             paged.push(match there.is_empty() {
                 true => slot,
@@ -295,7 +297,8 @@ impl LazyMemory {
                 // A page of zeros is a table without an entry.
                 matches!(source_of.fetch(gfn, into), Ok(Fetched::Bytes))
             };
-            of.bring_first(&first::pages(&starts, &mut read), &slots);
+            wanted.extend(first::pages(&starts, &mut read));
+            of.bring_first(&wanted, &slots);
             of.bring(recording, unread, &slots);
         };
         LazyMemory::with_thread(shared, request.on_loss, parked, bring)
@@ -530,9 +533,15 @@ impl Loss {
     pub(crate) fn why(&self, certain: bool) -> Option<String> {
         let begun = Instant::now();
         loop {
+            // Asked first: the reason stands before the end is told for it.
+            let is_over = self.0.events.is_over();
             let why = self.0.events.why();
             if !why.is_empty() && self.0.events.is_dealt_with() {
                 return Some(why);
+            }
+            // It has ended otherwise: what does not come now is not told of.
+            if is_over && why.is_empty() {
+                return None;
             }
             let waited = begun.elapsed();
             let over = {
@@ -798,7 +807,7 @@ impl Shared {
         state.phase == LazyState::Recording
     }
 
-    /// What vCPUs touch first: a few pages, for which there is room.
+    /// What vCPUs touch first and is not there yet: a few pages, for which there is room.
     fn bring_first(&self, pages: &[Gfn], slots: &[Range<u64>]) {
         let pager = self.pager();
         for gfn in pages {

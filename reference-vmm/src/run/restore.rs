@@ -139,6 +139,10 @@ fn watch(signals: &Signals, end: &EndSignal, made: &EventFd, sweep: &(impl Fn() 
     };
     end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
     if is_made(made) {
+        // Of a load that is given up already the monitor would go on, and has to hear of it.
+        if !matches!(end.get(), Some(GuestEnd::Stopped(_))) {
+            signals::again(signal);
+        }
         return;
     }
     let name = signals::name(signal);
