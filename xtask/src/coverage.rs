@@ -167,6 +167,9 @@ fn install() -> Result<()> {
 /// Tests that count or refuse each system call of the binary: an instrumented one makes more.
 const TRACED: [&str; 2] = ["kvm_errno", "kvm_ioctl_order"];
 
+/// How often tarpaulin is run where it ends without a report.
+const RUNS: usize = 2;
+
 /// Each file's path within the workspace, its covered and its coverable lines.
 fn measure(workspace: &Path, config: &Config) -> Result<Vec<(String, u64, u64)>> {
     let with_kvm = host::kvm().0 != KvmKind::None;
@@ -212,14 +215,30 @@ fn measure(workspace: &Path, config: &Config) -> Result<Vec<(String, u64, u64)>>
         command.args(["--exclude-files", &format!("*{path}*")]);
     }
     let file = out.join("tarpaulin-report.json");
-    // What is there is of another run.
-    let _ = fs::remove_file(&file);
     let step = Step::begin("measuring the coverage");
-    let status = command.status().context(|| "cargo does not start".into())?;
-    match (status.success(), file.exists()) {
-        (true, _) => {}
-        (false, true) => say("a test failed in the instrumented build, and what it covered counts"),
-        (false, false) => return Err(Failure::new(format!("cargo tarpaulin failed ({status})"))),
+    let mut runs = 0;
+    loop {
+        // What is there is of another run.
+        let _ = fs::remove_file(&file);
+        let _ = fs::remove_dir_all(out.join("tarpaulin/profraws"));
+        runs += 1;
+        let status = command.status().context(|| "cargo does not start".into())?;
+        match (status.success(), file.exists()) {
+            (true, _) => break,
+            (false, true) => {
+                say("a test failed in the instrumented build, and what it covered counts");
+                break;
+            }
+            // A program that a test kills while it writes its profile leaves half of one, at which tarpaulin panics.
+            (false, false) if runs < RUNS => {
+                say(format!(
+                    "cargo tarpaulin failed ({status}), and is run again"
+                ));
+            }
+            (false, false) => {
+                return Err(Failure::new(format!("cargo tarpaulin failed ({status})")));
+            }
+        }
     }
     step.end();
     let text =
