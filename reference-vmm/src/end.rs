@@ -70,9 +70,7 @@ impl GuestEnd {
             GuestEnd::DebugExit(value) => (value << 1 | 1) as u8,
         }
     }
-}
 
-impl GuestEnd {
     /// What the user is told of it, besides the log; nothing where an end is as it should be.
     pub(crate) fn words(&self) -> Option<String> {
         match self {

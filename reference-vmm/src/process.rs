@@ -41,7 +41,7 @@ pub fn prepare() -> io::Result<()> {
 }
 
 /// Has all threads share one heap (glibc; elsewhere nothing is done). Each would have one of its own otherwise, of which the making
-/// is four changes of the address space: a lazy restore, which starts six threads before its guest runs, has them wait for each
+/// is four changes of the address space: a lazy restore, which starts five threads before its guest runs, has them wait for each
 /// other there. What is allocated while a guest runs is little, and most of it comes out of the thread's own cache.
 fn one_heap() {
     #[cfg(target_env = "gnu")]

@@ -127,7 +127,7 @@ pub type Spawn = dyn Fn(String, Box<dyn FnOnce() + Send>) -> io::Result<()> + Se
 pub struct PagerConfig {
     /// Threads that fetch, at least one; one more watches over them. What nobody waits for is fetched by one at a time, so that
     /// who faults finds another; of more than three, and from a source whose fetches take more than half a millisecond, by
-    /// all but two at once. Of 64 MiB by 128 KiB, each after 1 ms, two bring all in 670 ms, four in 320, and eight in 103.
+    /// all but two at once.
     pub workers: usize,
     /// How long who touched a page waits for it at most, from the moment that the fault was read.
     pub deadline: Duration,

@@ -43,7 +43,8 @@
 //! [`client`] in turn bounds what it takes for an answer, and how long it waits for all of it.
 //!
 //! The socket is there as soon as the configuration is known to be good, and answers when the guest has started, or is
-//! waited for: to be loaded, to come by migration, or to have memory that another process brings. It goes with the guest: what is under way then gets no answer.
+//! waited for: to be loaded, to come by migration, or to have memory that another process brings. It goes with the guest: what
+//! is under way then gets no answer.
 //!
 //! # One after another, and meanwhile
 //!

@@ -397,10 +397,14 @@ mod tests {
         u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
     }
 
-    fn run(what: &str) -> std::process::ExitStatus {
+    fn output(what: &str) -> std::process::Output {
         let mut child = Command::new(std::env::current_exe().unwrap());
-        child.args(["--exact", "lazy::bus::tests::child"]);
-        child.env(CHILD, what).output().unwrap().status
+        child.args(["--exact", "lazy::bus::tests::child", "--nocapture"]);
+        child.env(CHILD, what).output().unwrap()
+    }
+
+    fn run(what: &str) -> std::process::ExitStatus {
+        output(what).status
     }
 
     #[test]
@@ -412,9 +416,7 @@ mod tests {
 
     #[test]
     fn a_process_that_does_not_end_for_it_is_ended_with_the_reason() {
-        let mut child = Command::new(std::env::current_exe().unwrap());
-        child.args(["--exact", "lazy::bus::tests::child", "--nocapture"]);
-        let ended = child.env(CHILD, "ours, and nobody ends").output().unwrap();
+        let ended = output("ours, and nobody ends");
         let said = String::from_utf8_lossy(&ended.stderr);
         assert_eq!(ended.status.code(), Some(1), "{said}");
         let reason = "reference-vmm: a device needs what is lost: the reason\n";

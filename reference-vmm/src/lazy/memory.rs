@@ -212,7 +212,7 @@ impl LazyMemory {
                 from: From::Snapshot(Mutex::new(source), sets),
                 server: remote.clone(),
                 pages: count,
-                at_once,
+                at_once: at_once as u64,
                 begun: Instant::now(),
             })
         };
@@ -270,24 +270,20 @@ impl LazyMemory {
             _ => Vec::new(),
         };
         let source_of = Arc::clone(&of);
-        let (mut paged, mut at_once) = (Vec::new(), 0);
-        let mut wanted: Vec<Gfn> = known.map_or_else(Vec::new, |known| known.order().to_vec());
+        let (mut paged, mut there) = (Vec::new(), BTreeSet::new());
         for (registration, range) in registrations.iter().zip(&slots) {
-            let first = Gfn(range.start / PAGE_SIZE);
-            let there = match known {
-                Some(known) => place_first(registration, range, known)?,
-                None => BTreeSet::new(),
-            };
-            at_once += there.len() as u64;
-            wanted.retain(|gfn| !there.contains(&gfn.0));
-            let slot = PagedSlot::new(registration, first, Arc::clone(&of))?;
-            paged.push(match there.is_empty() {
-                true => slot,
-                false => slot.only(all_but(first..Gfn(range.end / PAGE_SIZE), &there)),
-            });
+            if let Some(known) = known {
+                place_first(registration, range, known, &mut there)?;
+            }
+            let all = Gfn(range.start / PAGE_SIZE)..Gfn(range.end / PAGE_SIZE);
+            let slot = PagedSlot::new(registration, all.start, Arc::clone(&of))?;
+            paged.push(slot.only(all_but(all, &there)));
         }
+        let order = known.map_or(&[][..], |known| known.order());
+        let left = order.iter().filter(|gfn| !there.contains(&gfn.0));
+        let mut wanted: Vec<Gfn> = left.copied().collect();
         let pager = Pager::start(&uffd, paged, config)?;
-        let shared = shared(phase, Some(pager), at_once, registrations, source, sets);
+        let shared = shared(phase, Some(pager), there.len(), registrations, source, sets);
         if let Some(remote) = remote.clone() {
             let enough = move |_: LastWord, _: Duration| remote.close();
             shared.lock().enough = Some(Box::new(enough));
@@ -468,17 +464,17 @@ impl LazyMemory {
     }
 }
 
-/// Places what the snapshot's state has of a region, which is at `range` in the guest; the pages that are there then. Of larger
-/// pages none is.
+/// Places what the snapshot's state has of a region, which is at `range` in the guest, and notes the pages that are `there` then.
+/// Of larger pages none is.
 fn place_first(
     registration: &Registration,
     range: &Range<u64>,
     first: &FirstPages,
-) -> Result<BTreeSet<u64>, LazyError> {
-    let mut there = BTreeSet::new();
+    there: &mut BTreeSet<u64>,
+) -> Result<(), LazyError> {
     let role = registration.lend_fill().map_err(StartError::from)?;
     if role.page_size() != PAGE_SIZE {
-        return Ok(there);
+        return Ok(());
     }
     for gfn in first.order() {
         let at = gfn.0.saturating_mul(PAGE_SIZE);
@@ -489,14 +485,15 @@ fn place_first(
             }
         }
     }
-    Ok(there)
+    Ok(())
 }
 
 /// The runs of pages of `all` that are none of `there`.
 fn all_but(all: Range<Gfn>, there: &BTreeSet<u64>) -> Vec<Range<Gfn>> {
     let mut runs = Vec::new();
     let mut next = all.start.0;
-    for page in there.iter().copied().chain([all.end.0]) {
+    let there = there.range(all.start.0..all.end.0);
+    for page in there.copied().chain([all.end.0]) {
         if next < page {
             runs.push(Gfn(next)..Gfn(page));
         }

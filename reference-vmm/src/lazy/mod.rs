@@ -121,6 +121,13 @@ pub struct LazyRequest {
     pub page_server: Option<Box<PageServerAt>>,
 }
 
+impl LazyRequest {
+    /// Whether another process brings the pages, and so may be waited for before there is a guest.
+    pub(crate) fn is_of_another(&self) -> bool {
+        self.page_server.is_some() || self.handler.is_some()
+    }
+}
+
 impl Default for LazyRequest {
     /// The guest is stopped, ten seconds, two threads.
     fn default() -> Self {

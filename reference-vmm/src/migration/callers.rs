@@ -139,9 +139,7 @@ impl Callers {
             false => Silent::New,
         }
     }
-}
 
-impl Callers {
     /// Closes all of them: nobody is heard any more.
     pub(crate) fn close(&self) {
         self.lock()

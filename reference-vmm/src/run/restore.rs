@@ -17,6 +17,7 @@ use crate::api::load::Waiting;
 use crate::api::{self, Server};
 use crate::end::{EndSignal, GuestEnd, StopCause};
 use crate::gdb::Listener;
+use crate::lazy::LazyRequest;
 use crate::no_wait::readable;
 use crate::signals::{self, Signals};
 use crate::snapshot::RestoreRequest;
@@ -122,7 +123,7 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
 /// Whether another process brings memory that the machine needs before there is a guest.
 pub(super) fn waits_for_others(request: &RestoreRequest) -> bool {
     let lazy = request.lazy.as_ref();
-    lazy.is_some_and(|lazy| lazy.page_server.is_some() || lazy.handler.is_some())
+    lazy.is_some_and(LazyRequest::is_of_another)
 }
 
 fn watch(signals: &Signals, end: &EndSignal, made: &EventFd, sweep: &(impl Fn() + Sync)) {

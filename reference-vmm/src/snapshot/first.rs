@@ -26,7 +26,7 @@ use memslots::{Gfn, PAGE_SIZE};
 
 use super::format::{u32_at, u64_at};
 use super::machine::VcpuSection;
-use super::pages::{PageMap, Region};
+use super::pages::PageMap;
 
 /// Of so many vCPUs. Of a larger machine the others wait at least as long for their turn.
 const MOST_VCPUS: usize = 8;
@@ -261,12 +261,9 @@ impl FirstPages {
         let mut numbers = BTreeMap::new();
         for number in 0..count {
             let gfn = Gfn(u64_at(section, HEADER + number * 8));
+            // Regions are whole pages.
             let at = gfn.0.checked_mul(PAGE_SIZE);
-            let mut regions = map.regions.iter();
-            let is_there = at.is_some_and(|at| {
-                let left = |of: &Region| of.len.checked_sub(at.checked_sub(of.guest)?);
-                regions.any(|of| left(of).is_some_and(|left| left >= PAGE_SIZE))
-            });
+            let is_there = at.is_some_and(|at| map.locate(at).is_some());
             if !is_there || numbers.insert(gfn, number).is_some() {
                 return Err(FirstPagesError::Page(gfn.0));
             }

@@ -54,7 +54,7 @@ impl Machine {
             mapped
         })?;
         let is_quick = match &request.lazy {
-            Some(lazy) => lazy.page_server.is_none() && lazy.handler.is_none(),
+            Some(lazy) => !lazy.is_of_another(),
             None => mapped,
         };
         if !is_quick {
