@@ -75,6 +75,27 @@ impl Kvm {
     pub fn state_host(&self, vm: &VmFd) -> Result<StateHost, Error> {
         state_host(vm, self)
     }
+
+    /// [`state_host`](Self::state_host) without a scratch VM, by a few ioctls: what KVM lists. It is enough to save a state by. To
+    /// check or restore one it is completed, by [`Vcpu::complete`] or [`Kvm::complete`].
+    ///
+    /// # Errors
+    /// [`Error::SupportedCpuid`], [`Error::MsrList`].
+    pub fn listed_state_host(&self, vm: &VmFd) -> Result<StateHost, Error> {
+        listed_state_host(vm, self)
+    }
+
+    /// [`Vcpu::complete`] where there is no vCPU yet, by one of a scratch VM: about a millisecond where that is needed at all.
+    ///
+    /// # Errors
+    /// What a VM and a vCPU may fail with, and what [`Vcpu::complete`] does; `host` is what it was.
+    pub fn complete(&self, host: &mut StateHost) -> Result<(), Error> {
+        if gives_what_it_lists() {
+            return Ok(());
+        }
+        let vcpu = self.create_vm()?.finish().create_vcpu(VcpuId(0))?;
+        vcpu.complete(host)
+    }
 }
 
 impl VmSetup {
@@ -140,6 +161,23 @@ impl Vcpu {
     ) -> Result<Restored, RestoreError> {
         host.restore(self.fd(), state, passage)
     }
+
+    /// Adds to what KVM [lists](Kvm::listed_state_host) what it gives its guests besides, for which this vCPU, that has not run,
+    /// is given all that is listed: its CPUID is that from here on, until it is set or restored. Nothing happens where the
+    /// processor has hardware virtualization, for there KVM gives what it lists.
+    ///
+    /// # Errors
+    /// [`Error::VcpuSetup`], for one of a vCPU that has run; `host` is what it was.
+    pub fn complete(&self, host: &mut StateHost) -> Result<(), Error> {
+        if gives_what_it_lists() {
+            return Ok(());
+        }
+        let set = AccessVcpu::set_cpuid(self.fd(), &host.cpuid);
+        set.map_err(self.failed("KVM_SET_CPUID2"))?;
+        let given = AccessVcpu::cpuid(self.fd());
+        host.cpuid = given.map_err(self.failed("KVM_GET_CPUID2"))?;
+        Ok(())
+    }
 }
 
 impl VcpuView<'_, VcpuFd> {
@@ -167,11 +205,14 @@ impl VcpuView<'_, VcpuFd> {
 }
 
 fn state_host(vm: &VmFd, kvm: &Kvm) -> Result<StateHost, Error> {
+    let mut host = listed_state_host(vm, kvm)?;
+    kvm.complete(&mut host)?;
+    Ok(host)
+}
+
+fn listed_state_host(vm: &VmFd, kvm: &Kvm) -> Result<StateHost, Error> {
     let capabilities = Capabilities::new(vm);
-    let mut cpuid = kvm.supported_cpuid()?;
-    if !has_hardware_virtualization() {
-        cpuid = given_cpuid(kvm, &cpuid)?;
-    }
+    let cpuid = kvm.supported_cpuid()?;
     let msrs = kvm.fd().get_msr_index_list();
     let msrs = msrs.map_err(|errno| Error::MsrList { errno })?;
     let number = |capability| usize::try_from(capabilities.raw(capability)).unwrap_or(0);
@@ -192,19 +233,11 @@ fn state_host(vm: &VmFd, kvm: &Kvm) -> Result<StateHost, Error> {
     Ok(host.with_unlisted_msrs())
 }
 
-/// Whether the processor has VMX or SVM.
-fn has_hardware_virtualization() -> bool {
+/// Whether the processor has VMX or SVM. Without them KVM's back end is PVM, which adds to a guest's CPUID what it cannot hide.
+fn gives_what_it_lists() -> bool {
     use std::arch::x86_64::__cpuid;
     let svm = || __cpuid(0x8000_0000).eax > 0x8000_0000 && __cpuid(0x8000_0001).ecx & 1 << 2 != 0;
     __cpuid(1).ecx & 1 << 5 != 0 || svm()
-}
-
-/// What a guest sees that was given `cpuid`. KVM's PVM back end adds what it cannot hide.
-fn given_cpuid(kvm: &Kvm, cpuid: &CpuId) -> Result<CpuId, Error> {
-    let vcpu = kvm.create_vm()?.finish().create_vcpu(VcpuId(0))?;
-    vcpu.set_cpuid(cpuid)?;
-    let given = vcpu.fd().get_cpuid2(KVM_MAX_CPUID_ENTRIES);
-    given.map_err(|errno| Error::SupportedCpuid { errno })
 }
 
 fn now() -> u64 {

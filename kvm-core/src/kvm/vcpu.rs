@@ -160,7 +160,7 @@ impl RunVcpu for Vcpu {
 /// Setting up, with errors that say which vCPU and which ioctl.
 #[cfg(target_arch = "x86_64")]
 impl Vcpu {
-    fn failed(&self, ioctl: &'static str) -> impl FnOnce(Errno) -> Error {
+    pub(super) fn failed(&self, ioctl: &'static str) -> impl FnOnce(Errno) -> Error {
         failed(self.id, ioctl)
     }
 

@@ -573,7 +573,7 @@ impl Running {
             SnapshotError::Kvm(crate::end::Chain(error).to_string())
         };
         let device = Kvm::open_at(&self.config().kvm).map_err(|error| kvm(&error))?;
-        let host = self.vm().state_host(&device);
+        let host = device.listed_state_host(self.vm().fd());
         host.map_err(|error| kvm(&error))
     }
 

@@ -74,26 +74,38 @@ pub(crate) struct Framed {
 /// What this host's KVM saves of a vCPU and takes, asked as [`CpuidBase`](super::cpuid::CpuidBase) is and for its reasons: of
 /// a restore in 3.4 ms, one was this.
 struct HostQuestion {
-    /// Until it is waited for.
+    kvm: Arc<Kvm>,
+    /// What KVM lists, until it is waited for.
     asked: Option<JoinHandle<Result<StateHost, kvm_core::Error>>>,
+    /// Complete: all that KVM gives.
     answered: Option<StateHost>,
 }
 
 impl HostQuestion {
     fn ask(kvm: Kvm, vm: &Arc<VmFd>) -> Result<Self, BuildError> {
-        let vm = vm.clone();
-        let ask = move || kvm.state_host(&vm);
+        let (kvm, vm) = (Arc::new(kvm), vm.clone());
+        let asks = kvm.clone();
+        let ask = move || asks.listed_state_host(&vm);
         Ok(HostQuestion {
+            kvm,
             asked: Some(ask_aside(ask)?),
             answered: None,
         })
     }
 
-    /// Waits for the answer.
-    fn answer(&mut self) -> Result<&StateHost, BuildError> {
+    /// Waits for the answer. Where KVM gives more than it lists that is seen by `vcpu`, whose CPUID is to come still, or without
+    /// one by one of a VM that is made for it.
+    fn answer(&mut self, vcpu: Option<&Vcpu>) -> Result<&StateHost, BuildError> {
         let host = match (self.answered.take(), self.asked.take()) {
             (Some(host), _) => host,
-            (None, Some(thread)) => answer_of(thread)?,
+            (None, Some(thread)) => {
+                let mut host = answer_of(thread)?;
+                match vcpu {
+                    Some(vcpu) => vcpu.complete(&mut host)?,
+                    None => self.kvm.complete(&mut host)?,
+                }
+                host
+            }
             // The answer was no, and is so still.
             (None, None) => return Err(BuildError::Ended),
         };
@@ -101,7 +113,7 @@ impl HostQuestion {
     }
 
     fn check(&mut self, vcpus: &[VcpuSection]) -> Result<(), BuildError> {
-        let host = self.answer()?;
+        let host = self.answer(None)?;
         for vcpu in vcpus {
             let checked = host.check(&vcpu.state);
             checked.map_err(|refusal| RestoreError::Vcpu {
@@ -312,7 +324,7 @@ impl Framed {
         let passage = frame.vm.restore(&state.vm.vm, clock);
         let passage = passage.map_err(RestoreError::from)?;
         // Which looks whether it takes the state before anything else.
-        let host = host.answer()?;
+        let host = host.answer(vcpus.first())?;
         for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
             let restored = vcpu.restore(host, &saved.state, &passage);
             let restored = restored.map_err(|source| RestoreError::Vcpu {
