@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use reference_vmm::end::Chain as ErrorChain;
 use reference_vmm::snapshot::RestoreError;
 use reference_vmm::snapshot::chain::{Chain, ChainError};
-use reference_vmm::snapshot::files::{HostFiles, SnapshotFiles};
+use reference_vmm::snapshot::files::{HostFiles, Locked, SnapshotFiles};
 use reference_vmm::snapshot::format::{self, Kind, SnapshotId};
 use reference_vmm::snapshot::link::Link;
 use reference_vmm::snapshot::merge::{MergeError, MergeRequest, merge};
@@ -594,7 +594,7 @@ fn a_parent_and_its_path_are_read_back_and_anything_else_is_refused() {
 struct Cloning(std::cell::Cell<u32>);
 
 impl SnapshotFiles for Cloning {
-    fn create_dir(&self, path: &Path) -> std::io::Result<fs::File> {
+    fn create_dir(&self, path: &Path) -> std::io::Result<Locked> {
         HostFiles.create_dir(path)
     }
     fn create(&self, path: &Path) -> std::io::Result<fs::File> {

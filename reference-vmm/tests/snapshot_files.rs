@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use faulty_files::Faulty;
-use reference_vmm::snapshot::files::{Draft, HostFiles, SnapshotFiles, WriteError};
+use reference_vmm::snapshot::files::{Draft, HostFiles, SnapshotFiles, WriteError, hold_parent};
 use reference_vmm::snapshot::format::{Kind, SnapshotId, encode};
 
 fn state(text: &str) -> Vec<u8> {
@@ -293,4 +293,20 @@ fn what_a_crash_left_is_removed_by_the_next_one_but_nothing_else_with_it() {
     fs::remove_file(partial.join("root.raw")).unwrap();
     write(&HostFiles, &target, "new").unwrap();
     assert!(!partial.exists());
+}
+
+#[test]
+fn what_was_locked_is_free_when_it_is_let_go_whoever_has_its_descriptor_still() {
+    let folder = tempfile::tempdir().unwrap();
+    let parent = hold_parent(folder.path()).unwrap();
+    // As a child has it between fork and exec.
+    let child = parent.try_clone().unwrap();
+    let made = folder.path().join("s");
+    let locked = HostFiles.create_dir(&made).unwrap();
+    let child_of = locked.try_clone().unwrap();
+    let refused = HostFiles.create_dir(&made).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::WouldBlock);
+    drop((parent, locked));
+    HostFiles.create_dir(&made).unwrap();
+    drop((child, child_of));
 }

@@ -32,6 +32,8 @@ use crate::{units, unix_socket};
 
 /// How often it is looked whether the handler hangs, within the time that a page may take.
 const LOOKS: u32 = 8;
+/// How long it is waited for at once where as many wait at its socket as can.
+const SLICE: Duration = Duration::from_millis(200);
 
 /// The handler, and what it was given. Dropped, it is told by the end of its connection.
 pub(super) struct Handler {
@@ -86,7 +88,7 @@ impl Handler {
             path: path.to_owned(),
             source,
         })?;
-        let stream = unix_socket::connect_within(path, limit);
+        let stream = connect(path, limit, &events);
         let stream = stream.map_err(|source| LazyError::Connect {
             path: path.to_owned(),
             source,
@@ -167,6 +169,21 @@ impl Drop for Handler {
         }
         // Nobody of this machine uses its memory any more; who did, in an unserved page, goes on with an error.
         self.given.poison();
+    }
+}
+
+/// Connects within `limit`; where the machine ends meanwhile, nobody waits that long.
+fn connect(path: &Path, limit: Duration, events: &Events) -> io::Result<UnixStream> {
+    let until = Instant::now() + limit;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        match unix_socket::connect_within(path, left.clamp(Duration::from_millis(1), SLICE)) {
+            Err(error)
+                if error.kind() == io::ErrorKind::WouldBlock
+                    && left > SLICE
+                    && !events.is_over() => {}
+            connected => return connected,
+        }
     }
 }
 
@@ -365,6 +382,31 @@ impl PageSource for Nothing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::end::{EndSignal, GuestEnd, StopCause};
+    use crate::lazy::OnLoss;
+
+    #[test]
+    fn a_handler_that_takes_nobody_is_not_waited_for_by_a_machine_that_has_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("handler");
+        let listener = unix_socket::Listener::bind(&path, 0).unwrap();
+        let _first = unix_socket::connect(&path).unwrap();
+        let end = Arc::new(EndSignal::new().unwrap());
+        let events = Events::new(Arc::clone(&end), OnLoss::Stop);
+        let (limit, begun) = (Duration::from_secs(60), Instant::now());
+        end.tell(GuestEnd::Stopped(StopCause::Signal(libc::SIGTERM)));
+        let refused = connect(&path, limit, &events).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+        assert!(begun.elapsed() < limit / 2, "{:?}", begun.elapsed());
+        // One that lives waits, and for as long as it may.
+        let end = Arc::new(EndSignal::new().unwrap());
+        let events = Events::new(end, OnLoss::Stop);
+        let (limit, begun) = (SLICE * 2, Instant::now());
+        let refused = connect(&path, limit, &events).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+        assert!(begun.elapsed() >= limit, "{:?}", begun.elapsed());
+        drop(listener);
+    }
 
     #[test]
     fn who_waits_is_counted_whether_the_message_was_read_or_not() {

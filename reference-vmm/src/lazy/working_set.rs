@@ -18,7 +18,7 @@ use super::kept::{self, Kept};
 use super::stats::WorkingSetHelp;
 use crate::end::Chain as Words;
 use crate::snapshot::chain::Chain;
-use crate::snapshot::files::{STATE, lock};
+use crate::snapshot::files::{Locked, STATE, lock};
 use crate::snapshot::format::SnapshotId;
 use crate::snapshot::link::{self, Link};
 
@@ -243,7 +243,7 @@ impl WorkingSets {
         true
     }
 
-    fn lock_or_say(&self, what: &str) -> Option<File> {
+    fn lock_or_say(&self, what: &str) -> Option<Locked> {
         match self.lock() {
             Ok(Some(file)) => return Some(file),
             Ok(None) => log::info!("no {what}: another guest's is at this moment"),
@@ -254,9 +254,9 @@ impl WorkingSets {
 
     /// Several guests may record at once: one saves, if the directory is the snapshot's still. The lock goes with the file;
     /// none where another has it.
-    fn lock(&self) -> Result<Option<File>, String> {
+    fn lock(&self) -> Result<Option<Locked>, String> {
         let state = self.dir.join(STATE);
-        let locked = File::open(&state).and_then(|file| lock(&file, libc::LOCK_EX).map(|()| file));
+        let locked = File::open(&state).and_then(|file| lock(file, libc::LOCK_EX));
         let file = match locked {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(None),

@@ -253,7 +253,14 @@ impl Listener {
                 let deadline = Instant::now() + HANDSHAKE;
                 let places = resolve(host, *port, deadline).unwrap_or_default();
                 let bound = listener.local_addr();
-                bound.is_ok_and(|bound| places.iter().any(|place| takes_in(bound, *place)))
+                // Unknown, it is as most hosts have it.
+                let six_alone = six_alone(listener).unwrap_or(false);
+                let is_at = |place: &SocketAddr| {
+                    bound
+                        .as_ref()
+                        .is_ok_and(|bound| takes_in(*bound, six_alone, *place))
+                };
+                places.iter().any(is_at)
             }
             _ => false,
         }
@@ -350,12 +357,35 @@ impl Listener {
 }
 
 /// Whether who listens at `bound` does so at `place`: all of the host's addresses are one.
-fn takes_in(bound: SocketAddr, place: SocketAddr) -> bool {
+fn takes_in(bound: SocketAddr, six_alone: bool, place: SocketAddr) -> bool {
     let (all, wanted) = (bound.ip(), place.ip().to_canonical());
-    // `::` has those of IPv4 as well.
-    let of_all = all.is_unspecified() && (all.is_ipv6() || wanted.is_ipv4());
+    // `::` has those of IPv4 as well, if it is not of IPv6 alone.
+    let same = all.is_ipv4() == wanted.is_ipv4() || all.is_ipv6() && !six_alone;
+    let of_all = all.is_unspecified() && same;
     let is_ours = || std::net::UdpSocket::bind((wanted, 0)).is_ok();
     bound == place || of_all && bound.port() == place.port() && is_ours()
+}
+
+/// Whether a socket of IPv6 takes no IPv4 (`IPV6_V6ONLY`, ipv6(7)); one of IPv4 is asked in vain.
+fn six_alone(listener: &TcpListener) -> io::Result<bool> {
+    let (mut only, mut len) = (
+        0 as libc::c_int,
+        size_of::<libc::c_int>() as libc::socklen_t,
+    );
+    // SAFETY: the socket is open; both pointers are valid for writes as long as the call, the first of `len` bytes.
+    let asked = unsafe {
+        libc::getsockopt(
+            listener.as_raw_fd(),
+            libc::IPPROTO_IPV6,
+            libc::IPV6_V6ONLY,
+            (&raw mut only).cast(),
+            &raw mut len,
+        )
+    };
+    match asked {
+        0 => Ok(only != 0),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Waits until somebody has connected to one of two, or `deadline`.
@@ -1001,7 +1031,11 @@ mod tests {
             // Of documentation (RFC 5737): no host's.
             ("0.0.0.0:9", "192.0.2.1:9", false),
         ] {
-            assert_eq!(takes_in(place(bound), place(at)), takes, "{bound} {at}");
+            let (bound, at) = (place(bound), place(at));
+            assert_eq!(takes_in(bound, false, at), takes, "{bound} {at}");
+            // A host may have `::` be of IPv6 alone.
+            let takes = takes && bound.is_ipv4() == at.is_ipv4();
+            assert_eq!(takes_in(bound, true, at), takes, "{bound} {at}");
         }
     }
 }

@@ -27,6 +27,7 @@
 use std::ffi::{CString, OsString};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
+use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
@@ -48,7 +49,7 @@ pub const DISK: &str = "disk";
 pub trait SnapshotFiles {
     /// Makes a directory that nobody else may read, and locks it for as long as what is returned lives. One that is there
     /// and that nobody has locked is removed first. `WouldBlock`: somebody has.
-    fn create_dir(&self, path: &Path) -> io::Result<File>;
+    fn create_dir(&self, path: &Path) -> io::Result<Locked>;
     /// Makes a file that nobody else may read.
     fn create(&self, path: &Path) -> io::Result<File>;
     /// `ftruncate(2)`.
@@ -77,7 +78,7 @@ pub trait SnapshotFiles {
 pub struct HostFiles;
 
 impl SnapshotFiles for HostFiles {
-    fn create_dir(&self, path: &Path) -> io::Result<File> {
+    fn create_dir(&self, path: &Path) -> io::Result<Locked> {
         let mut builder = DirBuilder::new();
         builder.mode(0o700);
         if let Err(error) = builder.create(path) {
@@ -158,19 +159,38 @@ fn remove(path: &Path) -> io::Result<()> {
     std::fs::remove_dir(path)
 }
 
-/// `flock(2)`; does not wait.
-pub(crate) fn lock(file: &File, how: libc::c_int) -> io::Result<()> {
+/// A file or a directory that is locked (`flock(2)`), as long as this lives: also where a process that was forked meanwhile has its
+/// descriptor still.
+#[derive(Debug)]
+pub struct Locked(File);
+
+impl Deref for Locked {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        &self.0
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // SAFETY: an open descriptor. That it cannot be is no matter: it is closed now.
+        unsafe { libc::flock(self.0.as_raw_fd(), libc::LOCK_UN) };
+    }
+}
+
+/// Locks it, [`libc::LOCK_EX`] or [`libc::LOCK_SH`]; does not wait.
+pub(crate) fn lock(file: File, how: libc::c_int) -> io::Result<Locked> {
     // SAFETY: an open descriptor.
     match unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) } {
-        0 => Ok(()),
+        0 => Ok(Locked(file)),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
 /// Locks a directory, which is still the one of this name then.
-fn lock_dir(path: &Path) -> io::Result<File> {
-    let dir = File::open(path)?;
-    lock(&dir, libc::LOCK_EX)?;
+fn lock_dir(path: &Path) -> io::Result<Locked> {
+    let dir = lock(File::open(path)?, libc::LOCK_EX)?;
     let (locked, named) = (dir.metadata()?, std::fs::symlink_metadata(path)?);
     match (locked.dev(), locked.ino()) == (named.dev(), named.ino()) {
         true => Ok(dir),
@@ -280,7 +300,7 @@ pub struct Draft<'a, F: SnapshotFiles> {
     /// There is an older one.
     replaces: bool,
     /// Keeps others out.
-    lock: File,
+    lock: Locked,
     done: bool,
 }
 
@@ -495,8 +515,8 @@ fn look(target: &Path) -> Result<bool, WriteError> {
 ///
 /// # Errors
 /// [`WriteError::InUse`]: it is being replaced.
-pub fn hold_parent(dir: &Path) -> Result<File, WriteError> {
-    let held = File::open(dir).and_then(|file| lock(&file, libc::LOCK_SH).map(|()| file));
+pub fn hold_parent(dir: &Path) -> Result<Locked, WriteError> {
+    let held = File::open(dir).and_then(|file| lock(file, libc::LOCK_SH));
     held.map_err(|source| match source.kind() {
         io::ErrorKind::WouldBlock => WriteError::InUse(dir.to_owned()),
         _ => call("lock", dir)(source),
@@ -504,7 +524,7 @@ pub fn hold_parent(dir: &Path) -> Result<File, WriteError> {
 }
 
 /// Keeps others from building on the snapshot in `target`, on which none builds.
-fn hold_to_replace(target: &Path) -> Result<File, WriteError> {
+fn hold_to_replace(target: &Path) -> Result<Locked, WriteError> {
     let held = lock_dir(target).map_err(|source| match source.kind() {
         io::ErrorKind::WouldBlock => WriteError::BuiltOn(target.to_owned()),
         _ => call("lock", target)(source),

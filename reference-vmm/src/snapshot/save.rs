@@ -14,7 +14,6 @@
 //! sends then is in the vCPUs' local APICs as well at worst, never in neither.
 
 use std::cell::OnceCell;
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -31,8 +30,8 @@ use super::chain::Chain;
 use super::config_form::{self, PathError};
 use super::disks::{self, CopyError, DiskCopies, DiskCopy};
 use super::files::{
-    Draft, DraftFile, HostFiles, MEMORY, STATE, SnapshotFiles, WriteError, absolute, hold_parent,
-    same,
+    Draft, DraftFile, HostFiles, Locked, MEMORY, STATE, SnapshotFiles, WriteError, absolute,
+    hold_parent, same,
 };
 use super::first::FirstPages;
 use super::format::{Kind, SnapshotId};
@@ -496,7 +495,7 @@ impl Running {
         &self,
         request: &SnapshotRequest,
         tip: Option<&Tip>,
-    ) -> Result<Option<(Parent, File)>, SnapshotError> {
+    ) -> Result<Option<(Parent, Locked)>, SnapshotError> {
         let SnapshotKind::Diff { base } = &request.kind else {
             return match tip {
                 Some(tip) if is_under(&request.dir, tip) => Err(SnapshotError::OntoBase {

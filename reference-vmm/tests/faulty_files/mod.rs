@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
 
-use reference_vmm::snapshot::files::{HostFiles, MEMORY, SnapshotFiles};
+use reference_vmm::snapshot::files::{HostFiles, Locked, MEMORY, SnapshotFiles};
 
 /// The host's files, of which one call is refused, or writes half of what it is given.
 pub struct Faulty {
@@ -72,7 +72,7 @@ fn coarse_time() -> Duration {
 }
 
 impl SnapshotFiles for Faulty {
-    fn create_dir(&self, path: &Path) -> io::Result<File> {
+    fn create_dir(&self, path: &Path) -> io::Result<Locked> {
         self.check()?;
         HostFiles.create_dir(path)
     }
@@ -156,7 +156,7 @@ pub fn with_room(room: u64) -> impl SnapshotFiles {
 struct Writes<F>(F);
 
 impl<F: Fn(&File, &[u8], u64) -> io::Result<usize>> SnapshotFiles for Writes<F> {
-    fn create_dir(&self, path: &Path) -> io::Result<File> {
+    fn create_dir(&self, path: &Path) -> io::Result<Locked> {
         HostFiles.create_dir(path)
     }
     fn create(&self, path: &Path) -> io::Result<File> {
