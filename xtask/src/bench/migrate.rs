@@ -49,7 +49,7 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// How long each step inside may take.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-pub(super) fn run(rounds: usize, postcopy: bool, icount: bool) -> Result<i32> {
+pub(super) fn run(rounds: usize, postcopy: bool) -> Result<i32> {
     let assets = Assets::open(false)?;
     let kernel = assets.kernel(Series::V6_1, Flavour::Cloud)?;
     let vmlinux = kernel.vmlinux();
@@ -76,7 +76,7 @@ pub(super) fn run(rounds: usize, postcopy: bool, icount: bool) -> Result<i32> {
     let mut results = vec![[const { Vec::new() }; 3]; contenders.len()];
     let mut goes: Vec<(String, Vec<f64>)> = Vec::new();
     for number in 1..=rounds {
-        for moved in round(&argv, icount)? {
+        for moved in round(&argv)? {
             let at = moved.at;
             let Some((of, (name, _))) = results.get_mut(at).zip(contenders.get(at)) else {
                 continue;
@@ -178,9 +178,8 @@ struct Moved {
 }
 
 /// One lab machine: what each contender took.
-fn round(argv: &[OsString], icount: bool) -> Result<Vec<Moved>> {
+fn round(argv: &[OsString]) -> Result<Vec<Moved>> {
     let options = lab::Options {
-        icount,
         time_limit: LIMIT,
         memory_mib: 4096,
         ..lab::Options::default()

@@ -34,7 +34,7 @@ Usage: cargo xtask bench startup [--runs N]   (60)
        cargo xtask bench boot [--rounds N]    (3)
        cargo xtask bench io [--rounds N] [--wall]   (3)
        cargo xtask bench login [--rounds N]   (3)
-       cargo xtask bench migrate [--rounds N] [--postcopy] [--icount] (3)
+       cargo xtask bench migrate [--rounds N] [--postcopy] (3)
        cargo xtask bench restore [--rounds N] [--real-time] [--plot DIR] (9)
        cargo xtask bench faults [--rounds N] [--real-time] [--plot DIR] (25)
        cargo xtask bench async-pf [--rounds N] (5)
@@ -50,8 +50,7 @@ Usage: cargo xtask bench startup [--runs N]   (60)
             QEMU: a lab machine for each boot, by the host's clock
   migrate   an idle guest of 1 GiB that moves to another process in the lab: how long it stands still and
             where that goes, and how long all takes, against the same QEMU's migration; with --postcopy a guest that
-            writes 256 MiB without rest, which goes before its memory after two seconds, and the longest silence behind that;
-            with --icount the lab counts instructions, and has one CPU
+            writes 256 MiB without rest, which goes before its memory after two seconds, and the longest silence behind that
   restore   guests that go on from snapshots on this host's KVM: from exec to the first byte and to an answer, by size and by
             the way in which memory comes, against the boot of a tiny guest of that size; what a recorded working set gains
             where the page cache is cold; 100 of one snapshot: what one more takes
@@ -68,7 +67,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
     use lexopt::prelude::*;
     let mut what = None;
     let mut count = None;
-    let (mut wall, mut icount, mut postcopy, mut real_time) = (false, false, false, false);
+    let (mut wall, mut postcopy, mut real_time) = (false, false, false);
     let mut plot: Option<PathBuf> = None;
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
@@ -79,7 +78,6 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
                 count = Some(times(&flag, &parser.value()?)?);
             }
             Long("wall") => wall = true,
-            Long("icount") => icount = true,
             Long("postcopy") => postcopy = true,
             Long("real-time") => real_time = true,
             Long("plot") => plot = Some(parser.value()?.into()),
@@ -100,7 +98,7 @@ pub(crate) fn command(args: Vec<OsString>) -> Result<i32> {
         Some("boot") => boot::run(count.unwrap_or(3)),
         Some("io") => io::run(count.unwrap_or(3), !wall),
         Some("login") => login::run(count.unwrap_or(3)),
-        Some("migrate") => migrate::run(count.unwrap_or(3), postcopy, icount),
+        Some("migrate") => migrate::run(count.unwrap_or(3), postcopy),
         Some("restore") => restore::run(count.unwrap_or(9), real_time, plot.as_deref()),
         Some("faults") => faults::run(count, real_time, plot.as_deref()),
         Some("async-pf") => async_pf::run(count.unwrap_or(5)),
