@@ -410,6 +410,76 @@ fn a_source_that_never_answers_keeps_nobody_beyond_the_deadline() {
 }
 
 #[test]
+fn a_pager_that_is_to_bring_as_much_at_once_as_there_is_brings_it() {
+    let world = World::new(&Backing::anonymous(64 * P), Modes::MISSING);
+    let config = PagerConfig {
+        workers: 2,
+        window: u64::MAX,
+        least_window: 1 << 48,
+        ahead: u64::MAX,
+        ..PagerConfig::default()
+    };
+    let pager = world.start(Keyed, config);
+    assert_eq!(world.read(40), expected(40));
+    pager.prefetch_rest();
+    assert!(pager.wait(LONG));
+    for page in 0..64 {
+        assert_eq!(world.read(page), expected(page));
+    }
+}
+
+/// What a thread was to run.
+type Kept = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
+
+#[test]
+fn a_pager_one_of_whose_threads_has_gone_has_failed_and_nobody_waits_for_it() {
+    let world = World::new(&Backing::anonymous(64 * P), Modes::MISSING);
+    if !world.poisons() {
+        return;
+    }
+    let kept = Kept::default();
+    let keep = Arc::clone(&kept);
+    let config = PagerConfig {
+        workers: 2,
+        spawn: Arc::new(move |name, run| match name == "pager-1" {
+            true => {
+                *keep.lock().unwrap() = Some(run);
+                Ok(())
+            }
+            false => thread::Builder::new().name(name).spawn(run).map(drop),
+        }),
+        ..PagerConfig::default()
+    };
+    let pager = world.start(Keyed, config);
+    assert_eq!(world.read(5), expected(5));
+    assert_eq!(pager.progress().failed, None);
+    drop(kept.lock().unwrap().take());
+    let failed = pager.progress().failed.map(|errno| errno.0);
+    assert_eq!(failed, Some(libc::EOWNERDEAD));
+    assert!(!pager.wait(Duration::MAX));
+    assert!(!readable(world.memory.host(), 40));
+    assert_eq!(world.read(5), expected(5));
+}
+
+#[test]
+fn a_pager_that_has_lost_a_thread_before_it_is_there_is_not_started() {
+    let world = World::new(&Backing::anonymous(64 * P), Modes::MISSING);
+    let slot = PagedSlot::new(&world.registration, Gfn(0), Arc::new(Keyed)).unwrap();
+    let config = PagerConfig {
+        // It says that it has run it, and has not.
+        spawn: Arc::new(|_, _| Ok(())),
+        give_up: GiveUp::Tell,
+        ..PagerConfig::default()
+    };
+    let refused = Pager::start(&world.uffd, vec![slot], config).unwrap_err();
+    assert!(refused.to_string().contains("pager"), "{refused}");
+    // Nothing was promised, and nothing is lost.
+    let pager = world.start(Keyed, PagerConfig::default());
+    assert_eq!(world.read(40), expected(40));
+    drop(pager);
+}
+
+#[test]
 fn dropped_before_everything_is_there_it_poisons_the_rest() {
     let world = World::new(&Backing::anonymous(64 * P), Modes::MISSING);
     if !world.poisons() {

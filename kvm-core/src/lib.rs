@@ -265,8 +265,8 @@ pub use kick::Doorbell;
 #[cfg(all(feature = "kvm", not(loom)))]
 pub use kvm::{
     BusErrors, BusErrorsError, CreateDevice, Device, DeviceAttributes, DeviceFd, Error, KickSignal,
-    KickSignalError, Kvm, OpenError, Otherwise, RefusedFile, Vcpu, VfioDevice, VfioFile, Vm,
-    VmSetup, Watched,
+    KickSignalError, Kvm, ListedHost, OpenError, Otherwise, RefusedFile, Vcpu, VfioDevice,
+    VfioFile, Vm, VmSetup, Watched,
 };
 pub use memory_error::{
     BusError, BusErrorCode, During, HostAddress, MemoryError, MemoryErrorKind, MemoryErrorSource,

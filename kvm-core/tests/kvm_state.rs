@@ -162,12 +162,12 @@ impl Guest {
     fn restored(saved: &Saved, how: ClockRestore, pause_at: Option<u32>) -> Self {
         let mut machine = Machine::with_irqchip(&[]);
         machine.memory.write(0, &saved.memory);
-        let mut host = kvm().listed_state_host(machine.vm.fd()).unwrap();
+        let listed = kvm().listed_host(machine.vm.fd()).unwrap();
         let ids = 0..saved.vcpus.len() as u32;
         let made = ids.map(|id| machine.vm.create_vcpu(VcpuId(id)).unwrap());
         let made: Vec<_> = made.collect();
         // Its CPUID is the saved one afterwards.
-        made[0].complete(&mut host).unwrap();
+        let host = listed.complete_by(&made[0]).unwrap();
         let passage = machine.vm.restore(&saved.vm, how).unwrap();
         // KVM told when it was saved, of a VM with as many vCPUs.
         let told = saved.vm.clock.host_tsc.is_some();
@@ -188,7 +188,7 @@ impl Guest {
         devices: &[DeviceState],
         pause_at: Option<u32>,
     ) -> Self {
-        let host = kvm().listed_state_host(machine.vm.fd()).unwrap();
+        let host = machine.vm.state_host(&kvm()).unwrap();
         let set = VcpuSet::new(machine.vm.identity().clone());
         let devices: Vec<_> = devices.iter().map(|d| Arc::new(Mutex::new(*d))).collect();
         let (send, events) = mpsc::channel();
@@ -359,19 +359,18 @@ fn a_guest_that_was_given_all_is_taken_by_a_host_that_a_vcpu_or_a_scratch_vm_com
     let kvm = kvm();
     let machine = Machine::with_irqchip(&[]);
     let vcpu = machine.vm.create_vcpu(VcpuId(0)).unwrap();
-    let listed = kvm.listed_state_host(machine.vm.fd()).unwrap();
-    let (mut by_vcpu, mut by_scratch) = (listed.clone(), listed.clone());
-    vcpu.complete(&mut by_vcpu).unwrap();
-    kvm.complete(&mut by_scratch).unwrap();
+    let listed = kvm.listed_host(machine.vm.fd()).unwrap();
+    let mut by_vcpu = listed.clone().complete_by(&vcpu).unwrap();
+    let by_scratch = listed.complete(&kvm).unwrap();
     let supported = kvm.supported_cpuid().unwrap();
     vcpu.set_cpuid(&supported).unwrap();
-    let guest = vcpu.state(&listed).unwrap();
+    let guest = vcpu.state(&by_vcpu).unwrap();
     by_vcpu.check(&guest).unwrap();
     by_scratch.check(&guest).unwrap();
     machine.vm.state_host(&kvm).unwrap().check(&guest).unwrap();
     // And nothing else of it is another.
-    by_vcpu.cpuid.clone_from(&listed.cpuid);
-    assert_eq!(by_vcpu, listed);
+    by_vcpu.cpuid.clone_from(&by_scratch.cpuid);
+    assert_eq!(by_vcpu, by_scratch);
 }
 
 #[test]

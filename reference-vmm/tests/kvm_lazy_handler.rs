@@ -38,6 +38,9 @@ const HANGS: &str = "LAZY_HANDLER_HANGS";
 /// It dies of the first page that lies there in the file, or behind.
 const DIES_AT: &str = "LAZY_HANDLER_DIES_AT";
 
+/// Its process ends behind the first page, and a child of its goes on in its place.
+const LEAVES: &str = "LAZY_HANDLER_LEAVES";
+
 /// Not a test but the handler, in a process of its own: serves the pages of a file, and dies behind so many.
 #[test]
 fn a_handler() {
@@ -47,6 +50,15 @@ fn a_handler() {
     let memory = File::open(std::env::var_os(FILE).unwrap()).unwrap();
     let most: usize = std::env::var(PAGES).unwrap().parse().unwrap();
     let listener = UnixListener::bind(&socket).unwrap();
+    let (mut is_served, serves) = io::pipe().unwrap();
+    let leaves = std::env::var_os(LEAVES).is_some();
+    // SAFETY: the child goes on alone, and needs no lock that another thread of the test's may have had.
+    if leaves && unsafe { libc::fork() } != 0 {
+        drop(serves);
+        let _ = is_served.read(&mut [0]);
+        std::process::exit(0);
+    }
+    let mut serves = Some(serves);
     let (stream, _) = listener.accept().unwrap();
     let given = receive(&stream, WATCHDOG).unwrap();
     // It is non-blocking, and polled as handlers do.
@@ -67,7 +79,7 @@ fn a_handler() {
         // SAFETY: two pollfds.
         assert!(unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } > 0);
         if fds[1].revents != 0 {
-            return; // the monitor has ended
+            std::process::exit(0); // the monitor has ended
         }
         let mut message = [0; 32];
         let copy = uffd.try_clone().unwrap();
@@ -92,6 +104,7 @@ fn a_handler() {
         let mut bytes = [0; 4096];
         memory.read_exact_at(&mut bytes, offset).unwrap();
         copy_page(&uffd, page, &bytes);
+        drop(serves.take());
     }
 }
 
@@ -213,6 +226,28 @@ fn a_handler_that_dies_stops_the_guest_with_the_reason_wherever_it_is() {
         said.expect_line(&["the page-fault handler at", "has ended"]);
         assert!(begun.elapsed() < WATCHDOG);
     }
+}
+
+#[test]
+fn a_handler_that_serves_for_who_listened_is_the_one_whose_end_counts() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("s");
+    taken(&dir, Compression::None);
+    let mut handler = Handler::start_as(folder.path(), &dir, usize::MAX, &[(LEAVES, "leaves")]);
+    let mut guest = Guest::restore(&from(&dir, &handler));
+    assert!(handler.child.wait().unwrap().success());
+    guest.hear(2);
+    guest.has_all();
+    // And where it ends as well.
+    let handler = Handler::start_as(folder.path(), &dir, 50, &[(LEAVES, "dies")]);
+    let said = Vmm::command(["restore", "--from"])
+        .arg(&dir)
+        .args(["--page-handler", handler.socket.to_str().unwrap()])
+        .stdin_pipe()
+        .output();
+    said.expect_status(1);
+    said.expect_line(&["the page-fault handler at", "has ended"]);
 }
 
 #[test]

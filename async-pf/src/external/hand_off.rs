@@ -13,6 +13,7 @@ use super::{MOST_BYTES, Mappings, MappingsError};
 
 /// What a monitor has handed off.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct HandOff {
     /// Its userfaultfd, negotiated, with the mappings registered; closed on `exec`. That it is one is taken on trust.
     pub userfaultfd: OwnedFd,

@@ -28,8 +28,8 @@ impl Mapping {
         let into = address
             .checked_sub(self.base)
             .filter(|into| *into < self.size)?;
-        let page = into & !(self.page_size - 1);
-        Some((self.offset + page, self.base + page))
+        let page = into - into.checked_rem(self.page_size)?;
+        Some((self.offset.checked_add(page)?, self.base + page))
     }
 }
 

@@ -93,7 +93,8 @@ pub trait PagerEvents: Send + Sync {
         let _ = (from, to, size);
     }
 
-    /// The pager cannot go on: the kernel refuses to be read. What is missing has been given up.
+    /// The pager cannot go on: the kernel refuses to be read, or (`EOWNERDEAD`) one of its threads has ended by a panic, or was not
+    /// run. What is missing has been given up.
     fn failed(&self, errno: Errno) {
         let _ = errno;
     }
@@ -102,7 +103,8 @@ pub trait PagerEvents: Send + Sync {
 /// Nobody is told.
 impl PagerEvents for () {}
 
-/// A thread that cannot be made is an error with its name. As [`thread::Builder::spawn`], for a consumer who has rules
+/// A thread that cannot be made is an error with its name; one that is never run ends the pager as soon as what it was to run is
+/// dropped. As [`thread::Builder::spawn`], for a consumer who has rules
 /// about threads (affinity, seccomp), or a test.
 pub type Spawn = dyn Fn(String, Box<dyn FnOnce() + Send>) -> io::Result<()> + Send + Sync;
 
@@ -127,7 +129,7 @@ pub type Spawn = dyn Fn(String, Box<dyn FnOnce() + Send>) -> io::Result<()> + Se
 pub struct PagerConfig {
     /// Threads that fetch, at least one; one more watches over them. What nobody waits for is fetched by one at a time, so that
     /// who faults finds another; of more than three, and from a source whose fetches take more than half a millisecond, by
-    /// all but two at once.
+    /// all but two at once. More than 256 are as 256.
     pub workers: usize,
     /// How long who touched a page waits for it at most, from the moment that the fault was read.
     pub deadline: Duration,
@@ -139,13 +141,14 @@ pub struct PagerConfig {
     pub backoff: Duration,
     /// The longest of these waits, and each of a page that nobody waits for.
     pub longest_backoff: Duration,
-    /// What a fault brings at most where faults follow each other, in bytes. At least a page.
+    /// What a fault brings at most where faults follow each other, in bytes. At least a page; more than 64 MiB is as that, unless
+    /// a page is larger. Each thread has a buffer for this, or for `ahead`.
     pub window: u64,
     /// What a fault brings in any case, in bytes, of what is missing behind its page: worth it where a round trip costs more
     /// than some pages do. At least a page, and no more than `window`.
     pub least_window: u64,
     /// What is fetched at once where nobody waits, in bytes: a fault may have to wait for it if all workers do this. At
-    /// least a page.
+    /// least a page; more than 64 MiB is as that, as above.
     pub ahead: u64,
     /// How many ranges may be in line that nobody waits for. While more pages than that have failed and are to be tried again,
     /// nothing else is begun for nobody: its source is away.
@@ -182,7 +185,20 @@ impl Default for PagerConfig {
     }
 }
 
+/// What is fetched at once at most where a page is not larger: no source is faster for more, and each thread has room for it.
+const MOST_AT_ONCE: u64 = 64 << 20;
+const MOST_WORKERS: usize = 256;
+
 impl PagerConfig {
+    /// With what is beyond all measure as much as there can be.
+    pub(super) fn bounded(mut self) -> Self {
+        self.workers = self.workers.clamp(1, MOST_WORKERS);
+        self.window = self.window.min(MOST_AT_ONCE);
+        self.least_window = self.least_window.min(MOST_AT_ONCE);
+        self.ahead = self.ahead.min(MOST_AT_ONCE);
+        self
+    }
+
     pub(super) fn limits(&self) -> Limits {
         Limits {
             deadline: self.deadline,

@@ -84,6 +84,7 @@ pub enum PrefetchError {
 #[must_use = "dropping it drops the pager, which poisons what is missing"]
 #[derive(Debug, thiserror::Error)]
 #[error("{missing} pages are still to come")]
+#[non_exhaustive]
 pub struct FinishError {
     /// It.
     pub pager: Pager,

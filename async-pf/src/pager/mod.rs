@@ -232,11 +232,12 @@ impl Pager {
         if config.give_up == GiveUp::Poison && !uffd.available().contains(feature) {
             return Err(StartError::NoPoison { feature });
         }
+        let config = config.bounded();
         let slots = slots.into_iter().map(|PagedSlot { mut info, role }| {
             info.ahead = (config.ahead / info.page_size).max(1);
             (info, role)
         });
-        let (workers, spawn) = (config.workers.max(1), Arc::clone(&config.spawn));
+        let (workers, spawn) = (config.workers, Arc::clone(&config.spawn));
         let shared = Shared::new(uffd.clone(), slots.collect(), config);
         let pager = Self {
             shared: Arc::new(shared.map_err(StartError::Pipe)?),
@@ -250,9 +251,11 @@ impl Pager {
             });
             spawn(name.clone(), run).map_err(|source| StartError::Thread { name, source })
         };
-        let started = run("pager-guard".into(), Shared::guard).and_then(|()| {
-            (0..workers).try_for_each(|worker| run(format!("pager-{worker}"), Shared::work))
-        });
+        let started = run("pager-guard".into(), Shared::guard)
+            .and_then(|()| {
+                (0..workers).try_for_each(|worker| run(format!("pager-{worker}"), Shared::work))
+            })
+            .and_then(|()| pager.shared.promise(workers + 1));
         if let Err(error) = started {
             // Nothing was promised yet: what is missing is the next pager's.
             pager.end();

@@ -21,6 +21,7 @@ use memslots::{Errno, Gfn, Hva, PAGE_SIZE};
 
 use super::book::{Book, Job, Place, Told};
 use super::config::{PagerConfig, PagerEvents};
+use super::error::StartError;
 use crate::PageSource;
 use crate::sync::{
     self, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, ThreadId,
@@ -84,6 +85,8 @@ pub(super) struct State {
     /// Dropped, whoever waits for messages wakes for ever.
     pub poke: Option<io::PipeWriter>,
     pub stop: bool,
+    /// All threads were made: one that ends before it is told to is the end of the pager.
+    pub promised: bool,
     /// It ended with pages that were still to come.
     pub abandoned: bool,
     /// Threads that have not ended.
@@ -172,6 +175,7 @@ impl Shared {
             poked: false,
             poke: Some(poke),
             stop: false,
+            promised: false,
             abandoned: false,
             alive: 0,
             threads: Vec::new(),
@@ -242,9 +246,28 @@ impl Shared {
         told.ok()
     }
 
+    /// From here on faults are served, if all of so many threads live, or are about to.
+    pub fn promise(&self, threads: usize) -> Result<(), StartError> {
+        let mut state = self.lock();
+        state.promised = state.alive == threads;
+        match state.promised {
+            true => Ok(()),
+            false => Err(StartError::Thread {
+                name: "pager".into(),
+                source: io::Error::other(format!(
+                    "of its {threads} threads {} have ended at once, or were not made",
+                    threads - state.alive
+                )),
+            }),
+        }
+    }
+
     pub fn hands(&self) -> Hands {
         let config = &self.config;
-        let most = |slot: &SlotInfo| slot.page_size.max(config.window).max(config.ahead);
+        let most = |slot: &SlotInfo| {
+            let all = slot.pages() * slot.page_size;
+            slot.page_size.max(config.window.max(config.ahead).min(all))
+        };
         let buffer = self.slots.iter().map(most).max().unwrap_or(PAGE_SIZE);
         let batch = if config.workers > 1 { 1 } else { BATCH };
         Hands {

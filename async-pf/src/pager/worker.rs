@@ -26,7 +26,10 @@ fn overslept(begun: Instant, limit: Duration) -> Option<Duration> {
     slept.checked_sub(limit).filter(|over| *over >= STOPPED)
 }
 
-/// Counts a thread out when it ends, however that comes.
+/// errno(3): "owner died".
+const EOWNERDEAD: i32 = 130;
+
+/// Counts a thread out when it ends, however that comes: before it was told to, the pager cannot go on.
 pub(super) struct Living(pub Arc<Shared>);
 
 impl Living {
@@ -42,7 +45,12 @@ impl Drop for Living {
         state.alive -= 1;
         let own = sync::thread_id();
         state.threads.retain(|thread| *thread != own);
+        // It has unwound, or was never run.
+        let forsaken = state.promised && !state.stop;
         drop(state);
+        if forsaken {
+            self.0.fail(memslots::Errno(EOWNERDEAD));
+        }
         self.0.done.notify_all();
     }
 }

@@ -21,7 +21,7 @@ use super::{Connect, PeerError, Wire};
 use crate::source::whole_pages;
 use crate::{Fetched, Lane, PageSource, SourceError};
 
-/// How a connection that broke is made again.
+/// How a connection that broke is made again. More fields come with any version: end with `..Reconnect::default()`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reconnect {
     /// How often in a row, until it is given up: whoever waits has the reason then, and whoever asks later begins anew.
@@ -32,6 +32,17 @@ pub struct Reconnect {
     pub longest_backoff: Duration,
     /// How long making a connection may take.
     pub patience: Duration,
+}
+
+impl Default for Reconnect {
+    fn default() -> Self {
+        Reconnect {
+            tries: 10,
+            backoff: Duration::from_millis(10),
+            longest_backoff: Duration::from_secs(1),
+            patience: Duration::from_secs(2),
+        }
+    }
 }
 
 /// How a [`PeerSource`] works.
@@ -66,12 +77,7 @@ impl Default for PeerConfig {
             answer: Duration::from_secs(10),
             window: 64,
             tries: 4,
-            reconnect: Reconnect {
-                tries: 10,
-                backoff: Duration::from_millis(10),
-                longest_backoff: Duration::from_secs(1),
-                patience: Duration::from_secs(2),
-            },
+            reconnect: Reconnect::default(),
             image: None,
         }
     }

@@ -25,6 +25,8 @@ pub use device::{
     CreateDevice, Device, DeviceAttributes, DeviceFd, RefusedFile, VfioDevice, VfioFile,
 };
 pub use signal::{KickSignal, KickSignalError};
+#[cfg(target_arch = "x86_64")]
+pub use state::ListedHost;
 pub use stats::StatsFd;
 pub use system::{Kvm, OpenError};
 pub use vcpu::Vcpu;

@@ -76,25 +76,48 @@ impl Kvm {
         state_host(vm, self)
     }
 
-    /// [`state_host`](Self::state_host) without a scratch VM, by a few ioctls: what KVM lists. It is enough to save a state by. To
-    /// check or restore one it is completed, by [`Vcpu::complete`] or [`Kvm::complete`].
+    /// The first half of [`state_host`](Self::state_host), by a few ioctls: what KVM lists. [`ListedHost`] has the other.
     ///
     /// # Errors
     /// [`Error::SupportedCpuid`], [`Error::MsrList`].
-    pub fn listed_state_host(&self, vm: &VmFd) -> Result<StateHost, Error> {
-        listed_state_host(vm, self)
+    pub fn listed_host(&self, vm: &VmFd) -> Result<ListedHost, Error> {
+        listed_host(vm, self).map(ListedHost)
     }
+}
 
-    /// [`Vcpu::complete`] where there is no vCPU yet, by one of a scratch VM: about a millisecond where that is needed at all.
+/// What this host's KVM lists, and not what it gives its guests besides: no state is checked by it or restored. Where the processor has
+/// hardware virtualization KVM gives what it lists; elsewhere a vCPU is given all of that, and asked what it has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct ListedHost(StateHost);
+
+impl ListedHost {
+    /// All that this host saves and takes, by a vCPU that has not run: its CPUID is to be set or restored behind this, whatever it was
+    /// before.
     ///
     /// # Errors
-    /// What a VM and a vCPU may fail with, and what [`Vcpu::complete`] does; `host` is what it was.
-    pub fn complete(&self, host: &mut StateHost) -> Result<(), Error> {
-        if gives_what_it_lists() {
-            return Ok(());
+    /// [`Error::VcpuSetup`], for one of a vCPU that has run.
+    pub fn complete_by(self, vcpu: &Vcpu) -> Result<StateHost, Error> {
+        let ListedHost(mut host) = self;
+        if !gives_what_it_lists() {
+            let set = AccessVcpu::set_cpuid(vcpu.fd(), &host.cpuid);
+            set.map_err(vcpu.failed("KVM_SET_CPUID2"))?;
+            let given = AccessVcpu::cpuid(vcpu.fd());
+            host.cpuid = given.map_err(vcpu.failed("KVM_GET_CPUID2"))?;
         }
-        let vcpu = self.create_vm()?.finish().create_vcpu(VcpuId(0))?;
-        vcpu.complete(host)
+        Ok(host)
+    }
+
+    /// The same where there is no vCPU yet, by one of a scratch VM: about a millisecond, where that is needed at all.
+    ///
+    /// # Errors
+    /// What a VM and a vCPU may fail with.
+    pub fn complete(self, kvm: &Kvm) -> Result<StateHost, Error> {
+        if gives_what_it_lists() {
+            return Ok(self.0);
+        }
+        let vcpu = kvm.create_vm()?.finish().create_vcpu(VcpuId(0))?;
+        self.complete_by(&vcpu)
     }
 }
 
@@ -161,23 +184,6 @@ impl Vcpu {
     ) -> Result<Restored, RestoreError> {
         host.restore(self.fd(), state, passage)
     }
-
-    /// Adds to what KVM [lists](Kvm::listed_state_host) what it gives its guests besides, for which this vCPU, that has not run,
-    /// is given all that is listed: its CPUID is that from here on, until it is set or restored. Nothing happens where the
-    /// processor has hardware virtualization, for there KVM gives what it lists.
-    ///
-    /// # Errors
-    /// [`Error::VcpuSetup`], for one of a vCPU that has run; `host` is what it was.
-    pub fn complete(&self, host: &mut StateHost) -> Result<(), Error> {
-        if gives_what_it_lists() {
-            return Ok(());
-        }
-        let set = AccessVcpu::set_cpuid(self.fd(), &host.cpuid);
-        set.map_err(self.failed("KVM_SET_CPUID2"))?;
-        let given = AccessVcpu::cpuid(self.fd());
-        host.cpuid = given.map_err(self.failed("KVM_GET_CPUID2"))?;
-        Ok(())
-    }
 }
 
 impl VcpuView<'_, VcpuFd> {
@@ -205,12 +211,10 @@ impl VcpuView<'_, VcpuFd> {
 }
 
 fn state_host(vm: &VmFd, kvm: &Kvm) -> Result<StateHost, Error> {
-    let mut host = listed_state_host(vm, kvm)?;
-    kvm.complete(&mut host)?;
-    Ok(host)
+    kvm.listed_host(vm)?.complete(kvm)
 }
 
-fn listed_state_host(vm: &VmFd, kvm: &Kvm) -> Result<StateHost, Error> {
+fn listed_host(vm: &VmFd, kvm: &Kvm) -> Result<StateHost, Error> {
     let capabilities = Capabilities::new(vm);
     let cpuid = kvm.supported_cpuid()?;
     let msrs = kvm.fd().get_msr_index_list();

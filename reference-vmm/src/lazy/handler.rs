@@ -2,14 +2,14 @@
 
 //! A page-fault handler in another process, which has the userfaultfd: Firecracker's protocol.
 //!
-//! Its process is watched. When it dies, every page that it has not brought is lost: the guest's end is told, and then they
+//! Its process is watched, and where that has given the connection to another, the connection. When it dies, every page that it has not brought is lost: the guest's end is told, and then they
 //! are poisoned, so that who waits for one wakes. So it is with one that lives and brings nothing while somebody waits, for
 //! as long as a page may take. Faults are told to the handler alone; but the kernel says how many wait at a userfaultfd, and
 //! which pages of memory are there.
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,7 +26,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::LazyError;
 use super::events::Events;
-use crate::no_wait::readable;
+use crate::no_wait::ready;
 use crate::snapshot::pages::Region;
 use crate::{units, unix_socket};
 
@@ -48,8 +48,8 @@ struct Given {
     limit: Duration,
     uffd: Uffd,
     registrations: Vec<Registration>,
-    /// Kept: a handler that looks sees by it that this process lives.
-    _stream: UnixStream,
+    /// Kept: a handler that looks sees by it that this process lives, and this one that somebody has its other end.
+    stream: UnixStream,
     events: Arc<Events>,
     /// It has been said that who waits is not known. Relaxed: it is said once, about.
     blind: AtomicBool,
@@ -109,7 +109,7 @@ impl Handler {
                 limit,
                 uffd,
                 registrations,
-                _stream: stream,
+                stream,
                 events,
                 blind: AtomicBool::new(false),
                 lost: AtomicBool::new(false),
@@ -209,10 +209,8 @@ enum Came {
     Time,
 }
 
-/// Waits for one of them, for so long at most.
-fn wait(lives: Option<&OwnedFd>, stop: &EventFd, limit: Duration) -> Came {
-    // A descriptor below zero is passed over.
-    let lives = lives.map_or(-1, AsRawFd::as_raw_fd);
+/// Waits for one of them, for so long at most. Of whose life an event of `lives` is the end.
+fn wait(lives: (RawFd, libc::c_short), stop: &EventFd, limit: Duration) -> Came {
     let until = Instant::now() + limit;
     loop {
         let left = until.saturating_duration_since(Instant::now());
@@ -221,7 +219,8 @@ fn wait(lives: Option<&OwnedFd>, stop: &EventFd, limit: Duration) -> Came {
         }
         // Rounded up, so that the last millisecond is not spent looking.
         let left = i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
-        match readable([stop.as_raw_fd(), lives], left) {
+        match ready([(stop.as_raw_fd(), libc::POLLIN), lives], left) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             // Memory, for one, of which the kernel has none.
             Ok([true, _]) | Err(_) => return Came::Stop,
             Ok([_, true]) => return Came::Died,
@@ -291,10 +290,24 @@ impl Given {
     fn watch(&self, lives: Option<&OwnedFd>, stop: &EventFd) {
         let path = self.path.display();
         let (mut looks, mut before) = (0, None);
+        // A descriptor below zero is passed over.
+        let mut watched = (lives.map_or(-1, AsRawFd::as_raw_fd), libc::POLLIN);
+        let connection = (self.stream.as_raw_fd(), libc::POLLRDHUP);
         // Looks are counted, and not the time: this process may have been stopped meanwhile, and the handler with it.
         while looks < LOOKS {
-            match wait(lives, stop, self.limit / LOOKS) {
+            match wait(watched, stop, self.limit / LOOKS) {
                 Came::Stop => return,
+                // Who listens, and is known by that, need not be who serves.
+                Came::Died
+                    if watched != connection && matches!(ready([connection], 0), Ok([false])) =>
+                {
+                    log::info!(
+                        "the process that listened at {path} has ended, and another one has its connection: that one is the \
+                         page-fault handler"
+                    );
+                    watched = connection;
+                    continue;
+                }
                 Came::Died => {
                     let why = "has ended, and the guest's memory with it";
                     return self.give_up(format!("the page-fault handler at {path} {why}"));

@@ -572,7 +572,7 @@ impl Running {
             SnapshotError::Kvm(crate::end::Chain(error).to_string())
         };
         let device = Kvm::open_at(&self.config().kvm).map_err(|error| kvm(&error))?;
-        let host = device.listed_state_host(self.vm().fd());
+        let host = self.vm().state_host(&device);
         host.map_err(|error| kvm(&error))
     }
 

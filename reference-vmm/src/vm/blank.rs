@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use kvm_core::arch::x86_64::state::{ClockRestore, StateHost};
-use kvm_core::{Kvm, PreFaultMemory, Vcpu, VcpuId, VmSetup};
+use kvm_core::{Kvm, ListedHost, PreFaultMemory, Vcpu, VcpuId, VmSetup};
 use kvm_ioctls::VmFd;
 use memslots::{NewSlot, Snapshot};
 use vm_memory::{Bytes, GuestAddress};
@@ -76,7 +76,7 @@ pub(crate) struct Framed {
 struct HostQuestion {
     kvm: Arc<Kvm>,
     /// What KVM lists, until it is waited for.
-    asked: Option<JoinHandle<Result<StateHost, kvm_core::Error>>>,
+    asked: Option<JoinHandle<Result<ListedHost, kvm_core::Error>>>,
     /// Complete: all that KVM gives.
     answered: Option<StateHost>,
 }
@@ -85,7 +85,7 @@ impl HostQuestion {
     fn ask(kvm: Kvm, vm: &Arc<VmFd>) -> Result<Self, BuildError> {
         let (kvm, vm) = (Arc::new(kvm), vm.clone());
         let asks = kvm.clone();
-        let ask = move || asks.listed_state_host(&vm);
+        let ask = move || asks.listed_host(&vm);
         Ok(HostQuestion {
             kvm,
             asked: Some(ask_aside(ask)?),
@@ -99,12 +99,11 @@ impl HostQuestion {
         let host = match (self.answered.take(), self.asked.take()) {
             (Some(host), _) => host,
             (None, Some(thread)) => {
-                let mut host = answer_of(thread)?;
+                let listed = answer_of(thread)?;
                 match vcpu {
-                    Some(vcpu) => vcpu.complete(&mut host)?,
-                    None => self.kvm.complete(&mut host)?,
+                    Some(vcpu) => listed.complete_by(vcpu)?,
+                    None => listed.complete(&self.kvm)?,
                 }
-                host
             }
             // The answer was no, and is so still.
             (None, None) => return Err(BuildError::Ended),

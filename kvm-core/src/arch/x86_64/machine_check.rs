@@ -114,6 +114,7 @@ impl MceControls {
 
 /// Why a machine check was not raised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum RaiseError {
     /// The guest would not take it; KVM was not asked.
     #[error(transparent)]

@@ -12,13 +12,13 @@ use super::registers::{
 };
 
 /// What a host's KVM can save of a vCPU, and take back. One for a VM and all its vCPUs: made by
-/// `Vm::state_host`.
+/// `Vm::state_host`, or by a vCPU that is there already `ListedHost::complete_by`.
 ///
 /// The fields are public, because a consumer may know more than KVM says: a CPUID bit that it gives
 /// its guests although `KVM_GET_SUPPORTED_CPUID` has it not is added to [`StateHost::cpuid`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StateHost {
-    /// `KVM_GET_SUPPORTED_CPUID`.
+    /// `KVM_GET_SUPPORTED_CPUID`, and what a KVM without hardware virtualization gives besides.
     pub cpuid: Vec<CpuidLeaf>,
     /// MSRs to be saved: `KVM_GET_MSR_INDEX_LIST`, and after it those of
     /// [`StateHost::with_unlisted_msrs`].

@@ -5,6 +5,7 @@
 //!
 //! ```text
 //!   Vm::state_host ─► StateHost                     what this host saves and takes
+//!   (Kvm::listed_host ─► ListedHost::complete_by ─► StateHost, where a vCPU is there to be asked)
 //!   paused:  Pause::with_vcpu ─► VcpuView::state ─► VcpuState ──serde──► … ─┐
 //!            Vm::state ───────────────────────────► VmState   ──serde──► … ─┤
 //!   a new VM, its memory in place:                                          │
