@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_bus::{Interrupter, IoBus};
 use kvm_core::stats::StatsFd;
@@ -88,8 +88,14 @@ impl Running {
             false if lazy::bus::is_any_parked() => PARKED_PATIENCE,
             false => DEVICE_PATIENCE,
         };
+        let begun = Instant::now();
         for device in &self.parts.virtio {
-            if !device.pause(patience) {
+            // Who is parked is known by then: all of them have that time together.
+            let left = match patience {
+                PARKED_PATIENCE => patience.saturating_sub(begun.elapsed()),
+                _ => patience,
+            };
+            if !device.pause(left) {
                 if patience.is_zero() {
                     return false;
                 }
