@@ -140,11 +140,26 @@ pub fn connect(path: &Path) -> io::Result<UnixStream> {
 /// # Errors
 /// As [`connect`]'s; `WouldBlock` after the time.
 pub fn connect_within(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
-    let stream = UnixStream::from(socket()?);
-    stream.set_nonblocking(false)?;
-    // unix(7) has a connection wait by the limit of writes.
-    stream.set_write_timeout(Some(timeout))?;
-    connect_by(stream, path)
+    let until = Instant::now() + timeout;
+    loop {
+        let stream = UnixStream::from(socket()?);
+        stream.set_nonblocking(false)?;
+        let left = until.saturating_duration_since(Instant::now());
+        // unix(7) has a connection wait by the limit of writes.
+        stream.set_write_timeout(Some(left.max(Duration::from_millis(1))))?;
+        match connect_by(stream, path) {
+            // By a signal, or for this process was stopped: it waits on.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted && Instant::now() < until => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            Err(error) => return Err(error),
+            Ok(stream) => {
+                stream.set_write_timeout(Some(timeout))?;
+                return Ok(stream);
+            }
+        }
+    }
 }
 
 fn connect_by(stream: UnixStream, path: &Path) -> io::Result<UnixStream> {
@@ -351,6 +366,29 @@ mod tests {
 
     fn place(folder: &tempfile::TempDir) -> PathBuf {
         folder.path().join("x.sock")
+    }
+
+    #[test]
+    fn who_waits_to_be_accepted_waits_on_when_a_signal_comes() {
+        use std::os::unix::thread::JoinHandleExt;
+        extern "C" fn handler(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        let signal = vmm_sys_util::signal::SIGRTMIN() + 7;
+        vmm_sys_util::signal::register_signal_handler(signal, handler).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let listener = Listener::bind(&place(&folder), 0).unwrap();
+        let _first = connect(&place(&folder)).unwrap();
+        let path = place(&folder);
+        let (limit, begun) = (Duration::from_millis(300), Instant::now());
+        let waits = std::thread::spawn(move || connect_within(&path, limit).map(drop));
+        while !waits.is_finished() {
+            // SAFETY: a thread that has not been joined.
+            unsafe { libc::pthread_kill(waits.as_pthread_t(), signal) };
+            std::thread::yield_now();
+        }
+        let refused = waits.join().unwrap().unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::WouldBlock, "{refused}");
+        assert!(begun.elapsed() >= limit);
+        drop(listener);
     }
 
     #[test]

@@ -36,9 +36,17 @@ pub enum LostReason {
     /// Its source did not answer in time.
     #[error("it did not come within {0:?}")]
     Deadline(Duration),
+    /// Its source did not bring it in time, and failed at it meanwhile, as it did the last time.
+    #[error("it did not come within {within:?}")]
+    Failing {
+        /// The deadline.
+        within: Duration,
+        /// What the source said.
+        source: Arc<SourceError>,
+    },
     /// Its source has failed, for good or too often.
     #[error(transparent)]
-    Source(#[from] SourceError),
+    Source(#[from] Arc<SourceError>),
     /// Its source panicked.
     #[error("its source panicked")]
     Panic,

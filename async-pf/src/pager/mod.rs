@@ -225,23 +225,9 @@ impl Pager {
         slots: Vec<PagedSlot>,
         config: PagerConfig,
     ) -> Result<Self, StartError> {
-        if slots.is_empty() {
-            return Err(StartError::NoSlot);
-        }
-        let feature = Features::POISON;
-        if config.give_up == GiveUp::Poison && !uffd.available().contains(feature) {
-            return Err(StartError::NoPoison { feature });
-        }
         let config = config.bounded();
-        let slots = slots.into_iter().map(|PagedSlot { mut info, role }| {
-            info.ahead = (config.ahead / info.page_size).max(1);
-            (info, role)
-        });
         let (workers, spawn) = (config.workers, Arc::clone(&config.spawn));
-        let shared = Shared::new(uffd.clone(), slots.collect(), config);
-        let pager = Self {
-            shared: Arc::new(shared.map_err(StartError::Pipe)?),
-        };
+        let pager = Self::without_threads(uffd, slots, config)?;
         let run = |name: String, run: fn(&Shared)| {
             pager.shared.lock().alive += 1;
             let living = Living(Arc::clone(&pager.shared));
@@ -262,6 +248,39 @@ impl Pager {
             return Err(error);
         }
         Ok(pager)
+    }
+
+    /// Poisons all pages of these slots that are missing, or [those alone](PagedSlot::only) that are to come, and wakes who waits for one:
+    /// what a pager does when it is dropped, by this thread. Another process may have the userfaultfd: no message is read, unless it
+    /// has events and memory is being changed, which waits for that.
+    ///
+    /// # Errors
+    /// [`StartError::NoSlot`], [`StartError::NoPoison`], [`StartError::Pipe`]: nothing is poisoned.
+    pub fn poison(uffd: &Uffd, slots: Vec<PagedSlot>) -> Result<(), StartError> {
+        Self::without_threads(uffd, slots, PagerConfig::default()).map(drop)
+    }
+
+    /// One that serves nothing; dropped, it gives up what is missing.
+    fn without_threads(
+        uffd: &Uffd,
+        slots: Vec<PagedSlot>,
+        config: PagerConfig,
+    ) -> Result<Self, StartError> {
+        if slots.is_empty() {
+            return Err(StartError::NoSlot);
+        }
+        let feature = Features::POISON;
+        if config.give_up == GiveUp::Poison && !uffd.available().contains(feature) {
+            return Err(StartError::NoPoison { feature });
+        }
+        let slots = slots.into_iter().map(|PagedSlot { mut info, role }| {
+            info.ahead = (config.ahead / info.page_size).max(1);
+            (info, role)
+        });
+        let shared = Shared::new(uffd.clone(), slots.collect(), config);
+        Ok(Self {
+            shared: Arc::new(shared.map_err(StartError::Pipe)?),
+        })
     }
 
     /// Brings these pages of a slot before anyone touches them, behind all faults and the guesses before them. What is

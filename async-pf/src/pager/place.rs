@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use memslots::uffd::{Cause, Event, Fault, FaultKind, FillRole, Messages, OpError, Wake};
@@ -91,12 +92,19 @@ impl Shared {
         let mut state = self.lock();
         state.fetching.retain(|thread| *thread != hands.thread);
         state.fetch = (state.fetch * 7 + took) / 8;
+        if let Ok(Ok(_)) = fetched {
+            state.failing.forget(job);
+        }
         drop(state);
         match fetched {
             Ok(Ok(Fetched::Bytes)) => self.put(job, With::Bytes(bytes), hands),
             Ok(Ok(Fetched::Zero)) => self.put(job, With::Zeros, hands),
             Ok(Err(error)) => {
                 let transient = error.is_transient();
+                let error = Arc::new(error);
+                if transient {
+                    self.lock().failing.note(job, &error);
+                }
                 self.failed(job, job.pages.start, transient, &error.into(), hands);
             }
             Err(_) => self.failed(job, job.pages.start, false, &LostReason::Panic, hands),

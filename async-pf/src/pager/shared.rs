@@ -22,10 +22,10 @@ use memslots::{Errno, Gfn, Hva, PAGE_SIZE};
 use super::book::{Book, Job, Place, Told};
 use super::config::{PagerConfig, PagerEvents};
 use super::error::StartError;
-use crate::PageSource;
 use crate::sync::{
     self, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, ThreadId,
 };
+use crate::{PageSource, SourceError};
 
 /// A source whose fetches take longer is one during which another thread should read messages: about what it costs to
 /// wake that.
@@ -64,6 +64,38 @@ impl SlotInfo {
     }
 }
 
+/// The last failures of a source that are transient, a few: why a page is late, if it is one of these.
+#[derive(Default)]
+pub(super) struct Failing(Vec<(usize, Range<u64>, Arc<SourceError>)>);
+
+impl Failing {
+    /// So many are known: of a source that fails at everything each page of the last has its word.
+    const MOST: usize = 64;
+
+    pub fn note(&mut self, job: &Job, error: &Arc<SourceError>) {
+        self.forget(job);
+        if self.0.len() >= Self::MOST {
+            self.0.remove(0);
+        }
+        let failed = (job.slot, job.pages.clone(), Arc::clone(error));
+        self.0.push(failed);
+    }
+
+    /// It has come.
+    pub fn forget(&mut self, job: &Job) {
+        let meets = |pages: &Range<u64>| pages.start < job.pages.end && job.pages.start < pages.end;
+        self.0
+            .retain(|(slot, pages, _)| *slot != job.slot || !meets(pages));
+    }
+
+    pub fn at(&self, place: Place) -> Option<Arc<SourceError>> {
+        let mut known = self.0.iter().rev();
+        let found =
+            known.find(|(slot, pages, _)| *slot == place.slot && pages.contains(&place.page));
+        found.map(|(_, _, error)| Arc::clone(error))
+    }
+}
+
 pub(super) struct State {
     pub book: Book,
     /// Workers that wait for messages, or are about to.
@@ -89,6 +121,8 @@ pub(super) struct State {
     pub promised: bool,
     /// It ended with pages that were still to come.
     pub abandoned: bool,
+    /// Where the source failed at what is to be tried again.
+    pub failing: Failing,
     /// Threads that have not ended.
     pub alive: usize,
     /// Which they are, as far as they have begun.
@@ -177,6 +211,7 @@ impl Shared {
             stop: false,
             promised: false,
             abandoned: false,
+            failing: Failing::default(),
             alive: 0,
             threads: Vec::new(),
             ending: 0,

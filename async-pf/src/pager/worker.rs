@@ -178,8 +178,13 @@ impl Shared {
             }
             if !late.is_empty() {
                 drop(state);
-                let reason = LostReason::Deadline(self.config.deadline);
+                let within = self.config.deadline;
                 for place in late {
+                    let failed = self.lock().failing.at(place);
+                    let reason = match failed {
+                        Some(source) => LostReason::Failing { within, source },
+                        None => LostReason::Deadline(within),
+                    };
                     self.expire(place, &reason, &mut hands);
                 }
                 self.answer(&mut hands);

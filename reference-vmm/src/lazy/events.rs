@@ -133,7 +133,10 @@ impl PagerEvents for Events {
             return;
         }
         let at = lost.gfn.0.saturating_mul(PAGE_SIZE);
-        let late = matches!(lost.reason, LostReason::Deadline(_));
+        let late = matches!(
+            lost.reason,
+            LostReason::Deadline(_) | LostReason::Failing { .. }
+        );
         let waits_for = self.waits_for.get().filter(|_| late);
         let waits_for = waits_for.and_then(|ask| ask()).map(|of| format!("; {of}"));
         let why = Chain(lost.reason).to_string();

@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use async_pf::external::{self, Mapping, Mappings};
-use async_pf::pager::{GiveUp, PagedSlot, Pager, PagerConfig};
+use async_pf::pager::{PagedSlot, Pager};
 use async_pf::{Fetched, PageSource, SourceError};
 use memslots::uffd::{Registration, Uffd};
 use memslots::{Gfn, PAGE_SIZE};
@@ -369,16 +369,12 @@ impl Given {
                 Err(_) => slot,
             })
         });
-        let config = PagerConfig {
-            give_up: GiveUp::Poison,
-            ..PagerConfig::default()
-        };
-        let pager = slots
+        // No message is read: the handler shares the userfaultfd, and may have a read of it wait.
+        let poisoned = slots
             .collect::<Result<_, _>>()
-            .and_then(|slots| Pager::start(&self.uffd, slots, config));
-        match pager {
-            Ok(pager) => pager.close(),
-            Err(error) => log::error!("cannot give the guest's memory up: {error}"),
+            .and_then(|slots| Pager::poison(&self.uffd, slots));
+        if let Err(error) = poisoned {
+            log::error!("cannot give the guest's memory up: {error}");
         }
     }
 }
