@@ -21,7 +21,7 @@ use super::kept::KeptFirst;
 use super::peer::RemoteSource;
 use super::source::SnapshotSource;
 use super::stats::{LazyProgress, LazyState, LazyStats, WorkingSetHelp};
-use super::working_set::{Recording, Replay, Unread, WorkingSets};
+use super::working_set::{Ended, Recording, Replay, Unread, WorkingSets};
 use super::{LazyError, LazyRequest, OnLoss};
 use crate::end::EndSignal;
 use crate::memory::SlotTable;
@@ -606,10 +606,9 @@ impl Shared {
         }
         bus::hear();
         // Where all is wanted at once its pages are kept behind that.
-        let left = recording.filter(|recording| {
-            self.record(recording);
-            !self.keep(recording, &|| self.is_to_go_on())
-        });
+        let left = recording
+            .filter(|recording| self.record(recording))
+            .filter(|recording| !self.keep(recording, &|| self.is_to_go_on()));
         match (&mut replay, &self.from) {
             // It wants that at once.
             (Some(replay), _) => {
@@ -755,7 +754,8 @@ impl Shared {
         }
     }
 
-    fn record(&self, recording: &Recording) {
+    /// Until its time, or its end; whether what was recorded is saved.
+    fn record(&self, recording: &Recording) -> bool {
         // A guest that stands still touches nothing.
         let mut left = recording.time();
         let mut state = self.lock();
@@ -771,9 +771,19 @@ impl Shared {
             left = left.saturating_sub(begun.elapsed());
         }
         drop(state);
-        if let From::Snapshot(_, sets) = &self.from {
-            sets.save(recording);
+        let ended = match (self.events.why().is_empty(), left) {
+            (false, _) => Ended::Lost,
+            (true, Duration::ZERO) => Ended::Whole,
+            (true, left) => Ended::Early(recording.time().saturating_sub(left)),
+        };
+        let saved = match &self.from {
+            From::Snapshot(_, sets) => sets.save(recording, ended),
+            From::Migration(..) => false,
+        };
+        if !saved && self.lock().phase == LazyState::Recording {
+            self.turn(LazyState::Bringing);
         }
+        saved
     }
 
     /// Keeps the first pages of what was recorded; whether there is no more to do.

@@ -145,7 +145,13 @@ pub(crate) fn coming(lazy: &Value) -> Option<String> {
                     of("given-up-after-s")
                 ),
             };
-            Some(format!(", {percent} % of its memory is there{lost}{waits}"))
+            let recording = match lazy["state"].as_str() {
+                Some("recording") => ", what it touches first is recorded",
+                _ => "",
+            };
+            Some(format!(
+                "{recording}, {percent} % of its memory is there{lost}{waits}"
+            ))
         }
         (_, None) => None,
     }

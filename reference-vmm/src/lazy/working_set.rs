@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -19,8 +20,9 @@ use super::stats::WorkingSetHelp;
 use crate::end::Chain as Words;
 use crate::snapshot::chain::Chain;
 use crate::snapshot::files::{Locked, STATE, lock};
-use crate::snapshot::format::SnapshotId;
+use crate::snapshot::format::{self, SnapshotId};
 use crate::snapshot::link::{self, Link};
+use crate::units;
 
 /// The file's name in the snapshot's directory.
 pub const WORKING_SET: &str = "working_set";
@@ -30,6 +32,9 @@ pub const WORKING_SET_PAGES: &str = "working_set_pages";
 
 /// The most pages that are recorded.
 const MOST: usize = 1 << 20;
+/// A guest that works touches the sample that is held out of what is read ahead, or other pages; one that touches less than one in so many
+/// pages of the sample's size rests.
+const RESTS: u64 = 8;
 /// How long a record is compared with what is touched, at most.
 const COMPARED: Duration = Duration::from_secs(1);
 
@@ -46,6 +51,17 @@ pub(super) struct Recording {
     recorder: Arc<Recorder>,
     /// For so long, of the time in which the guest runs.
     time: Duration,
+}
+
+/// How a recording came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// By its time.
+    Whole,
+    /// Before that: behind so much of it.
+    Early(Duration),
+    /// For memory did not come.
+    Lost,
 }
 
 /// One that is there, and has not been looked at.
@@ -99,6 +115,7 @@ impl WorkingSets {
             }
         };
         if let Some(time) = record {
+            self.look_for_room();
             let recorder = recorder();
             return (recorder.map(|recorder| Recording { recorder, time }), None);
         }
@@ -170,11 +187,54 @@ impl WorkingSets {
         })
     }
 
-    /// Saves what was recorded, unless the directory is another snapshot's by now. Blocks for the disk. That it cannot be
-    /// saved is told of: the guest has lost nothing.
-    pub(super) fn save(&self, recording: &Recording) {
+    /// Saves what was recorded, unless the directory is another snapshot's by now; whether it did. Blocks for the disk. That it cannot
+    /// be saved is told of: the guest has lost nothing. What was recorded for less than its time takes no record's place that is there,
+    /// for that has more.
+    pub(super) fn save(&self, recording: &Recording, ended: Ended) -> bool {
         let record = recording.recorder.so_far();
-        self.put(&self.dir.join(WORKING_SET), &record);
+        let path = self.dir.join(WORKING_SET);
+        match ended {
+            Ended::Whole => {}
+            Ended::Lost => {
+                log::warn!(
+                    "no working set is saved: memory of the guest's has not come, and what it touched says nothing"
+                );
+                return false;
+            }
+            Ended::Early(after) if std::fs::symlink_metadata(&path).is_ok() => {
+                let (touched, path) = (record.touched(), path.display());
+                log::warn!(
+                    "the recording of what the guest touches first (--record) ended after {} of {}, with {touched} pages: the older \
+                     working set stays ({path}; removed, it would have been replaced)",
+                    units::time(after),
+                    units::time(recording.time)
+                );
+                return false;
+            }
+            Ended::Early(_) => {}
+        }
+        self.put(&path, &record)
+    }
+
+    /// Tells of a directory in which nothing can be written, before anything is recorded for it.
+    fn look_for_room(&self) {
+        let path = std::ffi::CString::new(self.dir.as_os_str().as_bytes()).unwrap_or_default();
+        // SAFETY: a path that ends with a NUL and lives through the call.
+        let allowed = unsafe {
+            libc::faccessat(
+                libc::AT_FDCWD,
+                path.as_ptr(),
+                libc::W_OK | libc::X_OK,
+                libc::AT_EACCESS,
+            )
+        };
+        if allowed != 0 {
+            log::warn!(
+                "what is recorded (--record) is to be saved in {}, which cannot be written: {}",
+                self.dir.display(),
+                std::io::Error::last_os_error()
+            );
+        }
     }
 
     /// Saves a record that has aged with what was touched beside it, or says that it is to be made anew. Blocks for the disk.
@@ -187,7 +247,7 @@ impl WorkingSets {
             Refresh::Extend => {
                 let record = replay.record.with_missed(&judged.touched);
                 if record.touched() <= MOST as u64 {
-                    self.put(&path, &record);
+                    let _ = self.put(&path, &record);
                 }
             }
             Refresh::Record => {
@@ -202,18 +262,21 @@ impl WorkingSets {
         }
     }
 
-    fn put(&self, path: &Path, record: &WorkingSet) {
+    /// Whether it is saved.
+    fn put(&self, path: &Path, record: &WorkingSet) -> bool {
         let Some(_lock) = self.lock_or_say("working set is saved") else {
-            return;
+            return false;
         };
-        match record.save(path) {
+        let saved = record.save(path);
+        match &saved {
             Ok(()) => log::info!(
                 "the working set has {} pages: {}",
                 record.touched(),
                 path.display()
             ),
-            Err(error) => log::warn!("no working set is saved: {}", Words(&error)),
+            Err(error) => log::warn!("no working set is saved: {}", Words(error)),
         }
+        saved.is_ok()
     }
 
     /// Keeps the first pages of what was recorded, out of `source`, as long as `go_on` says so: whether it did, or there is no
@@ -313,6 +376,11 @@ impl Replay {
     pub(super) fn judge(&mut self, elapsed: Duration) {
         let touched = self.recorder.so_far();
         let usage = Usage::compare(&self.record.until(elapsed), &self.plan, &touched);
+        // It waits for whoever asks it something: what it will touch then is not known.
+        if touched.touched() * RESTS < usage.held_out {
+            log::info!("the guest has hardly begun, and nothing is known of its working set's use");
+            return;
+        }
         let refresh = RefreshPolicy::default().judge(&usage);
         log::info!("the working set was used: {usage:?}, so {refresh:?}");
         self.judged = Some(Judged {
@@ -368,6 +436,34 @@ mod tests {
     }
 
     #[test]
+    fn what_was_recorded_for_less_than_its_time_takes_no_older_records_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let sets = WorkingSets {
+            dir: folder.path().to_owned(),
+            id: SnapshotId([7; 16]),
+            checked: true,
+        };
+        let recording = |pages: u64| {
+            let recorder = Arc::new(Recorder::new(Gfn(0), 64, MOST, [7; 16]).unwrap());
+            assert!((0..pages).all(|gfn| recorder.touch(Gfn(gfn))));
+            let time = Duration::from_secs(10);
+            Recording { recorder, time }
+        };
+        let state = format::encode(sets.id, &[(format::Kind::Vm, b"{}".to_vec())]);
+        std::fs::write(folder.path().join(STATE), state).unwrap();
+        let path = folder.path().join(WORKING_SET);
+        let touched = || WorkingSet::load_of(&path, [7; 16]).map(|set| set.touched());
+        assert!(!sets.save(&recording(3), Ended::Lost) && !path.exists());
+        let early = Ended::Early(Duration::from_secs(1));
+        assert!(sets.save(&recording(4), early));
+        assert!(!sets.save(&recording(5), early));
+        assert!(!sets.save(&recording(6), Ended::Lost));
+        assert_eq!(touched().unwrap(), 4);
+        assert!(sets.save(&recording(7), Ended::Whole));
+        assert_eq!(touched().unwrap(), 7);
+    }
+
+    #[test]
     fn what_a_record_was_good_for_is_what_the_sample_says_and_what_it_missed() {
         let pages = 4096;
         let recorder = || Arc::new(Recorder::new(Gfn(0), pages, MOST, [7; 16]).unwrap());
@@ -388,9 +484,13 @@ mod tests {
         let help = replay.help();
         assert_eq!((help.touched, help.had), (None, None));
         assert!((read_ahead..=1024).contains(&help.read_ahead), "{help:?}");
+        // It waits for somebody: of what it will touch nothing is known.
+        assert!(replay.recorder.touch(Gfn(sample[0])));
+        replay.judge(Duration::from_secs(1));
+        assert_eq!((replay.help().touched, replay.help().had), (None, None));
         // Half of the sample, and a hundred that are none of it.
         let used = sample.len() / 2;
-        let mut touched = sample.iter().take(used).copied().chain(2000..2100);
+        let mut touched = sample[1..used].iter().copied().chain(2000..2100);
         assert!(touched.all(|gfn| replay.recorder.touch(Gfn(gfn))));
         replay.judge(Duration::from_secs(1));
         let had = (1024.0 * used as f64 / sample.len() as f64).round() as u64;
