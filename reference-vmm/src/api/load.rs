@@ -474,7 +474,7 @@ fn incoming(address: &str, state: &str, coming: &Coming, ear: Option<&Also>) -> 
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
     use super::*;
     use crate::snapshot::SnapshotRequest;
@@ -621,7 +621,12 @@ mod tests {
             scope.spawn(move || said.send(waiting.perform(Action::Pause)).unwrap());
             assert!(hears.recv_timeout(Duration::from_millis(20)).is_err());
             waiting.end();
-            assert!(matches!(hears.recv().unwrap(), Outcome::Refused(_)));
+            let ended = Outcome::Refused(waiting.ends());
+            assert_eq!(hears.recv().unwrap(), ended);
+            // Who asks now is not told to ask again.
+            for action in [Action::Pause, Action::MachineConfig] {
+                assert_eq!(waiting.perform(action), ended);
+            }
         });
     }
 
@@ -636,12 +641,16 @@ mod tests {
             }
         };
         for before in [true, false] {
-            let wanted = AtomicBool::new(!before);
+            let (wanted, looks) = (AtomicBool::new(!before), AtomicUsize::new(0));
             let end = Arc::new(EndSignal::new().unwrap());
             std::thread::scope(|scope| {
                 let client = scope.spawn(|| {
                     let load = Action::Load(request());
-                    waiting.perform_while(load, &|| wanted.load(SeqCst))
+                    let wanted = || {
+                        looks.fetch_add(1, SeqCst);
+                        wanted.load(SeqCst)
+                    };
+                    waiting.perform_while(load, &wanted)
                 });
                 let load = next();
                 load.is_made(&end);
@@ -652,6 +661,11 @@ mod tests {
                 }
                 assert_eq!(load.begins(), !before);
                 wanted.store(false, SeqCst);
+                // The first look from here on finds that; with the second it has been dealt with.
+                let until = looks.load(SeqCst) + 2;
+                while looks.load(SeqCst) < until {
+                    std::thread::yield_now();
+                }
                 load.answer(Outcome::Done);
                 assert_eq!(client.join().unwrap(), Outcome::Done);
                 assert_eq!(end.is_told(), before);
