@@ -161,3 +161,32 @@ impl PagerEvents for Events {
         self.end.tell(GuestEnd::Failed(why));
     }
 }
+
+/// Whether this waits for no [`REASON`]. A host that was busy for so long is asked again.
+#[cfg(test)]
+pub(super) fn is_at_once(ask: impl Fn()) -> bool {
+    (0..10).any(|_| {
+        let begun = Instant::now();
+        ask();
+        begun.elapsed() < REASON
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn behind_an_end_that_is_told_otherwise_nobody_waits_for_a_reason() {
+        for on_loss in [OnLoss::Stop, OnLoss::Poison] {
+            let end = Arc::new(EndSignal::new().unwrap());
+            let events = Events::new(Arc::clone(&end), on_loss);
+            end.tell(GuestEnd::PoweredOff);
+            let unknown = "memory of the guest's did not come";
+            assert!(is_at_once(|| assert_eq!(events.reason(), unknown)));
+            // One that is there is given all the same.
+            events.tell("the reason".into());
+            assert_eq!(events.reason(), "the reason");
+        }
+    }
+}

@@ -989,6 +989,7 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
+    use super::super::events::is_at_once;
     use super::*;
     use crate::end::GuestEnd;
 
@@ -1032,6 +1033,19 @@ mod tests {
             assert_eq!(asked.join().unwrap().as_deref(), Some("the reason"));
             let told = matches!(end.get(), Some(GuestEnd::Failed(_)));
             assert_eq!(told, on_loss == OnLoss::Stop);
+        }
+    }
+
+    #[test]
+    fn behind_an_end_that_is_told_otherwise_an_error_of_kvms_is_its_own_at_once() {
+        for on_loss in [OnLoss::Stop, OnLoss::Poison] {
+            let (of, end) = shared(LazyState::Bringing, on_loss);
+            end.tell(GuestEnd::PoweredOff);
+            let why = || Loss(Arc::clone(&of)).why(true);
+            assert!(is_at_once(|| assert_eq!(why(), None)));
+            // Of memory that did not come before that it is none.
+            of.events.tell("the reason".into());
+            assert_eq!(why().as_deref(), Some("the reason"));
         }
     }
 
