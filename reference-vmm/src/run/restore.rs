@@ -138,12 +138,7 @@ fn watch(signals: &Signals, end: &EndSignal, made: &EventFd, sweep: &(impl Fn() 
             break signal;
         }
     };
-    end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
-    if is_made(made) {
-        // Of a load that is given up already the monitor would go on, and has to hear of it.
-        if !matches!(end.get(), Some(GuestEnd::Stopped(_))) {
-            signals::again(signal);
-        }
+    if is_heard(signal, end, made) {
         return;
     }
     let name = signals::name(signal);
@@ -158,6 +153,17 @@ fn watch(signals: &Signals, end: &EndSignal, made: &EventFd, sweep: &(impl Fn() 
     );
 }
 
+/// Tells the end of this signal; whether who makes the machine comes back in time, and who comes behind that hears of it.
+fn is_heard(signal: i32, end: &EndSignal, made: RawFd) -> bool {
+    end.tell(GuestEnd::Stopped(StopCause::Signal(signal)));
+    let is_made = is_made(made);
+    // Of a load that is given up already the monitor would go on, and has to hear of it.
+    if is_made && !matches!(end.get(), Some(GuestEnd::Stopped(_))) {
+        signals::again(signal);
+    }
+    is_made
+}
+
 /// Whether the machine is made, within [`GRACE`].
 fn is_made(made: RawFd) -> bool {
     let until = Instant::now() + GRACE;
@@ -168,5 +174,45 @@ fn is_made(made: RawFd) -> bool {
             Ok([false]) if !left.is_zero() => {}
             Ok([false]) | Err(_) => return false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    use super::*;
+
+    static CAME: AtomicUsize = AtomicUsize::new(0);
+
+    extern "C" fn came(_: i32) {
+        CAME.fetch_add(1, SeqCst);
+    }
+
+    #[test]
+    fn a_signal_that_is_no_guests_end_comes_once_more() {
+        // One for which no thread is blocked, and of which each that comes counts.
+        let signal = libc::SIGRTMAX();
+        let handler: extern "C" fn(i32) = came;
+        // SAFETY: the handler adds to a number, and nobody else in this process has use for this signal.
+        let before = unsafe { libc::signal(signal, handler as libc::sighandler_t) };
+        assert_ne!(before, libc::SIG_ERR);
+        let made = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).unwrap();
+        made.write(1).unwrap();
+        for is_given_up in [false, true] {
+            let end = EndSignal::new().unwrap();
+            if is_given_up {
+                end.tell(GuestEnd::Failed("the load is given up".into()));
+            }
+            assert!(is_heard(signal, &end, made.as_raw_fd()));
+            let stopped = GuestEnd::Stopped(StopCause::Signal(signal));
+            assert_eq!(end.get() == Some(&stopped), !is_given_up);
+        }
+        let begun = Instant::now();
+        while CAME.load(SeqCst) == 0 {
+            assert!(begun.elapsed() < Duration::from_secs(60), "it did not come");
+            std::thread::yield_now();
+        }
+        assert_eq!(CAME.load(SeqCst), 1);
     }
 }
