@@ -158,6 +158,12 @@ impl Chain {
         Chain { links, later }
     }
 
+    /// Of no snapshot, for who needs one and reads nothing of it.
+    #[cfg(test)]
+    pub(crate) fn empty() -> Self {
+        Self::of(Vec::new())
+    }
+
     /// From the full one on.
     pub fn links(&self) -> &[Link] {
         &self.links

@@ -383,3 +383,30 @@ impl fmt::Display for ServeReport {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_read_over_two_mibs_nothing_is_told_and_of_one_within_each_mib_once() {
+        let telling = Telling::new(SnapshotSource::new(Arc::new(Chain::empty())));
+        let error = SourceError::Other {
+            gfn: Gfn(0),
+            transient: false,
+            source: "the disk fails".into(),
+        };
+        let told = |first, pages: usize| {
+            telling.tell(Gfn(first), pages * PAGE_SIZE as usize, &error);
+            let told = telling.told.lock().unwrap();
+            told.iter().map(|(piece, _)| *piece).collect::<Vec<_>>()
+        };
+        let all = u64::from(PIECE) / PAGE_SIZE;
+        // It may be the first that cannot be read, or the second.
+        assert!(told(all - 1, 2).is_empty());
+        assert!(told(0, all as usize + 1).is_empty());
+        assert_eq!(told(all, 1), [1]);
+        assert_eq!(told(0, all as usize), [0, 1]);
+        assert_eq!(told(2 * all - 1, 1), [0, 1]);
+    }
+}
