@@ -425,7 +425,51 @@ impl PageSource for RemoteSource {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use async_pf::ZeroSource;
+    use async_pf::peer::{PageServer, ServerConfig};
+
     use super::*;
+
+    #[test]
+    fn a_server_that_is_there_and_breaks_off_is_waited_for_between_tries_and_one_that_is_not_by_who_connects()
+     {
+        let server = ServerConfig {
+            beat: BEAT,
+            ..ServerConfig::default()
+        };
+        let server = Arc::new(PageServer::new(Arc::new(ZeroSource), server));
+        let limit = Duration::from_secs(3600);
+        let lane = || {
+            let server = Arc::clone(&server);
+            let dial = move |_: Duration| -> io::Result<Box<dyn Wire>> {
+                let (ours, theirs) = UnixStream::pair()?;
+                let server = Arc::clone(&server);
+                std::thread::spawn(move || server.serve(&theirs));
+                Ok(Box::new(ours))
+            };
+            PeerSource::connect(dial, config(limit, 0)).unwrap()
+        };
+        let source = RemoteSource {
+            lanes: PeerLanes::new(lane(), lane()),
+            address: "unix:/s".parse().unwrap(),
+            chain: Arc::new(Chain::empty()),
+            limit,
+            away: Mutex::default(),
+            pace: Pace::default(),
+            end: Arc::new(EndSignal::new().unwrap()),
+            given_up: OnceLock::new(),
+        };
+        let paced = |error: PeerError| {
+            let waits = source.does_not_answer(Lane::Fault, Gfn(0), &error);
+            waits.unwrap();
+            source.pace.lock().last.is_some()
+        };
+        let nobody = io::ErrorKind::ConnectionRefused.into();
+        assert!(!paced(PeerError::Connect(nobody)));
+        assert!(paced(PeerError::Closed));
+    }
 
     #[test]
     fn who_breaks_off_again_and_again_is_asked_less_and_less_often_and_nobody_waits_behind_the_end()
