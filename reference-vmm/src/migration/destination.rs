@@ -1196,6 +1196,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
 
     use super::*;
     use crate::migration::pages::{ReadPages, WritePages};
@@ -1248,6 +1249,59 @@ mod tests {
         }
     }
 
+    /// Nobody asks for more by the time that pages may be asked for over it.
+    #[derive(Default)]
+    struct Late(Option<(Arc<Shared<Late>>, UnixStream)>);
+
+    impl Read for Late {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Ok(0)
+        }
+    }
+
+    impl Write for Late {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl ReadPages for Late {}
+    impl WritePages for Late {}
+
+    impl Wire for Late {
+        fn duplex(self) -> io::Result<Duplex> {
+            let (shared, stream) = self.0.ok_or(io::ErrorKind::Unsupported)?;
+            shared.change(|state| state.enough = Some(LastWord::default()));
+            Ok(Box::new(stream))
+        }
+    }
+
+    #[test]
+    fn a_connection_for_pages_that_comes_behind_the_last_ask_is_closed_and_not_taken() {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                pages: vec![ForPages::default()],
+                ..State::default()
+            }),
+            changed: Condvar::new(),
+        });
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let wire = Late(Some((Arc::clone(&shared), ours)));
+        let watch = Watch {
+            quiet: Duration::from_secs(60),
+            stop: &|| None,
+        };
+        for_pages(wire, 0, &shared, &watch);
+        let state = shared.lock();
+        assert!(state.pages[0].next.is_none() && state.pages[0].newest.is_none());
+        // The source comes again for it, and hears that it is enough.
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+    }
+
     #[test]
     fn who_says_nothing_makes_room_as_soon_as_the_host_lacks_a_descriptor() {
         let shared = Shared {
@@ -1281,7 +1335,7 @@ mod tests {
             state.is_cut_off(patience)
         };
         let wire = || {
-            let (wire, _) = std::os::unix::net::UnixStream::pair().unwrap();
+            let (wire, _) = UnixStream::pair().unwrap();
             Some(Box::new(wire) as Duplex)
         };
         assert!(long_ago.is_some() && cut_off(long_ago, None));
