@@ -9,8 +9,11 @@
 mod support;
 
 use guests::{boot, console, monitor};
+use reference_vmm::config::Irqchip;
+use reference_vmm::snapshot::SnapshotRequest;
+use support::keeper::{Guest, keeper};
 use support::tracer::{Inject, Kind, Trace, trace};
-use support::{WATCHDOG, elf, need_kvm};
+use support::{WATCHDOG, elf, file, need_kvm};
 
 /// What registers on KVM's I/O buses or replaces its routing table. A slot made after one of these
 /// waits for a grace period.
@@ -285,6 +288,28 @@ fn what_need_not_be_repeated_is_done_once() {
             "{words}: a capability asked twice\n{}",
             listing(&trace)
         );
+    }
+}
+
+#[test]
+fn a_restore_that_reads_no_memory_first_makes_one_vm() {
+    need_kvm();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("snapshot");
+    let (_kernel, config) = keeper(2, Irqchip::Split);
+    let mut guest = Guest::boot(&config);
+    guest.hear(2);
+    guest.snapshot(&SnapshotRequest::new(&dir));
+    guest.leave();
+    let typed = file(b"q");
+    for how in ["--lazy", "--map=on"] {
+        let args = ["restore", how, "--from", dir.to_str().unwrap()];
+        let stdin = std::fs::File::open(&typed).unwrap();
+        let trace = trace(&args, Some(stdin.into()), &[], WATCHDOG);
+        assert_eq!(trace.status.code(), Some(1), "{how}: {trace}");
+        // Also where KVM gives more than it lists, without hardware virtualization: a vCPU of the machine's shows that.
+        let made = trace.positions("KVM_CREATE_VM").len();
+        assert_eq!(made, 1, "{how}:\n{}", listing(&trace));
     }
 }
 
