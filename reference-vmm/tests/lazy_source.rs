@@ -117,6 +117,41 @@ fn a_compressed_one_is_read_as_it_is_with_its_duplicates() {
     }
 }
 
+#[test]
+fn a_hole_that_the_file_system_tells_of_is_zeros_only_if_it_was_read_as_zeros() {
+    let folder = tempfile::tempdir().unwrap();
+    let (dir, file) = plain(folder.path());
+    let (link, _) = Link::open(&dir).unwrap();
+    let gfn = Gfn(2);
+    let (_, place) = link.map().locate(gfn.0 * P).unwrap();
+    let offset = place.offset + gfn.0 * P - place.guest;
+    let mut written = vec![0; P as usize];
+    file.read_exact_at(&mut written, offset).unwrap();
+    // Whether the piece was compared with its checksum for another page's sake before.
+    for before in [false, true] {
+        let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: an open descriptor.
+        let punched = unsafe { libc::fallocate(file.as_raw_fd(), how, offset as _, P as _) };
+        assert_eq!(punched, 0);
+        let modified = file.metadata().unwrap().modified().unwrap();
+        let (checked, unchecked) = (source(&dir, true), source(&dir, false));
+        // What is told to be a hole is one no more: as if the file system had lied.
+        checked.find_holes(|| true);
+        unchecked.find_holes(|| true);
+        file.write_all_at(&written, offset).unwrap();
+        let times = std::fs::FileTimes::new().set_modified(modified);
+        file.set_times(times).unwrap();
+        let mut bytes = vec![0; P as usize];
+        if before {
+            assert_eq!(checked.fetch(Gfn(3), &mut bytes).unwrap(), Fetched::Bytes);
+        }
+        assert_eq!(checked.fetch(gfn, &mut bytes).unwrap(), Fetched::Bytes);
+        assert!(bytes == written);
+        // As it is documented.
+        assert_eq!(unchecked.fetch(gfn, &mut bytes).unwrap(), Fetched::Zero);
+    }
+}
+
 /// A plain snapshot whose second region has something in each page, and its memory's file.
 fn plain(folder: &Path) -> (std::path::PathBuf, File) {
     let dir = folder.join("s");

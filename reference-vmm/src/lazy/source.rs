@@ -65,10 +65,10 @@ impl PageSource for SnapshotSource {
             transient: is_transient(&source),
             source: Box::new(source),
         };
-        if self.known(at, end) == (true, end) {
-            if let Some((link, _)) = self.0.link_at(at) {
-                link.check_zeros(at..end).map_err(other)?;
-            }
+        if self.known(at, end) == (true, end)
+            && let Some((link, _)) = self.0.link_at(at)
+            && link.are_zeros(at..end).map_err(other)?
+        {
             return Ok(Fetched::Zero);
         }
         self.0.read(at..end, into).map_err(other)?;

@@ -11,7 +11,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
@@ -54,6 +54,10 @@ pub struct Link {
 struct AsRead {
     /// Of each piece, in which [`Look`] it was compared with its checksum, or 0; none where nobody wants that.
     checked: Option<Vec<AtomicU32>>,
+    /// Of each piece [`words`](Self::words) of bits, one for each of its pages: that one was zero when the piece was right. The
+    /// file system says where holes are, and may be wrong.
+    zeros: Vec<AtomicU64>,
+    words: usize,
     look: Mutex<Look>,
     /// Those that are being compared: who wants one of them waits for that, and does not read it as well.
     under_way: Mutex<Vec<usize>>,
@@ -70,6 +74,12 @@ struct AsRead {
 struct Turn<'a>(&'a AsRead, usize);
 
 impl AsRead {
+    /// The bits of a piece's pages.
+    fn zeros_of(&self, number: usize) -> &[AtomicU64] {
+        let from = number.saturating_mul(self.words);
+        self.zeros.get(from..from + self.words).unwrap_or_default()
+    }
+
     /// Waits while another compares this piece.
     fn turn(&self, number: usize) -> Turn<'_> {
         // What is in it is whole after each statement.
@@ -202,8 +212,16 @@ impl Link {
         let is = self.file().and_then(File::metadata);
         let is = is.map_err(|source| self.unreadable(source))?;
         let pieces = self.map.pieces.iter();
+        let words = u64::from(self.map.piece).div_ceil(PAGE_SIZE * u64::from(u64::BITS)) as usize;
+        // A compressed file has no holes.
+        let bits = match verify && self.packed.is_none() {
+            true => self.map.pieces.len() * words,
+            false => 0,
+        };
         self.as_read = Some(AsRead {
             checked: verify.then(|| pieces.map(|_| AtomicU32::new(0)).collect()),
+            zeros: (0..bits).map(|_| AtomicU64::new(0)).collect(),
+            words,
             look: Mutex::new(Look {
                 number: 1,
                 changed: (is.ctime(), is.ctime_nsec()),
@@ -283,24 +301,49 @@ impl Link {
         }
     }
 
-    /// Compares what is known to be zero at `range`, because [the file has nothing there](Self::find_holes), with its
-    /// checksums: what was there may have been lost. Where the state says that it is zero nothing is read.
+    /// Whether what is known to be zero at `range`, because [the file has nothing there](Self::find_holes), is: its pieces are
+    /// compared with their checksums, as what was there may have been lost, and are looked at for zeros, as something may be
+    /// there whatever the file system says. Each is read for that once; where the state says that it is zero nothing is, and
+    /// where nobody compares anything the file system is believed.
     ///
     /// # Errors
     /// [`RestoreError::Read`], [`RestoreError::MemoryDamaged`], [`RestoreError::Changed`].
-    pub fn check_zeros(&self, range: Range<u64>) -> Result<(), RestoreError> {
+    pub fn are_zeros(&self, range: Range<u64>) -> Result<bool, RestoreError> {
+        let mut zeros = true;
         self.read_unchanged(|look| {
+            zeros = true;
             let mut at = range.start;
             while at < range.end
                 && let Some((number, place)) = self.map.locate(at)
             {
-                let is_zero = self.is_zero_piece(number);
-                if self.packed.is_none() && self.is_unchecked(number, look) && !is_zero {
-                    self.read_checked(number, place, 0, &mut [], look)?;
+                let end = place.guest + place.len;
+                if self.packed.is_none() && self.is_checked() && !self.is_zero_piece(number) {
+                    if self.is_unchecked(number, look) {
+                        self.read_checked(number, place, 0, &mut [], look)?;
+                    }
+                    let pages = at - place.guest..end.min(range.end) - place.guest;
+                    zeros &= self.were_zeros(number, pages);
                 }
-                at = place.guest + place.len;
+                at = end;
             }
             Ok(())
+        })?;
+        Ok(zeros)
+    }
+
+    /// Whether the pages at these bytes of a piece that was compared with its checksum were zero then.
+    fn were_zeros(&self, number: usize, bytes: Range<u64>) -> bool {
+        let Some(as_read) = &self.as_read else {
+            return false;
+        };
+        let words = as_read.zeros_of(number);
+        let mut pages = bytes.start / PAGE_SIZE..bytes.end.div_ceil(PAGE_SIZE);
+        pages.all(|page| {
+            let word = words.get((page / u64::from(u64::BITS)) as usize);
+            // Relaxed: behind the look at `checked`, which was set behind it.
+            word.is_some_and(|word| {
+                word.load(Ordering::Relaxed) >> (page % u64::from(u64::BITS)) & 1 == 1
+            })
         })
     }
 
@@ -433,8 +476,8 @@ impl Link {
     fn is_unchecked(&self, number: usize, look: u32) -> bool {
         let checked = self.as_read.as_ref().and_then(|of| of.checked.as_ref());
         let checked = checked.and_then(|of| of.get(number));
-        // Relaxed: that it was found right is true whoever reads it, and of what was found nothing is handed over.
-        checked.is_some_and(|checked| checked.load(Ordering::Relaxed) != look)
+        // Acquire: which of its pages are zero was noted before.
+        checked.is_some_and(|checked| checked.load(Ordering::Acquire) != look)
     }
 
     /// Reads a piece part by part, compares it with its checksum, and gives what begins at `skip` in it. Memory that nobody
@@ -456,6 +499,8 @@ impl Link {
         let wanted = skip as usize..skip as usize + out.len();
         let mut sum = Checksum::new();
         let mut part = vec![0; PART.min(place.len as usize)];
+        let zeros = self.as_read.as_ref().map(|of| of.zeros_of(number));
+        let mut found = vec![0_u64; zeros.map_or(0, <[_]>::len)];
         let mut at = 0;
         while at < place.len as usize {
             let len = part.len().min(place.len as usize - at);
@@ -463,6 +508,12 @@ impl Link {
             let read = self.read_at(now, place.offset + at as u64);
             read.map_err(|source| self.unreadable(source))?;
             sum.update(now);
+            for (page, bytes) in (at / PAGE_SIZE as usize..).zip(now.chunks(PAGE_SIZE as usize)) {
+                let bits = u64::BITS as usize;
+                if let Some(word) = found.get_mut(page / bits) {
+                    *word |= u64::from(pages::is_zero(bytes)) << (page % bits);
+                }
+            }
             let both = wanted.start.max(at)..wanted.end.min(at + len);
             if !both.is_empty()
                 && let Some(to) = out.get_mut(both.start - skip as usize..both.end - skip as usize)
@@ -476,6 +527,10 @@ impl Link {
         match differs_from(written, sum.finalize()) {
             Some(what) => Err(self.damaged(place, what)),
             None => {
+                for (word, found) in zeros.into_iter().flatten().zip(found) {
+                    // Relaxed: it is handed over by what follows.
+                    word.store(found, Ordering::Relaxed);
+                }
                 self.is_checked_now(number, look);
                 Ok(())
             }
@@ -508,8 +563,8 @@ impl Link {
     fn is_checked_now(&self, number: usize, look: u32) {
         let checked = self.as_read.as_ref().and_then(|of| of.checked.as_ref());
         if let Some(checked) = checked.and_then(|of| of.get(number)) {
-            // Relaxed: see above.
-            checked.store(look, Ordering::Relaxed);
+            // Release: see above.
+            checked.store(look, Ordering::Release);
         }
     }
 
