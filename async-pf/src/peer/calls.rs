@@ -187,12 +187,15 @@ impl Calls {
 
     /// Refuses a peer that has an ask unanswered for so long.
     pub fn overdue(&self, limit: Duration) -> Result<(), PeerError> {
-        let late = |sent: &Sent| sent.since.elapsed() > limit;
-        match self.unanswered.iter().find(|(_, sent)| late(sent)) {
-            Some((id, sent)) => Err(PeerError::NoAnswer {
+        let late = self.unanswered.iter().find_map(|(id, sent)| {
+            let after = sent.since.elapsed();
+            (after > limit).then_some((id, sent, after))
+        });
+        match late {
+            Some((id, sent, after)) => Err(PeerError::NoAnswer {
                 id: *id,
                 gfn: sent.ask.first,
-                after: limit,
+                after,
             }),
             None => Ok(()),
         }
