@@ -131,6 +131,16 @@ struct ForPages {
     newest: Option<Arc<dyn async_pf::peer::Wire>>,
     /// Since when one is waited for.
     waits: Option<Instant>,
+    /// When something came last on the one before, while another is waited for.
+    heard: Option<Instant>,
+}
+
+impl ForPages {
+    /// Since when nothing was heard of the source, if another connection is waited for.
+    fn quiet_since(&self) -> Option<Instant> {
+        let waits = self.waits?;
+        Some(self.heard.map_or(waits, |heard| heard.min(waits)))
+    }
 }
 
 #[derive(Default)]
@@ -242,18 +252,24 @@ impl<W: Wire> Shared<W> {
         decision
     }
 
-    /// The next connection for pages of that number.
-    fn next_for_pages(&self, number: u32, patience: Duration) -> Option<Duplex> {
+    /// The next connection for pages of that number; on the one before something came last at `heard`.
+    fn next_for_pages(
+        &self,
+        number: u32,
+        heard: Option<Instant>,
+        patience: Duration,
+    ) -> Option<Duplex> {
         let at = number as usize;
         self.change(|state| {
             if let Some(pages) = state.pages.get_mut(at) {
                 pages.waits.get_or_insert_with(Instant::now);
+                pages.heard = pages.heard.or(heard);
             }
         });
         self.wait(patience, |state| {
             let pages = state.pages.get_mut(at)?;
             let wire = pages.next.take()?;
-            pages.waits = None;
+            (pages.waits, pages.heard) = (None, None);
             Some(wire)
         })
     }
@@ -596,8 +612,8 @@ impl<W: Wire + 'static> Destination<'_, W> {
         let shared = Arc::clone(self.shared);
         shared.change(|state| state.asks = true);
         let limit = self.patience.pages;
-        let next: Arc<Next> = Arc::new(move |number, patience| {
-            let next = shared.next_for_pages(number, patience);
+        let next: Arc<Next> = Arc::new(move |number, heard, patience| {
+            let next = shared.next_for_pages(number, heard, patience);
             // Who waits for a page would wait for nothing, and hold what the source wants back.
             if next.is_none() && shared.is_in_vain(limit) {
                 let asked = shared.lock().asked.upgrade();
@@ -649,7 +665,7 @@ impl<W: Wire + 'static> Destination<'_, W> {
             source,
             waits: Arc::new(move || {
                 let state = of.lock();
-                let waits = state.pages.iter().filter_map(|pages| pages.waits);
+                let waits = state.pages.iter().filter_map(ForPages::quiet_since);
                 waits.map(|since| since.elapsed()).max()
             }),
             enough: Box::new(move |word, patience| {
@@ -1319,6 +1335,30 @@ mod tests {
     }
 
     #[test]
+    fn a_source_that_was_silent_before_its_connection_was_given_up_was_away_since_its_last_word() {
+        let shared = Shared::<Nobody> {
+            state: Mutex::new(State {
+                pages: vec![ForPages::default()],
+                ..State::default()
+            }),
+            changed: Condvar::new(),
+        };
+        let ago = |time: u64| Instant::now().checked_sub(Duration::from_secs(time));
+        for heard in [ago(60), ago(30)] {
+            assert!(shared.next_for_pages(0, heard, Duration::ZERO).is_none());
+        }
+        let state = shared.lock();
+        assert!(state.pages[0].quiet_since() <= ago(60));
+        // It is given as long to connect again as ever.
+        assert!(!state.is_cut_off(Duration::from_secs(30)));
+        drop(state);
+        let (wire, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        shared.lock().pages[0].next = Some(Box::new(wire));
+        assert!(shared.next_for_pages(0, None, Duration::ZERO).is_some());
+        assert_eq!(shared.lock().pages[0].quiet_since(), None);
+    }
+
+    #[test]
     fn a_source_that_connects_again_hears_the_last_word_and_one_that_is_away_does_not() {
         let patience = Duration::from_secs(60);
         let long_ago = Instant::now().checked_sub(patience);
@@ -1326,7 +1366,7 @@ mod tests {
             let pages = ForPages {
                 waits,
                 next,
-                newest: None,
+                ..ForPages::default()
             };
             let state = State::<Nobody> {
                 pages: vec![ForPages::default(), pages],
