@@ -302,6 +302,39 @@ fn who_drips_is_not_waited_for() {
 }
 
 #[test]
+fn who_ends_no_greeting_is_told_for_what_came_of_it() {
+    let said = |said: Vec<u8>| {
+        let connect = move |_| {
+            let (ours, theirs) = fake::pair();
+            write(&theirs, &said);
+            // It is there, and says no more.
+            thread::spawn(move || while !matches!(theirs.read(&mut [0; 64]), Ok(0)) {});
+            Ok(Box::new(ours) as Box<dyn Wire>)
+        };
+        let mut config = patient();
+        config.silence = Duration::from_millis(150);
+        PeerSource::connect(connect, config).unwrap_err()
+    };
+    let whole = greeting(1, 8, 10, 7);
+    let why = said(whole[..16].to_vec());
+    assert!(why.to_string().contains("16 of the 32 bytes"), "{why}");
+    assert!(why.is_transient());
+    let why = said(whole[..3].to_vec());
+    assert!(
+        matches!(why, PeerError::HalfGreeting { got: 3, .. }),
+        "{why}"
+    );
+    // Another protocol's first line, which is shorter than a greeting.
+    let why = said(b"220 mail\r\n".to_vec());
+    let PeerError::NotOurs { magic } = why else {
+        panic!("{why}");
+    };
+    assert_eq!(&magic, b"220 mail");
+    let why = said(vec![]);
+    assert!(matches!(why, PeerError::Silent(_)), "{why}");
+}
+
+#[test]
 fn greetings_that_do_not_fit_are_refused_before_anything_is_asked() {
     let refused = |hello: Vec<u8>| {
         let refused = lied_to(hello, vec![]);
@@ -473,7 +506,11 @@ fn who_has_not_greeted_is_given_up_or_leaves_with_the_server_and_who_has_is_told
         write(&ours, said);
         let mut told = false;
         let end = short.serve_when(&theirs, || told = true).unwrap_err();
-        assert!(matches!(end, PeerError::Silent(_)), "{end}");
+        match (&end, said.len()) {
+            (PeerError::Silent(_), 0 | 32) => {}
+            (PeerError::HalfGreeting { got: 31, .. }, 31) => {}
+            (_, said) => panic!("{said} bytes: {end}"),
+        }
         assert_eq!(told, said == whole, "{} bytes", said.len());
     }
     // One that would be waited for much longer.

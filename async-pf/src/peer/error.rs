@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use memslots::Gfn;
 
+use super::frame::GREETING;
+
 /// Why a peer is of no use, or an ask was not answered.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -23,6 +25,16 @@ pub enum PeerError {
     /// Nothing whole came from it, or it took nothing, for so long.
     #[error("the peer has been silent for {:.1} s", .0.as_secs_f64())]
     Silent(Duration),
+    /// It has begun to greet, and has not ended that.
+    #[error(
+        "the peer has said {got} of the {GREETING} bytes of a greeting within {:.1} s", .after.as_secs_f64()
+    )]
+    HalfGreeting {
+        /// The bytes that came.
+        got: usize,
+        /// How long it had for the rest.
+        after: Duration,
+    },
     /// It lives and does not answer.
     #[error("ask {id} (gfn {:#x}) has had no answer for {:.1} s", gfn.0, after.as_secs_f64())]
     NoAnswer {
@@ -190,6 +202,7 @@ impl PeerError {
             | Self::Broken(_)
             | Self::Closed
             | Self::Silent(_)
+            | Self::HalfGreeting { .. }
             | Self::NoAnswer { .. }
             | Self::Checksum { .. }
             | Self::Thread { .. } => true,

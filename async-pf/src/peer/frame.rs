@@ -34,6 +34,20 @@ pub struct Greeting {
     pub image: u64,
 }
 
+/// Refuses what begins with another protocol's bytes, of which so many came.
+pub fn check_magic(bytes: &[u8], got: usize) -> Result<(), PeerError> {
+    let mut magic = [0; 8];
+    let came = bytes.get(..got.min(magic.len())).unwrap_or_default();
+    magic
+        .iter_mut()
+        .zip(came)
+        .for_each(|(to, byte)| *to = *byte);
+    match MAGIC.starts_with(came) {
+        true => Ok(()),
+        false => Err(PeerError::NotOurs { magic }),
+    }
+}
+
 impl Greeting {
     pub fn to_bytes(self) -> [u8; GREETING] {
         let mut bytes = [0; GREETING];
@@ -53,9 +67,7 @@ impl Greeting {
     pub fn parse(bytes: &[u8; GREETING]) -> Result<Self, PeerError> {
         let mut take = Take(bytes);
         let magic = take.array::<8>();
-        if magic != MAGIC {
-            return Err(PeerError::NotOurs { magic });
-        }
+        check_magic(&magic, magic.len())?;
         let version = take.u16();
         if version != VERSION {
             return Err(PeerError::Version {

@@ -52,7 +52,17 @@ impl<W: Wire> Link<W> {
 
     pub fn greeted(&self, meanwhile: Meanwhile<'_>) -> Result<Greeting, PeerError> {
         let mut bytes = [0; GREETING];
-        self.read_exact(&mut bytes, Instant::now(), meanwhile)?;
+        let mut got = 0;
+        let read = self.fill(&mut bytes, &mut got, Instant::now(), meanwhile);
+        match read {
+            Ok(()) if got < GREETING => return Err(PeerError::Closed),
+            // Nobody who speaks this protocol begins otherwise, however little was said.
+            Err(PeerError::Silent(after)) if got > 0 => {
+                frame::check_magic(&bytes, got)?;
+                return Err(PeerError::HalfGreeting { got, after });
+            }
+            read => read?,
+        }
         let theirs = Greeting::parse(&bytes)?;
         let beat = Duration::from_millis(u64::from(theirs.beat));
         match beat.saturating_mul(2) <= self.silence {
@@ -113,7 +123,9 @@ impl<W: Wire> Link<W> {
         meanwhile: Meanwhile<'_>,
     ) -> Result<Option<Head>, PeerError> {
         let mut bytes = [0; HEAD];
-        match self.fill(&mut bytes, since, meanwhile)? {
+        let mut got = 0;
+        self.fill(&mut bytes, &mut got, since, meanwhile)?;
+        match got {
             0 => return Ok(None),
             HEAD => {}
             _ => return Err(PeerError::Closed),
@@ -133,29 +145,31 @@ impl<W: Wire> Link<W> {
         since: Instant,
         meanwhile: Meanwhile<'_>,
     ) -> Result<(), PeerError> {
-        match self.fill(into, since, meanwhile)? == into.len() {
+        let mut got = 0;
+        self.fill(into, &mut got, since, meanwhile)?;
+        match got == into.len() {
             true => Ok(()),
             false => Err(PeerError::Closed),
         }
     }
 
-    /// Reads until it is full or the other side has closed, and says how much came. Nothing may come for as long as the
+    /// Reads until it is full or the other side has closed; `got`, zero before, is how much came, by an error as well. Nothing may come for as long as the
     /// silence lasts, counted from `since`; and from the first byte on, the rest has as long.
     fn fill(
         &self,
         into: &mut [u8],
-        since: Instant,
+        got: &mut usize,
+        mut since: Instant,
         meanwhile: Meanwhile<'_>,
-    ) -> Result<usize, PeerError> {
-        let (mut got, mut since) = (0, since);
-        while let Some(rest) = into.get_mut(got..).filter(|rest| !rest.is_empty()) {
+    ) -> Result<(), PeerError> {
+        while let Some(rest) = into.get_mut(*got..).filter(|rest| !rest.is_empty()) {
             match self.wire.read(rest) {
                 Ok(0) => break,
                 Ok(more) => {
-                    if got == 0 {
+                    if *got == 0 {
                         since = Instant::now();
                     }
-                    got += more.min(rest.len());
+                    *got += more.min(rest.len());
                 }
                 Err(error) if is_tick(&error) => meanwhile()?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -163,11 +177,11 @@ impl<W: Wire> Link<W> {
             }
             // Looked at behind the read: what came while this process stood still has come in time.
             let quiet = since.elapsed();
-            if quiet > self.silence && got < into.len() {
+            if quiet > self.silence && *got < into.len() {
                 return Err(PeerError::Silent(quiet));
             }
         }
-        Ok(got)
+        Ok(())
     }
 
     /// Writes, for as long as the other side takes some of it within the silence, and all of it within twice that.

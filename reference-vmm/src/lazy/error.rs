@@ -68,7 +68,7 @@ pub enum LazyError {
         /// Why not.
         source: MappingsError,
     },
-    /// The page server has said nothing since it was connected to, or too little.
+    /// The page server has said nothing since it was connected to.
     #[error(
         "the page server at {address} has said nothing for {}, which is as long as it may, and a first connection is not tried \
          again: look whether it is a `snapshot serve`, and whether that is at work",
