@@ -152,6 +152,8 @@ pub struct Loads {
 struct State {
     loads: VecDeque<Load>,
     closed: bool,
+    /// What the one that is being made waits for is another process's to bring.
+    of_another: bool,
 }
 
 impl Loads {
@@ -208,6 +210,11 @@ impl Loads {
             let _ = self.asked.write(1);
         }
         load
+    }
+
+    /// The machine of a load is being made, and another process brings memory that it needs first, or that is over.
+    pub fn waits_for_another(&self, waits: bool) {
+        self.lock().of_another = waits;
     }
 
     /// Refuses what waits, and what comes.
@@ -403,7 +410,12 @@ impl Monitor for Waiting<'_> {
             }
             (Action::Describe, source) => {
                 let mut who = describe("Not started");
-                if let Source::Restore(..) = source {
+                let waits = match source {
+                    Source::Restore(..) => true,
+                    Source::Loads(loads) => loads.lock().of_another,
+                    Source::Migration(..) => false,
+                };
+                if waits {
                     who["waits-for"] = MEMORY.into();
                 }
                 Outcome::Json(who.to_string())
@@ -628,6 +640,20 @@ mod tests {
                 assert_eq!(waiting.perform(action), ended);
             }
         });
+    }
+
+    #[test]
+    fn a_load_whose_memory_another_process_brings_says_so() {
+        let loads = Loads::new().unwrap();
+        let waiting = Waiting::new(&loads);
+        for waits in [false, true, false] {
+            loads.waits_for_another(waits);
+            let Outcome::Json(who) = waiting.perform(Action::Describe) else {
+                panic!("not described");
+            };
+            assert!(who.contains("\"Not started\""), "{who}");
+            assert_eq!(who.contains(MEMORY), waits, "{who}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, OnceLock};
 
+use super::restore::waits_for_others;
 use super::{Ended, Session, with_api};
 use crate::api::load::{Load, Loads, Waiting};
 use crate::api::router::Outcome;
@@ -106,7 +107,9 @@ impl<S: Fn(fmt::Arguments<'_>)> Session<'_, S> {
             })?);
             let request = load.request.over(base);
             load.is_made(&end);
+            loads.waits_for_another(waits_for_others(&request));
             let made = self.restore(&request, &end, || server.unlink());
+            loads.waits_for_another(false);
             let machine = match (made, end.get()) {
                 (Err(BuildError::Ended), Some(GuestEnd::Stopped(StopCause::Signal(signal)))) => {
                     let why = format!("{} stopped the monitor", signals::name(*signal));
