@@ -456,7 +456,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
-        let server = Arc::new(PageServer::new(Arc::new(ZeroSource), ServerConfig::default()));
+        let server = Arc::new(PageServer::new(
+            Arc::new(ZeroSource),
+            ServerConfig::default(),
+        ));
         std::thread::spawn(move || {
             while let Ok((stream, _)) = listener.accept() {
                 let server = Arc::clone(&server);
@@ -517,7 +520,7 @@ mod tests {
             address: "unix:/s".parse().unwrap(),
             chain: Arc::new(Chain::empty()),
             limit,
-            away: Mutex::default(),
+            heard: Mutex::default(),
             pace: Pace::default(),
             end: Arc::new(EndSignal::new().unwrap()),
             given_up: OnceLock::new(),

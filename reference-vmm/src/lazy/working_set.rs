@@ -20,7 +20,7 @@ use super::stats::WorkingSetHelp;
 use crate::end::Chain as Words;
 use crate::snapshot::chain::Chain;
 use crate::snapshot::files::{Locked, STATE, lock};
-use crate::snapshot::format::{self, SnapshotId};
+use crate::snapshot::format::SnapshotId;
 use crate::snapshot::link::{self, Link};
 use crate::units;
 
@@ -412,6 +412,7 @@ impl Replay {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::format;
 
     #[test]
     fn what_a_record_is_not_saved_for_is_said_as_it_is() {
