@@ -262,7 +262,7 @@ fn who_says_much_and_answers_nothing_is_found() {
     let words = error.to_string();
     assert!(error.is_transient());
     assert!(
-        words.contains("(gfn 0x40) has had no answer for 0.1 s"),
+        words.contains("(gfn 0x40) has had no answer for "),
         "{words}"
     );
 }

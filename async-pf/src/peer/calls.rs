@@ -36,6 +36,8 @@ pub struct Calls {
     unanswered: HashMap<u64, Sent>,
     next_id: u64,
     window: usize,
+    /// When an answer came last on this connection.
+    last_answer: Option<Instant>,
     spare: Vec<Vec<u8>>,
 }
 
@@ -120,6 +122,7 @@ impl Calls {
     /// There is a new connection, on which so many may be unanswered.
     pub fn connected(&mut self, window: u16) {
         (self.window, self.next_id) = (usize::from(window), 1);
+        self.last_answer = None;
     }
 
     /// Whether something is in line, and may be sent.
@@ -178,6 +181,7 @@ impl Calls {
         let sent = self.unanswered.remove(&id);
         let sent = sent.ok_or(PeerError::Unasked { id })?;
         let answer = Answer::new(head, body, sent.ask)?;
+        self.last_answer = Some(Instant::now());
         match self.calls.get_mut(&sent.ticket) {
             Some(call) => call.done = Some(Ok(answer)),
             None => self.recycle(answer.body),
@@ -196,6 +200,9 @@ impl Calls {
                 id: *id,
                 gfn: sent.ask.first,
                 after,
+                quiet: self
+                    .last_answer
+                    .map_or(after, |last| last.elapsed().min(after)),
             }),
             None => Ok(()),
         }
@@ -343,5 +350,39 @@ impl Answer {
     fn decompress(&self, _packed: &[u8]) -> Result<Vec<u8>, PeerError> {
         // Was refused when it came.
         Err(PeerError::Unasked { id: self.id })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+mod tests {
+    use super::frame::Refusal;
+    use super::*;
+
+    #[test]
+    fn for_how_long_nothing_was_answered_counts_from_the_last_answer_on_the_connection() {
+        let mut calls = Calls::default();
+        for answers in [false, true, false] {
+            calls.connected(8);
+            calls.add(Lane::Prefetch, Gfn(0), u64::from(MOST_PAGES) + 1);
+            let asked = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
+            assert_eq!(calls.send(&mut Vec::new(), asked).all, 2);
+            if answers {
+                let refused = frame::frame(Kind::Failed(Refusal::MayPass), 2, &[0; 8]);
+                let head = Head::parse(refused.first_chunk().unwrap()).unwrap();
+                calls.answered(&head, vec![0; 8]).unwrap();
+            }
+            let late = calls.overdue(Duration::from_secs(30)).unwrap_err();
+            let PeerError::NoAnswer { after, quiet, .. } = late else {
+                panic!("{late}");
+            };
+            assert!(after >= Duration::from_secs(60));
+            assert_eq!(quiet < after, answers);
+            // What the next connection finds of this one.
+            calls = Calls {
+                last_answer: calls.last_answer,
+                ..Calls::default()
+            };
+        }
     }
 }

@@ -44,6 +44,8 @@ pub enum PeerError {
         gfn: Gfn,
         /// How long.
         after: Duration,
+        /// And how long nothing else that was asked for has had one: less where the peer is at work.
+        quiet: Duration,
     },
     /// A checksum does not fit: damage.
     #[error("a checksum of {found:#010x} where {said:#010x} was said")]

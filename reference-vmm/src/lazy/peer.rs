@@ -56,21 +56,13 @@ pub(super) struct RemoteSource {
     /// How long it may be away.
     limit: Duration,
     /// Of each lane.
-    heard: Mutex<[Heard; 2]>,
+    away: Mutex<[Option<Away>; 2]>,
     /// How those are asked again who answer, and not as they should.
     pace: Pace,
     /// Of what is missing when the guest has ended nobody is told.
     end: Arc<EndSignal>,
     /// Why nobody is asked any more.
     given_up: OnceLock<Arc<GivenUp>>,
-}
-
-/// What was heard of the server on a lane.
-#[derive(Debug, Default)]
-struct Heard {
-    away: Option<Away>,
-    /// When it answered last.
-    answered: Option<Instant>,
 }
 
 /// A server that cannot be reached.
@@ -197,7 +189,7 @@ impl RemoteSource {
             address: at.address.clone(),
             chain: Arc::clone(chain),
             limit,
-            heard: Mutex::default(),
+            away: Mutex::default(),
             pace: Pace::default(),
             end: Arc::clone(end),
             given_up: OnceLock::new(),
@@ -216,15 +208,15 @@ impl RemoteSource {
         self.pace.is_closed() || self.end.is_told()
     }
 
-    fn heard(&self) -> MutexGuard<'_, [Heard; 2]> {
+    fn away(&self) -> MutexGuard<'_, [Option<Away>; 2]> {
         // What is in it is whole after each statement.
-        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+        self.away.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What it is that is waited for, if the server is away.
     pub(super) fn waits_for(&self) -> Option<String> {
-        let lanes = self.heard();
-        let why = &away_of(&lanes).next()?.why;
+        let away = self.away();
+        let why = &away.iter().flatten().next()?.why;
         Some(format!(
             "the page server at {} is away: {why}",
             self.address
@@ -233,8 +225,8 @@ impl RemoteSource {
 
     /// For how long the server has been away by now, and after how long it is given up; none where it is there.
     pub(super) fn is_away(&self) -> Option<ServerAway> {
-        let lanes = self.heard();
-        let since = away_of(&lanes).map(|of| of.since.elapsed()).max()?;
+        let away = self.away();
+        let since = away.iter().flatten().map(|of| of.since.elapsed()).max()?;
         Some(ServerAway {
             address: self.address.to_string(),
             away_s: since.as_secs(),
@@ -244,7 +236,7 @@ impl RemoteSource {
 
     /// Whether the server is away and not given up: somebody is asking it, and what else is asked would wait behind that.
     pub(super) fn is_away_for_now(&self) -> bool {
-        self.given_up.get().is_none() && away_of(&self.heard()).next().is_some()
+        self.given_up.get().is_none() && self.away().iter().any(Option::is_some)
     }
 
     /// Notes that the server does not answer, for this reason: whether it is waited for still, or it is given up.
@@ -255,23 +247,24 @@ impl RemoteSource {
         source: &PeerError,
     ) -> Result<(), SourceError> {
         let why = Words(source).to_string();
-        let mut lanes = self.heard();
-        let is_new = away_of(&lanes).next().is_none();
-        let Heard { away, answered } = of_lane(&mut lanes, lane);
+        let mut lanes = self.away();
+        let is_new = lanes.iter().all(Option::is_none);
+        let away = of_lane(&mut lanes, lane);
         let since = away.as_ref().map_or_else(
             || {
                 // One that says nothing has been away since its last word, and one that does not answer since it was asked, or
                 // its last answer; longer than either may be only if this process was stopped meanwhile, which is no
                 // fault of the server's.
-                let quiet = silence(self.limit);
+                let silence = silence(self.limit);
                 let silent = match source {
-                    PeerError::Silent(silent) => (*silent).min(quiet),
-                    PeerError::NoAnswer { after, .. } if *after <= self.limit + quiet => *after,
+                    PeerError::Silent(silent) => (*silent).min(silence),
+                    PeerError::NoAnswer { after, quiet, .. } if *after <= self.limit + silence => {
+                        *quiet
+                    }
                     _ => Duration::ZERO,
                 };
                 let now = Instant::now();
-                let since = now.checked_sub(silent).unwrap_or(now);
-                answered.map_or(since, |answered| since.max(answered))
+                now.checked_sub(silent).unwrap_or(now)
             },
             |away| away.since,
         );
@@ -315,10 +308,8 @@ impl RemoteSource {
 
     /// Notes that the server answers on a lane; whether it was away, and is not any more.
     fn answers(&self, lane: Lane) -> bool {
-        let mut lanes = self.heard();
-        let heard = of_lane(&mut lanes, lane);
-        heard.answered = Some(Instant::now());
-        heard.away.take().is_some() && away_of(&lanes).next().is_none()
+        let mut lanes = self.away();
+        of_lane(&mut lanes, lane).take().is_some() && lanes.iter().all(Option::is_none)
     }
 
     /// From this address up to `end`: whether the state says that it is zero, and where that ends.
@@ -329,10 +320,6 @@ impl RemoteSource {
             None => (false, end),
         }
     }
-}
-
-fn away_of(lanes: &[Heard; 2]) -> impl Iterator<Item = &Away> {
-    lanes.iter().filter_map(|heard| heard.away.as_ref())
 }
 
 fn of_lane<T>([fault, prefetch]: &mut [T; 2], lane: Lane) -> &mut T {
@@ -473,26 +460,25 @@ mod tests {
         let chain = Arc::new(Chain::open_all(&[]).unwrap().0);
         let end = Arc::new(EndSignal::new().unwrap());
         let connect = || RemoteSource::connect(&at, &chain, limit, &end).unwrap();
-        let is_given_up = |source: &RemoteSource, after| {
+        let is_given_up = |after, quiet| {
             let why = PeerError::NoAnswer {
                 id: 1,
                 gfn: Gfn(0),
                 after,
+                quiet,
             };
-            let noted = source.does_not_answer(Lane::Prefetch, Gfn(0), &why);
+            let noted = connect().does_not_answer(Lane::Prefetch, Gfn(0), &why);
             noted.err().map(|why| Words(&why).to_string())
         };
-        let source = connect();
-        let why = is_given_up(&source, limit).unwrap();
+        let why = is_given_up(limit, limit).unwrap();
         assert!(why.contains("has been away for 1 min"), "{why}");
-        // For half of it only; or this process stood still; or others had their answers.
-        for (after, asked) in [(limit / 2, false), (limit * 3, false), (limit, true)] {
-            let source = connect();
-            if asked {
-                let fetched = source.fetch_for(Lane::Prefetch, Gfn(0), &mut [1; 4096]);
-                assert_eq!(fetched.unwrap(), Fetched::Zero);
-            }
-            assert_eq!(is_given_up(&source, after), None);
+        // For half of it only; or this process stood still; or something else had its answer.
+        for (after, quiet) in [
+            (limit / 2, limit / 2),
+            (limit * 3, limit * 3),
+            (limit, Duration::ZERO),
+        ] {
+            assert_eq!(is_given_up(after, quiet), None);
         }
     }
 
@@ -520,7 +506,7 @@ mod tests {
             address: "unix:/s".parse().unwrap(),
             chain: Arc::new(Chain::empty()),
             limit,
-            heard: Mutex::default(),
+            away: Mutex::default(),
             pace: Pace::default(),
             end: Arc::new(EndSignal::new().unwrap()),
             given_up: OnceLock::new(),
