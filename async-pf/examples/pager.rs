@@ -6,6 +6,7 @@
 
 use std::error::Error;
 use std::io::Write;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -27,7 +28,7 @@ impl PagerEvents for Say {
     }
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn run() -> Result<(), Box<dyn Error>> {
     // A snapshot: the first three quarters are in a file, the last is zeros.
     let mut file = tempfile::tempfile()?;
     let stored = PAGES * 3 / 4;
@@ -91,4 +92,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let finished = pager.finish();
     assert!(finished.is_ok(), "everything has come: {finished:?}");
     Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pager: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! ones. `cargo run -p dirty-log --example harvest_vm` (needs /dev/kvm).
 
 use std::error::Error;
+use std::process::ExitCode;
 
 use dirty_log::{DirtyLog, KvmBitmap};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
@@ -14,7 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 /// mov [0x2000], al; mov [0x2fff], al; mov [0x5000], al; hlt
 const GUEST: [u8; 10] = [0xa2, 0x00, 0x20, 0xa2, 0xff, 0x2f, 0xa2, 0x00, 0x50, 0xf4];
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn run() -> Result<(), Box<dyn Error>> {
     let size = 0x10_0000;
     let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)])?;
     memory.write_slice(&GUEST, GuestAddress(0x1000))?;
@@ -49,4 +50,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     harvest.commit(); // or drop it, and the next harvest has them again
     Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("harvest_vm: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }

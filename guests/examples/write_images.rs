@@ -3,11 +3,13 @@
 //! Writes every boot guest as an image into the folder named, for trying a monitor by hand, and says of each
 //! with which flags of `reference-vmm run` it does what it is for.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
 
 use guests::{boot, console, debug, dirtier, image};
 
-fn main() {
+fn main() -> ExitCode {
     let mut words = std::env::args_os().skip(1);
     let folder = match (words.next(), words.next()) {
         (Some(folder), None) if !folder.as_encoded_bytes().starts_with(b"-") => {
@@ -17,13 +19,23 @@ fn main() {
             let usage = "Usage: write_images FOLDER    (made if it is not there; ./-x is one of the name -x)";
             if more.is_none() && word.is_some_and(|word| word == "--help" || word == "-h") {
                 println!("{usage}");
-                return;
+                return ExitCode::SUCCESS;
             }
             eprintln!("{usage}");
-            std::process::exit(2);
+            return ExitCode::from(2);
         }
     };
-    std::fs::create_dir_all(&folder).unwrap();
+    match write(&folder) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("write_images: {}: {error}", folder.display());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn write(folder: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(folder)?;
     for (name, flags, image) in [
         ("hello.elf", " --debug-exit", image::elf64(boot::hello64())),
         (
@@ -83,7 +95,9 @@ fn main() {
         ("rom.elf", " --debug-exit", image::elf64(console::rom64())),
     ] {
         let path = folder.join(name);
-        std::fs::write(&path, image).unwrap();
+        std::fs::write(&path, image)
+            .map_err(|error| io::Error::new(error.kind(), format!("{name}: {error}")))?;
         println!("--kernel {}{flags}", path.display());
     }
+    Ok(())
 }

@@ -4,6 +4,8 @@
 //!
 //! `cargo run -p io-bus --example bus_vm`, on any host whose /dev/kvm you may open.
 
+use std::error::Error;
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -38,7 +40,7 @@ impl DeviceMmio for Counter {
 #[repr(align(4096))]
 struct Page([u8; 4096]);
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn run() -> Result<(), Box<dyn Error>> {
     // Three times: al = the byte at 0x8000, which is the counter's; out to port 0xe9. Then halt.
     let guest = b"\xba\xe9\x00\xb9\x03\x00\xa0\x00\x80\xee\xe2\xfa\xf4";
 
@@ -92,4 +94,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let text = console.0.lock().map_err(|_| "a device panicked")?;
     println!("the guest wrote {text:?}");
     Ok(())
+}
+
+fn main() -> ExitCode {
+    let Err(error) = run() else {
+        return ExitCode::SUCCESS;
+    };
+    eprint!("bus_vm: {error}");
+    let mut source = error.source();
+    while let Some(error) = source {
+        eprint!(": {error}");
+        source = error.source();
+    }
+    eprintln!();
+    ExitCode::FAILURE
 }

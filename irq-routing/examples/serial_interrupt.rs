@@ -6,7 +6,9 @@
 
 #![allow(missing_docs)]
 
+use std::error::Error;
 use std::io::stdout;
+use std::process::ExitCode;
 
 use irq_routing::{Gsi, Irqchip, IrqchipKind, Pit, Routing};
 use kvm_bindings::kvm_userspace_memory_region;
@@ -26,7 +28,7 @@ const GUEST: [u8; 59] = [
 #[repr(align(4096))]
 struct Ram([u8; 0x10000]);
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn run() -> Result<(), Box<dyn Error>> {
     let vm = Kvm::new()?.create_vm()?;
     // Memory first: behind the in-kernel irqchip it would wait for a grace period.
     let mut ram = Box::new(Ram([0; 0x10000]));
@@ -72,4 +74,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             other => return Err(format!("{other:?}").into()),
         }
     }
+}
+
+fn main() -> ExitCode {
+    let Err(error) = run() else {
+        return ExitCode::SUCCESS;
+    };
+    eprint!("serial_interrupt: {error}");
+    let mut source = error.source();
+    while let Some(error) = source {
+        eprint!(": {error}");
+        source = error.source();
+    }
+    eprintln!();
+    ExitCode::FAILURE
 }

@@ -3,7 +3,10 @@
 //! Prints what `KVM_GET_SUPPORTED_CPUID` says here, one leaf a line, in the form of `tests/fixtures/`:
 //! leaf, subleaf, flags, EAX, EBX, ECX, EDX, all hexadecimal.
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+use std::error::Error;
+use std::process::ExitCode;
+
+fn run() -> Result<(), Box<dyn Error>> {
     for leaf in kvm_core::Kvm::open()?.supported_cpuid()?.as_slice() {
         println!(
             "{:08x} {:x} {:x} {:08x} {:08x} {:08x} {:08x}",
@@ -11,4 +14,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         );
     }
     Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("supported_cpuid: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }

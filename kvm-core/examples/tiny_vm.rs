@@ -4,6 +4,9 @@
 //!
 //! `cargo run -p kvm-core --example tiny_vm`, or paste it into a crate with kvm-core and kvm-bindings.
 
+use std::error::Error;
+use std::process::ExitCode;
+
 use kvm_bindings::kvm_userspace_memory_region as Region;
 use kvm_core::arch::x86_64::BootState;
 use kvm_core::{Exit, Flow, Kvm, VcpuId, VcpuSet, VcpuView};
@@ -14,7 +17,7 @@ const GUEST: &[u8] = b"\xbe\x0d\x10\xb9\x06\x00\xba\xf8\x03\x2e\xf3\x6e\xf4hello
 #[repr(align(4096))]
 struct Page([u8; 4096]);
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn run() -> Result<(), Box<dyn Error>> {
     let mut memory = Box::new(Page([0; 4096]));
     memory.0[..GUEST.len()].copy_from_slice(GUEST);
     let region = Region {
@@ -43,4 +46,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     });
     println!("{}", halt.reason);
     Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tiny_vm: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }

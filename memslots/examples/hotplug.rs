@@ -8,6 +8,7 @@ use memslots::{
     Backing, ChangeListener, Layout, LayoutChange, Memslots, NewSlot, Region, SlotFlags, Veto,
 };
 use std::error::Error;
+use std::process::ExitCode;
 use std::sync::Arc;
 use vm_memory::GuestAddress;
 
@@ -48,7 +49,7 @@ fn memory(start: u64, size: u64) -> NewSlot {
     }
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn run() -> Result<(), Box<dyn Error>> {
     let memslots = Memslots::new(Arc::new(Kvm::new()?.create_vm()?));
     let _mirror = memslots.listen(Arc::new(Mirror))?;
 
@@ -80,4 +81,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     // When this returns, neither the guest nor the mirror reaches them; readers that are still inside may.
     memslots.set_layout(&layout)?.grace.wait();
     Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hotplug: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -4,7 +4,7 @@
 
 use kvm_ioctls::{Kvm, VcpuExit};
 use memslots::{Backing, Memslots, NewSlot, SlotFlags, ram_layout};
-use std::{error::Error, sync::Arc};
+use std::{error::Error, process::ExitCode, sync::Arc};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 fn slot(start: GuestAddress, size: u64, flags: SlotFlags) -> NewSlot {
@@ -16,7 +16,7 @@ fn slot(start: GuestAddress, size: u64, flags: SlotFlags) -> NewSlot {
     }
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn run() -> Result<(), Box<dyn Error>> {
     let (vm, rom) = (
         Arc::new(Kvm::new()?.create_vm()?),
         GuestAddress(0xfffc_0000),
@@ -51,4 +51,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         other => println!("the guest did something else: {other:?}"),
     }
     Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("own_vm: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }

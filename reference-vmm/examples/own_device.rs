@@ -2,12 +2,12 @@
 
 //! A virtio device of one's own: it gives text back in capitals.
 
-use std::{env, error::Error, io, sync::Arc};
+use std::{env, error::Error, io, process::ExitCode, sync::Arc};
 
 use reference_vmm::devices::virtio::any::Devices;
 use reference_vmm::devices::virtio::device::{Activation, Assignment, Cx, Handler, VirtioDevice};
 use reference_vmm::devices::virtio::fault::Fault;
-use reference_vmm::{config::Config, end::EndSignal, vm::Machine};
+use reference_vmm::{config::Config, end::Chain, end::EndSignal, vm::Machine};
 use vmm_sys_util::poll::PollContext;
 
 /// Its configuration space: how many bytes of a request it reads at most, as a `le32`.
@@ -57,7 +57,15 @@ impl Handler for Capitalizer {
 }
 
 /// A machine that has one: `cargo run -p reference-vmm --example own_device -- KERNEL`.
-pub fn main() -> Result<(), Box<dyn Error>> {
+pub fn main() -> ExitCode {
+    let Err(error) = run() else {
+        return ExitCode::SUCCESS;
+    };
+    eprintln!("own_device: {}", Chain(&*error));
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let config = Config::new(env::args_os().nth(1).ok_or("usage: own_device KERNEL")?);
     let end = Arc::new(EndSignal::new()?);
     let mut devices = Devices::open(&config, std::io::stdout())?;
