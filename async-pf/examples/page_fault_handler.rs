@@ -13,8 +13,9 @@
 use std::env;
 use std::error::Error;
 use std::fs::{self, File};
-use std::io::Read;
-use std::os::unix::net::UnixListener;
+use std::io::{self, Read};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,10 +41,40 @@ impl PagerEvents for Say {
     }
 }
 
+/// Listens at `path`. A socket that a killed handler left there is replaced; what is another's is left alone.
+///
+/// # Errors
+/// What is there, or the system's words.
+pub fn listen(path: &str) -> Result<UnixListener, Box<dyn Error>> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(format!("{path}: {error}").into()),
+        Ok(is) if !is.file_type().is_socket() => {
+            let what = "what is there is no socket, and is left alone; name another path";
+            return Err(format!("{path}: {what}").into());
+        }
+        // Asked for by a socket of another type: who listens there has no connection by it.
+        Ok(_) => match UnixDatagram::unbound()?.connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                fs::remove_file(path).map_err(|error| format!("{path}: {error}"))?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                let what = "another user's socket is there, and is left alone";
+                return Err(format!("{path}: {what}: {error}").into());
+            }
+            _ => {
+                let what = "another process listens there; name another path";
+                return Err(format!("{path}: {what}").into());
+            }
+        },
+    }
+    UnixListener::bind(path).map_err(|error| format!("{path}: {error}").into())
+}
+
 fn handle(socket: &str, memory: &str) -> Result<(), Box<dyn Error>> {
     // Before a monitor finds the socket: a file that cannot be read is nobody's guest's trouble.
     let file = File::open(memory).map_err(|error| format!("{memory}: {error}"))?;
-    let listener = UnixListener::bind(socket).map_err(|error| format!("{socket}: {error}"))?;
+    let listener = listen(socket)?;
     let (mut monitor, _) = listener.accept()?;
     // Nobody else finds it, and a later handler can be there while this one is still at work.
     fs::remove_file(socket)?;
@@ -87,7 +118,8 @@ fn handle(socket: &str, memory: &str) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn main() -> ExitCode {
+/// The program.
+pub fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let [socket, memory] = &arguments[..] else {
         eprintln!("usage: page_fault_handler SOCKET MEMORY_FILE");
