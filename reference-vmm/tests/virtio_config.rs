@@ -143,6 +143,19 @@ fn the_devices_of_a_configuration_are_opened_in_the_order_in_which_a_guest_finds
         error.starts_with("true --disk: ") && error.contains("in use"),
         "{error}"
     );
+    // So is who asks for a socket that somebody listens at; that is the host's state, and no fault of the configuration.
+    config.disks.clear();
+    let error = open(&config).map(drop).unwrap_err();
+    assert!(
+        error.starts_with("false --vsock: ") && error.contains("listens there"),
+        "{error}"
+    );
+    config.vsock = None;
+    let error = open(&config).map(drop).unwrap_err();
+    assert!(
+        error.starts_with("false --port: ") && error.contains("listens there"),
+        "{error}"
+    );
     drop(devices);
     // Nothing of the sockets is left behind.
     assert!(!Path::new(&at("v")).exists() && !Path::new(&at("agent")).exists());

@@ -377,7 +377,7 @@ fn open_socket(of: &str, path: &Path) -> Result<Host, ConsoleError> {
     let listener = Listener::bind(&Address::Unix(path.into())).map_err(|error| {
         let (why, users_fault) = match &error {
             ListenError::Occupied { .. } => ("there is something that is no socket".into(), true),
-            ListenError::InUse { .. } => ("another process listens there".into(), true),
+            ListenError::InUse { .. } => ("another process listens there".into(), false),
             ListenError::Refused { source, .. } => (source.to_string(), is_about_the_path(source)),
         };
         ConsoleError::Socket {
@@ -536,14 +536,14 @@ mod tests {
         assert_eq!(std::fs::read(&file).unwrap(), b"");
         assert!(socket.exists() && opened.console.is_some() && opened.ports.is_some());
 
-        // Somebody listens there; it is no folder; it is no socket.
-        for to in [
-            PortEnd::Unix(socket.clone()),
-            PortEnd::File(path("none/x")),
-            PortEnd::Unix(file.clone()),
+        // Somebody listens there, which is the host's state; it is no folder; it is no socket.
+        for (to, users_fault) in [
+            (PortEnd::Unix(socket.clone()), false),
+            (PortEnd::File(path("none/x")), true),
+            (PortEnd::Unix(file.clone()), true),
         ] {
             let error = open(&ConsoleConfig::Off, &[port(to)], Files::Empty).unwrap_err();
-            assert!(error.is_users_fault(), "{error}");
+            assert_eq!(error.is_users_fault(), users_fault, "{error}");
         }
         drop(opened);
         assert!(!socket.exists());

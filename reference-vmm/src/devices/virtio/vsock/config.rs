@@ -9,7 +9,6 @@ use serde::Deserialize;
 
 use super::device::Vsock;
 use super::sockets::UnixSockets;
-use crate::config::is_about_the_path;
 use crate::unix_socket::{BindError, MAX_PATH};
 
 /// The address of the host (virtio 1.2, 5.10.4); 0 is a hypervisor's, 1 is local.
@@ -77,10 +76,7 @@ impl VsockError {
     /// Whether the user asked for what cannot be; else the host refused.
     pub fn is_users_fault(&self) -> bool {
         match self {
-            VsockError::Bind {
-                source: BindError::Refused(error),
-                ..
-            } => is_about_the_path(error),
+            VsockError::Bind { source, .. } => source.is_users_fault(),
             VsockError::Host { .. } => false,
             _ => true,
         }
@@ -206,14 +202,14 @@ mod tests {
     }
 
     #[test]
-    fn a_path_in_use_and_a_folder_that_is_none_are_the_users_fault() {
+    fn a_folder_that_is_none_is_the_users_fault_and_a_path_in_use_the_hosts_state() {
         let folder = tempfile::tempdir().unwrap();
         let config = VsockConfig {
             cid: 3,
             uds: folder.path().join("v.sock"),
         };
         let device = config.open().unwrap();
-        assert!(config.open().unwrap_err().is_users_fault());
+        assert!(!config.open().unwrap_err().is_users_fault());
         drop(device);
         assert!(!config.uds.exists());
         let uds = folder.path().join("none/v.sock");
