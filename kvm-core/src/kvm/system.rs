@@ -2,9 +2,11 @@
 
 //! `/dev/kvm`: opened, checked, and asked what the host can do.
 
+use std::borrow::Cow;
 use std::ffi::CString;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 #[cfg(target_arch = "x86_64")]
@@ -51,6 +53,17 @@ pub enum OpenError {
     },
 }
 
+impl OpenError {
+    /// What to do where it could not be opened: the end of what the error says. Of a device that this user may not open, its mode
+    /// and its group as they are now say so.
+    pub fn advice(&self) -> Option<String> {
+        match self {
+            OpenError::Open { path, errno } => Some(advice(path, *errno).into_owned()),
+            _ => None,
+        }
+    }
+}
+
 fn wrong_api(path: &Path, found: i32) -> String {
     let path = path.display();
     match found {
@@ -61,8 +74,8 @@ fn wrong_api(path: &Path, found: i32) -> String {
     }
 }
 
-fn advice(path: &Path, errno: Errno) -> &'static str {
-    match errno.errno() {
+fn advice(path: &Path, errno: Errno) -> Cow<'static, str> {
+    Cow::Borrowed(match errno.errno() {
         libc::ENOENT | libc::ENOTDIR if path != Path::new(DEV_KVM) => {
             "there is no such device; KVM's is usually /dev/kvm"
         }
@@ -70,17 +83,51 @@ fn advice(path: &Path, errno: Errno) -> &'static str {
             "the host offers no KVM here; load kvm_intel or kvm_amd (modprobe), switch virtualization on \
              in the firmware or in the outer hypervisor (nested), and pass the device into a container"
         }
-        libc::EACCES | libc::EPERM => {
-            "the device is there but not for this user; join its group (usually: sudo usermod -aG kvm $USER, \
-             then log in again)"
-        }
+        libc::EACCES | libc::EPERM => return Cow::Owned(permission(path, errno.errno())),
         libc::ENXIO | libc::ENODEV => {
             "the device node has no driver behind it; load kvm_intel or kvm_amd (modprobe)"
         }
         libc::EBUSY => "another hypervisor has the processor's virtualization in use",
         libc::EMFILE | libc::ENFILE => "too many files are open; raise the limit (ulimit -n)",
         _ => "see dmesg for what KVM has to say",
+    })
+}
+
+/// Who may open a device that this user may not, and what helps.
+fn permission(path: &Path, errno: i32) -> String {
+    let shown = path.display();
+    let is = path.metadata().ok();
+    let mode = is.as_ref().map(|is| is.mode() & 0o777);
+    let groups = || std::fs::read_to_string("/etc/group").ok();
+    let name = is.and_then(|is| group_name(&groups()?, is.gid()));
+    let acl = format!("until the next boot, sudo setfacl -m u:$USER:rw {shown}");
+    match (errno, mode, name) {
+        // Of a container's rules for devices, or a sandbox.
+        (libc::EPERM, _, _) => format!(
+            "it is not its mode that forbids it: in a container, pass it in (docker run --device {shown})"
+        ),
+        (_, Some(mode), Some(name)) if mode & 0o060 == 0o060 => format!(
+            "the group {name} may open it, and this user is not in that: sudo usermod -aG {name} $USER, and log in again; or, {acl}"
+        ),
+        (_, Some(mode), _) if mode & 0o060 != 0o060 => format!(
+            "its mode is {mode:04o}, so that no group may open it: {acl}; for good, have udev give it to one (KERNEL==\"kvm\", \
+             GROUP=\"kvm\", MODE=\"0660\"), and sudo usermod -aG kvm $USER"
+        ),
+        _ => format!(
+            "if it is this user who may not open it: sudo usermod -aG kvm $USER, and log in again (ls -l {shown} says whose it \
+             is); or, {acl}"
+        ),
     }
+}
+
+/// The name of a group in the text of `/etc/group`.
+fn group_name(groups: &str, gid: u32) -> Option<String> {
+    groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        let number: u32 = fields.nth(1)?.parse().ok()?;
+        (number == gid).then(|| name.to_owned())
+    })
 }
 
 /// An open KVM device. Its ioctls may be called from any thread.
@@ -196,5 +243,51 @@ impl CheckExtension for kvm_ioctls::Kvm {
 impl CheckExtension for kvm_ioctls::VmFd {
     fn check_extension(&self, capability: u32) -> i32 {
         self.check_extension_raw(capability.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{File, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn who_may_not_open_the_device_is_told_by_its_mode_what_helps() {
+        let folder = vmm_sys_util::tempdir::TempDir::new().unwrap();
+        let path = folder.as_path().join("kvm");
+        File::create(&path).unwrap();
+        let refused = |mode, errno| {
+            std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+            let error = OpenError::Open {
+                path: path.clone(),
+                errno: Errno::new(errno),
+            };
+            let said = error.to_string();
+            assert!(said.ends_with(&error.advice().unwrap()), "{said}");
+            said
+        };
+        // Nobody need be in a group that it is closed to.
+        let closed = refused(0o600, libc::EACCES);
+        for word in ["its mode is 0600", "no group may open it", "setfacl"] {
+            assert!(closed.contains(word), "{closed}");
+        }
+        let open = refused(0o660, libc::EACCES);
+        assert!(
+            open.contains("usermod -aG ") && !open.contains("mode"),
+            "{open}"
+        );
+        // A container's rules, or a sandbox.
+        let container = refused(0o666, libc::EPERM);
+        assert!(container.contains("docker run --device"), "{container}");
+        std::fs::remove_file(&path).unwrap();
+        let error = OpenError::Open {
+            path,
+            errno: Errno::new(libc::EACCES),
+        };
+        assert!(error.to_string().contains("usermod -aG kvm"), "{error}");
+        let groups = "root:x:0:\nbad\nkvm:x:108:me\n";
+        assert_eq!(group_name(groups, 108).as_deref(), Some("kvm"));
+        assert_eq!(group_name(groups, 7), None);
     }
 }

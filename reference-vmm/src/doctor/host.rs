@@ -2,7 +2,7 @@
 
 //! Which of the three kinds of host this is, and what its user can do about it.
 
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use kvm_core::{Kvm, OpenError};
@@ -127,43 +127,6 @@ fn is_denied(error: &OpenError) -> bool {
     }
 }
 
-/// Who may open a device that this user may not, and what helps.
-fn permission(path: &Path, errno: i32) -> String {
-    let shown = path.display();
-    let is = path.metadata().ok();
-    let mode = is.as_ref().map(|is| is.mode() & 0o777);
-    let groups = || std::fs::read_to_string("/etc/group").ok();
-    let name = is.and_then(|is| group_name(&groups()?, is.gid()));
-    let acl = format!("until the next boot, sudo setfacl -m u:$USER:rw {shown}");
-    match (errno, mode, name) {
-        // Of a container's rules for devices, or a sandbox.
-        (libc::EPERM, _, _) => format!(
-            "it is not its mode that forbids it: in a container, pass it in (docker run --device {shown})"
-        ),
-        (_, Some(mode), Some(name)) if mode & 0o060 == 0o060 => format!(
-            "the group {name} may open it, and this user is not in that: sudo usermod -aG {name} $USER, and log in again; or, {acl}"
-        ),
-        (_, Some(mode), _) if mode & 0o060 != 0o060 => format!(
-            "its mode is {mode:04o}, so that no group may open it: {acl}; for good, have udev give it to one (KERNEL==\"kvm\", \
-             GROUP=\"kvm\", MODE=\"0660\"), and sudo usermod -aG kvm $USER"
-        ),
-        _ => format!(
-            "if it is this user who may not open it: sudo usermod -aG kvm $USER, and log in again (ls -l {shown} says whose it \
-             is); or, {acl}"
-        ),
-    }
-}
-
-/// The name of a group in the text of `/etc/group`.
-fn group_name(groups: &str, gid: u32) -> Option<String> {
-    groups.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let name = fields.next()?;
-        let number: u32 = fields.nth(1)?.parse().ok()?;
-        (number == gid).then(|| name.to_owned())
-    })
-}
-
 /// The first of the virtualization flags in the text of `/proc/cpuinfo`.
 fn cpu_flag(cpuinfo: &str) -> Option<&'static str> {
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags"))?;
@@ -213,7 +176,7 @@ fn advice(
         return vec![format!("there is a {}: use that", usual.display())];
     }
     match errno {
-        libc::EACCES | libc::EPERM => advice.push(permission(path, errno)),
+        libc::EACCES | libc::EPERM => advice.extend(error.advice()),
         libc::ENOENT => advice.push(match (back_end, cpu_flag) {
             (Some(module), _) => format!(
                 "{module} is loaded: in a container, pass {} in; else sudo modprobe -r {module} \
@@ -241,7 +204,6 @@ fn advice(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_flag_is_a_word_of_the_flags_line() {
@@ -265,9 +227,6 @@ mod tests {
         assert!(!denied("/dev/null", libc::EBUSY));
         assert!(!denied("/no/such/device", libc::EACCES));
         assert!(!denied("/etc/group", libc::EACCES), "it is no device");
-        let groups = "root:x:0:\nbad\nkvm:x:108:me\n";
-        assert_eq!(group_name(groups, 108).as_deref(), Some("kvm"));
-        assert_eq!(group_name(groups, 7), None);
     }
 
     #[test]
@@ -290,17 +249,6 @@ mod tests {
         assert!(first(absent, None, &[]).contains("firmware"));
         assert!(first(libc::EACCES, None, &[]).contains("usermod"));
         assert!(first(libc::EPERM, None, &[]).contains("--device /no/such/device"));
-        // Of one that is there its mode says what helps; nobody need be in a group that it is closed to.
-        let closed = tempfile::NamedTempFile::new().unwrap();
-        let said = permission(closed.path(), libc::EACCES);
-        assert!(
-            said.contains("its mode is 0600") && said.contains("setfacl"),
-            "{said}"
-        );
-        let open = std::fs::Permissions::from_mode(0o660);
-        std::fs::set_permissions(closed.path(), open).unwrap();
-        let said = permission(closed.path(), libc::EACCES);
-        assert!(said.contains("usermod -aG "), "{said}");
         // What has nothing to do with users and modules.
         for errno in [libc::EMFILE, libc::EBUSY, libc::EIO] {
             assert!(first(errno, Some("vmx"), &[]).contains("cargo xtask lab"));
