@@ -527,16 +527,23 @@ fn snapshot_words(dir: &str, cost: &Map<String, Value>) -> String {
     let number = |name: &str| cost.get(name).map_or_else(|| "?".into(), text);
     let mut words = format!("{dir}: ");
     // A string takes everything.
-    let _ = match cost.get("pause_us") {
-        None | Some(Value::Null) => write!(words, "the guest stays paused"),
-        Some(us) => write!(words, "the guest stood still for {}", time(us)),
+    // A guest that stays paused has no time in which something was done.
+    let (_, then) = match cost.get("pause_us") {
+        None | Some(Value::Null) => (write!(words, "the guest stays paused"), ";"),
+        Some(us) => {
+            let time = time(us);
+            (
+                write!(words, "the guest stood still for {time}"),
+                ", in which",
+            )
+        }
     };
     let _ = match cost.get("protected_pages").map(Value::as_u64) {
         None => Ok(()),
-        Some(Some(0)) => write!(words, ", in which no page had to be protected"),
+        Some(Some(0)) => write!(words, "{then} no page had to be protected"),
         Some(_) => write!(
             words,
-            ", in which {} pages were protected, {} us each",
+            "{then} {} pages were protected, {} us each",
             number("protected_pages"),
             number("us_per_page")
         ),
@@ -879,6 +886,16 @@ mod tests {
             assert_eq!(
                 told(&options(snapshot(), false), cost),
                 format!("/s: {words}; 9.00 ms in all\n")
+            );
+        }
+        for (pages, each, words) in [
+            (0, Value::Null, "no page had to be protected"),
+            (5, json!(0.4), "5 pages were protected, 0.4 us each"),
+        ] {
+            let cost = json!({"pause_us": null, "protected_pages": pages, "us_per_page": each, "total_us": 9000});
+            assert_eq!(
+                told(&options(snapshot(), false), cost),
+                format!("/s: the guest stays paused; {words}; 9.00 ms in all\n")
             );
         }
         let status = json!({ "state": "Paused" });

@@ -5,8 +5,6 @@
 //! The monitor sees the exits that come to it; KVM sees those that it serves alone as well, and page
 //! faults, halts and what they cost. Most of it is 0 for most guests: what is 0 is left out.
 
-use std::fmt;
-
 use kvm_core::stats::{GetStats, ReadStats, Sample, StatsError, StatsReader, Value};
 use serde::Serialize;
 
@@ -121,8 +119,8 @@ impl KvmStats {
     /// for one of which KVM counted nothing.
     pub fn tables(&self) -> impl Iterator<Item = Vec<Vec<String>>> {
         let vcpus = self.vcpus.iter().enumerate();
-        let vcpus = vcpus.map(|(vcpu, stats)| (format!("KVM, of vcpu{vcpu}"), stats));
-        std::iter::once(("KVM, of the VM".to_owned(), &self.vm))
+        let vcpus = vcpus.map(|(vcpu, stats)| (format!("KVM's counts of vcpu{vcpu}"), stats));
+        std::iter::once(("KVM's counts of the VM".to_owned(), &self.vm))
             .chain(vcpus)
             .filter(|(_, stats)| !stats.is_empty())
             .map(|(title, stats)| {
@@ -137,25 +135,20 @@ impl KvmStat {
     /// A row of a name and a number; for each bucket one.
     fn rows(&self) -> Vec<Vec<String>> {
         let row = |name: String, number: u64| vec![name, number.to_string()];
-        let name = |rest: &dyn fmt::Display| match self.unit.as_str() {
-            "" => format!("  {}{rest}", self.name),
-            unit => format!("  {}{rest}, {unit}", self.name),
-        };
-        let one = self.value.map(|number| row(name(&""), number));
-        let buckets = self
-            .buckets
-            .iter()
-            .map(|bucket| row(name(bucket), bucket.count));
+        let (name, unit) = (&self.name, self.unit.as_str());
+        let one = self.value.map(|number| match unit {
+            "" => row(format!("  {name}"), number),
+            _ => row(format!("  {name}, {unit}"), number),
+        });
+        let space = if unit.is_empty() { "" } else { " " };
+        let buckets = self.buckets.iter().map(|bucket| {
+            let values = match bucket.below {
+                Some(below) => format!("{}..{below}{space}{unit}", bucket.from),
+                None => format!("{}{space}{unit} and more", bucket.from),
+            };
+            row(format!("  {name} {values}"), bucket.count)
+        });
         one.into_iter().chain(buckets).collect()
-    }
-}
-
-impl fmt::Display for KvmBucket {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.below {
-            Some(below) => write!(f, " {}..{below}", self.from),
-            None => write!(f, " {}..", self.from),
-        }
     }
 }
 
@@ -203,10 +196,10 @@ mod tests {
         assert_eq!(json, expected);
         let tables: Vec<_> = stats.tables().collect();
         let expected = [
-            ["KVM, of vcpu0", "number"],
+            ["KVM's counts of vcpu0", "number"],
             ["  exits", "7"],
-            ["  waits 2..4, ns", "3"],
-            ["  waits 4.., ns", "5"],
+            ["  waits 2..4 ns", "3"],
+            ["  waits 4 ns and more", "5"],
         ];
         assert_eq!(
             tables,

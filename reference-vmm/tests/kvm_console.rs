@@ -247,7 +247,7 @@ fn the_numbers_are_shown_when_they_are_asked_for() {
         "slot 0",
     ]
     .into_iter()
-    .chain(kvm_counts().then_some("KVM, of vcpu0"))
+    .chain(kvm_counts().then_some("KVM's counts of vcpu0"))
     {
         assert!(ended.stderr.contains(needle), "{needle}: {ended}");
     }
