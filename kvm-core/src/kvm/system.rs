@@ -54,8 +54,8 @@ pub enum OpenError {
 }
 
 impl OpenError {
-    /// What to do where it could not be opened: the end of what the error says. Of a device that this user may not open, its mode
-    /// and its group as they are now say so.
+    /// What to do where it could not be opened: the end of what the error says. Of a device that this user may not open, its
+    /// mode and its group as they are now say so.
     pub fn advice(&self) -> Option<String> {
         match self {
             OpenError::Open { path, errno } => Some(advice(path, *errno).into_owned()),
