@@ -55,9 +55,11 @@ struct AsRead {
     /// Of each piece, in which [`Look`] it was compared with its checksum, or 0; none where nobody wants that.
     checked: Option<Vec<AtomicU32>>,
     /// Of each piece [`words`](Self::words) of bits, one for each of its pages: that one was zero when the piece was right. The
-    /// file system says where holes are, and may be wrong.
-    zeros: Vec<AtomicU64>,
+    /// file system says where holes are, and may be wrong. Made when the first piece has been read, for a guest's start does not
+    /// wait for what grows with its memory; none where no piece is compared, or the file has no holes.
+    zeros: OnceLock<Vec<AtomicU64>>,
     words: usize,
+    pieces: usize,
     look: Mutex<Look>,
     /// Those that are being compared: who wants one of them waits for that, and does not read it as well.
     under_way: Mutex<Vec<usize>>,
@@ -76,8 +78,13 @@ struct Turn<'a>(&'a AsRead, usize);
 impl AsRead {
     /// The bits of a piece's pages.
     fn zeros_of(&self, number: usize) -> &[AtomicU64] {
+        let make = || {
+            let words = self.pieces * self.words;
+            (0..words).map(|_| AtomicU64::new(0)).collect()
+        };
         let from = number.saturating_mul(self.words);
-        self.zeros.get(from..from + self.words).unwrap_or_default()
+        let of = self.zeros.get_or_init(make).get(from..from + self.words);
+        of.unwrap_or_default()
     }
 
     /// Waits while another compares this piece.
@@ -213,15 +220,14 @@ impl Link {
         let is = is.map_err(|source| self.unreadable(source))?;
         let pieces = self.map.pieces.iter();
         let words = u64::from(self.map.piece).div_ceil(PAGE_SIZE * u64::from(u64::BITS)) as usize;
-        // A compressed file has no holes.
-        let bits = match verify && self.packed.is_none() {
-            true => self.map.pieces.len() * words,
-            false => 0,
-        };
         self.as_read = Some(AsRead {
             checked: verify.then(|| pieces.map(|_| AtomicU32::new(0)).collect()),
-            zeros: (0..bits).map(|_| AtomicU64::new(0)).collect(),
+            zeros: OnceLock::new(),
             words,
+            pieces: match verify && self.packed.is_none() {
+                true => self.map.pieces.len(),
+                false => 0,
+            },
             look: Mutex::new(Look {
                 number: 1,
                 changed: (is.ctime(), is.ctime_nsec()),
