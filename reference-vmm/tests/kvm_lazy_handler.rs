@@ -208,6 +208,17 @@ fn a_guest_whose_memory_another_process_brings_has_all_of_it() {
     guest.has_all();
 }
 
+/// A guest whose memory this handler brings ends when that does, and says so.
+fn ends_with(dir: &Path, handler: &Handler) {
+    let said = Vmm::command(["restore", "--from"])
+        .arg(dir)
+        .args(["--page-handler", handler.socket.to_str().unwrap()])
+        .stdin_pipe()
+        .output();
+    said.expect_status(1);
+    said.expect_line(&["the page-fault handler at", "has ended"]);
+}
+
 #[test]
 fn a_handler_that_dies_stops_the_guest_with_the_reason_wherever_it_is() {
     need_kvm();
@@ -217,13 +228,7 @@ fn a_handler_that_dies_stops_the_guest_with_the_reason_wherever_it_is() {
     for pages in [0, 1, 2, 3, 50, 1000] {
         let handler = Handler::start(folder.path(), &dir, pages);
         let begun = Instant::now();
-        let said = Vmm::command(["restore", "--from"])
-            .arg(&dir)
-            .args(["--page-handler", handler.socket.to_str().unwrap()])
-            .stdin_pipe()
-            .output();
-        said.expect_status(1);
-        said.expect_line(&["the page-fault handler at", "has ended"]);
+        ends_with(&dir, &handler);
         assert!(begun.elapsed() < WATCHDOG);
     }
 }
@@ -241,13 +246,7 @@ fn a_handler_that_serves_for_who_listened_is_the_one_whose_end_counts() {
     guest.has_all();
     // And where it ends as well.
     let handler = Handler::start_as(folder.path(), &dir, 50, &[(LEAVES, "dies")]);
-    let said = Vmm::command(["restore", "--from"])
-        .arg(&dir)
-        .args(["--page-handler", handler.socket.to_str().unwrap()])
-        .stdin_pipe()
-        .output();
-    said.expect_status(1);
-    said.expect_line(&["the page-fault handler at", "has ended"]);
+    ends_with(&dir, &handler);
 }
 
 #[test]

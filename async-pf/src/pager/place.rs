@@ -89,11 +89,14 @@ impl Shared {
             slot.source.fetch_for(lane, first, bytes)
         }));
         let took = begun.elapsed();
+        let fetched = fetched.map(|answer| answer.map_err(Arc::new));
         let mut state = self.lock();
         state.fetching.retain(|thread| *thread != hands.thread);
         state.fetch = (state.fetch * 7 + took) / 8;
-        if let Ok(Ok(_)) = fetched {
-            state.failing.forget(job);
+        match &fetched {
+            Ok(Ok(_)) => state.failing.forget(job),
+            Ok(Err(error)) if error.is_transient() => state.failing.note(job, error),
+            Ok(Err(_)) | Err(_) => {}
         }
         drop(state);
         match fetched {
@@ -101,10 +104,6 @@ impl Shared {
             Ok(Ok(Fetched::Zero)) => self.put(job, With::Zeros, hands),
             Ok(Err(error)) => {
                 let transient = error.is_transient();
-                let error = Arc::new(error);
-                if transient {
-                    self.lock().failing.note(job, &error);
-                }
                 self.failed(job, job.pages.start, transient, &error.into(), hands);
             }
             Err(_) => self.failed(job, job.pages.start, false, &LostReason::Panic, hands),

@@ -73,7 +73,7 @@ impl Kvm {
     /// # Errors
     /// As [`Vm::state_host`].
     pub fn state_host(&self, vm: &VmFd) -> Result<StateHost, Error> {
-        state_host(vm, self)
+        self.listed_host(vm)?.complete(self)
     }
 
     /// The first half of [`state_host`](Self::state_host), by a few ioctls: what KVM lists. [`ListedHost`] has the other.
@@ -81,7 +81,26 @@ impl Kvm {
     /// # Errors
     /// [`Error::SupportedCpuid`], [`Error::MsrList`].
     pub fn listed_host(&self, vm: &VmFd) -> Result<ListedHost, Error> {
-        listed_host(vm, self).map(ListedHost)
+        let capabilities = Capabilities::new(vm);
+        let cpuid = self.supported_cpuid()?;
+        let msrs = self.fd().get_msr_index_list();
+        let msrs = msrs.map_err(|errno| Error::MsrList { errno })?;
+        let number = |capability| usize::try_from(capabilities.raw(capability)).unwrap_or(0);
+        let xsave2 = number(kvm::KVM_CAP_XSAVE2);
+        let host = StateHost {
+            cpuid: cpuid.as_slice().iter().map(|&leaf| leaf.into()).collect(),
+            msrs: msrs.as_slice().to_vec(),
+            xsave_bytes: xsave2.max(XSAVE_MIN),
+            xsave2: xsave2 > 0,
+            xcrs: capabilities.has(kvm::KVM_CAP_XCRS),
+            sregs2: capabilities.has(kvm::KVM_CAP_SREGS2),
+            one_reg: capabilities.has(kvm::KVM_CAP_ONE_REG),
+            tsc_control: capabilities.has(kvm::KVM_CAP_TSC_CONTROL),
+            tsc_deadline: capabilities.tsc_deadline_timer(),
+            disable_exits: number(kvm::KVM_CAP_X86_DISABLE_EXITS) as u32,
+            nested_bytes: number(kvm::KVM_CAP_NESTED_STATE),
+        };
+        Ok(ListedHost(host.with_unlisted_msrs()))
     }
 }
 
@@ -127,7 +146,7 @@ impl VmSetup {
     /// # Errors
     /// As [`Vm::state_host`].
     pub fn state_host(&self, kvm: &Kvm) -> Result<StateHost, Error> {
-        state_host(self.fd(), kvm)
+        kvm.state_host(self.fd())
     }
 }
 
@@ -141,7 +160,7 @@ impl Vm {
     /// # Errors
     /// [`Error::SupportedCpuid`], [`Error::MsrList`], and what a scratch VM may fail with.
     pub fn state_host(&self, kvm: &Kvm) -> Result<StateHost, Error> {
-        state_host(self.fd(), kvm)
+        kvm.state_host(self.fd())
     }
 
     /// Saves what is the VM's and no vCPU's: its clock. All vCPUs are paused.
@@ -208,33 +227,6 @@ impl VcpuView<'_, VcpuFd> {
     ) -> Result<Restored, RestoreError> {
         host.restore(self.fd(), state, passage)
     }
-}
-
-fn state_host(vm: &VmFd, kvm: &Kvm) -> Result<StateHost, Error> {
-    kvm.listed_host(vm)?.complete(kvm)
-}
-
-fn listed_host(vm: &VmFd, kvm: &Kvm) -> Result<StateHost, Error> {
-    let capabilities = Capabilities::new(vm);
-    let cpuid = kvm.supported_cpuid()?;
-    let msrs = kvm.fd().get_msr_index_list();
-    let msrs = msrs.map_err(|errno| Error::MsrList { errno })?;
-    let number = |capability| usize::try_from(capabilities.raw(capability)).unwrap_or(0);
-    let xsave2 = number(kvm::KVM_CAP_XSAVE2);
-    let host = StateHost {
-        cpuid: cpuid.as_slice().iter().map(|&leaf| leaf.into()).collect(),
-        msrs: msrs.as_slice().to_vec(),
-        xsave_bytes: xsave2.max(XSAVE_MIN),
-        xsave2: xsave2 > 0,
-        xcrs: capabilities.has(kvm::KVM_CAP_XCRS),
-        sregs2: capabilities.has(kvm::KVM_CAP_SREGS2),
-        one_reg: capabilities.has(kvm::KVM_CAP_ONE_REG),
-        tsc_control: capabilities.has(kvm::KVM_CAP_TSC_CONTROL),
-        tsc_deadline: capabilities.tsc_deadline_timer(),
-        disable_exits: number(kvm::KVM_CAP_X86_DISABLE_EXITS) as u32,
-        nested_bytes: number(kvm::KVM_CAP_NESTED_STATE),
-    };
-    Ok(host.with_unlisted_msrs())
 }
 
 /// Whether the processor has VMX or SVM. Without them KVM's back end is PVM, which adds to a guest's CPUID what it cannot hide.

@@ -609,6 +609,9 @@ impl Shared {
         let left = recording
             .filter(|recording| self.record(recording))
             .filter(|recording| !self.keep(recording, &|| self.is_to_go_on()));
+        if self.lock().phase == LazyState::Recording {
+            self.turn(LazyState::Bringing);
+        }
         match (&mut replay, &self.from) {
             // It wants that at once.
             (Some(replay), _) => {
@@ -776,27 +779,19 @@ impl Shared {
             (true, Duration::ZERO) => Ended::Whole,
             (true, left) => Ended::Early(recording.time().saturating_sub(left)),
         };
-        let saved = match &self.from {
+        match &self.from {
             From::Snapshot(_, sets) => sets.save(recording, ended),
             From::Migration(..) => false,
-        };
-        if !saved && self.lock().phase == LazyState::Recording {
-            self.turn(LazyState::Bringing);
         }
-        saved
     }
 
     /// Keeps the first pages of what was recorded; whether there is no more to do.
     fn keep(&self, recording: &Recording, go_on: &dyn Fn() -> bool) -> bool {
-        let kept = match (&self.from, self.files()) {
+        match (&self.from, self.files()) {
             (From::Snapshot(_, sets), Some(source)) => sets.keep(recording, &source, go_on),
             // Another host's disk is no matter of where they lie here.
             _ => true,
-        };
-        if self.lock().phase == LazyState::Recording {
-            self.turn(LazyState::Bringing);
         }
-        kept
     }
 
     /// Whether there is a recording, and nothing else could come meanwhile, for the page server is away.
